@@ -1,0 +1,154 @@
+"""Bundles: a directory a service can load, with one manifest that names and hashes every file.
+
+Nothing is parsed before its hash is checked: `Bundle.path` hashes a file the first time it is asked for.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from coatrt import __version__
+from coatrt.config import QuantConfig
+from coatrt.contract import DecoderIO, LoraContract
+from coatrt.errors import BundleError, ConfigError
+from coatrt.files import read_json, sha256_file, write_json
+from coatrt.matrices import ModelMatrices
+
+__all__ = ["BUNDLE_FORMAT", "MANIFEST", "Bundle", "seal"]
+
+BUNDLE_FORMAT = 1
+MANIFEST = "manifest.json"
+_KEYS = ("format", "coatrt", "model", "configuration", "matrices", "decoders", "engines", "versions", "files")
+
+
+def seal(directory: Path, facts: Mapping[str, Any]) -> None:
+    """Hash every file under `directory` and write the manifest: `facts` plus format, version and files.
+
+    Args:
+        directory: a finished bundle but for its manifest.
+        facts: the manifest's other keys, see `Bundle`.
+    """
+    files = {
+        str(PurePosixPath(path.relative_to(directory))): {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    write_json(directory / MANIFEST, {"format": BUNDLE_FORMAT, "coatrt": __version__, **facts, "files": files})
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle.
+
+    Args:
+        directory: where it is.
+        manifest: the content of manifest.json, its structure checked.
+    """
+
+    directory: Path
+    manifest: Mapping[str, Any]
+    _checked: set[str] = field(default_factory=set, repr=False, compare=False)
+
+    @classmethod
+    def open(cls, directory: str | Path) -> "Bundle":
+        """Read and check the manifest; the files themselves are checked when they are used.
+
+        Raises:
+            BundleError: no bundle, another bundle format, a file missing or of another size, or a path that leaves it.
+        """
+        directory = Path(directory)
+        if not (directory / MANIFEST).is_file():
+            raise BundleError(f"{directory} is no bundle: it has no {MANIFEST}; make one with coatrt build")
+        try:
+            manifest = read_json(directory / MANIFEST, "bundle manifest")
+        except ConfigError as error:
+            raise BundleError(f"{error}; build the bundle again") from None
+        if not isinstance(manifest, dict) or manifest.get("format") != BUNDLE_FORMAT:
+            given = manifest.get("format") if isinstance(manifest, dict) else None
+            raise BundleError(
+                f"{directory} has bundle format {given}; this coatrt {__version__} reads {BUNDLE_FORMAT}; build it again"
+            )
+        missing = [key for key in _KEYS if key not in manifest]
+        if missing or not isinstance(manifest["files"], dict):
+            raise BundleError(f"{directory / MANIFEST} lacks {', '.join(missing) or 'files'}; build the bundle again")
+        for name, facts in manifest["files"].items():
+            parts = PurePosixPath(name)
+            if parts.is_absolute() or ".." in parts.parts or "\\" in name:
+                raise BundleError(f"{directory / MANIFEST} names {name!r}, which leaves the bundle; do not use this bundle")
+            path = directory / name
+            if not path.is_file():
+                raise BundleError(f"{directory} lacks {name}; copy the bundle again or build it again")
+            if not isinstance(facts, dict) or not {"sha256", "bytes"} <= set(facts):
+                raise BundleError(f"{directory / MANIFEST} gives no sha256 and bytes for {name}; build the bundle again")
+            if path.stat().st_size != facts["bytes"]:
+                raise BundleError(
+                    f"{name} has {path.stat().st_size} bytes, the manifest says {facts['bytes']}; copy the bundle again"
+                )
+        return cls(directory, manifest)
+
+    def path(self, name: str) -> Path:
+        """Return the path of a file of the bundle after its hash was checked (once per opened bundle).
+
+        Raises:
+            BundleError: the manifest does not name it, or its content is not what was built.
+        """
+        files = self.manifest["files"]
+        if name not in files:
+            raise BundleError(f"{self.directory} has no file {name}; it has {', '.join(sorted(files))}")
+        path = self.directory / name
+        if name not in self._checked:
+            found = sha256_file(path)
+            if found != files[name]["sha256"]:
+                raise BundleError(
+                    f"{path} was altered: sha256 {found[:12]}…, the manifest says {files[name]['sha256'][:12]}…; "
+                    "copy the bundle again or build it again"
+                )
+            self._checked.add(name)
+        return path
+
+    def check_all(self) -> int:
+        """Check the hash of every file and return how many there are.
+
+        Raises:
+            BundleError: a file was altered, or a file is there that the manifest does not name.
+        """
+        named = set(self.manifest["files"])
+        extra = [
+            path.name
+            for path in self.directory.rglob("*")
+            if path.is_file() and str(PurePosixPath(path.relative_to(self.directory))) not in named | {MANIFEST}
+        ]
+        if extra:
+            raise BundleError(f"{self.directory} holds {', '.join(extra)}, which the manifest does not name; remove it")
+        for name in named:
+            self.path(name)
+        return len(named)
+
+    def decoder(self, form: str) -> tuple[Path, DecoderIO]:
+        """Return the ONNX file of a graph form ("engine" or "cpu"), hashes checked with its weights, and its I/O.
+
+        Raises:
+            BundleError: the bundle has no such form.
+        """
+        decoders = self.manifest["decoders"]
+        if form not in decoders:
+            raise BundleError(f"{self.directory} has no {form} graph, only {', '.join(decoders)}; build it with that form")
+        facts = decoders[form]
+        self.path(facts["weights"])
+        return self.path(facts["file"]), DecoderIO.from_json(facts["io"])
+
+    @property
+    def model_matrices(self) -> ModelMatrices:
+        """The matrices of the model."""
+        return ModelMatrices.from_json(self.manifest["matrices"])
+
+    @property
+    def config(self) -> QuantConfig:
+        """The configuration the graphs were exported with."""
+        return QuantConfig.load(self.path(self.manifest["configuration"]["file"]), self.model_matrices)
+
+    @property
+    def contract(self) -> LoraContract:
+        """The LoRA contract."""
+        return LoraContract.load(self.path("lora_io.json"))

@@ -1,0 +1,163 @@
+"""Configurations: matrix → weight format for a whole model; resolved ones are exact and hashable."""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from coatrt.errors import ConfigError, FormatError
+from coatrt.files import read_json, write_json
+from coatrt.formats import WeightFormat
+from coatrt.matrices import ModelMatrices
+
+__all__ = ["ConfigPatterns", "QuantConfig"]
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """A resolved configuration: every matrix of one model with its exact format.
+
+    Args:
+        formats: matrix name → weight format, in any order; held sorted by name.
+    """
+
+    formats: Mapping[str, WeightFormat]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "formats", MappingProxyType(dict(sorted(self.formats.items()))))
+
+    def __hash__(self) -> int:
+        return hash(self.hash)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, QuantConfig) and self.formats == other.formats
+
+    def __getitem__(self, name: str) -> WeightFormat:
+        return self.formats[name]
+
+    @classmethod
+    def uniform(cls, model: ModelMatrices, weight_format: WeightFormat | str) -> "QuantConfig":
+        """Return the configuration with one format on all matrices of `model`."""
+        return cls(dict.fromkeys(model.names, WeightFormat.parse(weight_format)))
+
+    @cached_property
+    def hash(self) -> str:
+        """First 16 hexadecimal digits of the SHA-256 of the canonical JSON."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+
+    @cached_property
+    def counts(self) -> Mapping[str, int]:
+        """Number of matrices by format text, most frequent first."""
+        return dict(Counter(str(weight_format) for weight_format in self.formats.values()).most_common())
+
+    def nbytes(self, model: ModelMatrices) -> int:
+        """Return the exact bytes of all matrices of `model`, scales included, other tensors not."""
+        return sum(self.formats[matrix.name].nbytes(matrix.N, matrix.K) for matrix in model.matrices)
+
+    def average_bits(self, model: ModelMatrices) -> float:
+        """Return the bits per weight over all matrices of `model`, scales included."""
+        return 8 * self.nbytes(model) / model.parameters
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form: {"matrices": {name: format}}."""
+        return {"matrices": {name: str(weight_format) for name, weight_format in self.formats.items()}}
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON form to `path`, atomically."""
+        write_json(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path, model: ModelMatrices) -> "QuantConfig":
+        """Return the configuration in a JSON file, resolved or with patterns, for `model`.
+
+        Raises:
+            ConfigError: the file is missing, not a configuration, or names a matrix the model lacks.
+            FormatError: it names an unknown format.
+        """
+        return ConfigPatterns.from_json(read_json(path, "configuration"), str(path)).resolve(model)
+
+
+@dataclass(frozen=True)
+class ConfigPatterns:
+    """A hand-written configuration: exact name beats first matching pattern beats default.
+
+    Args:
+        matrices: matrix name → format; each name must be a matrix of the model.
+        patterns: (regular expression, format), tried in order against the whole name.
+        default: format of every other matrix; None makes an uncovered matrix an error.
+    """
+
+    matrices: Mapping[str, WeightFormat] = field(default_factory=dict)
+    patterns: tuple[tuple[str, WeightFormat], ...] = ()
+    default: WeightFormat | None = None
+
+    @classmethod
+    def from_json(cls, value: Any, source: str = "configuration") -> "ConfigPatterns":
+        """Read {"matrices": {name: format}, "patterns": {regex: format}, "default": format}, each key optional.
+
+        Raises:
+            ConfigError: other keys, wrong types, or a regular expression that does not compile.
+            FormatError: an unknown format.
+        """
+        allowed = {"matrices", "patterns", "default"}
+        if not isinstance(value, dict) or not value or not set(value) <= allowed:
+            given = ", ".join(sorted(value)) if isinstance(value, dict) else type(value).__name__
+            raise ConfigError(
+                f"{source} holds {given or 'nothing'}; a configuration has the keys {', '.join(sorted(allowed))}"
+            )
+        for key in ("matrices", "patterns"):
+            if not isinstance(value.get(key, {}), dict):
+                raise ConfigError(f"{source}: {key} is a {type(value[key]).__name__}; give an object of name: format")
+        for pattern in value.get("patterns", {}):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(
+                    f"{source}: pattern {pattern!r} is no regular expression ({error}); correct it"
+                ) from None
+
+        def parse(where: str, text: Any) -> WeightFormat:
+            try:
+                return WeightFormat.parse(text)
+            except FormatError as error:
+                raise FormatError(f"{source}: {where}: {error}") from None
+
+        return cls(
+            {name: parse(name, text) for name, text in value.get("matrices", {}).items()},
+            tuple((pattern, parse(pattern, text)) for pattern, text in value.get("patterns", {}).items()),
+            parse("default", value["default"]) if value.get("default") is not None else None,
+        )
+
+    def resolve(self, model: ModelMatrices) -> QuantConfig:
+        """Return the exact configuration this means for `model`.
+
+        Raises:
+            ConfigError: an exact name is no matrix of the model, a pattern matches none, or a matrix is left without.
+        """
+        for name in self.matrices:
+            if name not in model.by_name:
+                raise ConfigError(
+                    f"the configuration names {name!r}, which the model lacks; its {len(model.names)} matrices are like "
+                    f"{model.names[0]}, {model.names[min(1, len(model.names) - 1)]}; correct the name or use patterns"
+                )
+        for pattern, _ in self.patterns:
+            if not any(re.fullmatch(pattern, name) for name in model.names):
+                raise ConfigError(
+                    f"the pattern {pattern!r} matches none of the model's {len(model.names)} matrices "
+                    f"(like {model.names[-1]}); correct or drop it"
+                )
+        formats = {}
+        for name in model.names:
+            chosen = self.matrices.get(name)
+            if chosen is None:
+                chosen = next((fmt for pattern, fmt in self.patterns if re.fullmatch(pattern, name)), self.default)
+            if chosen is None:
+                raise ConfigError(f"the configuration gives {name} no format; name it, match it, or add a default")
+            formats[name] = chosen
+        return QuantConfig(formats)

@@ -1,0 +1,218 @@
+"""What a graph, the hypernetwork and every runtime agree on: the LoRA tensors and the decoder's inputs and outputs."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from coatrt.errors import ConfigError
+from coatrt.files import read_json, write_json
+from coatrt.matrices import ModelMatrices
+
+__all__ = ["ACTIVATIONS", "DecoderIO", "LoraContract", "LoraTensor", "contract_for"]
+
+ACTIVATIONS = ("float32", "float16", "bfloat16")
+_RANK_STEP = 16  # tensor cores work on tiles of 16: another rank would be padded by every runtime
+_SCALE_RULE = "alpha/rank is folded into B"
+
+
+@dataclass(frozen=True)
+class LoraTensor:
+    """The two LoRA tensors of one matrix: y = x·W + (x·A)·B.
+
+    Args:
+        matrix: name of the matrix, as in `coatrt.matrices`.
+        A: tensor name of A, shape [K, rank].
+        B: tensor name of B, shape [rank, N], times alpha/rank.
+        K: input width.
+        N: output width.
+    """
+
+    matrix: str
+    A: str
+    B: str
+    K: int
+    N: int
+
+
+@dataclass(frozen=True)
+class LoraContract:
+    """Names, shapes and scale of every LoRA tensor of one model (`lora_io.json`).
+
+    Args:
+        rank: columns of A and rows of B, a multiple of 16.
+        alpha: LoRA scale numerator; alpha/rank is already folded into every B.
+        dtype: dtype of the tensors in files and out of the hypernetwork; a runtime casts them to its activations.
+        tensors: one entry per matrix that carries a LoRA, in network order.
+
+    Raises:
+        ConfigError: the rank is no multiple of 16, a name repeats, or a field is out of range.
+    """
+
+    rank: int
+    alpha: float
+    dtype: str
+    tensors: tuple[LoraTensor, ...]
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.rank % _RANK_STEP:
+            raise ConfigError(f"LoRA rank {self.rank} is given; allowed: multiples of {_RANK_STEP}; choose 16 or 32")
+        if not 0 < self.alpha < float("inf"):
+            raise ConfigError(f"LoRA alpha {self.alpha} is given; give a positive number, such as {2 * self.rank}")
+        if self.dtype not in ACTIVATIONS:
+            raise ConfigError(f"LoRA dtype {self.dtype!r} is given; allowed: {', '.join(ACTIVATIONS)}; use float32")
+        names = list(self.shapes)
+        if not names or len(names) != 2 * len(self.tensors):
+            raise ConfigError(
+                f"the LoRA contract has {len(self.tensors)} matrices and {len(names)} distinct tensor names; "
+                "give at least one matrix, with two names of its own each"
+            )
+        for tensor in self.tensors:
+            if tensor.K < 1 or tensor.N < 1:
+                raise ConfigError(f"LoRA of {tensor.matrix} has K {tensor.K} and N {tensor.N}; give positive widths")
+
+    @property
+    def scale(self) -> float:
+        """alpha/rank, the factor folded into every B."""
+        return self.alpha / self.rank
+
+    @cached_property
+    def by_matrix(self) -> Mapping[str, LoraTensor]:
+        """Entries by matrix name."""
+        return {tensor.matrix: tensor for tensor in self.tensors}
+
+    @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, int]]:
+        """Tensor name → shape, in contract order: A then B of each matrix."""
+        return dict(self._pairs())
+
+    def _pairs(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        for tensor in self.tensors:
+            yield tensor.A, (tensor.K, self.rank)
+            yield tensor.B, (self.rank, tensor.N)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON form that `from_json` reads back."""
+        return {
+            "rank": self.rank,
+            "alpha": self.alpha,
+            "dtype": self.dtype,
+            "scale_rule": _SCALE_RULE,
+            "tensors": [asdict(tensor) for tensor in self.tensors],
+        }
+
+    @classmethod
+    def from_json(cls, value: Any) -> "LoraContract":
+        """Return the contract written by `to_json`.
+
+        Raises:
+            ConfigError: a field is missing, of another type, or out of range.
+        """
+        try:
+            rule = value.get("scale_rule", _SCALE_RULE)
+            if rule != _SCALE_RULE:
+                raise ConfigError(f"LoRA scale rule {rule!r} is given; allowed: {_SCALE_RULE!r}; export again")
+            tensors = tuple(
+                LoraTensor(str(row["matrix"]), str(row["A"]), str(row["B"]), int(row["K"]), int(row["N"]))
+                for row in value["tensors"]
+            )
+            return cls(int(value["rank"]), float(value["alpha"]), str(value["dtype"]), tensors)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(
+                f"the LoRA contract lacks or garbles a field ({error}); it needs rank, alpha, dtype and "
+                "tensors of matrix, A, B, K, N; export again"
+            ) from None
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON form to `path`, atomically."""
+        write_json(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> "LoraContract":
+        """Return the contract in the JSON file at `path`.
+
+        Raises:
+            ConfigError: the file is missing or is no LoRA contract.
+        """
+        return cls.from_json(read_json(path, "LoRA contract"))
+
+
+def contract_for(model: ModelMatrices, rank: int, alpha: float) -> LoraContract:
+    """Return the contract of a model: a LoRA on every matrix but embedding and head, in network order.
+
+    Args:
+        model: inventory of the model.
+        rank: LoRA rank, a multiple of 16.
+        alpha: LoRA scale numerator.
+
+    Raises:
+        ConfigError: the rank is no multiple of 16 or alpha is not positive.
+    """
+    tensors = tuple(
+        LoraTensor(matrix.name, f"lora_A.{matrix.name}", f"lora_B.{matrix.name}", matrix.K, matrix.N)
+        for matrix in model.targets
+    )
+    return LoraContract(rank, float(alpha), "float32", tensors)
+
+
+@dataclass(frozen=True)
+class DecoderIO:
+    """The facts a runtime needs to bind a decoder graph; the names of its inputs and outputs follow from them.
+
+    Args:
+        layers: decoder layers, each with one key and one value cache.
+        kv_heads: heads of each cache.
+        head_dim: width of one head.
+        vocabulary: width of the logits.
+        cache_length: slots of each cache, or None where the graph leaves them open.
+        activations: dtype of caches and LoRA inputs; logits have it too.
+        max_positions: rows of the rotary tables; positions stay below it.
+
+    Raises:
+        ConfigError: a count is not positive or the dtype is unknown.
+    """
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    cache_length: int | None
+    activations: str
+    max_positions: int
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "kv_heads", "head_dim", "vocabulary", "cache_length", "max_positions"):
+            value = getattr(self, name)
+            if value is None and name == "cache_length":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"decoder {name} is {value!r}; give a whole number of at least 1")
+        if self.activations not in ACTIVATIONS:
+            raise ConfigError(f"decoder activations {self.activations!r} are given; allowed: {', '.join(ACTIVATIONS)}")
+
+    @property
+    def past_names(self) -> tuple[str, ...]:
+        """Names of the cache inputs, key then value of each layer."""
+        return tuple(f"past_key_values.{layer}.{part}" for layer in range(self.layers) for part in ("key", "value"))
+
+    @property
+    def present_names(self) -> tuple[str, ...]:
+        """Names of the cache outputs, in the order of `past_names`; a runtime binds the same buffers."""
+        return tuple(f"present.{layer}.{part}" for layer in range(self.layers) for part in ("key", "value"))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON form that `from_json` reads back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Any) -> "DecoderIO":
+        """Return the facts written by `to_json`.
+
+        Raises:
+            ConfigError: a field is missing, unknown, or out of range.
+        """
+        try:
+            return cls(**value)
+        except TypeError as error:
+            raise ConfigError(f"the decoder's inputs and outputs are garbled ({error}); export again") from None

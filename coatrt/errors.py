@@ -1,0 +1,31 @@
+"""The errors coatrt raises on purpose; each message says what was given, what is allowed and what to do."""
+
+__all__ = ["BuildError", "BundleError", "CheckpointError", "CoatError", "ConfigError", "DeviceError", "FormatError"]
+
+
+class CoatError(Exception):
+    """Base of every error a user can cause; the CLI prints it as one line and exits with code 2."""
+
+
+class FormatError(CoatError):
+    """A weight format that does not exist, or that a matrix, graph or device cannot hold."""
+
+
+class ConfigError(CoatError):
+    """A configuration, option or data file that does not fit the model or the command."""
+
+
+class CheckpointError(CoatError):
+    """A model or adapter directory that is missing, damaged or of an unknown family."""
+
+
+class DeviceError(CoatError):
+    """An unknown device, or one that cannot do what was asked of it."""
+
+
+class BuildError(CoatError):
+    """An engine builder or runtime that is absent, refuses a graph, or has no GPU to run on."""
+
+
+class BundleError(CoatError):
+    """A bundle that is incomplete, altered, or made for another version or device."""

@@ -1,0 +1,149 @@
+"""The quantizable matrices of a model: names, shapes, kinds, layers, and which of them one kernel reads together."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from coatrt.errors import CheckpointError
+
+__all__ = ["EMBEDDING", "HEAD", "Matrix", "ModelMatrices", "matrices_of"]
+
+EMBEDDING = "model.embed_tokens"
+HEAD = "lm_head"
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One quantizable weight.
+
+    Args:
+        name: Hugging Face module name (`model.layers.3.mlp.up_proj`).
+        N: output width (vocabulary for embedding and head).
+        K: input width; formats put their blocks along it.
+    """
+
+    name: str
+    N: int
+    K: int
+
+    @property
+    def layer(self) -> int:
+        """Decoder layer, or -1 for embedding and head."""
+        match = _LAYER.fullmatch(self.name)
+        return int(match[1]) if match else -1
+
+    @property
+    def kind(self) -> str:
+        """Module kind, the last part of the name: q_proj, up_proj, embed_tokens, lm_head …"""
+        return self.name.rsplit(".", 1)[-1]
+
+    @property
+    def is_table(self) -> bool:
+        """Whether this is the embedding or the LM head, which carry no LoRA."""
+        return self.layer < 0
+
+
+@dataclass(frozen=True)
+class ModelMatrices:
+    """All matrices of one model, in network order.
+
+    Args:
+        matrices: embedding first, then layer by layer, then the head where it is a table of its own.
+        tied: whether the head reads the embedding table (then the table is counted once).
+        other_bytes: bytes of everything that is never quantized (norms, biases), at 2 bytes an element.
+    """
+
+    matrices: tuple[Matrix, ...]
+    tied: bool
+    other_bytes: int = 0
+
+    @cached_property
+    def by_name(self) -> Mapping[str, Matrix]:
+        """Matrices by name."""
+        return {matrix.name: matrix for matrix in self.matrices}
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Names in network order."""
+        return tuple(matrix.name for matrix in self.matrices)
+
+    @cached_property
+    def targets(self) -> tuple[Matrix, ...]:
+        """Matrices that carry a LoRA: all but embedding and head."""
+        return tuple(matrix for matrix in self.matrices if not matrix.is_table)
+
+    @cached_property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """Fused groups (q/k/v; gate/up) and the remaining matrices, each name exactly once, in network order."""
+        taken: set[str] = set()
+        groups = []
+        for matrix in self.matrices:
+            if matrix.name in taken:
+                continue
+            parent, _, kind = matrix.name.rpartition(".")
+            kinds: Sequence[str] = next((fused for fused in _FUSED if kind in fused), (kind,))
+            names = [f"{parent}.{kind}" if parent else kind for kind in kinds]
+            group = tuple(name for name in names if name in self.by_name)
+            taken.update(group)
+            groups.append(group)
+        return tuple(groups)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Number of weights in all matrices."""
+        return sum(matrix.N * matrix.K for matrix in self.matrices)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON form that `from_json` reads back."""
+        return {
+            "tied": self.tied,
+            "other_bytes": self.other_bytes,
+            "matrices": [[matrix.name, matrix.N, matrix.K] for matrix in self.matrices],
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "ModelMatrices":
+        """Return the inventory written by `to_json`."""
+        return cls(tuple(Matrix(*row) for row in value["matrices"]), bool(value["tied"]), int(value["other_bytes"]))
+
+
+def matrices_of(shapes: Mapping[str, Sequence[int]], tied: bool) -> ModelMatrices:
+    """Return the inventory of a checkpoint from its tensor names and shapes.
+
+    Args:
+        shapes: tensor name → shape, Hugging Face layout (`….weight` is [N, K]).
+        tied: the checkpoint's `tie_word_embeddings`.
+
+    Raises:
+        CheckpointError: there is no embedding table, or no decoder layer.
+    """
+    found, other = [], 0
+    for name, shape in shapes.items():
+        if tied and name == f"{HEAD}.weight":
+            continue
+        stem = name.removesuffix(".weight")
+        if name.endswith(".weight") and len(shape) == 2 and (_LAYER.fullmatch(stem) or stem in (EMBEDDING, HEAD)):
+            found.append(Matrix(stem, int(shape[0]), int(shape[1])))
+        else:
+            size = 2
+            for extent in shape:
+                size *= int(extent)
+            other += size
+    order = {
+        name: i for i, name in enumerate(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
+    }
+    rank = {EMBEDDING: -1, HEAD: 1 << 30}
+    found.sort(key=lambda m: (rank.get(m.name, m.layer), order.get(m.kind, len(order)), m.name))
+    names = {matrix.name for matrix in found}
+    if EMBEDDING not in names or not any(matrix.layer >= 0 for matrix in found):
+        raise CheckpointError(
+            f"the checkpoint has no {EMBEDDING}.weight or no model.layers.N; "
+            "give a decoder-only language model of the Llama family in Hugging Face layout"
+        )
+    if not tied and HEAD not in names:
+        raise CheckpointError("the checkpoint has no lm_head.weight and does not tie it; give a causal language model")
+    return ModelMatrices(tuple(found), tied, other)

@@ -1,0 +1,51 @@
+"""The decode arithmetic of `coatrt.quantize` once more in numpy: no torch, same bits."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from coatrt.codebooks import codebook
+from coatrt.formats import WeightFormat
+
+__all__ = ["decode_numpy"]
+
+
+def decode_numpy(
+    weight_format: WeightFormat,
+    shape: tuple[int, int],
+    codes: NDArray[Any],
+    scales: NDArray[Any] | None = None,
+    super_scales: NDArray[Any] | None = None,
+    constant: float = 0.0,
+    dtype: DTypeLike = np.float32,
+) -> NDArray[Any]:
+    """Return the weight that codes and scales stand for.
+
+    Args:
+        weight_format: the effective format.
+        shape: (N, K).
+        codes: as in `QuantizedMatrix`; fp8 codes and nvfp4 scales as ml_dtypes float8_e4m3fn,
+            bf16 as ml_dtypes bfloat16.
+        scales: as in `QuantizedMatrix`.
+        super_scales: as in `QuantizedMatrix`.
+        constant: as in `QuantizedMatrix`.
+        dtype: float32 or float16; all arithmetic is rounded to it.
+
+    Returns:
+        [N, K] in `dtype`.
+    """
+    N, K = shape
+    kind = np.dtype(dtype)
+    if scales is None:
+        return codes.astype(kind)
+    indexed = weight_format.is_normal_float or weight_format.kind == "nvfp4"
+    level = codebook(weight_format.kind).astype(kind)[codes.astype(np.intp)] if indexed else codes.astype(kind)
+    scale = scales.astype(kind)
+    if weight_format.kind == "nvfp4":
+        scale = scale * np.array(constant, kind)
+    elif super_scales is not None:
+        scale = scale * super_scales.astype(kind)[:, None] + np.array(constant, kind)
+        scale = scale.reshape(-1)[: N * codes.shape[1] // weight_format.block].reshape(N, -1)
+    weight: NDArray[Any] = (level.reshape(N, scale.shape[1], -1) * scale[:, :, None]).reshape(N, -1)[:, :K]
+    return weight

@@ -1,0 +1,120 @@
+"""Configuration spaces: the matrices of a model × the formats allowed, and how configurations are drawn from them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coatrt.config import QuantConfig
+from coatrt.errors import ConfigError
+from coatrt.formats import WeightFormat
+from coatrt.matrices import ModelMatrices
+
+__all__ = ["ConfigSpace"]
+
+
+@dataclass(frozen=True)
+class ConfigSpace:
+    """Every configuration that gives each fused group of `model` one of `formats`.
+
+    Args:
+        model: the matrices.
+        formats: allowed formats, at least one.
+        fused: whether q/k/v and gate/up share a format (one kernel reads them); False frees every matrix.
+    """
+
+    model: ModelMatrices
+    formats: tuple[WeightFormat, ...]
+    fused: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.formats or len(set(self.formats)) != len(self.formats):
+            raise ConfigError(f"a space of formats {[str(f) for f in self.formats]}; give at least one, each once")
+
+    @cached_property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """Matrix names by choice: fused groups, or every matrix alone."""
+        return self.model.groups if self.fused else tuple((name,) for name in self.model.names)
+
+    @cached_property
+    def sizes(self) -> NDArray[np.int64]:
+        """Bytes of every group in every format, [groups, formats]."""
+        by_name = self.model.by_name
+        return np.array([
+            [sum(fmt.nbytes(by_name[name].N, by_name[name].K) for name in group) for fmt in self.formats]
+            for group in self.groups
+        ])  # fmt: skip
+
+    @property
+    def min_bits(self) -> float:
+        """Lowest average bits a configuration of the space can have."""
+        return 8 * int(self.sizes.min(1).sum()) / self.model.parameters
+
+    @property
+    def max_bits(self) -> float:
+        """Highest average bits a configuration of the space can have."""
+        return 8 * int(self.sizes.max(1).sum()) / self.model.parameters
+
+    def uniform(self, weight_format: WeightFormat | str) -> QuantConfig:
+        """Return the configuration with one format everywhere."""
+        return QuantConfig.uniform(self.model, weight_format)
+
+    def config(self, choice: Sequence[int] | NDArray[np.int64]) -> QuantConfig:
+        """Return the configuration that gives group i the format number `choice[i]`."""
+        return QuantConfig({
+            name: self.formats[int(index)] for group, index in zip(self.groups, choice, strict=True) for name in group
+        })  # fmt: skip
+
+    def contains(self, config: QuantConfig) -> bool:
+        """Return whether every format of `config` is one of the space's."""
+        return set(config.formats.values()) <= set(self.formats)
+
+    def restrict(self, formats: Sequence[WeightFormat]) -> "ConfigSpace":
+        """Return the same space with only those of its formats that are in `formats`."""
+        return ConfigSpace(self.model, tuple(fmt for fmt in self.formats if fmt in set(formats)), self.fused)
+
+    def sample_random(self, rng: np.random.Generator) -> QuantConfig:
+        """Return a configuration with every group's format drawn uniformly and independently."""
+        return self.config(rng.integers(len(self.formats), size=len(self.groups)))
+
+    def sample_budgeted(self, rng: np.random.Generator, bits: float, tolerance: float = 0.02) -> QuantConfig:
+        """Return a random configuration whose average bits are as near `bits` as the space and `tolerance` allow.
+
+        Independent draws concentrate at the mean budget (LLM-QFA, ACL 2025). Here the format probabilities are a random
+        preference tilted by exp(-λ · bytes), λ set so that the expected size is the budget; single groups then move at
+        random, each nearer, until the size is within `tolerance` bits.
+        """
+        target = min(max(bits, self.min_bits), self.max_bits) * self.model.parameters / 8
+        slack = tolerance * self.model.parameters / 8
+        per_byte = self.sizes / self.sizes.max(1, keepdims=True)
+        preference = rng.normal(size=len(self.formats)) + 0.5 * rng.normal(size=self.sizes.shape)
+
+        def probabilities(tilt: float) -> NDArray[np.float64]:
+            logits = preference - tilt * per_byte
+            weights = np.exp(logits - logits.max(1, keepdims=True))
+            result: NDArray[np.float64] = weights / weights.sum(1, keepdims=True)
+            return result
+
+        low, high = -1e3, 1e3
+        for _ in range(60):
+            middle = (low + high) / 2
+            if float((probabilities(middle) * self.sizes).sum()) > target:
+                low = middle
+            else:
+                high = middle
+        cumulative = probabilities((low + high) / 2).cumsum(1)
+        choice = np.minimum((rng.random((len(self.groups), 1)) > cumulative).sum(1), len(self.formats) - 1)
+        rows = np.arange(len(self.groups))
+        for _ in range(20 * len(self.groups)):
+            gap = target - float(self.sizes[rows, choice].sum())
+            if abs(gap) <= slack:
+                break
+            after = np.abs(gap - (self.sizes - self.sizes[rows, choice][:, None]))
+            nearer = np.argwhere(after < abs(gap) - 0.5)
+            if not len(nearer):
+                break
+            row, column = nearer[rng.integers(len(nearer))]
+            choice[row] = column
+        return self.config(choice)

@@ -1,0 +1,166 @@
+"""Checkpoint and configuration → decoder graphs and their one weights file."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+
+from coatrt.checkpoint import Checkpoint
+from coatrt.config import QuantConfig
+from coatrt.contract import DecoderIO, LoraContract
+from coatrt.errors import CheckpointError, ConfigError
+from coatrt.export.graph import GraphBuilder, GraphForm
+from coatrt.export.network import Network
+from coatrt.export.spec import DecoderSpec
+from coatrt.export.weight_file import WEIGHTS_FILE, WeightFile
+from coatrt.export.weights import Table, write_matrix, write_table
+from coatrt.matrices import EMBEDDING, HEAD
+from coatrt.quantize import QuantizedMatrix, encode
+from coatrt.store import CodeStore
+
+__all__ = ["WEIGHTS_FILE", "DecoderIO", "GraphForm", "Progress", "decoder_io", "export_decoder"]
+
+Progress = Callable[[int, int, str], None]
+"""Called with (matrices done, matrices in all, name of the matrix just written)."""
+
+
+class _SmallTensors:
+    """Reads norms and biases, and remembers which tensors of the checkpoint nobody asked for."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._left = {name for name in checkpoint.tensor_names if not name.endswith("rotary_emb.inv_freq")}
+        self._left -= {f"{name}.weight" for name in checkpoint.matrices.names}
+        if checkpoint.matrices.tied:
+            self._left.discard(f"{HEAD}.weight")
+
+    def __call__(self, name: str) -> torch.Tensor | None:
+        optional = name.endswith((".bias", "q_norm.weight", "k_norm.weight"))
+        if optional and not self._checkpoint.has(name):
+            return None
+        self._left.discard(name)
+        return self._checkpoint.tensor(name)
+
+    def check(self) -> None:
+        """Refuse a checkpoint with tensors the graph does not use: its arithmetic is not what the graph computes."""
+        if self._left:
+            some = ", ".join(sorted(self._left)[:3])
+            raise CheckpointError(
+                f"{self._checkpoint.directory} has {len(self._left)} tensors that a graph of the family "
+                f"{self._checkpoint.model_type} does not use, like {some}; give a plain checkpoint of the family"
+            )
+
+
+def _max_positions(spec: DecoderSpec, form: GraphForm) -> int:
+    return min(spec.max_positions, form.cache_length or form.max_positions, form.max_positions)
+
+
+def decoder_io(checkpoint: Checkpoint, form: GraphForm) -> DecoderIO:
+    """Return what a runtime has to know to bind the graph of a form.
+
+    Args:
+        checkpoint: the model.
+        form: the form of the graph.
+
+    Raises:
+        CheckpointError: the model is of an unknown family.
+    """
+    spec = DecoderSpec.from_checkpoint(checkpoint)
+    return DecoderIO(
+        layers=spec.layers,
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        vocabulary=spec.vocabulary,
+        cache_length=form.cache_length,
+        activations=form.activations,
+        max_positions=_max_positions(spec, form),
+    )
+
+
+def _check(
+    checkpoint: Checkpoint, config: QuantConfig, contract: LoraContract | None, forms: Sequence[GraphForm]
+) -> None:
+    model = checkpoint.matrices
+    if set(config.formats) != set(model.names):
+        wrong = sorted(set(config.formats) ^ set(model.names))
+        raise ConfigError(
+            f"the configuration and the model differ in {len(wrong)} matrices, like {wrong[0]}; "
+            "give a configuration resolved for this model"
+        )
+    if contract is not None:
+        given = {tensor.matrix: (tensor.N, tensor.K) for tensor in contract.tensors}
+        needed = {matrix.name: (matrix.N, matrix.K) for matrix in model.targets}
+        if given != needed:
+            raise ConfigError(
+                f"the LoRA contract has {len(given)} matrices that are not the model's {len(needed)} targets in name "
+                "or shape; make the contract from this model"
+            )
+    distinct = min(len({form.file for form in forms}), len({form.name for form in forms}))
+    if not forms or distinct != len(forms):
+        raise ConfigError(f"{len(forms)} graph forms are given; give at least one, each name and file once")
+
+
+def export_decoder(
+    checkpoint: Checkpoint,
+    config: QuantConfig,
+    directory: Path,
+    *,
+    forms: Sequence[GraphForm],
+    contract: LoraContract | None = None,
+    codes: CodeStore | None = None,
+    progress: Progress | None = None,
+) -> dict[str, str]:
+    """Write a model as decoder graphs, all reading one `weights.bin`; every matrix is quantized once.
+
+    One matrix at a time is in memory, so the peak does not grow with the number of layers.
+
+    Args:
+        checkpoint: the model.
+        config: a format for each of its matrices.
+        directory: an existing directory, which the caller makes visible only when this returns.
+        forms: the graphs to write, each name once.
+        contract: LoRA inputs to add to every graph; None for graphs without.
+        codes: cache of encoded matrices; None encodes here and keeps nothing.
+        progress: called after every matrix.
+
+    Returns:
+        form name → name of the graph file in `directory`.
+
+    Raises:
+        CheckpointError: the family is unknown or the checkpoint has tensors the graph does not use.
+        ConfigError: configuration, contract or forms do not fit the model.
+        FormatError: a weight cannot be held in its format.
+    """
+    _check(checkpoint, config, contract, forms)
+    spec = DecoderSpec.from_checkpoint(checkpoint)
+    model, small = checkpoint.matrices, _SmallTensors(checkpoint)
+
+    def encoded(name: str) -> QuantizedMatrix:
+        if codes is not None:
+            return codes.get(name, config[name])
+        return encode(checkpoint.tensor(f"{name}.weight"), config[name])
+
+    with WeightFile(directory) as weights_file:
+        graphs = [GraphBuilder(form, weights_file) for form in forms]
+        tables: list[Table] = []
+        weights: list[dict[str, ir.Value]] = [{} for _ in graphs]
+        for done, name in enumerate(model.names, 1):
+            matrix = encoded(name)
+            for graph, written in zip(graphs, weights, strict=True):
+                if name != EMBEDDING:
+                    written[name] = write_matrix(graph, name, matrix)
+                    continue
+                table = write_table(graph, name, matrix, head=model.tied)
+                tables.append(table)
+                if table.weight is not None:
+                    written[HEAD] = table.weight
+            del matrix  # before the next one is read
+            if progress is not None:
+                progress(done, len(model.names), name)
+        for graph, table, written in zip(graphs, tables, weights, strict=True):
+            Network(graph, spec, table, written, small, contract, _max_positions(spec, graph.form)).write()
+        small.check()
+    for graph in graphs:
+        graph.save(directory)
+    return {form.name: form.file for form in forms}

@@ -1,0 +1,194 @@
+"""A small builder over onnx-ir: names every node and value, keeps weights outside the graph."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+
+from coatrt.contract import ACTIVATIONS
+from coatrt.errors import ConfigError
+from coatrt.export.weight_file import WEIGHTS_FILE, WeightFile
+
+__all__ = ["IR_VERSION", "OPSET", "TORCH_DTYPES", "GraphBuilder", "GraphForm"]
+
+OPSET = 24  # the first with TensorScatter and Swish
+IR_VERSION = 11
+_INLINE_BYTES = 1024
+_DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
+TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class GraphForm:
+    """One way to write a model down, for one kind of runtime.
+
+    Args:
+        name: "engine" for TensorRT (quantized constants read by DequantizeLinear only) or "cpu" for ONNX Runtime.
+        file: name of the graph file.
+        activations: dtype of activations, caches and LoRA inputs; the cpu form has no bfloat16.
+        cache_length: slots of each key/value cache; None leaves them open (cpu form only).
+        max_positions: most rows of the rotary tables; the model's own limit and the cache length lower it.
+
+    Raises:
+        ConfigError: the combination does not exist.
+    """
+
+    name: Literal["engine", "cpu"]
+    file: str
+    activations: str
+    cache_length: int | None = None
+    max_positions: int = 32768
+
+    def __post_init__(self) -> None:
+        allowed = {"engine": ACTIVATIONS, "cpu": ("float32", "float16")}
+        if self.name not in allowed:
+            raise ConfigError(f"graph form {self.name!r} is given; allowed: engine, cpu")
+        if self.activations not in allowed[self.name]:
+            raise ConfigError(
+                f"{self.activations} activations are given for the {self.name} form; "
+                f"allowed: {', '.join(allowed[self.name])}"
+            )
+        if self.name == "engine" and self.cache_length is None:
+            raise ConfigError("the engine form has no cache length; give one, such as 2048: TensorRT needs it fixed")
+        if (self.cache_length is not None and self.cache_length < 1) or self.max_positions < 1:
+            raise ConfigError(
+                f"cache length {self.cache_length} and {self.max_positions} positions are given; give positive numbers"
+            )
+
+
+class GraphBuilder:
+    """A graph under construction; every value is named by its caller, and a node is named after its output.
+
+    Args:
+        form: the form to write.
+        weights: the open file that takes the weights.
+    """
+
+    def __init__(self, form: GraphForm, weights: WeightFile) -> None:
+        self.form = form
+        self.activations = _DTYPES[form.activations]
+        self._weights = weights
+        self._inputs: list[ir.Value] = []
+        self._outputs: list[ir.Value] = []
+        self._nodes: list[ir.Node] = []
+        self._initializers: list[ir.Value] = []
+        self._names: set[str] = set()
+        self._constants: dict[str, ir.Value] = {}
+
+    @property
+    def is_engine(self) -> bool:
+        """Whether this is the TensorRT form."""
+        return self.form.name == "engine"
+
+    @property
+    def node_count(self) -> int:
+        """Nodes so far."""
+        return len(self._nodes)
+
+    def _claim(self, name: str) -> str:
+        assert name not in self._names, f"the name {name} is taken"
+        self._names.add(name)
+        return name
+
+    def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+        """Return a new graph input; a text dimension is dynamic."""
+        value = ir.Value(name=self._claim(name), type=ir.TensorType(dtype), shape=ir.Shape(shape))
+        self._inputs.append(value)
+        return value
+
+    def output(self, value: ir.Value, dtype: ir.DataType, shape: Sequence[int | str]) -> None:
+        """Make `value` a graph output under its own name."""
+        value.type, value.shape = ir.TensorType(dtype), ir.Shape(shape)
+        self._outputs.append(value)
+
+    def op(self, op_type: str, inputs: Sequence[ir.Value | None], name: str, **attributes: Any) -> ir.Value:
+        """Add one node and return its output, both called `name`."""
+        value = ir.Value(name=self._claim(name))
+        self._nodes.append(ir.node(op_type, inputs, attributes, outputs=[value], name=name))
+        return value
+
+    def store(
+        self, name: str, tensor: torch.Tensor, dtype: ir.DataType, shape: Sequence[int] | None = None
+    ) -> ir.Value:
+        """Return an initializer whose bytes go to the weights file.
+
+        Args:
+            name: name of the initializer.
+            tensor: contiguous data; sub-byte dtypes come packed, low bits first.
+            dtype: what the bytes mean in the graph.
+            shape: elements in the graph; the tensor's own shape by default.
+        """
+        offset, length = self._weights.add(tensor)
+        dims = ir.Shape(tuple(tensor.shape) if shape is None else tuple(shape))
+        data = ir.ExternalTensor(
+            WEIGHTS_FILE, offset, length, dtype, shape=dims, name=name, base_dir=self._weights.directory
+        )
+        value = ir.Value(name=self._claim(name), type=ir.TensorType(dtype), shape=dims, const_value=data)
+        self._initializers.append(value)
+        return value
+
+    def constant(self, array: NDArray[Any]) -> ir.Value:
+        """Return a small constant, the same one for equal content."""
+        digest = hashlib.sha256(array.tobytes()).hexdigest()[:12]
+        name = f"constant.{array.dtype}.{'x'.join(map(str, array.shape))}.{digest}"
+        if array.size <= 8 and array.dtype.kind == "i":
+            name = f"constant.{array.dtype}{list(array.shape)}.{'_'.join(map(str, array.flat))}"
+        if name not in self._constants:
+            tensor = ir.tensor(array, name=name)
+            if array.nbytes > _INLINE_BYTES:
+                raw = torch.from_numpy(np.frombuffer(array.tobytes(), np.uint8).copy())
+                self._constants[name] = self.store(name, raw, tensor.dtype, array.shape)
+            else:
+                kind, shape = ir.TensorType(tensor.dtype), ir.Shape(array.shape)
+                value = ir.Value(name=self._claim(name), type=kind, shape=shape, const_value=tensor)
+                self._initializers.append(value)
+                self._constants[name] = value
+        return self._constants[name]
+
+    def ints(self, *values: int) -> ir.Value:
+        """Return a 1-D int64 constant."""
+        return self.constant(np.array(values, np.int64))
+
+    def real(self, values: float | NDArray[np.float32]) -> ir.Value:
+        """Return a constant rounded to the activations' dtype."""
+        return self.constant(np.asarray(values, np.float32).astype(self.activations.numpy()))
+
+    def cast(self, value: ir.Value, name: str) -> ir.Value:
+        """Return `value` in the activations' dtype; nothing is added where an initializer has it already."""
+        if value.dtype == self.activations:
+            return value
+        return self.op("Cast", [value], name, to=self.activations)
+
+    def rounded(self, op_type: Literal["Add", "Mul"], left: ir.Value, right: ir.Value, name: str) -> ir.Value:
+        """Return left + right or left × right, rounded once to the activations' dtype.
+
+        ONNX Runtime has no float16 arithmetic on the CPU: it would keep a chain in float32, and would not fold it.
+        Explicit casts keep each rounding and fold. A float32 product or sum of two float16 numbers, rounded to
+        float16, is the float16 result: float32 has 24 ≥ 2·11 + 2 significand bits.
+        """
+        if self.is_engine or self.activations != ir.DataType.FLOAT16:
+            return self.op(op_type, [left, right], name)
+        wide = [
+            self.op("Cast", [value], f"{name}.{side}", to=ir.DataType.FLOAT)
+            for value, side in ((left, "left"), (right, "right"))
+        ]
+        return self.op("Cast", [self.op(op_type, wide, f"{name}.wide")], name, to=ir.DataType.FLOAT16)
+
+    def save(self, directory: Path) -> None:
+        """Write the graph file into `directory`, beside its weights file."""
+        graph = ir.Graph(
+            self._inputs,
+            self._outputs,
+            nodes=self._nodes,
+            initializers=self._initializers,
+            opset_imports={"": OPSET},
+            name="decoder",
+        )
+        model = ir.Model(graph, ir_version=IR_VERSION, producer_name="coatrt")
+        ir.save(model, directory / self.form.file)

@@ -1,0 +1,209 @@
+"""The decoder network as graph nodes: embedding, layers with caches, logits."""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from coatrt.contract import LoraContract
+from coatrt.export.graph import TORCH_DTYPES, GraphBuilder
+from coatrt.export.spec import DecoderSpec
+from coatrt.export.weights import Table
+from coatrt.matrices import HEAD
+
+__all__ = ["Network"]
+
+
+class Network:
+    """Writes one decoder into one graph.
+
+    Args:
+        graph: receives the nodes; the weights are in it already.
+        spec: what to compute.
+        table: the embedding.
+        weights: matrix name → weight [K, N], the head among them.
+        tensor: reads a small tensor of the checkpoint by name, None where it has none.
+        contract: LoRA inputs to add; None for a graph without.
+        max_positions: rows of the rotary tables.
+    """
+
+    def __init__(
+        self,
+        graph: GraphBuilder,
+        spec: DecoderSpec,
+        table: Table,
+        weights: Mapping[str, ir.Value],
+        tensor: Callable[[str], torch.Tensor | None],
+        contract: LoraContract | None,
+        max_positions: int,
+    ) -> None:
+        self._graph, self._spec, self._table, self._weights = graph, spec, table, weights
+        self._tensor, self._contract, self._max_positions = tensor, contract, max_positions
+        self._lora: dict[str, tuple[ir.Value, ir.Value]] = {}
+
+    def write(self) -> None:
+        """Add inputs, nodes and outputs."""
+        graph, spec = self._graph, self._spec
+        integer = ir.DataType.INT64
+        ids = graph.input("input_ids", integer, ["B", "S"])
+        self._positions = graph.input("position_ids", integer, ["B", "S"])
+        self._write_index = graph.input("write_index", integer, ["B"])
+        index = graph.input("logits_index", integer, ["B", "T"])
+        slots = graph.form.cache_length if graph.form.cache_length is not None else "L"
+        shape = ("B", spec.kv_heads, slots, spec.head_dim)
+        self._past = [
+            (
+                graph.input(f"past_key_values.{layer}.key", graph.activations, shape),
+                graph.input(f"past_key_values.{layer}.value", graph.activations, shape),
+            )
+            for layer in range(spec.layers)
+        ]
+        for tensor in self._contract.tensors if self._contract is not None else ():
+            assert self._contract is not None
+            self._lora[tensor.matrix] = (
+                graph.input(tensor.A, graph.activations, (tensor.K, self._contract.rank)),
+                graph.input(tensor.B, graph.activations, (self._contract.rank, tensor.N)),
+            )
+        self._cos, self._sin = self._rotary_tables()
+        self._masks = self._attention_masks()
+
+        x = self._multiplied(self._table.rows(ids), spec.embedding_multiplier, "embedding.multiplied")  # [B, S, H]
+        presents = []
+        for layer in range(spec.layers):
+            x, present = self._layer(x, layer)
+            presents += present
+        # Only the positions asked for reach the last norm and the head.
+        asked = graph.op("Unsqueeze", [index, graph.ints(-1)], "logits_positions")  # [B, T, 1]
+        x = graph.op("GatherND", [x, asked], "last_hidden", batch_dims=1)  # [B, T, H]
+        x = self._norm(x, "model.norm")
+        divided = spec.logits_divisor != 1.0
+        logits = graph.op("MatMul", [x, self._weights[HEAD]], "logits.undivided" if divided else "logits")
+        if divided:
+            logits = graph.op("Div", [logits, graph.real(spec.logits_divisor)], "logits")
+        graph.output(logits, graph.activations, ["B", "T", spec.vocabulary])
+        for value in presents:
+            graph.output(value, graph.activations, shape)
+
+    def _rotary_tables(self) -> tuple[ir.Value, ir.Value]:
+        """Return cosines and sines [positions, rotated dimensions / 2], computed in float32 as transformers does."""
+        angles = torch.arange(self._max_positions, dtype=torch.float)[:, None] * torch.tensor(
+            self._spec.inverse_frequencies
+        )
+        dtype = TORCH_DTYPES[self._graph.form.activations]
+        return tuple(  # type: ignore[return-value]
+            self._graph.store(name, (values * self._spec.rope_scaling).to(dtype), self._graph.activations)
+            for name, values in (("rotary.cos", angles.cos()), ("rotary.sin", angles.sin()))
+        )
+
+    def _attention_masks(self) -> dict[int | None, ir.Value]:
+        """Return per window the mask [B, 1, S, L]: a query at position p sees slots p − window + 1 … p."""
+        graph, length = self._graph, self._graph.form.cache_length
+        if length is not None:
+            slots = graph.constant(np.arange(length, dtype=np.int64))
+        else:
+            size = graph.op("Shape", [self._past[0][0]], "cache.length", start=2, end=3)
+            size = graph.op("Squeeze", [size], "cache.slots.end")
+            zero, one = (graph.constant(np.array(value, np.int64)) for value in (0, 1))
+            slots = graph.op("Range", [zero, size, one], "cache.slots")
+        query = graph.op("Unsqueeze", [self._positions, graph.ints(1, 3)], "mask.query")  # [B, 1, S, 1]
+        causal = graph.op("LessOrEqual", [slots, query], "mask.causal")
+        masks: dict[int | None, ir.Value] = {None: causal}
+        for window in sorted({window for window in self._spec.windows if window is not None}):
+            first = graph.op("Sub", [query, graph.ints(window)], f"mask.before{window}")
+            near = graph.op("Greater", [slots, first], f"mask.near{window}")
+            masks[window] = graph.op("And", [causal, near], f"mask.window{window}")
+        return masks
+
+    def _layer(self, x: ir.Value, layer: int) -> tuple[ir.Value, list[ir.Value]]:
+        prefix, after = f"model.layers.{layer}", self._spec.norm_after
+        hidden = x if after else self._norm(x, f"{prefix}.input_layernorm")
+        hidden, presents = self._attention(hidden, layer, f"{prefix}.self_attn")
+        if after:
+            hidden = self._norm(hidden, f"{prefix}.post_attention_layernorm")
+        x = self._added(x, hidden, f"{prefix}.attention_residual")
+        hidden = x if after else self._norm(x, f"{prefix}.post_attention_layernorm")
+        hidden = self._mlp(hidden, f"{prefix}.mlp")
+        if after:
+            hidden = self._norm(hidden, f"{prefix}.post_feedforward_layernorm")
+        return self._added(x, hidden, f"{prefix}.mlp_residual"), presents
+
+    def _attention(self, x: ir.Value, layer: int, prefix: str) -> tuple[ir.Value, list[ir.Value]]:
+        graph, spec = self._graph, self._spec
+        query = self._heads(x, f"{prefix}.q_proj", f"{prefix}.q_norm", spec.heads)
+        key = self._heads(x, f"{prefix}.k_proj", f"{prefix}.k_norm", spec.kv_heads)
+        value = self._heads(x, f"{prefix}.v_proj", None, spec.kv_heads)
+        if spec.rotary[layer]:
+            query, key = (self._rotated(part, f"{prefix}.{label}") for part, label in ((query, "q"), (key, "k")))
+        past_key, past_value = self._past[layer]
+        key = graph.op("TensorScatter", [past_key, key, self._write_index], f"present.{layer}.key", axis=2)
+        value = graph.op("TensorScatter", [past_value, value, self._write_index], f"present.{layer}.value", axis=2)
+        mask = self._masks[spec.windows[layer]]
+        mixed = graph.op(
+            "Attention", [query, key, value, mask], f"{prefix}.attention", scale=spec.attention_multiplier
+        )  # [B, heads, S, D]
+        mixed = graph.op("Transpose", [mixed], f"{prefix}.by_position", perm=[0, 2, 1, 3])
+        mixed = graph.op("Reshape", [mixed, graph.ints(0, 0, spec.heads * spec.head_dim)], f"{prefix}.joined")
+        return self._linear(mixed, f"{prefix}.o_proj"), [key, value]
+
+    def _heads(self, x: ir.Value, projection: str, norm: str | None, heads: int) -> ir.Value:
+        """Return a projection cut into heads, [B, heads, S, D], normed where the checkpoint has that norm."""
+        graph, width = self._graph, self._spec.head_dim
+        out = self._linear(x, projection)
+        scale = self._tensor(f"{norm}.weight") if norm is not None else None
+        per_head = scale is not None and scale.numel() == width
+        if scale is not None and not per_head:  # over all heads at once
+            out = self._norm(out, str(norm))
+        out = graph.op("Reshape", [out, graph.ints(0, 0, heads, width)], f"{projection}.heads")
+        if per_head:
+            out = self._norm(out, str(norm))
+        return graph.op("Transpose", [out], f"{projection}.by_head", perm=[0, 2, 1, 3])
+
+    def _rotated(self, heads: ir.Value, name: str) -> ir.Value:
+        rotated = 2 * len(self._spec.inverse_frequencies)
+        partial = {"rotary_embedding_dim": rotated} if rotated != self._spec.head_dim else {}
+        return self._graph.op(
+            "RotaryEmbedding", [heads, self._cos, self._sin, self._positions], f"{name}.rotated", **partial
+        )
+
+    def _mlp(self, x: ir.Value, prefix: str) -> ir.Value:
+        graph, gate = self._graph, self._linear(x, f"{prefix}.gate_proj")
+        if self._spec.activation == "silu":
+            gate = graph.op("Swish", [gate], f"{prefix}.activated")
+        else:
+            approximate = "tanh" if self._spec.activation == "gelu_tanh" else "none"
+            gate = graph.op("Gelu", [gate], f"{prefix}.activated", approximate=approximate)
+        gated = graph.op("Mul", [gate, self._linear(x, f"{prefix}.up_proj")], f"{prefix}.gated")
+        return self._linear(gated, f"{prefix}.down_proj")
+
+    def _linear(self, x: ir.Value, name: str) -> ir.Value:
+        """Return x·W (+ bias) (+ (x·A)·B)."""
+        graph, bias = self._graph, self._tensor(f"{name}.bias")
+        out = graph.op("MatMul", [x, self._weights[name]], f"{name}.product")
+        if bias is not None:
+            out = graph.op("Add", [out, self._small(f"{name}.bias", bias)], f"{name}.biased")
+        if name in self._lora:
+            a, b = self._lora[name]
+            low = graph.op("MatMul", [x, a], f"{name}.lora_low")
+            out = graph.op("Add", [out, graph.op("MatMul", [low, b], f"{name}.lora")], f"{name}.adapted")
+        return out
+
+    def _norm(self, x: ir.Value, name: str) -> ir.Value:
+        weight, bias = self._tensor(f"{name}.weight"), self._tensor(f"{name}.bias") if self._spec.layer_norm else None
+        assert weight is not None, f"the tensor reader refuses a checkpoint without {name}.weight"
+        inputs = [x, self._small(f"{name}.weight", weight.float() + self._spec.norm_offset)]
+        if bias is not None:
+            inputs.append(self._small(f"{name}.bias", bias))
+        op = "LayerNormalization" if self._spec.layer_norm else "RMSNormalization"
+        return self._graph.op(op, inputs, name, axis=-1, epsilon=self._spec.epsilon)
+
+    def _small(self, name: str, tensor: torch.Tensor) -> ir.Value:
+        dtype = TORCH_DTYPES[self._graph.form.activations]
+        return self._graph.store(name, tensor.to(dtype).contiguous(), self._graph.activations)
+
+    def _multiplied(self, x: ir.Value, factor: float, name: str) -> ir.Value:
+        return x if factor == 1.0 else self._graph.op("Mul", [x, self._graph.real(factor)], name)
+
+    def _added(self, x: ir.Value, update: ir.Value, name: str) -> ir.Value:
+        update = self._multiplied(update, self._spec.residual_multiplier, f"{name}.multiplied")
+        return self._graph.op("Add", [x, update], name)

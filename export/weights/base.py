@@ -1,0 +1,169 @@
+"""What every weight storage offers, and the pieces they share: scales, byte tables, nibbles."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+
+from coatrt.export.graph import GraphBuilder
+from coatrt.quantize import QuantizedMatrix
+
+__all__ = [
+    "Storage",
+    "Table",
+    "block_dequantized",
+    "byte_lookup",
+    "gather_rows",
+    "nibbles",
+    "scaled",
+    "scaled_rows",
+    "transposed",
+]
+
+
+@dataclass(frozen=True)
+class Table:
+    """An embedding table in a graph.
+
+    Args:
+        rows: input ids [B, S] → embeddings [B, S, H].
+        weight: the same table as the head's weight [H, V]; None unless it was asked for.
+    """
+
+    rows: Callable[[ir.Value], ir.Value]
+    weight: ir.Value | None
+
+
+class Storage(Protocol):
+    """How the formats of some kinds are written into a graph; the decoded weight equals `coatrt.quantize.decode`."""
+
+    def matrix(self, graph: GraphBuilder, name: str, matrix: QuantizedMatrix) -> ir.Value:
+        """Return the weight [K, N] for MatMul, in the activations' dtype."""
+
+    def table(self, graph: GraphBuilder, name: str, matrix: QuantizedMatrix, head: bool) -> Table:
+        """Return an embedding table [V, H], with its transpose for a tied head where `head` is true."""
+
+
+def transposed(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the contiguous transpose of a matrix; 8-bit floats keep their bytes."""
+    if tensor.element_size() == 1:
+        return tensor.view(torch.uint8).t().contiguous().view(tensor.dtype)
+    return tensor.t().contiguous()
+
+
+def nibbles(codes: torch.Tensor) -> torch.Tensor:
+    """Return 4-bit codes (int8 or uint8, any shape) packed flat as ONNX does: two a byte, the first in the low half."""
+    flat = codes.reshape(-1).view(torch.uint8)
+    if flat.numel() % 2:
+        flat = torch.cat([flat, flat.new_zeros(1)])
+    return (flat[1::2] << 4).bitwise_or_(flat[0::2] & 15)
+
+
+def gather_rows(graph: GraphBuilder, table: ir.Value, ids: ir.Value | None, name: str) -> ir.Value:
+    """Return the rows of `table` that `ids` names, or the whole table without ids."""
+    return table if ids is None else graph.op("Gather", [table, ids], name, axis=0)
+
+
+def block_dequantized(
+    graph: GraphBuilder, codes: ir.Value, scales: ir.Value, matrix: QuantizedMatrix, axis: int, name: str
+) -> ir.Value:
+    """Return codes × scales by DequantizeLinear, K long along `axis`.
+
+    TensorRT takes the block size from the two shapes, so its codes are padded to whole blocks: with K = 100 and two
+    scales it would use blocks of 50. ONNX Runtime takes a short last block and fuses only without the slice.
+
+    Args:
+        graph: the graph.
+        codes: [K or Kp, N] or, for tables, [N, K or Kp].
+        scales: the same with blocks in place of K.
+        matrix: gives block and K.
+        axis: where K lies.
+        name: name of the weight.
+    """
+    assert codes.shape is not None
+    padded = codes.shape[axis] != matrix.K
+    values = graph.op(
+        "DequantizeLinear",
+        [codes, scales],
+        f"{name}.padded" if padded else name,
+        axis=axis,
+        block_size=matrix.format.block,
+    )
+    if not padded:
+        return values
+    return graph.op("Slice", [values, graph.ints(0), graph.ints(matrix.K), graph.ints(axis)], name)
+
+
+def byte_lookup(graph: GraphBuilder, stored: ir.Value, values: NDArray[np.float32], name: str) -> ir.Value:
+    """Return what each stored byte stands for, cpu form: one Gather that ONNX Runtime folds for constants.
+
+    Args:
+        graph: graph in the cpu form.
+        stored: uint8, any shape.
+        values: [256, n]: the n values that a byte packs, in order.
+        name: prefix of the new names.
+
+    Returns:
+        shape of `stored` with a new last axis n, in the activations' dtype.
+    """
+    index = graph.op("Cast", [stored], f"{name}.index", to=ir.DataType.INT32)
+    return graph.op("Gather", [graph.real(values), index], f"{name}.levels", axis=0)
+
+
+def scaled(graph: GraphBuilder, levels: ir.Value, scales: ir.Value, matrix: QuantizedMatrix, name: str) -> ir.Value:
+    """Return levels × scales as a weight [K, N], one rounding per element.
+
+    Args:
+        graph: the graph.
+        levels: Kp·N values in [Kp, N] order, any shape; Kp = K where the format has no blocks.
+        scales: [blocks, N], or [1, N] per channel.
+        matrix: gives the shape.
+        name: name of the weight.
+    """
+    N, width = matrix.N, matrix.format.padded(matrix.K)
+    blocks = width // (matrix.format.block or width)
+    levels = graph.op("Reshape", [levels, graph.ints(blocks, width // blocks, N)], f"{name}.blocks")
+    scales = graph.op("Reshape", [scales, graph.ints(blocks, 1, N)], f"{name}.block_scales")
+    product = graph.rounded("Mul", levels, scales, f"{name}.product")
+    if width == matrix.K:
+        return graph.op("Reshape", [product, graph.ints(width, N)], name)
+    padded = graph.op("Reshape", [product, graph.ints(width, N)], f"{name}.padded")
+    return graph.op("Slice", [padded, graph.ints(0), graph.ints(matrix.K), graph.ints(0)], name)
+
+
+def scaled_rows(
+    graph: GraphBuilder,
+    levels: ir.Value,
+    scales: ir.Value,
+    matrix: QuantizedMatrix,
+    ids: ir.Value | None,
+    name: str,
+) -> ir.Value:
+    """Return levels × scales as table rows, one rounding per element.
+
+    Args:
+        graph: the graph.
+        levels: [B, S, …] or, without ids, [V, …]; Hp values in the axes behind.
+        scales: [V, blocks], or [V, 1] per channel.
+        matrix: gives the shape.
+        ids: [B, S] the rows to take; None for the whole table.
+        name: name of the rows.
+
+    Returns:
+        [B, S, H] with ids, else [V, H].
+    """
+    width = matrix.format.padded(matrix.K)
+    blocks = width // (matrix.format.block or width)
+    lead = (0, 0) if ids is not None else (matrix.N,)  # 0 copies the dimension
+    levels = graph.op("Reshape", [levels, graph.ints(*lead, blocks, width // blocks)], f"{name}.blocks")
+    scales = gather_rows(graph, scales, ids, f"{name}.row_scales")
+    scales = graph.op("Unsqueeze", [scales, graph.ints(-1)], f"{name}.block_scales")
+    product = graph.rounded("Mul", levels, scales, f"{name}.product")
+    if width == matrix.K:
+        return graph.op("Reshape", [product, graph.ints(*lead, width)], name)
+    padded = graph.op("Reshape", [product, graph.ints(*lead, width)], f"{name}.padded")
+    return graph.op("Slice", [padded, graph.ints(0), graph.ints(matrix.K), graph.ints(-1)], name)

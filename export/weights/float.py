@@ -1,0 +1,34 @@
+"""16-bit weights: stored as they are, cast where the activations have another dtype."""
+
+import onnx_ir as ir
+import torch
+
+from coatrt.export.graph import GraphBuilder
+from coatrt.export.weights.base import Table, gather_rows, transposed
+from coatrt.quantize import QuantizedMatrix
+
+__all__ = ["FloatStorage"]
+
+_DTYPES = {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
+
+
+class FloatStorage:
+    """fp16 and bf16."""
+
+    def matrix(self, graph: GraphBuilder, name: str, matrix: QuantizedMatrix) -> ir.Value:
+        """Return the weight [K, N]."""
+        stored = graph.store(f"{name}.values", transposed(matrix.codes), _DTYPES[matrix.codes.dtype])
+        return graph.cast(stored, name)
+
+    def table(self, graph: GraphBuilder, name: str, matrix: QuantizedMatrix, head: bool) -> Table:
+        """Return the table; a tied head reads the same stored values."""
+        stored = graph.store(f"{name}.values", matrix.codes.contiguous(), _DTYPES[matrix.codes.dtype])
+
+        def rows(ids: ir.Value) -> ir.Value:
+            taken = gather_rows(graph, stored, ids, f"{name}.rows")
+            return taken if stored.dtype == graph.activations else graph.op(
+                "Cast", [taken], f"{name}.rows.cast", to=graph.activations
+            )
+
+        weight = graph.op("Transpose", [graph.cast(stored, name)], f"{name}.head", perm=[1, 0]) if head else None
+        return Table(rows, weight)

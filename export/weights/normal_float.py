@@ -1,0 +1,35 @@
+"""NormalFloat of 2, 3, 4 or 8 bits: packed planes, a Gather on the codebook, a multiplication by the scales."""
+
+import onnx_ir as ir
+
+from coatrt.codebooks import codebook
+from coatrt.export.graph import GraphBuilder
+from coatrt.export.weights.base import Table, scaled, scaled_rows, transposed
+from coatrt.export.weights.packing import PackedCodes
+from coatrt.export.weights.scales import write_scales
+from coatrt.quantize import QuantizedMatrix
+
+__all__ = ["NormalFloatStorage"]
+
+
+class NormalFloatStorage:
+    """nf2, nf3, nf4 and nf8, scales in float16 or quantized themselves."""
+
+    def matrix(self, graph: GraphBuilder, name: str, matrix: QuantizedMatrix) -> ir.Value:
+        """Return the weight [K, N]; planes are packed along K."""
+        codes = PackedCodes.store(graph, f"{name}.codes", transposed(matrix.codes), matrix.format.bits, axis=0)
+        levels = codes.lookup(codebook(matrix.format.kind), None, name)
+        return scaled(graph, levels, write_scales(graph, name, matrix, by_rows=False), matrix, name)
+
+    def table(self, graph: GraphBuilder, name: str, matrix: QuantizedMatrix, head: bool) -> Table:
+        """Return the table; planes are packed along the hidden axis, rows are taken before they are unpacked."""
+        prefix = f"{name}.table"
+        codes = PackedCodes.store(graph, f"{prefix}.codes", matrix.codes, matrix.format.bits, axis=1)
+        scales = write_scales(graph, prefix, matrix, by_rows=True)
+
+        def rows(ids: ir.Value | None, label: str) -> ir.Value:
+            levels = codes.lookup(codebook(matrix.format.kind), ids, label)
+            return scaled_rows(graph, levels, scales, matrix, ids, label)
+
+        weight = graph.op("Transpose", [rows(None, prefix)], f"{name}.head", perm=[1, 0]) if head else None
+        return Table(lambda ids: rows(ids, f"{name}.rows"), weight)

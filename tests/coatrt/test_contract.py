@@ -1,0 +1,82 @@
+"""LoRA contract and decoder inputs/outputs: names, shapes, validation, JSON."""
+
+from pathlib import Path
+
+import pytest
+
+from coatrt.contract import DecoderIO, LoraContract, LoraTensor, contract_for
+from coatrt.errors import ConfigError
+from coatrt.matrices import Matrix, ModelMatrices
+
+MODEL = ModelMatrices(
+    (
+        Matrix("model.embed_tokens", 100, 64),
+        Matrix("model.layers.0.self_attn.q_proj", 48, 64),
+        Matrix("model.layers.0.mlp.down_proj", 64, 160),
+        Matrix("lm_head", 100, 64),
+    ),
+    tied=False,
+)
+IO = DecoderIO(2, 2, 16, 256, 64, "float16", 64)
+
+
+def test_contract_covers_the_targets_in_network_order() -> None:
+    contract = contract_for(MODEL, 16, 32)
+    assert list(contract.shapes.items()) == [
+        ("lora_A.model.layers.0.self_attn.q_proj", (64, 16)),
+        ("lora_B.model.layers.0.self_attn.q_proj", (16, 48)),
+        ("lora_A.model.layers.0.mlp.down_proj", (160, 16)),
+        ("lora_B.model.layers.0.mlp.down_proj", (16, 64)),
+    ]
+    assert contract.scale == 2.0
+    assert contract.dtype == "float32"
+    assert contract.by_matrix["model.layers.0.mlp.down_proj"].K == 160
+
+
+def test_contract_file_round_trip(tmp_path: Path) -> None:
+    contract = contract_for(MODEL, 32, 48.5)
+    contract.save(tmp_path / "lora_io.json")
+    assert LoraContract.load(tmp_path / "lora_io.json") == contract
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(8, 16), (0, 16), (-16, 16), (24, 16), (16, 0), (16, float("inf"))])
+def test_contract_refuses_rank_and_alpha(rank: int, alpha: float) -> None:
+    with pytest.raises(ConfigError, match=r"is given; "):
+        contract_for(MODEL, rank, alpha)
+
+
+def test_contract_refuses_repeated_names_and_no_tensors() -> None:
+    row = LoraTensor("m", "a", "b", 4, 4)
+    for tensors in ((), (row, row), (LoraTensor("m", "a", "a", 4, 4),)):
+        with pytest.raises(ConfigError, match="distinct tensor names"):
+            LoraContract(16, 16.0, "float32", tensors)
+
+
+@pytest.mark.parametrize("value", [None, [], {}, {"rank": 16}, {"rank": "x", "alpha": 1, "dtype": "float32", "tensors": []}])
+def test_contract_refuses_garbled_json(value: object) -> None:
+    with pytest.raises(ConfigError, match="export again"):
+        LoraContract.from_json(value)
+
+
+def test_contract_refuses_another_scale_rule() -> None:
+    value = contract_for(MODEL, 16, 16).to_json() | {"scale_rule": "alpha/sqrt(rank)"}
+    with pytest.raises(ConfigError, match="sqrt"):
+        LoraContract.from_json(value)
+
+
+def test_decoder_io_names_and_round_trip() -> None:
+    assert IO.past_names == (
+        "past_key_values.0.key", "past_key_values.0.value", "past_key_values.1.key", "past_key_values.1.value",
+    )  # fmt: skip
+    assert IO.present_names[-1] == "present.1.value"
+    assert DecoderIO.from_json(IO.to_json()) == IO
+    open_length = DecoderIO(2, 2, 16, 256, None, "float32", 64)
+    assert DecoderIO.from_json(open_length.to_json()) == open_length
+
+
+@pytest.mark.parametrize(
+    "change", [{"layers": 0}, {"kv_heads": "2"}, {"cache_length": -1}, {"activations": "int8"}, {"extra": 1}]
+)
+def test_decoder_io_refuses(change: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        DecoderIO.from_json(IO.to_json() | change)

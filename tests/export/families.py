@@ -1,0 +1,146 @@
+"""Tiny random models of every family, and a small driver for their graphs."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+
+from coatrt.checkpoint import Checkpoint
+from coatrt.config import QuantConfig
+from coatrt.contract import DecoderIO, LoraContract
+from coatrt.export.decoder import GraphForm, decoder_io, export_decoder
+
+CPU = GraphForm("cpu", "cpu.onnx", "float32")
+ENGINE = GraphForm("engine", "base.onnx", "float32", 48)
+
+_BASE: dict[str, Any] = {
+    "vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.15, "tie_word_embeddings": False,
+    "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+_LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama-tied-biases": ("Llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    "llama-llama3-head_dim": ("Llama", {"rope_parameters": _LLAMA3, "head_dim": 16}),
+    "llama-linear-gelu": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}, "hidden_act": "gelu"},
+    ),
+    "mistral-window": ("Mistral", {"sliding_window": 6, "rms_norm_eps": 0.3}),
+    "mistral-full": ("Mistral", {"sliding_window": None, "head_dim": 16}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-window-yarn": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "rope_parameters": _YARN},
+    ),
+    "qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1]}),
+    "smollm3-window": ("SmolLM3", {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 4}),
+    "granite": (
+        "Granite",
+        {"embedding_multiplier": 3.0, "residual_multiplier": 0.3, "attention_multiplier": 0.1, "logits_scaling": 2.5},
+    ),
+    "olmo2": ("Olmo2", {}),
+    "gemma": ("Gemma", {"head_dim": 16, "tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"}),
+    "stablelm": ("StableLm", {"use_qkv_bias": True, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+}
+
+
+def save_model(directory: Path, name: str) -> Any:
+    """Save a random model whose weights fp16 holds exactly, norms and biases far from their defaults; return it."""
+    import transformers
+
+    family, changes = MODELS[name]
+    torch.manual_seed(len(name))
+    config = getattr(transformers, f"{family}Config")(**{**_BASE, **changes})
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+            parameter.copy_(parameter.half().float())
+    model.save_pretrained(directory)
+    return model
+
+
+def export(
+    checkpoint: Checkpoint, directory: Path, forms: Iterable[GraphForm] = (CPU,), fmt: str = "fp16",
+    contract: LoraContract | None = None,
+) -> Path:  # fmt: skip
+    """Export every matrix in one format."""
+    directory.mkdir(exist_ok=True)
+    config = QuantConfig.uniform(checkpoint.matrices, fmt)
+    export_decoder(checkpoint, config, directory, forms=tuple(forms), contract=contract)
+    return directory
+
+
+class Runner:
+    """Runs a decoder graph in ONNX Runtime, carrying its caches."""
+
+    def __init__(self, checkpoint: Checkpoint, directory: Path, form: GraphForm = CPU, slots: int = 48) -> None:
+        options = ort.SessionOptions()
+        options.log_severity_level, options.intra_op_num_threads = 3, 1
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+        self.session = ort.InferenceSession(str(directory / form.file), options, providers=["CPUExecutionProvider"])
+        self.io: DecoderIO = decoder_io(checkpoint, form)
+        self.dtype = np.dtype(form.activations)
+        self.slots = slots
+        self.cache: dict[str, NDArray[Any]] = {}
+
+    def start(self, batch: int) -> None:
+        """Fill the caches with NaN where nothing may be read… but ONNX masks by adding, so with large numbers."""
+        shape = (batch, self.io.kv_heads, self.slots, self.io.head_dim)
+        self.cache = {name: np.full(shape, 50, self.dtype) for name in self.io.past_names}
+
+    def step(
+        self, ids: NDArray[Any], starts: NDArray[Any], index: NDArray[Any], lora: dict[str, NDArray[Any]] | None = None
+    ) -> NDArray[Any]:
+        """Run ids [B, S] that start at positions `starts` [B]; return the logits [B, T, V] at `index` [B, T]."""
+        feed = {
+            "input_ids": ids, "position_ids": starts[:, None] + np.arange(ids.shape[1]), "write_index": starts,
+            "logits_index": index, **self.cache, **(lora or {}),
+        }  # fmt: skip
+        logits, *presents = self.session.run(["logits", *self.io.present_names], feed)
+        self.cache = dict(zip(self.io.past_names, presents, strict=True))
+        return np.asarray(logits)
+
+    def prefill_and_decode(
+        self, prompts: list[NDArray[Any]], lengths: list[int], lora: dict[str, NDArray[Any]] | None = None
+    ) -> list[NDArray[Any]]:
+        """Return the logits [length, V] of each sequence: the first `lengths` ids as one right-padded batch, then one by one."""
+        batch, width, steps = len(prompts), max(lengths), len(prompts[0]) - lengths[0]
+        ids = np.zeros((batch, width), np.int64)
+        for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+            ids[row, :length] = prompt[:length]
+        self.start(batch)
+        every = np.tile(np.arange(width), (batch, 1))
+        first = self.step(ids, np.zeros(batch, np.int64), every, lora)
+        logits = [[first[row, :length]] for row, length in enumerate(lengths)]
+        for step in range(steps):
+            at = np.array(lengths) + step
+            now = np.array([[prompt[length + step]] for prompt, length in zip(prompts, lengths, strict=True)])
+            out = self.step(now, at, np.zeros((batch, 1), np.int64), lora)
+            for row in range(batch):
+                logits[row].append(out[row])
+        return [np.concatenate(parts) for parts in logits]
+
+
+def prompts(vocabulary: int, lengths: tuple[int, ...] = (7, 12), steps: int = 5) -> list[NDArray[Any]]:
+    """Return random ids, `steps` longer than each prompt."""
+    rng = np.random.default_rng(7)
+    return [rng.integers(0, vocabulary, length + steps) for length in lengths]
+
+
+def reference(model: Any, ids: NDArray[Any]) -> NDArray[Any]:
+    """Return Hugging Face's logits [length, V] of one sequence."""
+    with torch.no_grad():
+        return np.asarray(model(torch.tensor(ids)[None]).logits[0].numpy())

@@ -1,0 +1,199 @@
+"""Decoder graphs against transformers: every family, prefill, decode, batches, LoRA, both forms."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from coatrt.checkpoint import Checkpoint
+from coatrt.config import QuantConfig
+from coatrt.contract import LoraContract, contract_for
+from coatrt.errors import CheckpointError, ConfigError
+from coatrt.export.decoder import GraphForm, decoder_io, export_decoder
+from coatrt.export.spec import FAMILIES, DecoderSpec
+from coatrt.matrices import Matrix, ModelMatrices
+from coatrt.quantize import decode, encode
+
+sys.path.insert(0, str(Path(__file__).parent))
+from families import CPU, ENGINE, MODELS, Runner, export, prompts, reference, save_model
+
+LENGTHS = [7, 12]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Checkpoint]:
+    directory = tmp_path_factory.mktemp("llama")
+    return save_model(directory, "llama-tied-biases"), Checkpoint.open(directory)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal_transformers(tmp_path: Path, name: str) -> None:
+    model = save_model(tmp_path / "model", name)
+    checkpoint = Checkpoint.open(tmp_path / "model")
+    runner = Runner(checkpoint, export(checkpoint, tmp_path / "out"))
+    ids = prompts(96)
+    for got, sequence in zip(runner.prefill_and_decode(ids, LENGTHS), ids, strict=True):
+        want = reference(model, sequence)
+        assert want.std() > 0.05  # the model says something
+        np.testing.assert_allclose(got, want, atol=1e-4, rtol=0)
+
+
+def test_every_family_is_tested() -> None:
+    assert {name.split("-")[0] for name in MODELS} == set(FAMILIES)
+
+
+def test_a_batch_equals_each_sequence_alone(tmp_path: Path, llama: tuple[Any, Checkpoint]) -> None:
+    runner = Runner(llama[1], export(llama[1], tmp_path))
+    ids = prompts(96)
+    together = runner.prefill_and_decode(ids, LENGTHS)
+    for sequence, length, got in zip(ids, LENGTHS, together, strict=True):
+        np.testing.assert_allclose(runner.prefill_and_decode([sequence], [length])[0], got, atol=1e-5, rtol=0)
+
+
+def test_prefill_in_pieces_equals_prefill_at_once(tmp_path: Path, llama: tuple[Any, Checkpoint]) -> None:
+    runner = Runner(llama[1], export(llama[1], tmp_path))
+    ids = prompts(96)[1][None]
+    runner.start(1)
+    whole = runner.step(ids, np.array([0]), np.arange(17)[None])
+    runner.start(1)
+    first = runner.step(ids[:, :6], np.array([0]), np.array([[5]]))
+    second = runner.step(ids[:, 6:], np.array([6]), np.array([[10, 0]]))
+    np.testing.assert_allclose(first[0, 0], whole[0, 5], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(second[0], whole[0, [16, 6]], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("fmt", ["bf16", "int8", "int8-g64", "int4-g32", "fp8", "nvfp4", "nf3-g16", "nf4-g16-dq4-bf16-64"])
+def test_quantized_model_equals_decoded_model(tmp_path: Path, llama: tuple[Any, Checkpoint], fmt: str) -> None:
+    model = save_model(tmp_path / "model", "llama-tied-biases")
+    checkpoint = Checkpoint.open(tmp_path / "model")
+    with torch.no_grad():
+        for name in checkpoint.matrices.names:
+            weight = model.get_submodule(name).weight
+            weight.copy_(decode(encode(weight, fmt)))
+    forms = (CPU,) if fmt == "nvfp4" else (CPU, ENGINE)  # ONNX Runtime has no FP4
+    directory = export(checkpoint, tmp_path / "out", forms, fmt)
+    ids = prompts(96)
+    for form in forms:
+        got = Runner(checkpoint, directory, form).prefill_and_decode(ids, LENGTHS)
+        for logits, sequence in zip(got, ids, strict=True):
+            np.testing.assert_allclose(logits, reference(model, sequence), atol=2e-4, rtol=0)
+
+
+def random_lora(contract: LoraContract, scale: float) -> dict[str, Any]:
+    rng = np.random.default_rng(3)
+    return {name: (rng.standard_normal(shape) * scale).astype(np.float32) for name, shape in contract.shapes.items()}
+
+
+@pytest.mark.parametrize("fmt", ["fp16", "int4-g32"])
+def test_zero_lora_equals_the_graph_without_bit_for_bit(
+    tmp_path: Path, llama: tuple[Any, Checkpoint], fmt: str
+) -> None:
+    checkpoint = llama[1]
+    contract = contract_for(checkpoint.matrices, 16, 32)
+    ids = prompts(96)
+    plain = Runner(checkpoint, export(checkpoint, tmp_path / "plain", fmt=fmt)).prefill_and_decode(ids, LENGTHS)
+    runner = Runner(checkpoint, export(checkpoint, tmp_path / "lora", fmt=fmt, contract=contract))
+    zero = runner.prefill_and_decode(ids, LENGTHS, random_lora(contract, 0.0))
+    for got, want in zip(zero, plain, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_lora_equals_the_merged_model(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", "qwen2")
+    checkpoint = Checkpoint.open(tmp_path / "model")
+    contract = contract_for(checkpoint.matrices, 16, 32)
+    lora = random_lora(contract, 0.05)
+    runner = Runner(checkpoint, export(checkpoint, tmp_path / "out", contract=contract))
+    ids = prompts(96)
+    before = reference(model, ids[0])
+    got = runner.prefill_and_decode(ids, LENGTHS, lora)
+    with torch.no_grad():
+        for tensor in contract.tensors:
+            delta = torch.from_numpy(lora[tensor.A] @ lora[tensor.B]).T
+            model.get_submodule(tensor.matrix).weight.add_(delta)
+    for logits, sequence in zip(got, ids, strict=True):
+        np.testing.assert_allclose(logits, reference(model, sequence), atol=1e-4, rtol=0)
+    assert np.abs(got[0] - before).max() > 0.1
+
+
+def test_inputs_and_outputs_are_those_of_the_contract(tmp_path: Path, llama: tuple[Any, Checkpoint]) -> None:
+    checkpoint = llama[1]
+    contract = contract_for(checkpoint.matrices, 16, 32)
+    session = Runner(checkpoint, export(checkpoint, tmp_path, (ENGINE,), contract=contract), ENGINE).session
+    io = decoder_io(checkpoint, ENGINE)
+    names = ["input_ids", "position_ids", "write_index", "logits_index", *io.past_names, *contract.shapes]
+    assert [value.name for value in session.get_inputs()] == names
+    shapes = {value.name: tuple(value.shape) for value in session.get_inputs()}
+    assert shapes["past_key_values.0.key"] == ("B", 2, 48, 12)
+    assert {name: shapes[name] for name in contract.shapes} == contract.shapes
+    outputs = {value.name: tuple(value.shape) for value in session.get_outputs()}
+    assert outputs == {"logits": ("B", "T", 96)} | dict.fromkeys(io.present_names, ("B", 2, 48, 12))
+    assert (io.layers, io.kv_heads, io.head_dim, io.vocabulary, io.cache_length) == (3, 2, 12, 96, 48)
+    assert io.max_positions == 48
+    assert decoder_io(checkpoint, CPU).max_positions == 64
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mamba"}, "allowed: gemma, granite, llama"),
+        ({"model_type": None}, "allowed: gemma"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic' cannot be"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0}}, "'longrope' cannot be"),
+        ({"hidden_act": "relu"}, "activation 'relu'"),
+        ({"quantization_config": {"bits": 4}}, "quantized already"),
+        ({"num_hidden_layers": "three"}, "no valid llama configuration"),
+    ],
+)
+def test_spec_refuses(llama: tuple[Any, Checkpoint], changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        DecoderSpec.from_config({**llama[1].config, **changes})
+
+
+def test_spec_refuses_parallel_residuals() -> None:
+    with pytest.raises(CheckpointError, match="parallel"):
+        DecoderSpec.from_config({"model_type": "stablelm", "use_parallel_residual": True})
+
+
+def test_a_checkpoint_with_unused_tensors_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_model(tmp_path, "llama")
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.self_attn.sinks"] = torch.zeros(4)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"1 tensors .* like model\.layers\.0\.self_attn\.sinks"):
+        export(Checkpoint.open(tmp_path), tmp_path / "out")
+
+
+def test_export_refuses_what_does_not_fit(tmp_path: Path, llama: tuple[Any, Checkpoint]) -> None:
+    checkpoint = llama[1]
+    good = QuantConfig.uniform(checkpoint.matrices, "fp16")
+    short = QuantConfig({"model.embed_tokens": good["model.embed_tokens"]})
+    with pytest.raises(ConfigError, match="differ in 21 matrices"):
+        export_decoder(checkpoint, short, tmp_path, forms=[CPU])
+    other = contract_for(ModelMatrices((Matrix("model.layers.0.mlp.up_proj", 8, 8),), True), 16, 16)
+    with pytest.raises(ConfigError, match="1 matrices that are not the model's 21"):
+        export_decoder(checkpoint, good, tmp_path, forms=[CPU], contract=other)
+    for forms in ([], [CPU, CPU]):
+        with pytest.raises(ConfigError, match=r"graph forms are given"):
+            export_decoder(checkpoint, good, tmp_path, forms=forms)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("gpu", "a", "float32", 8), "allowed: engine, cpu"),
+        (("cpu", "a", "bfloat16", 8), "allowed: float32, float16"),
+        (("engine", "a", "int8", 8), "allowed: float32, float16, bfloat16"),
+        (("engine", "a", "float16", None), "TensorRT needs it fixed"),
+        (("cpu", "a", "float32", 0), "positive"),
+    ],
+)
+def test_graph_form_refuses(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        GraphForm(*arguments)
