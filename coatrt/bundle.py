@@ -67,7 +67,7 @@ class Bundle:
         if not isinstance(manifest, dict) or manifest.get("format") != BUNDLE_FORMAT:
             given = manifest.get("format") if isinstance(manifest, dict) else None
             raise BundleError(
-                f"{directory} has bundle format {given}; this coatrt {__version__} reads {BUNDLE_FORMAT}; build it again"
+                f"{directory} has bundle format {given}; this coatrt {__version__} reads {BUNDLE_FORMAT}; rebuild it"
             )
         missing = [key for key in _KEYS if key not in manifest]
         if missing or not isinstance(manifest["files"], dict):
@@ -75,12 +75,12 @@ class Bundle:
         for name, facts in manifest["files"].items():
             parts = PurePosixPath(name)
             if parts.is_absolute() or ".." in parts.parts or "\\" in name:
-                raise BundleError(f"{directory / MANIFEST} names {name!r}, which leaves the bundle; do not use this bundle")
+                raise BundleError(f"{directory / MANIFEST} names {name!r}, which leaves the bundle; do not use it")
             path = directory / name
             if not path.is_file():
                 raise BundleError(f"{directory} lacks {name}; copy the bundle again or build it again")
             if not isinstance(facts, dict) or not {"sha256", "bytes"} <= set(facts):
-                raise BundleError(f"{directory / MANIFEST} gives no sha256 and bytes for {name}; build the bundle again")
+                raise BundleError(f"{directory / MANIFEST} gives no sha256 and bytes for {name}; build it again")
             if path.stat().st_size != facts["bytes"]:
                 raise BundleError(
                     f"{name} has {path.stat().st_size} bytes, the manifest says {facts['bytes']}; copy the bundle again"
@@ -133,7 +133,7 @@ class Bundle:
         """
         decoders = self.manifest["decoders"]
         if form not in decoders:
-            raise BundleError(f"{self.directory} has no {form} graph, only {', '.join(decoders)}; build it with that form")
+            raise BundleError(f"{self.directory} has no {form} graph, only {', '.join(decoders)}; build it again")
         facts = decoders[form]
         self.path(facts["weights"])
         return self.path(facts["file"]), DecoderIO.from_json(facts["io"])

@@ -143,7 +143,7 @@ class ConfigPatterns:
         for name in self.matrices:
             if name not in model.by_name:
                 raise ConfigError(
-                    f"the configuration names {name!r}, which the model lacks; its {len(model.names)} matrices are like "
+                    f"the configuration names {name!r}, which the model lacks; its {len(model.names)} matrices are "
                     f"{model.names[0]}, {model.names[min(1, len(model.names) - 1)]}; correct the name or use patterns"
                 )
         for pattern, _ in self.patterns:

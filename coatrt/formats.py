@@ -34,7 +34,10 @@ SCALE_DTYPES = ("", "bf16", "fp16", "fp32")  # b1 of the paper
 SCALE_BLOCKS = (0, 16, 64, 256)  # B1 of the paper
 _DTYPE_BITS = {"bf16": 16, "fp16": 16, "fp32": 32}
 _TEXT = re.compile(r"([a-z]+\d+)(?:-g(\d+))?(?:-dq(\d)-(bf16|fp16|fp32)-(\d+))?")
-_ALLOWED = "fp16, bf16, int8, int8-g32/64/128, int4-g32/64/128, fp8, nvfp4, nf2/3/4/8-g16/32/64[-dq2/3/4/8-bf16/fp16/fp32-16/64/256]"
+_ALLOWED = (
+    "fp16, bf16, int8, int8-g32/64/128, int4-g32/64/128, fp8, nvfp4, "
+    "nf2/3/4/8-g16/32/64[-dq2/3/4/8-bf16/fp16/fp32-16/64/256]"
+)
 
 
 @dataclass(frozen=True, order=True)
@@ -168,6 +171,7 @@ class WeightFormat:
 
 PAPER_FORMATS = tuple(
     WeightFormat(f"nf{b}", B0, b0, b1, B1)
-    for b in (2, 3, 4, 8) for b0 in (2, 3, 4, 8) for b1 in SCALE_DTYPES[1:] for B0 in (16, 32, 64) for B1 in SCALE_BLOCKS[1:]
+    for b in (2, 3, 4, 8) for b0 in (2, 3, 4, 8) for b1 in SCALE_DTYPES[1:] for B0 in (16, 32, 64)
+    for B1 in SCALE_BLOCKS[1:]
 )  # fmt: skip
 """The 432 choices of arXiv 2509.25214."""

@@ -38,7 +38,7 @@ class Matrix:
 
     @property
     def kind(self) -> str:
-        """Module kind, the last part of the name: q_proj, up_proj, embed_tokens, lm_head …"""
+        """Module kind, the last part of the name: q_proj, up_proj, embed_tokens, lm_head."""
         return self.name.rsplit(".", 1)[-1]
 
     @property

@@ -134,7 +134,9 @@ class Plan:
         lines += [f"{name:<14} {size / 2**20:10.1f} MiB" for name, size in self.memory.items()]
         limit = f" of {self.limit_bytes / 2**20:.1f}" if self.limit_bytes else ""
         lines.append(f"{'total':<14} {sum(self.memory.values()) / 2**20:10.1f} MiB{limit}")
-        lines.append(f"predicted loss +{self.predicted_loss_increase:.4f} nats per token before the adapter (Fisher estimate)")
+        lines.append(
+            f"predicted loss +{self.predicted_loss_increase:.4f} nats per token before the adapter (Fisher estimate)"
+        )
         bound = f"{self.tokens_per_second_bound:.0f} tokens/s" if self.tokens_per_second_bound else "unknown bandwidth"
         lines.append(f"decode bound   {bound} ({self.bytes_per_token / 1e6:.1f} MB read per token)")
         if any(fmt.is_normal_float for fmt in self.config.formats.values()):
@@ -190,8 +192,8 @@ def make_plan(
     if room < space.sizes.min(1).sum():
         need = int(space.sizes.min(1).sum()) + sum(fixed.values())
         raise ConfigError(
-            f"{device.id} with {(limit or 0) / 2**20:.0f} MiB cannot hold the model: it needs {need / 2**20:.0f} MiB at the "
-            f"least (KV cache {workload.kv_bytes / 2**20:.0f}, runtime {RUNTIME_RESERVE / 2**20:.0f}); "
+            f"{device.id} with {(limit or 0) / 2**20:.0f} MiB cannot hold the model; it needs {need / 2**20:.0f} "
+            f"MiB at least (KV cache {workload.kv_bytes / 2**20:.0f}, runtime {RUNTIME_RESERVE / 2**20:.0f}); "
             "raise --memory, lower --context or --batch, or train with smaller formats"
         )
     capped = bits * space.model.parameters / 8 if bits is not None else most
@@ -200,7 +202,9 @@ def make_plan(
         raise ConfigError(f"--bits {bits} is below what the formats allow; the least here is {space.min_bits:.3f}")
     if objective == "quality":
         config = allocate(space, costs, max_bytes=budget)
-        binds = "memory" if budget == room < most else f"--bits {bits:g}" if budget == capped < most else "nothing binds"
+        binds = (
+            "memory" if budget == room < most else f"--bits {bits:g}" if budget == capped < most else "nothing binds"
+        )
     else:
         config = allocate(space, costs, max_cost=max_loss)
         binds = f"predicted loss ≤ {max_loss:g}"

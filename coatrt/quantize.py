@@ -5,7 +5,7 @@ does, then give each weight the nearest level under the scale that decoding will
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -57,6 +57,17 @@ class QuantizedMatrix:
     scales: Tensor | None = None
     super_scales: Tensor | None = None
     constant: float = 0.0
+
+    def to(self, device: torch.device) -> "QuantizedMatrix":
+        """Return the same matrix with its tensors on `device`."""
+        if device == self.codes.device:
+            return self
+        move = {
+            key: tensor.to(device)
+            for key in ("codes", "scales", "super_scales")
+            if (tensor := getattr(self, key)) is not None
+        }
+        return replace(self, **move)
 
 
 def _levels(kind: str) -> Tensor:
@@ -135,7 +146,7 @@ def _choose_scales(
 
 
 def _quantize_scales(scales: Tensor, fmt: WeightFormat) -> tuple[Tensor, Tensor, float]:
-    """Return (codes [P, B1], super scales [P], offset) of doubly quantized `scales` (arXiv 2509.25214: less their minimum)."""
+    """Return (codes [P, B1], super scales [P], offset) of doubly quantized `scales` (arXiv 2509.25214)."""
     top = (1 << fmt.scale_bits) - 1
     offset = float(scales.min().half())
     flat = (scales.flatten() - offset).clamp_(min=0)
@@ -235,7 +246,7 @@ def decode(matrix: QuantizedMatrix, dtype: torch.dtype = torch.float32) -> Tenso
     if matrix.scales is None:
         return matrix.codes.to(dtype)
     if fmt.is_normal_float or fmt.kind == "nvfp4":
-        level = torch.index_select(_levels(fmt.kind).to(dtype), 0, matrix.codes.view(-1).int())
+        level = torch.index_select(_levels(fmt.kind).to(matrix.codes.device, dtype), 0, matrix.codes.view(-1).int())
     else:
         level = matrix.codes.to(dtype)
     scales = decode_scales(matrix, dtype)

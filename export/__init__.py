@@ -1,0 +1,1 @@
+"""Checkpoint and adapter to ONNX: decoder graphs, weight formats, the hypernetwork."""

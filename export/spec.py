@@ -102,7 +102,9 @@ class DecoderSpec:
                 f"activation {config.hidden_act!r} cannot be exported; allowed: {', '.join(_ACTIVATIONS)}"
             )
         if getattr(config, "use_parallel_residual", False):
-            raise CheckpointError("parallel residuals cannot be exported; give a checkpoint without use_parallel_residual")
+            raise CheckpointError(
+                "parallel residuals cannot be exported; give a checkpoint without use_parallel_residual"
+            )
         heads = int(config.num_attention_heads)
         head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
         frequencies, scaling = _rope(config, head_dim)

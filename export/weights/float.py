@@ -26,8 +26,10 @@ class FloatStorage:
 
         def rows(ids: ir.Value) -> ir.Value:
             taken = gather_rows(graph, stored, ids, f"{name}.rows")
-            return taken if stored.dtype == graph.activations else graph.op(
-                "Cast", [taken], f"{name}.rows.cast", to=graph.activations
+            return (
+                taken
+                if stored.dtype == graph.activations
+                else graph.op("Cast", [taken], f"{name}.rows.cast", to=graph.activations)
             )
 
         weight = graph.op("Transpose", [graph.cast(stored, name)], f"{name}.head", perm=[1, 0]) if head else None

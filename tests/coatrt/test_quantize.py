@@ -83,7 +83,7 @@ def test_every_weight_gets_the_nearest_level_under_its_scale(text):
         scales = ones.numpy() / (6.0 if fmt.kind == "nvfp4" else 1.0)
     best = np.abs(levels[None, None] * scales[:, :, None].astype(np.float64) - w.numpy()[:, :, None]).min(2)
     got = np.abs(decode(q).numpy().astype(np.float64) - w.numpy())
-    assert (got <= best * (1 + 1e-5) + 1e-9).all()
+    assert (got <= best * (1 + 1e-5) + 1e-6 * np.abs(scales)).all()  # float32 ties between close levels
 
 
 @pytest.mark.parametrize("text", ["int4-g64", "int8", "nf2-g64", "nf3-g64", "nf4-g64", "nvfp4"])

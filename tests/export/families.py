@@ -51,7 +51,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "olmo2": ("Olmo2", {}),
     "gemma": ("Gemma", {"head_dim": 16, "tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"}),
-    "stablelm": ("StableLm", {"use_qkv_bias": True, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    "stablelm": (
+        "StableLm",
+        {"use_qkv_bias": True, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    ),
 }
 
 
@@ -116,7 +119,7 @@ class Runner:
     def prefill_and_decode(
         self, prompts: list[NDArray[Any]], lengths: list[int], lora: dict[str, NDArray[Any]] | None = None
     ) -> list[NDArray[Any]]:
-        """Return the logits [length, V] of each sequence: the first `lengths` ids as one right-padded batch, then one by one."""
+        """Return the logits [length, V] of each sequence: `lengths` ids as one right-padded batch, then one by one."""
         batch, width, steps = len(prompts), max(lengths), len(prompts[0]) - lengths[0]
         ids = np.zeros((batch, width), np.int64)
         for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):

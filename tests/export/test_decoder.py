@@ -65,7 +65,9 @@ def test_prefill_in_pieces_equals_prefill_at_once(tmp_path: Path, llama: tuple[A
     np.testing.assert_allclose(second[0], whole[0, [16, 6]], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("fmt", ["bf16", "int8", "int8-g64", "int4-g32", "fp8", "nvfp4", "nf3-g16", "nf4-g16-dq4-bf16-64"])
+@pytest.mark.parametrize(
+    "fmt", ["bf16", "int8", "int8-g64", "int4-g32", "fp8", "nvfp4", "nf3-g16", "nf4-g16-dq4-bf16-64"]
+)
 def test_quantized_model_equals_decoded_model(tmp_path: Path, llama: tuple[Any, Checkpoint], fmt: str) -> None:
     model = save_model(tmp_path / "model", "llama-tied-biases")
     checkpoint = Checkpoint.open(tmp_path / "model")

@@ -71,7 +71,9 @@ def test_cpu_form_is_exact_in_onnx_runtime(tmp_path: Path, fmt: str, activations
     for N, K in SHAPES:
         for head in (False, True):
             matrix = matrix_of(fmt, N, K)
-            check(run_cpu(write(tmp_path, matrix, GraphForm("cpu", "cpu.onnx", activations), head)), matrix, activations)
+            check(
+                run_cpu(write(tmp_path, matrix, GraphForm("cpu", "cpu.onnx", activations), head)), matrix, activations
+            )
 
 
 @pytest.mark.parametrize("activations", ["float32", "float16"])

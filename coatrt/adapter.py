@@ -1,0 +1,178 @@
+"""The adapter: everything training leaves behind, as JSON and safetensors in one directory."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from coatrt import __version__
+from coatrt.checkpoint import Checkpoint
+from coatrt.config import QuantConfig
+from coatrt.contract import LoraContract
+from coatrt.errors import CheckpointError, ConfigError, FormatError
+from coatrt.features import ConfigEncoder
+from coatrt.files import atomic_directory, read_json, sha256_file, write_json
+from coatrt.formats import WeightFormat
+from coatrt.lora import CoaLora
+from coatrt.matrices import ModelMatrices
+from coatrt.peft_format import write_peft
+from coatrt.sensitivity import Sensitivity
+from coatrt.space import ConfigSpace
+
+__all__ = ["ADAPTER_FORMAT", "Adapter"]
+
+ADAPTER_FORMAT = 1
+_FILES = ("adapter.safetensors", "sensitivity.json", "metrics.json")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A trained configuration-aware LoRA.
+
+    Args:
+        source: path or hub name of the model it was trained on.
+        fingerprint: of that model's checkpoint.
+        model_config: content of its config.json.
+        space: its matrices and the formats it was trained for.
+        lora: A, B and θ.
+        sensitivity: costs and errors of every matrix in every format.
+        metrics: options and losses of the training.
+    """
+
+    source: str
+    fingerprint: str
+    model_config: Mapping[str, Any]
+    space: ConfigSpace
+    lora: CoaLora
+    sensitivity: Sensitivity
+    metrics: Mapping[str, Any]
+
+    @property
+    def model(self) -> ModelMatrices:
+        """The matrices of the model."""
+        return self.space.model
+
+    @property
+    def formats(self) -> tuple[WeightFormat, ...]:
+        """The formats the adapter was trained for; the hypernetwork's input counts in this order."""
+        return self.space.formats
+
+    @property
+    def contract(self) -> LoraContract:
+        """Names, shapes, rank and scale of its LoRA tensors."""
+        return self.lora.contract
+
+    @property
+    def encoder(self) -> ConfigEncoder:
+        """Tables of the hypernetwork's inputs."""
+        return self.lora.encoder
+
+    def emit(self, config: QuantConfig) -> dict[str, Tensor]:
+        """Return the LoRA of a configuration: every tensor of the contract, float32.
+
+        Raises:
+            ConfigError: the configuration uses a format the adapter was not trained for.
+        """
+        return self.lora.emit(self.encoder.format_ids(config))
+
+    def checkpoint(self, source: str | Path | None = None) -> Checkpoint:
+        """Open the model the adapter belongs to.
+
+        Args:
+            source: where it is now; by default where it was at training.
+
+        Raises:
+            CheckpointError: it is not there, or it is another model.
+        """
+        checkpoint = Checkpoint.open(source if source is not None else self.source)
+        if checkpoint.fingerprint != self.fingerprint:
+            raise CheckpointError(
+                f"{source or self.source} has the fingerprint {checkpoint.fingerprint}, the adapter was trained on "
+                f"{self.fingerprint}; give the model it was trained on (--model)"
+            )
+        return checkpoint
+
+    def save(self, directory: str | Path) -> None:
+        """Write the adapter to `directory`, atomically; A and B also as a PEFT adapter in its folder peft."""
+        with atomic_directory(directory) as temporary:
+            state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.lora.state_dict().items()}
+            save_file(state, str(temporary / "adapter.safetensors"))
+            self.sensitivity.save(temporary / "sensitivity.json")
+            write_json(temporary / "metrics.json", self.metrics)
+            write_peft(temporary / "peft", self.lora.shared(), self.contract, self.source)
+            write_json(
+                temporary / "adapter.json",
+                {
+                    "format": ADAPTER_FORMAT,
+                    "coatrt": __version__,
+                    "source": self.source,
+                    "fingerprint": self.fingerprint,
+                    "model_config": dict(self.model_config),
+                    "model": self.model.to_json(),
+                    "formats": [str(fmt) for fmt in self.formats],
+                    "fused": self.space.fused,
+                    "preset": self.lora.theta.options.preset,
+                    "contract": self.contract.to_json(),
+                    "sha256": {name: sha256_file(temporary / name) for name in _FILES},
+                },
+            )
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "Adapter":
+        """Read an adapter; every file's hash is checked before it is parsed.
+
+        Raises:
+            CheckpointError: it is missing, unfinished, damaged, or of another format.
+        """
+        directory = Path(directory)
+        facts = _facts(directory)
+        try:
+            for name in _FILES:
+                if sha256_file(directory / name) != facts["sha256"][name]:
+                    raise CheckpointError(
+                        f"{directory / name} was altered or is damaged; copy or train the adapter again"
+                    )
+            model = ModelMatrices.from_json(facts["model"])
+            formats = tuple(WeightFormat.parse(text) for text in facts["formats"])
+            sensitivity = Sensitivity.load(directory / "sensitivity.json")
+            lora = CoaLora(
+                LoraContract.from_json(facts["contract"]),
+                ConfigEncoder(model, formats, sensitivity.errors),
+                facts["preset"],
+            )
+            lora.load_state_dict(load_file(str(directory / "adapter.safetensors")))
+            return cls(
+                source=str(facts["source"]),
+                fingerprint=str(facts["fingerprint"]),
+                model_config=facts["model_config"],
+                space=ConfigSpace(model, formats, bool(facts["fused"])),
+                lora=lora.eval().requires_grad_(False),
+                sensitivity=sensitivity,
+                metrics=read_json(directory / "metrics.json", "training metrics"),
+            )
+        except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"{directory} is a damaged adapter ({reason}); copy or train it again") from None
+        except (ConfigError, FormatError) as error:
+            raise CheckpointError(f"{directory} is a damaged adapter: {error}") from None
+
+
+def _facts(directory: Path) -> dict[str, Any]:
+    path = directory / "adapter.json"
+    if not path.is_file():
+        what = "exists but has no adapter.json" if directory.is_dir() else "does not exist"
+        raise CheckpointError(f"adapter {directory} {what}; give the directory that coatrt train wrote")
+    try:
+        facts = read_json(path, "adapter description")
+    except ConfigError as error:
+        raise CheckpointError(f"{error}; train the adapter again") from None
+    if not isinstance(facts, dict) or facts.get("format") != ADAPTER_FORMAT:
+        given = facts.get("format") if isinstance(facts, dict) else None
+        raise CheckpointError(
+            f"{directory} has adapter format {given}; this coatrt {__version__} reads {ADAPTER_FORMAT}"
+        )
+    return facts

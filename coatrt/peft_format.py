@@ -1,0 +1,46 @@
+"""The PEFT file format: a LoRA that `peft.PeftModel.from_pretrained` reads."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from coatrt.contract import LoraContract
+from coatrt.files import atomic_directory, write_json
+
+__all__ = ["write_peft"]
+
+
+def write_peft(
+    directory: str | Path, pairs: Mapping[str, tuple[Tensor, Tensor]], contract: LoraContract, base_model: str
+) -> None:
+    """Write adapter_config.json and adapter_model.safetensors, the directory atomically.
+
+    Args:
+        directory: where to write.
+        pairs: matrix name → (A [K, r], B [r, N]), alpha/rank not folded into B: PEFT applies it.
+        contract: rank, alpha and names.
+        base_model: name or path of the base model, kept as information.
+    """
+    tensors = {}
+    for tensor in contract.tensors:
+        a, b = pairs[tensor.matrix]
+        tensors[f"base_model.model.{tensor.matrix}.lora_A.weight"] = a.float().T.contiguous()
+        tensors[f"base_model.model.{tensor.matrix}.lora_B.weight"] = b.float().T.contiguous()
+    with atomic_directory(directory) as temporary:
+        save_file(tensors, str(temporary / "adapter_model.safetensors"), metadata={"format": "pt"})
+        write_json(
+            temporary / "adapter_config.json",
+            {
+                "peft_type": "LORA",
+                "task_type": "CAUSAL_LM",
+                "base_model_name_or_path": base_model,
+                "r": contract.rank,
+                "lora_alpha": contract.alpha,
+                "lora_dropout": 0.0,
+                "bias": "none",
+                "target_modules": sorted({tensor.matrix for tensor in contract.tensors}),
+                "inference_mode": True,
+            },
+        )

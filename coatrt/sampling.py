@@ -1,0 +1,100 @@
+"""Which configurations training sees: the ends of the budget range in every step or two, and everything between."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coatrt.allocate import CostTable, cost_matrix
+from coatrt.config import QuantConfig
+from coatrt.errors import ConfigError
+from coatrt.space import ConfigSpace
+
+__all__ = ["TrainingSampler"]
+
+_JITTER = 0.7  # standard deviation of the noise on the log of a cost
+
+
+@dataclass(frozen=True)
+class TrainingSampler:
+    """Draws the configurations of a training step, a function of (seed, step) alone.
+
+    Budgets are drawn first: independent formats per matrix would concentrate at the mean budget and starve the ends
+    (LLM-QFA, ACL 2025). A share of the draws is what a planner could choose: the allocation of least cost under the
+    budget, its costs disturbed; the others are random maps of that budget.
+
+    Args:
+        space: matrices and formats.
+        costs: sensitivities.
+        low: lowest budget in bits per weight.
+        high: highest budget.
+        planned: share of planner-like draws among those between the ends, 0 to 1; the ends always are.
+        seed: of the draws.
+
+    Raises:
+        ConfigError: the range is empty or outside of what the formats allow.
+    """
+
+    space: ConfigSpace
+    costs: CostTable
+    low: float
+    high: float
+    planned: float = 0.75
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        least, most = self.space.min_bits, self.space.max_bits
+        if not least - 1e-9 <= self.low <= self.high <= most + 1e-9:
+            raise ConfigError(
+                f"training budgets of {self.low:g} to {self.high:g} bits are given; the formats allow {least:.3f} to "
+                f"{most:.3f}; choose a range inside"
+            )
+        if not 0 <= self.planned <= 1:
+            raise ConfigError(f"a share of {self.planned} planned configurations is given; give 0 to 1")
+
+    def draw(self, step: int, count: int) -> list[QuantConfig]:
+        """Return the configurations of a step.
+
+        Two: one end of the range (low in even steps, high in odd ones) and a random budget. Three or more: both ends
+        and random budgets.
+
+        Args:
+            step: number of the step.
+            count: configurations, at least 1.
+        """
+        rng = np.random.default_rng([self.seed, step])
+        ends = (self.low, self.high) if count > 2 else ((self.low, self.high)[step % 2],) if count == 2 else ()
+        configs = [self.plan_like(rng, bits) for bits in ends]
+        while len(configs) < count:
+            bits = float(rng.uniform(self.low, self.high))
+            planned = rng.random() < self.planned
+            configs.append(self.plan_like(rng, bits) if planned else self.space.sample_budgeted(rng, bits))
+        return configs
+
+    def plan_like(self, rng: np.random.Generator | None, bits: float) -> QuantConfig:
+        """Return a near-optimal allocation of at most `bits`, by Lagrange multiplier, in about a millisecond.
+
+        Args:
+            rng: disturbs the costs; None leaves them as they are.
+            bits: average bits per weight.
+        """
+        price = cost_matrix(self.space, self.costs)
+        if rng is not None:
+            price = price * np.exp(_JITTER * rng.normal(size=price.shape))
+        return self.space.config(_least_cost(price, self.space.sizes, bits * self.space.model.parameters / 8))
+
+
+def _least_cost(price: NDArray[np.float64], size: NDArray[np.int64], budget: float) -> NDArray[np.int64]:
+    """Return a format per group: least Σ price + λ·size for the smallest λ that keeps the budget."""
+    rows = np.arange(len(price))
+    low, high = -30.0, 30.0  # log of λ over the mean price per byte
+    unit = price.max() / size.max()
+    best = size.argmin(1)
+    for _ in range(50):
+        middle = (low + high) / 2
+        choice = (price + np.exp(middle) * unit * size).argmin(1)
+        if size[rows, choice].sum() <= budget + 0.5:
+            best, high = choice, middle
+        else:
+            low = middle
+    return np.asarray(best)

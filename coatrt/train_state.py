@@ -1,0 +1,80 @@
+"""Training checkpoints: parameters and AdamW moments in safetensors, the rest in JSON; a run resumes exactly."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from coatrt.errors import CheckpointError, ConfigError
+from coatrt.files import atomic_file, read_json, sha256_file, write_json
+
+__all__ = ["load_state", "save_state"]
+
+_STATE = "state.json"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def save_state(
+    directory: Path, module: nn.Module, optimizer: torch.optim.Optimizer, run: str, progress: Mapping[str, Any]
+) -> None:
+    """Write a checkpoint; the one before it stays valid until this one is complete.
+
+    Args:
+        directory: of the training state, made if missing.
+        module: its parameters are saved.
+        optimizer: AdamW over exactly these parameters.
+        run: identifies options, model and data; `load_state` refuses another.
+        progress: "step" (steps done) and whatever else goes on, as JSON.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in module.named_parameters():
+        tensors[f"value.{name}"] = parameter.detach().cpu().contiguous()
+        for moment in _MOMENTS:
+            if moment in optimizer.state[parameter]:
+                tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment].cpu().contiguous()
+    file = f"state-{progress['step']}.safetensors"
+    with atomic_file(directory / file) as temporary:
+        save_file(tensors, str(temporary))
+    write_json(
+        directory / _STATE,
+        {"run": run, "file": file, "sha256": sha256_file(directory / file), "progress": dict(progress)},
+    )
+    for old in directory.glob("state-*.safetensors"):
+        if old.name != file:
+            old.unlink()
+
+
+def load_state(directory: Path, module: nn.Module, optimizer: torch.optim.Optimizer, run: str) -> dict[str, Any] | None:
+    """Read the last checkpoint into `module` and `optimizer` and return its progress; None where there is none.
+
+    Raises:
+        ConfigError: it belongs to other options, another model or other data.
+        CheckpointError: it is damaged.
+    """
+    if not (directory / _STATE).is_file():
+        return None
+    facts = read_json(directory / _STATE, "training state")
+    try:
+        if facts["run"] != run:
+            raise ConfigError(
+                f"{directory} holds a training with other options, another model or other data; resume with the same "
+                "ones, or start over with --overwrite"
+            )
+        path = directory / Path(str(facts["file"])).name
+        if sha256_file(path) != facts["sha256"]:
+            raise CheckpointError(f"{path} is damaged; start over with --overwrite")
+        tensors = load_file(str(path))
+        steps = torch.tensor(float(facts["progress"]["step"]))
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                parameter.copy_(tensors[f"value.{name}"])
+                if f"{_MOMENTS[0]}.{name}" in tensors:
+                    moments = {m: tensors[f"{m}.{name}"].to(parameter.device) for m in _MOMENTS}
+                    optimizer.state[parameter] = {"step": steps.clone(), **moments}
+        return dict(facts["progress"])
+    except (KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{directory} is damaged ({error}); start over with --overwrite") from None

@@ -1,0 +1,141 @@
+"""Adapter → hypernet.onnx: one integer per matrix in, every LoRA tensor of the contract out.
+
+Format fields, layers, module kinds, features and their averages are constants of the graph, so that a service needs no
+feature code: input `formats` is int64 [M], for each target matrix (contract order) the place of its format in the list
+that `hypernet.json` holds.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+
+from coatrt.adapter import Adapter
+from coatrt.export.graph import IR_VERSION, OPSET
+from coatrt.files import write_json
+
+__all__ = ["HYPERNETWORK_FILE", "HYPERNETWORK_INPUT", "SIDE_FILE", "export_hypernetwork"]
+
+HYPERNETWORK_FILE = "hypernet.onnx"
+HYPERNETWORK_INPUT = "formats"
+SIDE_FILE = "hypernet.json"
+_LARGE = 1 << 30  # a protobuf ends at 2 GiB: beyond this the tensors go to a file of their own
+
+
+class _Graph:
+    """Nodes and initializers under construction."""
+
+    def __init__(self) -> None:
+        self.nodes: list[ir.Node] = []
+        self.initializers: list[ir.Value] = []
+        self._constants: dict[str, ir.Value] = {}
+
+    def op(self, kind: str, inputs: list[ir.Value], name: str, **attributes: Any) -> ir.Value:
+        value = ir.Value(name=name)
+        self.nodes.append(ir.node(kind, inputs, attributes, outputs=[value], name=name))
+        return value
+
+    def constant(self, data: torch.Tensor | NDArray[Any] | list[int], name: str) -> ir.Value:
+        if name not in self._constants:
+            array = data.detach().cpu().contiguous().numpy() if isinstance(data, torch.Tensor) else np.asarray(data)
+            tensor = ir.tensor(array, name=name)
+            kind, shape = ir.TensorType(tensor.dtype), ir.Shape(array.shape)
+            value = ir.Value(name=name, type=kind, shape=shape, const_value=tensor)
+            self.initializers.append(value)
+            self._constants[name] = value
+        return self._constants[name]
+
+
+def export_hypernetwork(adapter: Adapter, directory: str | Path) -> None:
+    """Write hypernet.onnx and hypernet.json.
+
+    Args:
+        adapter: the trained adapter.
+        directory: an existing directory.
+    """
+    directory = Path(directory)
+    graph = _Graph()
+    formats = ir.Value(
+        name=HYPERNETWORK_INPUT, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([len(adapter.encoder.names)])
+    )
+    outputs = _write_lora(graph, adapter, _write_theta(graph, adapter, formats))
+    model = ir.Model(
+        ir.Graph(
+            [formats], outputs, nodes=graph.nodes, initializers=graph.initializers,
+            opset_imports={"": OPSET}, name="hypernetwork",
+        ),
+        ir_version=IR_VERSION, producer_name="coatrt",
+    )  # fmt: skip
+    size = sum(value.const_value.nbytes for value in graph.initializers if value.const_value is not None)
+    external = Path(HYPERNETWORK_FILE).with_suffix(".bin").name if size > _LARGE else None
+    ir.save(model, directory / HYPERNETWORK_FILE, external_data=external)
+    write_json(
+        directory / SIDE_FILE,
+        {"matrices": list(adapter.encoder.names), "formats": [str(fmt) for fmt in adapter.formats]},
+    )
+
+
+def _write_theta(graph: _Graph, adapter: Adapter, formats: ir.Value) -> ir.Value:
+    """Write embeddings, features and the two linear layers; return U, float32 [M, r, r]."""
+    theta, encoder = adapter.lora.theta, adapter.encoder
+    fields = graph.op("Gather", [graph.constant(encoder.fields, "format_fields"), formats], "fields")  # [M, 5]
+    seen = []
+    for i, table in enumerate(theta.embeddings):
+        name = f"embedding_{i}"
+        weights = graph.constant(table.weight, f"{name}.weight")
+        if i < encoder.fields.shape[1]:
+            index = graph.op("Gather", [fields, graph.constant(np.array(i), f"column_{i}")], f"{name}.index", axis=1)
+        else:
+            index = graph.constant(encoder.places[:, i - encoder.fields.shape[1]], f"{name}.index")
+        seen.append(graph.op("Gather", [weights, index], name))  # [M, width]
+    joined = graph.op("Concat", seen, "embedded", axis=1)
+    scale, shift = graph.constant(theta.norm.weight, "norm.weight"), graph.constant(theta.norm.bias, "norm.bias")
+    state = graph.op("LayerNormalization", [joined, scale, shift], "normed", axis=-1, epsilon=theta.norm.eps)
+    if theta.options.features:
+        state = graph.op("Concat", [state, _write_features(graph, adapter, formats)], "seen", axis=1)
+    for name, layer in (("hidden", theta.hidden), ("out", theta.out)):
+        weight, bias = graph.constant(layer.weight, f"{name}.weight"), graph.constant(layer.bias, f"{name}.bias")
+        state = graph.op("Gemm", [state, weight, bias], name, transB=1)
+        if name == "hidden":
+            state = graph.op("Mul", [state, graph.op("Sigmoid", [state], "gate")], "silu")
+    rank = theta.options.rank
+    return graph.op("Reshape", [state, graph.constant([-1, rank, rank], "square")], "U")
+
+
+def _write_features(graph: _Graph, adapter: Adapter, formats: ir.Value) -> ir.Value:
+    """Write the features of `coatrt.features`, float32 [M, 4]."""
+    encoder = adapter.encoder
+    count, choices, _ = encoder.own.shape
+    table = graph.constant(encoder.own.reshape(count * choices, 2), "format_features")
+    rows = graph.op("Add", [formats, graph.constant(torch.arange(count) * choices, "row_starts")], "rows")
+    own = graph.op("Gather", [table, rows], "own_features")  # [M, 2]
+    bits = graph.op("Gather", [own, graph.constant([0], "column_bits")], "bits", axis=1)  # [M, 1]
+    averages = graph.op("MatMul", [graph.constant(encoder.shares, "shares"), bits], "averages")  # [1 + layers, 1]
+    whole = graph.op("Gather", [averages, graph.constant(torch.zeros(count, dtype=torch.int64), "whole")], "whole_bits")
+    layer = graph.op("Gather", [averages, graph.constant(encoder.places[:, 0] + 1, "layer_rows")], "layer_bits")
+    return graph.op("Concat", [own, whole, layer], "features", axis=1)
+
+
+def _write_lora(graph: _Graph, adapter: Adapter, updates: ir.Value) -> list[ir.Value]:
+    """Write A' = A + A·Uᵀ per stack of equal shapes, split it, and hand out B · alpha/rank, in contract order."""
+    contract, lora = adapter.contract, adapter.lora
+    made: dict[str, ir.Value] = {}
+    transposed = graph.op("Transpose", [updates], "U_transposed", perm=[0, 2, 1])
+    for stack, (rows, A, B) in enumerate(lora.stacks()):
+        name = f"stack_{stack}"
+        mine = graph.op("Gather", [transposed, graph.constant(rows, f"{name}.rows")], f"{name}.U")
+        shared = graph.constant(A, f"{name}.A")
+        change = graph.op("MatMul", [shared, mine], f"{name}.change")
+        folded = graph.op("Add", [shared, change], f"{name}.folded")  # [m, K, r]
+        for i, row in enumerate(rows):
+            tensor = contract.tensors[row]
+            place = graph.constant(np.array(i), f"place_{i}")
+            made[tensor.A] = graph.op("Gather", [folded, place], tensor.A, axis=0)
+            scaled = graph.constant(B[i].detach() * contract.scale, f"{tensor.B}.trained")
+            made[tensor.B] = graph.op("Identity", [scaled], tensor.B)
+    for name, shape in contract.shapes.items():
+        made[name].type, made[name].shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
+    return [made[name] for name in contract.shapes]
