@@ -55,6 +55,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         temporary.chmod(0o755)
         for file in temporary.rglob("*"):
             if file.is_file():
+                file.chmod(0o644)
                 _fsync(file)
         old = None
         if path.exists():

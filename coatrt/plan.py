@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from coatrt.allocate import CostTable, allocate, cost_matrix
 from coatrt.config import QuantConfig
@@ -10,12 +10,15 @@ from coatrt.devices import DeviceProfile
 from coatrt.errors import ConfigError, DeviceError
 from coatrt.space import ConfigSpace
 
-__all__ = ["RUNTIME_RESERVE", "Plan", "Workload", "make_plan"]
+if TYPE_CHECKING:
+    from coatrt.adapter import Adapter
+
+__all__ = ["RUNTIME_RESERVE", "Objective", "Plan", "Workload", "make_plan", "plan_for"]
 
 RUNTIME_RESERVE = 512 << 20
 """Bytes left to the CUDA context, the runtime and the display: an assumption, not a measurement."""
 
-_Objective = Literal["quality", "latency"]
+Objective = Literal["quality", "latency"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,14 @@ class Workload:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], context: int, batch: int, prefill: int, lora_parameters: int) -> "Workload":
-        """Return the workload of a model given its config.json content."""
+        """Return the workload of a model given its config.json content.
+
+        Raises:
+            ConfigError: context, batch or prefill is not positive.
+        """
+        for name, value in (("context", context), ("batch", batch), ("prefill", prefill)):
+            if value < 1:
+                raise ConfigError(f"{name} {value} is given; give at least 1")
         heads = int(config["num_attention_heads"])
         return cls(
             layers=int(config["num_hidden_layers"]),
@@ -150,7 +160,7 @@ def make_plan(
     device: DeviceProfile,
     workload: Workload,
     *,
-    objective: _Objective = "quality",
+    objective: Objective = "quality",
     memory: int | None = None,
     bits: float | None = None,
     max_loss: float = 0.05,
@@ -229,3 +239,40 @@ def make_plan(
         bytes_per_token=per_token,
         tokens_per_second_bound=device.bandwidth / per_token if device.bandwidth else None,
     )
+
+
+def plan_for(
+    adapter: "Adapter",
+    device: DeviceProfile,
+    *,
+    objective: Objective = "quality",
+    memory: int | None = None,
+    bits: float | None = None,
+    max_loss: float = 0.05,
+    context: int = 2048,
+    batch: int = 1,
+    prefill: int = 512,
+) -> Plan:
+    """Return the plan of an adapter for a device.
+
+    Args:
+        adapter: gives the space, the sensitivities and the size of the LoRA.
+        device: the target.
+        objective: see `make_plan`.
+        memory: see `make_plan`.
+        bits: see `make_plan`.
+        max_loss: see `make_plan`.
+        context: slots of the KV cache per sequence.
+        batch: sequences at once.
+        prefill: most prompt tokens in one call.
+
+    Raises:
+        DeviceError: the device allows none of the adapter's formats.
+        ConfigError: nothing fits, or an option is out of range.
+    """
+    lora = sum(rows * columns for rows, columns in adapter.contract.shapes.values())
+    workload = Workload.of(adapter.model_config, context, batch, prefill, lora)
+    return make_plan(
+        adapter.space, adapter.sensitivity.costs, device, workload,
+        objective=objective, memory=memory, bits=bits, max_loss=max_loss,
+    )  # fmt: skip

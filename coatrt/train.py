@@ -270,7 +270,7 @@ class _Training:
             },
         )
         adapter.save(output)
-        return adapter
+        return Adapter.load(output)
 
     def _step(self, step: int) -> list[float]:
         """Do one optimizer step and return the loss under each of its configurations."""

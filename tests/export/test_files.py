@@ -86,7 +86,7 @@ def test_forms_share_one_file_without_duplicates(tmp_path: Path, tied: Checkpoin
     shared = set(both[0].values()) & set(both[1].values())
     stored = sum(length for _, length in shared)
     config = MIXED.resolve(tied.matrices)
-    whole = [m for m in tied.matrices.matrices if (fmt := config[m.name].effective(m.K)).padded(m.K) == m.K]
+    whole = [m for m in tied.matrices.matrices if config[m.name].effective(m.K).padded(m.K) == m.K]
     assert len(whole) > len(tied.matrices.matrices) / 2
     # Codes and scales serve both forms, save those of matrices with a short last block: one form keeps its padding.
     assert stored >= sum(config[m.name].nbytes(m.N, m.K) for m in whole)

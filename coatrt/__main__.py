@@ -1,0 +1,5 @@
+"""`python -m coatrt`."""
+
+from coatrt.cli.main import main
+
+main()

@@ -1,0 +1,143 @@
+"""A, B, U and the features behind U, against plain numpy; PEFT reads what is saved."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from coatrt.adapter import Adapter
+from coatrt.config import QuantConfig
+from coatrt.contract import contract_for
+from coatrt.errors import CheckpointError, ConfigError
+from coatrt.fakequant import FakeQuantModel
+from coatrt.features import ConfigEncoder
+from coatrt.formats import WeightFormat
+from coatrt.lora import CoaLora
+from coatrt.matrices import ModelMatrices, matrices_of
+from coatrt.store import CodeStore
+
+FORMATS = tuple(map(WeightFormat.parse, ("nf2-g64", "int4-g64", "nf3-g32-dq4-bf16-256", "int8")))
+
+
+@pytest.fixture(scope="module")
+def model() -> ModelMatrices:
+    shapes = {"model.embed_tokens.weight": (96, 64)}
+    for layer in range(3):
+        at = f"model.layers.{layer}"
+        shapes |= {f"{at}.self_attn.q_proj.weight": (64, 64), f"{at}.self_attn.k_proj.weight": (32, 64)}
+        shapes |= {f"{at}.mlp.up_proj.weight": (128, 64), f"{at}.mlp.down_proj.weight": (64, 128)}
+    return matrices_of(shapes, tied=True)
+
+
+@pytest.fixture(scope="module")
+def encoder(model: ModelMatrices) -> ConfigEncoder:
+    errors = {m.name: {str(f): 0.1 / (1 + i + j) for j, f in enumerate(FORMATS)} for i, m in enumerate(model.targets)}
+    return ConfigEncoder(model, FORMATS, errors)
+
+
+def mixed(model: ModelMatrices) -> QuantConfig:
+    return QuantConfig({name: FORMATS[i % 4] for i, name in enumerate(model.names)})
+
+
+@pytest.mark.parametrize("preset", ["paper", "coatrt"])
+def test_an_untrained_hypernetwork_leaves_plain_lora(encoder: ConfigEncoder, model: ModelMatrices, preset: str) -> None:
+    lora = CoaLora(contract_for(model, 16, 32), encoder, preset)  # type: ignore[arg-type]
+    emitted = lora.emit(encoder.format_ids(mixed(model)))
+    assert list(emitted) == list(lora.contract.shapes)
+    for tensor in lora.contract.tensors:
+        a, _ = lora.shared()[tensor.matrix]
+        assert torch.equal(emitted[tensor.A], a)
+        assert not emitted[tensor.B].any()
+        assert tuple(emitted[tensor.A].shape) == (tensor.K, 16)
+
+
+def test_emitted_tensors_are_the_formula(encoder: ConfigEncoder, model: ModelMatrices) -> None:
+    lora = CoaLora(contract_for(model, 16, 24), encoder)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in lora.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    ids = encoder.format_ids(mixed(model))
+    emitted = lora.emit(ids)
+    theta = {name: value.detach().double().numpy() for name, value in lora.theta.named_parameters()}
+    indices, features = encoder.indices(ids).numpy(), encoder.features(ids).double().numpy()
+    for row, tensor in enumerate(lora.contract.tensors):
+        x = np.concatenate([theta[f"embeddings.{i}.weight"][indices[row, i]] for i in range(7)])
+        x = (x - x.mean()) / np.sqrt(x.var() + 1e-5) * theta["norm.weight"] + theta["norm.bias"]
+        h = theta["hidden.weight"] @ np.concatenate([x, features[row]]) + theta["hidden.bias"]
+        U = (theta["out.weight"] @ (h / (1 + np.exp(-h))) + theta["out.bias"]).reshape(16, 16)
+        a, b = (part.double().numpy() for part in lora.shared()[tensor.matrix])
+        np.testing.assert_allclose(emitted[tensor.A].numpy().T, (np.eye(16) + U) @ a.T, atol=2e-6)
+        np.testing.assert_allclose(emitted[tensor.B].numpy(), b * 24 / 16, atol=1e-6)
+    assert np.abs(emitted[tensor.A].numpy() - a).max() > 0.01
+
+
+def test_features_are_bits_error_and_averages(encoder: ConfigEncoder, model: ModelMatrices) -> None:
+    config = mixed(model)
+    features = encoder.features(encoder.format_ids(config)).numpy()
+    bits = np.array([config[m.name].bits_per_weight(m.K) for m in model.targets])
+    sizes = np.array([m.N * m.K for m in model.targets])
+    layers = np.array([m.layer for m in model.targets])
+    errors = [encoder.errors[m.name][str(config[m.name])] for m in model.targets]
+    np.testing.assert_allclose(features[:, 0], bits / 8, rtol=1e-6)
+    np.testing.assert_allclose(features[:, 1], np.log10(errors) / 4, rtol=1e-5)
+    np.testing.assert_allclose(features[:, 2], (bits @ sizes) / sizes.sum() / 8, rtol=1e-5)
+    for layer in range(3):
+        mine = layers == layer
+        expected = bits[mine] @ sizes[mine] / sizes[mine].sum() / 8
+        np.testing.assert_allclose(features[mine, 3], expected, rtol=1e-5)
+    assert encoder.indices(encoder.format_ids(config))[:, 5].tolist() == layers.tolist()  # the true layer index
+
+
+def test_a_format_not_trained_for_is_refused(encoder: ConfigEncoder, model: ModelMatrices) -> None:
+    with pytest.raises(ConfigError, match=r"q_proj is fp8, which the adapter was not trained for; allowed: nf2-g64"):
+        encoder.format_ids(QuantConfig.uniform(model, "fp8"))
+
+
+def test_adapter_survives_saving(tiny_adapter: Path, tmp_path: Path) -> None:
+    adapter = Adapter.load(tiny_adapter)
+    adapter.save(tmp_path / "copy")
+    again = Adapter.load(tmp_path / "copy")
+    config = adapter.space.sample_random(np.random.default_rng(3))
+    first, second = adapter.emit(config), again.emit(config)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert again.formats == adapter.formats
+    assert again.sensitivity == adapter.sensitivity
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "sensitivity.json", "metrics.json"])
+def test_an_altered_adapter_is_refused(tiny_adapter: Path, tmp_path: Path, name: str) -> None:
+    Adapter.load(tiny_adapter).save(tmp_path / "a")
+    data = bytearray((tmp_path / "a" / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "a" / name).write_bytes(data)
+    with pytest.raises(CheckpointError, match="was altered or is damaged"):
+        Adapter.load(tmp_path / "a")
+
+
+def test_an_adapter_refuses_another_model(tiny_adapter: Path, tmp_path: Path) -> None:
+    from conftest import save_tiny_llama
+
+    other = save_tiny_llama(tmp_path / "other", seed=9)
+    with pytest.raises(CheckpointError, match="the adapter was trained on"):
+        Adapter.load(tiny_adapter).checkpoint(other)
+
+
+def test_peft_computes_the_same_logits(tiny_adapter: Path, tiny_llama: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    adapter = Adapter.load(tiny_adapter)
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, tiny_adapter / "peft").eval()
+    checkpoint = adapter.checkpoint()
+    ours = FakeQuantModel(checkpoint, CodeStore(checkpoint))
+    shared = {name: (a, b * adapter.contract.scale) for name, (a, b) in adapter.lora.shared().items()}
+    ours.set_pairs(shared)
+    tokens = torch.arange(40).view(2, 20) * 5
+    with torch.no_grad():
+        expected, got = theirs(input_ids=tokens).logits, ours.logits(tokens)
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+        ours.set_pairs(None)
+        assert (ours.logits(tokens) - expected).abs().max() > 1e-2

@@ -1,0 +1,233 @@
+"""Fake quantization, sensitivities, sampling, and the training loop with its checkpoints."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from coatrt.adapter import Adapter
+from coatrt.checkpoint import Checkpoint, load_model
+from coatrt.config import QuantConfig
+from coatrt.data import batches, read_documents, tokenize_text
+from coatrt.errors import ConfigError
+from coatrt.fakequant import FakeQuantModel
+from coatrt.formats import WeightFormat
+from coatrt.quantize import decode, encode
+from coatrt.sampling import TrainingSampler
+from coatrt.sensitivity import measure_sensitivity
+from coatrt.store import CodeStore
+from coatrt.train import train
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import TEXTS, tiny_options
+
+
+def test_fake_quantized_logits_are_those_of_decoded_weights(tiny_llama: Path) -> None:
+    checkpoint = Checkpoint.open(tiny_llama)
+    ours, theirs = FakeQuantModel(checkpoint, CodeStore(checkpoint)), load_model(checkpoint)
+    tokens = torch.arange(24).view(2, 12)
+    plain = theirs(input_ids=tokens).logits
+    config = QuantConfig(
+        {n: WeightFormat.parse(("nf3-g32", "int8")[i % 2]) for i, n in enumerate(checkpoint.matrices.names)}
+    )
+    ours.set_config(QuantConfig.uniform(checkpoint.matrices, "nf4-g32"))
+    ours.set_config(config)
+    for name in checkpoint.matrices.names:
+        weight = theirs.get_submodule(name).weight
+        weight.data = decode(encode(weight.data, config[name]))
+    assert torch.equal(ours.logits(tokens), theirs(input_ids=tokens).logits)
+    ours.set_config(None)
+    assert torch.equal(ours.logits(tokens), plain)
+
+
+def test_cost_is_the_empirical_fisher_of_single_blocks(tiny_llama: Path) -> None:
+    checkpoint = Checkpoint.open(tiny_llama)
+    codes = CodeStore(checkpoint)
+    blocks = torch.randint(0, 256, (3, 17), generator=torch.Generator().manual_seed(0))
+    formats = [WeightFormat.parse(text) for text in ("nf2-g32", "int8")]
+    found = measure_sensitivity(FakeQuantModel(checkpoint, codes), codes, blocks, formats)
+    model = load_model(checkpoint)
+    for name in ("model.embed_tokens", "model.layers.1.mlp.down_proj"):
+        weight = model.get_submodule(name).weight
+        fisher = torch.zeros_like(weight)
+        for block in blocks:
+            loss = model(input_ids=block[None], labels=block[None]).loss
+            (grad,) = torch.autograd.grad(loss, weight)
+            fisher += 16 * grad.square() / 3  # 16 predicted tokens
+        for fmt in formats:
+            residual = weight.detach() - decode(encode(weight.detach(), fmt))
+            cost = 0.5 * (fisher * residual.square()).sum().item()
+            assert found.costs[name][str(fmt)] == pytest.approx(cost, rel=1e-3)
+            error = (residual.norm() / weight.norm()).item()
+            assert found.errors[name][str(fmt)] == pytest.approx(error, rel=1e-4)
+    assert set(found.costs) == set(checkpoint.matrices.names)
+
+
+def test_every_block_is_seen_once_per_epoch() -> None:
+    seen = torch.cat([batches(10, 4, step, seed=3) for step in range(5)]).tolist()
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+    assert seen[:10] != seen[10:]
+    assert torch.equal(batches(10, 4, 3, 3), batches(10, 4, 3, 3))
+
+
+def test_held_out_documents_are_not_trained_on(tiny_llama: Path) -> None:
+    from coatrt.checkpoint import load_tokenizer
+
+    tokenizer = load_tokenizer(tiny_llama)
+    documents = [chr(ord("a") + i) * 50 for i in range(20)]
+    data = tokenize_text(tokenizer, documents, 10)
+    held = set(tokenizer("ak")["input_ids"])
+    end = {tokenizer.eos_token_id}
+    assert set(data.held_out.unique().tolist()) == held | end
+    assert not set(data.train.unique().tolist()) & held
+    assert len(data.train) == 18 * 51 // 10
+
+
+def test_missing_and_empty_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no-such\.txt does not exist"):
+        read_documents([tmp_path / "no-such.txt"])
+    (tmp_path / "empty.txt").write_text(" \n")
+    with pytest.raises(ConfigError, match="no text in"):
+        read_documents([tmp_path])
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_documents([tmp_path])
+
+
+def test_sampler_keeps_budgets_and_sees_the_ends(tiny_adapter: Path) -> None:
+    adapter = Adapter.load(tiny_adapter)
+    sampler = TrainingSampler(adapter.space, adapter.sensitivity.costs, 4.5, 7.0, seed=1)
+    bits = np.array([[c.average_bits(adapter.model) for c in sampler.draw(step, 3)] for step in range(30)])
+    step = 8 * adapter.space.sizes.max() / adapter.model.parameters  # the coarsest change a group can make
+    assert (np.abs(bits[:, 0] - 4.5) < step).all()
+    assert (bits[:, 0] <= 4.5 + 1e-9).all()
+    assert (np.abs(bits[:, 1] - 7.0) < step).all()
+    assert bits[:, 2].std() > 0.4
+    assert (bits <= 7.0 + 0.05).all()
+    assert sampler.draw(7, 3) == sampler.draw(7, 3)
+    assert sampler.draw(7, 3) != sampler.draw(8, 3)
+
+
+def test_planner_like_draws_are_near_the_knapsack_optimum(tiny_adapter: Path) -> None:
+    from coatrt.allocate import allocate, cost_matrix
+
+    adapter = Adapter.load(tiny_adapter)
+    space, costs = adapter.space, adapter.sensitivity.costs
+    sampler = TrainingSampler(space, costs, 4.5, 7.0)
+    price = cost_matrix(space, costs)
+
+    def total(config: QuantConfig) -> float:
+        return float(sum(price[i, space.formats.index(config[group[0]])] for i, group in enumerate(space.groups)))
+
+    for bits in (4.6, 5.0, 6.0):
+        best = total(allocate(space, costs, max_bytes=bits * space.model.parameters / 8))
+        drawn = sampler.plan_like(None, bits)
+        assert drawn.average_bits(space.model) <= bits
+        assert best <= total(drawn) * (1 + 1e-3)
+        assert total(drawn) <= total(space.uniform("nf3-g32"))
+
+
+def test_budgets_outside_the_formats_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"the formats allow 3\.5"):
+        train(tiny_llama, TEXTS, tmp_path / "a", tiny_options(low_bits=2.0))
+    assert not (tmp_path / "a").exists()
+
+
+def test_training_learns_and_uses_the_hypernetwork(tiny_adapter: Path, tiny_llama: Path) -> None:
+    adapter = Adapter.load(tiny_adapter)
+    found = adapter.metrics["held_out"]
+    row = found["budgets"][0]
+    assert row["adapted"] < row["without"] - 0.5
+    assert row["adapted"] < found["full_precision"] - 0.5
+    low, high = (adapter.emit(adapter.space.uniform(text)) for text in ("nf3-g32", "int8"))
+    name = adapter.contract.tensors[0].A
+    assert (low[name] - high[name]).abs().max() > 1e-4
+    checkpoint = adapter.checkpoint(tiny_llama)
+    model = FakeQuantModel(checkpoint, CodeStore(checkpoint))
+    config = TrainingSampler(adapter.space, adapter.sensitivity.costs, 4.5, 7.0).plan_like(None, 5.0)
+    assert config.hash == row["configuration"]
+    model.set_config(config)
+    model.set_lora(adapter.contract, adapter.emit(config))
+    from coatrt.checkpoint import load_tokenizer
+
+    blocks = tokenize_text(load_tokenizer(tiny_llama), TEXTS, 32).held_out[:4]
+    with torch.no_grad():
+        assert model.loss(blocks).item() == pytest.approx(row["adapted"], rel=1e-5)
+
+
+class _Killed(Exception):
+    pass
+
+
+def test_a_resumed_run_equals_an_unbroken_one(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from coatrt.train import _Training
+
+    whole = train(tiny_llama, TEXTS, tmp_path / "whole", tiny_options())
+    step = _Training._step
+
+    def killed(self: _Training, number: int) -> list[float]:
+        if number == 5:
+            raise _Killed
+        return step(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Training, "_step", killed)
+        with pytest.raises(_Killed):
+            train(tiny_llama, TEXTS, tmp_path / "broken", tiny_options())
+    with pytest.raises(ConfigError, match="--resume to go on"):
+        train(tiny_llama, TEXTS, tmp_path / "broken", tiny_options())
+    with pytest.raises(ConfigError, match="other options"):
+        train(tiny_llama, TEXTS, tmp_path / "broken", tiny_options(seed=5), resume=True)
+    resumed = train(tiny_llama, TEXTS, tmp_path / "broken", tiny_options(), resume=True)
+    assert resumed.metrics["losses"] == whole.metrics["losses"]
+    first, second = (load_file(tmp_path / name / "adapter.safetensors") for name in ("whole", "broken"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert train(tiny_llama, TEXTS, tmp_path / "broken", tiny_options(), resume=True).metrics == resumed.metrics
+    with pytest.raises(ConfigError, match="finished adapter"):
+        train(tiny_llama, TEXTS, tmp_path / "broken", tiny_options())
+
+
+def test_a_killed_process_resumes(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for i, text in enumerate(TEXTS):
+        (tmp_path / "text" / f"{i:02}.txt").write_text(text)
+    arguments = [
+        sys.executable, "-m", "coatrt", "train", str(tiny_llama), "--data", str(tmp_path / "text"), "-o",
+        str(tmp_path / "out"), "--formats", "int4-g32,int8", "--steps", "100000", "--length", "32", "--batch", "2",
+        "--calibration", "2", "--evaluation", "2", "--budgets", "5", "--checkpoint-every", "1",
+    ]  # fmt: skip
+    process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL)
+    state = tmp_path / "out" / "training" / "state.json"
+    deadline = time.monotonic() + 120
+    while not (state.is_file() and json.loads(state.read_text())["progress"]["step"] >= 3):
+        assert process.poll() is None, "training ended"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    left = json.loads(state.read_text())["progress"]
+    assert left["step"] >= 3
+    assert all(math.isfinite(loss) for losses in left["losses"] for loss in losses)
+    wrong = subprocess.run(arguments, capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert wrong.stderr.count("\n") == 1
+    assert "--resume" in wrong.stderr
+    process = subprocess.Popen([*arguments, "--resume"], stderr=subprocess.DEVNULL)
+    while json.loads(state.read_text())["progress"]["step"] < left["step"] + 3:
+        assert process.poll() is None, "training ended"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert json.loads(state.read_text())["progress"]["losses"][: left["step"]] == left["losses"]

@@ -1,0 +1,65 @@
+"""hypernet.onnx against the torch module it was written from."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+
+from coatrt.adapter import Adapter
+from coatrt.export.hypernetwork import export_hypernetwork
+from coatrt.train import train
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import TEXTS, tiny_options
+
+
+@pytest.fixture(scope="module", params=["coatrt", "paper"])
+def adapter(request: pytest.FixtureRequest, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapter:
+    directory = tmp_path_factory.mktemp("hypernet") / "adapter"
+    return train(tiny_llama, TEXTS, directory, tiny_options(preset=request.param, fused=False))
+
+
+def test_graph_equals_torch_for_configurations_never_seen(adapter: Adapter, tmp_path: Path) -> None:
+    export_hypernetwork(adapter, tmp_path)
+    session = ort.InferenceSession(str(tmp_path / "hypernet.onnx"), providers=["CPUExecutionProvider"])
+    side = json.loads((tmp_path / "hypernet.json").read_text())
+    assert side["matrices"] == [tensor.matrix for tensor in adapter.contract.tensors]
+    (given,) = session.get_inputs()
+    assert (given.name, given.type, given.shape) == ("formats", "tensor(int64)", [len(side["matrices"])])
+    shapes = {out.name: tuple(out.shape) for out in session.get_outputs()}
+    assert shapes == dict(adapter.contract.shapes)
+    assert list(shapes) == list(adapter.contract.shapes)
+    rng, seen = np.random.default_rng(11), set()
+    for _ in range(20):
+        config = adapter.space.sample_random(rng)
+        ids = np.array([side["formats"].index(str(config[name])) for name in side["matrices"]])
+        emitted, expected = session.run(list(shapes), {"formats": ids}), adapter.emit(config)
+        for name, value in zip(shapes, emitted, strict=True):
+            np.testing.assert_allclose(value, expected[name].numpy(), atol=1e-5)
+        seen.add(b"".join(value.tobytes() for value in emitted))
+    assert len(seen) == 20  # every configuration has a LoRA of its own
+
+
+def test_graph_is_standard_onnx(adapter: Adapter, tmp_path: Path) -> None:
+    export_hypernetwork(adapter, tmp_path)
+    model = onnx.load(tmp_path / "hypernet.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    assert {node.domain for node in model.graph.node} == {""}
+
+
+def test_large_tensors_go_to_a_file_of_their_own(
+    adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coatrt.export.hypernetwork._LARGE", 1000)
+    export_hypernetwork(adapter, tmp_path)
+    assert (tmp_path / "hypernet.bin").stat().st_size > (tmp_path / "hypernet.onnx").stat().st_size
+    session = ort.InferenceSession(str(tmp_path / "hypernet.onnx"), providers=["CPUExecutionProvider"])
+    config = adapter.space.sample_random(np.random.default_rng(0))
+    ids = adapter.encoder.format_ids(config).numpy()
+    (value,) = session.run([adapter.contract.tensors[-1].A], {"formats": ids})
+    assert torch.allclose(torch.from_numpy(value), adapter.emit(config)[adapter.contract.tensors[-1].A], atol=1e-5)
