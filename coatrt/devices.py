@@ -1,0 +1,91 @@
+"""Device profiles: what a GPU is, which weight formats it can run, and which builder makes its engines."""
+
+import difflib
+import json
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import resources
+from typing import Any, Literal
+
+from coatrt.errors import DeviceError
+from coatrt.formats import KINDS, WeightFormat
+
+__all__ = ["Builder", "DeviceProfile", "device", "devices", "least_sm"]
+
+Builder = Literal["tensorrt-rtx", "tensorrt", "onnxruntime"]
+
+_LEAST_SM = {"int4": 80, "bf16": 80, "fp8": 89, "nvfp4": 100}
+
+
+def least_sm(weight_format: WeightFormat) -> int:
+    """Return the lowest compute capability (as in SM86: 86) that can run a format; 75 where every GPU can.
+
+    int4 and bf16 from Ampere, fp8 from Ada, nvfp4 from Blackwell; all else runs on Turing: NormalFloat too, whose bit
+    planes travel in INT8 constants. Measured with TensorRT-RTX 1.7.1 for SM75, 80, 86, 89, 120 and 121 (a test builds
+    the edges again); for the others it follows NVIDIA's tables and is not tried.
+    """
+    return _LEAST_SM.get(weight_format.kind, 75)
+
+
+@dataclass(frozen=True)
+class DeviceProfile:
+    """A device that engines are made for.
+
+    Args:
+        id: what users type: rtx-4090.
+        name: product name, as the driver reports it without the vendor's prefixes.
+        sm: compute capability without the dot (86, 120), 0 for the CPU.
+        memory_bytes: memory of the device, None where unknown.
+        bandwidth: peak memory bandwidth in bytes/s, None where unknown.
+        fp16_flops: dense FP16 tensor throughput in FLOP/s with FP32 accumulation, None where unknown.
+        builder: what makes its engines.
+        sources: where the figures come from.
+    """
+
+    id: str
+    name: str
+    sm: int
+    memory_bytes: int | None
+    bandwidth: float | None
+    fp16_flops: float | None
+    builder: Builder
+    sources: tuple[str, ...]
+
+    @property
+    def compute_capability(self) -> tuple[int, int]:
+        """(major, minor): (8, 6), (12, 0)."""
+        return divmod(self.sm, 10)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of weight formats the device runs."""
+        return tuple(kind for kind in KINDS if self.sm == 0 or self.sm >= _LEAST_SM.get(kind, 75))
+
+    def supports(self, weight_format: WeightFormat) -> bool:
+        """Return whether the device runs a format; the CPU runs all."""
+        return weight_format.kind in self.kinds
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON form with the kinds of formats."""
+        return {**asdict(self), "formats": list(self.kinds)}
+
+
+@cache
+def devices() -> tuple[DeviceProfile, ...]:
+    """Return all known devices, by compute capability."""
+    rows = json.loads(resources.files("coatrt").joinpath("devices.json").read_text(encoding="utf-8"))
+    return tuple(DeviceProfile(**{**row, "sources": tuple(row["sources"])}) for row in rows)
+
+
+def device(name: str) -> DeviceProfile:
+    """Return the profile of a device id.
+
+    Raises:
+        DeviceError: there is none.
+    """
+    known = {profile.id: profile for profile in devices()}
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name.lower().replace(" ", "-").replace("_", "-"), known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(list(known)[:4])} and others;"
+    raise DeviceError(f"no device {name!r}; {hint} coatrt devices lists all {len(known)}")
