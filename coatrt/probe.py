@@ -40,7 +40,9 @@ def probe() -> list[DeviceProfile]:
 def _profile(line: str) -> DeviceProfile:
     match = re.fullmatch(r"(.+?),\s*(\d+)\.(\d+),\s*(\d+)\s*", line.strip())
     if match is None:
-        raise DeviceError(f"nvidia-smi said {line!r}, not name, compute capability and memory; update the NVIDIA driver")
+        raise DeviceError(
+            f"nvidia-smi said {line!r}, not name, compute capability and memory; update the NVIDIA driver"
+        )
     name, sm, memory = match[1], int(match[2]) * 10 + int(match[3]), int(match[4]) << 20
     for known in devices():
         if known.sm == sm and _plain(known.name) == _plain(name) and _near(known.memory_bytes, memory):

@@ -1,0 +1,1 @@
+"""ONNX to engine and its use: builders, runtimes, generation, bundles, verification, benchmark."""

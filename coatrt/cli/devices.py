@@ -46,5 +46,7 @@ def _show(profiles: Iterable[DeviceProfile], as_json: bool) -> None:
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     right = {2, 3, 4, 5}
     for line in lines:
-        cells = (cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+        cells = (
+            cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
         click.echo("  ".join(cells).rstrip())

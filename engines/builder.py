@@ -1,0 +1,172 @@
+"""Engine form of a graph → TensorRT engine, built by Polygraphy in a process of its own.
+
+A native builder that dies takes its process with it; here that becomes one BuildError. One optimization profile covers
+prefill and decode: with two, TensorRT-RTX 1.7.1 stores the weights twice.
+"""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from coatrt.config import QuantConfig
+from coatrt.devices import DeviceProfile, least_sm
+from coatrt.errors import BuildError, FormatError
+from coatrt.files import atomic_file
+
+__all__ = ["BuildRecord", "EngineShapes", "build_engine", "check_formats", "installed_builder"]
+
+_MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+_EXTRAS = {"tensorrt-rtx": "rtx", "tensorrt": "tensorrt"}
+
+
+@dataclass(frozen=True)
+class EngineShapes:
+    """Ranges of the dynamic dimensions of an engine.
+
+    Args:
+        batch: most sequences at once.
+        prefill: most tokens per sequence in one call.
+        logits: most positions per sequence that get logits in one call.
+
+    Raises:
+        BuildError: a number is not positive.
+    """
+
+    batch: int = 1
+    prefill: int = 512
+    logits: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value < 1:
+                raise BuildError(f"engine {name} {value} is given; give at least 1")
+
+
+@dataclass(frozen=True)
+class BuildRecord:
+    """What was built.
+
+    Args:
+        file: name of the engine file.
+        sms: compute capabilities it runs on (86, 120).
+        builder: "tensorrt-rtx" or "tensorrt".
+        version: of the builder; an engine does not load in another.
+        seconds: of the build.
+        bytes: of the engine.
+        shapes: ranges of its dynamic dimensions.
+    """
+
+    file: str
+    sms: tuple[int, ...]
+    builder: str
+    version: str
+    seconds: float
+    bytes: int
+    shapes: EngineShapes
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return {**asdict(self), "sms": list(self.sms)}
+
+
+def check_formats(config: QuantConfig, device: DeviceProfile, activations: str = "float16") -> None:
+    """Refuse a configuration that a device cannot run, before any builder is asked.
+
+    Raises:
+        FormatError: a matrix has a format, or the activations a type, that the device lacks.
+    """
+    if activations == "bfloat16" and 0 < device.sm < 80:
+        raise FormatError(f"{device.id} (SM{device.sm}) has no bfloat16; take float16 activations")
+    wrong = [(name, fmt) for name, fmt in config.formats.items() if not device.supports(fmt)]
+    if wrong:
+        name, fmt = wrong[0]
+        more = f" and {len(wrong) - 1} more matrices" if len(wrong) > 1 else ""
+        raise FormatError(
+            f"{device.id} (SM{device.sm}) cannot run {fmt} ({name}{more}): it needs SM{least_sm(fmt)} or later; "
+            f"allowed there: {', '.join(device.kinds)}"
+        )
+
+
+def installed_builder(builder: str) -> str:
+    """Return the version of an installed builder.
+
+    Raises:
+        BuildError: it, or Polygraphy, is not installed, or only a stub of it is.
+    """
+    module = _MODULES[builder]
+    extra = _EXTRAS[builder]
+    for package in (module, "polygraphy"):
+        if importlib.util.find_spec(package) is None:
+            where = "" if builder == "tensorrt-rtx" else " on the device itself"
+            raise BuildError(f"{package} is not installed; pip install 'coatrt[{extra}]'{where}, then build again")
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(module.replace("_", "-"))
+    return str(importlib.import_module(module).__version__)
+
+
+def build_engine(
+    graph: Path,
+    engine: Path,
+    device: DeviceProfile,
+    *,
+    also: Iterable[DeviceProfile] = (),
+    shapes: EngineShapes | None = None,
+) -> BuildRecord:
+    """Build one engine from the engine form of a graph.
+
+    Args:
+        graph: base.onnx with its weights beside it.
+        engine: the file to write, atomically.
+        device: the target; its builder is used. Regular TensorRT builds for the GPU of this machine.
+        also: further targets for the same engine (TensorRT-RTX).
+        shapes: ranges of the dynamic dimensions.
+
+    Raises:
+        BuildError: the builder is absent, refuses the graph, or dies.
+    """
+    shapes = shapes or EngineShapes()
+    if device.builder not in _MODULES:
+        raise BuildError(f"{device.id} runs graphs in {device.builder}; no engine is built for it")
+    version = installed_builder(device.builder)
+    sms = tuple(sorted({device.sm, *(other.sm for other in also)}))
+    with atomic_file(engine) as temporary:
+        request = {
+            "graph": str(graph.resolve()), "engine": str(temporary.resolve()), "builder": device.builder,
+            "sms": sms, "shapes": asdict(shapes),
+        }  # fmt: skip
+        started = time.monotonic()
+        _run_worker(request, f"{engine.name} for SM{'/'.join(map(str, sms))}")
+        seconds = time.monotonic() - started
+        size = temporary.stat().st_size
+    return BuildRecord(engine.name, sms, device.builder, version, seconds, size, shapes)
+
+
+def _run_worker(request: dict[str, Any], what: str) -> None:
+    environment = {**os.environ, "POLYGRAPHY_USE_TENSORRT_RTX": str(int(request["builder"] == "tensorrt-rtx"))}
+    with tempfile.TemporaryDirectory(prefix="coatrt-build-") as directory:
+        path = Path(directory) / "request.json"
+        path.write_text(json.dumps(request), encoding="utf-8")
+        command = [sys.executable, "-m", "coatrt.engines.build_worker", str(path)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    size = Path(request["engine"]).stat().st_size
+    if done.returncode or not size:
+        raise BuildError(f"building {what} failed: {_reason(done.stdout + done.stderr, done.returncode)}")
+
+
+def _reason(output: str, code: int) -> str:
+    """Return the builder's own words: the last lines that are errors."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    told = [line for line in lines if "[E]" in line or "rror" in line] or lines
+    chosen: Sequence[str] = list(dict.fromkeys(told))[:2] or ["no message"]
+    died = f" (the builder died with signal {-code})" if code < 0 else ""
+    return " | ".join(line[:300] for line in chosen) + died

@@ -1,0 +1,102 @@
+"""The hypernetwork at deploy time: a configuration → its LoRA, in ONNX Runtime, without torch."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from coatrt.bundle import Bundle
+from coatrt.config import QuantConfig
+from coatrt.contract import LoraContract
+from coatrt.engines.ort import session
+from coatrt.engines.runtime import check_lora
+from coatrt.errors import BundleError, ConfigError
+from coatrt.files import atomic_file
+
+__all__ = ["Emitter", "load_lora", "save_lora"]
+
+
+class Emitter:
+    """A loaded hypernetwork.
+
+    Args:
+        graph: hypernet.onnx.
+        side: content of hypernet.json: "matrices" (order of the input) and "formats" (what its integers mean).
+        contract: names and shapes of what it emits.
+        threads: of the session.
+
+    Raises:
+        BundleError: the lists are missing.
+    """
+
+    def __init__(
+        self, graph: Path, side: Mapping[str, Any], contract: LoraContract, threads: int | None = None
+    ) -> None:
+        try:
+            self.matrices, self.formats = tuple(map(str, side["matrices"])), tuple(map(str, side["formats"]))
+        except (KeyError, TypeError) as error:
+            raise BundleError(f"hypernet.json lacks {error}; build the bundle again") from None
+        self.contract = contract
+        self._names = list(contract.shapes)
+        self._index = {text: i for i, text in enumerate(self.formats)}
+        self._session = session(graph, threads)
+
+    @classmethod
+    def of(cls, bundle: Bundle, threads: int | None = None) -> "Emitter":
+        """Return the hypernetwork of a bundle, every file's hash checked first."""
+        side = json.loads(bundle.path("hypernet.json").read_text(encoding="utf-8"))
+        if "hypernet.bin" in bundle.manifest["files"]:
+            bundle.path("hypernet.bin")
+        return cls(bundle.path("hypernet.onnx"), side, bundle.contract, threads)
+
+    def ids(self, config: QuantConfig) -> NDArray[np.int64]:
+        """Return the hypernetwork's input for a configuration, int64 [M].
+
+        Raises:
+            ConfigError: a matrix has no format, or one the adapter was not trained for.
+        """
+        result = np.empty(len(self.matrices), np.int64)
+        for i, name in enumerate(self.matrices):
+            text = str(config.formats.get(name, "nothing"))
+            if text not in self._index:
+                raise ConfigError(
+                    f"{name} is {text}, which the adapter was not trained for; allowed: {', '.join(self.formats)}"
+                )
+            result[i] = self._index[text]
+        return result
+
+    def emit(self, config: QuantConfig) -> dict[str, NDArray[np.float32]]:
+        """Return the LoRA of a configuration: every tensor of the contract, float32.
+
+        Raises:
+            ConfigError: see `ids`.
+        """
+        values = self._session.run(self._names, {"formats": self.ids(config)})
+        return dict(zip(self._names, values, strict=True))
+
+
+def save_lora(path: str | Path, tensors: Mapping[str, NDArray[np.float32]], config: QuantConfig) -> None:
+    """Write emitted tensors as safetensors, atomically, with the hash of their configuration."""
+    with atomic_file(path) as temporary:
+        save_file(dict(tensors), str(temporary), metadata={"configuration": config.hash})
+
+
+def load_lora(path: Path, contract: LoraContract) -> dict[str, NDArray[np.float32]]:
+    """Return the tensors of a LoRA file, checked against the contract.
+
+    Raises:
+        ConfigError: the file is missing, damaged, or not of this contract.
+    """
+    if not path.is_file():
+        raise ConfigError(f"LoRA {path} does not exist; emit one with coatrt adapt")
+    try:
+        tensors: dict[str, NDArray[np.float32]] = load_file(str(path))
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"LoRA {path} is damaged ({error}); emit it again with coatrt adapt") from None
+    check_lora(contract, tensors)
+    return tensors

@@ -1,0 +1,49 @@
+"""Where a figure was measured: machine, versions, GPU."""
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from coatrt import __version__
+from coatrt.errors import DeviceError
+from coatrt.probe import probe
+
+__all__ = ["environment", "versions"]
+
+_PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "tensorrt-rtx", "tensorrt",
+             "polygraphy", "numpy")  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of coatrt and of the packages its results depend on, where installed."""
+    found = {"coatrt": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def environment() -> dict[str, Any]:
+    """Return CPU, usable cores, memory in bytes, GPUs, operating system and versions."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    try:
+        gpus = [profile.name for profile in probe()]
+    except DeviceError as error:
+        gpus = [f"not readable: {error}"]
+    return {"cpu": _cpu_name(), "cores": cores, "memory_bytes": memory, "gpus": gpus,
+            "system": f"{platform.system()} {platform.machine()}", "versions": versions()}  # fmt: skip

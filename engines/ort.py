@@ -1,0 +1,160 @@
+"""ONNX Runtime: the runtime that runs everything everywhere, bound once and decoding in place."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from coatrt.contract import DecoderIO, LoraContract
+from coatrt.engines.runtime import LoraTensors, check_lora, check_tokens, pad_right
+from coatrt.errors import BuildError, ConfigError
+
+__all__ = ["OrtDecoder", "session"]
+
+
+def session(graph: Path, threads: int | None = None, accuracy_level: int = 0) -> Any:
+    """Return an ONNX Runtime session on the CPU.
+
+    Args:
+        graph: the model file.
+        threads: of one operator; by default all usable cores.
+        accuracy_level: of int4 and int8 matrix products: 0 equals the dequantized model, 4 accumulates in int8, faster
+            and visibly different.
+
+    Raises:
+        BuildError: ONNX Runtime refuses the graph.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    options.intra_op_num_threads = threads or cores
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
+    try:
+        return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises types of its own that share no public base
+        raise BuildError(f"ONNX Runtime refuses {graph.name} ({str(error).splitlines()[0]}); export it again") from None
+
+
+class OrtDecoder:
+    """A decoder graph in ONNX Runtime: caches and LoRA are bound once, and the caches are written in place.
+
+    Args:
+        graph: the cpu form of the graph.
+        io: its inputs and outputs.
+        contract: its LoRA inputs; None where it has none.
+        batch: sequences at once.
+        context: slots of the caches where the graph leaves them open.
+        threads: see `session`.
+        accuracy_level: see `session`.
+
+    Raises:
+        BuildError: ONNX Runtime refuses the graph.
+        ConfigError: a number is out of range.
+    """
+
+    def __init__(
+        self,
+        graph: Path,
+        io: DecoderIO,
+        contract: LoraContract | None,
+        *,
+        batch: int = 1,
+        context: int = 2048,
+        threads: int | None = None,
+        accuracy_level: int = 0,
+    ) -> None:
+        if batch < 1 or context < 1:
+            raise ConfigError(f"batch {batch} and context {context} are given; give at least 1")
+        self.io, self.contract, self.batch = io, contract, batch
+        slots = io.cache_length or min(context, io.max_positions)
+        self._capacity = min(slots, io.max_positions)
+        self._dtype = np.dtype(io.activations)
+        self._session = session(graph, threads, accuracy_level)
+        self._binding = self._session.io_binding()
+        shape = (batch, io.kv_heads, slots, io.head_dim)
+        self._caches = [ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self._dtype)) for _ in io.past_names]
+        for past, present, cache in zip(io.past_names, io.present_names, self._caches, strict=True):
+            self._binding.bind_ortvalue_input(past, cache)
+            self._binding.bind_ortvalue_output(present, cache)
+        self._lora: dict[str, Any] = {}
+        self._lengths = np.zeros(batch, np.int64)
+        self.set_lora(None)
+
+    @property
+    def capacity(self) -> int:
+        """Most positions of a sequence, prompt included."""
+        return self._capacity
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Positions filled so far, int64 [B]."""
+        return self._lengths.copy()
+
+    @property
+    def cache_addresses(self) -> tuple[int, ...]:
+        """Addresses of the cache buffers; they never change."""
+        return tuple(int(cache.data_ptr()) for cache in self._caches)
+
+    def set_lora(self, tensors: LoraTensors | None) -> None:
+        """Bind the tensors of the contract (float32, cast here); None: zeros.
+
+        Raises:
+            ConfigError: they are not those of the contract.
+        """
+        if tensors is not None:
+            check_lora(self.contract, tensors)
+        for name, shape in self.contract.shapes.items() if self.contract is not None else ():
+            value = np.zeros(shape, self._dtype) if tensors is None else np.asarray(tensors[name]).astype(self._dtype)
+            self._lora[name] = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value))
+            self._binding.bind_ortvalue_input(name, self._lora[name])
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """Start new sequences and return the logits after each prompt, float32 [B, V].
+
+        Raises:
+            ConfigError: another number of prompts than the batch, or prompts the graph cannot run.
+        """
+        if len(prompts) != self.batch:
+            raise ConfigError(f"{len(prompts)} prompts are given to a decoder of batch {self.batch}; give as many")
+        check_tokens(prompts, self.io, 0, self._capacity)
+        tokens, lengths = pad_right(prompts)
+        logits = self.run(tokens, np.zeros(self.batch, np.int64), lengths[:, None] - 1)
+        self._lengths = lengths
+        return logits[:, 0]
+
+    def decode(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Add one token to each sequence and return the logits after it, float32 [B, V].
+
+        Raises:
+            ConfigError: another number of tokens than the batch, or the cache is full.
+        """
+        if len(tokens) != self.batch:
+            raise ConfigError(f"{len(tokens)} tokens are given to a decoder of batch {self.batch}; give as many")
+        check_tokens([[token] for token in tokens], self.io, int(self._lengths.max()), self._capacity)
+        logits = self.run(np.array(tokens, np.int64)[:, None], self._lengths, np.zeros((self.batch, 1), np.int64))
+        self._lengths = self._lengths + 1
+        return logits[:, 0]
+
+    def run(
+        self, tokens: NDArray[np.int64], starts: NDArray[np.int64], index: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """Run the graph once: tokens [B, S] from positions `starts` [B]; return logits [B, T, V] at `index` [B, T].
+
+        Positions filled are not counted: `prefill` and `decode` do.
+        """
+        positions = starts[:, None] + np.arange(tokens.shape[1], dtype=np.int64)
+        # Positions of padding may pass the rotary table; what they write is masked, then overwritten.
+        inputs = {
+            "input_ids": tokens, "position_ids": np.minimum(positions, self.io.max_positions - 1),
+            "write_index": starts, "logits_index": index,
+        }  # fmt: skip
+        for name, value in inputs.items():
+            self._binding.bind_cpu_input(name, np.ascontiguousarray(value))
+        self._binding.bind_output("logits")
+        self._session.run_with_iobinding(self._binding)
+        logits = self._binding.get_outputs()[-1]  # in the order of binding: the caches were bound first
+        return np.asarray(logits.numpy(), np.float32)

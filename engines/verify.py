@@ -1,0 +1,171 @@
+"""Is a bundle what it says: hashes, versions, LoRA, and its numbers against torch."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coatrt.bundle import Bundle
+from coatrt.engines.emit import Emitter, load_lora
+from coatrt.engines.environment import versions
+from coatrt.engines.ort import OrtDecoder
+from coatrt.errors import BundleError, CheckpointError, CoatError
+
+__all__ = ["TOLERANCE", "Report", "verify"]
+
+TOLERANCE = 1e-3
+"""Largest difference of logits allowed, relative to the largest logit, with float32 activations."""
+
+_FLOAT16_TOLERANCE = 3e-2
+_STEPS = 16
+_PROMPT = (1, 7, 3, 11, 5, 2, 9, 4)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found; everything here holds, or `verify` had raised.
+
+    Args:
+        files: files whose SHA-256 was checked.
+        versions: package → (version that built the bundle, version here) where they differ.
+        engines: one line per engine.
+        lora_effect: largest change of a logit by the LoRA, relative to the largest logit.
+        torch_difference: largest |Δlogit| against torch over prefill and decoding, relative; None where not compared.
+        tolerance: what was allowed for it.
+        note: why something was not compared.
+    """
+
+    files: int
+    versions: dict[str, tuple[str, str]]
+    engines: tuple[str, ...]
+    lora_effect: float
+    torch_difference: float | None
+    tolerance: float
+    note: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return asdict(self)
+
+    def text(self) -> str:
+        """Return the report as lines."""
+        lines = [f"files          {self.files} hashes hold"]
+        lines += [f"engine         {line}" for line in self.engines]
+        lines += [f"version        {name}: built with {old}, here {new}" for name, (old, new) in self.versions.items()]
+        lines.append("LoRA           equals what the hypernetwork emits here")
+        lines.append(f"LoRA effect    largest change of a logit {self.lora_effect:.3g} of the largest logit")
+        if self.torch_difference is None:
+            lines.append(f"torch          not compared: {self.note}")
+        else:
+            lines.append(
+                f"torch          largest |Δlogit| {self.torch_difference:.2e} of the largest logit over prefill and "
+                f"{_STEPS} decode steps (allowed {self.tolerance:g})"
+            )
+        return "\n".join(lines)
+
+
+def verify(directory: str | Path, *, model: str | Path | None = None, numbers: bool = True) -> Report:
+    """Check a bundle.
+
+    Args:
+        directory: the bundle.
+        model: the checkpoint, where it is not at the place the bundle remembers.
+        numbers: compare with torch too; needs the checkpoint and time to load it.
+
+    Raises:
+        BundleError: a file was altered, the LoRA is not what the hypernetwork emits, or the numbers differ.
+        CheckpointError: `model` is given and is not the bundle's model.
+    """
+    bundle = Bundle.open(directory)
+    files = bundle.check_all()
+    here = versions()
+    changed = {
+        name: (old, here[name])
+        for name, old in bundle.manifest["versions"].items()
+        if name in here and here[name] != old
+    }
+    contract, config = bundle.contract, bundle.config
+    if config.hash != bundle.manifest["configuration"]["hash"]:
+        raise BundleError(f"{directory}: configuration.json is not the configuration of the manifest; build it again")
+    lora = load_lora(bundle.path("lora.safetensors"), contract)
+    emitted = Emitter.of(bundle).emit(config)
+    for name, value in emitted.items():
+        if not np.allclose(value, lora[name], rtol=0, atol=1e-5):
+            raise BundleError(f"{directory}: {name} is not what the hypernetwork emits; build the bundle again")
+    graph, io = bundle.decoder("cpu")
+    decoder = OrtDecoder(graph, io, contract, context=64)
+    prompt = [token % io.vocabulary for token in _PROMPT]
+    tokens = _greedy(decoder, prompt)
+    plain = _teacher_forced(decoder, prompt, tokens)
+    decoder.set_lora(lora)
+    adapted = _teacher_forced(decoder, prompt, tokens)
+    effect = float(np.abs(adapted - plain).max() / np.abs(plain).max())
+    if not effect > 0:
+        raise BundleError(f"{directory}: the LoRA changes nothing; train the adapter, then build again")
+    difference, note = None, "asked not to"
+    tolerance = TOLERANCE if io.activations == "float32" else _FLOAT16_TOLERANCE
+    if numbers:
+        difference, note = _against_torch(bundle, model, prompt, tokens, adapted, lora)
+        if difference is not None and not (math.isfinite(difference) and difference <= tolerance):
+            raise BundleError(
+                f"{directory}: logits differ from torch by {difference:.2e} of the largest, allowed {tolerance:g}; "
+                "report this with the bundle's manifest"
+            )
+    return Report(files, changed, _engine_lines(bundle, here), effect, difference, tolerance, note)
+
+
+def _greedy(decoder: OrtDecoder, prompt: Sequence[int]) -> list[int]:
+    tokens = [int(decoder.prefill([prompt])[0].argmax())]
+    while len(tokens) < _STEPS:
+        tokens.append(int(decoder.decode([tokens[-1]])[0].argmax()))
+    return tokens
+
+
+def _teacher_forced(decoder: OrtDecoder, prompt: Sequence[int], tokens: Sequence[int]) -> Any:
+    """Return the logits after the prompt and after each token, float32 [1 + steps, V]."""
+    return np.stack([decoder.prefill([prompt])[0], *(decoder.decode([token])[0] for token in tokens)])
+
+
+def _against_torch(
+    bundle: Bundle, model: str | Path | None, prompt: Sequence[int], tokens: Sequence[int], logits: Any, lora: Any
+) -> tuple[float | None, str]:
+    import torch
+
+    from coatrt.checkpoint import Checkpoint
+    from coatrt.fakequant import FakeQuantModel
+    from coatrt.store import CodeStore
+
+    facts = bundle.manifest["model"]
+    try:
+        checkpoint = Checkpoint.open(model if model is not None else facts["source"])
+    except CoatError as error:
+        if model is not None:
+            raise
+        return None, f"the model is not where it was ({error})"
+    if checkpoint.fingerprint != facts["fingerprint"]:
+        raise CheckpointError(
+            f"{checkpoint.directory} has the fingerprint {checkpoint.fingerprint}, the bundle's {facts['fingerprint']}; "
+            "give the bundle's model (--model)"
+        )
+    reference = FakeQuantModel(checkpoint, CodeStore.default(checkpoint))
+    reference.set_config(bundle.config)
+    reference.set_lora(bundle.contract, {name: torch.from_numpy(value.copy()) for name, value in lora.items()})
+    with torch.no_grad():
+        ids = torch.tensor([[*prompt, *tokens]])
+        expected = reference.logits(ids)[0, len(prompt) - 1 :].numpy()
+    return float(np.abs(expected - logits).max() / np.abs(expected).max()), ""
+
+
+def _engine_lines(bundle: Bundle, here: dict[str, str]) -> tuple[str, ...]:
+    lines = []
+    for engine in bundle.manifest["engines"]:
+        version = here.get(engine["builder"])
+        state = (
+            "loads here" if version == engine["version"] else f"needs {engine['version']}, here is {version or 'none'}"
+        )
+        targets = "/".join(f"SM{sm}" for sm in engine["sms"])
+        lines.append(f"{engine['file']}: {targets}, {engine['bytes'] / 1e6:.1f} MB, {engine['builder']} ({state})")
+    return tuple(lines)
