@@ -31,7 +31,7 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
 
 def cache_directory() -> Path:
-    """Return the directory for what can be made again: $COATRT_CACHE, else $XDG_CACHE_HOME/coatrt, else ~/.cache/coatrt."""
+    """Return the directory for what can be made again: $COATRT_CACHE, $XDG_CACHE_HOME/coatrt or ~/.cache/coatrt."""
     if "COATRT_CACHE" in os.environ:
         return Path(os.environ["COATRT_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "coatrt"
@@ -59,7 +59,7 @@ class Checkpoint:
 
         Args:
             source: a Hugging Face directory with safetensors (sharded or not), a GGUF file or a directory with one
-                (converted once into the cache), or a hub name such as `Qwen/Qwen3-0.6B` (downloaded by huggingface_hub).
+                (converted once into the cache), or a hub name such as `Qwen/Qwen3-0.6B` (downloaded).
 
         Raises:
             CheckpointError: nothing is there, it is damaged, or it is not safetensors.
@@ -75,7 +75,7 @@ class Checkpoint:
 
     @property
     def model_type(self) -> str:
-        """The family, as config.json names it: llama, qwen3 …"""
+        """The family, as config.json names it: llama, qwen3, and so on."""
         return str(self.config.get("model_type", ""))
 
     @property
@@ -160,7 +160,8 @@ def _locate(source: str) -> Path:
     ) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"model {source} is no local path and the hub did not give it ({reason}); give a Hugging Face directory, a GGUF file or a hub name"
+            f"model {source} is no local path and the hub did not give it ({reason}); "
+            "give a Hugging Face directory, a GGUF file or a hub name"
         ) from None
 
 

@@ -59,7 +59,7 @@ def probabilities(logits: NDArray[np.float32], sampling: Sampling) -> NDArray[np
     scaled = logits.astype(np.float64) / sampling.temperature
     if 0 < sampling.top_k < len(scaled):
         scaled[np.argpartition(scaled, -sampling.top_k)[: -sampling.top_k]] = -np.inf
-    weights = np.exp(scaled - scaled.max())
+    weights: NDArray[np.float64] = np.exp(scaled - scaled.max())
     weights /= weights.sum()
     if sampling.top_p < 1:
         order = np.argsort(-weights, kind="stable")

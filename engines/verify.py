@@ -147,7 +147,7 @@ def _against_torch(
         return None, f"the model is not where it was ({error})"
     if checkpoint.fingerprint != facts["fingerprint"]:
         raise CheckpointError(
-            f"{checkpoint.directory} has the fingerprint {checkpoint.fingerprint}, the bundle's {facts['fingerprint']}; "
+            f"{checkpoint.directory} has the fingerprint {checkpoint.fingerprint}, not {facts['fingerprint']}; "
             "give the bundle's model (--model)"
         )
     reference = FakeQuantModel(checkpoint, CodeStore.default(checkpoint))

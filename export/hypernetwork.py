@@ -83,9 +83,9 @@ def _write_theta(graph: _Graph, adapter: Adapter, formats: ir.Value) -> ir.Value
     theta, encoder = adapter.lora.theta, adapter.encoder
     fields = graph.op("Gather", [graph.constant(encoder.fields, "format_fields"), formats], "fields")  # [M, 5]
     seen = []
-    for i, table in enumerate(theta.embeddings):
+    for i, table in enumerate(theta.embeddings.parameters()):
         name = f"embedding_{i}"
-        weights = graph.constant(table.weight, f"{name}.weight")
+        weights = graph.constant(table, f"{name}.weight")
         if i < encoder.fields.shape[1]:
             index = graph.op("Gather", [fields, graph.constant(np.array(i), f"column_{i}")], f"{name}.index", axis=1)
         else:

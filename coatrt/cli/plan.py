@@ -42,9 +42,7 @@ def command(adapter: Path, devices: tuple[str, ...], output: Path | None, as_jso
     from coatrt.plan import plan_for
 
     if output is not None and len(devices) > 1:
-        raise ConfigError(
-            f"-o takes one configuration and {len(devices)} devices are given; give one device, or --json"
-        )
+        raise ConfigError(f"-o takes one device, {len(devices)} are given; give one, or --json")
     profiles = [device(name) for name in devices]
     loaded = Adapter.load(adapter)
     plans = [

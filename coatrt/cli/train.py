@@ -77,8 +77,8 @@ def _summary(metrics: Any, output: Path) -> str:
         f"held-out perplexity over {metrics['held_out_tokens']} tokens",
         f"  full precision, no adapter {exp(found['full_precision']):8.2f}",
     ]
-    for row in found["budgets"]:
-        lines.append(
-            f"  {row['bits']:5.2f} bits: without {exp(row['without']):10.2f}   with adapter {exp(row['adapted']):8.2f}"
-        )
+    lines += [
+        f"  {row['bits']:5.2f} bits: without {exp(row['without']):10.2f}   with adapter {exp(row['adapted']):8.2f}"
+        for row in found["budgets"]
+    ]
     return "\n".join(lines)

@@ -51,7 +51,9 @@ def test_exact_name_beats_first_pattern_beats_default():
 
 
 def test_average_bits_by_hand():
-    config = ConfigPatterns.from_json({"default": "fp16", "matrices": {"model.embed_tokens": "int4-g64"}}).resolve(MODEL)
+    config = ConfigPatterns.from_json({"default": "fp16", "matrices": {"model.embed_tokens": "int4-g64"}}).resolve(
+        MODEL
+    )
     table, rest = 100 * 64, MODEL.parameters - 100 * 64
     assert config.nbytes(MODEL) == table // 2 + table // 64 * 2 + rest * 2
     assert config.average_bits(MODEL) == pytest.approx((table * 4.25 + rest * 16) / MODEL.parameters)

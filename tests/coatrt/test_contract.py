@@ -52,7 +52,9 @@ def test_contract_refuses_repeated_names_and_no_tensors() -> None:
             LoraContract(16, 16.0, "float32", tensors)
 
 
-@pytest.mark.parametrize("value", [None, [], {}, {"rank": 16}, {"rank": "x", "alpha": 1, "dtype": "float32", "tensors": []}])
+@pytest.mark.parametrize(
+    "value", [None, [], {}, {"rank": 16}, {"rank": "x", "alpha": 1, "dtype": "float32", "tensors": []}]
+)
 def test_contract_refuses_garbled_json(value: object) -> None:
     with pytest.raises(ConfigError, match="export again"):
         LoraContract.from_json(value)

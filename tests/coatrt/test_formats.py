@@ -8,9 +8,14 @@ from coatrt.formats import KINDS, PAPER_FORMATS, WeightFormat
 PLAIN = [
     WeightFormat(kind, block)
     for kind in KINDS
-    for block in {"fp16": [0], "bf16": [0], "int8": [0, 32, 64, 128], "int4": [32, 64, 128], "fp8": [0], "nvfp4": [16]}.get(
-        kind, [16, 32, 64]
-    )
+    for block in {
+        "fp16": [0],
+        "bf16": [0],
+        "int8": [0, 32, 64, 128],
+        "int4": [32, 64, 128],
+        "fp8": [0],
+        "nvfp4": [16],
+    }.get(kind, [16, 32, 64])
 ]
 ALL = [*PLAIN, *PAPER_FORMATS]
 

@@ -36,7 +36,9 @@ def to_numpy(tensor):
 
 
 def test_nf4_levels_equal_the_published_table():
-    assert np.abs(normal_float(4) - np.array(QLORA_NF4)).max() <= 4e-6  # the published table is rounded like this itself
+    assert (
+        np.abs(normal_float(4) - np.array(QLORA_NF4)).max() <= 4e-6
+    )  # the published table is rounded like this itself
     assert normal_float(4)[7] == 0 and normal_float(4)[0] == -1 and normal_float(4)[15] == 1
 
 
@@ -79,7 +81,9 @@ def test_every_weight_gets_the_nearest_level_under_its_scale(text):
     else:
         levels = np.unique(E2M1) if fmt.kind == "nvfp4" else normal_float(fmt.bits)
         top = 7 if fmt.kind == "nvfp4" else 2**fmt.bits - 1
-        ones = decode(QuantizedMatrix(q.format, q.N, q.K, torch.full_like(q.codes, top), q.scales, q.super_scales, q.constant))
+        ones = decode(
+            QuantizedMatrix(q.format, q.N, q.K, torch.full_like(q.codes, top), q.scales, q.super_scales, q.constant)
+        )
         scales = ones.numpy() / (6.0 if fmt.kind == "nvfp4" else 1.0)
     best = np.abs(levels[None, None] * scales[:, :, None].astype(np.float64) - w.numpy()[:, :, None]).min(2)
     got = np.abs(decode(q).numpy().astype(np.float64) - w.numpy())
@@ -128,7 +132,9 @@ def test_zero_matrices_stay_zero():
         assert not decode(encode(torch.zeros(4, 64), text)).any(), text
 
 
-@pytest.mark.parametrize("bad", [torch.tensor([[float("nan"), 1.0]]), torch.tensor([[float("inf"), 1.0]]), torch.zeros(3)])
+@pytest.mark.parametrize(
+    "bad", [torch.tensor([[float("nan"), 1.0]]), torch.tensor([[float("inf"), 1.0]]), torch.zeros(3)]
+)
 def test_no_finite_matrix_is_refused(bad):
     with pytest.raises(FormatError, match="finite"):
         encode(bad, "int8")

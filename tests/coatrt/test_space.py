@@ -19,7 +19,11 @@ def big_model(layers=12):
     for i in range(layers):
         p = f"model.layers.{i}."
         rows += [Matrix(f"{p}self_attn.{k}_proj", 512, 512) for k in "qkvo"]
-        rows += [Matrix(f"{p}mlp.gate_proj", 1024, 512), Matrix(f"{p}mlp.up_proj", 1024, 512), Matrix(f"{p}mlp.down_proj", 512, 1024)]
+        rows += [
+            Matrix(f"{p}mlp.gate_proj", 1024, 512),
+            Matrix(f"{p}mlp.up_proj", 1024, 512),
+            Matrix(f"{p}mlp.down_proj", 512, 1024),
+        ]
     return ModelMatrices(tuple(rows), tied=True)
 
 

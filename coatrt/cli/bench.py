@@ -1,0 +1,44 @@
+"""`coatrt bench`."""
+
+from pathlib import Path
+
+import click
+
+from coatrt.cli.common import echo_json
+
+__all__ = ["command"]
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--prompt", "prompts", type=int, multiple=True, help="Prompt length in tokens; repeatable. [16, 128]")
+@click.option("--tokens", type=int, default=32, show_default=True, help="Tokens decoded per repetition.")
+@click.option("--repeat", type=int, default=5, show_default=True)
+@click.option("--batch", type=int, default=1, show_default=True)
+@click.option("--threads", type=int, help="Threads; default: all usable cores.")
+@click.option("--accuracy-level", type=click.Choice(["0", "4"]), default="0", show_default=True)
+@click.option("--device", help="Profile of this machine, for its bandwidth.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the JSON here too.")
+def command(bundle: Path, prompts: tuple[int, ...], tokens: int, repeat: int, batch: int, threads: int | None,
+            accuracy_level: str, device: str | None, as_json: bool, output: Path | None) -> None:  # fmt: skip
+    """Measure BUNDLE on this machine with ONNX Runtime: prefill, decode, LoRA on and off, emission, load."""
+    from coatrt.bundle import Bundle
+    from coatrt.devices import device as profile
+    from coatrt.engines.bench import bench, bench_text
+    from coatrt.files import write_json
+    from coatrt.progress import stages
+
+    known = profile(device) if device is not None else None
+    with stages("bench") as progress:
+        result = bench(
+            Bundle.open(bundle), prompts=prompts or (16, 128), tokens=tokens, repeat=repeat, batch=batch,
+            threads=threads, accuracy_level=int(accuracy_level), device=known,
+            progress=lambda done, total: progress(done, total, "repetitions"),
+        )  # fmt: skip
+    if output is not None:
+        write_json(output, result)
+    if as_json:
+        echo_json(result)
+    else:
+        click.echo(bench_text(result))

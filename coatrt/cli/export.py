@@ -1,0 +1,37 @@
+"""`coatrt export`."""
+
+from pathlib import Path
+
+import click
+
+__all__ = ["command"]
+
+
+@click.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("--config", "config_path", required=True, type=click.Path(path_type=Path), help="Configuration file.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory to write.")
+@click.option("--model", help="The adapter's model, where it has moved.")
+@click.option("--activations", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True)
+@click.option("--cpu-activations", type=click.Choice(["float32", "float16"]), default="float32", show_default=True)
+@click.option("--context", type=int, default=2048, show_default=True, help="Slots of the KV cache per sequence.")
+@click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
+def command(adapter: Path, config_path: Path, output: Path, model: str | None, activations: str, cpu_activations: str,
+            context: int, overwrite: bool) -> None:  # fmt: skip
+    """Write the ONNX graphs, hypernetwork and LoRA of one configuration of ADAPTER: a bundle without an engine."""
+    from coatrt.adapter import Adapter
+    from coatrt.config import QuantConfig
+    from coatrt.devices import device
+    from coatrt.engines.assemble import BundleOptions, assemble
+    from coatrt.progress import stages
+
+    loaded = Adapter.load(adapter)
+    config = QuantConfig.load(config_path, loaded.model)
+    options = BundleOptions(activations, cpu_activations, context, engine=False)
+    with stages("export") as progress:
+        bundle = assemble(
+            loaded, loaded.checkpoint(model), config, device("cpu"), output, options,
+            progress=lambda done, total, _: progress(done, total, "matrices"), overwrite=overwrite,
+        )  # fmt: skip
+    size = sum(facts["bytes"] for facts in bundle.manifest["files"].values())
+    click.echo(f"{output}: {config.average_bits(loaded.model):.3f} bits per weight, {size / 1e6:.1f} MB in all")

@@ -1,0 +1,68 @@
+"""`coatrt run`."""
+
+from pathlib import Path
+
+import click
+
+__all__ = ["command"]
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("-p", "--prompt", "prompts", multiple=True, required=True, help="Prompt; repeat it for a batch.")
+@click.option("--max-tokens", type=int, default=64, show_default=True)
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token.")
+@click.option("--top-k", type=int, default=0, show_default=True, help="0 for all.")
+@click.option("--top-p", type=float, default=1.0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--chat", is_flag=True, help="Apply the model's chat template.")
+@click.option("--system", help="System message of a chat.")
+@click.option("--lora", type=click.Path(path_type=Path), help="Another LoRA file (coatrt adapt) for this bundle.")
+@click.option("--no-lora", is_flag=True, help="The quantized base alone.")
+@click.option("--backend", type=click.Choice(["ort", "trt"]), default="ort", show_default=True)
+@click.option("--context", type=int, default=2048, show_default=True, help="Slots of the KV cache (ort).")
+@click.option("--threads", type=int, help="Threads (ort); default: all usable cores.")
+@click.option("--accuracy-level", type=click.Choice(["0", "4"]), default="0", show_default=True,
+              help="Of int4 and int8 products (ort): 4 is faster and less exact.")  # fmt: skip
+def command(bundle: Path, prompts: tuple[str, ...], max_tokens: int, temperature: float, top_k: int, top_p: float,
+            seed: int, chat: bool, system: str | None, lora: Path | None, no_lora: bool, backend: str, context: int,
+            threads: int | None, accuracy_level: str) -> None:  # fmt: skip
+    """Generate text from BUNDLE."""
+    from coatrt.bundle import Bundle
+    from coatrt.checkpoint import load_tokenizer
+    from coatrt.engines.emit import load_lora
+    from coatrt.engines.generate import Sampling, encode_prompt, generate
+    from coatrt.engines.load import load_decoder
+
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    opened = Bundle.open(bundle)
+    for name in opened.manifest["files"]:
+        if name.startswith("tokenizer/"):
+            opened.path(name)
+    tokenizer = load_tokenizer(opened.directory / "tokenizer")
+    ids = [encode_prompt(tokenizer, prompt, chat=chat, system=system) for prompt in prompts]
+    decoder = load_decoder(
+        opened, backend, batch=len(ids), context=context, threads=threads, accuracy_level=int(accuracy_level)
+    )
+    if not no_lora:
+        path = lora if lora is not None else opened.path(opened.manifest["lora"])
+        decoder.set_lora(load_lora(path, opened.contract))
+    made: list[int] = []
+    shown = ""
+
+    def stream(_: int, token: int) -> None:
+        nonlocal shown
+        made.append(token)
+        text = tokenizer.decode(made, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):  # half a character: wait for its other bytes
+            click.echo(text[len(shown) :], nl=False)
+            shown = text
+
+    stop = opened.manifest["model"]["stop_tokens"]
+    results = generate(decoder, ids, max_tokens=max_tokens, sampling=sampling, stop=stop,
+                       on_token=stream if len(ids) == 1 else None)  # fmt: skip
+    if len(ids) == 1:
+        click.echo()
+        return
+    for prompt, result in zip(prompts, results, strict=True):
+        click.echo(f"[{prompt}]\n{tokenizer.decode(list(result.tokens), skip_special_tokens=True)}\n")

@@ -1,0 +1,42 @@
+"""Bundle → decoder: which runtime, which file of the bundle."""
+
+from coatrt.bundle import Bundle
+from coatrt.engines.ort import OrtDecoder
+from coatrt.engines.runtime import Decoder
+from coatrt.errors import BuildError
+
+__all__ = ["load_decoder"]
+
+
+def load_decoder(
+    bundle: Bundle,
+    backend: str = "ort",
+    *,
+    batch: int = 1,
+    context: int = 2048,
+    threads: int | None = None,
+    accuracy_level: int = 0,
+) -> Decoder:
+    """Return a decoder of a bundle with no LoRA bound; every file is hashed before it is read.
+
+    Args:
+        bundle: an opened bundle.
+        backend: "ort" for ONNX Runtime on the CPU, "trt" for the bundle's engine on this machine's GPU.
+        batch: sequences at once.
+        context: slots of the caches (ort; an engine's are fixed).
+        threads: of the session (ort).
+        accuracy_level: see `coatrt.engines.ort.session` (ort).
+
+    Raises:
+        BuildError: the backend is unknown, cannot run here, or the bundle has nothing for it.
+    """
+    if backend == "ort":
+        graph, io = bundle.decoder("cpu")
+        return OrtDecoder(
+            graph, io, bundle.contract, batch=batch, context=context, threads=threads, accuracy_level=accuracy_level
+        )
+    if backend == "trt":
+        from coatrt.engines.trt import TrtDecoder
+
+        return TrtDecoder.of(bundle, batch=batch)
+    raise BuildError(f"backend {backend!r} is given; allowed: ort, trt")
