@@ -49,9 +49,6 @@ def allocate(
     Raises:
         ConfigError: not exactly one bound is given, or no configuration of the space meets it.
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array
-
     if (max_bytes is None) == (max_cost is None):
         raise ConfigError("allocation takes exactly one bound, max_bytes or max_cost; give one of them")
     price, size = cost_matrix(space, costs), space.sizes.astype(np.float64)
@@ -65,24 +62,39 @@ def allocate(
             f"a bound of {given} is not feasible: the least is {what} with the formats "
             f"{', '.join(map(str, space.formats))}; raise the bound or allow more formats"
         )
-    groups, formats = price.shape
-    # Each row in units of its own spread: HiGHS works to absolute tolerances.
-    unit = max(float(np.ptp(bounded, 1).max()), 1e-30)
-    scaled = bounded / unit
-    limit = max(bound / unit - 2e-6, least / unit)  # HiGHS may overstep a row by 1e-6; a budget is never exceeded
+    limit = np.floor(bound) + 0.5 if max_bytes is not None else bound * (1 + 1e-9)  # bytes are whole numbers
+    choice = _solve(objective, bounded, limit)
+    rows = np.arange(len(choice))
+    if bounded[rows, choice].sum() > limit:
+        # HiGHS may overstep a row by 1e-6 of its units: ask again with that much less.
+        choice = _solve(objective, bounded, max(limit - 3e-6 * _unit(bounded), least))
+    return space.config(choice)
+
+
+def _unit(values: NDArray[np.float64]) -> float:
+    """Return the largest spread of a group: HiGHS works to absolute tolerances."""
+    return max(float(np.ptp(values, 1).max()), 1e-30)
+
+
+def _solve(objective: NDArray[np.float64], bounded: NDArray[np.float64], limit: float) -> NDArray[np.int64]:
+    """Return the format of every group: least objective with the sum of `bounded` at most `limit`."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
+    groups, formats = objective.shape
     one_each = csr_array(
         (np.ones(groups * formats), (np.repeat(np.arange(groups), formats), np.arange(groups * formats)))
     )
     solution = milp(
-        (objective / max(float(np.ptp(objective, 1).max()), 1e-30)).ravel(),
+        (objective / _unit(objective)).ravel(),
         integrality=np.ones(groups * formats),
         bounds=Bounds(0, 1),
         constraints=[
             LinearConstraint(one_each, 1, 1),
-            LinearConstraint(scaled.ravel()[None, :], -np.inf, limit),
+            LinearConstraint((bounded / _unit(bounded)).ravel()[None, :], -np.inf, limit / _unit(bounded)),
         ],
         options={"mip_rel_gap": 1e-4, "time_limit": 10},
     )
     if solution.x is None:
         raise ConfigError(f"allocation found no configuration ({solution.message}); loosen the bound")
-    return space.config(solution.x.reshape(groups, formats).argmax(1))
+    return np.asarray(solution.x.reshape(groups, formats).argmax(1))

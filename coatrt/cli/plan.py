@@ -33,8 +33,7 @@ def plan_options(function: Any) -> Any:
 @plan_options
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the configuration here (one device).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(adapter: Path, devices: tuple[str, ...], output: Path | None, as_json: bool, memory: int | None,
-            bits: float | None, objective: Any, max_loss: float, context: int, batch: int, prefill: int) -> None:  # fmt: skip
+def command(adapter: Path, devices: tuple[str, ...], output: Path | None, as_json: bool, **choices: Any) -> None:
     """Choose a configuration of ADAPTER for a device: least predicted loss that fits, or fewest bytes within a loss."""
     from coatrt.adapter import Adapter
     from coatrt.devices import device
@@ -46,8 +45,7 @@ def command(adapter: Path, devices: tuple[str, ...], output: Path | None, as_jso
     profiles = [device(name) for name in devices]
     loaded = Adapter.load(adapter)
     plans = [
-        plan_for(loaded, profile, memory=memory, bits=bits, objective=objective, max_loss=max_loss, context=context,
-                 batch=batch, prefill=prefill)
+        plan_for(loaded, profile, **choices)
         for profile in profiles
     ]  # fmt: skip
     if output is not None:

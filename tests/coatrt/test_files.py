@@ -1,0 +1,81 @@
+"""Atomic files: what is visible is whole, whatever happens."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from coatrt.errors import ConfigError
+from coatrt.files import atomic_directory, atomic_file, read_json, sha256_file, write_json
+
+
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "file"
+    with atomic_file(path) as temporary:
+        temporary.write_text("old")
+    with pytest.raises(RuntimeError), atomic_file(path) as temporary:
+        temporary.write_text("new, half-wr")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert [entry.name for entry in path.parent.iterdir()] == ["file"]
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_an_error_leaves_the_old_directory_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "d"
+    with atomic_directory(path) as temporary:
+        (temporary / "one").write_text("1")
+    with pytest.raises(RuntimeError), atomic_directory(path) as temporary:
+        (temporary / "two").write_text("2")
+        raise RuntimeError
+    assert [entry.name for entry in path.iterdir()] == ["one"]
+    with atomic_directory(path) as temporary:
+        (temporary / "sub").mkdir()
+        (temporary / "sub" / "three").write_text("3")
+        (temporary / "sub" / "three").chmod(0o600)
+    assert [str(entry.relative_to(path)) for entry in path.rglob("*")] == ["sub", "sub/three"]
+    assert (path / "sub" / "three").stat().st_mode & 0o777 == 0o644
+    assert [entry.name for entry in tmp_path.iterdir()] == ["d"]
+
+
+_SLOW = """
+import sys, time
+from coatrt.files import atomic_file
+with atomic_file(sys.argv[1]) as temporary:
+    temporary.write_text("half")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_kill_9_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with subprocess.Popen([sys.executable, "-c", _SLOW, str(path)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"writing\n"
+        os.kill(process.pid, signal.SIGKILL)
+    assert path.read_text() == "old"
+
+
+def test_hash_and_json(tmp_path: Path) -> None:
+    data = os.urandom(3 << 20)
+    (tmp_path / "data").write_bytes(data)
+    assert sha256_file(tmp_path / "data") == hashlib.sha256(data).hexdigest()
+    write_json(tmp_path / "x.json", {"é": [1, 2.5, None]})
+    assert read_json(tmp_path / "x.json", "thing") == {"é": [1, 2.5, None]}
+    for name, content, said in (
+        ("none", None, "does not exist"),
+        ("bad", b"{", "is not JSON"),
+        ("bin", b"\xff", "is not JSON"),
+    ):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(ConfigError, match=f"thing .*{name} {said}"):
+            read_json(tmp_path / name, "thing")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_json(tmp_path, "thing")

@@ -1,0 +1,107 @@
+"""Plans: what fits, what binds, every byte recomputed."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coatrt.adapter import Adapter
+from coatrt.config import QuantConfig
+from coatrt.devices import device, devices
+from coatrt.errors import ConfigError, DeviceError
+from coatrt.files import write_json
+from coatrt.formats import WeightFormat
+from coatrt.plan import RUNTIME_RESERVE, Plan, Workload, make_plan, plan_for
+from coatrt.space import ConfigSpace
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_adapter: Path) -> Adapter:
+    return Adapter.load(tiny_adapter)
+
+
+def test_memory_is_the_sum_of_what_is_there(adapter: Adapter) -> None:
+    plan = plan_for(adapter, device("rtx-3060"), bits=5.0, context=100, batch=3, prefill=7)
+    lora = sum(2 * 16 * (m.K + m.N) for m in adapter.model.targets)
+    assert plan.memory["weights"] == plan.config.nbytes(adapter.model)
+    assert plan.memory["LoRA"] == lora
+    assert plan.memory["KV cache"] == 2 * 2 * 2 * 2 * 16 * 100 * 3  # bytes, K and V, layers, heads, width, slots, batch
+    assert plan.memory["activations"] == 2 * 3 * (7 * (6 * 64 + 3 * 160) + 272)
+    assert plan.memory["runtime"] == RUNTIME_RESERVE
+    assert plan.memory["other tensors"] == adapter.model.other_bytes == 2 * 64 * 5  # five norms
+    read = sum(plan.memory[name] for name in ("weights", "LoRA", "KV cache", "other tensors"))
+    assert plan.bytes_per_token == read
+    assert plan.tokens_per_second_bound == pytest.approx(360e9 / read)
+    assert plan.average_bits <= 5.0
+    assert plan.binds == "--bits 5"
+    loss = sum(adapter.sensitivity.costs[name][str(fmt)] for name, fmt in plan.config.formats.items())
+    assert plan.predicted_loss_increase == pytest.approx(loss)
+
+
+@pytest.mark.parametrize("name", [profile.id for profile in devices()])
+def test_no_plan_has_a_format_the_device_lacks(adapter: Adapter, name: str) -> None:
+    profile = device(name)
+    plan = plan_for(adapter, profile, bits=5.0)
+    assert all(profile.supports(fmt) for fmt in plan.config.formats.values())
+    assert plan.device == name
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.floats(3.6, 8.2), st.floats(3.6, 8.2))
+def test_a_tighter_budget_never_has_more_bytes_nor_less_loss(adapter: Adapter, first: float, second: float) -> None:
+    low, high = (plan_for(adapter, device("rtx-5090"), bits=bits) for bits in sorted((first, second)))
+    assert low.memory["weights"] <= sorted((first, second))[0] * adapter.model.parameters / 8
+    assert low.predicted_loss_increase >= high.predicted_loss_increase * (1 - 1e-3)
+
+
+def test_memory_binds_and_what_does_not_fit_says_what_would(adapter: Adapter) -> None:
+    rich = plan_for(adapter, device("rtx-3060"))
+    assert rich.binds == "nothing binds"
+    assert rich.config.counts == {"int8": 15}
+    spare = sum(rich.memory.values()) - 20_000
+    tight = plan_for(adapter, device("rtx-3060"), memory=spare)
+    assert tight.binds == "memory"
+    assert sum(tight.memory.values()) <= spare
+    assert tight.memory["weights"] < rich.memory["weights"]
+    with pytest.raises(ConfigError, match=r"rtx-3060 with 100 MiB cannot hold the model; it needs 51\d MiB at least"):
+        plan_for(adapter, device("rtx-3060"), memory=100 * MIB)
+    with pytest.raises(ConfigError, match="--bits 2 is below what the formats allow"):
+        plan_for(adapter, device("rtx-3060"), bits=2)
+    for wrong in ({"context": 0}, {"batch": 0}, {"prefill": -1}):
+        with pytest.raises(ConfigError, match="give at least 1"):
+            plan_for(adapter, device("rtx-3060"), **wrong)
+
+
+def test_latency_takes_the_fewest_bytes_within_a_loss(adapter: Adapter) -> None:
+    exact = plan_for(adapter, device("rtx-3060"), objective="latency", max_loss=1e9)
+    assert exact.memory["weights"] == min(
+        adapter.space.uniform(fmt).nbytes(adapter.model) for fmt in adapter.formats if device("rtx-3060").supports(fmt)
+    )
+    bound = plan_for(adapter, device("rtx-3060"), bits=5.0).predicted_loss_increase
+    plan = plan_for(adapter, device("rtx-3060"), objective="latency", max_loss=bound)
+    assert plan.predicted_loss_increase <= bound * (1 + 1e-6)
+    assert plan.average_bits <= 5.0 + 1e-6
+    with pytest.raises(ConfigError, match="is not feasible"):
+        plan_for(adapter, device("rtx-3060"), objective="latency", max_loss=0.0)
+
+
+def test_a_device_with_none_of_the_formats_is_refused(adapter: Adapter) -> None:
+    space = ConfigSpace(adapter.model, (WeightFormat.parse("fp8"), WeightFormat.parse("nvfp4")))
+    workload = Workload.of(adapter.model_config, 64, 1, 8, 0)
+    with pytest.raises(DeviceError, match=r"t4 supports none of the adapter's formats \(fp8, nvfp4\)"):
+        make_plan(space, adapter.sensitivity.costs, device("t4"), workload)
+
+
+def test_a_printed_plan_gives_the_same_configuration_again(adapter: Adapter, tmp_path: Path) -> None:
+    plan: Plan = plan_for(adapter, device("rtx-4090"), bits=4.7)
+    written = plan.to_json()
+    write_json(tmp_path / "config.json", written["configuration"])
+    again = QuantConfig.load(tmp_path / "config.json", adapter.model)
+    assert again == plan.config
+    assert again.hash == written["configuration_hash"]
+    assert written["average_bits"] == again.average_bits(adapter.model)
+    assert "rtx-4090" in plan.text()
+    assert again.hash in plan.text()

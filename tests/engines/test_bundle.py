@@ -1,0 +1,229 @@
+"""Bundles: what is in them, what verify proves, and that no altered byte is read."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from coatrt.adapter import Adapter
+from coatrt.bundle import Bundle, seal
+from coatrt.devices import device
+from coatrt.engines.assemble import BundleOptions, assemble
+from coatrt.engines.bench import bench, bench_text, percentiles
+from coatrt.engines.builder import EngineShapes
+from coatrt.engines.emit import Emitter
+from coatrt.engines.verify import TOLERANCE, verify
+from coatrt.errors import BuildError, BundleError, CheckpointError, ConfigError, FormatError
+from coatrt.plan import plan_for
+
+
+@pytest.fixture
+def copy(tiny_bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+def test_verify_compares_with_torch_and_shows_a_live_lora(tiny_bundle: Path) -> None:
+    report = verify(tiny_bundle)
+    assert report.torch_difference is not None
+    assert report.torch_difference <= TOLERANCE / 10
+    assert report.lora_effect > 0.01
+    assert report.files == len(Bundle.open(tiny_bundle).manifest["files"])
+    assert "hashes hold" in report.text()
+    assert json.loads(json.dumps(report.to_json()))["tolerance"] == TOLERANCE
+
+
+def test_every_file_is_guarded(copy: Path) -> None:
+    names = list(json.loads((copy / "manifest.json").read_text())["files"])
+    assert {"base.onnx", "cpu.onnx", "weights.bin", "hypernet.onnx", "hypernet.json", "lora.safetensors", "lora_io.json",
+            "configuration.json", "plan.json"} <= set(names)  # fmt: skip
+    for name in names:
+        path = copy / name
+        data = path.read_bytes()
+        flipped = bytearray(data)
+        flipped[len(data) // 2] ^= 0x10
+        path.write_bytes(flipped)
+        with pytest.raises(BundleError, match="was altered"):
+            verify(copy)
+        path.write_bytes(data[:-1])
+        with pytest.raises(BundleError, match="the manifest says"):
+            Bundle.open(copy)
+        path.unlink()
+        with pytest.raises(BundleError, match=f"lacks {name}"):
+            Bundle.open(copy)
+        path.write_bytes(data)
+    verify(copy, numbers=False)
+    (copy / "extra").write_text("x")
+    with pytest.raises(BundleError, match="extra, which the manifest does not name"):
+        verify(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"format": 99}, "bundle format 99"),
+        ({"files": {"../../etc/passwd": {"sha256": "0", "bytes": 1}}}, "leaves the bundle"),
+        ({"files": {"/etc/passwd": {"sha256": "0", "bytes": 1}}}, "leaves the bundle"),
+        ({"files": []}, "lacks files"),
+        ({"files": {"cpu.onnx": {}}}, "gives no sha256 and bytes"),
+    ],
+)
+def test_a_lying_manifest_is_refused(copy: Path, change: dict[str, object], said: str) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps(manifest | change))
+    with pytest.raises(BundleError, match=said):
+        Bundle.open(copy)
+    (copy / "manifest.json").write_text("{")
+    with pytest.raises(BundleError, match="is not JSON"):
+        Bundle.open(copy)
+    (copy / "manifest.json").unlink()
+    with pytest.raises(BundleError, match="is no bundle"):
+        Bundle.open(copy)
+
+
+def reseal(directory: Path) -> None:
+    manifest = json.loads((directory / "manifest.json").read_text())
+    seal(directory, {key: value for key, value in manifest.items() if key not in ("format", "coatrt", "files")})
+
+
+def test_a_lora_of_another_configuration_is_found(copy: Path, tiny_adapter: Path) -> None:
+    from coatrt.engines.emit import save_lora
+
+    adapter = Adapter.load(tiny_adapter)
+    other = adapter.space.uniform("nf3-g32")
+    save_lora(copy / "lora.safetensors", {k: v.numpy() for k, v in adapter.emit(other).items()}, other)
+    reseal(copy)
+    with pytest.raises(BundleError, match="is not what the hypernetwork emits"):
+        verify(copy)
+
+
+def test_weights_that_are_not_the_configuration_are_found(copy: Path) -> None:
+    weights = bytearray((copy / "weights.bin").read_bytes())
+    weights[len(weights) // 3 : len(weights) // 3 + 4000] = bytes(4000)
+    (copy / "weights.bin").write_bytes(weights)
+    reseal(copy)
+    with pytest.raises(BundleError, match="logits differ from torch"):
+        verify(copy)
+
+
+def test_verify_without_the_model_says_so_and_refuses_another(copy: Path, tmp_path: Path) -> None:
+    import sys
+
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from conftest import save_tiny_llama
+
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["model"]["source"] = str(tmp_path / "gone")
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert "not where it was" in verify(copy).note
+    with pytest.raises(CheckpointError, match="fingerprint"):
+        verify(copy, model=save_tiny_llama(tmp_path / "other", seed=3))
+
+
+def test_adapt_in_other_formats(tiny_bundle: Path, tmp_path: Path, tiny_llama: Path) -> None:
+    import torch
+
+    from coatrt.engines.convert import write_emitted_peft, write_onnx_adapter
+
+    ort = pytest.importorskip("onnxruntime")
+    bundle = Bundle.open(tiny_bundle)
+    emitter, config = Emitter.of(bundle), bundle.config
+    tensors = emitter.emit(config)
+    write_onnx_adapter(tmp_path / "a.onnx_adapter", tensors)
+    read = ort.AdapterFormat.read_adapter(str(tmp_path / "a.onnx_adapter")).get_parameters()
+    assert set(read) == set(tensors)
+    assert all(np.array_equal(read[name].numpy(), value) for name, value in tensors.items())
+    write_emitted_peft(tmp_path / "peft", tensors, emitter.contract, "base")
+    stored = load_file(str(tmp_path / "peft" / "adapter_model.safetensors"))
+    first = emitter.contract.tensors[0]
+    key = f"base_model.model.{first.matrix}.lora"
+    a, b = stored[f"{key}_A.weight"], stored[f"{key}_B.weight"]
+    x = np.random.default_rng(0).normal(size=first.K).astype(np.float32)
+    np.testing.assert_allclose(emitter.contract.scale * b @ (a @ x), x @ tensors[first.A] @ tensors[first.B], atol=1e-5)
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    from coatrt.fakequant import FakeQuantModel
+    from coatrt.store import CodeStore
+
+    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path / "peft").eval()
+    from coatrt.checkpoint import Checkpoint
+
+    opened = Checkpoint.open(tiny_llama)
+    ours = FakeQuantModel(opened, CodeStore(opened))
+    ours.set_lora(bundle.contract, {name: torch.from_numpy(value.copy()) for name, value in tensors.items()})
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(ours.logits(ids), model(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_bench_measures_and_accounts(tiny_bundle: Path) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    result = bench(bundle, prompts=(4, 8), tokens=3, repeat=2, threads=1, device=device("rtx-3060"))
+    assert [(row["tokens"], row["lora"], row["samples"]) for row in result["prefill"]] == [
+        (4, True, 2), (4, False, 2), (8, True, 2), (8, False, 2),
+    ]  # fmt: skip
+    assert [row["samples"] for row in result["decode"]] == [6, 6]
+    size, model = result["bytes_per_token"], bundle.model_matrices
+    assert size["weights"] == bundle.config.nbytes(model) + model.other_bytes
+    assert size["lora"] == 4 * 16 * sum(m.N + m.K for m in model.targets)
+    assert size["kv_cache"] == 2 * 2 * 2 * 16 * 11 * 4
+    assert size["total"] == size["weights"] + size["lora"] + size["kv_cache"]
+    assert result["bandwidth_share"] == pytest.approx(result["bytes_per_s"] / 360e9)
+    for row in (*result["prefill"], *result["decode"], result["emission"]):
+        assert 0 < row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
+    assert "decode, LoRA off" in bench_text(result)
+    assert percentiles([0.001, 0.002, 0.003])["p50_ms"] == pytest.approx(2)
+    with pytest.raises(ConfigError, match="give at least 1"):
+        bench(bundle, repeat=0)
+
+
+def test_assembling_refuses_before_it_writes(
+    tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = Adapter.load(tiny_adapter)
+    checkpoint, small = adapter.checkpoint(), BundleOptions(context=64, engine=False)
+    with pytest.raises(FormatError, match="rtx-3060"):
+        assemble(adapter, checkpoint, adapter.space.uniform("fp8"), device("rtx-3060"), tmp_path / "b", small)
+    with pytest.raises(ConfigError, match="was not trained for"):
+        assemble(adapter, checkpoint, adapter.space.uniform("int8-g64"), device("cpu"), tmp_path / "b", small)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    config = adapter.space.uniform("int8")
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match="holds other files"):
+            assemble(adapter, checkpoint, config, device("cpu"), tmp_path / "mine", small, overwrite=overwrite)
+
+    def fails(*_: object, **__: object) -> None:
+        raise BuildError("no")
+
+    monkeypatch.setattr("coatrt.engines.assemble.build_engine", fails)
+    monkeypatch.setattr("coatrt.engines.assemble.installed_builder", lambda _: "1")
+    with pytest.raises(BuildError):
+        assemble(adapter, checkpoint, config, device("rtx-3060"), tmp_path / "b", BundleOptions(context=64))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    told: list[str] = []
+    made = assemble(
+        adapter, checkpoint, config, device("h100"), tmp_path / "h", BundleOptions(context=64), tell=told.append
+    )
+    assert made.manifest["engines"] == []
+    assert "build on the device" in told[0]
+    with pytest.raises(ConfigError, match="holds a bundle"):
+        assemble(adapter, checkpoint, config, device("cpu"), tmp_path / "h", small)
+    assemble(adapter, checkpoint, adapter.space.uniform("fp8"), device("cpu"), tmp_path / "h", small, overwrite=True)
+    assert Bundle.open(tmp_path / "h").config == adapter.space.uniform("fp8")
+
+
+@pytest.mark.rtx
+def test_a_bundle_with_an_engine(tiny_adapter: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    adapter, profile = Adapter.load(tiny_adapter), device("rtx-5090")
+    plan = plan_for(adapter, profile, bits=4.8, context=64)
+    options = BundleOptions(context=64, shapes=EngineShapes(prefill=32))
+    bundle = assemble(adapter, adapter.checkpoint(), plan.config, profile, tmp_path / "b", options, plan=plan)
+    (engine,) = bundle.manifest["engines"]
+    assert engine["sms"] == [120]
+    assert engine["bytes"] == bundle.path("sm120.engine").stat().st_size > plan.memory["weights"]
+    assert "loads here" in verify(tmp_path / "b").text()
