@@ -46,7 +46,7 @@ def plot_bits(path: str | Path, model: ModelMatrices, configs: Mapping[str, Quan
         )
         for (row, column), value in np.ndenumerate(bits):
             colour = "white" if value < 6 else "black"
-            axis.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=6, color=colour)
+            axis.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=5.5, color=colour)
     axes[-1, 0].set_xlabel("decoder layer")
     figure.colorbar(image, ax=axes[:, 0].tolist(), label="bits per weight, scales included", shrink=0.8)
     with atomic_file(path) as temporary:

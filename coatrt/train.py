@@ -201,12 +201,12 @@ class _Training:
         low = self.space.min_bits if options.low_bits is None else options.low_bits
         high = min(self.space.max_bits, max(low, 8.5)) if options.high_bits is None else options.high_bits
         self._check_budgets(low, high)
+        contract = contract_for(checkpoint.matrices, options.rank, options.alpha)
         self.codes = CodeStore.default(checkpoint)
         self.model = FakeQuantModel(checkpoint, self.codes, compute)
         self.started = time.monotonic()
         self.sensitivity = self._sensitivity()
         self.sampler = TrainingSampler(self.space, self.sensitivity.costs, low, high, options.planned, options.seed)
-        contract = contract_for(checkpoint.matrices, options.rank, options.alpha)
         encoder = ConfigEncoder(checkpoint.matrices, formats, self.sensitivity.errors)
         self.lora = CoaLora(contract, encoder, options.preset, options.seed).to(compute)
         self.optimizer = torch.optim.AdamW(

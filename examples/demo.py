@@ -104,7 +104,8 @@ def perplexities(checkpoint: Checkpoint, made: dict[str, Bundle], blocks: torch.
 def table(made: dict[str, Bundle], found: dict[str, Any]) -> str:
     """Return the result as text."""
     lines = [
-        f"{'device':<10} {'bits':>5}  {'engine MB':>9} {'ideal MB':>8} {'ratio':>5}  {'ppl without':>11} {'ppl with':>8}  formats",
+        f"{'device':<10} {'bits':>5}  {'engine MB':>9} {'ideal MB':>8} {'ratio':>5}  "
+        f"{'ppl without':>11} {'ppl with':>8}  formats",
     ]
     for name, bundle in made.items():
         config, model = bundle.config, bundle.model_matrices

@@ -91,8 +91,8 @@ def test_damage_is_one_clear_line(tiny_llama: Path, tmp_path: Path) -> None:
 def test_a_model_that_is_no_decoder_is_refused(tmp_path: Path) -> None:
     from transformers import BertConfig, BertModel
 
-    BertModel(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50)
-              ).save_pretrained(tmp_path)  # fmt: skip
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(**small, vocab_size=50)).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="give a decoder-only language model"):
         _ = Checkpoint.open(tmp_path).matrices
 

@@ -37,7 +37,8 @@ def test_verify_compares_with_torch_and_shows_a_live_lora(tiny_bundle: Path) -> 
 
 def test_every_file_is_guarded(copy: Path) -> None:
     names = list(json.loads((copy / "manifest.json").read_text())["files"])
-    assert {"base.onnx", "cpu.onnx", "weights.bin", "hypernet.onnx", "hypernet.json", "lora.safetensors", "lora_io.json",
+    assert {"base.onnx", "cpu.onnx", "weights.bin", "hypernet.onnx", "hypernet.json", "lora.safetensors",
+            "lora_io.json",
             "configuration.json", "plan.json"} <= set(names)  # fmt: skip
     for name in names:
         path = copy / name

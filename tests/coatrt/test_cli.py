@@ -1,0 +1,185 @@
+"""The commands as a user types them: help, JSON, and one clear line with exit code 2 for every wrong input."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from coatrt.bundle import Bundle
+from coatrt.cli.main import cli, main
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import TEXTS
+
+COMMANDS = ("devices", "train", "plan", "export", "build", "adapt", "verify", "run", "bench")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments], catch_exceptions=True)
+
+
+def good(*arguments: object) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.output
+
+
+def wrong(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object) -> str:
+    """Run `main` and return its one line on standard error."""
+    monkeypatch.setattr(sys, "argv", ["coatrt", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    (line,) = captured.err.strip().splitlines()
+    assert line.startswith("coatrt: ")
+    assert captured.out == ""
+    return line
+
+
+def test_help_of_everything_and_without_heavy_imports() -> None:
+    assert all(name in good("--help") for name in COMMANDS)
+    for name in COMMANDS:
+        assert "Usage:" in good(name, "--help")
+    assert run("nonsense").exit_code == 2
+    heavy = "torch,numpy,onnx,onnxruntime,transformers,scipy,tensorrt_rtx,polygraphy,matplotlib"
+    code = "import sys; from coatrt.cli.main import cli; cli(['--help'], standalone_mode=False)\n"
+    code += f"assert not set('{heavy}'.split(',')) & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_devices() -> None:
+    listed = json.loads(good("devices", "--json"))
+    assert {"rtx-4090", "cpu", "h100"} <= {row["id"] for row in listed}
+    assert all(row["sources"] for row in listed)
+    text = good("devices")
+    assert "rtx-5090" in text
+    assert "nvfp4" in text
+
+
+def test_the_chain_by_hand(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for i, text in enumerate(TEXTS):
+        (tmp_path / "text" / f"{i:02}.txt").write_text(text)
+    adapter, bundle = tmp_path / "adapter", tmp_path / "bundle"
+    said = good("train", tiny_llama, "--data", tmp_path / "text", "-o", adapter, "--formats", "nf3-g32,int4-g32,int8",
+                "--steps", 3, "--batch", 2, "--length", 32, "--calibration", 2, "--evaluation", 2,
+                "--budgets", "5,6")  # fmt: skip
+    assert "trained        3 steps" in said
+    plan = json.loads(good("plan", adapter, "--device", "rtx-4090", "--bits", 5, "--json", "-o", tmp_path / "c.json"))
+    assert plan["average_bits"] <= 5
+    assert json.loads((tmp_path / "c.json").read_text()) == plan["configuration"]
+    fleet = json.loads(good("plan", adapter, "--device", "rtx-4090", "--device", "t4", "--bits", 6, "--json"))
+    assert [row["device"] for row in fleet] == ["rtx-4090", "t4"]
+    assert "int4-g32" not in fleet[1]["formats"]
+    common = ("--context", 64, "--prefill", 16)
+    dry = good("build", adapter, "--device", "rtx-4090", "--bits", 5, "-o", bundle, "--dry-run", *common)
+    assert plan["configuration_hash"] in dry
+    assert not bundle.exists()
+    good("build", adapter, "--device", "rtx-4090", "--bits", 5, "-o", bundle, "--no-engine", *common)
+    assert Bundle.open(bundle).config.hash == plan["configuration_hash"]
+    good("export", adapter, "--config", tmp_path / "c.json", "-o", tmp_path / "exported", "--context", 64)
+    assert Bundle.open(tmp_path / "exported").config.hash == plan["configuration_hash"]
+    assert "largest |Δlogit|" in good("verify", bundle)
+    assert json.loads(good("verify", bundle, "--json", "--no-torch"))["torch_difference"] is None
+    (tmp_path / "other.json").write_text('{"default": "int8"}')
+    good("adapt", bundle, "--config", tmp_path / "other.json", "-o", tmp_path / "other.safetensors")
+    prompt = ("-p", "the cat", "--max-tokens", 8, "--context", 64)
+    text = good("run", bundle, *prompt)
+    assert text == good("run", bundle, *prompt)
+    assert good("run", bundle, *prompt, "--no-lora") != good("run", bundle, *prompt, "--temperature", 2, "--seed", 1)
+    two = good("run", bundle, *prompt, "-p", "owl", "--chat")
+    assert "[the cat]" in two
+    assert "[owl]" in two
+    measured = json.loads(
+        good("bench", bundle, "--prompt", 4, "--tokens", 2, "--repeat", 1, "--json", "-o", tmp_path / "b")
+    )
+    assert measured["decode"][0]["samples"] == 2
+    assert json.loads((tmp_path / "b").read_text()) == measured
+
+
+@pytest.fixture
+def places(tiny_llama: Path, tiny_adapter: Path, tiny_cli_bundle: Path, tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "text.txt").write_text("\n".join(TEXTS))
+    truncated = Path(shutil.copytree(tiny_llama, tmp_path / "truncated"))
+    weights = truncated / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    flipped = Path(shutil.copytree(tiny_cli_bundle, tmp_path / "flipped"))
+    data = bytearray((flipped / "weights.bin").read_bytes())
+    data[1234] ^= 1
+    (flipped / "weights.bin").write_bytes(data)
+    (tmp_path / "unknown-matrix.json").write_text(
+        '{"default": "int8", "matrices": {"model.layers.99.mlp.up_proj": "int8"}}'
+    )
+    (tmp_path / "unknown-format.json").write_text('{"default": "int5"}')
+    (tmp_path / "no-pattern.json").write_text('{"default": "int8", "patterns": {"nothing.*": "int8"}}')
+    (tmp_path / "illegal.json").write_text('{"default": "nvfp4"}')
+    return {"model": tiny_llama, "adapter": tiny_adapter, "bundle": tiny_cli_bundle, "truncated": truncated,
+            "flipped": flipped, "here": tmp_path, "out": tmp_path / "out"}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_cli_bundle(tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("cli") / "bundle"
+    good("build", tiny_adapter, "--device", "rtx-4090", "--bits", 5, "-o", directory, "--no-engine", "--context", 64)
+    return directory
+
+
+WRONG = {
+    "missing model": ("train {here}/none --data {here}/text.txt -o {out}", "none does not exist"),
+    "missing data": ("train {model} --data {here}/none.txt -o {out}", "none.txt does not exist"),
+    "truncated weights": ("train {truncated} --data {here}/text.txt -o {out}", "damaged or truncated"),
+    "format to train": ("train {model} --data {here}/text.txt -o {out} --formats int5", "no weight format int5"),
+    "rank": ("train {model} --data {here}/text.txt -o {out} --rank 10 --length 32", "multiples of 16"),
+    "steps": ("train {model} --data {here}/text.txt -o {out} --steps 0", "steps 0 is given"),
+    "finished adapter": ("train {model} --data {here}/text.txt -o {adapter}", "holds a finished adapter"),
+    "missing adapter": ("plan {here}/none --device rtx-4090", "adapter {here}/none does not exist"),
+    "unknown device": ("plan {adapter} --device rtx-4091", "did you mean rtx-4090"),
+    "too little memory": ("plan {adapter} --device rtx-4090 --memory 1MiB", "cannot hold the model"),
+    "two outputs": ("plan {adapter} --device t4 --device l4 -o {out}", "give one"),
+    "device to build": ("build {adapter} --device nothing -o {out}", "no device 'nothing'"),
+    "matrix the model lacks": ("export {adapter} --config {here}/unknown-matrix.json -o {out}", "the model lacks"),
+    "unknown format": ("export {adapter} --config {here}/unknown-format.json -o {out}", "no weight format int5"),
+    "pattern": ("export {adapter} --config {here}/no-pattern.json -o {out}", "matches none"),
+    "no configuration": ("export {adapter} --config {here}/none.json -o {out}", "does not exist"),
+    "illegal there": ("build {adapter} --device rtx-3060 --config {here}/illegal.json -o {out}", "cannot run nvfp4"),
+    "model moved": ("export {adapter} --config {here}/illegal.json -o {out} --model {here}/none", "does not exist"),
+    "model damaged": ("export {adapter} --config {here}/illegal.json -o {out} --model {truncated}", "damaged"),
+    "output in use": ("export {adapter} --config {here}/illegal.json -o {here}", "holds other files"),
+    "bundle with a flipped byte": ("verify {flipped}", "was altered"),
+    "running it": ("run {flipped} -p x", "weights.bin was altered"),
+    "no bundle": ("verify {here}", "is no bundle"),
+    "adapting to no format": ("adapt {bundle} --config {here}/unknown-format.json -o {out}", "no weight format"),
+    "adapting to no matrix": ("adapt {bundle} --config {here}/unknown-matrix.json -o {out}", "the model lacks"),
+    "no lora": ("run {bundle} -p x --lora {here}/none", "does not exist"),
+    "no gpu": ("run {bundle} -p x --backend trt", "coatrt: "),
+    "empty prompt": ("run {bundle} -p x --max-tokens 0", "ask for at least 1"),
+    "temperature": ("run {bundle} -p x --temperature -1", "temperature -1.0 is given"),
+    "bench": ("bench {bundle} --repeat 0", "give at least 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_one_line_and_exit_code_2(
+    case: str, places: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = sorted(str(path) for path in places["here"].rglob("*"))
+    command, said = WRONG[case]
+    line = wrong(capsys, monkeypatch, *(part.format(**places) for part in command.split()))
+    assert said.format(**places) in line
+    assert sorted(str(path) for path in places["here"].rglob("*")) == before  # nothing half-written
+
+
+def test_wrong_options_are_clicks_own_errors(tiny_adapter: Path) -> None:
+    for arguments in (
+        ("plan", tiny_adapter), ("plan", tiny_adapter, "--device", "t4", "--memory", "6 elephants"),
+        ("run", "x"), ("train", "m", "--data", "d", "-o", "o", "--budgets", "four"),
+    ):  # fmt: skip
+        result = run(*arguments)
+        assert result.exit_code == 2
+        assert "Traceback" not in result.output
