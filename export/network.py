@@ -41,6 +41,9 @@ class Network:
         self._graph, self._spec, self._table, self._weights = graph, spec, table, weights
         self._tensor, self._contract, self._max_positions = tensor, contract, max_positions
         self._lora: dict[str, tuple[ir.Value, ir.Value]] = {}
+        # TensorRT-RTX 1.7.1 copies keys and values once per query head, the whole cache for every token, unless the
+        # queries that share them come as rows of one head.
+        self._grouped = graph.is_engine and spec.heads != spec.kv_heads
 
     def write(self) -> None:
         """Add inputs, nodes and outputs."""
@@ -66,6 +69,7 @@ class Network:
                 graph.input(tensor.B, graph.activations, (self._contract.rank, tensor.N)),
             )
         self._cos, self._sin = self._rotary_tables()
+        self._turns = self._rotary_factors() if graph.is_engine and any(spec.rotary) else None
         self._masks = self._attention_masks()
 
         x = self._multiplied(self._table.rows(ids), spec.embedding_multiplier, "embedding.multiplied")  # [B, S, H]
@@ -96,8 +100,23 @@ class Network:
             for name, values in (("rotary.cos", angles.cos()), ("rotary.sin", angles.sin()))
         )
 
+    def _rotary_factors(self) -> tuple[ir.Value, ir.Value]:
+        """Return cos|cos and −sin|sin of the positions at hand, [B, 1, S, rotated dimensions], once for all layers."""
+        graph = self._graph
+        positions = graph.op("Unsqueeze", [self._positions, graph.ints(1)], "rotary.positions")  # [B, 1, S]
+        cos = graph.op("Gather", [self._cos, positions], "rotary.cos_here", axis=0)
+        sin = graph.op("Gather", [self._sin, positions], "rotary.sin_here", axis=0)
+        negated = graph.op("Neg", [sin], "rotary.sin_negated")
+        return (
+            graph.op("Concat", [cos, cos], "rotary.cos_twice", axis=-1),
+            graph.op("Concat", [negated, sin], "rotary.sin_twice", axis=-1),
+        )
+
     def _attention_masks(self) -> dict[int | None, ir.Value]:
-        """Return per window the mask [B, 1, S, L]: a query at position p sees slots p − window + 1 … p."""
+        """Return per window the mask [B, 1, S, L]: a query at position p sees slots p − window + 1 … p.
+
+        For grouped queries it is repeated per query head of a group, [B, 1, group · S, L].
+        """
         graph, length = self._graph, self._graph.form.cache_length
         if length is not None:
             slots = graph.constant(np.arange(length, dtype=np.int64))
@@ -106,7 +125,11 @@ class Network:
             size = graph.op("Squeeze", [size], "cache.slots.end")
             zero, one = (graph.constant(np.array(value, np.int64)) for value in (0, 1))
             slots = graph.op("Range", [zero, size, one], "cache.slots")
-        query = graph.op("Unsqueeze", [self._positions, graph.ints(1, 3)], "mask.query")  # [B, 1, S, 1]
+        positions = self._positions
+        if self._grouped:
+            repeats = graph.ints(1, self._spec.heads // self._spec.kv_heads)
+            positions = graph.op("Tile", [positions, repeats], "mask.positions")  # [B, group · S]
+        query = graph.op("Unsqueeze", [positions, graph.ints(1, 3)], "mask.query")  # [B, 1, S, 1]
         causal = graph.op("LessOrEqual", [slots, query], "mask.causal")
         masks: dict[int | None, ir.Value] = {None: causal}
         for window in sorted({window for window in self._spec.windows if window is not None}):
@@ -139,9 +162,13 @@ class Network:
         key = graph.op("TensorScatter", [past_key, key, self._write_index], f"present.{layer}.key", axis=2)
         value = graph.op("TensorScatter", [past_value, value, self._write_index], f"present.{layer}.value", axis=2)
         mask = self._masks[spec.windows[layer]]
+        if self._grouped:  # the queries of a group follow each other as if they were positions
+            query = graph.op("Reshape", [query, graph.ints(0, spec.kv_heads, -1, spec.head_dim)], f"{prefix}.q.grouped")
         mixed = graph.op(
             "Attention", [query, key, value, mask], f"{prefix}.attention", scale=spec.attention_multiplier
         )  # [B, heads, S, D]
+        if self._grouped:
+            mixed = graph.op("Reshape", [mixed, graph.ints(0, spec.heads, -1, spec.head_dim)], f"{prefix}.ungrouped")
         mixed = graph.op("Transpose", [mixed], f"{prefix}.by_position", perm=[0, 2, 1, 3])
         mixed = graph.op("Reshape", [mixed, graph.ints(0, 0, spec.heads * spec.head_dim)], f"{prefix}.joined")
         return self._linear(mixed, f"{prefix}.o_proj"), [key, value]
@@ -160,11 +187,29 @@ class Network:
         return graph.op("Transpose", [out], f"{projection}.by_head", perm=[0, 2, 1, 3])
 
     def _rotated(self, heads: ir.Value, name: str) -> ir.Value:
-        rotated = 2 * len(self._spec.inverse_frequencies)
-        partial = {"rotary_embedding_dim": rotated} if rotated != self._spec.head_dim else {}
-        return self._graph.op(
-            "RotaryEmbedding", [heads, self._cos, self._sin, self._positions], f"{name}.rotated", **partial
+        graph, half, width = self._graph, len(self._spec.inverse_frequencies), self._spec.head_dim
+        if self._turns is None:
+            partial = {"rotary_embedding_dim": 2 * half} if 2 * half != width else {}
+            inputs = [heads, self._cos, self._sin, self._positions]
+            return graph.op("RotaryEmbedding", inputs, f"{name}.rotated", **partial)
+        # The same arithmetic spelled out: for RotaryEmbedding TensorRT-RTX 1.7.1 keeps a copy of its kernel's source
+        # per layer, 165 kB each; for this it keeps one.
+        first, second, rest = (
+            graph.op("Slice", [heads, *(graph.ints(at) for at in (start, end, -1))], f"{name}.{label}")
+            if start < end
+            else None
+            for label, start, end in (("first", 0, half), ("second", half, 2 * half), ("rest", 2 * half, width))
         )
+        assert first is not None, "a rotary embedding turns something"
+        turned = heads if rest is None else graph.op("Concat", [first, second], f"{name}.turned", axis=-1)
+        swapped = graph.op("Concat", [second, first], f"{name}.swapped", axis=-1)
+        cos, sin = self._turns
+        along = graph.op("Mul", [turned, cos], f"{name}.along")
+        across = graph.op("Mul", [swapped, sin], f"{name}.across")
+        if rest is None:
+            return graph.op("Add", [along, across], f"{name}.rotated")
+        turned = graph.op("Add", [along, across], f"{name}.turned_by_position")
+        return graph.op("Concat", [turned, rest], f"{name}.rotated", axis=-1)
 
     def _mlp(self, x: ir.Value, prefix: str) -> ir.Value:
         graph, gate = self._graph, self._linear(x, f"{prefix}.gate_proj")
