@@ -1,0 +1,68 @@
+"""What a user waits for: --help, the hypernetwork, and the bundle of a second configuration.
+
+python benchmarks/interactive.py   (needs out/demo/adapter: make demo)
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from common import save_result, smollm2
+
+from coatrt.adapter import Adapter
+from coatrt.devices import device
+from coatrt.engines.assemble import BundleOptions, assemble
+from coatrt.engines.bench import percentiles
+from coatrt.engines.emit import Emitter
+from coatrt.plan import plan_for
+
+
+def main() -> None:
+    """Measure all three and check the limits."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--adapter", type=Path, default=Path("out/demo/adapter"))
+    options = parser.parse_args()
+    program = Path(sys.executable).parent / "coatrt"
+    helps = []
+    for _ in range(5):
+        started = time.perf_counter()
+        subprocess.run([program, "--help"], check=True, capture_output=True)
+        helps.append(time.perf_counter() - started)
+    adapter, checkpoint = Adapter.load(options.adapter), smollm2()
+    adapter.checkpoint(checkpoint.directory)
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        # The first bundle fills the caches of encoded matrices; the second is another budget, another GPU.
+        for name, bits in (("rtx-3060", 4.5), ("rtx-3090", 5.5), ("rtx-4090", 6.0), ("rtx-5090", 5.0)):
+            profile = device(name)
+            started = time.monotonic()
+            plan = plan_for(adapter, profile, bits=bits)
+            made = assemble(adapter, checkpoint, plan.config, profile, Path(scratch) / name, BundleOptions(), plan=plan)
+            rows.append({"device": name, "bits": bits, "seconds": time.monotonic() - started,
+                         "build_s": made.manifest["engines"][0]["seconds"]})  # fmt: skip
+            print(rows[-1], flush=True)
+        emitter, rng, seconds = Emitter.of(made), np.random.default_rng(0), []
+        for _ in range(50):
+            config = adapter.space.sample_random(rng)
+            started = time.perf_counter()
+            emitter.emit(config)
+            seconds.append(time.perf_counter() - started)
+    emission = percentiles(seconds[5:])
+    result = {
+        "help_median_s": statistics.median(helps),
+        "emission": {**emission, "tensors": len(adapter.contract.shapes), "rank": adapter.contract.rank},
+        "bundles": rows,
+    }
+    save_result("interactive", "python benchmarks/interactive.py", result)
+    slow = [row for row in rows[1:] if row["seconds"] > 30]
+    if slow or emission["p50_ms"] > 50 or statistics.median(helps) > 0.3:
+        sys.exit(f"over a limit: {slow} {emission} {helps}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Peak memory of exporting a 4-GB checkpoint of 7B-shaped layers, above what the imports take.
+
+python benchmarks/memory.py [--directory DIR]
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from common import random_llama, save_result
+
+from coatrt.checkpoint import Checkpoint
+from coatrt.config import QuantConfig
+from coatrt.contract import contract_for
+from coatrt.export.decoder import GraphForm, export_decoder
+from coatrt.quantize import encode
+
+
+def measure(model: Path, output: Path, text: str) -> None:
+    """Export both forms and print the growth of the peak resident set, in bytes, and the seconds."""
+    import torch
+
+    torch.set_num_threads(2)
+    encode(torch.ones(64, 64), text)  # imports and thread pools belong to the interpreter
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.monotonic()
+    checkpoint = Checkpoint.open(model)
+    config = QuantConfig.uniform(checkpoint.matrices, text)
+    forms = [GraphForm("engine", "base.onnx", "float16", 2048), GraphForm("cpu", "cpu.onnx", "float32")]
+    export_decoder(checkpoint, config, output, forms=forms, contract=contract_for(checkpoint.matrices, 16, 32))
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    print(json.dumps({"peak_bytes": grown, "seconds": time.monotonic() - started}))
+
+
+def main() -> None:
+    """Make the checkpoint, export it in a process of its own, per format."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--directory", type=Path, help="where to work; 10 GB are needed")
+    options = parser.parse_args()
+    if options.measure:
+        measure(Path(options.measure[0]), Path(options.measure[1]), options.measure[2])
+        return
+    rows = []
+    with tempfile.TemporaryDirectory(dir=options.directory) as scratch:
+        work = Path(scratch)
+        checkpoint = random_llama(
+            work / "model", hidden=4096, inner=11008, layers=9, heads=32, kv_heads=32, vocabulary=32000, tied=False
+        )
+        size = sum(path.stat().st_size for path in set(checkpoint.files.values()))
+        for text in ("int4-g64", "int8", "nf3-g64", "fp16"):
+            output = work / "out"
+            output.mkdir(exist_ok=True)
+            command = [sys.executable, __file__, "--measure", str(work / "model"), str(output), text]
+            found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            rows.append({"format": text, **found, "share": found["peak_bytes"] / size})
+            print(rows[-1], flush=True)
+    save_result("memory", "python benchmarks/memory.py", {"checkpoint_bytes": size, "rows": rows})
+    if max(row["share"] for row in rows) > 0.5:
+        sys.exit("over half of the checkpoint's bytes")
+
+
+if __name__ == "__main__":
+    main()
