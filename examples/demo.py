@@ -113,8 +113,8 @@ def table(made: dict[str, Bundle], found: dict[str, Any]) -> str:
         engine = bundle.manifest["engines"][0]["bytes"]
         formats = ", ".join(f"{count} × {text}" for text, count in config.counts.items())
         lines.append(
-            f"{name:<10} {config.average_bits(model):5.2f}  {engine / 1e6:9.1f} {ideal / 1e6:8.1f} {engine / ideal:5.2f}  "
-            f"{found[name]['without']:11.2f} {found[name]['with']:8.2f}  {formats}"
+            f"{name:<10} {config.average_bits(model):5.2f}  {engine / 1e6:9.1f} {ideal / 1e6:8.1f} "
+            f"{engine / ideal:5.2f}  {found[name]['without']:11.2f} {found[name]['with']:8.2f}  {formats}"
         )
     lines.append(f"{'fp16 base':<10} {16:5.2f}  {'':>9} {'':>8} {'':>5}  {found['fp16']:11.2f}")
     return "\n".join(lines)
