@@ -118,9 +118,7 @@ class OrtDecoder:
         Raises:
             ConfigError: another number of prompts than the batch, or prompts the graph cannot run.
         """
-        if len(prompts) != self.batch:
-            raise ConfigError(f"{len(prompts)} prompts are given to a decoder of batch {self.batch}; give as many")
-        check_tokens(prompts, self.io, 0, self._capacity)
+        check_tokens(prompts, self.io, self.batch, 0, self._capacity)
         tokens, lengths = pad_right(prompts)
         logits = self.run(tokens, np.zeros(self.batch, np.int64), lengths[:, None] - 1)
         self._lengths = lengths
@@ -132,9 +130,7 @@ class OrtDecoder:
         Raises:
             ConfigError: another number of tokens than the batch, or the cache is full.
         """
-        if len(tokens) != self.batch:
-            raise ConfigError(f"{len(tokens)} tokens are given to a decoder of batch {self.batch}; give as many")
-        check_tokens([[token] for token in tokens], self.io, int(self._lengths.max()), self._capacity)
+        check_tokens([[token] for token in tokens], self.io, self.batch, int(self._lengths.max()), self._capacity)
         logits = self.run(np.array(tokens, np.int64)[:, None], self._lengths, np.zeros((self.batch, 1), np.int64))
         self._lengths = self._lengths + 1
         return logits[:, 0]

@@ -46,12 +46,14 @@ def pad_right(prompts: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDAr
     return tokens, lengths
 
 
-def check_tokens(prompts: Sequence[Sequence[int]], io: DecoderIO, filled: int, capacity: int) -> None:
-    """Refuse what a graph cannot run: nothing, an unknown token, or more positions than there are.
+def check_tokens(prompts: Sequence[Sequence[int]], io: DecoderIO, batch: int, filled: int, capacity: int) -> None:
+    """Refuse what a graph cannot run: another batch, nothing, an unknown token, or more positions than there are.
 
     Raises:
         ConfigError: one of these.
     """
+    if len(prompts) != batch:
+        raise ConfigError(f"{len(prompts)} sequences are given to a decoder of batch {batch}; give as many")
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ConfigError("an empty prompt or batch is given; give at least one token per sequence")
     longest = filled + max(len(prompt) for prompt in prompts)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from coatrt.bundle import Bundle
 from coatrt.contract import DecoderIO, LoraContract
 from coatrt.engines.runtime import LoraTensors, check_lora, check_tokens, pad_right
-from coatrt.errors import BuildError, ConfigError
+from coatrt.errors import BuildError
 from coatrt.probe import probe
 
 __all__ = ["TrtDecoder"]
@@ -139,9 +139,7 @@ class TrtDecoder:
         Raises:
             ConfigError: another number of prompts than the batch, or prompts the engine cannot run.
         """
-        if len(prompts) != self.batch:
-            raise ConfigError(f"{len(prompts)} prompts are given to a decoder of batch {self.batch}; give as many")
-        check_tokens(prompts, self.io, 0, self._capacity)
+        check_tokens(prompts, self.io, self.batch, 0, self._capacity)
         tokens, lengths = pad_right(prompts)
         result = np.zeros((self.batch, self.io.vocabulary), np.float32)
         for start in range(0, tokens.shape[1], self._prefill):
@@ -159,9 +157,7 @@ class TrtDecoder:
         Raises:
             ConfigError: another number of tokens than the batch, or the cache is full.
         """
-        if len(tokens) != self.batch:
-            raise ConfigError(f"{len(tokens)} tokens are given to a decoder of batch {self.batch}; give as many")
-        check_tokens([[token] for token in tokens], self.io, int(self._lengths.max()), self._capacity)
+        check_tokens([[token] for token in tokens], self.io, self.batch, int(self._lengths.max()), self._capacity)
         logits = self._run(np.array(tokens, np.int64)[:, None], self._lengths, np.zeros(self.batch, np.int64))
         self._lengths = self._lengths + 1
         return logits

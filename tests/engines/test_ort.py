@@ -156,7 +156,7 @@ def test_generation_ends_at_the_capacity(tiny_bundle: Path) -> None:
         decoder.prefill([[272]])
     with pytest.raises(ConfigError, match="empty prompt"):
         decoder.prefill([[]])
-    with pytest.raises(ConfigError, match="2 prompts are given to a decoder of batch 1"):
+    with pytest.raises(ConfigError, match="2 sequences are given to a decoder of batch 1"):
         decoder.prefill([[1], [2]])
     with pytest.raises(BuildError, match="allowed: ort, trt"):
         load_decoder(Bundle.open(tiny_bundle), "cuda")
