@@ -1,9 +1,10 @@
 """Checkpoint → engine: own writer and build against torch.onnx trace and build, SmolLM2-135M in fp16, one run.
 
-python benchmarks/export.py
+python benchmarks/export.py   (needs onnxscript, which torch.onnx uses: pip install onnxscript)
 """
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -70,7 +71,8 @@ def traced(checkpoint: Checkpoint, directory: Path) -> dict[str, float]:
             output_names=["logits", *(f"present.{i}" for i in range(len(past)))],
         )  # fmt: skip
     written = time.monotonic()
-    subprocess.run([sys.executable, __file__, "--build", str(directory)], check=True)
+    environment = {**os.environ, "POLYGRAPHY_USE_TENSORRT_RTX": "1"}
+    subprocess.run([sys.executable, __file__, "--build", str(directory)], check=True, env=environment)
     size = (directory / "traced.engine").stat().st_size
     return {"export_s": written - started, "build_s": time.monotonic() - written, "engine_bytes": size}
 
