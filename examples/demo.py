@@ -23,6 +23,7 @@ from coatrt.devices import device
 from coatrt.engines.assemble import BundleOptions, assemble
 from coatrt.engines.builder import EngineShapes
 from coatrt.engines.emit import load_lora
+from coatrt.engines.environment import environment
 from coatrt.engines.generate import encode_prompt, generate
 from coatrt.engines.load import load_decoder
 from coatrt.engines.verify import verify
@@ -101,22 +102,35 @@ def perplexities(checkpoint: Checkpoint, made: dict[str, Bundle], blocks: torch.
     return found
 
 
-def table(made: dict[str, Bundle], found: dict[str, Any]) -> str:
+def results(made: dict[str, Bundle], found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the result, one row per bundle."""
+    rows = []
+    for name, bundle in made.items():
+        config, model = bundle.config, bundle.model_matrices
+        rows.append({
+            "device": name,
+            "bits": config.average_bits(model),
+            "formats": dict(config.counts),
+            "engine_bytes": bundle.manifest["engines"][0]["bytes"],
+            "ideal_bytes": config.nbytes(model) + model.other_bytes,
+            **found[name],
+        })  # fmt: skip
+    return rows
+
+
+def table(rows: list[dict[str, Any]], base: float) -> str:
     """Return the result as text."""
     lines = [
         f"{'device':<10} {'bits':>5}  {'engine MB':>9} {'ideal MB':>8} {'ratio':>5}  "
         f"{'ppl without':>11} {'ppl with':>8}  formats",
     ]
-    for name, bundle in made.items():
-        config, model = bundle.config, bundle.model_matrices
-        ideal = config.nbytes(model) + model.other_bytes
-        engine = bundle.manifest["engines"][0]["bytes"]
-        formats = ", ".join(f"{count} × {text}" for text, count in config.counts.items())
+    for row in rows:
+        formats = ", ".join(f"{count} × {text}" for text, count in row["formats"].items())
         lines.append(
-            f"{name:<10} {config.average_bits(model):5.2f}  {engine / 1e6:9.1f} {ideal / 1e6:8.1f} "
-            f"{engine / ideal:5.2f}  {found[name]['without']:11.2f} {found[name]['with']:8.2f}  {formats}"
+            f"{row['device']:<10} {row['bits']:5.2f}  {row['engine_bytes'] / 1e6:9.1f} {row['ideal_bytes'] / 1e6:8.1f} "
+            f"{row['engine_bytes'] / row['ideal_bytes']:5.2f}  {row['without']:11.2f} {row['with']:8.2f}  {formats}"
         )
-    lines.append(f"{'fp16 base':<10} {16:5.2f}  {'':>9} {'':>8} {'':>5}  {found['fp16']:11.2f}")
+    lines.append(f"{'fp16 base':<10} {16:5.2f}  {'':>9} {'':>8} {'':>5}  {base:11.2f}")
     return "\n".join(lines)
 
 
@@ -162,10 +176,12 @@ def main() -> None:
     for name, bundle in made.items():
         print(f"{name}\n{verify(bundle.directory, model=checkpoint.directory).text()}", flush=True)
     plot_bits(output / "bits.png", adapter.model, {name: bundle.config for name, bundle in made.items()})
-    result = table(made, found)
-    text = sample(made["rtx-3060"])
+    rows = results(made, found)
+    result, text = table(rows, found["fp16"]), sample(made["rtx-3060"])
     write_text(output / "table.txt", result + "\n\n" + text + "\n")
-    write_json(output / "result.json", {"perplexity": found, "seconds": time.monotonic() - started})
+    whole = {"command": "make demo", "rows": rows, "fp16_perplexity": found["fp16"], "sample": text.splitlines(),
+             "seconds": time.monotonic() - started, "environment": environment()}  # fmt: skip
+    write_json(output / "result.json", whole)
     tell("done")
     print(f"\n{result}\n\n{text}\n\nbits per layer: {output / 'bits.png'}")
     worse = [name for name in made if not found[name]["with"] < min(found[name]["without"], found["fp16"])]
