@@ -1,5 +1,6 @@
 """A transformers model whose frozen weights stand for any configuration, with a LoRA beside them."""
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,22 +35,29 @@ class _AdaptedLinear(nn.Module):
 
 
 class FakeQuantModel:
-    """One base model in memory; a configuration overwrites the weights that it changes, no others.
+    """One base model in memory; a configuration exchanges the weights that it changes, no others.
 
     Args:
         checkpoint: the model.
         codes: cache of its encoded matrices.
         compute: torch device that holds the model ("cpu", "cuda").
+        decoded_bytes: most bytes of decoded weights kept for the next configuration that wants them, the least recently
+            used going first; by default 4 GiB on the CPU and none on a GPU, which decodes fast and has little memory.
 
     Raises:
         CheckpointError: transformers cannot load it, or its modules are not linear layers.
     """
 
-    def __init__(self, checkpoint: Checkpoint, codes: CodeStore, compute: str = "cpu") -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, codes: CodeStore, compute: str = "cpu", decoded_bytes: int | None = None
+    ) -> None:
         self.checkpoint = checkpoint
         self.model: Any = load_model(checkpoint).to(compute).requires_grad_(False)
         self.compute = torch.device(compute)
         self._codes = codes
+        self._limit = decoded_bytes if decoded_bytes is not None else (4 << 30) * (self.compute.type == "cpu")
+        self._decoded: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
+        self._bytes = 0
         self._weights: dict[str, Tensor] = {}
         self._adapted: dict[str, _AdaptedLinear] = {}
         self._current: dict[str, str] = dict.fromkeys(checkpoint.matrices.names, "")
@@ -71,13 +79,26 @@ class FakeQuantModel:
         """Make the weights those of a configuration; None: the checkpoint's own."""
         for name, weight in self._weights.items():
             wanted = str(config[name]) if config is not None else ""
-            if wanted == self._current[name]:
-                continue
-            if config is None:
-                weight.copy_(self.checkpoint.tensor(f"{name}.weight"))
-            else:
-                weight.copy_(decode(self._codes.get(name, config[name]).to(self.compute)))
-            self._current[name] = wanted
+            if wanted != self._current[name]:
+                weight.data = self._decode(name, wanted, weight)
+                self._current[name] = wanted
+
+    def _decode(self, name: str, text: str, like: Tensor) -> Tensor:
+        """Return the weight of a matrix in a format ("": the checkpoint's own), kept for the next time."""
+        key = (name, text)
+        if key in self._decoded:
+            self._decoded.move_to_end(key)
+            return self._decoded[key]
+        if text:
+            value = decode(self._codes.get(name, text).to(self.compute)).to(like.dtype)
+        else:
+            value = self.checkpoint.tensor(f"{name}.weight").to(self.compute, like.dtype)
+        if value.nbytes <= self._limit:
+            self._decoded[key] = value
+            self._bytes += value.nbytes
+            while self._bytes > self._limit:
+                self._bytes -= self._decoded.popitem(last=False)[1].nbytes
+        return value
 
     def set_pairs(self, pairs: Mapping[str, tuple[Tensor, Tensor]] | None) -> None:
         """Put (A [K, r], scaled B [r, N]) beside each matrix named; None or a name left out: nothing."""

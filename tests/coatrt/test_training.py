@@ -49,6 +49,30 @@ def test_fake_quantized_logits_are_those_of_decoded_weights(tiny_llama: Path) ->
     assert torch.equal(ours.logits(tokens), plain)
 
 
+def test_decoded_weights_are_kept_within_a_bound(tiny_llama: Path) -> None:
+    checkpoint = Checkpoint.open(tiny_llama)
+    tokens, rng = torch.arange(24).view(2, 12), np.random.default_rng(0)
+    texts = ("nf3-g32", "int8", "fp8")
+    configs = [
+        QuantConfig({name: WeightFormat.parse(str(rng.choice(texts))) for name in checkpoint.matrices.names})
+        for _ in range(4)
+    ]
+    size = 4 * checkpoint.matrices.parameters
+    for limit in (0, size // 2, 10 * size):
+        model = FakeQuantModel(checkpoint, CodeStore(checkpoint), decoded_bytes=limit)
+        for config in (*configs, None, *configs):
+            model.set_config(config)
+            for name in checkpoint.matrices.names:
+                plain = checkpoint.tensor(f"{name}.weight")
+                expected = plain if config is None else decode(encode(plain, config[name]))
+                weight = model.model.get_submodule(name).weight
+                assert torch.equal(weight, expected)
+            assert model.logits(tokens).isfinite().all()
+        held = sum(value.nbytes for value in model._decoded.values())
+        assert held == model._bytes <= limit
+        assert bool(held) == bool(limit)
+
+
 def test_cost_is_the_empirical_fisher_of_single_blocks(tiny_llama: Path) -> None:
     checkpoint = Checkpoint.open(tiny_llama)
     codes = CodeStore(checkpoint)
