@@ -115,7 +115,7 @@ class Adapter:
                     "model": self.model.to_json(),
                     "formats": [str(fmt) for fmt in self.formats],
                     "fused": self.space.fused,
-                    "preset": self.lora.theta.options.preset,
+                    "preset": self.lora.preset,
                     "contract": self.contract.to_json(),
                     "sha256": {name: sha256_file(temporary / name) for name in _FILES},
                 },

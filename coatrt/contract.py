@@ -27,6 +27,7 @@ class LoraTensor:
         B: tensor name of B, shape [rank, N], times alpha/rank.
         K: input width.
         N: output width.
+        rank: columns of A and rows of B, a multiple of 16.
     """
 
     matrix: str
@@ -34,6 +35,7 @@ class LoraTensor:
     B: str
     K: int
     N: int
+    rank: int
 
 
 @dataclass(frozen=True)
@@ -41,25 +43,26 @@ class LoraContract:
     """Names, shapes and scale of every LoRA tensor of one model (`lora_io.json`).
 
     Args:
-        rank: columns of A and rows of B, a multiple of 16.
-        alpha: LoRA scale numerator; alpha/rank is already folded into every B.
+        alpha: LoRA scale numerator; alpha/rank, with the rank of its matrix, is already folded into every B.
         dtype: dtype of the tensors in files and out of the hypernetwork; a runtime casts them to its activations.
         tensors: one entry per matrix that carries a LoRA, in network order.
 
     Raises:
-        ConfigError: the rank is no multiple of 16, a name repeats, or a field is out of range.
+        ConfigError: a rank is no multiple of 16, a name repeats, or a field is out of range.
     """
 
-    rank: int
     alpha: float
     dtype: str
     tensors: tuple[LoraTensor, ...]
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or self.rank % _RANK_STEP:
-            raise ConfigError(f"LoRA rank {self.rank} is given; allowed: multiples of {_RANK_STEP}; choose 16 or 32")
+        for tensor in self.tensors:
+            if tensor.rank < 1 or tensor.rank % _RANK_STEP:
+                raise ConfigError(
+                    f"LoRA rank {tensor.rank} is given; allowed: multiples of {_RANK_STEP}; choose 16 or 32"
+                )
         if not 0 < self.alpha < float("inf"):
-            raise ConfigError(f"LoRA alpha {self.alpha} is given; give a positive number, such as {2 * self.rank}")
+            raise ConfigError(f"LoRA alpha {self.alpha} is given; give a positive number, such as 32")
         if self.dtype not in ACTIVATIONS:
             raise ConfigError(f"LoRA dtype {self.dtype!r} is given; allowed: {', '.join(ACTIVATIONS)}; use float32")
         names = list(self.shapes)
@@ -73,9 +76,13 @@ class LoraContract:
                 raise ConfigError(f"LoRA of {tensor.matrix} has K {tensor.K} and N {tensor.N}; give positive widths")
 
     @property
-    def scale(self) -> float:
-        """alpha/rank, the factor folded into every B."""
-        return self.alpha / self.rank
+    def rank(self) -> int:
+        """The largest rank."""
+        return max(tensor.rank for tensor in self.tensors)
+
+    def scale(self, tensor: LoraTensor) -> float:
+        """Return alpha/rank, the factor folded into the B of a matrix."""
+        return self.alpha / tensor.rank
 
     @cached_property
     def by_matrix(self) -> Mapping[str, LoraTensor]:
@@ -89,13 +96,12 @@ class LoraContract:
 
     def _pairs(self) -> Iterator[tuple[str, tuple[int, int]]]:
         for tensor in self.tensors:
-            yield tensor.A, (tensor.K, self.rank)
-            yield tensor.B, (self.rank, tensor.N)
+            yield tensor.A, (tensor.K, tensor.rank)
+            yield tensor.B, (tensor.rank, tensor.N)
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON form that `from_json` reads back."""
         return {
-            "rank": self.rank,
             "alpha": self.alpha,
             "dtype": self.dtype,
             "scale_rule": _SCALE_RULE,
@@ -114,14 +120,16 @@ class LoraContract:
             if rule != _SCALE_RULE:
                 raise ConfigError(f"LoRA scale rule {rule!r} is given; allowed: {_SCALE_RULE!r}; export again")
             tensors = tuple(
-                LoraTensor(str(row["matrix"]), str(row["A"]), str(row["B"]), int(row["K"]), int(row["N"]))
+                LoraTensor(
+                    str(row["matrix"]), str(row["A"]), str(row["B"]), int(row["K"]), int(row["N"]), int(row["rank"])
+                )
                 for row in value["tensors"]
             )
-            return cls(int(value["rank"]), float(value["alpha"]), str(value["dtype"]), tensors)
+            return cls(float(value["alpha"]), str(value["dtype"]), tensors)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(
-                f"the LoRA contract lacks or garbles a field ({error}); it needs rank, alpha, dtype and "
-                "tensors of matrix, A, B, K, N; export again"
+                f"the LoRA contract lacks or garbles a field ({error}); it needs alpha, dtype and tensors "
+                "of matrix, A, B, K, N, rank; export again"
             ) from None
 
     def save(self, path: str | Path) -> None:
@@ -138,22 +146,29 @@ class LoraContract:
         return cls.from_json(read_json(path, "LoRA contract"))
 
 
-def contract_for(model: ModelMatrices, rank: int, alpha: float) -> LoraContract:
+def contract_for(model: ModelMatrices, rank: int, alpha: float, ranks: Mapping[str, int] | None = None) -> LoraContract:
     """Return the contract of a model: a LoRA on every matrix but embedding and head, in network order.
 
     Args:
         model: inventory of the model.
         rank: LoRA rank, a multiple of 16.
         alpha: LoRA scale numerator.
+        ranks: module kind → rank where it differs.
 
     Raises:
-        ConfigError: the rank is no multiple of 16 or alpha is not positive.
+        ConfigError: a rank is no multiple of 16, alpha is not positive, or the model has no such kind.
     """
+    ranks, kinds = ranks or {}, {matrix.kind for matrix in model.targets}
+    if unknown := set(ranks) - kinds:
+        raise ConfigError(f"a rank of {', '.join(sorted(unknown))} is given; the model has {', '.join(sorted(kinds))}")
     tensors = tuple(
-        LoraTensor(matrix.name, f"lora_A.{matrix.name}", f"lora_B.{matrix.name}", matrix.K, matrix.N)
+        LoraTensor(
+            matrix.name, f"lora_A.{matrix.name}", f"lora_B.{matrix.name}", matrix.K, matrix.N,
+            ranks.get(matrix.kind, rank),
+        )
         for matrix in model.targets
-    )
-    return LoraContract(rank, float(alpha), "float32", tensors)
+    )  # fmt: skip
+    return LoraContract(float(alpha), "float32", tensors)
 
 
 @dataclass(frozen=True)

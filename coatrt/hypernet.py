@@ -11,7 +11,8 @@ from coatrt.features import FEATURES, FIELD_SIZES
 
 __all__ = ["Hypernetwork", "HypernetworkOptions", "Preset"]
 
-Preset = Literal["paper", "coatrt"]
+Preset = Literal["paper", "coatrt", "none"]
+"""Forms of θ; "none" stands for an adapter without one."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,9 @@ class HypernetworkOptions:
     hidden: int = 128
 
     def __post_init__(self) -> None:
-        if self.preset not in get_args(Preset):
-            raise ConfigError(f"hypernetwork preset {self.preset!r} is given; allowed: {', '.join(get_args(Preset))}")
+        allowed = get_args(Preset)[:2]
+        if self.preset not in allowed:
+            raise ConfigError(f"hypernetwork preset {self.preset!r} is given; allowed: {', '.join(allowed)}")
 
     @property
     def vocabularies(self) -> tuple[int, ...]:

@@ -5,9 +5,11 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from coatrt.config import QuantConfig
 from coatrt.contract import LoraContract
 from coatrt.features import ConfigEncoder
 from coatrt.hypernet import Hypernetwork, HypernetworkOptions, Preset
+from coatrt.train_options import TrainOptions
 
 __all__ = ["CoaLora"]
 
@@ -16,9 +18,9 @@ class CoaLora(nn.Module):
     """y = Q(W)x + s·B(I + U)A x, with U = θ(configuration); one bmm per matrix shape folds I + U into A.
 
     Args:
-        contract: names, shapes, rank and scale.
+        contract: names, shapes, ranks and scale.
         encoder: tables of the configuration's features.
-        preset: form of θ.
+        preset: form of θ; "none": no θ, U = 0 for every configuration.
         seed: of the start values: A normal with variance 1/K (unit gain), B zero.
     """
 
@@ -30,21 +32,35 @@ class CoaLora(nn.Module):
         self.encoder = encoder
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.theta = Hypernetwork(
-                HypernetworkOptions(preset, contract.rank, encoder.layers, len(encoder.module_kinds))
+            self.theta = (
+                Hypernetwork(HypernetworkOptions(preset, contract.rank, encoder.layers, len(encoder.module_kinds)))
+                if preset != "none"
+                else None
             )
-            shapes: dict[tuple[int, int], list[int]] = {}
+            shapes: dict[tuple[int, int, int], list[int]] = {}
             for i, tensor in enumerate(contract.tensors):
-                shapes.setdefault((tensor.K, tensor.N), []).append(i)
+                shapes.setdefault((tensor.K, tensor.N, tensor.rank), []).append(i)
             self._members = tuple(shapes.values())
-            self.A = nn.ParameterList(
-                torch.randn(len(rows), K, contract.rank) / K**0.5 for (K, _), rows in shapes.items()
-            )
-            self.B = nn.ParameterList(torch.zeros(len(rows), contract.rank, N) for (_, N), rows in shapes.items())
+            self.A = nn.ParameterList(torch.randn(len(rows), K, r) / K**0.5 for (K, _, r), rows in shapes.items())
+            self.B = nn.ParameterList(torch.zeros(len(rows), r, N) for (_, N, r), rows in shapes.items())
 
     def stacks(self) -> Iterator[tuple[list[int], Tensor, Tensor]]:
         """Yield (places in the contract, A [m, K, r], B [m, r, N]) for every distinct matrix shape."""
         yield from zip(self._members, self.A, self.B, strict=True)
+
+    @property
+    def preset(self) -> Preset:
+        """Form of θ."""
+        return self.theta.options.preset if self.theta is not None else "none"
+
+    def rates(self, options: TrainOptions) -> list[tuple[list[nn.Parameter], float]]:
+        """Return A and B, then θ, with their peak learning rates."""
+        theta = list(self.theta.parameters()) if self.theta is not None else []
+        return [([*self.A, *self.B], options.learning_rate), (theta, options.theta_rate)][: 1 + bool(theta)]
+
+    def pairs(self, config: QuantConfig) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return matrix name → (A' [K, r], s·B [r, N]) for a configuration."""
+        return self(self.encoder.format_ids(config))  # type: ignore[no-any-return]
 
     def forward(self, ids: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Return matrix name → (A' [K, r], s·B [r, N]) for a configuration.
@@ -52,13 +68,15 @@ class CoaLora(nn.Module):
         Args:
             ids: int64 [M], see `ConfigEncoder.format_ids`.
         """
-        device = self.A[0].device
-        updates = self.theta(self.encoder.indices(ids).to(device), self.encoder.features(ids).to(device))
+        device, updates = self.A[0].device, None
+        if self.theta is not None:
+            updates = self.theta(self.encoder.indices(ids).to(device), self.encoder.features(ids).to(device))
         result: dict[str, tuple[Tensor, Tensor]] = {}
         for rows, A, B in self.stacks():
-            folded = torch.baddbmm(A, A, updates[rows].transpose(1, 2)).unbind(0)
-            scaled = (B * self.contract.scale).unbind(0)
-            for row, a, b in zip(rows, folded, scaled, strict=True):
+            r = A.shape[-1]
+            folded = A if updates is None else torch.baddbmm(A, A, updates[rows, :r, :r].transpose(1, 2))
+            scaled = B * self.contract.scale(self.contract.tensors[rows[0]])
+            for row, a, b in zip(rows, folded.unbind(0), scaled.unbind(0), strict=True):
                 result[self.contract.tensors[row].matrix] = (a, b)
         return result
 

@@ -37,6 +37,7 @@ def write_peft(
                 "task_type": "CAUSAL_LM",
                 "base_model_name_or_path": base_model,
                 "r": contract.rank,
+                "rank_pattern": {t.matrix: t.rank for t in contract.tensors if t.rank != contract.rank},
                 "lora_alpha": contract.alpha,
                 "lora_dropout": 0.0,
                 "bias": "none",

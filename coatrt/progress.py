@@ -9,9 +9,9 @@ from tqdm import tqdm
 __all__ = ["progress_bar", "stages"]
 
 
-def progress_bar(what: str, total: int, done: int = 0) -> "tqdm[NoReturn]":
-    """Return a bar on standard error that appears after two seconds."""
-    return tqdm(desc=what, total=total, initial=done, disable=None, delay=2, dynamic_ncols=True)
+def progress_bar(what: str, total: int, done: int = 0, shown: bool = True) -> "tqdm[NoReturn]":
+    """Return a bar on standard error that appears after two seconds; never where it is not to be `shown`."""
+    return tqdm(desc=what, total=total, initial=done, disable=None if shown else True, delay=2, dynamic_ncols=True)
 
 
 @contextlib.contextmanager

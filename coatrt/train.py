@@ -2,11 +2,9 @@
 
 import hashlib
 import json
-import math
 import os
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,102 +12,27 @@ import torch
 
 from coatrt.adapter import Adapter
 from coatrt.checkpoint import Checkpoint, load_tokenizer
+from coatrt.config import QuantConfig
 from coatrt.contract import contract_for
 from coatrt.data import TextData, batches, tokenize_text
-from coatrt.errors import CoatError, ConfigError
+from coatrt.errors import ConfigError
 from coatrt.evaluate import mean_loss
 from coatrt.fakequant import FakeQuantModel
 from coatrt.features import ConfigEncoder
 from coatrt.formats import WeightFormat
-from coatrt.hypernet import Preset
+from coatrt.hypervolume import hypervolume
+from coatrt.loop import optimise
 from coatrt.lora import CoaLora
+from coatrt.processes import Processes
 from coatrt.progress import progress_bar, stages
+from coatrt.residual import mean_residual
 from coatrt.sampling import TrainingSampler
 from coatrt.sensitivity import Sensitivity, measure_sensitivity
 from coatrt.space import ConfigSpace
 from coatrt.store import CodeStore
-from coatrt.train_state import load_state, save_state
+from coatrt.train_options import DEFAULT_FORMATS, TrainOptions
 
 __all__ = ["DEFAULT_FORMATS", "TrainOptions", "train"]
-
-DEFAULT_FORMATS = ("nf3-g64", "nf4-g64", "int4-g64", "nvfp4", "fp8", "int8", "fp16")
-"""Some format for every device, from 3.25 bits up."""
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """How an adapter is trained.
-
-    Args:
-        formats: formats a configuration may use, as text.
-        rank: LoRA rank, a multiple of 16.
-        alpha: LoRA scale numerator.
-        preset: form of the hypernetwork, "coatrt" or "paper".
-        fused: whether q/k/v and gate/up share a format.
-        steps: optimizer steps.
-        batch: blocks per configuration and step.
-        length: tokens per block.
-        configs: configurations per step, at least 2 (their gradients are averaged).
-        low_bits: lowest budget trained for; None: the least the formats allow.
-        high_bits: highest budget; None: the most the formats allow, at most 8.5.
-        planned: share of planner-like configurations, see `TrainingSampler`.
-        learning_rate: peak rate of A and B.
-        theta_rate: peak rate of θ.
-        warmup: share of the steps in which the rates rise; then they fall along a cosine to zero.
-        clip: largest norm of the gradient.
-        calibration: blocks for the sensitivities.
-        evaluation: held-out blocks for the losses in metrics.json.
-        budgets: average bits at which the held-out loss is measured after training.
-        checkpoint_every: steps between checkpoints.
-        seed: of start values, batches and configurations.
-
-    Raises:
-        ConfigError: a value out of range.
-        FormatError: an unknown format.
-    """
-
-    formats: tuple[str, ...] = DEFAULT_FORMATS
-    rank: int = 16
-    alpha: float = 32.0
-    preset: Preset = "coatrt"
-    fused: bool = True
-    steps: int = 300
-    batch: int = 4
-    length: int = 256
-    configs: int = 2
-    low_bits: float | None = None
-    high_bits: float | None = None
-    planned: float = 0.75
-    learning_rate: float = 1e-3
-    theta_rate: float = 1e-3
-    warmup: float = 0.1
-    clip: float = 1.0
-    calibration: int = 16
-    evaluation: int = 16
-    budgets: tuple[float, ...] = (4.0, 5.0, 6.0)
-    checkpoint_every: int = 25
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for text in self.formats:
-            WeightFormat.parse(text)
-        least = {"steps": 1, "batch": 1, "length": 2, "configs": 2, "calibration": 1, "evaluation": 1,
-                 "checkpoint_every": 1}  # fmt: skip
-        for name, minimum in least.items():
-            if getattr(self, name) < minimum:
-                raise ConfigError(f"{name} {getattr(self, name)} is given; give at least {minimum}")
-        for name in ("learning_rate", "theta_rate", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} {getattr(self, name)} is given; give a positive number")
-        if not 0 <= self.warmup <= 1:
-            raise ConfigError(f"warmup {self.warmup} is given; give a share of the steps, 0 to 1")
-
-    def rate(self, step: int) -> float:
-        """Return the share of the peak learning rate at a step."""
-        rise = max(1, round(self.warmup * self.steps))
-        if step < rise:
-            return (step + 1) / rise
-        return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, self.steps - rise)))
 
 
 def train(
@@ -144,22 +67,30 @@ def train(
     output, options = Path(output), options or TrainOptions()
     checkpoint = Checkpoint.open(source)
     run = _identity(options, checkpoint, documents, held_out)
+    processes = Processes(torch.device(compute).type)
+    if resume and not overwrite and (output / "adapter.json").is_file():
+        return _finished(output, run)
+    if processes.is_first:
+        _claim(output, resume, overwrite)
+    processes.wait()
+    data = tokenize_text(load_tokenizer(checkpoint.directory), documents, options.length, held_out=held_out)
+    return _Training(checkpoint, str(source), data, options, output / "training", run, compute, processes).run(output)
+
+
+def _claim(output: Path, resume: bool, overwrite: bool) -> None:
+    """Refuse a directory in use, and forget an unfinished training that is not to go on."""
+    state = output / "training"
     if (output / "adapter.json").is_file() and not overwrite:
-        if resume:
-            return _finished(output, run)
         raise ConfigError(f"{output} holds a finished adapter; give another directory, or --overwrite to replace it")
     if output.exists() and not output.is_dir():
         raise ConfigError(f"{output} is a file; give a directory for the adapter")
-    if output.is_dir() and any(output.iterdir()) and not (output / "training").is_dir() and not overwrite:
+    if output.is_dir() and any(output.iterdir()) and not state.is_dir() and not overwrite:
         raise ConfigError(f"{output} holds other files; give another directory, or --overwrite to replace it")
-    state = output / "training"
     if state.is_dir() and not resume and not overwrite:
         raise ConfigError(f"{output} holds an unfinished training; give --resume to go on or --overwrite to start over")
     if overwrite and not resume:
         for name in ("state.json", "sensitivity.json"):
             (state / name).unlink(missing_ok=True)
-    data = tokenize_text(load_tokenizer(checkpoint.directory), documents, options.length, held_out=held_out)
-    return _Training(checkpoint, str(source), data, options, state, run, compute).run(output)
 
 
 def _identity(
@@ -182,7 +113,7 @@ def _finished(output: Path, run: str) -> Adapter:
 
 
 class _Training:
-    """One run: model, sensitivities, LoRA, optimizer."""
+    """One run: model, sensitivities, LoRA, and what is measured of them."""
 
     def __init__(
         self,
@@ -193,7 +124,9 @@ class _Training:
         state: Path,
         run: str,
         compute: str,
+        processes: Processes,
     ) -> None:
+        self.processes = processes
         self.checkpoint, self.data, self.options, self.state, self.identity = checkpoint, data, options, state, run
         self.source = os.path.abspath(source) if Path(source).exists() else source  # noqa: PTH100 - keeps symbolic links
         formats = tuple(WeightFormat.parse(text) for text in options.formats)
@@ -201,21 +134,17 @@ class _Training:
         low = self.space.min_bits if options.low_bits is None else options.low_bits
         high = min(self.space.max_bits, max(low, 8.5)) if options.high_bits is None else options.high_bits
         self._check_budgets(low, high)
-        contract = contract_for(checkpoint.matrices, options.rank, options.alpha)
+        contract = contract_for(checkpoint.matrices, options.rank, options.alpha, dict(options.ranks))
         self.codes = CodeStore.default(checkpoint)
         self.model = FakeQuantModel(checkpoint, self.codes, compute)
-        self.started = time.monotonic()
         self.sensitivity = self._sensitivity()
         self.sampler = TrainingSampler(self.space, self.sensitivity.costs, low, high, options.planned, options.seed)
         encoder = ConfigEncoder(checkpoint.matrices, formats, self.sensitivity.errors)
-        self.lora = CoaLora(contract, encoder, options.preset, options.seed).to(compute)
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [*self.lora.A, *self.lora.B], "lr": options.learning_rate, "peak": options.learning_rate},
-                {"params": list(self.lora.theta.parameters()), "lr": options.theta_rate, "peak": options.theta_rate},
-            ],
-            weight_decay=0.0,
-        )
+        self.lora = CoaLora(contract, encoder, options.preset, options.seed)
+        if options.start == "residual":
+            self.lora.load_shared(mean_residual(self.codes, contract, formats))
+        self.lora.to(compute)
+        self.full_precision: float | None = None
 
     def _check_budgets(self, low: float, high: float) -> None:
         uniform = dict.fromkeys(map(str, self.space.formats), 0.0)
@@ -229,29 +158,24 @@ class _Training:
 
     def _sensitivity(self) -> Sensitivity:
         path = self.state / "sensitivity.json"
-        if path.is_file():
-            return Sensitivity.load(path)
-        rows = batches(len(self.data.train), min(self.options.calibration, len(self.data.train)), 0, self.options.seed)
-        with stages("sensitivity") as progress:
-            measured = measure_sensitivity(self.model, self.codes, self.data.train[rows], self.space.formats, progress)
-        measured.save(path)
-        return measured
+        if self.processes.is_first and not path.is_file():
+            count = min(self.options.calibration, len(self.data.train))
+            rows = batches(len(self.data.train), count, 0, self.options.seed)
+            with stages("sensitivity") as progress:
+                measured = measure_sensitivity(
+                    self.model, self.codes, self.data.train[rows], self.space.formats, progress
+                )
+            measured.save(path)
+        self.processes.wait()
+        return Sensitivity.load(path)
 
     def run(self, output: Path) -> Adapter:
-        done = load_state(self.state, self.lora, self.optimizer, self.identity)
-        first = int(done["step"]) if done else 0
-        losses: list[list[float]] = done["losses"] if done else []
-        before = float(done["seconds"]) if done else 0.0
-        options = self.options
-        with progress_bar("training", options.steps, first) as bar:
-            for step in range(first, options.steps):
-                losses.append(self._step(step))
-                bar.update(1)
-                bar.set_postfix_str(f"loss {sum(losses[-1]) / len(losses[-1]):.3f}")
-                if (step + 1) % options.checkpoint_every == 0 or step + 1 == options.steps:
-                    seconds = before + time.monotonic() - self.started
-                    facts = {"step": step + 1, "losses": losses, "seconds": seconds}
-                    save_state(self.state, self.lora, self.optimizer, self.identity, facts)
+        options, train = self.options, self.data.train
+        measure = self._hypervolume if options.evaluate_every and options.budgets else None
+        history = optimise(
+            self.model, self.lora, train, train, lambda step: self.sampler.draw(step, options.configs), options,
+            self.state, self.identity, self.processes, measure,
+        )  # fmt: skip
         adapter = Adapter(
             source=self.source,
             fingerprint=self.checkpoint.fingerprint,
@@ -262,57 +186,54 @@ class _Training:
             metrics={
                 "run": self.identity,
                 "options": asdict(options),
-                "train_tokens": self.data.train.numel(),
+                "train_tokens": train.numel(),
                 "held_out_tokens": min(options.evaluation, len(self.data.held_out)) * options.length,
-                "seconds": before + time.monotonic() - self.started,
-                "losses": losses,
+                "seconds": history.seconds,
+                "losses": history.losses,
+                "hypervolumes": history.measured,
                 "held_out": self._evaluate(),
             },
         )
-        adapter.save(output)
+        if self.processes.is_first:
+            adapter.save(output)
+        self.processes.wait()
         return Adapter.load(output)
 
-    def _step(self, step: int) -> list[float]:
-        """Do one optimizer step and return the loss under each of its configurations."""
-        options, losses = self.options, []
-        tokens = self.data.train[batches(len(self.data.train), options.batch, step, options.seed)]
-        configs = self.sampler.draw(step, options.configs)
-        for config in configs:
-            self.model.set_config(config)
-            self.model.set_pairs(self.lora(self.lora.encoder.format_ids(config)))
-            loss = self.model.loss(tokens)
-            (loss / len(configs)).backward()  # type: ignore[no-untyped-call]
-            losses.append(loss.item())
-        if not all(map(math.isfinite, losses)):
-            raise CoatError(
-                f"the loss is not finite at step {step + 1}; give a lower learning rate or a higher --low-bits"
-            )
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * options.rate(step)
-        torch.nn.utils.clip_grad_norm_(self.lora.parameters(), options.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return losses
+    @torch.no_grad()
+    def _adapted_loss(self, config: QuantConfig) -> float:
+        self.model.set_config(config)
+        self.model.set_pairs(self.lora.pairs(config))
+        return mean_loss(self.model, self.data.held_out[: self.options.evaluation])
 
     @torch.no_grad()
+    def _plain_loss(self, config: QuantConfig | None) -> float:
+        self.model.set_config(config)
+        self.model.set_pairs(None)
+        return mean_loss(self.model, self.data.held_out[: self.options.evaluation])
+
+    def _hypervolume(self) -> float:
+        """Return the hypervolume of (bits, held-out loss) over the budgets.
+
+        The reference point is the space's most bits and the loss of the full-precision model plus one nat.
+        """
+        if self.full_precision is None:
+            self.full_precision = self._plain_loss(None)
+        configs = [self.sampler.plan_like(None, bits) for bits in self.options.budgets]
+        points = [(config.average_bits(self.space.model), self._adapted_loss(config)) for config in configs]
+        return hypervolume(points, (self.space.max_bits, self.full_precision + 1))
+
     def _evaluate(self) -> dict[str, Any]:
         """Return held-out losses: full precision, and per budget the allocated configuration without and with LoRA."""
-        blocks = self.data.held_out[: self.options.evaluation]
         rows = []
-        with progress_bar("held-out loss", 1 + 2 * len(self.options.budgets)) as bar:
-            self.model.set_config(None)
-            self.model.set_pairs(None)
-            base = mean_loss(self.model, blocks)
+        with progress_bar(
+            "held-out loss", 1 + 2 * len(self.options.budgets), shown=self.processes.is_first
+        ) as bar:  # fmt: skip
+            base = self._plain_loss(None)
             bar.update(1)
             for bits in self.options.budgets:
                 config = self.sampler.plan_like(None, bits)
-                self.model.set_config(config)
-                self.model.set_pairs(None)
-                without = mean_loss(self.model, blocks)
-                bar.update(1)
-                self.model.set_pairs(self.lora(self.lora.encoder.format_ids(config)))
-                adapted = mean_loss(self.model, blocks)
-                bar.update(1)
+                without, adapted = self._plain_loss(config), self._adapted_loss(config)
+                bar.update(2)
                 bits = config.average_bits(self.space.model)
                 rows.append({"bits": bits, "configuration": config.hash, "without": without, "adapted": adapted})
         return {"full_precision": base, "budgets": rows}

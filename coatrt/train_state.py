@@ -2,15 +2,17 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from coatrt.errors import CheckpointError, ConfigError
 from coatrt.files import atomic_file, read_json, sha256_file, write_json
+
+if TYPE_CHECKING:
+    from coatrt.loop import LoraModule
 
 __all__ = ["load_state", "save_state"]
 
@@ -19,7 +21,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def save_state(
-    directory: Path, module: nn.Module, optimizer: torch.optim.Optimizer, run: str, progress: Mapping[str, Any]
+    directory: Path, module: "LoraModule", optimizer: torch.optim.Optimizer, run: str, progress: Mapping[str, Any]
 ) -> None:
     """Write a checkpoint; the one before it stays valid until this one is complete.
 
@@ -48,7 +50,9 @@ def save_state(
             old.unlink()
 
 
-def load_state(directory: Path, module: nn.Module, optimizer: torch.optim.Optimizer, run: str) -> dict[str, Any] | None:
+def load_state(
+    directory: Path, module: "LoraModule", optimizer: torch.optim.Optimizer, run: str
+) -> dict[str, Any] | None:
     """Read the last checkpoint into `module` and `optimizer` and return its progress; None where there is none.
 
     Raises:

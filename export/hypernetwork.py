@@ -61,7 +61,8 @@ def export_hypernetwork(adapter: Adapter, directory: str | Path) -> None:
     formats = ir.Value(
         name=HYPERNETWORK_INPUT, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([len(adapter.encoder.names)])
     )
-    outputs = _write_lora(graph, adapter, _write_theta(graph, adapter, formats))
+    updates = _write_theta(graph, adapter, formats) if adapter.lora.theta is not None else None
+    outputs = _write_lora(graph, adapter, updates)
     model = ir.Model(
         ir.Graph(
             [formats], outputs, nodes=graph.nodes, initializers=graph.initializers,
@@ -81,6 +82,7 @@ def export_hypernetwork(adapter: Adapter, directory: str | Path) -> None:
 def _write_theta(graph: _Graph, adapter: Adapter, formats: ir.Value) -> ir.Value:
     """Write embeddings, features and the two linear layers; return U, float32 [M, r, r]."""
     theta, encoder = adapter.lora.theta, adapter.encoder
+    assert theta is not None
     fields = graph.op("Gather", [graph.constant(encoder.fields, "format_fields"), formats], "fields")  # [M, 5]
     seen = []
     for i, table in enumerate(theta.embeddings.parameters()):
@@ -119,22 +121,26 @@ def _write_features(graph: _Graph, adapter: Adapter, formats: ir.Value) -> ir.Va
     return graph.op("Concat", [own, whole, layer], "features", axis=1)
 
 
-def _write_lora(graph: _Graph, adapter: Adapter, updates: ir.Value) -> list[ir.Value]:
+def _write_lora(graph: _Graph, adapter: Adapter, updates: ir.Value | None) -> list[ir.Value]:
     """Write A' = A + A·Uᵀ per stack of equal shapes, split it, and hand out B · alpha/rank, in contract order."""
     contract, lora = adapter.contract, adapter.lora
     made: dict[str, ir.Value] = {}
-    transposed = graph.op("Transpose", [updates], "U_transposed", perm=[0, 2, 1])
+    transposed = graph.op("Transpose", [updates], "U_transposed", perm=[0, 2, 1]) if updates is not None else None
     for stack, (rows, A, B) in enumerate(lora.stacks()):
         name = f"stack_{stack}"
-        mine = graph.op("Gather", [transposed, graph.constant(rows, f"{name}.rows")], f"{name}.U")
-        shared = graph.constant(A, f"{name}.A")
-        change = graph.op("MatMul", [shared, mine], f"{name}.change")
-        folded = graph.op("Add", [shared, change], f"{name}.folded")  # [m, K, r]
+        folded = shared = graph.constant(A, f"{name}.A")
+        if transposed is not None:
+            mine = graph.op("Gather", [transposed, graph.constant(rows, f"{name}.rows")], f"{name}.U")
+            if A.shape[-1] < contract.rank:
+                edges = [graph.constant([at, at], f"{name}.edge{at}") for at in (0, A.shape[-1])]
+                mine = graph.op("Slice", [mine, *edges, graph.constant([1, 2], "square_axes")], f"{name}.U_used")
+            change = graph.op("MatMul", [shared, mine], f"{name}.change")
+            folded = graph.op("Add", [shared, change], f"{name}.folded")  # [m, K, r]
         for i, row in enumerate(rows):
             tensor = contract.tensors[row]
             place = graph.constant(np.array(i), f"place_{i}")
             made[tensor.A] = graph.op("Gather", [folded, place], tensor.A, axis=0)
-            scaled = graph.constant(B[i].detach() * contract.scale, f"{tensor.B}.trained")
+            scaled = graph.constant(B[i].detach() * contract.scale(tensor), f"{tensor.B}.trained")
             made[tensor.B] = graph.op("Identity", [scaled], tensor.B)
     for name, shape in contract.shapes.items():
         made[name].type, made[name].shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)

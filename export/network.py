@@ -63,10 +63,9 @@ class Network:
             for layer in range(spec.layers)
         ]
         for tensor in self._contract.tensors if self._contract is not None else ():
-            assert self._contract is not None
             self._lora[tensor.matrix] = (
-                graph.input(tensor.A, graph.activations, (tensor.K, self._contract.rank)),
-                graph.input(tensor.B, graph.activations, (self._contract.rank, tensor.N)),
+                graph.input(tensor.A, graph.activations, (tensor.K, tensor.rank)),
+                graph.input(tensor.B, graph.activations, (tensor.rank, tensor.N)),
             )
         self._cos, self._sin = self._rotary_tables()
         self._turns = self._rotary_factors() if graph.is_engine and any(spec.rotary) else None

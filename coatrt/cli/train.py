@@ -18,6 +18,15 @@ def _numbers(_: click.Context, __: click.Parameter, text: str | None) -> tuple[f
         raise click.BadParameter(f"{text!r} is no list of numbers; give them with commas, like 4,5,6") from None
 
 
+def _ranks(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[tuple[str, int], ...] | None:
+    if value is None:
+        return None
+    try:
+        return tuple((kind, int(rank)) for kind, rank in (part.split("=") for part in value.split(",")))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no list of ranks; give them like down_proj=32,o_proj=32") from None
+
+
 @click.command()
 @click.argument("model")
 @click.option(
@@ -28,9 +37,12 @@ def _numbers(_: click.Context, __: click.Parameter, text: str | None) -> tuple[f
 @click.option("--formats", metavar="F,F,…", help="Weight formats a configuration may use.")
 @click.option("--rank", type=int, help="LoRA rank, a multiple of 16.")
 @click.option("--alpha", type=float, help="LoRA scale numerator.")
-@click.option("--preset", type=click.Choice(["coatrt", "paper"]), help="Form of the hypernetwork.")
+@click.option("--ranks", callback=_ranks, metavar="KIND=R,…", help="Ranks of module kinds that differ: down_proj=32.")
+@click.option("--preset", type=click.Choice(["coatrt", "paper", "none"]), help="Form of the hypernetwork.")
+@click.option("--start", type=click.Choice(["zero", "residual"]), help="What A and B start from.")
 @click.option("--steps", type=int, help="Optimizer steps.")
 @click.option("--batch", type=int, help="Blocks per configuration and step.")
+@click.option("--accumulate", type=int, help="Parts a batch is cut into, to save memory.")
 @click.option("--length", type=int, help="Tokens per block.")
 @click.option("--configs", type=int, help="Configurations per step.")
 @click.option("--low-bits", type=float, help="Lowest budget trained for, bits per weight.")
@@ -38,6 +50,15 @@ def _numbers(_: click.Context, __: click.Parameter, text: str | None) -> tuple[f
 @click.option("--planned", type=float, help="Share of planner-like configurations.")
 @click.option("--learning-rate", type=float, help="Peak learning rate of A and B.")
 @click.option("--theta-rate", type=float, help="Peak learning rate of the hypernetwork.")
+@click.option("--distill", type=float, help="Weight of a teacher's predictions beside the task's loss.")
+@click.option(
+    "--teacher",
+    type=click.Choice(["base", "top"]),
+    help="Who teaches: the full-precision model, or the configuration with the most bits of a step.",
+)
+@click.option("--precision", type=click.Choice(["float32", "bfloat16"]), help="Of the model's matrix products.")
+@click.option("--evaluate-every", type=int, help="Steps between measurements of the hypervolume.")
+@click.option("--patience", type=int, help="Measurements without a better one after which training stops.")
 @click.option("--budgets", callback=_numbers, metavar="B,B,…", help="Average bits at which held-out loss is measured.")
 @click.option("--calibration", type=int, help="Blocks for the sensitivities.")
 @click.option("--evaluation", type=int, help="Held-out blocks to measure on.")

@@ -28,7 +28,7 @@ def test_contract_covers_the_targets_in_network_order() -> None:
         ("lora_A.model.layers.0.mlp.down_proj", (160, 16)),
         ("lora_B.model.layers.0.mlp.down_proj", (16, 64)),
     ]
-    assert contract.scale == 2.0
+    assert contract.scale(contract.tensors[0]) == 2.0
     assert contract.dtype == "float32"
     assert contract.by_matrix["model.layers.0.mlp.down_proj"].K == 160
 
@@ -46,10 +46,10 @@ def test_contract_refuses_rank_and_alpha(rank: int, alpha: float) -> None:
 
 
 def test_contract_refuses_repeated_names_and_no_tensors() -> None:
-    row = LoraTensor("m", "a", "b", 4, 4)
-    for tensors in ((), (row, row), (LoraTensor("m", "a", "a", 4, 4),)):
+    row = LoraTensor("m", "a", "b", 4, 4, 16)
+    for tensors in ((), (row, row), (LoraTensor("m", "a", "a", 4, 4, 16),)):
         with pytest.raises(ConfigError, match="distinct tensor names"):
-            LoraContract(16, 16.0, "float32", tensors)
+            LoraContract(16.0, "float32", tensors)
 
 
 @pytest.mark.parametrize(

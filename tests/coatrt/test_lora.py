@@ -133,7 +133,10 @@ def test_peft_computes_the_same_logits(tiny_adapter: Path, tiny_llama: Path) -> 
     theirs = peft.PeftModel.from_pretrained(base, tiny_adapter / "peft").eval()
     checkpoint = adapter.checkpoint()
     ours = FakeQuantModel(checkpoint, CodeStore(checkpoint))
-    shared = {name: (a, b * adapter.contract.scale) for name, (a, b) in adapter.lora.shared().items()}
+    shared = {
+        name: (a, b * adapter.contract.scale(adapter.contract.by_matrix[name]))
+        for name, (a, b) in adapter.lora.shared().items()
+    }
     ours.set_pairs(shared)
     tokens = torch.arange(40).view(2, 20) * 5
     with torch.no_grad():

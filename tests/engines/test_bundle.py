@@ -142,7 +142,9 @@ def test_adapt_in_other_formats(tiny_bundle: Path, tmp_path: Path, tiny_llama: P
     key = f"base_model.model.{first.matrix}.lora"
     a, b = stored[f"{key}_A.weight"], stored[f"{key}_B.weight"]
     x = np.random.default_rng(0).normal(size=first.K).astype(np.float32)
-    np.testing.assert_allclose(emitter.contract.scale * b @ (a @ x), x @ tensors[first.A] @ tensors[first.B], atol=1e-5)
+    np.testing.assert_allclose(
+        emitter.contract.scale(first) * b @ (a @ x), x @ tensors[first.A] @ tensors[first.B], atol=1e-5
+    )
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 

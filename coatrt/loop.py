@@ -1,0 +1,182 @@
+"""The optimisation loop: a LoRA module learns on configurations drawn anew in every step, and resumes where it was."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from coatrt.config import QuantConfig
+from coatrt.data import batches
+from coatrt.errors import CheckpointError, CoatError
+from coatrt.fakequant import FakeQuantModel
+from coatrt.files import atomic_file
+from coatrt.objective import IGNORED, accumulate_gradients
+from coatrt.processes import Processes
+from coatrt.progress import progress_bar
+from coatrt.train_options import TrainOptions
+from coatrt.train_state import load_state, save_state
+
+__all__ = ["History", "LoraModule", "optimise"]
+
+_BEST = "best.safetensors"
+
+
+class LoraModule(Protocol):
+    """What the loop trains: a module that gives each matrix its pair for a configuration."""
+
+    def pairs(self, config: QuantConfig) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """Return matrix name → (A [K, r], scaled B [r, N])."""
+
+    def rates(self, options: TrainOptions) -> list[tuple[list[nn.Parameter], float]]:
+        """Return groups of parameters with their peak learning rates."""
+
+    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """Return every parameter by name."""
+
+
+@dataclass
+class History:
+    """What a run has done so far.
+
+    Args:
+        step: optimizer steps.
+        losses: per step, the task's loss under each of its configurations, nats per token.
+        seconds: of training, measurements included.
+        measured: (steps done, figure of merit), for early stopping.
+    """
+
+    step: int = 0
+    losses: list[list[float]] = field(default_factory=list)
+    seconds: float = 0.0
+    measured: list[tuple[int, float]] = field(default_factory=list)
+
+    @property
+    def best(self) -> int:
+        """Steps done at the highest figure of merit; -1 where none was measured."""
+        return max(self.measured, key=lambda row: row[1])[0] if self.measured else -1
+
+    def exhausted(self, patience: int) -> bool:
+        """Return whether so many measurements in a row were no better than the best before them."""
+        return patience > 0 and sum(step > self.best for step, _ in self.measured) >= patience
+
+
+def optimise(
+    model: FakeQuantModel,
+    lora: LoraModule,
+    tokens: Tensor,
+    targets: Tensor,
+    draw: Callable[[int], Sequence[QuantConfig]],
+    options: TrainOptions,
+    state: Path,
+    run: str,
+    processes: Processes,
+    measure: Callable[[], float] | None = None,
+) -> History:
+    """Train a LoRA module, from its last checkpoint if there is one.
+
+    Args:
+        model: the frozen base.
+        lora: trained in place; at the end it is the last one, or the best measured where patience stops.
+        tokens: training rows, int64 [n, S].
+        targets: int64 [n, S], the token itself where it is to be predicted, else -100.
+        draw: the configurations of a step.
+        options: steps, rates, batch and the rest.
+        state: directory of checkpoints.
+        run: identifies model, data and options; a checkpoint of another run is refused.
+        processes: those that train together, each with its share of every batch.
+        measure: figure of merit, higher is better, asked every `options.evaluate_every` steps.
+
+    Raises:
+        CoatError: the loss is not finite.
+        ConfigError: a checkpoint of another run, or a batch that does not divide among the processes.
+        CheckpointError: a checkpoint is damaged.
+    """
+    started = time.monotonic()
+    groups = [{"params": members, "lr": peak, "peak": peak} for members, peak in lora.rates(options)]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    done = load_state(state, lora, optimizer, run)
+    history = _history(done) if done else History()
+    before = history.seconds
+    with progress_bar("training", options.steps, history.step, shown=processes.is_first) as bar:
+        while history.step < options.steps and not history.exhausted(options.patience):
+            rows = batches(len(tokens), options.batch, history.step, options.seed)
+            losses = _step(model, lora, optimizer, tokens[rows], targets[rows], draw(history.step), options, processes,
+                           options.rate(history.step))  # fmt: skip
+            if not all(map(math.isfinite, losses)):
+                raise CoatError(
+                    f"the loss is not finite at step {history.step + 1}; give a lower learning rate or a higher "
+                    "--low-bits"
+                )
+            history.step += 1
+            history.losses.append(losses)
+            bar.update(1)
+            bar.set_postfix_str(f"loss {sum(losses) / len(losses):.3f}")
+            last = history.step == options.steps
+            if measure is not None and options.evaluate_every and (last or not history.step % options.evaluate_every):
+                history.measured.append((history.step, processes.first(measure)))
+                if history.best == history.step and processes.is_first:
+                    _save_best(state, lora)
+            stops = last or history.exhausted(options.patience)
+            if processes.is_first and (stops or not history.step % options.checkpoint_every):
+                history.seconds = before + time.monotonic() - started
+                save_state(state, lora, optimizer, run, {**asdict(history)})
+    processes.wait()
+    if options.patience and history.best not in (-1, history.step):
+        _load_best(state, lora)
+    history.seconds = before + time.monotonic() - started
+    return history
+
+
+def _history(facts: Mapping[str, Any]) -> History:
+    measured = [(int(step), float(merit)) for step, merit in facts["measured"]]
+    return History(int(facts["step"]), list(facts["losses"]), float(facts["seconds"]), measured)
+
+
+def _step(
+    model: FakeQuantModel,
+    lora: LoraModule,
+    optimizer: torch.optim.Optimizer,
+    tokens: Tensor,
+    targets: Tensor,
+    configs: Sequence[QuantConfig],
+    options: TrainOptions,
+    processes: Processes,
+    rate: float,
+) -> list[float]:
+    """Do one optimizer step on a batch and return the task's loss under each configuration."""
+    if options.distill and options.teacher == "top":
+        configs = sorted(configs, key=lambda config: config.average_bits(model.checkpoint.matrices), reverse=True)
+    total = max(1, int((targets[:, 1:] != IGNORED).sum()))
+    mine = processes.share(torch.arange(len(tokens)))
+    losses = processes.sum(accumulate_gradients(model, lora, configs, tokens[mine], targets[mine], total, options))
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    processes.sum_gradients(parameters)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * rate
+    torch.nn.utils.clip_grad_norm_(parameters, options.clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return losses
+
+
+def _save_best(state: Path, lora: LoraModule) -> None:
+    values = {name: parameter.detach().cpu().contiguous() for name, parameter in lora.named_parameters()}
+    with atomic_file(state / _BEST) as temporary:
+        save_file(values, str(temporary))
+
+
+@torch.no_grad()
+def _load_best(state: Path, lora: LoraModule) -> None:
+    try:
+        values = load_file(str(state / _BEST))
+        for name, parameter in lora.named_parameters():
+            parameter.copy_(values[name])
+    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{state / _BEST} is damaged ({error}); start over with --overwrite") from None

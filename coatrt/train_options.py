@@ -1,0 +1,123 @@
+"""How an adapter is trained: every option, checked."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from coatrt.errors import ConfigError
+from coatrt.formats import WeightFormat
+from coatrt.hypernet import Preset
+
+__all__ = ["DEFAULT_FORMATS", "TrainOptions"]
+
+DEFAULT_FORMATS = ("nf3-g64", "nf4-g64", "int4-g64", "nvfp4", "fp8", "int8", "fp16")
+"""Some format for every device, from 3.25 bits up."""
+
+
+_CHOICES = {
+    "preset": ("coatrt", "paper", "none"),
+    "start": ("zero", "residual"),
+    "teacher": ("base", "top"),
+    "precision": ("float32", "bfloat16"),
+}
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How an adapter is trained.
+
+    Args:
+        formats: formats a configuration may use, as text.
+        rank: LoRA rank, a multiple of 16.
+        alpha: LoRA scale numerator.
+        ranks: (module kind, rank) where it differs from `rank`, as in (("down_proj", 32),).
+        preset: form of the hypernetwork, "coatrt" or "paper"; "none" leaves it out: one LoRA for every configuration.
+        start: "zero" starts with B = 0, "residual" with the mean of W − Q(W) over the formats, see `coatrt.residual`.
+        fused: whether q/k/v and gate/up share a format.
+        steps: optimizer steps.
+        batch: blocks per configuration and step.
+        accumulate: parts a batch is cut into, to save memory; the gradient is the same.
+        length: tokens per block.
+        configs: configurations per step (their gradients are averaged); with one the ends of the range are not assured.
+        low_bits: lowest budget trained for; None: the least the formats allow.
+        high_bits: highest budget; None: the most the formats allow, at most 8.5.
+        planned: share of planner-like configurations, see `TrainingSampler`.
+        learning_rate: peak rate of A and B.
+        theta_rate: peak rate of θ.
+        warmup: share of the steps in which the rates rise; then they fall along a cosine to zero.
+        clip: largest norm of the gradient.
+        distill: weight of the divergence from a teacher's predictions beside the task's loss; 0 for none.
+        teacher: "base" is the full-precision model without adapter (a third forward pass); "top" the configuration
+            with the most bits of the same step.
+        precision: "bfloat16" runs matrix products of the model in bfloat16 (torch.autocast); weights stay float32.
+        calibration: blocks for the sensitivities.
+        evaluation: held-out blocks for the losses in metrics.json.
+        budgets: average bits at which the held-out loss is measured, after training and for `patience`.
+        evaluate_every: steps between measurements of the hypervolume over `budgets`; 0 for none.
+        patience: measurements without a better hypervolume after which training stops; the best adapter is kept. 0
+            never stops.
+        checkpoint_every: steps between checkpoints.
+        seed: of start values, batches and configurations.
+
+    Raises:
+        ConfigError: a value out of range.
+        FormatError: an unknown format.
+    """
+
+    formats: tuple[str, ...] = DEFAULT_FORMATS
+    rank: int = 16
+    alpha: float = 32.0
+    ranks: tuple[tuple[str, int], ...] = ()
+    preset: Preset = "coatrt"
+    start: Literal["zero", "residual"] = "zero"
+    fused: bool = True
+    steps: int = 300
+    batch: int = 4
+    accumulate: int = 1
+    length: int = 256
+    configs: int = 2
+    low_bits: float | None = None
+    high_bits: float | None = None
+    planned: float = 0.75
+    learning_rate: float = 1e-3
+    theta_rate: float = 1e-3
+    warmup: float = 0.1
+    clip: float = 1.0
+    distill: float = 0.0
+    teacher: Literal["base", "top"] = "base"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    calibration: int = 16
+    evaluation: int = 16
+    budgets: tuple[float, ...] = (4.0, 5.0, 6.0)
+    evaluate_every: int = 0
+    patience: int = 0
+    checkpoint_every: int = 25
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for text in self.formats:
+            WeightFormat.parse(text)
+        least = {"steps": 1, "batch": 1, "accumulate": 1, "length": 2, "configs": 1, "calibration": 1, "evaluation": 1,
+                 "checkpoint_every": 1, "evaluate_every": 0, "patience": 0, "distill": 0}  # fmt: skip
+        for name, minimum in least.items():
+            if getattr(self, name) < minimum:
+                raise ConfigError(f"{name} {getattr(self, name)} is given; give at least {minimum}")
+        for name in ("learning_rate", "theta_rate", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} {getattr(self, name)} is given; give a positive number")
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} {getattr(self, name)!r} is given; allowed: {', '.join(allowed)}")
+        if self.accumulate > self.batch:
+            raise ConfigError(f"a batch of {self.batch} cannot be cut into {self.accumulate} parts; give fewer")
+        if self.patience and not (self.evaluate_every and self.budgets):
+            raise ConfigError("patience needs evaluate_every and budgets; give them, or no patience")
+        if not 0 <= self.warmup <= 1:
+            raise ConfigError(f"warmup {self.warmup} is given; give a share of the steps, 0 to 1")
+
+    def rate(self, step: int) -> float:
+        """Return the share of the peak learning rate at a step."""
+        rise = max(1, round(self.warmup * self.steps))
+        if step < rise:
+            return (step + 1) / rise
+        return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, self.steps - rise)))
