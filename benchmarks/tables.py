@@ -63,8 +63,8 @@ def billion() -> str:
     """A 1B-shaped model."""
     row = load("engine_size")["random_1b"]
     return (
-        f"A random 1B-shaped Llama (16 layers, hidden 2,048, vocabulary 128,256, tied) in {row['format']}, no LoRA, SM86: "
-        f"{row['engine_bytes'] / 1e6:.1f} MB, ideal {row['ideal_bytes'] / 1e6:.1f} MB: {row['ratio']:.3f} ×."
+        f"A random 1B-shaped Llama (16 layers, hidden 2,048, vocabulary 128,256, tied) in {row['format']}, no LoRA, "
+        f"SM86: {row['engine_bytes'] / 1e6:.1f} MB, ideal {row['ideal_bytes'] / 1e6:.1f} MB: {row['ratio']:.3f} ×."
     )
 
 
@@ -74,8 +74,10 @@ def export() -> str:
     rows = []
     for name, runs in found["runs"].items():
         middle = sorted(runs, key=lambda run: run["export_s"] + run["build_s"])[len(runs) // 2]
-        rows.append([name, f"{middle['export_s']:.1f}", f"{middle['build_s']:.1f}", f"{found['median_total_s'][name]:.1f}",
-                     f"{middle['engine_bytes'] / 1e6:.1f}"])  # fmt: skip
+        rows.append([
+            name, f"{middle['export_s']:.1f}", f"{middle['build_s']:.1f}", f"{found['median_total_s'][name]:.1f}",
+            f"{middle['engine_bytes'] / 1e6:.1f}",
+        ])  # fmt: skip
     head = ["median of three", "graph s", "build s", "together s", "engine MB"]
     return f"{grid(head, rows)}\n\n{found['ratio']:.1f} × faster than torch.onnx trace and build."
 
@@ -86,8 +88,9 @@ def interactive() -> str:
     emission, more = found["emission"], found["bundles"][1:]
     whole, build = (", ".join(f"{row[key]:.0f}" for row in more) for key in ("seconds", "build_s"))
     return (
-        f"`coatrt --help` {found['help_median_s']:.2f} s (median of five); the hypernetwork emits all {emission['tensors']} "
-        f"tensors of rank {emission['rank']} in {emission['p50_ms']:.1f} ms (p50; p99 {emission['p99_ms']:.1f}); a further "
+        f"`coatrt --help` {found['help_median_s']:.2f} s (median of five); the hypernetwork emits all "
+        f"{emission['tensors']} tensors of rank {emission['rank']} in {emission['p50_ms']:.1f} ms (p50; p99 "
+        f"{emission['p99_ms']:.1f}); a further "
         f"configuration of the same model becomes a bundle, engine included, in {whole} s, of which the builder takes "
         f"{build}."
     )
@@ -112,9 +115,9 @@ def parity() -> str:
     worst = max(found["relative"], key=lambda name: found["relative"][name]["difference"])
     uniform = [name for name in found["relative"] if not name.startswith("random")]
     return (
-        f"{found['relative'][worst]['difference']:.1e} at worst ({worst}) over {len(uniform)} formats on all matrices and "
-        f"{len(found['relative']) - len(uniform)} random maps; a batch of two unequal prompts differs from each alone by "
-        f"{found['unequal_batch']:.1e}. The LoRA moves logits by "
+        f"{found['relative'][worst]['difference']:.1e} at worst ({worst}) over {len(uniform)} formats on "
+        f"all matrices and {len(found['relative']) - len(uniform)} random maps; a batch of two unequal prompts differs "
+        f"from each alone by {found['unequal_batch']:.1e}. The LoRA moves logits by "
         f"{min(row['lora_effect'] for row in found['relative'].values()):.2f} of the largest or more."
     )
 
@@ -133,9 +136,9 @@ def cpu() -> str:
     return (
         grid(["", "p50 ms", "p90 ms", "p99 ms", "tokens/s"], lines)
         + f"\n\nLoRA overhead at decode {100 * found['lora_overhead']:+.1f} %; load {found['load_s']:.1f} s; "
-        f"{size['total'] / 1e6:.0f} MB per token (weights {size['weights'] / 1e6:.0f}, LoRA {size['lora'] / 1e6:.0f}, KV "
-        f"cache {size['kv_cache'] / 1e6:.0f}) as the engine would read them; ONNX Runtime reads NormalFloat, fp8 and nvfp4 "
-        "matrices as decoded float32 instead."
+        f"{size['total'] / 1e6:.0f} MB per token (weights {size['weights'] / 1e6:.0f}, LoRA {size['lora'] / 1e6:.0f}, "
+        f"KV cache {size['kv_cache'] / 1e6:.0f}) as the engine would read them; ONNX Runtime reads NormalFloat, fp8 "
+        "and nvfp4 matrices as decoded float32 instead."
     )
 
 
