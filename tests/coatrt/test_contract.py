@@ -53,7 +53,7 @@ def test_contract_refuses_repeated_names_and_no_tensors() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [None, [], {}, {"rank": 16}, {"rank": "x", "alpha": 1, "dtype": "float32", "tensors": []}]
+    "value", [None, [], {}, {"rank": 16}, {"alpha": 1, "dtype": "float32", "tensors": [{"rank": "x"}]}]
 )
 def test_contract_refuses_garbled_json(value: object) -> None:
     with pytest.raises(ConfigError, match="export again"):

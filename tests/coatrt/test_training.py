@@ -195,18 +195,16 @@ class _Killed(Exception):
 def test_a_resumed_run_equals_an_unbroken_one(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from coatrt.train import _Training
-
     whole = train(tiny_llama, TEXTS, tmp_path / "whole", tiny_options())
-    step = _Training._step
+    draw = TrainingSampler.draw
 
-    def killed(self: _Training, number: int) -> list[float]:
-        if number == 5:
+    def killed(self: TrainingSampler, step: int, count: int) -> list[QuantConfig]:
+        if step == 5:
             raise _Killed
-        return step(self, number)
+        return draw(self, step, count)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Training, "_step", killed)
+        patch.setattr(TrainingSampler, "draw", killed)
         with pytest.raises(_Killed):
             train(tiny_llama, TEXTS, tmp_path / "broken", tiny_options())
     with pytest.raises(ConfigError, match="--resume to go on"):

@@ -1,0 +1,196 @@
+"""The optimisation loop's switches: parts of a batch, teachers, precision, processes, early stopping, start, ranks."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from coatrt.adapter import Adapter
+from coatrt.checkpoint import Checkpoint, load_model
+from coatrt.contract import contract_for
+from coatrt.errors import ConfigError
+from coatrt.fakequant import FakeQuantModel
+from coatrt.formats import WeightFormat
+from coatrt.loop import History
+from coatrt.lora import CoaLora
+from coatrt.objective import accumulate_gradients
+from coatrt.quantize import decode, encode
+from coatrt.residual import mean_residual
+from coatrt.store import CodeStore
+from coatrt.train import train
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import TEXTS, tiny_options
+
+
+def setting(adapter_directory: Path) -> tuple[FakeQuantModel, CoaLora, list[Any], torch.Tensor]:
+    """A trained adapter whose θ matters, its model, three configurations and a batch."""
+    adapter = Adapter.load(adapter_directory)
+    checkpoint = adapter.checkpoint()
+    model = FakeQuantModel(checkpoint, CodeStore(checkpoint))
+    lora = adapter.lora.train().requires_grad_(True)
+    rng = np.random.default_rng(3)
+    configs = [adapter.space.sample_random(rng) for _ in range(3)]
+    return model, lora, configs, torch.randint(0, 256, (5, 24), generator=torch.Generator().manual_seed(1))
+
+
+def gradients(lora: CoaLora) -> dict[str, torch.Tensor]:
+    result = {name: p.grad.clone() for name, p in lora.named_parameters() if p.grad is not None}
+    lora.zero_grad()
+    return result
+
+
+@pytest.mark.parametrize("change", [{}, {"accumulate": 3}, {"accumulate": 5}])
+def test_gradients_are_those_of_the_mean_loss(tiny_adapter: Path, change: dict[str, int]) -> None:
+    model, lora, configs, tokens = setting(tiny_adapter)
+    targets = tokens.clone()
+    targets[0, :10] = -100
+    targets[3] = -100
+    losses = []
+    for config in configs:
+        model.set_config(config)
+        model.set_pairs(lora.pairs(config))
+        logits = model.logits(tokens)[:, :-1]
+        losses.append(nn.functional.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten(), ignore_index=-100))
+    torch.stack(losses).mean().backward()
+    expected = gradients(lora)
+    total = int((targets[:, 1:] != -100).sum())
+    found = accumulate_gradients(model, lora, configs, tokens, targets, total, tiny_options(batch=5, **change))
+    assert found == pytest.approx([loss.item() for loss in losses], rel=1e-5)
+    mine = gradients(lora)
+    assert set(mine) == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(mine[name], value, rtol=1e-4, atol=1e-6 + 1e-4 * float(value.abs().max()))
+
+
+@pytest.mark.parametrize("teacher", ["base", "top"])
+def test_a_teacher_adds_its_divergence(tiny_adapter: Path, tiny_llama: Path, teacher: str) -> None:
+    model, lora, configs, tokens = setting(tiny_adapter)
+    options = tiny_options(batch=5, distill=0.7, teacher=teacher)
+    accumulate_gradients(model, lora, configs, tokens, tokens, tokens[:, 1:].numel(), options)
+    found = gradients(lora)
+    total, teacher_logits = torch.zeros(()), None
+    if teacher == "base":
+        with torch.no_grad():
+            teacher_logits = load_model(Checkpoint.open(tiny_llama))(input_ids=tokens).logits[:, :-1]
+    for config in configs:
+        model.set_config(config)
+        model.set_pairs(lora.pairs(config))
+        logits = model.logits(tokens)[:, :-1]
+        total = total + nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        if teacher_logits is not None:
+            p = teacher_logits.softmax(-1)
+            divergence = (p * (p.log() - logits.log_softmax(-1))).sum(-1).mean()
+            total = total + 0.7 * divergence
+        elif teacher == "top":
+            teacher_logits = logits.detach()
+    (total / 3).backward()
+    for name, value in gradients(lora).items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-6 + 1e-4 * float(value.abs().max()))
+
+
+def test_bfloat16_computes_nearly_the_same(tiny_adapter: Path) -> None:
+    model, lora, configs, tokens = setting(tiny_adapter)
+    total = tokens[:, 1:].numel()
+    exact = accumulate_gradients(model, lora, configs, tokens, tokens, total, tiny_options())
+    rough = accumulate_gradients(model, lora, configs, tokens, tokens, total, tiny_options(precision="bfloat16"))
+    assert rough == pytest.approx(exact, rel=2e-2)
+    assert rough != exact
+
+
+def test_the_residual_start_is_the_best_low_rank_part(tiny_llama: Path) -> None:
+    checkpoint = Checkpoint.open(tiny_llama)
+    contract = contract_for(checkpoint.matrices, 16, 32, {"down_proj": 32})
+    formats = [WeightFormat.parse(text) for text in ("nf2-g32", "int4-g32")]
+    pairs = mean_residual(CodeStore(checkpoint), contract, formats)
+    for tensor in contract.tensors:
+        weight = checkpoint.tensor(f"{tensor.matrix}.weight").float()
+        residual = weight - sum(decode(encode(weight, fmt)) for fmt in formats) / 2
+        a, b = pairs[tensor.matrix]
+        left = residual.T - contract.scale(tensor) * a @ b
+        values = np.linalg.svd(residual.numpy(), compute_uv=False)
+        assert tuple(a.shape) == (tensor.K, tensor.rank)
+        assert left.norm().item() == pytest.approx(float(np.sqrt((values[tensor.rank :] ** 2).sum())), rel=1e-3)
+
+
+def test_ranks_start_and_no_hypernetwork_from_the_options(tiny_llama: Path, tmp_path: Path) -> None:
+    options = tiny_options(steps=2, ranks=(("down_proj", 32),), preset="none", start="residual", configs=1)
+    adapter = train(tiny_llama, TEXTS, tmp_path / "a", options)
+    assert {t.rank for t in adapter.contract.tensors if t.matrix.endswith("down_proj")} == {32}
+    assert {t.rank for t in adapter.contract.tensors if not t.matrix.endswith("down_proj")} == {16}
+    assert adapter.lora.theta is None
+    low, high = (adapter.emit(adapter.space.uniform(text)) for text in ("nf3-g32", "int8"))
+    assert all(torch.equal(low[name], high[name]) for name in low)
+    assert all(low[tensor.B].any() for tensor in adapter.contract.tensors)
+    with pytest.raises(ConfigError, match="rank of nothing is given"):
+        train(tiny_llama, TEXTS, tmp_path / "b", tiny_options(ranks=(("nothing", 16),)))
+
+
+def test_training_stops_when_the_hypervolume_no_longer_grows(tiny_llama: Path, tmp_path: Path) -> None:
+    options = tiny_options(steps=40, learning_rate=0.5, warmup=0, evaluate_every=2, patience=2, budgets=(4.5, 6.0))
+    adapter = train(tiny_llama, TEXTS, tmp_path / "a", options)
+    measured = adapter.metrics["hypervolumes"]
+    steps = [step for step, _ in measured]
+    assert len(adapter.metrics["losses"]) == steps[-1] < 40
+    best = max(measured, key=lambda row: row[1])
+    assert steps[-1] - best[0] == 4
+    found = adapter.metrics["held_out"]
+    points = sorted((row["bits"], row["adapted"]) for row in found["budgets"])
+    reference = (adapter.space.max_bits, found["full_precision"] + 1)
+    area, ceiling = 0.0, reference[1]  # the two rectangles of the adapter that was kept
+    for bits, loss in points:
+        if loss < ceiling:
+            area, ceiling = area + (reference[0] - bits) * (ceiling - loss), loss
+    assert area == pytest.approx(best[1], rel=1e-6)
+
+
+def test_patience_counts_measurements_since_the_best() -> None:
+    history = History(measured=[(2, 1.0), (4, 3.0), (6, 2.0), (8, 2.5)])
+    assert history.best == 4
+    assert history.exhausted(2)
+    assert not history.exhausted(3)
+    assert not history.exhausted(0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"accumulate": 5},
+        {"patience": 1},
+        {"teacher": "nobody"},
+        {"precision": "int8"},
+        {"start": "one"},
+        {"distill": -1},
+    ],
+)
+def test_options_refuse_nonsense(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"is given|cannot be cut|needs evaluate_every"):
+        tiny_options(**wrong)
+
+
+def test_two_processes_learn_what_one_does(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for i, text in enumerate(TEXTS):
+        (tmp_path / "text" / f"{i:02}.txt").write_text(text)
+    arguments = ["train", str(tiny_llama), "--data", str(tmp_path / "text"), "--formats", "int4-g32,int8", "--steps", "4",
+                 "--length", "32", "--batch", "4", "--calibration", "2", "--evaluation", "2", "--budgets", "5",
+                 "--evaluate-every", "2"]  # fmt: skip
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "coatrt"]
+    for name, program in (("one", [sys.executable, "-m", "coatrt"]), ("two", launch)):
+        done = subprocess.run(
+            [*program, *arguments, "-o", str(tmp_path / name)], capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    np.testing.assert_allclose(two["losses"], one["losses"], rtol=1e-5)
+    np.testing.assert_allclose(two["hypervolumes"], one["hypervolumes"], rtol=1e-4)
+    assert two["held_out"]["budgets"][0]["adapted"] == pytest.approx(one["held_out"]["budgets"][0]["adapted"], rel=1e-5)
+    first, second = (Adapter.load(tmp_path / name).lora.state_dict() for name in ("one", "two"))
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=1e-3, atol=1e-4)
