@@ -18,10 +18,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import TEXTS, tiny_options
 
 
-@pytest.fixture(scope="module", params=["coatrt", "paper"])
+@pytest.fixture(scope="module", params=["coatrt", "paper", "ranks"])
 def adapter(request: pytest.FixtureRequest, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapter:
     directory = tmp_path_factory.mktemp("hypernet") / "adapter"
-    return train(tiny_llama, TEXTS, directory, tiny_options(preset=request.param, fused=False))
+    change = {"ranks": (("down_proj", 32), ("v_proj", 48))} if request.param == "ranks" else {"preset": request.param}
+    return train(tiny_llama, TEXTS, directory, tiny_options(fused=False, **change))
 
 
 def test_graph_equals_torch_for_configurations_never_seen(adapter: Adapter, tmp_path: Path) -> None:
@@ -63,3 +64,13 @@ def test_large_tensors_go_to_a_file_of_their_own(
     ids = adapter.encoder.format_ids(config).numpy()
     (value,) = session.run([adapter.contract.tensors[-1].A], {"formats": ids})
     assert torch.allclose(torch.from_numpy(value), adapter.emit(config)[adapter.contract.tensors[-1].A], atol=1e-5)
+
+
+def test_without_a_hypernetwork_every_configuration_gets_the_same(tiny_llama: Path, tmp_path: Path) -> None:
+    adapter = train(tiny_llama, TEXTS, tmp_path / "adapter", tiny_options(preset="none"))
+    export_hypernetwork(adapter, tmp_path)
+    session = ort.InferenceSession(str(tmp_path / "hypernet.onnx"), providers=["CPUExecutionProvider"])
+    expected = adapter.emit(adapter.space.uniform("int8"))
+    values = session.run(list(expected), {"formats": adapter.encoder.format_ids(adapter.space.uniform("fp8")).numpy()})
+    for name, value in zip(expected, values, strict=True):
+        np.testing.assert_allclose(value, expected[name].numpy(), atol=1e-6)

@@ -1,0 +1,93 @@
+"""A step of configuration-aware training against a step of plain LoRA in PEFT, SmolLM2-135M, in one run.
+
+python benchmarks/training_step.py   (needs peft)
+
+Both do two forward and backward passes of the same tokens, rank 16 on all 210 linear matrices, AdamW, and alternate.
+PEFT's base is in full precision; ours changes its configuration before every pass.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from common import save_result, smollm2
+from peft import LoraConfig, get_peft_model
+
+from coatrt.checkpoint import load_model
+from coatrt.contract import contract_for
+from coatrt.fakequant import FakeQuantModel
+from coatrt.features import ConfigEncoder
+from coatrt.formats import WeightFormat
+from coatrt.loop import optimise
+from coatrt.lora import CoaLora
+from coatrt.processes import Processes
+from coatrt.sampling import TrainingSampler
+from coatrt.space import ConfigSpace
+from coatrt.store import CodeStore
+from coatrt.train_options import TrainOptions
+
+FORMATS = ("nf3-g64", "int4-g64", "nvfp4", "fp8", "int8")
+KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def main() -> None:
+    """Alternate the two and check the limit."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=20)
+    steps = parser.parse_args().steps
+    checkpoint = smollm2()
+    tokens = torch.randint(0, 40000, (16, 128), generator=torch.Generator().manual_seed(0))
+    plain = get_peft_model(load_model(checkpoint), LoraConfig(r=16, lora_alpha=32, target_modules=KINDS))
+    plain.train()
+    theirs = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0)
+
+    def peft_step(step: int) -> None:
+        rows = tokens[[2 * step % 16, (2 * step + 1) % 16]]
+        for _ in range(2):
+            logits = plain(input_ids=rows, use_cache=False).logits[:, :-1]
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+            (loss / 2).backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        theirs.step()
+        theirs.zero_grad(set_to_none=True)
+
+    codes = CodeStore.default(checkpoint)
+    formats = tuple(map(WeightFormat.parse, FORMATS))
+    space = ConfigSpace(checkpoint.matrices, formats)
+    flat = {name: {text: 1e-6 / WeightFormat.parse(text).bits for text in FORMATS} for name in space.model.names}
+    sampler = TrainingSampler(space, flat, 3.8, 6.5)
+    lora = CoaLora(contract_for(checkpoint.matrices, 16, 32), ConfigEncoder(checkpoint.matrices, formats, flat))
+    model = FakeQuantModel(checkpoint, codes)
+    seconds: dict[str, list[float]] = {"coatrt": [], "peft": []}
+    started = 0.0
+
+    def draw(step: int) -> list[object]:
+        # Between two of our steps PEFT does one; its time is not ours.
+        nonlocal started
+        now = time.perf_counter()
+        if started:
+            seconds["coatrt"].append(now - started)
+        peft_step(step)
+        seconds["peft"].append(time.perf_counter() - now)
+        started = time.perf_counter()
+        return list(sampler.draw(step, 2))
+
+    options = TrainOptions(formats=FORMATS, steps=steps + 1, batch=2, length=128, checkpoint_every=steps + 1)
+    with tempfile.TemporaryDirectory() as scratch:
+        optimise(model, lora, tokens, tokens, draw, options, Path(scratch), "benchmark", Processes())
+    warm = slice(steps // 4, None)  # the first steps encode and decode what is not in the caches yet
+    medians = {name: statistics.median(values[warm]) for name, values in seconds.items()}
+    first = statistics.mean(seconds["coatrt"][: steps // 4])
+    result = {"seconds": seconds, "median_s": medians, "ratio": medians["coatrt"] / medians["peft"],
+              "first_steps_mean_s": first}  # fmt: skip
+    save_result("training_step", "python benchmarks/training_step.py", result)
+    if result["ratio"] > 1.15:
+        sys.exit(f"a step costs {result['ratio']:.2f} times PEFT's")
+
+
+if __name__ == "__main__":
+    main()
