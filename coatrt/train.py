@@ -15,9 +15,8 @@ import torch
 from coatrt.adapter import Adapter
 from coatrt.checkpoint import Checkpoint, load_tokenizer
 from coatrt.contract import contract_for
-from coatrt.data import TextData, batches, tokenize_text
+from coatrt.data import batches
 from coatrt.errors import CoatError, ConfigError
-from coatrt.evaluate import mean_loss
 from coatrt.fakequant import FakeQuantModel
 from coatrt.features import ConfigEncoder
 from coatrt.formats import WeightFormat
@@ -28,6 +27,7 @@ from coatrt.sampling import TrainingSampler
 from coatrt.sensitivity import Sensitivity, measure_sensitivity
 from coatrt.space import ConfigSpace
 from coatrt.store import CodeStore
+from coatrt.tasks import TaskData, text_task
 from coatrt.train_state import load_state, save_state
 
 __all__ = ["DEFAULT_FORMATS", "TrainOptions", "train"]
@@ -47,7 +47,7 @@ class TrainOptions:
         preset: form of the hypernetwork, "coatrt" or "paper".
         fused: whether q/k/v and gate/up share a format.
         steps: optimizer steps.
-        batch: blocks per configuration and step.
+        batch: blocks (examples) per configuration and step.
         length: tokens per block.
         configs: configurations per step, at least 2 (their gradients are averaged).
         low_bits: lowest budget trained for; None: the least the formats allow.
@@ -57,8 +57,8 @@ class TrainOptions:
         theta_rate: peak rate of θ.
         warmup: share of the steps in which the rates rise; then they fall along a cosine to zero.
         clip: largest norm of the gradient.
-        calibration: blocks for the sensitivities.
-        evaluation: held-out blocks for the losses in metrics.json.
+        calibration: blocks (examples) for the sensitivities.
+        evaluation: held-out blocks (examples, questions) for the numbers in metrics.json.
         budgets: average bits at which the held-out loss is measured after training.
         checkpoint_every: steps between checkpoints.
         seed: of start values, batches and configurations.
@@ -114,7 +114,7 @@ class TrainOptions:
 
 def train(
     source: str | Path,
-    documents: Sequence[str],
+    documents: Sequence[str] | TaskData,
     output: str | Path,
     options: TrainOptions | None = None,
     *,
@@ -123,16 +123,16 @@ def train(
     overwrite: bool = False,
     compute: str = "cpu",
 ) -> Adapter:
-    """Train a configuration-aware LoRA on text and save it.
+    """Train a configuration-aware LoRA on text or another task and save it.
 
     While it runs, `output`/training holds a checkpoint; when it ends, the finished adapter takes the directory's place.
 
     Args:
         source: the model: Hugging Face directory, hub name or GGUF file.
-        documents: training texts.
+        documents: training texts, or the data of a task (`coatrt.tasks.load_task`).
         output: directory of the adapter.
         options: how to train.
-        held_out: texts to measure on; by default every tenth document.
+        held_out: texts to measure on; by default every tenth document. A task holds its own.
         resume: go on from the last checkpoint; a finished adapter is returned as it is.
         overwrite: replace a finished adapter or forget an unfinished one.
         compute: torch device.
@@ -158,14 +158,25 @@ def train(
     if overwrite and not resume:
         for name in ("state.json", "sensitivity.json"):
             (state / name).unlink(missing_ok=True)
-    data = tokenize_text(load_tokenizer(checkpoint.directory), documents, options.length, held_out=held_out)
+    if isinstance(documents, TaskData):
+        data = documents
+    else:
+        data = text_task(load_tokenizer(checkpoint.directory), documents, options.length, held_out=held_out)
     return _Training(checkpoint, str(source), data, options, state, run, compute).run(output)
 
 
 def _identity(
-    options: TrainOptions, checkpoint: Checkpoint, documents: Sequence[str], held_out: Sequence[str] | None
+    options: TrainOptions,
+    checkpoint: Checkpoint,
+    documents: Sequence[str] | TaskData,
+    held_out: Sequence[str] | None,
 ) -> str:
     digest = hashlib.sha256(json.dumps([asdict(options), checkpoint.fingerprint]).encode())
+    if isinstance(documents, TaskData):
+        if held_out is not None:
+            raise ConfigError("a task and texts to measure on are given; a task holds its own, leave held_out out")
+        digest.update(documents.digest.encode())
+        return digest.hexdigest()[:16]
     for text in (*documents, "\0", *(held_out or ())):
         digest.update(hashlib.sha256(text.encode()).digest())
     return digest.hexdigest()[:16]
@@ -188,7 +199,7 @@ class _Training:
         self,
         checkpoint: Checkpoint,
         source: str,
-        data: TextData,
+        data: TaskData,
         options: TrainOptions,
         state: Path,
         run: str,
@@ -262,8 +273,11 @@ class _Training:
             metrics={
                 "run": self.identity,
                 "options": asdict(options),
-                "train_tokens": self.data.train.numel(),
-                "held_out_tokens": min(options.evaluation, len(self.data.held_out)) * options.length,
+                "task": self.data.kind,
+                "dropped": self.data.dropped,
+                "train_tokens": self.data.train.predicted,
+                "held_out_examples": min(options.evaluation, len(self.data.held_out)),
+                "held_out_tokens": self.data.held_out[: options.evaluation].predicted,
                 "seconds": before + time.monotonic() - self.started,
                 "losses": losses,
                 "held_out": self._evaluate(),
@@ -275,12 +289,12 @@ class _Training:
     def _step(self, step: int) -> list[float]:
         """Do one optimizer step and return the loss under each of its configurations."""
         options, losses = self.options, []
-        tokens = self.data.train[batches(len(self.data.train), options.batch, step, options.seed)]
+        examples = self.data.train[batches(len(self.data.train), options.batch, step, options.seed)]
         configs = self.sampler.draw(step, options.configs)
         for config in configs:
             self.model.set_config(config)
             self.model.set_pairs(self.lora(self.lora.encoder.format_ids(config)))
-            loss = self.model.loss(tokens)
+            loss = self.model.loss(examples)
             (loss / len(configs)).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.item())
         if not all(map(math.isfinite, losses)):
@@ -296,23 +310,28 @@ class _Training:
 
     @torch.no_grad()
     def _evaluate(self) -> dict[str, Any]:
-        """Return held-out losses: full precision, and per budget the allocated configuration without and with LoRA."""
-        blocks = self.data.held_out[: self.options.evaluation]
+        """Return held-out losses: full precision, and per budget the allocated configuration without and with LoRA.
+
+        Where the task has an accuracy, it stands beside each loss, its key ending in "_accuracy".
+        """
         rows = []
         with progress_bar("held-out loss", 1 + 2 * len(self.options.budgets)) as bar:
+
+            def measure(name: str) -> dict[str, float]:
+                found = self.data.measure(self.model, self.options.evaluation)
+                bar.update(1)
+                return {name if key == "loss" else f"{name}_{key}": value for key, value in found.items()}
+
             self.model.set_config(None)
             self.model.set_pairs(None)
-            base = mean_loss(self.model, blocks)
-            bar.update(1)
+            base = measure("full_precision")
             for bits in self.options.budgets:
                 config = self.sampler.plan_like(None, bits)
                 self.model.set_config(config)
                 self.model.set_pairs(None)
-                without = mean_loss(self.model, blocks)
-                bar.update(1)
+                without = measure("without")
                 self.model.set_pairs(self.lora(self.lora.encoder.format_ids(config)))
-                adapted = mean_loss(self.model, blocks)
-                bar.update(1)
+                adapted = measure("adapted")
                 bits = config.average_bits(self.space.model)
-                rows.append({"bits": bits, "configuration": config.hash, "without": without, "adapted": adapted})
-        return {"full_precision": base, "budgets": rows}
+                rows.append({"bits": bits, "configuration": config.hash, **without, **adapted})
+        return {**base, "budgets": rows}
