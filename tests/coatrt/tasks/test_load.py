@@ -136,7 +136,7 @@ def test_wrong_files_kinds_and_lengths_are_refused(files: Path, tokenizer: Any) 
 
 def test_training_raises_the_accuracy_of_a_choice_task(files: Path, tiny_llama: Path, tokenizer: Any) -> None:
     data = load_task("choice", [files / "choice.jsonl"], tokenizer, 32, every=5)
-    options = tiny_options(steps=40, batch=8, evaluation=12, formats=("nf4-g32", "int8"), checkpoint_every=20)
+    options = tiny_options(steps=20, batch=8, evaluation=12, formats=("nf4-g32", "int8"), checkpoint_every=20)
     adapter = train(tiny_llama, data, files / "out", options)
     found = adapter.metrics["held_out"]
     row = found["budgets"][0]
