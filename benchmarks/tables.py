@@ -7,6 +7,7 @@ A document marks a place with `<!-- results:NAME -->` and `<!-- end -->`; what s
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -142,8 +143,34 @@ def cpu() -> str:
     )
 
 
+def tasks() -> str:
+    """What the real tasks hold."""
+    rows = []
+    for row in load("tasks")["rows"]:
+        untrained = row["untrained"]
+        known = (
+            f"accuracy {untrained['accuracy']:.2f} of {row['measured']}"
+            if "accuracy" in untrained
+            else f"perplexity {math.exp(untrained['loss']):.1f} over {row['measured']} blocks"
+        )
+        majority = f"{row['majority']:.3f}" if "majority" in row else "–"
+        rows.append([row["task"], row["kind"], f"{row['train']:,}", f"{row['held_out']:,}", str(row["dropped"]),
+                     str(row["longest"]), majority, known])  # fmt: skip
+    head = [
+        "task",
+        "kind",
+        "to train on",
+        "held out",
+        "dropped",
+        "longest, tokens",
+        "majority",
+        "SmolLM2-135M untrained",
+    ]
+    return grid(head, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    maker.__name__: maker for maker in (demo, sizes, billion, export, interactive, memory, parity, cpu)
+    maker.__name__: maker for maker in (demo, sizes, billion, export, interactive, memory, parity, cpu, tasks)
 }
 
 

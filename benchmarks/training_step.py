@@ -19,6 +19,7 @@ from peft import LoraConfig, get_peft_model
 
 from coatrt.checkpoint import load_model
 from coatrt.contract import contract_for
+from coatrt.examples import Examples
 from coatrt.fakequant import FakeQuantModel
 from coatrt.features import ConfigEncoder
 from coatrt.formats import WeightFormat
@@ -78,7 +79,7 @@ def main() -> None:
 
     options = TrainOptions(formats=FORMATS, steps=steps + 1, batch=2, length=128, checkpoint_every=steps + 1)
     with tempfile.TemporaryDirectory() as scratch:
-        optimise(model, lora, tokens, tokens, draw, options, Path(scratch), "benchmark", Processes())
+        optimise(model, lora, Examples.of_blocks(tokens), draw, options, Path(scratch), "benchmark", Processes())
     warm = slice(steps // 4, None)  # the first steps encode and decode what is not in the caches yet
     medians = {name: statistics.median(values[warm]) for name, values in seconds.items()}
     first = statistics.mean(seconds["coatrt"][: steps // 4])

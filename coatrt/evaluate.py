@@ -1,24 +1,62 @@
-"""Held-out loss of a model as it stands: configuration set, LoRA bound."""
+"""Held-out numbers of a model as it stands: configuration set, LoRA bound."""
 
 import torch
 from torch import Tensor
 
+from coatrt.examples import IGNORED, Examples
 from coatrt.fakequant import FakeQuantModel
 
-__all__ = ["mean_loss"]
+__all__ = ["log_likelihoods", "mean_loss"]
 
 
 @torch.no_grad()
-def mean_loss(model: FakeQuantModel, blocks: Tensor, batch: int = 8) -> float:
-    """Return the mean next-token cross-entropy in nats; its exponential is the perplexity.
+def mean_loss(model: FakeQuantModel, blocks: Examples | Tensor, batch: int = 8) -> float:
+    """Return the mean cross-entropy over all targets in nats; its exponential is the perplexity.
 
     Args:
         model: configuration and LoRA already set.
-        blocks: token ids [blocks, length]; the first token of each block is not predicted.
-        batch: blocks at once.
+        blocks: examples, or plain token ids [blocks, length], of which the first of each block is not predicted.
+        batch: rows at once; it changes no number, whatever the rows' targets.
     """
+    examples = Examples.of(blocks)
     total = 0.0
-    for start in range(0, len(blocks), batch):
-        piece = blocks[start : start + batch]
-        total += model.loss(piece).item() * len(piece)
-    return total / len(blocks)
+    for start in range(0, len(examples), batch):
+        piece = examples[start : start + batch]
+        total += model.loss(piece).item() * piece.predicted
+    return total / examples.predicted
+
+
+@torch.no_grad()
+def log_likelihoods(model: FakeQuantModel, examples: Examples, batch: int = 16) -> Tensor:
+    """Return the sum of the log-probabilities of each row's targets, in nats, float64 [n].
+
+    What a row's score depends on is the tokens before its last target. Rows that share them, such as the choices of one
+    question where each is a single token, are computed once; the score is the same number.
+
+    Args:
+        model: configuration and LoRA already set.
+        examples: the rows.
+        batch: distinct rows at once.
+    """
+    last = examples.last
+    places = torch.arange(examples.tokens.shape[1])
+    seen = examples.tokens.masked_fill(places >= last[:, None], 0)
+    distinct, member = torch.unique(seen, dim=0, return_inverse=True)
+    length = torch.zeros(len(distinct), dtype=torch.int64).scatter_reduce(0, member, last, "amax")
+    order = length.argsort(stable=True)  # rows of like length together: little padding
+    scores = torch.zeros(len(examples), dtype=torch.float64)
+    targets = examples.targets[:, 1:]  # column j is predicted at place j
+    for start in range(0, len(order), batch):
+        piece = order[start : start + batch]
+        rows = torch.isin(member, piece).nonzero().squeeze(1)
+        wanted = targets[rows] != IGNORED
+        columns = wanted.any(0).nonzero().squeeze(1)
+        logits = model.logits(distinct[piece, : int(length[piece].max())], columns).float()
+        row, column = wanted[:, columns].nonzero(as_tuple=True)
+        slot = torch.zeros(len(distinct), dtype=torch.int64)
+        slot[piece] = torch.arange(len(piece))
+        at, token = slot[member[rows[row]]], targets[rows[row], columns[column]]
+        at, token, column = (index.to(logits.device) for index in (at, token, column))
+        found = logits[at, column, token] - logits.logsumexp(-1)[at, column]
+        scores.index_add_(0, rows[row], found.double().cpu())
+    return scores

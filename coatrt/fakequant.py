@@ -11,6 +11,7 @@ from coatrt.checkpoint import Checkpoint, load_model
 from coatrt.config import QuantConfig
 from coatrt.contract import LoraContract
 from coatrt.errors import CheckpointError
+from coatrt.examples import IGNORED, Examples
 from coatrt.matrices import EMBEDDING
 from coatrt.quantize import decode
 from coatrt.store import CodeStore
@@ -114,13 +115,37 @@ class FakeQuantModel:
             t.matrix: (tensors[t.A].to(self.compute), tensors[t.B].to(self.compute)) for t in contract.tensors
         })  # fmt: skip
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        """Return logits [B, S, V] of token ids [B, S]."""
-        result: Tensor = self.model(input_ids=tokens.to(self.compute), use_cache=False).logits
+    def logits(self, tokens: Tensor, places: Tensor | None = None) -> Tensor:
+        """Return logits [B, S, V] of token ids [B, S], or [B, P, V] at some places only.
+
+        Args:
+            tokens: int64 [B, S].
+            places: int64 [P], columns of `tokens`; the head computes no others.
+        """
+        keep = {} if places is None else {"logits_to_keep": places.to(self.compute)}
+        result: Tensor = self.model(input_ids=tokens.to(self.compute), use_cache=False, **keep).logits
         return result
 
-    def loss(self, tokens: Tensor) -> Tensor:
-        """Return the mean next-token cross-entropy in nats over all but the first of token ids [B, S]."""
-        logits = self.logits(tokens)[:, :-1]
-        targets = tokens[:, 1:].to(self.compute)
-        return nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), targets.reshape(-1))
+    def predictions(self, batch: Examples | Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits [B, P, V] and targets int64 [B, P] at the P places where some row has a target.
+
+        Args:
+            batch: examples, or plain token ids [B, S], of which all but the first are targets.
+        """
+        examples = Examples.of(batch).trimmed()
+        targets = examples.targets[:, 1:]
+        places = (targets != IGNORED).any(0).nonzero().squeeze(1)
+        if len(places) == targets.shape[1]:
+            return self.logits(examples.tokens)[:, :-1], targets.to(self.compute)
+        return self.logits(examples.tokens[:, :-1], places), targets[:, places].to(self.compute)
+
+    def loss(self, batch: Examples | Tensor) -> Tensor:
+        """Return the mean cross-entropy in nats over the targets of a batch.
+
+        Args:
+            batch: examples, or plain token ids [B, S], of which all but the first are targets.
+        """
+        logits, targets = self.predictions(batch)
+        return nn.functional.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]).float(), targets.reshape(-1), ignore_index=IGNORED
+        )

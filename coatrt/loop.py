@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from coatrt.config import QuantConfig
 from coatrt.data import batches
 from coatrt.errors import CheckpointError, CoatError
+from coatrt.examples import Examples
 from coatrt.fakequant import FakeQuantModel
 from coatrt.files import atomic_file
-from coatrt.objective import IGNORED, accumulate_gradients
+from coatrt.objective import accumulate_gradients
 from coatrt.processes import Processes
 from coatrt.progress import progress_bar
 from coatrt.train_options import TrainOptions
@@ -70,8 +71,7 @@ class History:
 def optimise(
     model: FakeQuantModel,
     lora: LoraModule,
-    tokens: Tensor,
-    targets: Tensor,
+    data: Examples,
     draw: Callable[[int], Sequence[QuantConfig]],
     options: TrainOptions,
     state: Path,
@@ -84,8 +84,7 @@ def optimise(
     Args:
         model: the frozen base.
         lora: trained in place; at the end it is the last one, or the best measured where patience stops.
-        tokens: training rows, int64 [n, S].
-        targets: int64 [n, S], the token itself where it is to be predicted, else -100.
+        data: what to train on.
         draw: the configurations of a step.
         options: steps, rates, batch and the rest.
         state: directory of checkpoints.
@@ -106,8 +105,8 @@ def optimise(
     before = history.seconds
     with progress_bar("training", options.steps, history.step, shown=processes.is_first) as bar:
         while history.step < options.steps and not history.exhausted(options.patience):
-            rows = batches(len(tokens), options.batch, history.step, options.seed)
-            losses = _step(model, lora, optimizer, tokens[rows], targets[rows], draw(history.step), options, processes,
+            rows = batches(len(data), options.batch, history.step, options.seed)
+            losses = _step(model, lora, optimizer, data[rows], draw(history.step), options, processes,
                            options.rate(history.step))  # fmt: skip
             if not all(map(math.isfinite, losses)):
                 raise CoatError(
@@ -143,8 +142,7 @@ def _step(
     model: FakeQuantModel,
     lora: LoraModule,
     optimizer: torch.optim.Optimizer,
-    tokens: Tensor,
-    targets: Tensor,
+    batch: Examples,
     configs: Sequence[QuantConfig],
     options: TrainOptions,
     processes: Processes,
@@ -153,9 +151,8 @@ def _step(
     """Do one optimizer step on a batch and return the task's loss under each configuration."""
     if options.distill and options.teacher == "top":
         configs = sorted(configs, key=lambda config: config.average_bits(model.checkpoint.matrices), reverse=True)
-    total = max(1, int((targets[:, 1:] != IGNORED).sum()))
-    mine = processes.share(torch.arange(len(tokens)))
-    losses = processes.sum(accumulate_gradients(model, lora, configs, tokens[mine], targets[mine], total, options))
+    mine = batch[processes.share(torch.arange(len(batch)))].trimmed()
+    losses = processes.sum(accumulate_gradients(model, lora, configs, mine, batch.predicted, options))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     processes.sum_gradients(parameters)
     for group in optimizer.param_groups:

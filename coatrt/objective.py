@@ -8,24 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from coatrt.config import QuantConfig
+from coatrt.examples import IGNORED, Examples
 from coatrt.fakequant import FakeQuantModel
 from coatrt.train_options import TrainOptions
 
 if TYPE_CHECKING:
     from coatrt.loop import LoraModule
 
-__all__ = ["IGNORED", "accumulate_gradients"]
-
-IGNORED = -100
-"""Target of a position that is not predicted."""
+__all__ = ["accumulate_gradients"]
 
 
 def accumulate_gradients(
     model: FakeQuantModel,
     lora: "LoraModule",
     configs: Sequence[QuantConfig],
-    tokens: Tensor,
-    targets: Tensor,
+    batch: Examples,
     total: int,
     options: TrainOptions,
 ) -> list[float]:
@@ -38,15 +35,14 @@ def accumulate_gradients(
         model: the base; its configuration and pairs are left as they happen to be.
         lora: gives the pairs.
         configs: configurations of the step; for the teacher "top" the one with the most bits comes first.
-        tokens: int64 [B, S].
-        targets: int64 [B, S], the token itself where it is to be predicted, else `IGNORED`.
+        batch: this process's rows.
         total: targets of the whole batch, over all processes: sums are divided by it.
         options: distill, teacher, precision, accumulate.
 
     Returns:
         per configuration this process's part of the task's loss, nats per token.
     """
-    parts = list(zip(tokens.chunk(options.accumulate), targets.chunk(options.accumulate), strict=True))
+    parts = list(zip(batch.tokens.chunk(options.accumulate), batch.targets.chunk(options.accumulate), strict=True))
     teachers: list[Tensor] | None = None
     if options.distill and options.teacher == "base":
         teachers = _base_predictions(model, parts, options)

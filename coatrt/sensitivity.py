@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from coatrt.errors import ConfigError
+from coatrt.examples import Examples
 from coatrt.fakequant import FakeQuantModel
 from coatrt.files import read_json, write_json
 from coatrt.formats import WeightFormat
@@ -62,28 +63,29 @@ class Sensitivity:
         return cls.from_json(read_json(path, "sensitivities"))
 
 
-def _fisher(model: FakeQuantModel, blocks: Tensor, progress: Progress | None) -> dict[str, Tensor]:
+def _fisher(model: FakeQuantModel, blocks: Examples, progress: Progress | None) -> dict[str, Tensor]:
     """Return matrix → diagonal of the empirical Fisher information per token, float32 [N, K].
 
-    The mean loss of a block of T tokens has the gradient (1/T)·Σ g_t; with independent tokens the mean of g_t² is T
-    times its square. Every gradient is squared and dropped as soon as it exists.
+    The mean loss of a block of T targets has the gradient (1/T)·Σ g_t; with independent targets Σ g_t² is T² times its
+    square, and the sum over all blocks is divided by their targets. Every gradient is squared and dropped as soon as it
+    exists.
     """
     names = {model.model.get_submodule(m.name).weight: m.name for m in model.checkpoint.matrices.matrices}
     fisher = {name: torch.zeros_like(weight) for weight, name in names.items()}
-    tokens = blocks.shape[1] - 1
+    counts, total, current = blocks.counts.tolist(), blocks.predicted, 0
 
     def collect(weight: nn.Parameter) -> None:
         assert weight.grad is not None
-        fisher[names[weight]].addcmul_(weight.grad, weight.grad, value=tokens / len(blocks))
+        fisher[names[weight]].addcmul_(weight.grad, weight.grad, value=counts[current] ** 2 / total)
         weight.grad = None
 
     hooks = [weight.requires_grad_().register_post_accumulate_grad_hook(collect) for weight in names]
     try:
-        for i, block in enumerate(blocks):
+        for current in range(len(blocks)):
             with torch.enable_grad():
-                model.loss(block[None]).backward()  # type: ignore[no-untyped-call]
+                model.loss(blocks[current : current + 1]).backward()  # type: ignore[no-untyped-call]
             if progress is not None:
-                progress(i + 1, len(blocks), "gradients")
+                progress(current + 1, len(blocks), "gradients")
     finally:
         for hook, weight in zip(hooks, names, strict=True):
             hook.remove()
@@ -94,7 +96,7 @@ def _fisher(model: FakeQuantModel, blocks: Tensor, progress: Progress | None) ->
 def measure_sensitivity(
     model: FakeQuantModel,
     codes: CodeStore,
-    blocks: Tensor,
+    blocks: Examples | Tensor,
     formats: Sequence[WeightFormat],
     progress: Progress | None = None,
 ) -> Sensitivity:
@@ -106,13 +108,13 @@ def measure_sensitivity(
     Args:
         model: full precision is set and no LoRA is bound; two float32 copies of the weights are in memory meanwhile.
         codes: cache of encoded matrices.
-        blocks: calibration tokens [blocks, length].
+        blocks: calibration examples, or tokens [blocks, length].
         formats: formats to measure.
         progress: called after each block and each matrix.
     """
     model.set_config(None)
     model.set_pairs(None)
-    fisher = _fisher(model, blocks, progress)
+    fisher = _fisher(model, Examples.of(blocks), progress)
     costs: dict[str, dict[str, float]] = {}
     errors: dict[str, dict[str, float]] = {}
     names = model.checkpoint.matrices.names

@@ -14,9 +14,8 @@ from coatrt.adapter import Adapter
 from coatrt.checkpoint import Checkpoint, load_tokenizer
 from coatrt.config import QuantConfig
 from coatrt.contract import contract_for
-from coatrt.data import TextData, batches, tokenize_text
+from coatrt.data import batches
 from coatrt.errors import ConfigError
-from coatrt.evaluate import mean_loss
 from coatrt.fakequant import FakeQuantModel
 from coatrt.features import ConfigEncoder
 from coatrt.formats import WeightFormat
@@ -30,6 +29,7 @@ from coatrt.sampling import TrainingSampler
 from coatrt.sensitivity import Sensitivity, measure_sensitivity
 from coatrt.space import ConfigSpace
 from coatrt.store import CodeStore
+from coatrt.tasks import TaskData, text_task
 from coatrt.train_options import DEFAULT_FORMATS, TrainOptions
 
 __all__ = ["DEFAULT_FORMATS", "TrainOptions", "train"]
@@ -37,7 +37,7 @@ __all__ = ["DEFAULT_FORMATS", "TrainOptions", "train"]
 
 def train(
     source: str | Path,
-    documents: Sequence[str],
+    documents: Sequence[str] | TaskData,
     output: str | Path,
     options: TrainOptions | None = None,
     *,
@@ -46,16 +46,16 @@ def train(
     overwrite: bool = False,
     compute: str = "cpu",
 ) -> Adapter:
-    """Train a configuration-aware LoRA on text and save it.
+    """Train a configuration-aware LoRA on text or another task and save it.
 
     While it runs, `output`/training holds a checkpoint; when it ends, the finished adapter takes the directory's place.
 
     Args:
         source: the model: Hugging Face directory, hub name or GGUF file.
-        documents: training texts.
+        documents: training texts, or the data of a task (`coatrt.tasks.load_task`).
         output: directory of the adapter.
         options: how to train.
-        held_out: texts to measure on; by default every tenth document.
+        held_out: texts to measure on; by default every tenth document. A task holds its own.
         resume: go on from the last checkpoint; a finished adapter is returned as it is.
         overwrite: replace a finished adapter or forget an unfinished one.
         compute: torch device.
@@ -73,7 +73,10 @@ def train(
     if processes.is_first:
         _claim(output, resume, overwrite)
     processes.wait()
-    data = tokenize_text(load_tokenizer(checkpoint.directory), documents, options.length, held_out=held_out)
+    if isinstance(documents, TaskData):
+        data = documents
+    else:
+        data = text_task(load_tokenizer(checkpoint.directory), documents, options.length, held_out=held_out)
     return _Training(checkpoint, str(source), data, options, output / "training", run, compute, processes).run(output)
 
 
@@ -94,9 +97,17 @@ def _claim(output: Path, resume: bool, overwrite: bool) -> None:
 
 
 def _identity(
-    options: TrainOptions, checkpoint: Checkpoint, documents: Sequence[str], held_out: Sequence[str] | None
+    options: TrainOptions,
+    checkpoint: Checkpoint,
+    documents: Sequence[str] | TaskData,
+    held_out: Sequence[str] | None,
 ) -> str:
     digest = hashlib.sha256(json.dumps([asdict(options), checkpoint.fingerprint]).encode())
+    if isinstance(documents, TaskData):
+        if held_out is not None:
+            raise ConfigError("a task and texts to measure on are given; a task holds its own, leave held_out out")
+        digest.update(documents.digest.encode())
+        return digest.hexdigest()[:16]
     for text in (*documents, "\0", *(held_out or ())):
         digest.update(hashlib.sha256(text.encode()).digest())
     return digest.hexdigest()[:16]
@@ -119,7 +130,7 @@ class _Training:
         self,
         checkpoint: Checkpoint,
         source: str,
-        data: TextData,
+        data: TaskData,
         options: TrainOptions,
         state: Path,
         run: str,
@@ -173,7 +184,7 @@ class _Training:
         options, train = self.options, self.data.train
         measure = self._hypervolume if options.evaluate_every and options.budgets else None
         history = optimise(
-            self.model, self.lora, train, train, lambda step: self.sampler.draw(step, options.configs), options,
+            self.model, self.lora, train, lambda step: self.sampler.draw(step, options.configs), options,
             self.state, self.identity, self.processes, measure,
         )  # fmt: skip
         adapter = Adapter(
@@ -186,8 +197,11 @@ class _Training:
             metrics={
                 "run": self.identity,
                 "options": asdict(options),
-                "train_tokens": train.numel(),
-                "held_out_tokens": min(options.evaluation, len(self.data.held_out)) * options.length,
+                "task": self.data.kind,
+                "dropped": self.data.dropped,
+                "train_tokens": train.predicted,
+                "held_out_examples": min(options.evaluation, len(self.data.held_out)),
+                "held_out_tokens": self.data.held_out[: options.evaluation].predicted,
                 "seconds": history.seconds,
                 "losses": history.losses,
                 "hypervolumes": history.measured,
@@ -200,16 +214,11 @@ class _Training:
         return Adapter.load(output)
 
     @torch.no_grad()
-    def _adapted_loss(self, config: QuantConfig) -> float:
+    def _measure(self, config: QuantConfig | None, adapted: bool) -> dict[str, float]:
+        """Return held-out numbers of a configuration (None: full precision), with its LoRA or without."""
         self.model.set_config(config)
-        self.model.set_pairs(self.lora.pairs(config))
-        return mean_loss(self.model, self.data.held_out[: self.options.evaluation])
-
-    @torch.no_grad()
-    def _plain_loss(self, config: QuantConfig | None) -> float:
-        self.model.set_config(config)
-        self.model.set_pairs(None)
-        return mean_loss(self.model, self.data.held_out[: self.options.evaluation])
+        self.model.set_pairs(self.lora.pairs(config) if adapted and config is not None else None)
+        return self.data.measure(self.model, self.options.evaluation)
 
     def _hypervolume(self) -> float:
         """Return the hypervolume of (bits, held-out loss) over the budgets.
@@ -217,23 +226,30 @@ class _Training:
         The reference point is the space's most bits and the loss of the full-precision model plus one nat.
         """
         if self.full_precision is None:
-            self.full_precision = self._plain_loss(None)
+            self.full_precision = self._measure(None, adapted=False)["loss"]
         configs = [self.sampler.plan_like(None, bits) for bits in self.options.budgets]
-        points = [(config.average_bits(self.space.model), self._adapted_loss(config)) for config in configs]
+        points = [
+            (config.average_bits(self.space.model), self._measure(config, adapted=True)["loss"]) for config in configs
+        ]
         return hypervolume(points, (self.space.max_bits, self.full_precision + 1))
 
     def _evaluate(self) -> dict[str, Any]:
-        """Return held-out losses: full precision, and per budget the allocated configuration without and with LoRA."""
-        rows = []
-        with progress_bar(
-            "held-out loss", 1 + 2 * len(self.options.budgets), shown=self.processes.is_first
-        ) as bar:  # fmt: skip
-            base = self._plain_loss(None)
-            bar.update(1)
+        """Return held-out losses: full precision, and per budget the allocated configuration without and with LoRA.
+
+        Where the task has an accuracy, it stands beside each loss, its key ending in "_accuracy".
+        """
+        rows, shown = [], self.processes.is_first
+        with progress_bar("held-out loss", 1 + 2 * len(self.options.budgets), shown=shown) as bar:
+
+            def measure(name: str, config: QuantConfig | None, adapted: bool) -> dict[str, float]:
+                found = self._measure(config, adapted)
+                bar.update(1)
+                return {name if key == "loss" else f"{name}_{key}": value for key, value in found.items()}
+
+            base = measure("full_precision", None, False)
             for bits in self.options.budgets:
                 config = self.sampler.plan_like(None, bits)
-                without, adapted = self._plain_loss(config), self._adapted_loss(config)
-                bar.update(2)
                 bits = config.average_bits(self.space.model)
-                rows.append({"bits": bits, "configuration": config.hash, "without": without, "adapted": adapted})
-        return {"full_precision": base, "budgets": rows}
+                without, adapted = measure("without", config, False), measure("adapted", config, True)
+                rows.append({"bits": bits, "configuration": config.hash, **without, **adapted})
+        return {**base, "budgets": rows}

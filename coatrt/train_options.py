@@ -35,7 +35,7 @@ class TrainOptions:
         start: "zero" starts with B = 0, "residual" with the mean of W − Q(W) over the formats, see `coatrt.residual`.
         fused: whether q/k/v and gate/up share a format.
         steps: optimizer steps.
-        batch: blocks per configuration and step.
+        batch: blocks (examples) per configuration and step.
         accumulate: parts a batch is cut into, to save memory; the gradient is the same.
         length: tokens per block.
         configs: configurations per step (their gradients are averaged); with one the ends of the range are not assured.
@@ -50,8 +50,8 @@ class TrainOptions:
         teacher: "base" is the full-precision model without adapter (a third forward pass); "top" the configuration
             with the most bits of the same step.
         precision: "bfloat16" runs matrix products of the model in bfloat16 (torch.autocast); weights stay float32.
-        calibration: blocks for the sensitivities.
-        evaluation: held-out blocks for the losses in metrics.json.
+        calibration: blocks (examples) for the sensitivities.
+        evaluation: held-out blocks (examples, questions) for the numbers in metrics.json.
         budgets: average bits at which the held-out loss is measured, after training and for `patience`.
         evaluate_every: steps between measurements of the hypervolume over `budgets`; 0 for none.
         patience: measurements without a better hypervolume after which training stops; the best adapter is kept. 0

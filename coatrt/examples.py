@@ -1,0 +1,114 @@
+"""Examples: token rows and, in each, the tokens to be predicted; what training and every held-out loss reads."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coatrt.errors import ConfigError
+
+__all__ = ["IGNORED", "Examples"]
+
+IGNORED = -100
+"""Target of a token that is not predicted; torch's cross-entropy leaves it out."""
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Rows of tokens with the tokens to predict marked.
+
+    Shorter rows are padded at the right. Attention is causal, so no token sees the padding after it, and padding is no
+    target, so no attention mask is needed: a padded row gives the logits of that row alone.
+
+    Args:
+        tokens: int64 [n, S]; any token id stands for padding.
+        targets: int64 [n, S]: the token itself where it is to be predicted (from all tokens before it), else `IGNORED`.
+
+    Raises:
+        ConfigError: shapes or dtypes differ, a target is not its token, a first token is a target, or a row has none.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.tokens.shape)
+        if len(shape) != 2 or tuple(self.targets.shape) != shape:
+            raise ConfigError(
+                f"tokens {list(shape)} and targets {list(self.targets.shape)} are given; give both as [rows, length]"
+            )
+        if self.tokens.dtype != torch.int64 or self.targets.dtype != torch.int64:
+            raise ConfigError(f"tokens {self.tokens.dtype} and targets {self.targets.dtype} are given; give int64")
+        marked = self.targets != IGNORED
+        if bool((marked & (self.targets != self.tokens)).any()):
+            raise ConfigError(f"a target differs from its token; give the token itself or {IGNORED}")
+        if bool(marked[:, :1].any()):
+            raise ConfigError("the first token of a row is a target; nothing is there to predict it from")
+        if not bool(marked.any(1).all()):
+            raise ConfigError("a row has no target; leave it out")
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: slice | Tensor) -> "Examples":
+        """Return some rows: a slice, or int64 or bool [rows]."""
+        return Examples(self.tokens[rows], self.targets[rows])
+
+    @classmethod
+    def of_blocks(cls, blocks: Tensor) -> "Examples":
+        """Return text blocks int64 [n, S] as examples: every token but the first of each block is a target."""
+        targets = blocks.clone()
+        targets[:, :1] = IGNORED
+        return cls(blocks, targets)
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> "Examples":
+        """Return rows of unequal lengths, padded at the right with zeros.
+
+        Args:
+            rows: per row its token ids and, for each, whether it is a target.
+        """
+        width = max((len(tokens) for tokens, _ in rows), default=0)
+        tokens = torch.zeros(len(rows), width, dtype=torch.int64)
+        targets = torch.full_like(tokens, IGNORED)
+        for i, (ids, marks) in enumerate(rows):
+            row = torch.tensor(ids, dtype=torch.int64)
+            tokens[i, : len(ids)] = row
+            targets[i, : len(ids)] = row.masked_fill(~torch.tensor(marks, dtype=torch.bool), IGNORED)
+        return cls(tokens, targets)
+
+    @classmethod
+    def of(cls, batch: "Examples | Tensor") -> "Examples":
+        """Return examples as they are, and plain token blocks [n, S] as `of_blocks`."""
+        return batch if isinstance(batch, Examples) else cls.of_blocks(batch)
+
+    @property
+    def counts(self) -> Tensor:
+        """Targets of each row, int64 [n]."""
+        return (self.targets != IGNORED).sum(1)
+
+    @property
+    def predicted(self) -> int:
+        """Targets of all rows together."""
+        return int(self.counts.sum())
+
+    @property
+    def last(self) -> Tensor:
+        """Place of each row's last target, int64 [n]; no loss depends on a token after it."""
+        places = torch.arange(self.tokens.shape[1])
+        return torch.where(self.targets != IGNORED, places, -1).amax(1)
+
+    def trimmed(self) -> "Examples":
+        """Return the rows cut after the last column that holds a target: the same losses for less work."""
+        width = int(self.last.max()) + 1
+        return self if width == self.tokens.shape[1] else Examples(self.tokens[:, :width], self.targets[:, :width])
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of shape, tokens and targets as 64 hexadecimal digits."""
+        digest = hashlib.sha256(str(tuple(self.tokens.shape)).encode())
+        for tensor in (self.tokens, self.targets):
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()

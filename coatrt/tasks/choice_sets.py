@@ -1,0 +1,85 @@
+"""Choice sets: questions with several continuations each, of which one is right; scored by likelihood."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coatrt.errors import ConfigError
+from coatrt.evaluate import log_likelihoods
+from coatrt.examples import Examples
+from coatrt.fakequant import FakeQuantModel
+
+__all__ = ["ChoiceSets"]
+
+
+@dataclass(frozen=True, eq=False)
+class ChoiceSets:
+    """The choices of held-out questions.
+
+    A choice's score is the sum of the log-probabilities of its tokens given the prompt: the log of the probability that
+    the model writes this choice. It is not divided by the number of tokens, because training on the right choice raises
+    just this sum, and because a mean would favour long words whose ends are certain once they are begun.
+
+    Args:
+        rows: one example per choice, the choices of a question in their order, questions in theirs.
+        owner: int64 [rows], the question of each row, counted from 0 without a gap.
+        answers: int64 [questions], place of the right choice among the question's.
+
+    Raises:
+        ConfigError: the sizes do not fit together.
+    """
+
+    rows: Examples
+    owner: Tensor
+    answers: Tensor
+
+    def __post_init__(self) -> None:
+        sizes = self.owner.bincount(minlength=len(self.answers))
+        if (
+            len(self.owner) != len(self.rows)
+            or len(sizes) != len(self.answers)
+            or bool((self.owner.diff() < 0).any())
+            or bool(((self.answers < 0) | (self.answers >= sizes)).any())
+        ):
+            raise ConfigError(
+                f"{len(self.rows)} choices, {len(self.owner)} owners and {len(self.answers)} answers do not fit "
+                "together; give the choices of each question in order, and the place of its right one"
+            )
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+    @property
+    def starts(self) -> Tensor:
+        """First row of each question, int64 [questions]."""
+        sizes = self.owner.bincount(minlength=len(self))
+        return sizes.cumsum(0) - sizes
+
+    def first(self, count: int) -> "ChoiceSets":
+        """Return the first `count` questions."""
+        rows = int((self.owner < count).sum())
+        return ChoiceSets(self.rows[:rows], self.owner[:rows], self.answers[:count])
+
+    @property
+    def majority(self) -> float:
+        """Share of the questions whose answer is the most frequent place: the accuracy of always giving it."""
+        return float(self.answers.bincount().max()) / len(self)
+
+    def measure(self, model: FakeQuantModel, batch: int = 16) -> dict[str, float]:
+        """Return {"loss": …, "accuracy": …} over the questions.
+
+        The loss is the mean cross-entropy in nats over the tokens of the right choices, the accuracy the share of
+        questions whose right choice scores highest (the first of equal ones counts).
+
+        Args:
+            model: configuration and LoRA already set.
+            batch: distinct rows at once.
+        """
+        scores = log_likelihoods(model, self.rows, batch)
+        starts = self.starts
+        table = torch.full((len(self), int(self.owner.bincount().max())), -torch.inf, dtype=torch.float64)
+        table[self.owner, torch.arange(len(scores)) - starts[self.owner]] = scores
+        right = starts + self.answers
+        loss = -float(scores[right].sum()) / int(self.rows.counts[right].sum())
+        return {"loss": loss, "accuracy": float((table.argmax(1) == self.answers).double().mean())}

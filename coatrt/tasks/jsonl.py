@@ -1,0 +1,82 @@
+"""JSON lines: one object a line, each knowing the file and line it came from."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from coatrt.errors import ConfigError
+
+__all__ = ["Line", "read_lines", "split"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One object of a JSONL file.
+
+    Args:
+        where: file and line number, for messages.
+        value: the object.
+    """
+
+    where: str
+    value: Mapping[str, Any]
+
+    def text(self, key: str, value: Any) -> str:
+        """Return `value` if it is a text with something in it.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        if not isinstance(value, str) or not value:
+            raise ConfigError(f"{self.where}: {key} is {json.dumps(value)[:60]}; give a text that is not empty")
+        return value
+
+
+def read_lines(sources: Iterable[str | Path]) -> list[Line]:
+    """Return the objects of JSONL files, and of all `*.jsonl` files of directories in the order of their names.
+
+    Blank lines are skipped.
+
+    Raises:
+        ConfigError: a source is missing, no UTF-8 text, a line is no JSON object, or there is none at all.
+    """
+    lines: list[Line] = []
+    paths = [Path(source) for source in sources]
+    for source in paths:
+        if not source.exists():
+            raise ConfigError(f"data {source} does not exist; give JSONL files or directories of *.jsonl")
+        for path in sorted(source.rglob("*.jsonl")) if source.is_dir() else [source]:
+            try:
+                text = path.read_text(encoding="utf-8")
+            except (UnicodeDecodeError, OSError) as error:
+                raise ConfigError(f"data {path} cannot be read ({error}); give UTF-8 JSONL files") from None
+            lines += (_line(f"{path} line {i}", row) for i, row in enumerate(text.split("\n"), 1) if row.strip())
+    if not lines:
+        raise ConfigError(f"no line in {', '.join(map(str, paths))}; give JSONL files or directories of *.jsonl")
+    return lines
+
+
+def _line(where: str, text: str) -> Line:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{where} is not JSON ({error}); give one JSON object a line") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where} is a {type(value).__name__}; give one JSON object a line")
+    return Line(where, value)
+
+
+def split(items: Sequence[T], every: int = 10) -> tuple[list[T], list[T]]:
+    """Return (to train on, held out): every tenth item is held out, or the last one where there are fewer than ten.
+
+    Args:
+        items: in the order of the file.
+        every: one in so many.
+    """
+    if len(items) >= every:
+        return [item for i, item in enumerate(items) if i % every], list(items[::every])
+    return list(items[:-1]), list(items[-1:])
