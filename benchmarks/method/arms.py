@@ -1,0 +1,96 @@
+"""The arms of the evidence: every way to adapt a quantized model that a reviewer would name, in one training loop."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from coatrt.config import QuantConfig
+from coatrt.contract import LoraContract
+from coatrt.features import ConfigEncoder
+from coatrt.hypernet import Preset
+from coatrt.train_options import TrainOptions
+
+__all__ = ["ARMS", "Arm", "LoraBank"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to adapt.
+
+    Args:
+        what: for the table.
+        kind: "none" trains nothing, "coa" A, B and θ, "bank" one LoRA per (matrix, format), "single" one LoRA per
+            configuration.
+        preset: form of θ ("none": plain LoRA).
+        rank: LoRA rank.
+        sandwich: both ends of the budget range are seen in two steps; else configurations are drawn evenly.
+        share: of the steps of the other arms, for "single" per configuration.
+        theta_rate: peak learning rate of θ.
+        start: see `TrainOptions`.
+        distill: see `TrainOptions`.
+        teacher: see `TrainOptions`.
+    """
+
+    what: str
+    kind: Literal["none", "coa", "bank", "single"] = "coa"
+    preset: Preset = "coatrt"
+    rank: int = 16
+    sandwich: bool = True
+    share: float = 1.0
+    theta_rate: float = 1e-3
+    start: Literal["zero", "residual"] = "zero"
+    distill: float = 0.0
+    teacher: Literal["base", "top"] = "base"
+
+
+ARMS = {
+    "none": Arm("quantized, no adapter", "none"),
+    "single": Arm("LoRA per configuration, as many steps for each", "single", "none"),
+    "single-shared-compute": Arm("LoRA per configuration, the compute shared out", "single", "none", share=1 / 3),
+    "shared": Arm("shared LoRA, same configurations, same compute", preset="none"),
+    "shared-rank": Arm("shared LoRA of rank 32", preset="none", rank=32),
+    "bank": Arm("LoRA per (matrix, format), as LLM-QFA", "bank", "none"),
+    "paper": Arm("CoA-LoRA as published (its θ, even draws)", preset="paper", sandwich=False),
+    "coatrt": Arm("coatrt"),
+    "coatrt-paper-features": Arm("coatrt with the paper's θ", preset="paper"),
+    "coatrt-even": Arm("coatrt, configurations drawn evenly", sandwich=False),
+    "coatrt-residual": Arm("coatrt, start from the mean residual", start="residual"),
+    "coatrt-distill": Arm("coatrt, distilled from the full-precision base", distill=0.5),
+    "coatrt-top": Arm("coatrt, distilled from its highest configuration", distill=0.5, teacher="top"),
+    "coatrt-fast-theta": Arm("coatrt, θ at ten times the rate", theta_rate=1e-2),
+}
+"""Arms by name; the first seven are the rivals, what follows is ours and its ablations."""
+
+
+class LoraBank(nn.Module):
+    """One LoRA for each (matrix, format): what a configuration gets is looked up (after LLM-QFA, ACL 2025).
+
+    Args:
+        contract: names, shapes, ranks and scale.
+        encoder: the formats' order.
+        seed: of the start values, those of `CoaLora`.
+    """
+
+    def __init__(self, contract: LoraContract, encoder: ConfigEncoder, seed: int = 0) -> None:
+        super().__init__()
+        self.contract, self.encoder = contract, encoder
+        generator, count = torch.Generator().manual_seed(seed), len(encoder.formats)
+        self.A = nn.ParameterList(
+            (torch.randn(t.K, t.rank, generator=generator) / t.K**0.5).expand(count, -1, -1).clone()
+            for t in contract.tensors
+        )
+        self.B = nn.ParameterList(torch.zeros(count, t.rank, t.N) for t in contract.tensors)
+
+    def pairs(self, config: QuantConfig) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return matrix name → (A [K, r], s·B [r, N]) of the format each matrix has."""
+        ids = self.encoder.format_ids(config).tolist()
+        return {
+            t.matrix: (a[i], b[i] * self.contract.scale(t))
+            for t, i, a, b in zip(self.contract.tensors, ids, self.A, self.B, strict=True)
+        }
+
+    def rates(self, options: TrainOptions) -> list[tuple[list[nn.Parameter], float]]:
+        """Return A and B with their peak learning rate."""
+        return [([*self.A, *self.B], options.learning_rate)]

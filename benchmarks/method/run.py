@@ -1,0 +1,143 @@
+"""The evidence, job by job: every (task, arm, seed) trains, is measured and leaves a JSON file; run it again to go on.
+
+python benchmarks/method/run.py --quick                      micro Llama, three seeds, about 15 minutes
+python benchmarks/method/run.py --model smollm2 --task sotu  hours; results appear one by one
+"""
+
+import argparse
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from arms import ARMS, Arm, LoraBank
+from setting import BUDGETS, FORMATS, Measured, Setting
+
+from coatrt.config import QuantConfig
+from coatrt.contract import contract_for
+from coatrt.engines.environment import environment
+from coatrt.files import write_json
+from coatrt.loop import optimise
+from coatrt.lora import CoaLora
+from coatrt.processes import Processes
+from coatrt.residual import mean_residual
+from coatrt.train_options import TrainOptions
+
+RESULTS = Path(__file__).parents[1] / "results" / "method"
+STEPS = {"micro": 400, "smollm2": 120}
+BATCH = {"micro": 8, "smollm2": 2}
+LIMIT = {"micro": 96, "smollm2": 24}  # held-out examples
+CHOICES = {"micro": 100, "smollm2": 200}  # held-out questions
+QUICK = ("none", "shared", "shared-rank", "bank", "paper", "coatrt", "single", "single-shared-compute")
+RATE = 2e-3
+
+
+def options_of(arm: Arm, model: str, steps: int, seed: int) -> TrainOptions:
+    """Return the loop's options of an arm."""
+    return TrainOptions(
+        formats=FORMATS, rank=arm.rank, alpha=2.0 * arm.rank, preset=arm.preset, start=arm.start, steps=steps,
+        batch=BATCH[model], learning_rate=RATE, theta_rate=arm.theta_rate, distill=arm.distill, teacher=arm.teacher,
+        checkpoint_every=50, seed=seed,
+    )  # fmt: skip
+
+
+def module(setting: Setting, arm: Arm, seed: int) -> Any:
+    """Return the LoRA module of an arm."""
+    contract = contract_for(setting.checkpoint.matrices, arm.rank, 2.0 * arm.rank)
+    if arm.kind == "bank":
+        return LoraBank(contract, setting.encoder, seed)
+    lora = CoaLora(contract, setting.encoder, arm.preset, seed)
+    if arm.start == "residual":
+        lora.load_shared(mean_residual(setting.codes, contract, setting.space.formats))
+    return lora
+
+
+@torch.no_grad()
+def measure(setting: Setting, lora: Any, entries: list[Measured]) -> list[dict[str, Any]]:
+    """Return held-out numbers of configurations under a LoRA (None: without)."""
+    rows, model = [], setting.base
+    count = sum(r * c for r, c in lora.contract.shapes.values()) if lora is not None else 0
+    limit = (LIMIT if setting.data.choices is None else CHOICES)[setting.model]
+    for entry in entries:
+        model.set_config(entry.config)
+        model.set_pairs(lora.pairs(entry.config) if lora is not None else None)
+        bits = entry.config.average_bits(setting.checkpoint.matrices)
+        rows.append({"budget": entry.budget, "kind": entry.kind, "seen": entry.seen, "configuration": entry.config.hash,
+                     "bits": bits, "bits_with_lora": bits + setting.lora_bits(count),
+                     **setting.data.measure(model, limit)})  # fmt: skip
+    return rows
+
+
+def train(setting: Setting, arm: Arm, seed: int, steps: int, job: str, only: QuantConfig | None = None) -> Any:
+    """Train the module of an arm, on one configuration or on the pool; return it and its history."""
+    options = options_of(arm, setting.model, steps, seed)
+    lora = module(setting, arm, seed)
+
+    def draw(step: int) -> list[QuantConfig]:
+        return [only] if only is not None else setting.draw(step, seed, arm.sandwich)
+
+    state = setting.scratch / job
+    run = json.dumps([asdict(options), asdict(arm), setting.data.digest, only.hash if only is not None else ""])
+    history = optimise(setting.base, lora, setting.data.train, draw, options, state, run, Processes())
+    return lora, history
+
+
+def job_result(setting: Setting, name: str, seed: int, steps: int) -> dict[str, Any]:
+    """Run one job."""
+    arm, started = ARMS[name], time.monotonic()
+    facts: dict[str, Any] = {"model": setting.model, "task": setting.task, "arm": name, "seed": seed}
+    entries, rows, seconds, passes, parameters = list(setting.measured), [], 0.0, 0, 0
+    if arm.kind == "none":
+        rows = measure(setting, None, entries)
+        setting.base.set_config(None)
+        setting.base.set_pairs(None)
+        limit = (LIMIT if setting.data.choices is None else CHOICES)[setting.model]
+        facts["full_precision"] = setting.data.measure(setting.base, limit)
+    elif arm.kind == "single":
+        steps = round(steps * arm.share)
+        for entry in [entry for entry in entries if entry.seen and entry.kind == "planned"]:
+            job = f"{setting.model}-{setting.task}-{name}-{entry.budget}-{seed}"
+            lora, history = train(setting, arm, seed, steps, job, entry.config)
+            rows += measure(setting, lora, [entry])
+            seconds, passes = seconds + history.seconds, passes + steps
+            parameters += sum(p.numel() for _, p in lora.named_parameters())
+    else:
+        lora, history = train(setting, arm, seed, steps, f"{setting.model}-{setting.task}-{name}-{seed}")
+        rows = measure(setting, lora, entries)
+        seconds, passes = history.seconds, 2 * steps
+        parameters = sum(p.numel() for _, p in lora.named_parameters())
+    return {**facts, "what": arm.what, "steps": steps, "passes": passes, "trained_parameters": parameters,
+            "training_s": seconds, "wall_s": time.monotonic() - started, "rows": rows,
+            "environment": environment()}  # fmt: skip
+
+
+def main() -> None:
+    """Run what is not there yet."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=list(STEPS), default="micro")
+    parser.add_argument("--task", default="sotu")
+    parser.add_argument("--arms", help="names with commas; default: all")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--scratch", type=Path, default=Path("out/method"))
+    parser.add_argument("--quick", action="store_true", help="micro Llama, the rivals and ours")
+    given = parser.parse_args()
+    names = given.arms.split(",") if given.arms else list(QUICK if given.quick else ARMS)
+    given.scratch.mkdir(parents=True, exist_ok=True)
+    setting = Setting(given.model, given.task, given.scratch)
+    for seed in range(given.seeds):
+        for name in names:
+            path = RESULTS / f"{given.model}-{given.task}-{name}-{seed}.json"
+            if path.is_file() or (name == "none" and seed):
+                continue
+            result = job_result(setting, name, seed, STEPS[given.model])
+            write_json(path, result)
+            planned = [row for row in result["rows"] if row["kind"] == "planned" and row["seen"]]
+            text = " ".join(f"{row['loss']:.3f}" for row in planned)
+            print(f"{path.stem:<40} {result['wall_s']:6.0f} s  {text}", flush=True)
+    print("budgets", *BUDGETS)
+
+
+if __name__ == "__main__":
+    main()

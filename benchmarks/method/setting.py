@@ -1,0 +1,153 @@
+"""What all arms share: model, task, formats, the configurations trained on and the ones measured."""
+
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from common import smollm2
+from micro import micro_llama
+from tasks import TASKS
+
+from coatrt.checkpoint import Checkpoint, load_tokenizer
+from coatrt.config import QuantConfig
+from coatrt.data import batches
+from coatrt.fakequant import FakeQuantModel
+from coatrt.features import ConfigEncoder
+from coatrt.formats import WeightFormat
+from coatrt.progress import stages
+from coatrt.sampling import TrainingSampler
+from coatrt.sensitivity import Sensitivity, measure_sensitivity
+from coatrt.space import ConfigSpace
+from coatrt.store import CodeStore
+from coatrt.tasks import TaskData
+
+__all__ = ["BUDGETS", "FORMATS", "Measured", "Setting"]
+
+FORMATS = ("nf2-g64", "nf3-g64", "nf4-g64", "int4-g64", "nvfp4", "int8")
+TRAINED = tuple(2.5 + 0.5 * i for i in range(11))  # bits per weight of the configurations trained on
+BUDGETS = (2.5, 3.0, 3.5, 4.5, 5.5, 7.5)  # those measured
+_HELD_OUT = 0.25  # held-out budgets lie so far above
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A configuration to measure.
+
+    Args:
+        budget: the budget of its group.
+        kind: "planned" for what a planner picks, "random" for a random map of that budget.
+        seen: whether it is trained on.
+        config: the configuration.
+    """
+
+    budget: float
+    kind: str
+    seen: bool
+    config: QuantConfig
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One model on one task.
+
+    Args:
+        model: "micro" or "smollm2".
+        task: a name of `tasks.TASKS`.
+        scratch: directory for sensitivities and unfinished training.
+        calibration: examples for the sensitivities.
+    """
+
+    model: str
+    task: str
+    scratch: Path
+    calibration: int = 16
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The model."""
+        return Checkpoint.open(micro_llama()) if self.model == "micro" else smollm2()
+
+    @cached_property
+    def data(self) -> TaskData:
+        """The task's examples."""
+        return TASKS[self.task](load_tokenizer(self.checkpoint.directory))
+
+    @cached_property
+    def space(self) -> ConfigSpace:
+        """All matrices, fused groups tied."""
+        return ConfigSpace(self.checkpoint.matrices, tuple(map(WeightFormat.parse, FORMATS)))
+
+    @cached_property
+    def base(self) -> FakeQuantModel:
+        """The model, for every arm."""
+        return FakeQuantModel(self.checkpoint, self.codes)
+
+    @cached_property
+    def codes(self) -> CodeStore:
+        """Encoded matrices."""
+        return CodeStore.default(self.checkpoint)
+
+    @cached_property
+    def sensitivity(self) -> Sensitivity:
+        """Costs and errors, measured once on training examples."""
+        path = self.scratch / f"sensitivity-{self.model}-{self.task}.json"
+        if not path.is_file():
+            rows = batches(len(self.data.train), self.calibration, 0, 0)
+            with stages("sensitivity") as progress:
+                found = measure_sensitivity(
+                    self.base, self.codes, self.data.train[rows], self.space.formats, progress
+                )  # fmt: skip
+            found.save(path)
+        return Sensitivity.load(path)
+
+    @cached_property
+    def encoder(self) -> ConfigEncoder:
+        """Inputs of θ."""
+        return ConfigEncoder(self.checkpoint.matrices, self.space.formats, self.sensitivity.errors)
+
+    @cached_property
+    def _sampler(self) -> TrainingSampler:
+        return TrainingSampler(self.space, self.sensitivity.costs, TRAINED[0], TRAINED[-1])
+
+    @cached_property
+    def pool(self) -> tuple[QuantConfig, ...]:
+        """The configurations trained on: per budget the planner's, three with disturbed costs, one random map."""
+        rng, found = np.random.default_rng(1), []
+        for bits in TRAINED:
+            found.append(self._sampler.plan_like(None, bits))
+            found += [self._sampler.plan_like(rng, bits) for _ in range(3)]
+            found.append(self.space.sample_budgeted(rng, bits))
+        return tuple(found)
+
+    @cached_property
+    def measured(self) -> tuple[Measured, ...]:
+        """The configurations measured: per budget planned and random ones, seen and not."""
+        rng, found = np.random.default_rng(2), []
+        for bits in BUDGETS:
+            at = 5 * TRAINED.index(bits)
+            found += [
+                Measured(bits, "planned", True, self.pool[at]),
+                Measured(bits, "planned", False, self._sampler.plan_like(None, bits + _HELD_OUT)),
+                Measured(bits, "planned", False, self._sampler.plan_like(rng, bits)),
+                Measured(bits, "random", True, self.pool[at + 4]),
+                Measured(bits, "random", False, self.space.sample_budgeted(rng, bits)),
+            ]
+        assert all((entry.config in self.pool) == entry.seen for entry in found)
+        return tuple(found)
+
+    def draw(self, step: int, seed: int, sandwich: bool) -> list[QuantConfig]:
+        """Return the two configurations of a step: an end of the range and any other, or two drawn evenly."""
+        rng = np.random.default_rng([seed, step])
+        low, high = self.pool[:5], self.pool[-5:]
+        first: Any = (low, high)[step % 2] if sandwich else self.pool
+        return [first[rng.integers(len(first))], self.pool[rng.integers(len(self.pool))]]
+
+    def lora_bits(self, parameters: int) -> float:
+        """Return the bits per weight that a LoRA of so many elements adds in fp16."""
+        return 16 * parameters / self.checkpoint.matrices.parameters
