@@ -67,7 +67,9 @@ def micro_llama(options: MicroOptions | None = None) -> Path:
     Start values, batches and the order of sums (one thread) are fixed, so one machine gives one model for a seed.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     options = options or MicroOptions()
     documents, _ = sotu_documents()
     facts = json.dumps([asdict(options), hashlib.sha256("\0".join(documents).encode()).hexdigest(), 1])
