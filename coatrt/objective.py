@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,8 @@ def accumulate_gradients(
     Returns:
         per configuration this process's part of the task's loss, nats per token.
     """
-    parts = list(zip(batch.tokens.chunk(options.accumulate), batch.targets.chunk(options.accumulate), strict=True))
+    rows = torch.arange(len(batch)).chunk(options.accumulate)
+    parts = [batch[part] for part in rows]
     teachers: list[Tensor] | None = None
     if options.distill and options.teacher == "base":
         teachers = _base_predictions(model, parts, options)
@@ -53,18 +54,15 @@ def accumulate_gradients(
         leaves = {name: (a.detach().requires_grad_(), b.detach().requires_grad_()) for name, (a, b) in pairs.items()}
         model.set_pairs(leaves)
         sum_of_losses, predictions = 0.0, []
-        for i, (part, goal) in enumerate(parts):
-            with _autocast(model, options):
-                logits, goals = _predicted(model.logits(part), goal)
-            loss = nn.functional.cross_entropy(logits.float(), goals, reduction="sum") / total
+        for i, part in enumerate(parts):
+            logits, goals = _predicted(model, part, options)
+            loss = nn.functional.cross_entropy(logits, goals, reduction="sum") / total
             sum_of_losses += loss.item()
             if teachers is not None:
-                divergence = nn.functional.kl_div(
-                    logits.float().log_softmax(-1), teachers[i], reduction="sum", log_target=True
-                )
+                divergence = nn.functional.kl_div(logits.log_softmax(-1), teachers[i], reduction="sum", log_target=True)
                 loss = loss + options.distill * divergence / total
             elif options.distill:
-                predictions.append(logits.detach().float().log_softmax(-1))
+                predictions.append(logits.detach().log_softmax(-1))
             (loss / len(configs)).backward()  # type: ignore[no-untyped-call]
         if predictions:
             teachers = predictions
@@ -77,29 +75,21 @@ def accumulate_gradients(
     return losses
 
 
-def _autocast(model: FakeQuantModel, options: TrainOptions) -> Any:
-    if options.precision == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast(model.compute.type, torch.bfloat16)
-
-
-def _predicted(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the logits [P, V] that predict a target, and the targets [P]."""
-    goals = targets[:, 1:].reshape(-1).to(logits.device)
+def _predicted(model: FakeQuantModel, part: Examples, options: TrainOptions) -> tuple[Tensor, Tensor]:
+    """Return float32 logits [P, V] of the positions that predict a target, and the targets [P]."""
+    half = options.precision == "bfloat16"
+    with torch.autocast(model.compute.type, torch.bfloat16) if half else contextlib.nullcontext():
+        logits, goals = model.predictions(part)
+    logits, goals = logits.reshape(-1, logits.shape[-1]), goals.reshape(-1)
     wanted = goals != IGNORED
-    return logits[:, :-1].reshape(-1, logits.shape[-1])[wanted], goals[wanted]
+    if not bool(wanted.all()):  # a copy of the logits that plain text does without
+        logits, goals = logits[wanted], goals[wanted]
+    return logits.float(), goals
 
 
 @torch.no_grad()
-def _base_predictions(
-    model: FakeQuantModel, parts: Sequence[tuple[Tensor, Tensor]], options: TrainOptions
-) -> list[Tensor]:
+def _base_predictions(model: FakeQuantModel, parts: Sequence[Examples], options: TrainOptions) -> list[Tensor]:
     """Return the log-probabilities of the full-precision model without adapter, [P, V] a part."""
     model.set_config(None)
     model.set_pairs(None)
-    made = []
-    for part, goal in parts:
-        with _autocast(model, options):
-            logits, _ = _predicted(model.logits(part), goal)
-        made.append(logits.float().log_softmax(-1))
-    return made
+    return [_predicted(model, part, options)[0].log_softmax(-1) for part in parts]
