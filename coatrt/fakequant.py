@@ -1,6 +1,6 @@
 """A transformers model whose frozen weights stand for any configuration, with a LoRA beside them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -78,6 +78,13 @@ class FakeQuantModel:
             else:
                 weight.copy_(decode(self._codes.get(name, config[name]).to(self.compute)))
             self._current[name] = wanted
+
+    @torch.no_grad()
+    def set_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Overwrite matrices with weights [N, K] from elsewhere, until `set_config` gives them a format again."""
+        for name, weight in weights:
+            self._weights[name].copy_(weight)
+            self._current[name] = "given"
 
     def set_pairs(self, pairs: Mapping[str, tuple[Tensor, Tensor]] | None) -> None:
         """Put (A [K, r], scaled B [r, N]) beside each matrix named; None or a name left out: nothing."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from coatrt.adapter import Adapter
+from coatrt.calibration import Calibration
 from coatrt.checkpoint import Checkpoint, load_tokenizer
 from coatrt.contract import contract_for
 from coatrt.data import TextData, batches, tokenize_text
@@ -24,6 +25,7 @@ from coatrt.formats import WeightFormat
 from coatrt.hypernet import Preset
 from coatrt.lora import CoaLora
 from coatrt.progress import progress_bar, stages
+from coatrt.quantize import QUANTIZERS, Quantizer
 from coatrt.sampling import TrainingSampler
 from coatrt.sensitivity import Sensitivity, measure_sensitivity
 from coatrt.space import ConfigSpace
@@ -45,6 +47,7 @@ class TrainOptions:
         rank: LoRA rank, a multiple of 16.
         alpha: LoRA scale numerator.
         preset: form of the hypernetwork, "coatrt" or "paper".
+        quantizer: how weights are encoded, see `coatrt.quantize.encode`; "absmax" is the paper's.
         fused: whether q/k/v and gate/up share a format.
         steps: optimizer steps.
         batch: blocks per configuration and step.
@@ -57,7 +60,7 @@ class TrainOptions:
         theta_rate: peak rate of θ.
         warmup: share of the steps in which the rates rise; then they fall along a cosine to zero.
         clip: largest norm of the gradient.
-        calibration: blocks for the sensitivities.
+        calibration: blocks for the sensitivities and for the second moments of "weighted" and "feedback".
         evaluation: held-out blocks for the losses in metrics.json.
         budgets: average bits at which the held-out loss is measured after training.
         checkpoint_every: steps between checkpoints.
@@ -72,6 +75,7 @@ class TrainOptions:
     rank: int = 16
     alpha: float = 32.0
     preset: Preset = "coatrt"
+    quantizer: Quantizer = "mse"
     fused: bool = True
     steps: int = 300
     batch: int = 4
@@ -93,6 +97,8 @@ class TrainOptions:
     def __post_init__(self) -> None:
         for text in self.formats:
             WeightFormat.parse(text)
+        if self.quantizer not in QUANTIZERS:
+            raise ConfigError(f"no quantizer {self.quantizer!r}; allowed: {', '.join(QUANTIZERS)}")
         least = {"steps": 1, "batch": 1, "length": 2, "configs": 2, "calibration": 1, "evaluation": 1,
                  "checkpoint_every": 1}  # fmt: skip
         for name, minimum in least.items():
@@ -202,7 +208,9 @@ class _Training:
         high = min(self.space.max_bits, max(low, 8.5)) if options.high_bits is None else options.high_bits
         self._check_budgets(low, high)
         contract = contract_for(checkpoint.matrices, options.rank, options.alpha)
-        self.codes = CodeStore.default(checkpoint)
+        rows = batches(len(data.train), min(options.calibration, len(data.train)), 0, options.seed)
+        self.calibration = Calibration(data.train[rows])
+        self.codes = CodeStore.default(checkpoint, options.quantizer, self.calibration)
         self.model = FakeQuantModel(checkpoint, self.codes, compute)
         self.started = time.monotonic()
         self.sensitivity = self._sensitivity()
@@ -231,9 +239,10 @@ class _Training:
         path = self.state / "sensitivity.json"
         if path.is_file():
             return Sensitivity.load(path)
-        rows = batches(len(self.data.train), min(self.options.calibration, len(self.data.train)), 0, self.options.seed)
         with stages("sensitivity") as progress:
-            measured = measure_sensitivity(self.model, self.codes, self.data.train[rows], self.space.formats, progress)
+            measured = measure_sensitivity(
+                self.model, self.codes, self.calibration.tokens, self.space.formats, progress
+            )
         measured.save(path)
         return measured
 
@@ -268,6 +277,8 @@ class _Training:
                 "losses": losses,
                 "held_out": self._evaluate(),
             },
+            quantizer=self.options.quantizer,
+            calibration=self.calibration,
         )
         adapter.save(output)
         return Adapter.load(output)

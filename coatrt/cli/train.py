@@ -29,6 +29,9 @@ def _numbers(_: click.Context, __: click.Parameter, text: str | None) -> tuple[f
 @click.option("--rank", type=int, help="LoRA rank, a multiple of 16.")
 @click.option("--alpha", type=float, help="LoRA scale numerator.")
 @click.option("--preset", type=click.Choice(["coatrt", "paper"]), help="Form of the hypernetwork.")
+@click.option(
+    "--quantizer", type=click.Choice(["absmax", "mse", "weighted", "feedback"]), help="How weights are encoded."
+)
 @click.option("--steps", type=int, help="Optimizer steps.")
 @click.option("--batch", type=int, help="Blocks per configuration and step.")
 @click.option("--length", type=int, help="Tokens per block.")
@@ -39,7 +42,7 @@ def _numbers(_: click.Context, __: click.Parameter, text: str | None) -> tuple[f
 @click.option("--learning-rate", type=float, help="Peak learning rate of A and B.")
 @click.option("--theta-rate", type=float, help="Peak learning rate of the hypernetwork.")
 @click.option("--budgets", callback=_numbers, metavar="B,B,…", help="Average bits at which held-out loss is measured.")
-@click.option("--calibration", type=int, help="Blocks for the sensitivities.")
+@click.option("--calibration", type=int, help="Blocks for sensitivities and second moments.")
 @click.option("--evaluation", type=int, help="Held-out blocks to measure on.")
 @click.option("--checkpoint-every", type=int, help="Steps between checkpoints.")
 @click.option("--seed", type=int, help="Seed of start values, batches and configurations.")
