@@ -39,8 +39,18 @@ def speeches(checkpoint: Checkpoint) -> TextData:
     return tokenize_text(load_tokenizer(checkpoint.directory), training, LENGTH, held_out=texts[::10])
 
 
+def output_energy(weight: torch.Tensor, moment: torch.Tensor) -> float:
+    """Return E‖Wx‖² = tr(W H Wᵀ)."""
+    return float(((weight @ moment) * weight).sum())
+
+
 def measure(
-    model: FakeQuantModel, moments: InputMoments, text: str, quantizer: Quantizer, blocks: torch.Tensor
+    model: FakeQuantModel,
+    moments: InputMoments,
+    energies: dict[str, float],
+    text: str,
+    quantizer: Quantizer,
+    blocks: torch.Tensor,
 ) -> dict[str, Any]:
     """Encode every linear matrix of the model in one format and return the row of the result."""
     errors, outputs, seconds = [], [], 0.0
@@ -52,8 +62,9 @@ def measure(
         quantized = decode(encoded)
         residual = quantized - weight
         errors.append(float(residual.norm() / weight.norm()))
-        energy = ((weight @ moment) * weight).sum()  # tr(W H Wᵀ) = E‖Wx‖²
-        outputs.append(float((((residual @ moment) * residual).sum() / energy).sqrt()))
+        if matrix.name not in energies:
+            energies[matrix.name] = output_energy(weight, moment)
+        outputs.append(math.sqrt(output_energy(residual, moment) / energies[matrix.name]))
         model.set_weights([(matrix.name, quantized)])
     return {
         "format": text,
@@ -82,10 +93,11 @@ def main() -> None:
     rows: list[dict[str, Any]] = found["rows"]
     table = encode(checkpoint.tensor(f"{EMBEDDING}.weight"), "int8")
     model.set_weights([(EMBEDDING, decode(table))])
+    energies: dict[str, float] = {}
     for text in FORMATS:
         for quantizer in QUANTIZERS:
             if not any((row["format"], row["quantizer"]) == (text, quantizer) for row in rows):
-                rows.append(measure(model, moments, text, quantizer, blocks))
+                rows.append(measure(model, moments, energies, text, quantizer, blocks))
                 print(rows[-1], flush=True)
                 result = {"model": "SmolLM2-135M", **facts, "full_precision": found["full_precision"], "rows": rows}
                 save_result("quantizers", COMMAND, result)

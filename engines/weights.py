@@ -61,7 +61,7 @@ def _part(whole: Any, producers: Mapping[str, Any], value: str) -> Any:
 
 def _session(part: Any, directory: Path) -> Any:
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level, options.intra_op_num_threads = 3, 1  # a pool of threads costs more than it saves here
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory))
     try:

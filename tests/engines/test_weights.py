@@ -43,8 +43,7 @@ def mixed(adapter: Adapter) -> QuantConfig:
     return adapter.space.sample_random(np.random.default_rng(3))
 
 
-@pytest.mark.parametrize("activations", ["float32", "float16"])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("activations", "tied"), [("float32", True), ("float16", False)])
 def test_every_format_is_read_back_bit_for_bit(tmp_path: Path, activations: str, tied: bool) -> None:
     # Widths of 48 and 80 have no whole blocks of 32 or 64.
     save_tiny_llama(tmp_path / "model", tied=tied, hidden_size=48, intermediate_size=80, num_hidden_layers=1)
