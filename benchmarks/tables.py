@@ -150,8 +150,8 @@ def quantizers() -> str:
     ]  # fmt: skip
     head = ["format", "quantizer", "weight error", "output error", "perplexity", "CPU s"]
     return (
-        f"{found['model']}, all linear matrices in the format, embedding in int8; {found['calibration_tokens']:,} tokens of "
-        f"training speeches, perplexity on {found['held_out_tokens']:,} held-out ones (full precision "
+        f"{found['model']}, all linear matrices in the format, embedding in int8; {found['calibration_tokens']:,} "
+        f"tokens of training speeches, perplexity on {found['held_out_tokens']:,} held-out ones (full precision "
         f"{found['full_precision']:.1f}); means over the matrices; one thread.\n\n{grid(head, rows)}"
     )
 
