@@ -50,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--adapter", type=Path, default=Path("out/demo/adapter"))
     adapter, checkpoint = Adapter.load(parser.parse_args().adapter), smollm2()
-    codes = CodeStore.default(checkpoint)
+    codes = adapter.codes(checkpoint)
     reference = FakeQuantModel(checkpoint, codes)
     rng = np.random.default_rng(5)
     configs = {text: QuantConfig.uniform(checkpoint.matrices, text) for text in FORMATS}

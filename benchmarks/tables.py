@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "docs/engines.md", "docs/method.md")
+DOCUMENTS = ("README.md", "docs/engines.md", "docs/method.md", "docs/formats.md")
 _PLACE = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -169,8 +169,26 @@ def tasks() -> str:
     return grid(head, rows)
 
 
+def quantizers() -> str:
+    """The four quantizers by format."""
+    found = load("quantizers")
+    rows = [
+        [row["format"], row["quantizer"], f"{row['weight_error']:.3f}", f"{row['output_error']:.3f}",
+         f"{row['perplexity']:,.1f}" if row["perplexity"] < 1e5 else f"{row['perplexity']:.0e}",
+         f"{row['encode_cpu_s']:.0f}"]
+        for row in found["rows"]
+    ]  # fmt: skip
+    head = ["format", "quantizer", "weight error", "output error", "perplexity", "CPU s"]
+    return (
+        f"{found['model']}, all linear matrices in the format, embedding in int8; {found['calibration_tokens']:,} "
+        f"tokens of training speeches, perplexity on {found['held_out_tokens']:,} held-out ones (full precision "
+        f"{found['full_precision']:.1f}); means over the matrices; one thread.\n\n{grid(head, rows)}"
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    maker.__name__: maker for maker in (demo, sizes, billion, export, interactive, memory, parity, cpu, tasks)
+    maker.__name__: maker
+    for maker in (demo, sizes, billion, export, interactive, memory, parity, cpu, tasks, quantizers)
 }
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from coatrt import __version__
+from coatrt.calibration import Calibration
 from coatrt.checkpoint import Checkpoint
 from coatrt.config import QuantConfig
 from coatrt.contract import LoraContract
@@ -20,13 +21,16 @@ from coatrt.formats import WeightFormat
 from coatrt.lora import CoaLora
 from coatrt.matrices import ModelMatrices
 from coatrt.peft_format import write_peft
+from coatrt.quantize import CALIBRATED, QUANTIZERS, Quantizer
 from coatrt.sensitivity import Sensitivity
 from coatrt.space import ConfigSpace
+from coatrt.store import CodeStore
 
 __all__ = ["ADAPTER_FORMAT", "Adapter"]
 
-ADAPTER_FORMAT = 1
+ADAPTER_FORMAT = 2
 _FILES = ("adapter.safetensors", "sensitivity.json", "metrics.json")
+_CALIBRATION = "calibration.safetensors"
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,11 @@ class Adapter:
         lora: A, B and θ.
         sensitivity: costs and errors of every matrix in every format.
         metrics: options and losses of the training.
+        quantizer: how the weights it was trained on were encoded; every bundle of it uses the same.
+        calibration: the tokens of sensitivities and second moments; None only where the quantizer needs none.
+
+    Raises:
+        ConfigError: the quantizer is unknown or lacks its calibration.
     """
 
     source: str
@@ -50,6 +59,14 @@ class Adapter:
     lora: CoaLora
     sensitivity: Sensitivity
     metrics: Mapping[str, Any]
+    quantizer: Quantizer = "mse"
+    calibration: Calibration | None = None
+
+    def __post_init__(self) -> None:
+        if self.quantizer not in QUANTIZERS:
+            raise ConfigError(f"no quantizer {self.quantizer!r}; allowed: {', '.join(QUANTIZERS)}")
+        if self.quantizer in CALIBRATED and self.calibration is None:
+            raise ConfigError(f"the quantizer {self.quantizer} is given without calibration tokens; give some")
 
     @property
     def model(self) -> ModelMatrices:
@@ -96,6 +113,14 @@ class Adapter:
             )
         return checkpoint
 
+    def codes(self, checkpoint: Checkpoint) -> CodeStore:
+        """Return the encoded matrices the adapter was trained on, from the user's cache or encoded as then.
+
+        Args:
+            checkpoint: its model, see `checkpoint`.
+        """
+        return CodeStore.default(checkpoint, self.quantizer, self.calibration)
+
     def save(self, directory: str | Path) -> None:
         """Write the adapter to `directory`, atomically; A and B also as a PEFT adapter in its folder peft."""
         with atomic_directory(directory) as temporary:
@@ -103,6 +128,9 @@ class Adapter:
             save_file(state, str(temporary / "adapter.safetensors"))
             self.sensitivity.save(temporary / "sensitivity.json")
             write_json(temporary / "metrics.json", self.metrics)
+            if self.calibration is not None:
+                self.calibration.save(temporary / _CALIBRATION)
+            files = [*_FILES, *([_CALIBRATION] if self.calibration is not None else [])]
             write_peft(temporary / "peft", self.lora.shared(), self.contract, self.source)
             write_json(
                 temporary / "adapter.json",
@@ -117,7 +145,8 @@ class Adapter:
                     "fused": self.space.fused,
                     "preset": self.lora.preset,
                     "contract": self.contract.to_json(),
-                    "sha256": {name: sha256_file(temporary / name) for name in _FILES},
+                    "quantizer": self.quantizer,
+                    "sha256": {name: sha256_file(temporary / name) for name in files},
                 },
             )
 
@@ -131,7 +160,8 @@ class Adapter:
         directory = Path(directory)
         facts = _facts(directory)
         try:
-            for name in _FILES:
+            calibrated = _CALIBRATION in facts["sha256"]
+            for name in [*_FILES, *([_CALIBRATION] if calibrated else [])]:
                 if sha256_file(directory / name) != facts["sha256"][name]:
                     raise CheckpointError(
                         f"{directory / name} was altered or is damaged; copy or train the adapter again"
@@ -153,6 +183,8 @@ class Adapter:
                 lora=lora.eval().requires_grad_(False),
                 sensitivity=sensitivity,
                 metrics=read_json(directory / "metrics.json", "training metrics"),
+                quantizer=facts["quantizer"],
+                calibration=Calibration.load(directory / _CALIBRATION) if calibrated else None,
             )
         except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             reason = str(error).splitlines()[0]

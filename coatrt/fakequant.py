@@ -1,7 +1,7 @@
 """A transformers model whose frozen weights stand for any configuration, with a LoRA beside them."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -100,6 +100,12 @@ class FakeQuantModel:
             while self._bytes > self._limit:
                 self._bytes -= self._decoded.popitem(last=False)[1].nbytes
         return value
+
+    def set_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Take matrices [N, K] from elsewhere, until `set_config` gives them a format again."""
+        for name, weight in weights:
+            self._weights[name].data = weight.to(self.compute, self._weights[name].dtype)
+            self._current[name] = "given"
 
     def set_pairs(self, pairs: Mapping[str, tuple[Tensor, Tensor]] | None) -> None:
         """Put (A [K, r], scaled B [r, N]) beside each matrix named; None or a name left out: nothing."""

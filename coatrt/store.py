@@ -1,17 +1,16 @@
-"""Encoded matrices, made once per (matrix, format) and kept: in memory up to a bound, and on disk."""
+"""Encoded matrices, made once per (matrix, format, quantizer) and kept: in memory up to a bound, and on disk."""
 
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from coatrt.calibration import Calibration, InputMoments
 from coatrt.checkpoint import Checkpoint, cache_directory
-from coatrt.files import atomic_file
+from coatrt.errors import ConfigError
 from coatrt.formats import WeightFormat
-from coatrt.quantize import QUANTIZER_VERSION, QuantizedMatrix, ScaleRule, encode
+from coatrt.quantize import CALIBRATED, QUANTIZER_VERSION, QuantizedMatrix, Quantizer, encode
+from coatrt.tensor_file import read_tensors, write_tensors
 
 __all__ = ["CodeStore"]
 
@@ -19,27 +18,52 @@ __all__ = ["CodeStore"]
 class CodeStore:
     """The encoded matrices of one checkpoint.
 
+    Tables (embedding, head) are encoded with "mse" whatever the quantizer: nothing multiplies what they read.
+
     Args:
         checkpoint: where the weights come from.
         root: directory of the disk cache, shared between checkpoints; None keeps codes in memory only.
-        scales: how block scales are chosen, see `encode`.
+        quantizer: how scales and codes are chosen, see `encode`.
+        calibration: tokens for the quantizers that need second moments; these are measured when the first matrix that
+            is not in the cache asks for them.
         memory_bytes: most bytes of codes kept in memory; the least recently used go first.
+
+    Raises:
+        ConfigError: the quantizer needs a calibration and none is given.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, root: Path | None = None, scales: ScaleRule = "mse", memory_bytes: int = 4 << 30
+        self,
+        checkpoint: Checkpoint,
+        root: Path | None = None,
+        quantizer: Quantizer = "mse",
+        calibration: Calibration | None = None,
+        memory_bytes: int = 4 << 30,
     ) -> None:
+        if quantizer in CALIBRATED and calibration is None:
+            raise ConfigError(f"the quantizer {quantizer} is given without calibration tokens; give some, or use mse")
         self.checkpoint = checkpoint
-        self.scales: ScaleRule = scales
-        self._root = root / checkpoint.fingerprint / f"v{QUANTIZER_VERSION}-{scales}" if root is not None else None
+        self.quantizer: Quantizer = quantizer
+        self._root = root / "codes" / checkpoint.fingerprint if root is not None else None
+        self._key = f"v{QUANTIZER_VERSION}-{quantizer}"
+        self._moments: InputMoments | None = None
+        if quantizer in CALIBRATED and calibration is not None:
+            self._key += f"-{calibration.hash}"
+            self._moments = InputMoments(checkpoint, calibration, root / "moments" if root is not None else None)
         self._limit = memory_bytes
         self._held: OrderedDict[tuple[str, str], QuantizedMatrix] = OrderedDict()
         self._bytes = 0
 
     @classmethod
-    def default(cls, checkpoint: Checkpoint, memory_bytes: int = 4 << 30) -> "CodeStore":
+    def default(
+        cls,
+        checkpoint: Checkpoint,
+        quantizer: Quantizer = "mse",
+        calibration: Calibration | None = None,
+        memory_bytes: int = 4 << 30,
+    ) -> "CodeStore":
         """Return a store on the user's cache directory."""
-        return cls(checkpoint, cache_directory() / "codes", memory_bytes=memory_bytes)
+        return cls(checkpoint, cache_directory(), quantizer, calibration, memory_bytes)
 
     def get(self, name: str, weight_format: WeightFormat | str) -> QuantizedMatrix:
         """Return matrix `name` in a format, from memory, disk, or by encoding the checkpoint's weight.
@@ -54,14 +78,24 @@ class CodeStore:
         if key in self._held:
             self._held.move_to_end(key)
             return self._held[key]
-        path = self._root / str(fmt) / f"{name}.safetensors" if self._root is not None and fmt.has_scales else None
-        found = _read(path, fmt, matrix.N, matrix.K) if path is not None and path.is_file() else None
+        path = None
+        if self._root is not None and fmt.has_scales:
+            kind = f"v{QUANTIZER_VERSION}-mse" if matrix.is_table else self._key
+            path = self._root / kind / str(fmt) / f"{name}.safetensors"
+        found = _read(path, fmt, matrix.N, matrix.K) if path is not None else None
         if found is None:
-            found = encode(self.checkpoint.tensor(f"{name}.weight"), fmt, self.scales)
+            found = self._encode(name, fmt)
             if path is not None:
                 _write(path, found)
         self._keep(key, found)
         return found
+
+    def _encode(self, name: str, fmt: WeightFormat) -> QuantizedMatrix:
+        weight = self.checkpoint.tensor(f"{name}.weight")
+        if self.checkpoint.matrices.by_name[name].is_table:
+            return encode(weight, fmt, "mse")
+        moment = self._moments.get(name) if self._moments is not None and fmt.has_scales else None
+        return encode(weight, fmt, self.quantizer, moment)
 
     def _keep(self, key: tuple[str, str], matrix: QuantizedMatrix) -> None:
         size = matrix.codes.nbytes + (matrix.scales.nbytes if matrix.scales is not None else 0)
@@ -75,23 +109,21 @@ class CodeStore:
 
 
 def _write(path: Path, matrix: QuantizedMatrix) -> None:
-    tensors: dict[str, torch.Tensor] = {"codes": matrix.codes.contiguous()}
-    if matrix.scales is not None:
-        tensors["scales"] = matrix.scales.contiguous()
-    if matrix.super_scales is not None:
-        tensors["super_scales"] = matrix.super_scales
-    with atomic_file(path) as temporary:
-        save_file(tensors, str(temporary), metadata={"constant": matrix.constant.hex()})
+    parts = {"codes": matrix.codes, "scales": matrix.scales, "super_scales": matrix.super_scales}
+    tensors: dict[str, torch.Tensor] = {name: tensor for name, tensor in parts.items() if tensor is not None}
+    write_tensors(path, tensors, {"constant": matrix.constant.hex()})
 
 
 def _read(path: Path, fmt: WeightFormat, N: int, K: int) -> QuantizedMatrix | None:
-    """Return the matrix in a cache file, or None where the file is damaged and has to be made again."""
+    """Return the matrix in a cache file, or None where the file is missing or damaged and has to be made again."""
+    found = read_tensors(path)
+    if found is None:
+        return None
+    tensors, metadata = found
     try:
-        with safe_open(str(path), framework="pt") as shard:
-            tensors: dict[str, Any] = {name: shard.get_tensor(name).clone() for name in shard.keys()}  # noqa: SIM118
-            constant = float.fromhex((shard.metadata() or {})["constant"])
-    except (SafetensorError, OSError, KeyError, ValueError):
+        codes, constant = tensors["codes"], float.fromhex(metadata["constant"])
+    except (KeyError, ValueError):
         return None
-    if tensors.get("codes") is None or tuple(tensors["codes"].shape) != (N, fmt.padded(K)):
+    if codes.shape != (N, fmt.padded(K)):
         return None
-    return QuantizedMatrix(fmt, N, K, tensors["codes"], tensors.get("scales"), tensors.get("super_scales"), constant)
+    return QuantizedMatrix(fmt, N, K, codes, tensors.get("scales"), tensors.get("super_scales"), constant)

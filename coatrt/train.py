@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from coatrt.adapter import Adapter
+from coatrt.calibration import Calibration
 from coatrt.checkpoint import Checkpoint, load_tokenizer
 from coatrt.config import QuantConfig
 from coatrt.contract import contract_for
@@ -146,7 +147,10 @@ class _Training:
         high = min(self.space.max_bits, max(low, 8.5)) if options.high_bits is None else options.high_bits
         self._check_budgets(low, high)
         contract = contract_for(checkpoint.matrices, options.rank, options.alpha, dict(options.ranks))
-        self.codes = CodeStore.default(checkpoint)
+        rows = batches(len(data.train), min(options.calibration, len(data.train)), 0, options.seed)
+        self.calibrated_on = data.train[rows]
+        self.calibration = Calibration.of(self.calibrated_on)
+        self.codes = CodeStore.default(checkpoint, options.quantizer, self.calibration)
         self.model = FakeQuantModel(checkpoint, self.codes, compute)
         self.sensitivity = self._sensitivity()
         self.sampler = TrainingSampler(self.space, self.sensitivity.costs, low, high, options.planned, options.seed)
@@ -170,12 +174,8 @@ class _Training:
     def _sensitivity(self) -> Sensitivity:
         path = self.state / "sensitivity.json"
         if self.processes.is_first and not path.is_file():
-            count = min(self.options.calibration, len(self.data.train))
-            rows = batches(len(self.data.train), count, 0, self.options.seed)
             with stages("sensitivity") as progress:
-                measured = measure_sensitivity(
-                    self.model, self.codes, self.data.train[rows], self.space.formats, progress
-                )
+                measured = measure_sensitivity(self.model, self.codes, self.calibrated_on, self.space.formats, progress)
             measured.save(path)
         self.processes.wait()
         return Sensitivity.load(path)
@@ -207,6 +207,8 @@ class _Training:
                 "hypervolumes": history.measured,
                 "held_out": self._evaluate(),
             },
+            quantizer=options.quantizer,
+            calibration=self.calibration,
         )
         if self.processes.is_first:
             adapter.save(output)

@@ -7,6 +7,7 @@ from typing import Literal
 from coatrt.errors import ConfigError
 from coatrt.formats import WeightFormat
 from coatrt.hypernet import Preset
+from coatrt.quantize import QUANTIZERS, Quantizer
 
 __all__ = ["DEFAULT_FORMATS", "TrainOptions"]
 
@@ -33,6 +34,7 @@ class TrainOptions:
         ranks: (module kind, rank) where it differs from `rank`, as in (("down_proj", 32),).
         preset: form of the hypernetwork, "coatrt" or "paper"; "none" leaves it out: one LoRA for every configuration.
         start: "zero" starts with B = 0, "residual" with the mean of W − Q(W) over the formats, see `coatrt.residual`.
+        quantizer: how weights are encoded, see `coatrt.quantize.encode`; "absmax" is the paper's.
         fused: whether q/k/v and gate/up share a format.
         steps: optimizer steps.
         batch: blocks (examples) per configuration and step.
@@ -50,7 +52,7 @@ class TrainOptions:
         teacher: "base" is the full-precision model without adapter (a third forward pass); "top" the configuration
             with the most bits of the same step.
         precision: "bfloat16" runs matrix products of the model in bfloat16 (torch.autocast); weights stay float32.
-        calibration: blocks (examples) for the sensitivities.
+        calibration: blocks (examples) for the sensitivities and for the second moments of "weighted" and "feedback".
         evaluation: held-out blocks (examples, questions) for the numbers in metrics.json.
         budgets: average bits at which the held-out loss is measured, after training and for `patience`.
         evaluate_every: steps between measurements of the hypervolume over `budgets`; 0 for none.
@@ -70,6 +72,7 @@ class TrainOptions:
     ranks: tuple[tuple[str, int], ...] = ()
     preset: Preset = "coatrt"
     start: Literal["zero", "residual"] = "zero"
+    quantizer: Quantizer = "mse"
     fused: bool = True
     steps: int = 300
     batch: int = 4
@@ -97,6 +100,8 @@ class TrainOptions:
     def __post_init__(self) -> None:
         for text in self.formats:
             WeightFormat.parse(text)
+        if self.quantizer not in QUANTIZERS:
+            raise ConfigError(f"no quantizer {self.quantizer!r}; allowed: {', '.join(QUANTIZERS)}")
         least = {"steps": 1, "batch": 1, "accumulate": 1, "length": 2, "configs": 1, "calibration": 1, "evaluation": 1,
                  "checkpoint_every": 1, "evaluate_every": 0, "patience": 0, "distill": 0}  # fmt: skip
         for name, minimum in least.items():

@@ -69,7 +69,7 @@ def export_files(
         config: the configuration.
         directory: an existing directory.
         options: see `BundleOptions`.
-        codes: cache of encoded matrices; by default the user's.
+        codes: cache of encoded matrices; by default the adapter's.
         progress: called after every matrix.
 
     Raises:
@@ -77,7 +77,7 @@ def export_files(
     """
     adapter.encoder.format_ids(config)  # refuses what the adapter cannot serve before anything is written
     forms = options.forms()
-    codes = codes or CodeStore.default(checkpoint)
+    codes = codes or adapter.codes(checkpoint)
     contract = adapter.contract
     export_decoder(checkpoint, config, directory, forms=forms, contract=contract, codes=codes, progress=progress)
     config.save(directory / "configuration.json")
@@ -104,12 +104,22 @@ def export_files(
             "hash": config.hash,
             "average_bits": config.average_bits(adapter.model),
             "bytes": config.nbytes(adapter.model),
+            "errors": _errors(adapter, config),
         },
         "matrices": adapter.model.to_json(),
+        "quantizer": adapter.quantizer,
         "decoders": decoders,
         "lora": "lora.safetensors",
         "engines": [],
         "versions": versions(),
+    }
+
+
+def _errors(adapter: Adapter, config: QuantConfig) -> dict[str, float]:
+    """Return the relative error of every matrix whose format the adapter measured."""
+    measured = adapter.sensitivity.errors
+    return {
+        name: measured[name][str(fmt)] for name, fmt in config.formats.items() if str(fmt) in measured.get(name, {})
     }
 
 

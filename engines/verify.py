@@ -12,6 +12,7 @@ from coatrt.bundle import Bundle
 from coatrt.engines.emit import Emitter, load_lora
 from coatrt.engines.environment import versions
 from coatrt.engines.ort import OrtDecoder
+from coatrt.engines.weights import held_weights
 from coatrt.errors import BundleError, CheckpointError, CoatError
 
 __all__ = ["TOLERANCE", "Report", "verify"]
@@ -20,6 +21,9 @@ TOLERANCE = 1e-3
 """Largest difference of logits allowed, relative to the largest logit, with float32 activations."""
 
 _FLOAT16_TOLERANCE = 3e-2
+# What a matrix may be farther from the model's than the adapter measured: another machine's codes differ a little where
+# they depend on second moments, and decoding in float16 rounds.
+_ERROR_SLACK = (0.02, 1e-3)  # relative, absolute
 _STEPS = 16
 _PROMPT = (1, 7, 3, 11, 5, 2, 9, 4)
 
@@ -33,7 +37,9 @@ class Report:
         versions: package → (version that built the bundle, version here) where they differ.
         engines: one line per engine.
         lora_effect: largest change of a logit by the LoRA, relative to the largest logit.
-        torch_difference: largest |Δlogit| against torch over prefill and decoding, relative; None where not compared.
+        weights: matrices found as far from the model's weights as the adapter measured for their formats.
+        torch_difference: largest |Δlogit| against torch with the bundle's own weights over prefill and decoding,
+            relative; None where not compared.
         tolerance: what was allowed for it.
         note: why something was not compared.
     """
@@ -42,6 +48,7 @@ class Report:
     versions: dict[str, tuple[str, str]]
     engines: tuple[str, ...]
     lora_effect: float
+    weights: int
     torch_difference: float | None
     tolerance: float
     note: str
@@ -60,6 +67,7 @@ class Report:
         if self.torch_difference is None:
             lines.append(f"torch          not compared: {self.note}")
         else:
+            lines.append(f"weights        {self.weights} matrices are as far from the model's as when it was trained")
             lines.append(
                 f"torch          largest |Δlogit| {self.torch_difference:.2e} of the largest logit over prefill and "
                 f"{_STEPS} decode steps (allowed {self.tolerance:g})"
@@ -76,7 +84,8 @@ def verify(directory: str | Path, *, model: str | Path | None = None, numbers: b
         numbers: compare with torch too; needs the checkpoint and time to load it.
 
     Raises:
-        BundleError: a file was altered, the LoRA is not what the hypernetwork emits, or the numbers differ.
+        BundleError: a file was altered, the LoRA is not what the hypernetwork emits, a weight is not its matrix in the
+            configuration's format, or the numbers differ.
         CheckpointError: `model` is given and is not the bundle's model.
     """
     bundle = Bundle.open(directory)
@@ -105,16 +114,16 @@ def verify(directory: str | Path, *, model: str | Path | None = None, numbers: b
     effect = float(np.abs(adapted - plain).max() / np.abs(plain).max())
     if not effect > 0:
         raise BundleError(f"{directory}: the LoRA changes nothing; train the adapter, then build again")
-    difference, note = None, "asked not to"
+    difference, weights, note = None, 0, "asked not to"
     tolerance = TOLERANCE if io.activations == "float32" else _FLOAT16_TOLERANCE
     if numbers:
-        difference, note = _against_torch(bundle, model, prompt, tokens, adapted, lora)
+        difference, weights, note = _against_torch(bundle, model, prompt, tokens, adapted, lora)
         if difference is not None and not (math.isfinite(difference) and difference <= tolerance):
             raise BundleError(
                 f"{directory}: logits differ from torch by {difference:.2e} of the largest, allowed {tolerance:g}; "
                 "report this with the bundle's manifest"
             )
-    return Report(files, changed, _engine_lines(bundle, here), effect, difference, tolerance, note)
+    return Report(files, changed, _engine_lines(bundle, here), effect, weights, difference, tolerance, note)
 
 
 def _greedy(decoder: OrtDecoder, prompt: Sequence[int]) -> list[int]:
@@ -131,7 +140,12 @@ def _teacher_forced(decoder: OrtDecoder, prompt: Sequence[int], tokens: Sequence
 
 def _against_torch(
     bundle: Bundle, model: str | Path | None, prompt: Sequence[int], tokens: Sequence[int], logits: Any, lora: Any
-) -> tuple[float | None, str]:
+) -> tuple[float | None, int, str]:
+    """Return the difference of logits, matrices whose error was compared, and why there is no comparison.
+
+    torch gets the weights that the bundle holds: encoding the model again would give slightly other codes on another
+    machine wherever they depend on second moments. Whether they are the model's is a comparison of its own.
+    """
     import torch
 
     from coatrt.checkpoint import Checkpoint
@@ -144,19 +158,36 @@ def _against_torch(
     except CoatError as error:
         if model is not None:
             raise
-        return None, f"the model is not where it was ({error})"
+        return None, 0, f"the model is not where it was ({error})"
     if checkpoint.fingerprint != facts["fingerprint"]:
         raise CheckpointError(
             f"{checkpoint.directory} has the fingerprint {checkpoint.fingerprint}, not {facts['fingerprint']}; "
             "give the bundle's model (--model)"
         )
-    reference = FakeQuantModel(checkpoint, CodeStore.default(checkpoint))
-    reference.set_config(bundle.config)
+    reference = FakeQuantModel(checkpoint, CodeStore(checkpoint))
+    errors, compared = bundle.manifest["configuration"].get("errors", {}), 0
+    for name, held in held_weights(bundle.decoder("cpu")[0], bundle.model_matrices):
+        weight = torch.from_numpy(held)
+        if name in errors:
+            _check_weight(bundle, name, checkpoint.tensor(f"{name}.weight").float(), weight, errors[name])
+            compared += 1
+        reference.set_weights([(name, weight)])
     reference.set_lora(bundle.contract, {name: torch.from_numpy(value.copy()) for name, value in lora.items()})
     with torch.no_grad():
         ids = torch.tensor([[*prompt, *tokens]])
         expected = reference.logits(ids)[0, len(prompt) - 1 :].numpy()
-    return float(np.abs(expected - logits).max() / np.abs(expected).max()), ""
+    return float(np.abs(expected - logits).max() / np.abs(expected).max()), compared, ""
+
+
+def _check_weight(bundle: Bundle, name: str, weight: Any, held: Any, expected: float) -> None:
+    """Refuse a matrix that is farther from the model's, or nearer, than encoding left it."""
+    found = float((weight - held).norm() / weight.norm().clamp(min=1e-30))
+    relative, absolute = _ERROR_SLACK
+    if not abs(found - expected) <= relative * expected + absolute:
+        raise BundleError(
+            f"{bundle.directory}: {name} differs from the model's by {found:.4f} of its norm, its encoding by "
+            f"{expected:.4f}; build the bundle again"
+        )
 
 
 def _engine_lines(bundle: Bundle, here: dict[str, str]) -> tuple[str, ...]:

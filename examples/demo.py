@@ -34,7 +34,6 @@ from coatrt.files import write_json, write_text
 from coatrt.plan import plan_for
 from coatrt.plot import plot_bits
 from coatrt.progress import progress_bar, stages
-from coatrt.store import CodeStore
 from coatrt.train import TrainOptions, train
 
 # One budget of bits per weight for each GPU, so that three different maps come out of one adapter.
@@ -64,7 +63,7 @@ def speeches() -> tuple[list[str], list[str]]:
 
 def bundles(adapter: Adapter, checkpoint: Checkpoint, output: Path) -> dict[str, Bundle]:
     """Plan and assemble a bundle per target."""
-    codes, made = CodeStore.default(checkpoint), {}
+    codes, made = adapter.codes(checkpoint), {}
     for name, bits in TARGETS.items():
         profile = device(name)
         plan = plan_for(adapter, profile, bits=bits, context=CONTEXT, prefill=PREFILL)
@@ -78,9 +77,11 @@ def bundles(adapter: Adapter, checkpoint: Checkpoint, output: Path) -> dict[str,
     return made
 
 
-def perplexities(checkpoint: Checkpoint, made: dict[str, Bundle], blocks: torch.Tensor) -> dict[str, Any]:
+def perplexities(
+    adapter: Adapter, checkpoint: Checkpoint, made: dict[str, Bundle], blocks: torch.Tensor
+) -> dict[str, Any]:
     """Return held-out perplexity of the fp16 base, and of each bundle without and with its emitted LoRA."""
-    model = FakeQuantModel(checkpoint, CodeStore.default(checkpoint))
+    model = FakeQuantModel(checkpoint, adapter.codes(checkpoint))
     found: dict[str, Any] = {}
     with progress_bar("held-out perplexity", 1 + 2 * len(made)) as bar:
 
@@ -171,7 +172,7 @@ def main() -> None:
     tokenizer = load_tokenizer(checkpoint.directory)
     blocks = tokenize_text(tokenizer, documents, OPTIONS.length, held_out=held_out).held_out
     step = max(1, len(blocks) // HELD_OUT_BLOCKS)  # spread over all held-out messages
-    found = perplexities(checkpoint, made, blocks[::step][:HELD_OUT_BLOCKS])
+    found = perplexities(adapter, checkpoint, made, blocks[::step][:HELD_OUT_BLOCKS])
     tell("verification")
     for name, bundle in made.items():
         print(f"{name}\n{verify(bundle.directory, model=checkpoint.directory).text()}", flush=True)

@@ -35,7 +35,6 @@ def command(adapter: Path, devices: tuple[str, ...], output: Path, config_path: 
     from coatrt.engines.builder import EngineShapes
     from coatrt.plan import plan_for
     from coatrt.progress import stages
-    from coatrt.store import CodeStore
 
     profiles = [device(name) for name in dict.fromkeys(devices)]
     loaded = Adapter.load(adapter)
@@ -57,7 +56,7 @@ def command(adapter: Path, devices: tuple[str, ...], output: Path, config_path: 
     if dry_run:
         return
     checkpoint = loaded.checkpoint(model)
-    codes = CodeStore.default(checkpoint)
+    codes = loaded.codes(checkpoint)
     options = BundleOptions(
         activations, cpu_activations, context, EngineShapes(batch, min(prefill, context)), engine=not no_engine
     )

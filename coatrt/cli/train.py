@@ -53,6 +53,9 @@ def _ranks(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 @click.option("--ranks", callback=_ranks, metavar="KIND=R,…", help="Ranks of module kinds that differ: down_proj=32.")
 @click.option("--preset", type=click.Choice(["coatrt", "paper", "none"]), help="Form of the hypernetwork.")
 @click.option("--start", type=click.Choice(["zero", "residual"]), help="What A and B start from.")
+@click.option(
+    "--quantizer", type=click.Choice(["absmax", "mse", "weighted", "feedback"]), help="How weights are encoded."
+)
 @click.option("--steps", type=int, help="Optimizer steps.")
 @click.option("--batch", type=int, help="Blocks (examples) per configuration and step.")
 @click.option("--accumulate", type=int, help="Parts a batch is cut into, to save memory.")
@@ -73,7 +76,7 @@ def _ranks(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 @click.option("--evaluate-every", type=int, help="Steps between measurements of the hypervolume.")
 @click.option("--patience", type=int, help="Measurements without a better one after which training stops.")
 @click.option("--budgets", callback=_numbers, metavar="B,B,…", help="Average bits to measure at on held-out data.")
-@click.option("--calibration", type=int, help="Blocks (examples) for the sensitivities.")
+@click.option("--calibration", type=int, help="Blocks (examples) for sensitivities and second moments.")
 @click.option("--evaluation", type=int, help="Held-out blocks (examples) to measure on; choice: 200 if not given.")
 @click.option("--checkpoint-every", type=int, help="Steps between checkpoints.")
 @click.option("--seed", type=int, help="Seed of start values, batches and configurations.")

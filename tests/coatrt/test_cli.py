@@ -69,8 +69,9 @@ def test_the_chain_by_hand(tiny_llama: Path, tmp_path: Path) -> None:
     adapter, bundle = tmp_path / "adapter", tmp_path / "bundle"
     said = good("train", tiny_llama, "--data", tmp_path / "text", "-o", adapter, "--formats", "nf3-g32,int4-g32,int8",
                 "--steps", 3, "--batch", 2, "--length", 32, "--calibration", 2, "--evaluation", 2,
-                "--budgets", "5,6")  # fmt: skip
+                "--budgets", "5,6", "--quantizer", "feedback")  # fmt: skip
     assert "trained        3 steps" in said
+    assert json.loads((adapter / "adapter.json").read_text())["quantizer"] == "feedback"
     plan = json.loads(good("plan", adapter, "--device", "rtx-4090", "--bits", 5, "--json", "-o", tmp_path / "c.json"))
     assert plan["average_bits"] <= 5
     assert json.loads((tmp_path / "c.json").read_text()) == plan["configuration"]
@@ -179,6 +180,7 @@ def test_wrong_options_are_clicks_own_errors(tiny_adapter: Path) -> None:
     for arguments in (
         ("plan", tiny_adapter), ("plan", tiny_adapter, "--device", "t4", "--memory", "6 elephants"),
         ("run", "x"), ("train", "m", "--data", "d", "-o", "o", "--budgets", "four"),
+        ("train", "m", "--data", "d", "-o", "o", "--quantizer", "best"),
     ):  # fmt: skip
         result = run(*arguments)
         assert result.exit_code == 2

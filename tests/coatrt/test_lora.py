@@ -1,5 +1,6 @@
 """A, B, U and the features behind U, against plain numpy; PEFT reads what is saved."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -104,9 +105,28 @@ def test_adapter_survives_saving(tiny_adapter: Path, tmp_path: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert again.formats == adapter.formats
     assert again.sensitivity == adapter.sensitivity
+    assert again.quantizer == adapter.quantizer == "mse"
+    assert adapter.calibration is not None
+    assert again.calibration is not None
+    assert torch.equal(again.calibration.tokens, adapter.calibration.tokens)
+    assert adapter.calibration.tokens.shape == (4, 32)
 
 
-@pytest.mark.parametrize("name", ["adapter.safetensors", "sensitivity.json", "metrics.json"])
+def test_an_adapter_keeps_its_quantizer(tiny_adapter: Path, tmp_path: Path) -> None:
+    adapter = Adapter.load(tiny_adapter)
+    replace(adapter, quantizer="feedback").save(tmp_path / "fed")
+    fed = Adapter.load(tmp_path / "fed")
+    assert fed.quantizer == fed.codes(fed.checkpoint()).quantizer == "feedback"
+    replace(adapter, quantizer="absmax", calibration=None).save(tmp_path / "paper")
+    assert Adapter.load(tmp_path / "paper").calibration is None
+    assert not (tmp_path / "paper" / "calibration.safetensors").exists()
+    with pytest.raises(ConfigError, match="feedback is given without calibration tokens"):
+        replace(adapter, quantizer="feedback", calibration=None)
+    with pytest.raises(ConfigError, match="no quantizer 'best'; allowed: absmax, mse, weighted, feedback"):
+        replace(adapter, quantizer="best")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "sensitivity.json", "metrics.json", "calibration.safetensors"])
 def test_an_altered_adapter_is_refused(tiny_adapter: Path, tmp_path: Path, name: str) -> None:
     Adapter.load(tiny_adapter).save(tmp_path / "a")
     data = bytearray((tmp_path / "a" / name).read_bytes())

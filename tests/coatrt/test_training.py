@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,13 +16,14 @@ import torch
 from safetensors.torch import load_file
 
 from coatrt.adapter import Adapter
-from coatrt.checkpoint import Checkpoint, load_model
+from coatrt.calibration import InputMoments
+from coatrt.checkpoint import Checkpoint, load_model, load_tokenizer
 from coatrt.config import QuantConfig
 from coatrt.data import batches, read_documents, tokenize_text
 from coatrt.errors import ConfigError
 from coatrt.fakequant import FakeQuantModel
 from coatrt.formats import WeightFormat
-from coatrt.quantize import decode, encode
+from coatrt.quantize import decode, encode, relative_error
 from coatrt.sampling import TrainingSampler
 from coatrt.sensitivity import measure_sensitivity
 from coatrt.store import CodeStore
@@ -186,6 +188,42 @@ def test_training_learns_and_uses_the_hypernetwork(tiny_adapter: Path, tiny_llam
     blocks = tokenize_text(load_tokenizer(tiny_llama), TEXTS, 32).held_out[:4]
     with torch.no_grad():
         assert model.loss(blocks).item() == pytest.approx(row["adapted"], rel=1e-5)
+
+
+@pytest.mark.parametrize("quantizer", ["absmax", "feedback"])
+def test_training_uses_the_codes_of_its_quantizer(tiny_llama: Path, tmp_path: Path, quantizer: Any) -> None:
+    adapter = train(
+        tiny_llama,
+        TEXTS,
+        tmp_path / "a",
+        tiny_options(steps=1, quantizer=quantizer, formats=("nf3-g32",), budgets=(3.5,)),
+    )
+    assert adapter.quantizer == adapter.metrics["options"]["quantizer"] == quantizer
+    assert adapter.calibration is not None
+    checkpoint = adapter.checkpoint()
+    moments = InputMoments(checkpoint, adapter.calibration)
+    for name in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"):
+        encoded = encode(checkpoint.tensor(f"{name}.weight"), "nf3-g32", quantizer, moments.get(name))
+        error = relative_error(checkpoint.tensor(f"{name}.weight"), encoded)
+        assert adapter.sensitivity.errors[name]["nf3-g32"] == pytest.approx(error, rel=1e-5)
+    config = adapter.space.uniform("nf3-g32")
+    model = FakeQuantModel(checkpoint, adapter.codes(checkpoint))
+    model.set_config(config)
+    blocks = tokenize_text(load_tokenizer(tiny_llama), TEXTS, 32).held_out[:4]
+    without = adapter.metrics["held_out"]["budgets"][0]["without"]
+    with torch.no_grad():
+        assert model.loss(blocks).item() == pytest.approx(without, rel=1e-5)
+
+
+def test_weights_from_elsewhere_stay_until_a_format_is_set(tiny_llama: Path) -> None:
+    checkpoint = Checkpoint.open(tiny_llama)
+    model, name = FakeQuantModel(checkpoint, CodeStore(checkpoint)), "model.layers.0.mlp.up_proj"
+    tokens, weight = torch.arange(12)[None], checkpoint.tensor("model.layers.0.mlp.up_proj.weight")
+    plain = model.logits(tokens)
+    model.set_weights([(name, torch.zeros_like(weight))])
+    assert not torch.allclose(model.logits(tokens), plain, atol=1e-3)
+    model.set_config(None)
+    assert torch.equal(model.logits(tokens), plain)
 
 
 class _Killed(Exception):

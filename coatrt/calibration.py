@@ -1,0 +1,184 @@
+"""Calibration: tokens, and the second moments H = E[x xᵀ] of what every linear matrix reads while they run through."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coatrt.checkpoint import Checkpoint, load_model
+from coatrt.errors import CheckpointError, ConfigError
+from coatrt.examples import Examples
+from coatrt.progress import progress_bar
+from coatrt.tensor_file import hash_tensors, read_tensors, write_tensors
+
+__all__ = ["Calibration", "InputMoments", "measure_moments"]
+
+_KEY = "tokens"
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """The tokens that a model is calibrated on.
+
+    Args:
+        tokens: int64 [blocks, length].
+
+    Raises:
+        ConfigError: they are not.
+    """
+
+    tokens: Tensor
+
+    def __post_init__(self) -> None:
+        if self.tokens.dtype != torch.int64 or self.tokens.ndim != 2 or not self.tokens.numel():
+            raise ConfigError(
+                f"calibration tokens {self.tokens.dtype} {tuple(self.tokens.shape)} are given; give int64 "
+                "[blocks, length] with at least one token"
+            )
+
+    @classmethod
+    def of(cls, examples: Examples) -> "Calibration":
+        """Return the tokens of examples, padding left out: rows one after the other, cut to their length."""
+        width = examples.tokens.shape[1]
+        used = torch.arange(width) <= examples.last[:, None]
+        if bool(used.all()):
+            return cls(examples.tokens)
+        stream = examples.tokens[used]
+        return cls(stream[: max(1, len(stream) // width) * width].view(-1, min(width, len(stream))))
+
+    @cached_property
+    def hash(self) -> str:
+        """First 16 hexadecimal digits of a SHA-256 over shape and tokens."""
+        return hash_tensors({_KEY: self.tokens})[:16]
+
+    def save(self, path: Path) -> None:
+        """Write the tokens as safetensors, atomically."""
+        write_tensors(path, {_KEY: self.tokens})
+
+    @classmethod
+    def load(cls, path: Path) -> "Calibration":
+        """Return the tokens in a file that `save` wrote.
+
+        Raises:
+            CheckpointError: it is missing or damaged.
+        """
+        found = read_tensors(path)
+        if found is None or _KEY not in found[0]:
+            raise CheckpointError(f"{path} is missing or damaged; copy it again")
+        return cls(found[0][_KEY])
+
+
+def measure_moments(
+    model: Any, tokens: Tensor, names: Sequence[str], batch: int = 4, progress: Callable[[int], object] | None = None
+) -> dict[str, Tensor]:
+    """Return name → H = E[x xᵀ] over all tokens, float32 [K, K], of the inputs x of linear modules.
+
+    Args:
+        model: a transformers model in full precision.
+        tokens: int64 [blocks, length].
+        names: of the modules; all their moments are in memory at once.
+        batch: blocks in one forward pass.
+        progress: called with the number of blocks just done.
+    """
+    moments: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[[Any, Any], None]:
+        def collect(_: Any, inputs: Any) -> None:
+            x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
+            if name not in moments:
+                moments[name] = x.new_zeros(x.shape[1], x.shape[1])
+            moments[name].addmm_(x.t(), x, alpha=1 / tokens.numel())
+
+        return collect
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
+    try:
+        with torch.no_grad():
+            for start in range(0, len(tokens), batch):
+                model.get_decoder()(input_ids=tokens[start : start + batch].to(model.device), use_cache=False)
+                if progress is not None:
+                    progress(len(tokens[start : start + batch]))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: moment.cpu() for name, moment in moments.items()}
+
+
+class InputMoments:
+    """The second moments of one checkpoint under one calibration, measured when first asked for and kept on disk.
+
+    Matrices that read the same input (q/k/v, gate/up) share one. The model is loaded in float32 for as long as moments
+    are measured: as many groups of matrices at once as `memory_bytes` allow, one run over the tokens each.
+
+    Args:
+        checkpoint: the model.
+        calibration: the tokens.
+        root: directory of the disk cache, shared between checkpoints; None keeps the moments in memory, all of them.
+        memory_bytes: most bytes of moments that are measured at once.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, calibration: Calibration, root: Path | None = None, memory_bytes: int = 2 << 30
+    ) -> None:
+        self._checkpoint, self._calibration, self._limit = checkpoint, calibration, memory_bytes
+        self._root = root / checkpoint.fingerprint / calibration.hash if root is not None else None
+        self._leader = {name: group[0] for group in checkpoint.matrices.groups for name in group}
+        self._held: dict[str, Tensor] = {}
+
+    def get(self, name: str) -> Tensor:
+        """Return the moment [K, K] of the input of matrix `name`, float32.
+
+        Raises:
+            ConfigError: it is a table, which has none.
+            CheckpointError: the model cannot be loaded.
+        """
+        if self._checkpoint.matrices.by_name[name].is_table:
+            raise ConfigError(f"{name} is a table, whose input has no second moment; encode it with mse")
+        leader = self._leader[name]
+        if leader not in self._held:
+            found = self._read(leader)
+            if self._root is not None:
+                self._held = {}  # the disk has them; those of one group follow each other
+            if found is None:
+                self._measure(leader)
+            else:
+                self._held[leader] = found
+        return self._held[leader]
+
+    def _path(self, leader: str) -> Path | None:
+        return self._root / f"{leader}.safetensors" if self._root is not None else None
+
+    def _read(self, leader: str) -> Tensor | None:
+        path = self._path(leader)
+        found = read_tensors(path) if path is not None else None
+        moment = found[0].get("moment") if found is not None else None
+        K = self._checkpoint.matrices.by_name[leader].K
+        return moment if moment is not None and moment.shape == (K, K) else None
+
+    def _measure(self, wanted: str) -> None:
+        """Measure every moment that is not on disk, so that the model is loaded once."""
+        matrices = self._checkpoint.matrices
+        missing = [group[0] for group in matrices.groups if not matrices.by_name[group[0]].is_table]
+        missing = [leader for leader in missing if leader == wanted or self._read(leader) is None]
+        model, tokens = load_model(self._checkpoint), self._calibration.tokens
+        runs: list[list[str]] = [[]]
+        size = 0
+        for leader in missing:
+            more = 4 * matrices.by_name[leader].K ** 2
+            if runs[-1] and size + more > self._limit:
+                runs.append([])
+                size = 0
+            runs[-1].append(leader)
+            size += more
+        with progress_bar("calibration", len(runs) * len(tokens)) as bar:
+            for run in runs:
+                for leader, moment in measure_moments(model, tokens, run, progress=bar.update).items():
+                    path = self._path(leader)
+                    if path is not None:
+                        write_tensors(path, {"moment": moment})
+                    if path is None or leader == wanted:
+                        self._held[leader] = moment

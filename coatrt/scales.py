@@ -1,0 +1,113 @@
+"""Scales: one per block, chosen by the error that it leaves, and quantized themselves where the format says so."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from coatrt.formats import WeightFormat
+from coatrt.levels import E4M3_MAX, Grid
+
+__all__ = ["ScaleRule", "choose_scales", "quantize_scales", "tensor_scale_of"]
+
+ScaleRule = Literal["absmax", "mse", "weighted"]
+
+_SUPER_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Clipping candidates as fractions of absmax; fewer bits gain from clipping harder.
+_RATIOS = {
+    2: (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.64, 0.58, 0.52),
+    3: (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.74, 0.68),
+    4: (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.8, 0.75),
+    8: (1.0, 0.97, 0.94, 0.9),
+}
+
+
+def _ratios(kind: str, bits: int) -> tuple[float, ...]:
+    """Return the clipping candidates of a kind; rounding of FP8 elements and of 256 levels leaves none worth trying."""
+    if kind == "nvfp4":
+        return (1.0, 0.92, 0.85, 0.75)
+    return (1.0,) if kind in ("fp8", "nf8") else _RATIOS[bits]
+
+
+def tensor_scale_of(weight: Tensor) -> float:
+    """Return nvfp4's scale of a whole matrix, a power of two: exact in fp16, it moves only the exponents of E4M3."""
+    ceiling = float(weight.abs().max()) / Grid("nvfp4").reach / E4M3_MAX
+    return float(2.0 ** max(-24, torch.tensor(max(ceiling, 2.0**-24)).log2().ceil().item()))
+
+
+def choose_scales(
+    blocks: Tensor,
+    fmt: WeightFormat,
+    grid: Grid,
+    rule: ScaleRule,
+    importance: Tensor | None = None,
+    tensor_scale: float = 0.0,
+) -> Tensor:
+    """Return one scale per block, float32 but of a value that the format can store.
+
+    "absmax" takes the largest magnitude; "mse" the clipping of it with the least squared error; "weighted" minimises
+    Σ h (w − s·q)², h the energy of the weight's input: the same clippings, of either sign for NormalFloat, then the
+    least-squares scale of the codes found, Σ h·w·q / Σ h·q². More such turns gain nothing that can be measured.
+
+    Args:
+        blocks: [rows, blocks, B] float32.
+        fmt: the effective format.
+        grid: its levels.
+        rule: see above.
+        importance: h, [blocks, B]; for "weighted" only.
+        tensor_scale: see `tensor_scale_of`; for nvfp4 only.
+
+    Returns:
+        [rows, blocks].
+    """
+
+    def storable(scale: Tensor) -> Tensor:
+        if fmt.kind != "nvfp4":
+            return scale.half().float()
+        return (scale / tensor_scale).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float() * tensor_scale
+
+    def levels(scale: Tensor) -> Tensor:
+        safe = torch.where(scale != 0, scale, torch.ones_like(scale))[..., None]
+        return grid.value(grid.nearest(blocks / safe))
+
+    def error(level: Tensor, scale: Tensor) -> Tensor:
+        squared = (level * scale[..., None]).sub_(blocks).square_()
+        return (squared if importance is None else squared.mul_(importance)).sum(-1)
+
+    absmax = blocks.abs().amax(-1)
+    # Only a plain NormalFloat scale may be negative: it turns the uneven levels round. TensorRT refuses a negative
+    # scale of DequantizeLinear, and double quantization stores the distance from the least scale.
+    signed = rule == "weighted" and fmt.is_normal_float and not fmt.scale_bits
+    ratios = _ratios(fmt.kind, fmt.bits) if rule != "absmax" else (1.0,)
+    first, *others = (*ratios, *(-ratio for ratio in ratios)) if signed else ratios
+    best = storable(absmax * (first / grid.reach))
+    if not others and rule != "weighted":
+        return best
+    least = error(levels(best), best)
+
+    def offer(scale: Tensor) -> None:
+        nonlocal best, least
+        found = error(levels(scale), scale)
+        best, least = torch.where(found < least, scale, best), torch.minimum(found, least)
+
+    for ratio in others:
+        offer(storable(absmax * (ratio / grid.reach)))
+    if rule == "weighted":
+        assert importance is not None
+        level = levels(best)
+        weighted = level * importance
+        fitted = (weighted * blocks).sum(-1) / (weighted * level).sum(-1).clamp(min=1e-30)
+        offer(storable(fitted if signed else fitted.clamp(min=0)))
+    return best
+
+
+def quantize_scales(scales: Tensor, fmt: WeightFormat) -> tuple[Tensor, Tensor, float]:
+    """Return (codes [P, B1], super scales [P], offset) of doubly quantized `scales` (arXiv 2509.25214)."""
+    top = (1 << fmt.scale_bits) - 1
+    offset = float(scales.min().half())
+    flat = (scales.flatten() - offset).clamp_(min=0)
+    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % fmt.scale_block)).view(-1, fmt.scale_block)
+    supers = (flat.amax(1) / top).to(_SUPER_DTYPES[fmt.scale_dtype])
+    step = supers.float()
+    step = torch.where(step > 0, step, torch.ones_like(step))
+    return (flat / step[:, None]).round_().clamp_(0, top).to(torch.uint8), supers, offset

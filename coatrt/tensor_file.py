@@ -1,0 +1,52 @@
+"""Safetensors files that carry a hash of their tensors: written atomically, read back whole or not at all."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from coatrt.files import atomic_file
+
+__all__ = ["hash_tensors", "read_tensors", "write_tensors"]
+
+_HASH = "sha256"
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 over names, dtypes, shapes and bytes, 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors with their hash, atomically.
+
+    Args:
+        path: the file.
+        tensors: any dtype that safetensors has.
+        metadata: texts to keep beside them.
+    """
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_file(path) as temporary:
+        save_file(held, str(temporary), metadata={**(metadata or {}), _HASH: hash_tensors(held)})
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """Return tensors and metadata of a file; None where it is missing, damaged, or its hash is another."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(str(path), framework="pt") as shard:
+            tensors = {name: shard.get_tensor(name).clone() for name in shard.keys()}  # noqa: SIM118 - no mapping
+            metadata = dict(shard.metadata() or {})
+    except (SafetensorError, OSError, ValueError):
+        return None
+    return (tensors, metadata) if metadata.get(_HASH) == hash_tensors(tensors) else None

@@ -1,0 +1,78 @@
+"""The weights that a bundle really holds: its cpu graph's own arithmetic, evaluated for one matrix at a time."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from coatrt.errors import BundleError
+from coatrt.matrices import EMBEDDING, Matrix, ModelMatrices
+
+__all__ = ["held_weights"]
+
+
+def held_weights(graph: Path, model: ModelMatrices) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Yield (name, weight [N, K]) of every matrix, decoded by the nodes of the graph that lead to it.
+
+    The exporter calls the weight of a matrix `{name}.weight` [K, N] and the rows of the embedding `{name}.weight.rows`.
+    Nothing is fused or folded, and one matrix at a time is in memory.
+
+    Args:
+        graph: the cpu form, its weights file beside it.
+        model: the matrices.
+
+    Raises:
+        BundleError: the graph lacks a matrix, or gives it another shape.
+    """
+    whole = onnx.load(graph, load_external_data=False)
+    producers = {node.output[0]: node for node in whole.graph.node}
+    for matrix in model.matrices:
+        table = matrix.name == EMBEDDING
+        value = f"{matrix.name}.weight.rows" if table else f"{matrix.name}.weight"
+        inputs = {"input_ids": np.arange(matrix.N, dtype=np.int64)[None]} if table else {}
+        found = _session(_part(whole, producers, value), graph.parent).run(None, inputs)[0]
+        weight = np.asarray(found[0] if table else found.T, np.float32)
+        _check(graph, matrix, weight)
+        yield matrix.name, weight
+
+
+def _part(whole: Any, producers: Mapping[str, Any], value: str) -> Any:
+    """Return a model of the nodes that `value` depends on, with it as the only output."""
+    needed, open_values = set(), [value]
+    while open_values:
+        name = open_values.pop()
+        if name not in needed:
+            needed.add(name)
+            open_values += producers[name].input if name in producers else []
+    nodes = [node for node in whole.graph.node if node.output[0] in needed]  # in the order of the graph
+    part = onnx.helper.make_graph(
+        [*nodes, onnx.helper.make_node("Identity", [value], ["out"])],
+        value,
+        [entry for entry in whole.graph.input if entry.name in needed],
+        [onnx.helper.make_empty_tensor_value_info("out")],
+        [tensor for tensor in whole.graph.initializer if tensor.name in needed],
+    )
+    return onnx.helper.make_model(part, opset_imports=whole.opset_import, ir_version=whole.ir_version)
+
+
+def _session(part: Any, directory: Path) -> Any:
+    options = ort.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 3, 1  # a pool of threads costs more than it saves here
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory))
+    try:
+        return ort.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises types of its own that share no public base
+        reason = str(error).splitlines()[0]
+        raise BundleError(f"{directory} does not hold {part.graph.name} ({reason}); build it again") from None
+
+
+def _check(graph: Path, matrix: Matrix, weight: NDArray[np.float32]) -> None:
+    if weight.shape != (matrix.N, matrix.K):
+        raise BundleError(
+            f"{graph} holds {matrix.name} as {weight.shape}, the manifest says {(matrix.N, matrix.K)}; build it again"
+        )

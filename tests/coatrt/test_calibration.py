@@ -1,0 +1,107 @@
+"""Second moments against hooks in float64; what is cached, and that damage is noticed."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from coatrt import calibration
+from coatrt.calibration import Calibration, InputMoments
+from coatrt.checkpoint import Checkpoint, load_model
+from coatrt.errors import CheckpointError, ConfigError
+
+TOKENS = torch.randint(0, 272, (6, 20), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_llama: Path) -> dict[str, torch.Tensor]:
+    """Every matrix's own input seen by a forward hook in float64, all tokens in one batch."""
+    checkpoint = Checkpoint.open(tiny_llama)
+    model, found = load_model(checkpoint, torch.float64), {}
+
+    def keep(name: str):  # type: ignore[no-untyped-def]
+        def hook(_: object, inputs: tuple[torch.Tensor, ...], __: object) -> None:
+            x = inputs[0].reshape(-1, inputs[0].shape[-1])
+            found[name] = torch.einsum("ti,tj->ij", x, x) / len(x)
+
+        return hook
+
+    for matrix in checkpoint.matrices.targets:
+        model.get_submodule(matrix.name).register_forward_hook(keep(matrix.name))
+    with torch.no_grad():
+        model(input_ids=TOKENS)
+    return found
+
+
+@pytest.mark.parametrize("memory_bytes", [2 << 30, 4 * 160**2])  # all groups at once, about one at a time
+def test_moments_equal_those_of_every_matrix_alone(
+    tiny_llama: Path, expected: dict[str, torch.Tensor], memory_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = []
+    measure = calibration.measure_moments
+
+    def counted(model, tokens, names, **options):  # type: ignore[no-untyped-def]
+        runs.append(list(names))
+        return measure(model, tokens, names, **options)
+
+    monkeypatch.setattr(calibration, "measure_moments", counted)
+    checkpoint = Checkpoint.open(tiny_llama)
+    moments = InputMoments(checkpoint, Calibration(TOKENS), memory_bytes=memory_bytes)
+    for matrix in checkpoint.matrices.targets:
+        found = moments.get(matrix.name)
+        assert found.dtype == torch.float32
+        want = expected[matrix.name]
+        torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=1e-5 * float(want.diagonal().mean()))
+    assert moments.get("model.layers.0.self_attn.q_proj") is moments.get("model.layers.0.self_attn.v_proj")
+    leaders = [name for run in runs for name in run]
+    assert len(leaders) == len(set(leaders)) == 2 * 4  # q/k/v, o, gate/up and down of two layers
+    assert len(runs) == (1 if memory_bytes > 1 << 20 else 4)
+
+
+def test_the_cache_is_read_and_damage_is_made_again(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, name = Checkpoint.open(tiny_llama), "model.layers.1.mlp.up_proj"
+    first = InputMoments(checkpoint, Calibration(TOKENS), tmp_path).get(name)
+    files = sorted(tmp_path.rglob("*.safetensors"))
+    assert len(files) == 8
+    (path,) = (file for file in files if "layers.1.mlp.gate_proj" in file.name)
+    data = path.read_bytes()
+    flipped = bytearray(data)
+    flipped[-3] ^= 1
+    for damaged in (bytes(flipped), data[:-100], b"", data.replace(b"moment", b"momenT")):
+        path.write_bytes(damaged)
+        assert torch.equal(InputMoments(checkpoint, Calibration(TOKENS), tmp_path).get(name), first)
+        assert path.read_bytes() == data
+    other = files[0].read_bytes()
+    path.write_bytes(other)  # whole, but of another input
+    if InputMoments(checkpoint, Calibration(TOKENS), tmp_path)._read("model.layers.1.mlp.gate_proj") is not None:
+        pytest.fail("a moment of another width was taken")
+    path.write_bytes(data)
+    monkeypatch.setattr(calibration, "load_model", lambda _: pytest.fail("the model was loaded"))
+    assert torch.equal(InputMoments(checkpoint, Calibration(TOKENS), tmp_path).get(name), first)
+
+
+def test_other_tokens_have_another_place(tiny_llama: Path, tmp_path: Path) -> None:
+    checkpoint, name = Checkpoint.open(tiny_llama), "model.layers.0.self_attn.o_proj"
+    one, two = Calibration(TOKENS), Calibration(TOKENS[:3])
+    assert one.hash != two.hash != Calibration(TOKENS[:3].reshape(6, 10)).hash
+    assert Calibration(TOKENS.clone()).hash == one.hash
+    found = [InputMoments(checkpoint, given, tmp_path).get(name) for given in (one, two)]
+    assert (found[0] - found[1]).abs().max() > 1e-4
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 16
+
+
+def test_tokens_are_saved_and_checked(tmp_path: Path, tiny_llama: Path) -> None:
+    path = tmp_path / "tokens.safetensors"
+    given = Calibration(TOKENS)
+    given.save(path)
+    assert torch.equal(Calibration.load(path).tokens, TOKENS)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match="missing or damaged"):
+        Calibration.load(path)
+    for bad in (TOKENS.int(), TOKENS[0], TOKENS[:0]):
+        with pytest.raises(ConfigError, match=r"give int64 \[blocks, length\]"):
+            Calibration(bad)
+    with pytest.raises(ConfigError, match="is a table"):
+        InputMoments(Checkpoint.open(tiny_llama), given).get("model.embed_tokens")

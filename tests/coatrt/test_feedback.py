@@ -1,0 +1,144 @@
+"""Error feedback against the textbook: one column after another, the inverse Hessian downdated, in float64."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from coatrt.codebooks import codebook
+from coatrt.errors import FormatError
+from coatrt.feedback import DAMPING, feedback_codes, inverse_factor
+from coatrt.levels import Grid
+from coatrt.numpy_decode import decode_numpy
+from coatrt.quantize import decode, decode_scales, encode
+
+FORMATS = ("int4-g32", "int8", "int8-g32", "fp8", "nvfp4", "nf2-g32", "nf3-g32", "nf4-g64", "nf3-g32-dq4-bf16-64",
+           "nf2-g16-dq2-fp16-16")  # fmt: skip
+
+
+def weight(N, K, seed=0):
+    return torch.randn(N, K, generator=torch.Generator().manual_seed(seed)) * 0.02
+
+
+def moment(K, seed=0, tokens=2000):
+    """Return E[x xᵀ] of inputs that are correlated and of very unlike energy."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    x = torch.randn(tokens, K, generator=generator) @ (torch.randn(K, K, generator=generator) / K**0.5 + torch.eye(K))
+    x = x * torch.randn(K, generator=generator).exp()
+    return x.t() @ x / tokens
+
+
+def output_error(w, encoded, H):
+    residual = (decode(encoded) - w).double()
+    return float(((residual @ H.double()) * residual).sum())
+
+
+def grid_values(kind):
+    if kind in ("int4", "int8"):
+        return np.arange(-8, 8.0) if kind == "int4" else np.arange(-128, 128.0)
+    if kind == "fp8":
+        values = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+        return np.unique(values[np.isfinite(values)])
+    return np.unique(codebook(kind).astype(np.float64))
+
+
+def textbook(w, scales, block, H, kind):
+    """Return Q(W) by optimal brain surgeon steps: no Cholesky factor, no lazy blocks."""
+    w, H, levels = w.astype(np.float64), H.astype(np.float64), grid_values(kind)
+    order = np.argsort(-np.diag(H), kind="stable")
+    inverse = np.linalg.inv(H[np.ix_(order, order)] + DAMPING * np.diag(H).mean() * np.eye(len(H)))
+    left, quantized = w[:, order], np.zeros_like(w)
+    for j, column in enumerate(order):
+        scale = scales[:, column // block].astype(np.float64)
+        candidates = levels[None] * scale[:, None]
+        best = candidates[np.arange(len(w)), np.abs(candidates - left[:, j, None]).argmin(1)]
+        quantized[:, column] = best
+        left -= np.outer((left[:, j] - best) / inverse[j, j], inverse[j])
+        inverse -= np.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+        inverse[j, :] = inverse[:, j] = 0
+        inverse[j, j] = 1
+    return quantized
+
+
+@pytest.mark.parametrize("K", [192, 100])
+@pytest.mark.parametrize("text", FORMATS)
+def test_codes_are_those_of_the_textbook(text, K):
+    w, H = weight(24, K), moment(K)
+    found = encode(w, text, "feedback", H)
+    scales = decode_scales(found).numpy()
+    want = textbook(w.numpy(), scales, found.format.block or K, H.numpy(), found.format.kind)
+    np.testing.assert_allclose(decode(found).numpy(), want, rtol=1e-6, atol=1e-9)
+    if found.codes.shape[1] > K:  # paddings stand for zero
+        assert not Grid(found.format.kind).value(found.codes[:, K:]).any()
+
+
+@pytest.mark.parametrize("text", FORMATS)
+@pytest.mark.parametrize("seed", range(3))
+def test_the_output_error_falls(text, seed):
+    w, H = weight(32, 160, seed), moment(160, seed)
+    mse, weighted, feedback = (output_error(w, encode(w, text, rule, H), H) for rule in ("mse", "weighted", "feedback"))
+    assert feedback < 0.8 * weighted
+    assert feedback < 0.8 * mse
+
+
+@pytest.mark.parametrize("text", FORMATS)
+def test_without_correlation_nothing_is_fed_back(text):
+    w = weight(20, 100, 3)
+    for H in (torch.eye(100), torch.zeros(100, 100)):
+        plain, fed = encode(w, text, "weighted", H), encode(w, text, "feedback", H)
+        assert torch.equal(decode(plain), decode(fed))
+        assert torch.equal(plain.codes.view(torch.uint8), fed.codes.view(torch.uint8))
+
+
+def test_more_columns_than_a_lazy_block_and_fewer_tokens_than_columns():
+    w, H = weight(16, 320, 1), moment(320, tokens=50)
+    found = encode(w, "nf3-g64", "feedback", H)
+    want = textbook(w.numpy(), decode_scales(found).numpy(), 64, H.numpy(), "nf3")
+    residual = want - w.numpy()
+    expected = ((residual @ H.numpy()) * residual).sum()
+    assert output_error(w, found, H) == pytest.approx(expected, rel=0.02)  # float32 may round a few codes otherwise
+    assert (decode(found).numpy() == want.astype(np.float32)).mean() > 0.98
+
+
+@pytest.mark.parametrize("text", FORMATS)
+def test_the_decoders_agree(text):
+    found = encode(weight(12, 100), text, "feedback", moment(100))
+
+    def array(tensor):
+        if tensor is not None and tensor.dtype == torch.float8_e4m3fn:
+            return tensor.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
+        if tensor is not None and tensor.dtype == torch.bfloat16:
+            return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return None if tensor is None else tensor.numpy()
+
+    again = decode_numpy(
+        found.format, (12, 100), array(found.codes), array(found.scales), array(found.super_scales), found.constant
+    )
+    np.testing.assert_array_equal(decode(found).numpy(), again)
+
+
+def test_the_factor_is_the_cholesky_factor_of_the_inverse():
+    H = moment(40)
+    damped = H.double().numpy() + DAMPING * float(H.diagonal().mean()) * np.eye(40)
+    want = np.linalg.cholesky(np.linalg.inv(damped)).T
+    np.testing.assert_allclose(inverse_factor(H).numpy(), want, rtol=1e-3, atol=1e-4 * np.abs(want).max())
+
+
+def test_damping_rises_until_the_moment_is_definite():
+    H = torch.diag(torch.tensor([4.0, 2.0, 1.0, -0.5]))
+    factor = inverse_factor(H).double()
+    shift = torch.linalg.inv(factor.t() @ factor) - H.double()
+    assert float(shift[0, 0]) == pytest.approx(100 * DAMPING * 6.5 / 4, rel=1e-3)
+    torch.testing.assert_close(shift, shift[0, 0] * torch.eye(4, dtype=torch.float64), atol=1e-5, rtol=1e-5)
+
+
+def test_moments_are_checked():
+    for bad in (None, torch.eye(5), torch.full((64, 64), float("nan"))):
+        for quantizer in ("weighted", "feedback"):
+            with pytest.raises(FormatError, match="needs a finite second moment"):
+                encode(weight(4, 64), "int4-g64", quantizer, bad)
+    with pytest.raises(FormatError, match="not finite"):
+        feedback_codes(weight(4, 64), torch.ones(4, 1), 64, Grid("int4"), torch.full((64, 64), float("inf")))
+    with pytest.raises(FormatError, match="no quantizer 'best'; allowed: absmax, mse, weighted, feedback"):
+        encode(weight(4, 64), "int4-g64", "best")
+    assert encode(weight(4, 64), "fp16", "feedback").scales is None  # 16 bits are stored as they are

@@ -1,0 +1,75 @@
+"""The cache of encoded matrices: its keys, damage, and what is never measured."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from coatrt import store as module
+from coatrt.calibration import Calibration, InputMoments
+from coatrt.checkpoint import Checkpoint
+from coatrt.errors import ConfigError
+from coatrt.quantize import QUANTIZERS, decode, encode
+from coatrt.store import CodeStore
+from coatrt.tensor_file import read_tensors
+
+TOKENS = torch.randint(0, 272, (4, 24), generator=torch.Generator().manual_seed(1))
+NAME, TABLE = "model.layers.0.mlp.down_proj", "model.embed_tokens"
+
+
+@pytest.fixture
+def checkpoint(tiny_llama: Path) -> Checkpoint:
+    return Checkpoint.open(tiny_llama)
+
+
+def test_every_quantizer_and_calibration_has_codes_of_its_own(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    one, two = Calibration(TOKENS), Calibration(TOKENS[:2])
+    weight = checkpoint.tensor(f"{NAME}.weight")
+    seen = []
+    for calibration in (one, two):
+        moment = InputMoments(checkpoint, calibration).get(NAME)
+        for quantizer in QUANTIZERS:
+            found = CodeStore(checkpoint, tmp_path, quantizer, calibration).get(NAME, "nf3-g32")
+            assert torch.equal(decode(found), decode(encode(weight, "nf3-g32", quantizer, moment)))
+            seen.append(decode(found))
+    distinct = {tuple(weight.flatten().tolist()) for weight in seen}
+    assert len(distinct) == 4 + 2  # absmax and mse know no calibration
+    assert len(list((tmp_path / "codes").rglob(f"{NAME}.safetensors"))) == 6
+
+
+def test_the_cache_is_read_and_damage_is_made_again(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibration = Calibration(TOKENS)
+    first = CodeStore(checkpoint, tmp_path, "feedback", calibration).get(NAME, "nf3-g32-dq4-bf16-64")
+    (path,) = (tmp_path / "codes").rglob("*.safetensors")
+    data = path.read_bytes()
+    flipped = bytearray(data)
+    flipped[-5] ^= 1
+    for damaged in (bytes(flipped), data[:-10], b"{}"):
+        path.write_bytes(damaged)
+        found = CodeStore(checkpoint, tmp_path, "feedback", calibration).get(NAME, "nf3-g32-dq4-bf16-64")
+        assert torch.equal(decode(found), decode(first))
+        assert read_tensors(path) is not None
+    monkeypatch.setattr(module, "encode", lambda *_: pytest.fail("it was encoded again"))
+    again = CodeStore(checkpoint, tmp_path, "feedback", calibration).get(NAME, "nf3-g32-dq4-bf16-64")
+    assert torch.equal(decode(again), decode(first))
+    assert again.constant == first.constant
+
+
+def test_tables_and_16_bits_need_no_moments(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(InputMoments, "_measure", lambda *_: pytest.fail("moments were measured"))
+    weight = checkpoint.tensor(f"{TABLE}.weight")
+    for quantizer in QUANTIZERS:
+        codes = CodeStore(checkpoint, tmp_path, quantizer, Calibration(TOKENS))
+        assert torch.equal(decode(codes.get(TABLE, "nf2-g32")), decode(encode(weight, "nf2-g32", "mse")))
+        codes.get(NAME, "fp16")
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+
+
+def test_a_calibration_must_be_given(checkpoint: Checkpoint) -> None:
+    for quantizer in ("weighted", "feedback"):
+        with pytest.raises(ConfigError, match="without calibration tokens"):
+            CodeStore(checkpoint, None, quantizer)  # type: ignore[arg-type]
