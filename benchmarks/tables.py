@@ -11,8 +11,13 @@ import math
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent / "method"))
+
+import report
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ("README.md", "docs/engines.md", "docs/method.md", "docs/formats.md")
@@ -186,10 +191,13 @@ def quantizers() -> str:
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    maker.__name__: maker
-    for maker in (demo, sizes, billion, export, interactive, memory, parity, cpu, tasks, quantizers)
-}
+_MAKERS = (demo, sizes, billion, export, interactive, memory, parity, cpu, tasks, quantizers)
+TABLES: dict[str, Callable[[], str]] = {maker.__name__: maker for maker in _MAKERS}
+for _task in ("sotu", "trec"):
+    TABLES[f"method_{_task}"] = partial(report.main_table, "smollm2", _task)
+    TABLES[f"gaps_{_task}"] = partial(report.gaps, "smollm2", _task)
+    TABLES[f"unseen_{_task}"] = partial(report.unseen_table, "smollm2", _task)
+TABLES["method_micro"] = partial(report.main_table, "micro", "sotu")
 
 
 def filled(text: str) -> str:

@@ -14,13 +14,16 @@ from common import smollm2
 from micro import micro_llama
 from tasks import TASKS
 
+from coatrt.calibration import Calibration
 from coatrt.checkpoint import Checkpoint, load_tokenizer
 from coatrt.config import QuantConfig
 from coatrt.data import batches
+from coatrt.examples import Examples
 from coatrt.fakequant import FakeQuantModel
 from coatrt.features import ConfigEncoder
 from coatrt.formats import WeightFormat
 from coatrt.progress import stages
+from coatrt.quantize import Quantizer
 from coatrt.sampling import TrainingSampler
 from coatrt.sensitivity import Sensitivity, measure_sensitivity
 from coatrt.space import ConfigSpace
@@ -30,6 +33,7 @@ from coatrt.tasks import TaskData
 __all__ = ["BUDGETS", "FORMATS", "Measured", "Setting"]
 
 FORMATS = ("nf2-g64", "nf3-g64", "nf4-g64", "int4-g64", "nvfp4", "int8")
+QUANTIZER: Quantizer = "feedback"
 TRAINED = tuple(2.5 + 0.5 * i for i in range(11))  # bits per weight of the configurations trained on
 BUDGETS = (2.5, 3.0, 3.5, 4.5, 5.5, 7.5)  # those measured
 _HELD_OUT = 0.25  # held-out budgets lie so far above
@@ -66,7 +70,7 @@ class Setting:
     model: str
     task: str
     scratch: Path
-    calibration: int = 16
+    calibration: int = 32
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -91,17 +95,20 @@ class Setting:
     @cached_property
     def codes(self) -> CodeStore:
         """Encoded matrices."""
-        return CodeStore.default(self.checkpoint)
+        return CodeStore.default(self.checkpoint, QUANTIZER, Calibration.of(self._calibration))
+
+    @cached_property
+    def _calibration(self) -> Examples:
+        return self.data.train[batches(len(self.data.train), self.calibration, 0, 0)]
 
     @cached_property
     def sensitivity(self) -> Sensitivity:
         """Costs and errors, measured once on training examples."""
         path = self.scratch / f"sensitivity-{self.model}-{self.task}.json"
         if not path.is_file():
-            rows = batches(len(self.data.train), self.calibration, 0, 0)
             with stages("sensitivity") as progress:
                 found = measure_sensitivity(
-                    self.base, self.codes, self.data.train[rows], self.space.formats, progress
+                    self.base, self.codes, self._calibration, self.space.formats, progress
                 )  # fmt: skip
             found.save(path)
         return Sensitivity.load(path)

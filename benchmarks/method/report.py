@@ -1,0 +1,153 @@
+"""The evidence's tables and plot, from the JSON that benchmarks/method/run.py left.
+
+python benchmarks/method/report.py   draws docs/method.png; benchmarks/tables.py puts the tables into docs/method.md
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from coatrt.hypervolume import hypervolume
+
+__all__ = ["arms_of", "gaps", "main_table", "unseen_table"]
+
+RESULTS = Path(__file__).parents[1] / "results" / "method"
+MODELS = {"smollm2": "SmolLM2-135M", "micro": "the micro byte-level Llama"}
+_REFERENCE_BITS, _REFERENCE_NATS = 10.0, 1.0
+_FIRST = ("none", "single", "single-shared-compute", "shared", "shared-rank", "bank", "paper", "coatrt")
+
+
+def arms_of(model: str, task: str) -> dict[str, list[dict[str, Any]]]:
+    """Return arm → results by seed, the rivals first."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(RESULTS.glob(f"{model}-{task}-*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        found.setdefault(result["arm"], []).append(result)
+    order = {name: i for i, name in enumerate(_FIRST)}
+    return dict(sorted(found.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
+
+
+def _losses(results: Iterable[dict[str, Any]], kind: str, seen: bool, budget: float | None = None) -> list[float]:
+    """Return per seed the mean loss of some rows, seeds without such rows left out."""
+    found = []
+    for result in results:
+        rows = [
+            row["loss"]
+            for row in result["rows"]
+            if row["kind"] == kind and row["seen"] == seen and budget in (None, row["budget"])
+        ]
+        if rows:
+            found.append(statistics.mean(rows))
+    return found
+
+
+def _text(values: list[float]) -> str:
+    """Return mean ± standard deviation over seeds."""
+    if not values:
+        return "–"
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
+
+
+def _volume(result: dict[str, Any], base: float) -> float:
+    points = [
+        (row["bits_with_lora"], row["loss"]) for row in result["rows"] if row["kind"] == "planned" and row["seen"]
+    ]
+    return hypervolume(points, (_REFERENCE_BITS, base + _REFERENCE_NATS))
+
+
+def _grid(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def main_table(model: str, task: str) -> str:
+    """Return the losses on planned configurations that were trained on, by budget."""
+    found = arms_of(model, task)
+    if "none" not in found:
+        return "Not run yet."
+    none = found["none"][0]
+    base = none["full_precision"]["loss"]
+    budgets = list(dict.fromkeys(row["budget"] for row in none["rows"]))
+    rows = []
+    for results in found.values():
+        volumes = [_volume(result, base) for result in results]
+        minutes = statistics.mean(result["training_s"] for result in results) / 60
+        rows.append([
+            results[0]["what"], str(len(results)),
+            *(_text(_losses(results, "planned", True, budget)) for budget in budgets),
+            _text(volumes), f"{results[0]['trained_parameters'] / 1e6:.2f}", str(results[0]["passes"]),
+            f"{minutes:.0f}",
+        ])  # fmt: skip
+    columns = ["hypervolume", "M parameters", "passes", "minutes"]
+    head = ["arm", "seeds", *(f"{budget:g} bits" for budget in budgets), *columns]
+    accuracy = none["full_precision"].get("accuracy")
+    beside = f", accuracy {accuracy:.3f}" if accuracy is not None else ""
+    return (
+        f"{MODELS[model]} on {task}: held-out loss in nats per predicted token, mean ± standard deviation over seeds; "
+        f"full precision without adapter {base:.3f}{beside}. Hypervolume of (bits with the LoRA counted, loss) against "
+        f"({_REFERENCE_BITS:g} bits, {base + _REFERENCE_NATS:.3f}).\n\n{_grid(head, rows)}"
+    )
+
+
+def unseen_table(model: str, task: str) -> str:
+    """Return the losses by kind of configuration, means over budgets."""
+    found = arms_of(model, task)
+    rows = []
+    for name, results in found.items():
+        if name.startswith("single"):
+            continue
+        planned, random = ([_losses(results, kind, seen) for seen in (True, False)] for kind in ("planned", "random"))
+        rows.append([results[0]["what"], *map(_text, (*planned, *random))])
+    return _grid(["arm", "planned, seen", "planned, unseen", "random, seen", "random, unseen"], rows)
+
+
+def gaps(model: str, task: str) -> str:
+    """Return ours less the shared LoRA and less LoRA per configuration, by budget, paired by seed."""
+    found = arms_of(model, task)
+    if not {"coatrt", "shared"} <= set(found):
+        return "Not run yet."
+    budgets = list(dict.fromkeys(row["budget"] for row in found["coatrt"][0]["rows"]))
+    rows = []
+    for rival in ("shared", "shared-rank", "bank", "paper", "single", "single-shared-compute"):
+        if rival not in found:
+            continue
+        cells = []
+        for budget in budgets:
+            pairs = zip(found["coatrt"], found[rival], strict=False)
+            values = [
+                _losses([ours], "planned", True, budget)[0] - _losses([theirs], "planned", True, budget)[0]
+                for ours, theirs in pairs
+            ]
+            cells.append(_text(values))
+        rows.append([f"coatrt − {found[rival][0]['what']}", *cells])
+    return _grid(["difference in loss (negative: ours is better)", *(f"{b:g} bits" for b in budgets)], rows)
+
+
+def main() -> None:
+    """Draw loss against bits for every model and task that has results."""
+    import matplotlib.pyplot as plt
+
+    settings = sorted({tuple(path.stem.split("-")[:2]) for path in RESULTS.glob("*.json")}, reverse=True)
+    figure, axes = plt.subplots(1, max(1, len(settings)), figsize=(6.4 * max(1, len(settings)), 4.4), squeeze=False)
+    for axis, (model, task) in zip(axes[0], settings, strict=False):
+        for name, results in arms_of(model, task).items():
+            if name not in _FIRST:
+                continue
+            rows = [row for row in results[0]["rows"] if row["kind"] == "planned" and row["seen"]]
+            means = [
+                math.exp(statistics.mean(_losses(results, "planned", True, row["budget"]))) for row in rows
+            ]  # fmt: skip
+            axis.plot([row["bits"] for row in rows], means, marker="o", markersize=3, label=results[0]["what"])
+        axis.set(title=f"{MODELS[model]}, {task}", xlabel="bits per weight", ylabel="held-out perplexity", yscale="log")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(Path(__file__).parents[2] / "docs" / "method.png", dpi=130)
+
+
+if __name__ == "__main__":
+    main()
