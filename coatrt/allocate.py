@@ -4,7 +4,10 @@ A Lagrange multiplier gives a configuration and a bound within milliseconds; the
 HiGHS settles what is left.
 """
 
-from collections.abc import Mapping
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +22,7 @@ CostTable = Mapping[str, Mapping[str, float]]
 """Matrix name → format text → predicted loss increase in nats per token."""
 
 _GAP = 1e-4  # relative distance from the optimum at which the search ends
-_SECONDS = 0.15  # HiGHS's limit; the Lagrangian's configuration stands where it finds none better
+_SECONDS = 0.1  # HiGHS's limit, asked twice at most; the Lagrangian's configuration stands where it finds none better
 
 
 def cost_matrix(space: ConfigSpace, costs: CostTable) -> NDArray[np.float64]:
@@ -144,9 +147,32 @@ def _solve(objective: NDArray[np.float64], bounded: NDArray[np.float64], limit: 
     kept[rows, choice] = True
     for bound in (limit, limit - 3e-6 * _unit(bounded)):  # HiGHS may overstep a row by 1e-6 of its units
         found = _highs(objective, bounded, bound, kept)
-        if found is not None and bounded[rows, found].sum() <= limit:
+        if found is None:
+            break
+        if bounded[rows, found].sum() <= limit:
             return found if objective[rows, found].sum() <= value else choice
     return choice
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Send C's standard output nowhere: HiGHS has a stray printf, which would end up behind the JSON of --json."""
+    libc = ctypes.CDLL(None)
+    libc.fflush(None)
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is no standard output
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        libc.fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _highs(
@@ -158,16 +184,17 @@ def _highs(
 
     groups, columns = np.nonzero(kept)
     one_each = csr_array((np.ones(len(groups)), (groups, np.arange(len(groups)))))
-    solution = milp(
-        objective[kept] / _unit(objective),
-        integrality=np.ones(len(groups)),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint((bounded[kept] / _unit(bounded))[None, :], -np.inf, limit / _unit(bounded)),
-        ],
-        options={"mip_rel_gap": 0.5 * _GAP, "time_limit": _SECONDS},
-    )
+    with _silence():
+        solution = milp(
+            objective[kept] / _unit(objective),
+            integrality=np.ones(len(groups)),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint((bounded[kept] / _unit(bounded))[None, :], -np.inf, limit / _unit(bounded)),
+            ],
+            options={"mip_rel_gap": 0.5 * _GAP, "time_limit": _SECONDS},
+        )
     if solution.x is None:
         return None
     share = np.zeros(kept.shape)
