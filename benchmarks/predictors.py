@@ -97,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("out/predictors"), help="where finished steps lie")
     work = parser.parse_args().work
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # a shared machine: two threads would wait for each other
     checkpoint = smollm2()
     codes, formats = CodeStore.default(checkpoint), [WeightFormat.parse(text) for text in FORMATS]
     space = ConfigSpace(checkpoint.matrices, tuple(formats))
