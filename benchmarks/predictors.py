@@ -87,7 +87,11 @@ def correlations(
     for name, values in predictions.items():
         found[name] = {
             kind: float(spearmanr(values[chosen], measured[chosen]).statistic)
-            for kind, chosen in (("all", kinds != ""), ("allocated", kinds == "allocated"), ("random", kinds == "random"))
+            for kind, chosen in (
+                ("all", kinds != ""),
+                ("allocated", kinds == "allocated"),
+                ("random", kinds == "random"),
+            )
         }
     return found
 
@@ -120,7 +124,9 @@ def main() -> None:
         model.set_config(config)
         losses.append(mean_loss(model, blocks))
         write_json(path, losses)
-        print(f"{len(losses)} of {COUNT}: {config.average_bits(space.model):.2f} bits, loss {losses[-1]:.3f}", flush=True)
+        print(
+            f"{len(losses)} of {COUNT}: {config.average_bits(space.model):.2f} bits, loss {losses[-1]:.3f}", flush=True
+        )
     model.set_config(None)
     base = kept(work / "base.json", lambda: mean_loss(model, blocks))["value"]
     steps["measured"] = kept(

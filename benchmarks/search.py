@@ -1,4 +1,4 @@
-"""Search methods at equal evaluations: random mutation, allocation by the prior costs, and the surrogate; three seeds each.
+"""Search methods at equal evaluations: random mutation, prior costs at spread and at chosen budgets, surrogate; three seeds.
 
 python benchmarks/search.py [--work DIR]
 
@@ -34,8 +34,9 @@ from coatrt.space import ConfigSpace
 from coatrt.store import CodeStore
 
 FORMATS = ("nf2-g32", "nf3-g32", "nf4-g32", "int4-g32", "nvfp4", "fp8", "int8")
-METHODS: tuple[Method, ...] = ("mutation", "allocation", "surrogate")
-NAMES = {"mutation": "random mutation", "allocation": "prior allocation", "surrogate": "surrogate"}
+METHODS: tuple[Method, ...] = ("mutation", "allocation", "budgets", "surrogate")
+NAMES = {"mutation": "random mutation", "allocation": "prior allocation", "budgets": "prior, chosen budgets",
+         "surrogate": "surrogate"}  # fmt: skip
 SEEDS, EVALUATIONS, LENGTH, STEPS = 3, 60, 128, 400
 PLOT = Path(__file__).resolve().parents[1] / "docs" / "search.png"
 
@@ -141,7 +142,7 @@ def plot(runs: list[dict[str, Any]]) -> None:
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for colour, method in zip(("tab:gray", "tab:blue", "tab:red"), METHODS, strict=True):
+    for colour, method in zip(("tab:gray", "tab:blue", "tab:green", "tab:red"), METHODS, strict=True):
         for one in (found for found in runs if found["method"] == method):
             label = NAMES[method] if one["seed"] == 0 else None
             volumes = one["hypervolume"]
@@ -161,7 +162,7 @@ def plot(runs: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Do what is missing of nine runs, then write the result and the plot."""
+    """Do what is missing of the runs, then write the result and the plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("out/search"), help="where finished runs lie")
     parser.add_argument("--plot", action="store_true", help="only draw the plot again, from the result")

@@ -16,12 +16,9 @@ def pareto_indices(points: ArrayLike) -> NDArray[np.int64]:
     """
     array = np.asarray(points, dtype=np.float64).reshape(-1, 2)
     order = np.lexsort((np.arange(len(array)), array[:, 1], array[:, 0]))
-    kept, lowest = [], np.inf
-    for index in order:
-        if array[index, 1] < lowest:
-            kept.append(index)
-            lowest = array[index, 1]
-    return np.array(kept, dtype=np.int64)
+    second = array[order, 1]
+    lowest = np.concatenate([[np.inf], np.minimum.accumulate(second)[:-1]]) if len(order) else second
+    return np.asarray(order[second < lowest], dtype=np.int64)
 
 
 def hypervolume(points: ArrayLike, reference: tuple[float, float]) -> float:

@@ -5,8 +5,8 @@ the archive alone: a search that was interrupted goes on as if it had not been.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +21,10 @@ from coatrt.surrogate import Surrogate, disturbed, fit_multipliers, multiplier_t
 
 __all__ = ["Method", "SearchOptions", "propose", "search"]
 
-Method = Literal["surrogate", "mutation", "allocation"]
+Method = Literal["surrogate", "budgets", "allocation", "mutation"]
 Progress = Callable[[int, int, ArchiveEntry], None]
-_BUDGETS = 64  # budgets looked at for each proposal
+_BUDGETS = 40  # budgets looked at for each proposal
+_LEARNED_TRIES = 3  # of the surrogate before a random mutation stands in
 _TRIES = 50  # other proposals in place of a configuration measured already
 
 
@@ -38,8 +39,8 @@ class SearchOptions:
         low_bits: lowest budget, bits per weight without the LoRA; None: the least the formats allow.
         high_bits: highest budget; None: the most they allow.
         start: allocations by the prior costs, spread over the budgets, that are measured first.
-        method: "surrogate", or for comparison "mutation" (random moves of front members) or "allocation" (prior costs
-            at budgets spread ever more finely).
+        method: "surrogate", or for comparison "budgets" (the same with all multipliers held at 1: only budgets are chosen),
+            "allocation" (prior costs at budgets spread ever more finely) or "mutation" (random moves of front members).
         temperature: how far sampled multipliers deviate from their mean in every other proposal.
         lora_bytes: bytes of the adapter's LoRA in fp16, counted with every configuration.
         round: which adapter the losses are measured with.
@@ -65,8 +66,8 @@ class SearchOptions:
         for name, least in (("evaluations", 1), ("start", 2), ("lora_bytes", 0), ("round", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} {getattr(self, name)} is given; give at least {least}")
-        if self.method not in ("surrogate", "mutation", "allocation"):
-            raise ConfigError(f"search method {self.method!r} is given; give surrogate, mutation or allocation")
+        if self.method not in get_args(Method):
+            raise ConfigError(f"search method {self.method!r} is given; give {', '.join(get_args(Method))}")
         if self.temperature < 0:
             raise ConfigError(f"temperature {self.temperature} is given; give 0 or more")
 
@@ -130,7 +131,9 @@ class _Problem:
         self.cost = cost_matrix(space, costs)
         self.sizes = space.sizes.astype(np.float64)
         self.low, self.high = options.budgets(space)
-        self.surrogate = Surrogate(self.cost, *multiplier_terms(space), options.base)
+        terms, spread = multiplier_terms(space)
+        held = 1e-6 if options.method == "budgets" else 1.0
+        self.surrogate = Surrogate(self.cost, terms, held * spread, options.base)
         self._column = {fmt: i for i, fmt in enumerate(space.formats)}
 
     def choice(self, config: QuantConfig) -> NDArray[np.int64]:
@@ -168,7 +171,7 @@ def propose(problem: _Problem, archive: Archive) -> QuantConfig | None:
     for attempt in range(_TRIES):
         if options.method == "allocation":
             choice = _spread(problem, len(current) + attempt, options)
-        elif options.method == "mutation" or attempt > _TRIES // 2:
+        elif options.method == "mutation" or attempt >= _LEARNED_TRIES:
             choice = _mutant(problem, archive, rng)
         else:
             choice = _learned(problem, archive, rng, known)
@@ -222,8 +225,9 @@ def _learned(
     Even proposals take the multipliers' mean, odd ones a sample (Thompson): its allocations at many budgets, the losses
     it predicts for them, and of these the one whose point would enlarge the front's hypervolume most.
     """
-    options, surrogate = problem.options, problem.surrogate
-    entries = archive.current(options.round)
+    options, entries = problem.options, archive.current(problem.options.round)
+    # An adapter may beat the unquantized model it was trained on: then the least loss seen is the floor.
+    surrogate = replace(problem.surrogate, base=min(options.base, *(entry.loss for entry in entries)))
     fitted = fit_multipliers(surrogate, [problem.choice(e.config) for e in entries], [e.loss for e in entries])
     theta = fitted.draw(rng, options.temperature if len(entries) % 2 else 0.0)
     cost = disturbed(surrogate, theta)

@@ -120,7 +120,8 @@ def fisher_costs(
     for i, name in enumerate(names):
         weight, importance = model.model.get_submodule(name).weight.detach(), fisher.pop(name).view(-1)
         costs[name] = {
-            str(fmt): 0.5 * float(importance @ (weight - decode(codes.get(name, fmt).to(model.compute))).square_().view(-1))
+            str(fmt): 0.5
+            * float(importance @ (weight - decode(codes.get(name, fmt).to(model.compute))).square_().view(-1))
             for fmt in formats
         }
         if progress is not None:
@@ -166,7 +167,7 @@ def measured_costs(
     base = mean_loss(model, blocks)
     rises, worst = [], []
     for i, group in enumerate(space.groups):
-        fmt = max(space.formats, key=lambda fmt: sum(errors[name][str(fmt)] ** 2 for name in group))  # noqa: B023
+        fmt = max(space.formats, key=lambda fmt: sum(errors[name][str(fmt)] ** 2 for name in group))
         model.set_config(QuantConfig({**uniform.formats, **dict.fromkeys(group, fmt)}))
         rises.append(mean_loss(model, blocks) - base)
         worst.append(str(fmt))

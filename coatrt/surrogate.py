@@ -21,7 +21,7 @@ _DEPTHS = 3
 _PRIOR = {"kind": 0.5, "depth": 0.5, "format": 0.5, "kind, format": 0.25, "kind, depth": 0.25, "group": 0.25}
 _LINK_MEAN = np.array([0.0, 1.0, 0.0])  # log Δ = c0 + c1·t + c2·t², t = log cost
 _LINK_SPREAD = np.array([3.0, 0.4, 0.1])
-_RELATIVE_NOISE = (0.02, 0.05, 0.1, 0.2)  # of the increase; the evidence chooses
+_RELATIVE_NOISE = (0.2, 0.1, 0.05, 0.02)  # of the increase; the evidence chooses
 _ABSOLUTE_NOISE = 0.003  # nats
 _LEAST_INCREASE = 0.01  # nats added to every increase: its logarithm must not follow noise near zero
 _ITERATIONS = 12
@@ -123,9 +123,9 @@ def fit_multipliers(surrogate: Surrogate, choices: Sequence[NDArray[np.int64]], 
     mean = np.concatenate([np.zeros(len(surrogate.spread)), _LINK_MEAN])
     precision = np.concatenate([surrogate.spread, _LINK_SPREAD]) ** -2.0
     best: tuple[float, Multipliers] | None = None
+    theta = mean.copy()  # each noise starts where the one before ended
     for noise in _RELATIVE_NOISE:
         weight = 1.0 / (noise**2 + (_ABSOLUTE_NOISE / increase) ** 2)
-        theta = mean.copy()
         jacobian, value = _linearised(cost, terms, theta)
         for _ in range(_ITERATIONS):
             hessian = (jacobian * weight[:, None]).T @ jacobian + np.diag(precision)
@@ -139,7 +139,7 @@ def fit_multipliers(surrogate: Surrogate, choices: Sequence[NDArray[np.int64]], 
                     break
                 step = step / 2
             theta = tried
-            if abs(before - after) < 1e-6 * (1 + before):
+            if abs(before - after) < 1e-4 * (1 + before):
                 break
         hessian = (jacobian * weight[:, None]).T @ jacobian + np.diag(precision)
         lower = np.linalg.cholesky(hessian)
