@@ -2,8 +2,8 @@
 
 python benchmarks/allocation.py
 
-Costs are exponential draws over 4^bits, fresh for every seed; costs that follow the size of the matrix and costs with no order
-among the formats are asked too. Needs no model.
+Costs are exponential draws over 4^bits, fresh for every seed; costs that follow the size of the matrix and costs with
+no order among the formats are asked too. Needs no model.
 """
 
 import statistics

@@ -2,9 +2,9 @@
 
 python benchmarks/predictors.py [--work DIR]
 
-Half of the configurations are what a planner could choose (allocations under the disturbed costs of each gradient predictor in
-turn), half are random maps of a budget; budgets from 2.5 to 8 bits. It goes on where it was stopped: losses and
-costs lie in DIR.
+Half of the configurations are what a planner could choose (allocations under the disturbed costs of each gradient
+predictor in turn), half are random maps of a budget; budgets from 2.5 to 8 bits. It goes on where it was stopped:
+losses and costs lie in DIR.
 """
 
 import argparse

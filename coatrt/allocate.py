@@ -182,7 +182,7 @@ def _highs(
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
 
-    groups, columns = np.nonzero(kept)
+    groups = np.nonzero(kept)[0]
     one_each = csr_array((np.ones(len(groups)), (groups, np.arange(len(groups)))))
     with _silence():
         solution = milp(

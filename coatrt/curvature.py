@@ -29,9 +29,9 @@ def visit_outputs(
 ) -> None:
     """Call `visit(matrix name, x, g)` for every matrix and batch of blocks.
 
-    x [T, K]: the inputs at all positions that predict a token (int64 [T] token ids for the embedding); g [T, N]: the gradient
-    of the sum of the batch's token losses with respect to the outputs there. A tied table is visited twice, as embedding
-    and as head, under its one name.
+    x [T, K]: the inputs at all positions that predict a token (int64 [T] token ids for the embedding); g [T, N]: the
+    gradient of the sum of the batch's token losses with respect to the outputs there. A tied table is visited twice, as
+    embedding and as head, under its one name.
 
     Args:
         model: configuration and LoRA already set.
@@ -130,8 +130,8 @@ def kfac_costs(
 ) -> dict[str, dict[str, float]]:
     """Return matrix → format text → ½ Σ_n G_n ΔW_n H ΔW_nᵀ, nats per token.
 
-    G_n = E[g_n²] over tokens, H = E[x xᵀ]: the Fisher of Kronecker factors (Martens and Grosse, arXiv 1503.05671) with the
-    output factor's diagonal. An embedding's input is one-hot: its rows are weighted by E[g²] at their own tokens, exactly.
+    G_n = E[g_n²] over tokens, H = E[x xᵀ]: the Fisher of Kronecker factors (Martens and Grosse, arXiv 1503.05671) with
+    the output factor's diagonal. An embedding's input is one-hot: its rows are weighted by E[g²] at their own tokens.
 
     Args:
         model: full precision is set and no LoRA is bound; one [K, K] float32 per fused group is in memory.
@@ -171,8 +171,8 @@ def token_costs(
 ) -> dict[str, dict[str, float]]:
     """Return matrix → format text → ½ E[(g_tᵀ ΔW x_t)²], nats per token.
 
-    The empirical Fisher's quadratic form itself, tokens taken as independent: no diagonal and no factors are assumed, and no
-    moment is stored. Each format costs a product of the size of a forward pass.
+    The empirical Fisher's quadratic form itself, tokens taken as independent: no diagonal and no factors are assumed,
+    and no moment is stored. Each format costs a product of the size of a forward pass.
 
     Args:
         model: full precision is set and no LoRA is bound.

@@ -39,8 +39,9 @@ class SearchOptions:
         low_bits: lowest budget, bits per weight without the LoRA; None: the least the formats allow.
         high_bits: highest budget; None: the most they allow.
         start: allocations by the prior costs, spread over the budgets, that are measured first.
-        method: "surrogate", or for comparison "budgets" (the same with all multipliers held at 1: only budgets are chosen),
-            "allocation" (prior costs at budgets spread ever more finely) or "mutation" (random moves of front members).
+        method: "surrogate", or for comparison "budgets" (the same with all multipliers held at 1: only budgets are
+            chosen), "allocation" (prior costs at budgets spread ever more finely) or "mutation" (random moves of front
+            members).
         temperature: how far sampled multipliers deviate from their mean in every other proposal.
         lora_bytes: bytes of the adapter's LoRA in fp16, counted with every configuration.
         round: which adapter the losses are measured with.
@@ -108,7 +109,6 @@ def search(
     Raises:
         ConfigError: options do not fit the space, or a loss is not finite.
     """
-    low, _ = options.budgets(space)
     archive = Archive(space.model.parameters) if archive is None else archive
     problem = _Problem(space, costs, options)
     while (done := len(archive.current(options.round))) < options.evaluations:

@@ -152,8 +152,8 @@ def measured_costs(
 ) -> dict[str, dict[str, float]]:
     """Return matrix → format text → cost from the measured loss with one group at a time in its worst format.
 
-    Other formats cost as much less as their squared error is smaller. A group whose loss did not rise costs a tenth of the
-    median group. The group's cost is split evenly among its matrices.
+    Other formats cost as much less as their squared error is smaller. A group whose loss did not rise costs a tenth of
+    the median group. The group's cost is split evenly among its matrices.
 
     Args:
         model: full precision is set and no LoRA is bound.
@@ -167,7 +167,7 @@ def measured_costs(
     base = mean_loss(model, blocks)
     rises, worst = [], []
     for i, group in enumerate(space.groups):
-        fmt = max(space.formats, key=lambda fmt: sum(errors[name][str(fmt)] ** 2 for name in group))
+        fmt = space.formats[int(np.argmax([sum(errors[name][str(f)] ** 2 for name in group) for f in space.formats]))]
         model.set_config(QuantConfig({**uniform.formats, **dict.fromkeys(group, fmt)}))
         rises.append(mean_loss(model, blocks) - base)
         worst.append(str(fmt))

@@ -1,8 +1,8 @@
 """A surrogate of the loss: the sensitivities, corrected by multipliers that measured losses teach it.
 
-log(loss − base) = link(log Σ_g cost[g, f_g]·exp(D θ)[g, f_g]), the link a parabola near the identity. D gives every (group, format)
-the terms of its module kind, depth, format, pairs of these, and itself, so that some two hundred Gaussian
-terms describe a space of hundreds of groups, and what is learned at one budget serves the others.
+log(loss − base) = link(log Σ_g cost[g, f_g]·exp(D θ)[g, f_g]), the link a parabola near the identity. D gives every
+(group, format) the terms of its module kind, depth, format, pairs of these, and itself, so that some two hundred
+Gaussian terms describe a space of hundreds of groups, and what is learned at one budget serves the others.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from coatrt.errors import ConfigError
 from coatrt.space import ConfigSpace
 
-__all__ = ["Multipliers", "Surrogate", "fit_multipliers", "multiplier_terms"]
+__all__ = ["Multipliers", "Surrogate", "disturbed", "fit_multipliers", "multiplier_terms", "predicted"]
 
 _DEPTHS = 3
 # Prior standard deviations of the log multipliers, by what they belong to.
@@ -108,7 +108,9 @@ def predicted(surrogate: Surrogate, theta: NDArray[np.float64], cost: NDArray[np
 
 
 def fit_multipliers(surrogate: Surrogate, choices: Sequence[NDArray[np.int64]], losses: Sequence[float]) -> Multipliers:
-    """Return the Laplace approximation of the posterior, by Gauss–Newton from the prior mean.
+    """Return the Laplace approximation of the posterior (MacKay 1992), by Gauss–Newton from the prior mean.
+
+    The relative noise is the one of greatest evidence among a few.
 
     Args:
         surrogate: prior costs and terms.
