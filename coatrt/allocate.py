@@ -125,7 +125,7 @@ def _undominated(objective: NDArray[np.float64], bounded: NDArray[np.float64]) -
     no_worse = (objective[:, :, None] >= objective[:, None, :]) & (bounded[:, :, None] >= bounded[:, None, :])
     better = (objective[:, :, None] > objective[:, None, :]) | (bounded[:, :, None] > bounded[:, None, :])
     earlier = np.tri(objective.shape[1], k=-1, dtype=bool)  # of equal formats the first stays
-    return ~(no_worse & (better | earlier)).any(2)
+    return np.asarray(~(no_worse & (better | earlier)).any(2))
 
 
 def _unit(values: NDArray[np.float64]) -> float:
@@ -187,7 +187,7 @@ def _highs(
     with _silence():
         solution = milp(
             objective[kept] / _unit(objective),
-            integrality=np.ones(len(groups)),
+            integrality=np.ones(len(groups), dtype=np.int64),
             bounds=Bounds(0, 1),
             constraints=[
                 LinearConstraint(one_each, 1, 1),
