@@ -133,6 +133,10 @@ def main() -> None:
         work / "measured.json", lambda: measured_costs(model, calibration[:MEASURED], space, errors)
     )
     costs = {name: step["value"] for name, step in steps.items()}
+    # Where the first token's activations are massive its gradients are small: E x² · E g² is then no E x² g².
+    costs["kfac, down_proj fisher"] = {
+        name: costs["fisher" if name.endswith("down_proj") else "kfac"][name] for name in costs["kfac"]
+    }
     costs["kfac × measured"] = {
         name: {text: (costs["kfac"][name][text] * max(value, 0.0)) ** 0.5 for text, value in row.items()}
         for name, row in costs["measured"].items()

@@ -24,7 +24,6 @@ from common import RESULTS, save_result
 from coatrt.archive import Archive
 from coatrt.checkpoint import Checkpoint, load_tokenizer
 from coatrt.config import QuantConfig
-from coatrt.curvature import kfac_costs
 from coatrt.data import batches, tokenize_text
 from coatrt.evaluate import mean_loss
 from coatrt.fakequant import FakeQuantModel
@@ -33,6 +32,7 @@ from coatrt.formats import WeightFormat
 from coatrt.hypervolume import hypervolume
 from coatrt.matrices import EMBEDDING, ModelMatrices
 from coatrt.search import Method, SearchOptions, search
+from coatrt.sensitivity import fisher_costs
 from coatrt.space import ConfigSpace
 from coatrt.store import CodeStore
 
@@ -105,7 +105,7 @@ class Problem:
         self.blocks = self.data.held_out[:: len(self.data.held_out) // 16][:16]
         self.model = FakeQuantModel(checkpoint, codes)
         calibration = self.data.train[:: len(self.data.train) // 16][:16]
-        self.costs = kfac_costs(self.model, codes, calibration, formats)
+        self.costs = fisher_costs(self.model, codes, calibration, formats)
         self.base = mean_loss(self.model, self.blocks)
         # A model that knows nothing has the loss log 256: nothing above is worth anything.
         self.reference = (self.space.max_bits, math.log(256))

@@ -154,6 +154,7 @@ def predictors() -> str:
     found = load("predictors")
     names = {"bits": "average bits alone", "fisher": "½ Σ F∘ΔW²", "kfac": "½ Σ G ΔW H ΔWᵀ", "tokens": "½ E (gᵀ ΔW x)²",
              "measured": "measured, one group at a time",
+             "kfac, down_proj fisher": "kfac, but down_proj by fisher",
              "kfac × measured": "geometric mean of kfac and measured"}  # fmt: skip
     rows = [
         [names[name], f"`{name}`" if name in ("fisher", "kfac", "tokens") else "",
