@@ -78,6 +78,7 @@ def main() -> None:
     result = {
         "groups": len(space.groups), "formats": len(FORMATS), "allocations": len(every), "worst_s": max(every),
         "median_s": statistics.median(every),
+        "median_above_lower_bound": statistics.median(row["above_lower_bound"] for row in rows),
         "worst_above_lower_bound": max(row["above_lower_bound"] for row in rows),
         "worst_rows": sorted(rows, key=lambda row: -max(row["bytes_bound_s"], row["cost_bound_s"]))[:5],
     }  # fmt: skip
