@@ -148,6 +148,56 @@ def cpu() -> str:
     )
 
 
+def allocation() -> str:
+    """Time of the knapsack."""
+    found = load("allocation")
+    return (
+        f"{found['groups']} free matrices × {found['formats']} formats, {found['allocations']} allocations under "
+        f"bounds on bytes and on cost: {found['worst_s']:.2f} s at worst, {found['median_s']:.3f} s in the median, "
+        "the import of scipy aside."
+    )
+
+
+def predictors() -> str:
+    """Rank correlation of predicted with measured loss."""
+    found = load("predictors")
+    names = {"bits": "average bits alone", "fisher": "½ Σ F∘ΔW²", "kfac": "½ Σ G ΔW H ΔWᵀ", "tokens": "½ E (gᵀ ΔW x)²",
+             "measured": "measured, one group at a time",
+             "kfac, down_proj fisher": "kfac, but down_proj by fisher",
+             "kfac × measured": "geometric mean of kfac and measured"}  # fmt: skip
+    rows = [
+        [names[name], f"`{name}`" if name in ("fisher", "kfac", "tokens") else "",
+         *(f"{row[kind]:.3f}" for kind in ("all", "allocated", "random")),
+         f"{found['seconds'][name]:.0f}" if name in found["seconds"] else ""]
+        for name, row in found["spearman"].items()
+    ]  # fmt: skip
+    head = ["cost", "name", "all", "allocated", "random", "seconds"]
+    return (
+        f"{grid(head, rows)}\n\nSpearman's rank correlation with the held-out loss of {len(found['rows'])} "
+        f"configurations of SmolLM2-135M without adapter ({found['held_out_tokens']} held-out tokens; costs from "
+        f"{found['calibration_tokens']} tokens, measured ones from {found['measured_tokens']}; seconds on a busy "
+        "machine)."
+    )
+
+
+def search() -> str:
+    """Hypervolume of the search and its rivals."""
+    found = load("search")
+    names = {"mutation": "random mutation of front members", "allocation": "prior costs, spread budgets",
+             "budgets": "prior costs, chosen budgets", "surrogate": "surrogate"}  # fmt: skip
+    rows = [
+        [names[method], f"{row['mean']:.4f} ± {row['std']:.4f}", f"{row['short_of_all']:.4f}"]
+        for method, row in found["hypervolume"].items()
+    ]
+    bits, loss = found["reference"]
+    return (
+        grid(["proposals", "hypervolume", "short of the front of all runs"], rows)
+        + f"\n\nA byte-level Llama of {found['groups']} free matrices × {len(found['formats'])} formats, no adapter, "
+        f"{found['evaluations']} evaluations each, mean ± standard deviation of three seeds; reference point "
+        f"{bits:.3f} bits per weight and loss log 256 = {loss:.3f} nats per byte (`python benchmarks/search.py`)."
+    )
+
+
 def tasks() -> str:
     """What the real tasks hold."""
     rows = []
@@ -191,7 +241,8 @@ def quantizers() -> str:
     )
 
 
-_MAKERS = (demo, sizes, billion, export, interactive, memory, parity, cpu, tasks, quantizers)
+_MAKERS = (demo, sizes, billion, export, interactive, memory, parity, cpu, tasks, quantizers, allocation, predictors,
+           search)  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {maker.__name__: maker for maker in _MAKERS}
 for _task in ("sotu", "trec"):
     TABLES[f"method_{_task}"] = partial(report.main_table, "smollm2", _task)

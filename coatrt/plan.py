@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from coatrt.allocate import CostTable, allocate, cost_matrix
+from coatrt.archive import Archive
 from coatrt.config import QuantConfig
 from coatrt.devices import DeviceProfile
 from coatrt.errors import ConfigError, DeviceError
@@ -104,6 +105,7 @@ class Plan:
         predicted_loss_increase: nats per token without adapter, second-order estimate from the empirical Fisher.
         bytes_per_token: bytes read to decode one token with a full cache.
         tokens_per_second_bound: bandwidth / bytes_per_token, None where the bandwidth is unknown.
+        measured_loss: held-out loss with the adapter, nats per token, where the search measured this configuration.
     """
 
     device: str
@@ -116,6 +118,7 @@ class Plan:
     predicted_loss_increase: float
     bytes_per_token: int
     tokens_per_second_bound: float | None
+    measured_loss: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON form; its "configuration" is a configuration file of its own."""
@@ -129,6 +132,7 @@ class Plan:
             "memory_bytes": dict(self.memory),
             "limit_bytes": self.limit_bytes,
             "predicted_loss_increase": self.predicted_loss_increase,
+            "measured_loss": self.measured_loss,
             "bytes_per_token": self.bytes_per_token,
             "tokens_per_second_bound": self.tokens_per_second_bound,
             "configuration": self.config.to_json(),
@@ -147,6 +151,8 @@ class Plan:
         lines.append(
             f"predicted loss +{self.predicted_loss_increase:.4f} nats per token before the adapter (Fisher estimate)"
         )
+        if self.measured_loss is not None:
+            lines.append(f"measured loss  {self.measured_loss:.4f} nats per token with the adapter (coatrt search)")
         bound = f"{self.tokens_per_second_bound:.0f} tokens/s" if self.tokens_per_second_bound else "unknown bandwidth"
         lines.append(f"decode bound   {bound} ({self.bytes_per_token / 1e6:.1f} MB read per token)")
         if any(fmt.is_normal_float for fmt in self.config.formats.values()):
@@ -164,6 +170,7 @@ def make_plan(
     memory: int | None = None,
     bits: float | None = None,
     max_loss: float = 0.05,
+    archive: Archive | None = None,
 ) -> Plan:
     """Return the plan of least predicted loss that fits, or of least bytes within a predicted loss.
 
@@ -177,6 +184,8 @@ def make_plan(
         memory: bytes the engine may use on the device; the device's memory if not given.
         bits: cap on average bits per weight.
         max_loss: for "latency": nats per token.
+        archive: measured configurations. For "quality", the measured one of least loss that fits is taken where the
+            measured one nearest to the allocation in bytes lost more.
 
     Raises:
         DeviceError: the device allows none of the space's formats.
@@ -211,7 +220,7 @@ def make_plan(
     if budget < space.sizes.min(1).sum():
         raise ConfigError(f"--bits {bits} is below what the formats allow; the least here is {space.min_bits:.3f}")
     if objective == "quality":
-        config = allocate(space, costs, max_bytes=budget)
+        config = _better_measured(allocate(space, costs, max_bytes=budget), archive, space, budget)
         binds = (
             "memory" if budget == room < most else f"--bits {bits:g}" if budget == capped < most else "nothing binds"
         )
@@ -226,6 +235,7 @@ def make_plan(
     prices, columns = cost_matrix(space, costs), {fmt: i for i, fmt in enumerate(space.formats)}
     loss = sum(prices[i, columns[config[group[0]]]] for i, group in enumerate(space.groups))
     weights = config.nbytes(space.model)
+    measured = archive.find(config) if archive is not None else None
     per_token = weights + fixed["other tensors"] + fixed["LoRA"] + fixed["KV cache"]
     return Plan(
         device=device.id,
@@ -238,7 +248,27 @@ def make_plan(
         predicted_loss_increase=float(loss),
         bytes_per_token=per_token,
         tokens_per_second_bound=device.bandwidth / per_token if device.bandwidth else None,
+        measured_loss=measured.loss if measured is not None else None,
     )
+
+
+def _better_measured(
+    config: QuantConfig, archive: Archive | None, space: ConfigSpace, budget: float
+) -> QuantConfig:  # fmt: skip
+    """Return the measured configuration to take in place of an allocated one, or the allocated one.
+
+    An allocation is hardly ever among the measured ones; the nearest in bytes that fits stands for it.
+    """
+    sizes = {} if archive is None else {
+        entry: size for entry in archive.current()
+        if space.contains(entry.config) and (size := entry.config.nbytes(space.model)) <= budget
+    }  # fmt: skip
+    if not sizes:
+        return config
+    wanted = config.nbytes(space.model)
+    nearest = min(sizes, key=lambda entry: (abs(sizes[entry] - wanted), entry.config != config))
+    best = min(sizes, key=lambda entry: (entry.loss, sizes[entry]))
+    return best.config if best.loss < nearest.loss else config
 
 
 def plan_for(
@@ -252,6 +282,7 @@ def plan_for(
     context: int = 2048,
     batch: int = 1,
     prefill: int = 512,
+    archive: Archive | None = None,
 ) -> Plan:
     """Return the plan of an adapter for a device.
 
@@ -265,6 +296,7 @@ def plan_for(
         context: slots of the KV cache per sequence.
         batch: sequences at once.
         prefill: most prompt tokens in one call.
+        archive: see `make_plan`.
 
     Raises:
         DeviceError: the device allows none of the adapter's formats.
@@ -274,5 +306,5 @@ def plan_for(
     workload = Workload.of(adapter.model_config, context, batch, prefill, lora)
     return make_plan(
         adapter.space, adapter.sensitivity.costs, device, workload,
-        objective=objective, memory=memory, bits=bits, max_loss=max_loss,
+        objective=objective, memory=memory, bits=bits, max_loss=max_loss, archive=archive,
     )  # fmt: skip

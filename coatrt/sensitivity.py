@@ -3,20 +3,27 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from coatrt.config import QuantConfig
+from coatrt.curvature import kfac_costs, token_costs
 from coatrt.errors import ConfigError
+from coatrt.evaluate import mean_loss
 from coatrt.examples import Examples
 from coatrt.fakequant import FakeQuantModel
 from coatrt.files import read_json, write_json
 from coatrt.formats import WeightFormat
 from coatrt.quantize import decode
+from coatrt.space import ConfigSpace
 from coatrt.store import CodeStore
 
-__all__ = ["Sensitivity", "measure_sensitivity"]
+__all__ = ["Predictor", "Sensitivity", "fisher_costs", "measure_sensitivity", "measured_costs", "relative_errors"]
+
+Predictor = Literal["fisher", "kfac", "tokens"]
 
 Progress = Callable[[int, int, str], None]
 
@@ -93,17 +100,14 @@ def _fisher(model: FakeQuantModel, blocks: Examples, progress: Progress | None) 
     return fisher
 
 
-def measure_sensitivity(
+def fisher_costs(
     model: FakeQuantModel,
     codes: CodeStore,
     blocks: Examples | Tensor,
     formats: Sequence[WeightFormat],
     progress: Progress | None = None,
-) -> Sensitivity:
-    """Measure every matrix in every format.
-
-    The cost is ½·Σ F∘(W − Q(W))², the second-order term of the loss with the diagonal empirical Fisher F as
-    Hessian (as arXiv 2509.25214 weighs its allocation). It ignores how matrices interact: a ranking, not a forecast.
+) -> dict[str, dict[str, float]]:
+    """Return matrix → format text → ½·Σ F∘(W − Q(W))², F the diagonal empirical Fisher (arXiv 2509.25214).
 
     Args:
         model: full precision is set and no LoRA is bound; two float32 copies of the weights are in memory meanwhile.
@@ -112,20 +116,113 @@ def measure_sensitivity(
         formats: formats to measure.
         progress: called after each block and each matrix.
     """
-    model.set_config(None)
-    model.set_pairs(None)
     fisher = _fisher(model, Examples.of(blocks), progress)
     costs: dict[str, dict[str, float]] = {}
-    errors: dict[str, dict[str, float]] = {}
     names = model.checkpoint.matrices.names
     for i, name in enumerate(names):
-        weight = model.model.get_submodule(name).weight.detach()
-        importance, norm = fisher.pop(name), float(weight.norm().clamp(min=1e-30))
-        costs[name], errors[name] = {}, {}
-        for fmt in formats:
-            squared = (weight - decode(codes.get(name, fmt).to(model.compute))).square_()
-            costs[name][str(fmt)] = 0.5 * float(torch.dot(importance.view(-1), squared.view(-1)))
-            errors[name][str(fmt)] = float(squared.sum().sqrt()) / norm
+        weight, importance = model.model.get_submodule(name).weight.detach(), fisher.pop(name).view(-1)
+        costs[name] = {
+            str(fmt): 0.5
+            * float(importance @ (weight - decode(codes.get(name, fmt).to(model.compute))).square_().view(-1))
+            for fmt in formats
+        }
         if progress is not None:
             progress(i + 1, len(names), "formats")
-    return Sensitivity(costs, errors)
+    return costs
+
+
+def relative_errors(
+    model: FakeQuantModel, codes: CodeStore, formats: Sequence[WeightFormat]
+) -> dict[str, dict[str, float]]:
+    """Return matrix → format text → ‖W − Q(W)‖ / ‖W‖ of a model at full precision."""
+    errors: dict[str, dict[str, float]] = {}
+    for name in model.checkpoint.matrices.names:
+        weight = model.model.get_submodule(name).weight.detach()
+        norm = float(weight.norm().clamp(min=1e-30))
+        errors[name] = {
+            str(fmt): float((weight - decode(codes.get(name, fmt).to(model.compute))).norm()) / norm for fmt in formats
+        }
+    return errors
+
+
+def measured_costs(
+    model: FakeQuantModel,
+    blocks: Tensor,
+    space: ConfigSpace,
+    errors: Mapping[str, Mapping[str, float]],
+    progress: Progress | None = None,
+) -> dict[str, dict[str, float]]:
+    """Return matrix → format text → cost from the measured loss with one group at a time in its worst format.
+
+    Other formats cost as much less as their squared error is smaller. A group whose loss did not rise costs a tenth of
+    the median group. The group's cost is split evenly among its matrices.
+
+    Args:
+        model: full precision is set and no LoRA is bound.
+        blocks: calibration tokens [blocks, length].
+        space: groups and formats.
+        errors: relative errors, see `relative_errors`.
+        progress: called after each group.
+    """
+    uniform = QuantConfig.uniform(space.model, "fp16")
+    model.set_config(uniform)
+    base = mean_loss(model, blocks)
+    rises, worst = [], []
+    for i, group in enumerate(space.groups):
+        fmt = space.formats[int(np.argmax([sum(errors[name][str(f)] ** 2 for name in group) for f in space.formats]))]
+        model.set_config(QuantConfig({**uniform.formats, **dict.fromkeys(group, fmt)}))
+        rises.append(mean_loss(model, blocks) - base)
+        worst.append(str(fmt))
+        if progress is not None:
+            progress(i + 1, len(space.groups), "groups")
+    model.set_config(None)
+    least = 0.1 * max(float(np.median(rises)), 1e-6)
+    return {
+        name: {
+            str(fmt): max(rise, least) / len(group) * (errors[name][str(fmt)] / max(errors[name][top], 1e-30)) ** 2
+            for fmt in space.formats
+        }
+        for group, rise, top in zip(space.groups, rises, worst, strict=True)
+        for name in group
+    }
+
+
+def measure_sensitivity(
+    model: FakeQuantModel,
+    codes: CodeStore,
+    blocks: Examples | Tensor,
+    formats: Sequence[WeightFormat],
+    progress: Progress | None = None,
+    predictor: Predictor = "fisher",
+) -> Sensitivity:
+    """Measure every matrix in every format.
+
+    A cost is the second-order term of the loss. It ignores how matrices interact: a ranking, not a forecast
+    (docs/method.md has its rank correlation with measured losses).
+
+    Args:
+        model: it is set to full precision and its LoRA is taken away.
+        codes: cache of encoded matrices.
+        blocks: calibration examples, or tokens [blocks, length]; "kfac" and "tokens" take plain text only.
+        formats: formats to measure.
+        progress: called after each block and each matrix.
+        predictor: "fisher" (`fisher_costs`), "kfac" or "tokens" (`coatrt.curvature`).
+
+    Raises:
+        ConfigError: there is no such predictor, or it does not take these examples.
+    """
+    if predictor not in _PREDICTORS:
+        raise ConfigError(f"no predictor {predictor!r}; give one of {', '.join(_PREDICTORS)}")
+    if predictor != "fisher" and isinstance(blocks, Examples):
+        if blocks.predicted != len(blocks) * (blocks.tokens.shape[1] - 1):
+            raise ConfigError(
+                f"the predictor {predictor} is given examples with marked targets; give it text, or fisher"
+            )
+        blocks = blocks.tokens
+    model.set_config(None)
+    model.set_pairs(None)
+    costs = _PREDICTORS[predictor](model, codes, blocks, formats, progress)
+    return Sensitivity(costs, relative_errors(model, codes, formats))
+
+
+_PREDICTORS = {"fisher": fisher_costs, "kfac": kfac_costs, "tokens": token_costs}

@@ -29,6 +29,7 @@ def command(adapter: Path, devices: tuple[str, ...], output: Path, config_path: 
             overwrite: bool) -> None:  # fmt: skip
     """Make a bundle of ADAPTER per device: plan, graphs, hypernetwork, LoRA, engine."""
     from coatrt.adapter import Adapter
+    from coatrt.adapter_search import adapter_archive
     from coatrt.config import QuantConfig
     from coatrt.devices import device
     from coatrt.engines.assemble import BundleOptions, assemble, check_output
@@ -38,13 +39,14 @@ def command(adapter: Path, devices: tuple[str, ...], output: Path, config_path: 
 
     profiles = [device(name) for name in dict.fromkeys(devices)]
     loaded = Adapter.load(adapter)
+    archive = adapter_archive(adapter) if config_path is None else None
     targets = []
     for profile in profiles:
         if config_path is not None:
             plan, config = None, QuantConfig.load(config_path, loaded.model)
         else:
             plan = plan_for(loaded, profile, memory=memory, bits=bits, objective=objective, max_loss=max_loss,
-                            context=context, batch=batch, prefill=prefill)  # fmt: skip
+                            context=context, batch=batch, prefill=prefill, archive=archive)  # fmt: skip
             config = plan.config
         targets.append((profile, plan, config, output if len(profiles) == 1 else output / profile.id))
     if not dry_run:

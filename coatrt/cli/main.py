@@ -13,6 +13,7 @@ __all__ = ["cli", "main"]
 _COMMANDS = {
     "devices": "List the device profiles, or probe the GPUs of this machine.",
     "train": "Train a configuration-aware LoRA for a model.",
+    "search": "Measure configurations of an adapter for the planner.",
     "plan": "Choose a configuration for a device.",
     "export": "Write the ONNX graphs of a configuration.",
     "build": "Make a bundle per device: plan, graphs, LoRA, engine.",

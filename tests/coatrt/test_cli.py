@@ -16,7 +16,7 @@ from coatrt.cli.main import cli, main
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import TEXTS
 
-COMMANDS = ("devices", "train", "plan", "export", "build", "adapt", "verify", "run", "bench")
+COMMANDS = ("devices", "train", "search", "plan", "export", "build", "adapt", "verify", "run", "bench")
 
 
 def run(*arguments: object) -> Result:

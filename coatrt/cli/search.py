@@ -1,0 +1,62 @@
+"""`coatrt search`."""
+
+from pathlib import Path
+
+import click
+
+from coatrt.cli.common import echo_json
+
+__all__ = ["command"]
+
+
+@click.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option(
+    "--data", "data", multiple=True, required=True, metavar="PATH",
+    help="Held-out text file or directory of *.txt; repeatable.",
+)  # fmt: skip
+@click.option("--evaluations", type=int, default=60, show_default=True, help="Configurations to measure in all.")
+@click.option("--blocks", type=int, default=8, show_default=True, help="Blocks of text for each loss.")
+@click.option("--length", type=int, default=128, show_default=True, help="Tokens per block.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--model", help="The adapter's model, where it has moved.")
+@click.option("--compute", default="cpu", show_default=True, help="torch device: cpu, cuda.")
+@click.option("--json", "as_json", is_flag=True, help="Print the front as JSON.")
+def command(adapter: Path, data: tuple[str, ...], evaluations: int, blocks: int, length: int, seed: int,
+            model: str | None, compute: str, as_json: bool) -> None:  # fmt: skip
+    """Measure configurations of ADAPTER on held-out text, and keep them where `coatrt plan` finds them.
+
+    ADAPTER/archive.json is written after every measurement; an interrupted search goes on.
+    """
+    from coatrt.adapter_search import search_adapter
+    from coatrt.archive import ArchiveEntry
+    from coatrt.data import read_documents
+    from coatrt.progress import progress_bar
+
+    documents = read_documents(data)
+    with progress_bar("search", evaluations) as bar:
+
+        def progress(done: int, _: int, entry: ArchiveEntry) -> None:
+            bar.update(done - bar.n)
+            bar.set_postfix_str(f"loss {entry.loss:.3f}")
+
+        archive, options = search_adapter(
+            adapter, documents, evaluations=evaluations, blocks=blocks, length=length, seed=seed, model=model,
+            compute=compute, progress=progress,
+        )  # fmt: skip
+    front, volume = archive.front(), archive.hypervolume(options.reference)
+    if as_json:
+        echo_json({
+            "evaluations": len(archive.current()),
+            "reference": options.reference,
+            "hypervolume": volume,
+            "front": [
+                {"bits": archive.bits(e), "nbytes": e.nbytes, "loss": e.loss, "configuration_hash": e.config.hash}
+                for e in front
+            ],
+        })  # fmt: skip
+        return
+    click.echo(f"{len(archive.current())} configurations measured, {len(front)} on the front, hypervolume {volume:.4f} "
+               f"below ({options.reference[0]:.3f} bits, loss {options.reference[1]:.3f})")  # fmt: skip
+    for entry in front:
+        click.echo(f"  {archive.bits(entry):6.3f} bits with the LoRA   loss {entry.loss:8.4f}   {entry.config.hash}")

@@ -1,0 +1,86 @@
+"""Searching an adapter: losses recomputed with the emitted LoRA, resumed, and used by the plan."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from coatrt.adapter import Adapter
+from coatrt.adapter_search import adapter_archive, search_adapter
+from coatrt.checkpoint import Checkpoint, load_tokenizer
+from coatrt.cli.main import cli
+from coatrt.data import tokenize_text
+from coatrt.errors import ConfigError
+from coatrt.fakequant import FakeQuantModel
+from coatrt.store import CodeStore
+
+TEXT = ["the cat sat on the mat and the owl sat on the hen. " * 30]
+
+
+@pytest.fixture
+def directory(tiny_adapter: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_adapter, tmp_path / "adapter"))
+
+
+def test_losses_are_those_of_the_emitted_lora(directory: Path, tiny_llama: Path) -> None:
+    assert adapter_archive(directory) is None
+    facts = {"blocks": 3, "length": 32}
+    search_adapter(directory, TEXT, evaluations=4, **facts)
+    archive, options = search_adapter(directory, TEXT, evaluations=10, **facts)
+    found = adapter_archive(directory)
+    assert found is not None
+    assert found.entries == archive.entries
+    assert len(found) == 10
+    adapter, checkpoint = Adapter.load(directory), Checkpoint.open(tiny_llama)
+    lora = sum(2 * 16 * (m.K + m.N) for m in adapter.model.targets)
+    assert options.reference[1] == pytest.approx(math.log(272))
+    assert options.reference[0] == pytest.approx(adapter.space.max_bits + 8 * lora / adapter.model.parameters)
+    blocks = tokenize_text(load_tokenizer(tiny_llama), TEXT, 32, held_out=TEXT).held_out
+    picked = torch.stack([blocks[0], blocks[round((len(blocks) - 1) / 2)], blocks[-1]])
+    model = FakeQuantModel(checkpoint, CodeStore(checkpoint))
+    for entry in (found.entries[0], found.entries[-1]):
+        model.set_config(entry.config)
+        model.set_lora(adapter.contract, adapter.emit(entry.config))
+        with torch.no_grad():
+            assert model.loss(picked).item() == pytest.approx(entry.loss, rel=1e-4)
+        assert entry.nbytes == entry.config.nbytes(adapter.model) + lora
+
+
+def test_the_command_searches_and_the_plan_reads_it(directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT[0])
+    arguments = ["search", str(directory), "--data", str(tmp_path / "text.txt"), "--evaluations", "10", "--blocks", "2",
+                 "--length", "32"]  # fmt: skip
+    result = CliRunner().invoke(cli, [*arguments, "--json"])
+    assert result.exit_code == 0, (result.output, result.exception)
+    said = json.loads(result.output)
+    assert said["evaluations"] == 10
+    losses = [row["loss"] for row in said["front"]]
+    assert losses == sorted(losses, reverse=True)
+    again = CliRunner().invoke(cli, arguments)
+    assert "10 configurations measured" in again.output
+    best = said["front"][-1]
+    plan = CliRunner().invoke(cli, ["plan", str(directory), "--device", "rtx-5090", "--json"])
+    shown = json.loads(plan.output)
+    if shown["measured_loss"] is not None:
+        assert shown["measured_loss"] <= best["loss"] + 1e-9
+    else:  # the nearest to the allocation was itself the best
+        assert shown["configuration_hash"] != best["configuration_hash"]
+    (directory / "archive.json").write_text("{}")
+    assert isinstance(CliRunner().invoke(cli, ["plan", str(directory), "--device", "t4"]).exception, ConfigError)
+
+
+def test_another_adapter_or_other_text_is_refused(directory: Path) -> None:
+    facts = {"evaluations": 2, "blocks": 2, "length": 32}
+    search_adapter(directory, TEXT, **facts)
+    with pytest.raises(ConfigError, match="other text"):
+        search_adapter(directory, ["something else entirely. " * 40], **facts)
+    with pytest.raises(ConfigError, match="blocks 0 is given"):
+        search_adapter(directory, TEXT, **{**facts, "blocks": 0})
+    path = directory / "adapter.json"
+    path.write_text(path.read_text() + "\n")
+    with pytest.raises(ConfigError, match="measured with another adapter"):
+        adapter_archive(directory)

@@ -1,0 +1,94 @@
+"""The archive's file: round trip, damage, other adapters; its front and rounds."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from coatrt.archive import Archive, ArchiveEntry
+from coatrt.config import QuantConfig
+from coatrt.errors import ConfigError
+from coatrt.formats import WeightFormat
+
+NAMES = ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj", "model.embed_tokens")
+FORMATS = tuple(map(WeightFormat.parse, ("nf3-g64", "int4-g64", "int8")))
+
+
+def entry(seed: int, round: int = 0, **changes: float) -> ArchiveEntry:
+    rng = np.random.default_rng(seed)
+    config = QuantConfig({name: FORMATS[rng.integers(3)] for name in NAMES})
+    facts = {"nbytes": int(rng.integers(100, 200)), "loss": float(rng.random()), **changes}
+    return ArchiveEntry(config, int(facts["nbytes"]), facts["loss"], round)
+
+
+def test_what_is_added_is_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "archive.json"
+    archive = Archive(1000, path, "me")
+    for seed in range(6):
+        archive.add(entry(seed, round=seed // 3))
+        again = Archive.load(path, "me")  # after every addition the file is whole
+        assert again.entries == archive.entries
+        assert again.parameters == 1000
+    more = Archive.open(path, 1000, "me")
+    more.add(entry(9, 1))
+    assert len(Archive.load(path)) == 7
+    assert [p.name for p in tmp_path.iterdir()] == ["archive.json"]
+
+
+def test_the_last_measurement_of_the_latest_round_counts() -> None:
+    archive = Archive(800)
+    first, second = entry(0, nbytes=100, loss=3.0), entry(1, nbytes=200, loss=2.0)
+    assert first.config != second.config
+    for one in (first, second):
+        archive.add(one)
+    assert archive.points(archive.front()) == [(1.0, 3.0), (2.0, 2.0)]
+    assert archive.hypervolume((3.0, 4.0)) == pytest.approx(1 * 2 + 1 * 1)
+    archive.add(ArchiveEntry(first.config, 100, 1.0))
+    assert archive.front() == (archive.find(first.config),)
+    archive.add(ArchiveEntry(second.config, 200, 9.0, round=1))
+    assert archive.find(first.config) is None
+    assert [one.loss for one in archive.front()] == [9.0]
+    assert [one.loss for one in archive.front(0)] == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('"loss": 0.', '"loss": 1.', "altered or is damaged"),
+        ('"format": 1', '"format": 2', "no archive of format 1"),
+        ('"identity": "me"', '"identity": "you"', "altered or is damaged"),
+        ("{", "", "not JSON"),
+    ],
+)
+def test_damage_is_refused(tmp_path: Path, old: str, new: str, said: str) -> None:
+    archive = Archive(1000, tmp_path / "a.json", "me")
+    archive.add(entry(1))
+    text = (tmp_path / "a.json").read_text()
+    assert old in text
+    (tmp_path / "a.json").write_text(text.replace(old, new, 1))
+    with pytest.raises(ConfigError, match=said):
+        Archive.load(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("choice", ["0 0", "0 0 7", "0 0 -1", "x y z"])
+def test_a_signed_but_garbled_archive_is_refused(tmp_path: Path, choice: str) -> None:
+    from coatrt.archive import _digest
+
+    archive = Archive(1000, tmp_path / "a.json", "me")
+    archive.add(entry(1))
+    value = json.loads((tmp_path / "a.json").read_text())
+    value["entries"][0]["choice"] = choice
+    value["sha256"] = _digest({key: part for key, part in value.items() if key != "sha256"})
+    (tmp_path / "a.json").write_text(json.dumps(value))
+    with pytest.raises(ConfigError, match="garbled"):
+        Archive.load(tmp_path / "a.json")
+
+
+def test_another_adapter_and_wrong_entries_are_refused(tmp_path: Path) -> None:
+    Archive(1000, tmp_path / "a.json", "me").add(entry(1))
+    with pytest.raises(ConfigError, match=r"measured with another adapter or other text \(me, now you\)"):
+        Archive.open(tmp_path / "a.json", 1000, "you")
+    for changes in ({"nbytes": 0}, {"loss": float("nan")}, {"loss": float("inf")}):
+        with pytest.raises(ConfigError, match="archive entry"):
+            entry(1, **changes)

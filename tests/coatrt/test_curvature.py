@@ -1,0 +1,120 @@
+"""Costs from inputs and output gradients against autograd."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from coatrt.checkpoint import Checkpoint, load_model
+from coatrt.curvature import kfac_costs, token_costs
+from coatrt.errors import ConfigError
+from coatrt.fakequant import FakeQuantModel
+from coatrt.formats import WeightFormat
+from coatrt.quantize import decode, encode
+from coatrt.sensitivity import fisher_costs, measure_sensitivity, measured_costs, relative_errors
+from coatrt.space import ConfigSpace
+from coatrt.store import CodeStore
+
+FORMATS = tuple(map(WeightFormat.parse, ("nf2-g32", "int8")))
+LAYERS = ("model.layers.0.self_attn.v_proj", "model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj")
+TABLE = "model.embed_tokens"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_llama: Path) -> Checkpoint:
+    return Checkpoint.open(tiny_llama)
+
+
+def taps(checkpoint: Checkpoint, blocks: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Return module → (inputs [T, …], gradient [T, N] of the summed loss), by autograd on Hugging Face's own model."""
+    model, seen = load_model(checkpoint), {}
+
+    def keep(name: str) -> object:
+        def hook(_: object, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            output.retain_grad()
+            seen[name] = inputs[0], output
+
+        return hook
+
+    for name in (*LAYERS, TABLE, "lm_head"):
+        model.get_submodule(name).register_forward_hook(keep(name))
+    loss = model(input_ids=blocks).logits[:, :-1].log_softmax(-1)
+    loss = -loss.gather(2, blocks[:, 1:, None]).sum()
+    loss.backward()
+    return {
+        name: (x.detach()[:, :-1].flatten(0, 1), output.grad[:, :-1].flatten(0, 1))
+        for name, (x, output) in seen.items()
+    }
+
+
+def residual(checkpoint: Checkpoint, name: str, fmt: WeightFormat) -> torch.Tensor:
+    weight = checkpoint.tensor(f"{name}.weight").float()
+    return weight - decode(encode(weight, fmt))
+
+
+def test_costs_are_those_of_autograd(checkpoint: Checkpoint) -> None:
+    blocks = torch.randint(0, 256, (6, 13), generator=torch.Generator().manual_seed(0))
+    seen, codes = taps(checkpoint, blocks), CodeStore(checkpoint)
+    model = FakeQuantModel(checkpoint, codes)
+    kfac, token = (cost(model, codes, blocks, FORMATS) for cost in (kfac_costs, token_costs))
+    for name in (*LAYERS, TABLE):
+        for fmt in FORMATS:
+            R = residual(checkpoint, name, fmt)
+            x, g = seen[name if name != TABLE else "lm_head"]
+            T = len(g)
+            G, H = g.square().mean(0), x.T @ x / T
+            factored = 0.5 * sum(G[n] * (R[n] @ H @ R[n]) for n in range(len(R)))
+            exact = 0.5 * (g * (x @ R.T)).sum(1).square().mean()
+            if name == TABLE:  # tied: it is read as an embedding too
+                ids, g = seen[TABLE]
+                factored += 0.5 * (g.square() * R[ids].square()).sum() / T
+                exact += 0.5 * (g * R[ids]).sum(1).square().mean()
+            assert kfac[name][str(fmt)] == pytest.approx(float(factored), rel=1e-3)
+            assert token[name][str(fmt)] == pytest.approx(float(exact), rel=1e-3)
+    assert set(kfac) == set(token) == set(checkpoint.matrices.names)
+
+
+def test_one_token_leaves_nothing_to_approximate(checkpoint: Checkpoint) -> None:
+    """With one token F = (g xᵀ)²: all three are closed forms of one g and one x."""
+    blocks, codes = torch.tensor([[65, 66]]), CodeStore(checkpoint)
+    seen, model = taps(checkpoint, blocks), FakeQuantModel(checkpoint, codes)
+    costs = [cost(model, codes, blocks, FORMATS) for cost in (fisher_costs, kfac_costs, token_costs)]
+    for name in LAYERS:
+        R = residual(checkpoint, name, FORMATS[0])
+        (x,), (g,) = seen[name]
+        expected = (
+            0.5 * (torch.outer(g, x).square() * R.square()).sum(),
+            0.5 * (g.square() * (R @ x).square()).sum(),
+            0.5 * (g @ R @ x).square(),
+        )
+        for found, value in zip(costs, expected, strict=True):
+            assert found[name]["nf2-g32"] == pytest.approx(float(value), rel=1e-3, abs=1e-12)
+
+
+def test_measured_costs_are_losses_of_one_group_at_a_time(checkpoint: Checkpoint) -> None:
+    codes = CodeStore(checkpoint)
+    model, space = FakeQuantModel(checkpoint, codes), ConfigSpace(checkpoint.matrices, FORMATS)
+    blocks = torch.randint(0, 256, (4, 17), generator=torch.Generator().manual_seed(1))
+    errors = relative_errors(model, codes, FORMATS)
+    costs = measured_costs(model, blocks, space, errors)
+    rises = {}
+    for group in space.groups:
+        theirs = load_model(checkpoint)
+        base = float(theirs(input_ids=blocks, labels=blocks).loss)
+        for name in group:
+            weight = theirs.get_submodule(name).weight
+            weight.data = decode(encode(weight.data, "nf2-g32"))
+        rises[group] = float(theirs(input_ids=blocks, labels=blocks).loss) - base
+    for group, rise in rises.items():
+        if rise > 0.01:
+            assert sum(costs[name]["nf2-g32"] for name in group) == pytest.approx(rise, rel=0.02, abs=2e-4)
+        for name in group:
+            ratio = (errors[name]["int8"] / errors[name]["nf2-g32"]) ** 2
+            assert costs[name]["int8"] == pytest.approx(costs[name]["nf2-g32"] * ratio)
+            assert costs[name]["int8"] > 0
+
+
+def test_a_predictor_that_is_not_there_is_refused(checkpoint: Checkpoint) -> None:
+    codes = CodeStore(checkpoint)
+    with pytest.raises(ConfigError, match="no predictor 'oracle'; give one of fisher, kfac, tokens"):
+        measure_sensitivity(FakeQuantModel(checkpoint, codes), codes, torch.zeros(1, 4), FORMATS, predictor="oracle")  # type: ignore[arg-type]
