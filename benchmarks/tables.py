@@ -241,8 +241,20 @@ def quantizers() -> str:
     )
 
 
-_MAKERS = (demo, sizes, billion, export, interactive, memory, parity, cpu, tasks, quantizers, allocation, predictors,
-           search)  # fmt: skip
+def training_step() -> str:
+    """A step against PEFT's."""
+    found = load("training_step")
+    ours, theirs = (found["median_s"][name] for name in ("coatrt", "peft"))
+    return (
+        f"a step takes {ours:.2f} s against {theirs:.2f} s of plain LoRA in PEFT with as many passes of the same "
+        f"tokens: {found['ratio']:.2f} × (`python benchmarks/training_step.py`)."
+    )
+
+
+_MAKERS = (
+    demo, sizes, billion, export, interactive, memory, parity, cpu, tasks, quantizers, allocation, predictors, search,
+    training_step,
+)  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {maker.__name__: maker for maker in _MAKERS}
 for _task in ("sotu", "trec"):
     TABLES[f"method_{_task}"] = partial(report.main_table, "smollm2", _task)

@@ -10,9 +10,10 @@ from coatrt.config import QuantConfig
 from coatrt.contract import LoraContract
 from coatrt.features import ConfigEncoder
 from coatrt.hypernet import Preset
+from coatrt.lora import CoaLora
 from coatrt.train_options import TrainOptions
 
-__all__ = ["ARMS", "Arm", "LoraBank"]
+__all__ = ["ARMS", "Arm", "LoraBank", "SideBySide"]
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class Arm:
 
     Args:
         what: for the table.
-        kind: "none" trains nothing, "coa" A, B and θ, "bank" one LoRA per (matrix, format), "single" one LoRA per
-            configuration.
+        kind: "none" trains nothing, "coa" A, B and θ, "bank" one LoRA per (matrix, format), "both" the two side by
+            side, "single" one LoRA per configuration.
         preset: form of θ ("none": plain LoRA).
         rank: LoRA rank.
         sandwich: both ends of the budget range are seen in two steps; else configurations are drawn evenly.
@@ -34,7 +35,7 @@ class Arm:
     """
 
     what: str
-    kind: Literal["none", "coa", "bank", "single"] = "coa"
+    kind: Literal["none", "coa", "bank", "both", "single"] = "coa"
     preset: Preset = "coatrt"
     rank: int = 16
     sandwich: bool = True
@@ -59,6 +60,8 @@ ARMS = {
     "coatrt-residual": Arm("coatrt, start from the mean residual", start="residual"),
     "coatrt-distill": Arm("coatrt, distilled from the full-precision base", distill=0.5),
     "coatrt-top": Arm("coatrt, distilled from its highest configuration", distill=0.5, teacher="top"),
+    "coatrt-bank": Arm("coatrt and a LoRA per (matrix, format), rank 16 each", "both"),
+    "shared-bank": Arm("shared LoRA and a LoRA per (matrix, format), rank 16 each", "both", "none"),
     "coatrt-fast-theta": Arm("coatrt, θ at ten times the rate", theta_rate=1e-2),
 }
 """Arms by name; the first seven are the rivals, what follows is ours and its ablations."""
@@ -94,3 +97,28 @@ class LoraBank(nn.Module):
     def rates(self, options: TrainOptions) -> list[tuple[list[nn.Parameter], float]]:
         """Return A and B with their peak learning rate."""
         return [([*self.A, *self.B], options.learning_rate)]
+
+
+class SideBySide(nn.Module):
+    """Two modules whose pairs stand side by side: the sum of two LoRAs, of the sum of their ranks.
+
+    Args:
+        first: a module with `pairs` and `rates`.
+        second: another.
+    """
+
+    def __init__(self, first: CoaLora, second: LoraBank) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def pairs(self, config: QuantConfig) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return matrix name → (A [K, r₁ + r₂], s·B [r₁ + r₂, N])."""
+        left, right = self.first.pairs(config), self.second.pairs(config)
+        return {
+            name: (torch.cat([a, right[name][0]], 1), torch.cat([b, right[name][1]], 0))
+            for name, (a, b) in left.items()
+        }
+
+    def rates(self, options: TrainOptions) -> list[tuple[list[nn.Parameter], float]]:
+        """Return the groups of both."""
+        return [*self.first.rates(options), *self.second.rates(options)]

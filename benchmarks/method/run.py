@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import ARMS, Arm, LoraBank
+from arms import ARMS, Arm, LoraBank, SideBySide
 from setting import BUDGETS, FORMATS, Measured, Setting
 
 from coatrt.config import QuantConfig
@@ -49,6 +49,8 @@ def module(setting: Setting, arm: Arm, seed: int) -> Any:
     if arm.kind == "bank":
         return LoraBank(contract, setting.encoder, seed)
     lora = CoaLora(contract, setting.encoder, arm.preset, seed)
+    if arm.kind == "both":
+        return SideBySide(lora, LoraBank(contract, setting.encoder, seed + 1))
     if arm.start == "residual":
         lora.load_shared(mean_residual(setting.codes, contract, setting.space.formats))
     return lora
@@ -58,7 +60,8 @@ def module(setting: Setting, arm: Arm, seed: int) -> Any:
 def measure(setting: Setting, lora: Any, entries: list[Measured]) -> list[dict[str, Any]]:
     """Return held-out numbers of configurations under a LoRA (None: without)."""
     rows, model = [], setting.base
-    count = sum(r * c for r, c in lora.contract.shapes.values()) if lora is not None else 0
+    pairs = lora.pairs(entries[0].config).values() if lora is not None else ()
+    count = sum(a.numel() + b.numel() for a, b in pairs)
     limit = (LIMIT if setting.data.choices is None else CHOICES)[setting.model]
     for entry in entries:
         model.set_config(entry.config)
