@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from coatrt.allocate import CostTable, cost_matrix
+from coatrt.allocate import CostTable, cost_matrix, lagrangian_choice
 from coatrt.config import QuantConfig
 from coatrt.errors import ConfigError
 from coatrt.space import ConfigSpace
@@ -81,20 +80,6 @@ class TrainingSampler:
         price = cost_matrix(self.space, self.costs)
         if rng is not None:
             price = price * np.exp(_JITTER * rng.normal(size=price.shape))
-        return self.space.config(_least_cost(price, self.space.sizes, bits * self.space.model.parameters / 8))
-
-
-def _least_cost(price: NDArray[np.float64], size: NDArray[np.int64], budget: float) -> NDArray[np.int64]:
-    """Return a format per group: least Σ price + λ·size for the smallest λ that keeps the budget."""
-    rows = np.arange(len(price))
-    low, high = -30.0, 30.0  # log of λ over the mean price per byte
-    unit = price.max() / size.max()
-    best = size.argmin(1)
-    for _ in range(50):
-        middle = (low + high) / 2
-        choice = (price + np.exp(middle) * unit * size).argmin(1)
-        if size[rows, choice].sum() <= budget + 0.5:
-            best, high = choice, middle
-        else:
-            low = middle
-    return np.asarray(best)
+        budget = max(bits * self.space.model.parameters / 8 + 0.5, float(self.space.sizes.min(1).sum()))
+        choice, _, _ = lagrangian_choice(price, self.space.sizes.astype(np.float64), budget)
+        return self.space.config(choice)

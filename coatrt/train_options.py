@@ -72,7 +72,7 @@ class TrainOptions:
     ranks: tuple[tuple[str, int], ...] = ()
     preset: Preset = "coatrt"
     start: Literal["zero", "residual"] = "zero"
-    quantizer: Quantizer = "mse"
+    quantizer: Quantizer = "feedback"
     fused: bool = True
     steps: int = 300
     batch: int = 4
