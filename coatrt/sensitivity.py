@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -211,18 +211,18 @@ def measure_sensitivity(
     Raises:
         ConfigError: there is no such predictor, or it does not take these examples.
     """
-    if predictor not in _PREDICTORS:
-        raise ConfigError(f"no predictor {predictor!r}; give one of {', '.join(_PREDICTORS)}")
-    if predictor != "fisher" and isinstance(blocks, Examples):
-        if blocks.predicted != len(blocks) * (blocks.tokens.shape[1] - 1):
-            raise ConfigError(
-                f"the predictor {predictor} is given examples with marked targets; give it text, or fisher"
-            )
-        blocks = blocks.tokens
+    if predictor not in get_args(Predictor):
+        raise ConfigError(f"no predictor {predictor!r}; give one of {', '.join(get_args(Predictor))}")
     model.set_config(None)
     model.set_pairs(None)
-    costs = _PREDICTORS[predictor](model, codes, blocks, formats, progress)
+    if predictor == "fisher":
+        costs = fisher_costs(model, codes, blocks, formats, progress)
+    else:
+        text = blocks.tokens if isinstance(blocks, Examples) else blocks
+        if isinstance(blocks, Examples) and blocks.predicted != text[:, 1:].numel():
+            raise ConfigError(f"examples with marked targets are given to {predictor}; give it text, or take fisher")
+        costs = _PREDICTORS[predictor](model, codes, text, formats, progress)
     return Sensitivity(costs, relative_errors(model, codes, formats))
 
 
-_PREDICTORS = {"fisher": fisher_costs, "kfac": kfac_costs, "tokens": token_costs}
+_PREDICTORS = {"kfac": kfac_costs, "tokens": token_costs}
