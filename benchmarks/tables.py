@@ -241,6 +241,16 @@ def quantizers() -> str:
     )
 
 
+def tied_table() -> str:
+    """What the embedding and head alone cost."""
+    found = load("tied_table")
+    names = list(dict.fromkeys(row["quantizer"] for row in found["rows"]))
+    lines: dict[str, list[str]] = {}
+    for row in found["rows"]:
+        lines.setdefault(row["format"], []).append(f"{row['rise']:+.3f}")
+    return grid(["format", *names], [[text, *cells] for text, cells in lines.items()])
+
+
 def training_step() -> str:
     """A step against PEFT's."""
     found = load("training_step")
@@ -253,7 +263,7 @@ def training_step() -> str:
 
 _MAKERS = (
     demo, sizes, billion, export, interactive, memory, parity, cpu, tasks, quantizers, allocation, predictors, search,
-    training_step,
+    training_step, tied_table,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {maker.__name__: maker for maker in _MAKERS}
 for _task in ("sotu", "trec"):

@@ -12,6 +12,7 @@ from torch import Tensor
 from coatrt.checkpoint import Checkpoint, load_model
 from coatrt.errors import CheckpointError, ConfigError
 from coatrt.examples import Examples
+from coatrt.matrices import EMBEDDING, HEAD
 from coatrt.progress import progress_bar
 from coatrt.tensor_file import hash_tensors, read_tensors, write_tensors
 
@@ -80,26 +81,29 @@ def measure_moments(
     Args:
         model: a transformers model in full precision.
         tokens: int64 [blocks, length].
-        names: of the modules; all their moments are in memory at once.
+        names: of the modules, the head among them as `HEAD`; all their moments are in memory at once.
         batch: blocks in one forward pass.
         progress: called with the number of blocks just done.
     """
     moments: dict[str, Tensor] = {}
 
+    def collect(name: str, inputs: Tensor) -> None:
+        x = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        if name not in moments:
+            moments[name] = x.new_zeros(x.shape[1], x.shape[1])
+        moments[name].addmm_(x.t(), x, alpha=1 / tokens.numel())
+
     def watch(name: str) -> Callable[[Any, Any], None]:
-        def collect(_: Any, inputs: Any) -> None:
-            x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
-            if name not in moments:
-                moments[name] = x.new_zeros(x.shape[1], x.shape[1])
-            moments[name].addmm_(x.t(), x, alpha=1 / tokens.numel())
+        return lambda _, inputs: collect(name, inputs[0])
 
-        return collect
-
-    hooks = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
+    hooks = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names if name != HEAD]
     try:
         with torch.no_grad():
             for start in range(0, len(tokens), batch):
-                model.get_decoder()(input_ids=tokens[start : start + batch].to(model.device), use_cache=False)
+                rows = tokens[start : start + batch].to(model.device)
+                out = model.get_decoder()(input_ids=rows, use_cache=False)
+                if HEAD in names:  # its logits are not needed, only what it reads
+                    collect(HEAD, out.last_hidden_state)
                 if progress is not None:
                     progress(len(tokens[start : start + batch]))
     finally:
@@ -111,8 +115,9 @@ def measure_moments(
 class InputMoments:
     """The second moments of one checkpoint under one calibration, measured when first asked for and kept on disk.
 
-    Matrices that read the same input (q/k/v, gate/up) share one. The model is loaded in float32 for as long as moments
-    are measured: as many groups of matrices at once as `memory_bytes` allow, one run over the tokens each.
+    Matrices that read the same input (q/k/v, gate/up) share one; a tied table has that of the head. The model is loaded
+    in float32 for as long as moments are measured: as many groups of matrices at once as `memory_bytes` allow, one run
+    over the tokens each.
 
     Args:
         checkpoint: the model.
@@ -127,17 +132,20 @@ class InputMoments:
         self._checkpoint, self._calibration, self._limit = checkpoint, calibration, memory_bytes
         self._root = root / checkpoint.fingerprint / calibration.hash if root is not None else None
         self._leader = {name: group[0] for group in checkpoint.matrices.groups for name in group}
+        if checkpoint.matrices.tied:
+            self._leader[EMBEDDING] = HEAD
+        self._width = {self._leader[matrix.name]: matrix.K for matrix in checkpoint.matrices.matrices}
         self._held: dict[str, Tensor] = {}
 
     def get(self, name: str) -> Tensor:
         """Return the moment [K, K] of the input of matrix `name`, float32.
 
         Raises:
-            ConfigError: it is a table, which has none.
+            ConfigError: it is an embedding with a head of its own: what it reads are token ids.
             CheckpointError: the model cannot be loaded.
         """
-        if self._checkpoint.matrices.by_name[name].is_table:
-            raise ConfigError(f"{name} is a table, whose input has no second moment; encode it with mse")
+        if name == EMBEDDING and not self._checkpoint.matrices.tied:
+            raise ConfigError(f"{name} reads token ids, which have no second moment; encode it with mse")
         leader = self._leader[name]
         if leader not in self._held:
             found = self._read(leader)
@@ -156,19 +164,18 @@ class InputMoments:
         path = self._path(leader)
         found = read_tensors(path) if path is not None else None
         moment = found[0].get("moment") if found is not None else None
-        K = self._checkpoint.matrices.by_name[leader].K
+        K = self._width[leader]
         return moment if moment is not None and moment.shape == (K, K) else None
 
     def _measure(self, wanted: str) -> None:
         """Measure every moment that is not on disk, so that the model is loaded once."""
-        matrices = self._checkpoint.matrices
-        missing = [group[0] for group in matrices.groups if not matrices.by_name[group[0]].is_table]
-        missing = [leader for leader in missing if leader == wanted or self._read(leader) is None]
+        leaders = [leader for leader in self._width if leader != EMBEDDING]
+        missing = [leader for leader in leaders if leader == wanted or self._read(leader) is None]
         model, tokens = load_model(self._checkpoint), self._calibration.tokens
         runs: list[list[str]] = [[]]
         size = 0
         for leader in missing:
-            more = 4 * matrices.by_name[leader].K ** 2
+            more = 4 * self._width[leader] ** 2
             if runs[-1] and size + more > self._limit:
                 runs.append([])
                 size = 0

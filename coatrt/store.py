@@ -9,6 +9,7 @@ from coatrt.calibration import Calibration, InputMoments
 from coatrt.checkpoint import Checkpoint, cache_directory
 from coatrt.errors import ConfigError
 from coatrt.formats import WeightFormat
+from coatrt.matrices import EMBEDDING
 from coatrt.quantize import CALIBRATED, QUANTIZER_VERSION, QuantizedMatrix, Quantizer, encode
 from coatrt.tensor_file import read_tensors, write_tensors
 
@@ -18,7 +19,8 @@ __all__ = ["CodeStore"]
 class CodeStore:
     """The encoded matrices of one checkpoint.
 
-    Tables (embedding, head) are encoded with "mse" whatever the quantizer: nothing multiplies what they read.
+    A table (head, tied embedding) is encoded for what the head reads; an embedding with a head of its own reads token
+    ids, so it is encoded with "mse", as all tables are where the quantizer is "absmax".
 
     Args:
         checkpoint: where the weights come from.
@@ -80,7 +82,7 @@ class CodeStore:
             return self._held[key]
         path = None
         if self._root is not None and fmt.has_scales:
-            kind = f"v{QUANTIZER_VERSION}-mse" if matrix.is_table else self._key
+            kind = f"v{QUANTIZER_VERSION}-mse" if self._is_plain(name) else self._key
             path = self._root / kind / str(fmt) / f"{name}.safetensors"
         found = _read(path, fmt, matrix.N, matrix.K) if path is not None else None
         if found is None:
@@ -92,10 +94,17 @@ class CodeStore:
 
     def _encode(self, name: str, fmt: WeightFormat) -> QuantizedMatrix:
         weight = self.checkpoint.tensor(f"{name}.weight")
-        if self.checkpoint.matrices.by_name[name].is_table:
+        if self._is_plain(name):
             return encode(weight, fmt, "mse")
         moment = self._moments.get(name) if self._moments is not None and fmt.has_scales else None
         return encode(weight, fmt, self.quantizer, moment)
+
+    def _is_plain(self, name: str) -> bool:
+        """Return whether a matrix is a table that no second moment speaks of."""
+        matrices = self.checkpoint.matrices
+        if not matrices.by_name[name].is_table:
+            return False
+        return self._moments is None or (name == EMBEDDING and not matrices.tied)
 
     def _keep(self, key: tuple[str, str], matrix: QuantizedMatrix) -> None:
         size = matrix.codes.nbytes + (matrix.scales.nbytes if matrix.scales is not None else 0)

@@ -27,7 +27,7 @@ from coatrt.processes import Processes
 from coatrt.progress import progress_bar, stages
 from coatrt.residual import mean_residual
 from coatrt.sampling import TrainingSampler
-from coatrt.sensitivity import Sensitivity, measure_sensitivity
+from coatrt.sensitivity import Predictor, Sensitivity, measure_sensitivity
 from coatrt.space import ConfigSpace
 from coatrt.store import CodeStore
 from coatrt.tasks import TaskData, text_task
@@ -175,7 +175,11 @@ class _Training:
         path = self.state / "sensitivity.json"
         if self.processes.is_first and not path.is_file():
             with stages("sensitivity") as progress:
-                measured = measure_sensitivity(self.model, self.codes, self.calibrated_on, self.space.formats, progress)
+                # Errors under feedback make up for each other; the diagonal of the Fisher does not see that.
+                predictor: Predictor = "tokens" if self.data.kind == "text" else "fisher"
+                measured = measure_sensitivity(
+                    self.model, self.codes, self.calibrated_on, self.space.formats, progress, predictor
+                )
             measured.save(path)
         self.processes.wait()
         return Sensitivity.load(path)

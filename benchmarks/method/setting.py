@@ -108,7 +108,8 @@ class Setting:
         if not path.is_file():
             with stages("sensitivity") as progress:
                 found = measure_sensitivity(
-                    self.base, self.codes, self._calibration, self.space.formats, progress
+                    self.base, self.codes, self._calibration, self.space.formats, progress,
+                    "tokens" if self.data.kind == "text" else "fisher",
                 )  # fmt: skip
             found.save(path)
         return Sensitivity.load(path)

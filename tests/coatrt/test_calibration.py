@@ -1,5 +1,6 @@
 """Second moments against hooks in float64; what is cached, and that damage is noticed."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ from coatrt import calibration
 from coatrt.calibration import Calibration, InputMoments
 from coatrt.checkpoint import Checkpoint, load_model
 from coatrt.errors import CheckpointError, ConfigError
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import save_tiny_llama
 
 TOKENS = torch.randint(0, 272, (6, 20), generator=torch.Generator().manual_seed(0))
 
@@ -28,6 +32,7 @@ def expected(tiny_llama: Path) -> dict[str, torch.Tensor]:
 
     for matrix in checkpoint.matrices.targets:
         model.get_submodule(matrix.name).register_forward_hook(keep(matrix.name))
+    model.lm_head.register_forward_hook(keep("model.embed_tokens"))  # the tied table, as the head reads it
     with torch.no_grad():
         model(input_ids=TOKENS)
     return found
@@ -47,14 +52,14 @@ def test_moments_equal_those_of_every_matrix_alone(
     monkeypatch.setattr(calibration, "measure_moments", counted)
     checkpoint = Checkpoint.open(tiny_llama)
     moments = InputMoments(checkpoint, Calibration(TOKENS), memory_bytes=memory_bytes)
-    for matrix in checkpoint.matrices.targets:
+    for matrix in checkpoint.matrices.matrices:
         found = moments.get(matrix.name)
         assert found.dtype == torch.float32
         want = expected[matrix.name]
         torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=1e-5 * float(want.diagonal().mean()))
     assert moments.get("model.layers.0.self_attn.q_proj") is moments.get("model.layers.0.self_attn.v_proj")
     leaders = [name for run in runs for name in run]
-    assert len(leaders) == len(set(leaders)) == 2 * 4  # q/k/v, o, gate/up and down of two layers
+    assert len(leaders) == len(set(leaders)) == 2 * 4 + 1  # q/k/v, o, gate/up and down of two layers, the head
     assert len(runs) == (1 if memory_bytes > 1 << 20 else 4)
 
 
@@ -64,7 +69,7 @@ def test_the_cache_is_read_and_damage_is_made_again(
     checkpoint, name = Checkpoint.open(tiny_llama), "model.layers.1.mlp.up_proj"
     first = InputMoments(checkpoint, Calibration(TOKENS), tmp_path).get(name)
     files = sorted(tmp_path.rglob("*.safetensors"))
-    assert len(files) == 8
+    assert len(files) == 9
     (path,) = (file for file in files if "layers.1.mlp.gate_proj" in file.name)
     data = path.read_bytes()
     flipped = bytearray(data)
@@ -73,8 +78,8 @@ def test_the_cache_is_read_and_damage_is_made_again(
         path.write_bytes(damaged)
         assert torch.equal(InputMoments(checkpoint, Calibration(TOKENS), tmp_path).get(name), first)
         assert path.read_bytes() == data
-    other = files[0].read_bytes()
-    path.write_bytes(other)  # whole, but of another input
+    (other,) = (file for file in files if "layers.0.mlp.down_proj" in file.name)
+    path.write_bytes(other.read_bytes())  # whole, but of another input
     if InputMoments(checkpoint, Calibration(TOKENS), tmp_path)._read("model.layers.1.mlp.gate_proj") is not None:
         pytest.fail("a moment of another width was taken")
     path.write_bytes(data)
@@ -89,10 +94,10 @@ def test_other_tokens_have_another_place(tiny_llama: Path, tmp_path: Path) -> No
     assert Calibration(TOKENS.clone()).hash == one.hash
     found = [InputMoments(checkpoint, given, tmp_path).get(name) for given in (one, two)]
     assert (found[0] - found[1]).abs().max() > 1e-4
-    assert len(list(tmp_path.rglob("*.safetensors"))) == 16
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 18
 
 
-def test_tokens_are_saved_and_checked(tmp_path: Path, tiny_llama: Path) -> None:
+def test_tokens_are_saved_and_checked(tmp_path: Path) -> None:
     path = tmp_path / "tokens.safetensors"
     given = Calibration(TOKENS)
     given.save(path)
@@ -103,5 +108,7 @@ def test_tokens_are_saved_and_checked(tmp_path: Path, tiny_llama: Path) -> None:
     for bad in (TOKENS.int(), TOKENS[0], TOKENS[:0]):
         with pytest.raises(ConfigError, match=r"give int64 \[blocks, length\]"):
             Calibration(bad)
-    with pytest.raises(ConfigError, match="is a table"):
-        InputMoments(Checkpoint.open(tiny_llama), given).get("model.embed_tokens")
+    untied = Checkpoint.open(save_tiny_llama(tmp_path / "untied", tied=False))
+    with pytest.raises(ConfigError, match="reads token ids"):
+        InputMoments(untied, given).get("model.embed_tokens")
+    assert InputMoments(untied, given).get("lm_head").shape == (64, 64)

@@ -1,5 +1,6 @@
 """The cache of encoded matrices: its keys, damage, and what is never measured."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from coatrt.errors import ConfigError
 from coatrt.quantize import QUANTIZERS, decode, encode
 from coatrt.store import CodeStore
 from coatrt.tensor_file import read_tensors
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import save_tiny_llama
 
 TOKENS = torch.randint(0, 272, (4, 24), generator=torch.Generator().manual_seed(1))
 NAME, TABLE = "model.layers.0.mlp.down_proj", "model.embed_tokens"
@@ -57,16 +61,28 @@ def test_the_cache_is_read_and_damage_is_made_again(
     assert again.constant == first.constant
 
 
-def test_tables_and_16_bits_need_no_moments(
-    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(InputMoments, "_measure", lambda *_: pytest.fail("moments were measured"))
-    weight = checkpoint.tensor(f"{TABLE}.weight")
+@pytest.mark.parametrize("tied", [True, False])
+def test_tables_are_encoded_for_what_the_head_reads(tmp_path: Path, tied: bool) -> None:
+    checkpoint = Checkpoint.open(save_tiny_llama(tmp_path / "model", tied=tied))
+    calibration = Calibration(TOKENS)
+    moments = InputMoments(checkpoint, calibration)
     for quantizer in QUANTIZERS:
-        codes = CodeStore(checkpoint, tmp_path, quantizer, Calibration(TOKENS))
-        assert torch.equal(decode(codes.get(TABLE, "nf2-g32")), decode(encode(weight, "nf2-g32", "mse")))
-        codes.get(NAME, "fp16")
-    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+        codes = CodeStore(checkpoint, tmp_path / "cache", quantizer, calibration)
+        for name in (TABLE,) if tied else (TABLE, "lm_head"):
+            weight, calibrated = checkpoint.tensor(f"{name}.weight"), quantizer in ("weighted", "feedback")
+            if calibrated and (tied or name == "lm_head"):
+                want = encode(weight, "nf2-g32", quantizer, moments.get(name))
+                assert not torch.equal(decode(want), decode(encode(weight, "nf2-g32", "mse")))
+            else:
+                want = encode(weight, "nf2-g32", "mse")
+            assert torch.equal(decode(codes.get(name, "nf2-g32")), decode(want))
+
+
+def test_16_bits_need_no_moments(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(InputMoments, "_measure", lambda *_: pytest.fail("moments were measured"))
+    for quantizer in QUANTIZERS:
+        CodeStore(checkpoint, tmp_path, quantizer, Calibration(TOKENS)).get(NAME, "fp16")
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_a_calibration_must_be_given(checkpoint: Checkpoint) -> None:
