@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from coatrt.config import QuantConfig
@@ -17,10 +15,10 @@ from coatrt.data import batches
 from coatrt.errors import CheckpointError, CoatError
 from coatrt.examples import Examples
 from coatrt.fakequant import FakeQuantModel
-from coatrt.files import atomic_file
 from coatrt.objective import accumulate_gradients
 from coatrt.processes import Processes
 from coatrt.progress import progress_bar
+from coatrt.tensor_file import read_tensors, write_tensors
 from coatrt.train_options import TrainOptions
 from coatrt.train_state import load_state, save_state
 
@@ -164,16 +162,13 @@ def _step(
 
 
 def _save_best(state: Path, lora: LoraModule) -> None:
-    values = {name: parameter.detach().cpu().contiguous() for name, parameter in lora.named_parameters()}
-    with atomic_file(state / _BEST) as temporary:
-        save_file(values, str(temporary))
+    write_tensors(state / _BEST, dict(lora.named_parameters()))
 
 
 @torch.no_grad()
 def _load_best(state: Path, lora: LoraModule) -> None:
-    try:
-        values = load_file(str(state / _BEST))
-        for name, parameter in lora.named_parameters():
-            parameter.copy_(values[name])
-    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{state / _BEST} is damaged ({error}); start over with --overwrite") from None
+    found = read_tensors(state / _BEST)
+    if found is None:
+        raise CheckpointError(f"{state / _BEST} is missing or damaged; start over with --overwrite")
+    for name, parameter in lora.named_parameters():
+        parameter.copy_(found[0][name])
