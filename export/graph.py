@@ -1,7 +1,7 @@
 """A small builder over onnx-ir: names every node and value, keeps weights outside the graph."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -112,6 +112,13 @@ class GraphBuilder:
         value = ir.Value(name=self._claim(name))
         self._nodes.append(ir.node(op_type, inputs, attributes, outputs=[value], name=name))
         return value
+
+    def split(self, value: ir.Value, widths: Mapping[str, int]) -> list[ir.Value]:
+        """Cut the last axis of a value into named parts of the given widths."""
+        outputs = [ir.Value(name=self._claim(name)) for name in widths]
+        sizes = self.ints(*widths.values())
+        self._nodes.append(ir.node("Split", [value, sizes], {"axis": -1}, outputs=outputs, name=outputs[0].name))
+        return outputs
 
     def store(
         self, name: str, tensor: torch.Tensor, dtype: ir.DataType, shape: Sequence[int] | None = None

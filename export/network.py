@@ -41,6 +41,7 @@ class Network:
         self._graph, self._spec, self._table, self._weights = graph, spec, table, weights
         self._tensor, self._contract, self._max_positions = tensor, contract, max_positions
         self._lora: dict[str, tuple[ir.Value, ir.Value]] = {}
+        self._lora_low: dict[str, ir.Value] = {}  # x·A of matrices that read the same x
         # TensorRT-RTX 1.7.1 copies keys and values once per query head, the whole cache for every token, unless the
         # queries that share them come as rows of one head.
         self._grouped = graph.is_engine and spec.heads != spec.kv_heads
@@ -152,6 +153,7 @@ class Network:
 
     def _attention(self, x: ir.Value, layer: int, prefix: str) -> tuple[ir.Value, list[ir.Value]]:
         graph, spec = self._graph, self._spec
+        self._read_together(x, [f"{prefix}.{name}_proj" for name in "qkv"], f"{prefix}.qkv")
         query = self._heads(x, f"{prefix}.q_proj", f"{prefix}.q_norm", spec.heads)
         key = self._heads(x, f"{prefix}.k_proj", f"{prefix}.k_norm", spec.kv_heads)
         value = self._heads(x, f"{prefix}.v_proj", None, spec.kv_heads)
@@ -211,6 +213,7 @@ class Network:
         return graph.op("Concat", [turned, rest], f"{name}.rotated", axis=-1)
 
     def _mlp(self, x: ir.Value, prefix: str) -> ir.Value:
+        self._read_together(x, [f"{prefix}.{name}_proj" for name in ("gate", "up")], f"{prefix}.gate_up")
         graph, gate = self._graph, self._linear(x, f"{prefix}.gate_proj")
         if self._spec.activation == "silu":
             gate = graph.op("Swish", [gate], f"{prefix}.activated")
@@ -220,6 +223,20 @@ class Network:
         gated = graph.op("Mul", [gate, self._linear(x, f"{prefix}.up_proj")], f"{prefix}.gated")
         return self._linear(gated, f"{prefix}.down_proj")
 
+    def _read_together(self, x: ir.Value, names: list[str], label: str) -> None:
+        """Multiply x by the A of several matrices at once; one product is faster than several of rank 16.
+
+        TensorRT-RTX 1.7.1 also builds SmolLM2-135M in half the time.
+        """
+        graph, known = self._graph, self._contract.by_matrix if self._contract is not None else {}
+        tensors = [known[name] for name in names if name in known]
+        if len(tensors) < 2 or not graph.is_engine:
+            return
+        joined = graph.op("Concat", [self._lora[tensor.matrix][0] for tensor in tensors], f"{label}.lora_A", axis=1)
+        low = graph.op("MatMul", [x, joined], f"{label}.lora_low")
+        parts = graph.split(low, {f"{tensor.matrix}.lora_low": tensor.rank for tensor in tensors})
+        self._lora_low.update({tensor.matrix: part for tensor, part in zip(tensors, parts, strict=True)})
+
     def _linear(self, x: ir.Value, name: str) -> ir.Value:
         """Return x·W (+ bias) (+ (x·A)·B)."""
         graph, bias = self._graph, self._tensor(f"{name}.bias")
@@ -228,7 +245,7 @@ class Network:
             out = graph.op("Add", [out, self._small(f"{name}.bias", bias)], f"{name}.biased")
         if name in self._lora:
             a, b = self._lora[name]
-            low = graph.op("MatMul", [x, a], f"{name}.lora_low")
+            low = self._lora_low.get(name) or graph.op("MatMul", [x, a], f"{name}.lora_low")
             out = graph.op("Add", [out, graph.op("MatMul", [low, b], f"{name}.lora")], f"{name}.adapted")
         return out
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from coatrt.export.graph import GraphBuilder
-from coatrt.export.weights.base import byte_lookup, gather_rows
+from coatrt.export.weights.base import gather_rows
 
 __all__ = ["PLANES", "PackedCodes", "pack_plane"]
 
@@ -68,9 +68,7 @@ class PackedCodes:
         planes, shift = [], 0
         for width in PLANES[bits]:
             packed = pack_plane(codes, shift, width, axis)
-            stored = graph.store(
-                f"{name}.plane{shift}", packed, ir.DataType.INT8 if graph.is_engine else ir.DataType.UINT8
-            )
+            stored = graph.store(f"{name}.plane{shift}", packed, ir.DataType.INT8)
             if graph.is_engine:
                 # One reader for all uses; DequantizeLinear with scale 1 gives the byte − 128, exact in every dtype.
                 stored = graph.op("DequantizeLinear", [stored, graph.real(1.0)], f"{name}.plane{shift}.values")
@@ -91,67 +89,34 @@ class PackedCodes:
         """
         planes = [gather_rows(self.graph, plane, ids, f"{name}.rows{i}") for i, plane in enumerate(self.planes)]
         table = np.arange(1 << self.bits, dtype=np.float32) if levels is None else levels
-        if self.graph.is_engine:
-            codes = self._join([self._unpack(plane, i, ids, name) for i, plane in enumerate(planes)], name)
-            if levels is None:
-                return self.graph.op("Cast", [codes], f"{name}.values", to=self.graph.activations)
-        elif len(planes) == 1:
-            return self._ordered(byte_lookup(self.graph, planes[0], table[_parts(self.bits)], name), ids, name)
-        else:
-            codes = self._join([self._byte_codes(plane, i, ids, name) for i, plane in enumerate(planes)], name)
+        if len(planes) == 1:
+            return self._looked_up(planes[0], self.graph.real(table[_parts(self.bits)]), ids, name)
+        codes = self._looked_up(planes[0], self._code_parts(0), ids, f"{name}.plane0")
+        for i, plane in enumerate(planes[1:], 1):
+            part = self._looked_up(plane, self._code_parts(i), ids, f"{name}.plane{i}")
+            codes = self.graph.op("Add", [codes, part], f"{name}.joined{i}")
         return self.graph.op("Gather", [self.graph.real(table), codes], f"{name}.levels", axis=0)
 
-    def _join(self, parts: list[ir.Value], name: str) -> ir.Value:
-        joined = parts[0]
-        for i, part in enumerate(parts[1:], 1):
-            joined = self.graph.op("Add", [joined, part], f"{name}.joined{i}")
-        return joined
+    def _code_parts(self, plane: int) -> ir.Value:
+        """Return [8 / width, 256]: the parts of a byte of a plane, already shifted to their place in the code."""
+        widths = PLANES[self.bits]
+        return self.graph.constant((_parts(widths[plane]) << sum(widths[:plane])).astype(np.int32))
 
-    def _shift(self, plane: int) -> int:
-        return sum(PLANES[self.bits][:plane])
+    def _looked_up(self, plane: ir.Value, table: ir.Value, ids: ir.Value | None, name: str) -> ir.Value:
+        """Return what the bytes of a plane stand for: one Gather from a table [8 / width, 256] gives every segment.
 
-    def _unpack(self, values: ir.Value, plane: int, ids: ir.Value | None, name: str) -> ir.Value:
-        """Engine form: unpack with integer arithmetic, which stays between the packed constant and its use."""
-        graph, width = self.graph, PLANES[self.bits][plane]
-        name = f"{name}.unpack{plane}"
-
-        def integer(value: int) -> ir.Value:
-            return graph.constant(np.array(value, np.int32))
-
-        signed = graph.op("Cast", [values], f"{name}.signed", to=ir.DataType.INT32)
-        rest = graph.op("Add", [signed, integer(_BIAS)], f"{name}.byte")
-        parts = []
-        for position in range(8 // width - 1, 0, -1):
-            unit = integer(1 << (width * position))
-            high = graph.op("Div", [rest, unit], f"{name}.high{position}")
-            part = graph.op("Mul", [high, unit], f"{name}.part{position}")
-            rest = graph.op("Sub", [rest, part], f"{name}.low{position}")
-            parts.append(high)
-        parts.append(rest)
-        if len(parts) > 1:
-            rest = graph.op("Concat", parts[::-1], f"{name}.codes", axis=self.axis if ids is None else 2)
-        if self._shift(plane):
-            rest = graph.op("Mul", [rest, integer(1 << self._shift(plane))], f"{name}.shifted")
-        return rest
-
-    def _byte_codes(self, stored: ir.Value, plane: int, ids: ir.Value | None, name: str) -> ir.Value:
-        """Cpu form: one Gather gives the parts of a byte, already shifted to their place in the code."""
-        graph, name = self.graph, f"{name}.unpack{plane}"
-        parts = (_parts(PLANES[self.bits][plane]) << self._shift(plane)).astype(np.int32)
-        index = graph.op("Cast", [stored], f"{name}.index", to=ir.DataType.INT32)
-        return self._ordered(graph.op("Gather", [graph.constant(parts), index], f"{name}.parts", axis=0), ids, name)
-
-    def _ordered(self, parts: ir.Value, ids: ir.Value | None, name: str) -> ir.Value:
-        """Return parts [..., n], n = values per byte, with the segments one after the other along the packed axis."""
-        if ids is not None:
-            order, shape = [0, 1, 3, 2], [0, 0, self.shape[1]]  # 0 copies the dimension
-        else:
-            order, shape = ([2, 0, 1] if self.axis == 0 else [0, 2, 1]), list(self.shape)
-        moved = self.graph.op("Transpose", [parts], f"{name}.segments", perm=order)
-        return self.graph.op("Reshape", [moved, self.graph.ints(*shape)], f"{name}.ordered")
+        Unpacking by arithmetic took TensorRT-RTX 1.7.1 up to three times as long to build.
+        """
+        graph = self.graph
+        index = graph.op("Cast", [plane], f"{name}.index", to=ir.DataType.INT32)
+        index = graph.op("Add", [index, graph.constant(np.array(_BIAS, np.int32))], f"{name}.byte")
+        parts = graph.op("Gather", [table, index], f"{name}.parts", axis=1)
+        order, shape = ([1, 0, 2], self.shape) if ids is None else ([1, 2, 0, 3], (0, 0, self.shape[1]))
+        if ids is not None or self.axis == 1:  # segments follow each other along the last axis; 0 copies a dimension
+            parts = graph.op("Transpose", [parts], f"{name}.segments", perm=order)
+        return graph.op("Reshape", [parts, graph.ints(*shape)], f"{name}.ordered")
 
 
 def _parts(width: int) -> NDArray[np.int64]:
-    """Return [256, 8 / width]: the codes in each stored byte of a plane."""
-    byte = np.arange(256)[:, None] ^ _BIAS
-    return byte >> (np.arange(8 // width) * width) & ((1 << width) - 1)
+    """Return [8 / width, 256]: the codes in each byte of a plane."""
+    return np.arange(256) >> (np.arange(8 // width)[:, None] * width) & ((1 << width) - 1)
