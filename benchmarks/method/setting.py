@@ -1,6 +1,7 @@
 """What all arms share: model, task, formats, the configurations trained on and the ones measured."""
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -139,15 +140,21 @@ class Setting:
         rng, found = np.random.default_rng(2), []
         for bits in BUDGETS:
             at = 5 * TRAINED.index(bits)
+            above = (self._sampler.plan_like(None, bits + _HELD_OUT + 0.02 * step) for step in range(10))
+            disturbed = (self._sampler.plan_like(rng, bits) for _ in range(10))
             found += [
                 Measured(bits, "planned", True, self.pool[at]),
-                Measured(bits, "planned", False, self._sampler.plan_like(None, bits + _HELD_OUT)),
-                Measured(bits, "planned", False, self._sampler.plan_like(rng, bits)),
+                Measured(bits, "planned", False, self._unseen(above)),
+                Measured(bits, "planned", False, self._unseen(disturbed)),
                 Measured(bits, "random", True, self.pool[at + 4]),
                 Measured(bits, "random", False, self.space.sample_budgeted(rng, bits)),
             ]
         assert all((entry.config in self.pool) == entry.seen for entry in found)
         return tuple(found)
+
+    def _unseen(self, draws: Iterable[QuantConfig]) -> QuantConfig:
+        """Return the first that is not trained on."""
+        return next(config for config in draws if config not in self.pool)
 
     def draw(self, step: int, seed: int, sandwich: bool) -> list[QuantConfig]:
         """Return the two configurations of a step: an end of the range and any other, or two drawn evenly."""
