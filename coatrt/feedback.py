@@ -4,6 +4,8 @@ GPTQ (Frantar et al., arXiv 2210.17323) with scales fixed beforehand, so that on
 whose input carries the most energy goes first, and blocks of scales need not be contiguous in that order.
 """
 
+import weakref
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,29 @@ def inverse_factor(moment: Tensor, damping: float = DAMPING) -> Tensor:
         shift *= 10
 
 
+def _prepared(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the order of the inputs, most energy first, and the inverse factor in that order.
+
+    The last one is kept for as long as its moment lives: every format of every matrix that reads this input needs it.
+    """
+    global _last
+    version = moment._version
+    if _last is not None and _last[0]() is moment and _last[1] == version:
+        return _last[2]
+    order = moment.diagonal().argsort(descending=True, stable=True)
+    found = order, inverse_factor(moment[order][:, order])
+    _last = (weakref.ref(moment, _forget), version, found)
+    return found
+
+
+def _forget(_: object) -> None:
+    global _last
+    _last = None
+
+
+_last: tuple[weakref.ref[Tensor], int, tuple[Tensor, Tensor]] | None = None
+
+
 def feedback_codes(weight: Tensor, scales: Tensor, block: int, grid: Grid, moment: Tensor) -> Tensor:
     """Return codes that keep tr((W − Q) H (W − Q)ᵀ) small instead of every single |w − q|.
 
@@ -57,8 +82,7 @@ def feedback_codes(weight: Tensor, scales: Tensor, block: int, grid: Grid, momen
         [N, K] in the grid's dtype.
     """
     N, K = weight.shape
-    order = moment.diagonal().argsort(descending=True, stable=True)
-    factor = inverse_factor(moment[order][:, order])
+    order, factor = _prepared(moment)
     pivots = factor.diagonal().tolist()
     left = weight.t()[order]  # [K, N]: a column of W lies in one piece
     spans, blocks = scales.t().contiguous(), (order // block).tolist()

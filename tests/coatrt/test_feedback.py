@@ -132,6 +132,22 @@ def test_damping_rises_until_the_moment_is_definite():
     torch.testing.assert_close(shift, shift[0, 0] * torch.eye(4, dtype=torch.float64), atol=1e-5, rtol=1e-5)
 
 
+def test_a_factor_serves_every_matrix_of_its_moment_and_no_other(monkeypatch):
+    factored = []
+    monkeypatch.setattr(
+        "coatrt.feedback.inverse_factor", lambda H: factored.append(H.clone()) or inverse_factor(H), raising=True
+    )
+    H, other = moment(64), moment(64, seed=7)
+    first = encode(weight(8, 64), "nf3-g64", "feedback", H)
+    encode(weight(4, 64), "int4-g64", "feedback", H)
+    assert len(factored) == 1
+    changed = encode(weight(8, 64), "nf3-g64", "feedback", other)
+    assert len(factored) == 2 and not torch.equal(changed.codes, first.codes)
+    H.copy_(other)  # the same tensor, other numbers
+    assert torch.equal(encode(weight(8, 64), "nf3-g64", "feedback", H).codes, changed.codes)
+    assert len(factored) == 3
+
+
 def test_moments_are_checked():
     for bad in (None, torch.eye(5), torch.full((64, 64), float("nan"))):
         for quantizer in ("weighted", "feedback"):
