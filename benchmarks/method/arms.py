@@ -13,7 +13,7 @@ from coatrt.hypernet import Preset
 from coatrt.lora import CoaLora
 from coatrt.train_options import TrainOptions
 
-__all__ = ["ARMS", "Arm", "LoraBank", "SideBySide"]
+__all__ = ["ARMS", "Arm", "FormatTerms", "LoraBank", "SideBySide"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Arm:
     Args:
         what: for the table.
         kind: "none" trains nothing, "coa" A, B and θ, "bank" one LoRA per (matrix, format), "both" the two side by
-            side, "single" one LoRA per configuration.
+            side, "terms" A, B and θ with a term of B per (matrix, format), "single" one LoRA per configuration.
         preset: form of θ ("none": plain LoRA).
         rank: LoRA rank.
         sandwich: both ends of the budget range are seen in two steps; else configurations are drawn evenly.
@@ -35,7 +35,7 @@ class Arm:
     """
 
     what: str
-    kind: Literal["none", "coa", "bank", "both", "single"] = "coa"
+    kind: Literal["none", "coa", "bank", "both", "terms", "single"] = "coa"
     preset: Preset = "coatrt"
     rank: int = 16
     sandwich: bool = True
@@ -62,6 +62,8 @@ ARMS = {
     "coatrt-top": Arm("coatrt, distilled from its highest configuration", distill=0.5, teacher="top"),
     "coatrt-bank": Arm("coatrt and a LoRA per (matrix, format), rank 16 each", "both"),
     "shared-bank": Arm("shared LoRA and a LoRA per (matrix, format), rank 16 each", "both", "none"),
+    "coatrt-terms": Arm("coatrt and a term of B per (matrix, format)", "terms"),
+    "shared-terms": Arm("shared LoRA and a term of B per (matrix, format)", "terms", "none"),
     "coatrt-fast-theta": Arm("coatrt, θ at ten times the rate", theta_rate=1e-2),
 }
 """Arms by name; the first seven are the rivals, what follows is ours and its ablations."""
@@ -97,6 +99,34 @@ class LoraBank(nn.Module):
     def rates(self, options: TrainOptions) -> list[tuple[list[nn.Parameter], float]]:
         """Return A and B with their peak learning rate."""
         return [([*self.A, *self.B], options.learning_rate)]
+
+
+class FormatTerms(nn.Module):
+    """A LoRA whose B has a term for the format of its matrix, zero at the start: B' = B + D_f.
+
+    Args:
+        lora: the LoRA; its A is left as it is.
+        encoder: the formats' order.
+    """
+
+    def __init__(self, lora: CoaLora, encoder: ConfigEncoder) -> None:
+        super().__init__()
+        self.lora, self.encoder = lora, encoder
+        count = len(encoder.formats)
+        self.D = nn.ParameterList(torch.zeros(count, t.rank, t.N) for t in lora.contract.tensors)
+
+    def pairs(self, config: QuantConfig) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return matrix name → (A' [K, r], s·(B + D_f) [r, N])."""
+        ids, found = self.encoder.format_ids(config).tolist(), self.lora.pairs(config)
+        contract = self.lora.contract
+        return {
+            t.matrix: (found[t.matrix][0], found[t.matrix][1] + d[i] * contract.scale(t))
+            for t, i, d in zip(contract.tensors, ids, self.D, strict=True)
+        }
+
+    def rates(self, options: TrainOptions) -> list[tuple[list[nn.Parameter], float]]:
+        """Return the LoRA's groups and the terms, these at the rate of A and B."""
+        return [*self.lora.rates(options), ([*self.D], options.learning_rate)]
 
 
 class SideBySide(nn.Module):

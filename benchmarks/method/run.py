@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import ARMS, Arm, LoraBank, SideBySide
+from arms import ARMS, Arm, FormatTerms, LoraBank, SideBySide
 from setting import BUDGETS, FORMATS, Measured, Setting
 
 from coatrt.config import QuantConfig
@@ -49,6 +49,8 @@ def module(setting: Setting, arm: Arm, seed: int) -> Any:
     if arm.kind == "bank":
         return LoraBank(contract, setting.encoder, seed)
     lora = CoaLora(contract, setting.encoder, arm.preset, seed)
+    if arm.kind == "terms":
+        return FormatTerms(lora, setting.encoder)
     if arm.kind == "both":
         return SideBySide(lora, LoraBank(contract, setting.encoder, seed + 1))
     if arm.start == "residual":
