@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from coatrt.allocate import CostTable, cost_matrix, lagrangian_choice
+from coatrt.allocate import CostTable, cost_matrix, near_optimal
 from coatrt.config import QuantConfig
 from coatrt.errors import ConfigError
 from coatrt.space import ConfigSpace
@@ -71,7 +71,7 @@ class TrainingSampler:
         return configs
 
     def plan_like(self, rng: np.random.Generator | None, bits: float) -> QuantConfig:
-        """Return a near-optimal allocation of at most `bits`, by Lagrange multiplier, in about a millisecond.
+        """Return a near-optimal allocation of at most `bits`, in milliseconds.
 
         Args:
             rng: disturbs the costs; None leaves them as they are.
@@ -81,5 +81,4 @@ class TrainingSampler:
         if rng is not None:
             price = price * np.exp(_JITTER * rng.normal(size=price.shape))
         budget = max(bits * self.space.model.parameters / 8 + 0.5, float(self.space.sizes.min(1).sum()))
-        choice, _, _ = lagrangian_choice(price, self.space.sizes.astype(np.float64), budget)
-        return self.space.config(choice)
+        return self.space.config(near_optimal(price, self.space.sizes.astype(np.float64), budget))

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from coatrt.allocate import _silence, _undominated, allocate, cost_matrix, lagrangian_choice
+from coatrt.allocate import _silence, _undominated, allocate, cost_matrix, lagrangian_choice, near_optimal
 from coatrt.errors import ConfigError
 from coatrt.formats import WeightFormat
 from coatrt.matrices import ModelMatrices, matrices_of
@@ -113,3 +113,27 @@ def test_native_code_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     libc.puts(b"after")
     libc.fflush(None)
     assert capfd.readouterr().out == "after\n"
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("bits", [2.45, 2.5, 2.6, 3.0])
+def test_a_table_of_a_fifth_of_the_model_is_no_trap(seed: int, bits: float) -> None:
+    """One heavy choice: below its next format no multiplier reaches it, and single changes fill up with the rest."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    rng, count = np.random.default_rng(seed), 60
+    weights = np.array([count / 4, *rng.uniform(0.5, 1.5, count)])
+    widths = np.array([2.25, 3.25, 4.25, 8.0])
+    size = np.rint(1000 * weights[:, None] * widths / 8)
+    price = np.array([8.0, *rng.exponential(size=count)])[:, None] / 4.0 ** (widths - 2.25)
+    limit = float(bits * 1000 * weights.sum() / 8)
+    choice = near_optimal(price, size, limit)
+    rows = np.arange(len(size))
+    assert size[rows, choice].sum() <= limit
+    exact = milp(
+        price.ravel(), integrality=np.ones(price.size), bounds=Bounds(0, 1),
+        constraints=[LinearConstraint(np.kron(np.eye(len(rows)), np.ones(4)), 1, 1),
+                     LinearConstraint(size.ravel()[None], -np.inf, limit)],
+        options={"mip_rel_gap": 1e-3},
+    )  # fmt: skip
+    assert price[rows, choice].sum() <= exact.fun * 1.02
