@@ -251,6 +251,15 @@ def tied_table() -> str:
     return grid(["format", *names], [[text, *cells] for text, cells in lines.items()])
 
 
+def compensation() -> str:
+    """What a low-rank part in closed form would give back."""
+    found = load("compensation")
+    rows = [[row["format"], row["quantizer"], *(f"{value:.3f}" for value in row["errors"])] for row in found["rows"]]
+    head = ["format", "quantizer", *(f"rank {rank}" if rank else "error" for rank in found["ranks"])]
+    layers = ", ".join(map(str, found["layers"]))
+    return f"{grid(head, rows)}\n\nMeans over the {found['matrices']} matrices of layers {layers}."
+
+
 def training_step() -> str:
     """A step against PEFT's."""
     found = load("training_step")
@@ -263,7 +272,7 @@ def training_step() -> str:
 
 _MAKERS = (
     demo, sizes, billion, export, interactive, memory, parity, cpu, tasks, quantizers, allocation, predictors, search,
-    training_step, tied_table,
+    training_step, tied_table, compensation,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {maker.__name__: maker for maker in _MAKERS}
 for _task in ("sotu", "trec"):
