@@ -13,6 +13,7 @@ from coatrt.space import ConfigSpace
 
 if TYPE_CHECKING:
     from coatrt.adapter import Adapter
+    from coatrt.adapter_facts import AdapterFacts
 
 __all__ = ["RUNTIME_RESERVE", "Objective", "Plan", "Workload", "make_plan", "plan_for"]
 
@@ -272,7 +273,7 @@ def _better_measured(
 
 
 def plan_for(
-    adapter: "Adapter",
+    adapter: "Adapter | AdapterFacts",
     device: DeviceProfile,
     *,
     objective: Objective = "quality",

@@ -35,8 +35,8 @@ def plan_options(function: Any) -> Any:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(adapter: Path, devices: tuple[str, ...], output: Path | None, as_json: bool, **choices: Any) -> None:
     """Choose a configuration of ADAPTER for a device: least predicted loss that fits, or fewest bytes within a loss."""
-    from coatrt.adapter import Adapter
-    from coatrt.adapter_search import adapter_archive
+    from coatrt.adapter_facts import AdapterFacts
+    from coatrt.archive import adapter_archive
     from coatrt.devices import device
     from coatrt.errors import ConfigError
     from coatrt.plan import plan_for
@@ -44,7 +44,7 @@ def command(adapter: Path, devices: tuple[str, ...], output: Path | None, as_jso
     if output is not None and len(devices) > 1:
         raise ConfigError(f"-o takes one device, {len(devices)} are given; give one, or --json")
     profiles = [device(name) for name in devices]
-    loaded, archive = Adapter.load(adapter), adapter_archive(adapter)
+    loaded, archive = AdapterFacts.load(adapter), adapter_archive(adapter)
     plans = [
         plan_for(loaded, profile, archive=archive, **choices)
         for profile in profiles
