@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from coatrt.cli.common import BYTES
-from coatrt.cli.plan import plan_options
+from coatrt.cli.plan import plan_options, plan_request
 
 __all__ = ["command"]
 
@@ -16,7 +16,8 @@ __all__ = ["command"]
 @click.option("--device", "devices", multiple=True, required=True, help="Device id (coatrt devices); repeatable.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path),
               help="The bundle's directory; with several devices, the directory of their bundles.")  # fmt: skip
-@click.option("--config", "config_path", type=click.Path(path_type=Path), help="This configuration instead of a plan.")
+@click.option("--config", "config_path", type=click.Path(path_type=Path),
+              help="This configuration, or plan of one device, instead of planning.")  # fmt: skip
 @plan_options
 @click.option("--model", help="The adapter's model, where it has moved.")
 @click.option("--activations", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True)
@@ -27,55 +28,49 @@ __all__ = ["command"]
 @click.option("--no-cache", is_flag=True, help="Build engines that an earlier build has left in the cache, too.")
 @click.option("--dry-run", is_flag=True, help="Only show the plans, and what would be built.")
 @click.option("--overwrite", is_flag=True, help="Replace bundles that are there and not up to date.")
-def command(adapter: Path, devices: tuple[str, ...], output: Path, config_path: Path | None, memory: int | None,
-            bits: float | None, objective: Any, max_loss: float, context: int, batch: int, prefill: int,
-            model: str | None, activations: str, cpu_activations: str, no_engine: bool, jobs: int | None,
-            build_memory: int | None, no_cache: bool, dry_run: bool, overwrite: bool) -> None:  # fmt: skip
+def command(adapter: Path, devices: tuple[str, ...], output: Path, config_path: Path | None, activations: str,
+            cpu_activations: str, no_engine: bool, dry_run: bool, **choices: Any) -> None:  # fmt: skip
     """Make a bundle of ADAPTER per device: plan, graphs, hypernetwork, LoRA, engine."""
     from coatrt.adapter_facts import AdapterFacts
     from coatrt.archive import adapter_archive
-    from coatrt.config import QuantConfig
     from coatrt.devices import device
     from coatrt.engines.builder import EngineShapes, check_formats
     from coatrt.engines.options import BundleOptions
     from coatrt.engines.recipe import is_current, recipe_hash
-    from coatrt.plan import plan_for
+    from coatrt.fleet_table import fleet_table
+    from coatrt.plan import plan_fleet
+    from coatrt.plan_data import read_config
 
+    request = plan_request(choices)
     profiles = [device(name) for name in dict.fromkeys(devices)]
     facts = AdapterFacts.load(adapter)
-    archive = adapter_archive(adapter) if config_path is None else None
     options = BundleOptions(
-        activations, cpu_activations, context, EngineShapes(batch, min(prefill, context)), engine=not no_engine
-    )
-    targets: list[tuple[Any, Any, Any, Path]] = []
-    for profile in profiles:
-        if config_path is not None:
-            plan, config = None, QuantConfig.load(config_path, facts.model)
-        else:
-            plan = plan_for(facts, profile, memory=memory, bits=bits, objective=objective, max_loss=max_loss,
-                            context=context, batch=batch, prefill=prefill, archive=archive)  # fmt: skip
-            config = plan.config
+        activations, cpu_activations, request.context,
+        EngineShapes(request.batch, min(request.prefill, request.context)), engine=not no_engine,
+    )  # fmt: skip
+    places = [output if len(profiles) == 1 else output / profile.id for profile in profiles]
+    if config_path is None:
+        plans: list[Any] = list(plan_fleet(facts, profiles, request, archive=adapter_archive(adapter)))
+        configs = [plan.config for plan in plans]
+        click.echo((fleet_table(plans) if len(plans) > 2 else "\n\n".join(plan.text() for plan in plans)) + "\n")
+    else:
+        plans, configs = [None] * len(profiles), [read_config(config_path, facts.model)] * len(profiles)
+    targets = list(zip(profiles, configs, places, plans, strict=True))
+    for profile, config, _, _ in targets:
         check_formats(config, profile, activations)
-        targets.append((profile, plan, config, output if len(profiles) == 1 else output / profile.id))
-    for _, plan, _, _ in targets:
-        if plan is not None:
-            click.echo(plan.text() + "\n")
     current = [
         is_current(place, recipe_hash(facts.hash, config, profile, options, plan=plan))
-        for profile, plan, config, place in targets
+        for profile, config, place, plan in targets
     ]
-    if dry_run:
-        for (_, _, _, place), there in zip(targets, current, strict=True):
+    if dry_run or all(current):  # neither torch nor the model is needed to say so
+        for place, there in zip(places, current, strict=True):
             click.echo(f"{place}: {'up to date' if there else 'to build'}")
-    elif all(current):  # neither torch nor the model is needed to say so
-        for *_, place in targets:
-            click.echo(f"{place}: up to date")
     else:
-        _build(adapter, targets, options, model, overwrite, jobs, build_memory, no_cache)
+        _build(adapter, targets, options, **choices)
 
 
-def _build(adapter: Path, targets: "list[tuple[Any, Any, Any, Path]]", options: Any, model: str | None,
-           overwrite: bool, jobs: int | None, build_memory: int | None, no_cache: bool) -> None:  # fmt: skip
+def _build(adapter: Path, targets: list[Any], options: Any, *, model: str | None, overwrite: bool, jobs: int | None,
+           build_memory: int | None, no_cache: bool) -> None:  # fmt: skip
     from coatrt.adapter import Adapter
     from coatrt.engines.build_room import BuildRoom
     from coatrt.engines.engine_cache import EngineCache
@@ -85,8 +80,7 @@ def _build(adapter: Path, targets: "list[tuple[Any, Any, Any, Path]]", options: 
     loaded = Adapter.load(adapter)
     with stages("build") as progress:
         made = build_fleet(
-            loaded, loaded.checkpoint(model),
-            [Target(profile, config, place, plan) for profile, plan, config, place in targets], options,
+            loaded, loaded.checkpoint(model), [Target(*target) for target in targets], options,
             cache=None if no_cache else EngineCache.default(), room=BuildRoom(jobs, build_memory),
             overwrite=overwrite, progress=progress, tell=lambda line: click.echo(line, err=True),
         )  # fmt: skip

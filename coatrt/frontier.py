@@ -1,0 +1,125 @@
+"""Candidates of a plan: configurations on the front of bytes, predicted seconds and loss, by dynamic programming.
+
+A plan picks from one fixed set, whatever its limits, so that more memory can never give a worse predicted loss.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coatrt.config import QuantConfig
+from coatrt.errors import ConfigError
+from coatrt.space import ConfigSpace
+
+__all__ = ["Candidates", "candidates", "least_cost_by_size"]
+
+_BINS = 4096
+_BLENDS = (0.0, 0.1, 0.3, 1.0, 3.0, 30.0)  # weight of the seconds' range against the loss's range
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Configurations to pick from.
+
+    Args:
+        space: matrices and formats.
+        choices: format number of every group, [n, groups].
+    """
+
+    space: ConfigSpace
+    choices: NDArray[np.int16]
+
+    def __len__(self) -> int:
+        return len(self.choices)
+
+    def config(self, index: int) -> QuantConfig:
+        """Return a candidate as a configuration."""
+        return self.space.config(self.choices[index].astype(np.int64))
+
+
+def least_cost_by_size(cost: NDArray[np.float64], sizes: NDArray[np.int64], bins: int = _BINS) -> NDArray[np.int16]:
+    """Return the choices of least total cost, one for each of `bins` total sizes, [n, groups].
+
+    Sizes are rounded to the nearest of `bins` steps between the least and the greatest total, so a choice is the best
+    of its true size up to about one step. Choices with an infinite cost are never taken.
+
+    Args:
+        cost: [groups, formats], infinite where a format is not allowed.
+        sizes: bytes, [groups, formats].
+        bins: steps.
+
+    Raises:
+        ConfigError: a group has no allowed format.
+    """
+    allowed = np.isfinite(cost)
+    if not allowed.any(1).all():
+        raise ConfigError("a matrix has no format left that the device and the pins allow; drop a --keep")
+    low = np.where(allowed, sizes, np.iinfo(np.int64).max).min(1)
+    extra = np.where(allowed, sizes - low[:, None], 0)
+    unit = max(float(extra.max(1).sum()) / max(bins - 1, 1), 1.0)
+    steps = np.rint(extra / unit).astype(np.int64)
+    width = int(steps.max(1).sum()) + 1
+    value = np.full(width, np.inf)
+    value[0] = 0.0
+    reached = 1
+    taken = np.zeros((len(cost), width), np.int16)
+    for group in range(len(cost)):
+        columns = np.flatnonzero(allowed[group])
+        reach = reached + int(steps[group].max())
+        tried = np.full((len(columns), reach), np.inf)
+        for row, column in enumerate(columns):
+            step = steps[group, column]
+            tried[row, step : step + reached] = value[:reached] + cost[group, column]
+        best = tried.argmin(0)
+        value[:reach] = tried[best, np.arange(reach)]
+        taken[group, :reach] = columns[best]
+        reached = reach
+    place = np.flatnonzero(np.isfinite(value))
+    choices = np.empty((len(place), len(cost)), np.int16)
+    for group in range(len(cost) - 1, -1, -1):
+        choices[:, group] = taken[group, place]
+        place = place - steps[group, choices[:, group]]
+    return choices
+
+
+def candidates(space: ConfigSpace, cost: NDArray[np.float64], seconds: NDArray[np.float64] | None = None) -> Candidates:
+    """Return the candidates of a space.
+
+    Args:
+        space: matrices and formats.
+        cost: predicted loss increase, [groups, formats]; infinite where a pin or the device forbids a format.
+        seconds: predicted decode seconds in any unit, [groups, formats]; None takes bytes in their place.
+
+    Raises:
+        ConfigError: a group has no allowed format.
+    """
+    sizes = space.sizes
+    allowed = np.isfinite(cost)
+    time = sizes.astype(np.float64) if seconds is None else seconds
+    blends = (0.0,) if seconds is None or _follows(time, sizes, allowed) else _BLENDS
+    unit = _range(cost, allowed) / max(_range(time, allowed), 1e-300)
+    found = [
+        least_cost_by_size(cost + blend * unit * time, sizes, _BINS if blend == 0 else _BINS // 4) for blend in blends
+    ]
+    choices = np.concatenate(found)
+    if len(found) > 1:  # equal rows have equal keys, and unequal ones of 64 random bits each hardly ever
+        words = np.random.default_rng(0).integers(-(1 << 62), 1 << 62, len(cost))
+        choices = choices[np.unique(choices @ words, return_index=True)[1]]
+    return Candidates(space, choices)
+
+
+def _range(values: NDArray[np.float64], allowed: NDArray[np.bool_]) -> float:
+    """Return the greatest less the least total."""
+    most = np.where(allowed, values, -np.inf).max(1).sum()
+    return max(float(most - np.where(allowed, values, np.inf).min(1).sum()), 1e-300)
+
+
+def _follows(time: NDArray[np.float64], sizes: NDArray[np.int64], allowed: NDArray[np.bool_]) -> bool:
+    """Return whether seconds are bytes times one factor, up to a constant per group: then bytes stand for both."""
+    first = allowed.argmax(1)
+    rows = np.arange(len(sizes))
+    bytes_apart = (sizes - sizes[rows, first][:, None])[allowed].astype(np.float64)
+    seconds_apart = (time - time[rows, first][:, None])[allowed]
+    factor = float(bytes_apart @ seconds_apart) / max(float(bytes_apart @ bytes_apart), 1e-300)
+    return bool(np.abs(seconds_apart - factor * bytes_apart).max() <= 1e-6 * max(np.abs(seconds_apart).max(), 1e-300))
