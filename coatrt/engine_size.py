@@ -15,13 +15,18 @@ from coatrt.space import ConfigSpace
 
 __all__ = ["engine_overhead", "overhead_of_choices"]
 
-BASE = 1_500_000
-PER_LAYER = 300_000
-PER_LAYER_SM75 = 260_000
-PER_FORMAT = {"fp16": 0, "bf16": 0, "int8": 770_000, "int4": 260_000, "fp8": 700_000, "nvfp4": 700_000,
-              "nf2": 1_300_000, "nf3": 1_550_000, "nf4": 1_300_000, "nf8": 1_300_000}  # fmt: skip
-PER_BYTE = {"nvfp4": 0.0}
-"""Share of a matrix's ideal bytes that its layout in the engine adds."""
+BASE = 2_160_000
+PER_LAYER = 276_000
+PER_LAYER_SM75 = 266_000
+PER_FORMAT = {"fp16": 0, "bf16": 0, "int8": 840_000, "int4": 330_000, "fp8": 1_040_000, "nvfp4": 1_100_000,
+              "nf2": 1_270_000, "nf3": 1_620_000, "nf4": 1_270_000, "nf8": 1_270_000}  # fmt: skip
+"""Kernels of a format, once an engine; nf8 was not built and counts as nf4."""
+
+NVFP4_PADDING = 0.07
+"""Share of an nvfp4 matrix that is added where its rows are no multiple of 128, the tile of its block scales."""
+
+CPU_PACKED = ("int8", "int4")
+"""Kinds that ONNX Runtime can keep packed; all others are decoded to 4 bytes a weight when a graph loads."""
 
 
 def _fixed(model: ModelMatrices, sm: int) -> int:
@@ -29,38 +34,42 @@ def _fixed(model: ModelMatrices, sm: int) -> int:
     return BASE + layers * (PER_LAYER + (PER_LAYER_SM75 if sm == 75 else 0))
 
 
-def _added(fmt: WeightFormat, N: int, K: int) -> int:
-    return int(PER_BYTE.get(fmt.kind, 0.0) * fmt.nbytes(N, K))
+def _added(fmt: WeightFormat, N: int, K: int, sm: int) -> int:
+    """Return the bytes that one matrix takes beyond its codes and scales."""
+    if sm == 0:
+        return 0 if fmt.kind in CPU_PACKED else 4 * N * K - fmt.nbytes(N, K)
+    return int(NVFP4_PADDING * fmt.nbytes(N, K)) if fmt.kind == "nvfp4" and N % 128 else 0
 
 
 def engine_overhead(config: QuantConfig, model: ModelMatrices, sm: int) -> int:
-    """Return the bytes of an engine beyond weights, scales and other tensors; 0 on the CPU, which has no engine.
+    """Return the bytes of an engine beyond weights, scales and other tensors.
+
+    The CPU has no engine: there it is what ONNX Runtime decodes to float32 at load, int8 and int4 staying packed
+    (accuracy levels 1 and 4; at level 0 these are decoded too).
 
     Args:
         config: the configuration.
         model: its matrices.
         sm: compute capability, as in SM86: 86.
     """
+    added = sum(_added(config[matrix.name], matrix.N, matrix.K, sm) for matrix in model.matrices)
     if sm == 0:
-        return 0
+        return added
     used = {fmt.kind for fmt in config.formats.values()}
-    added = sum(_added(config[matrix.name], matrix.N, matrix.K) for matrix in model.matrices)
     return _fixed(model, sm) + sum(PER_FORMAT[kind] for kind in used) + added
 
 
 def overhead_of_choices(space: ConfigSpace, choices: NDArray[np.int16], sm: int) -> NDArray[np.int64]:
     """Return `engine_overhead` of many configurations, [n], given the format number of every group, [n, groups]."""
-    if sm == 0:
-        return np.zeros(len(choices), np.int64)
-    total = np.full(len(choices), _fixed(space.model, sm), np.int64)
+    total = np.full(len(choices), _fixed(space.model, sm) if sm else 0, np.int64)
     kinds = [fmt.kind for fmt in space.formats]
     for kind in KINDS:
         of_kind = np.array([other == kind for other in kinds])
-        if of_kind.any() and PER_FORMAT[kind]:
+        if sm and of_kind.any() and PER_FORMAT[kind]:
             total += PER_FORMAT[kind] * of_kind[choices].any(1)
     by_name = space.model.by_name
     added = np.array([
-        [sum(_added(fmt, by_name[name].N, by_name[name].K) for name in group) for fmt in space.formats]
+        [sum(_added(fmt, by_name[name].N, by_name[name].K, sm) for name in group) for fmt in space.formats]
         for group in space.groups
     ])  # fmt: skip
     if added.any():
