@@ -15,10 +15,11 @@ import torch
 from common import RESULTS, save_result, smollm2
 
 from coatrt.calibration import Calibration, InputMoments
-from coatrt.checkpoint import Checkpoint, cache_directory, load_tokenizer
+from coatrt.checkpoint import Checkpoint, load_tokenizer
 from coatrt.data import TextData, batches, tokenize_text
 from coatrt.evaluate import mean_loss
 from coatrt.fakequant import FakeQuantModel
+from coatrt.files import cache_directory
 from coatrt.matrices import EMBEDDING
 from coatrt.quantize import QUANTIZERS, Quantizer, decode, encode
 from coatrt.store import CodeStore

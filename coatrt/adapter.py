@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from coatrt import __version__
+from coatrt.adapter_facts import ADAPTER_FORMAT, adapter_hash, read_description
 from coatrt.calibration import Calibration
 from coatrt.checkpoint import Checkpoint
 from coatrt.config import QuantConfig
@@ -28,7 +29,6 @@ from coatrt.store import CodeStore
 
 __all__ = ["ADAPTER_FORMAT", "Adapter"]
 
-ADAPTER_FORMAT = 2
 _FILES = ("adapter.safetensors", "sensitivity.json", "metrics.json")
 _CALIBRATION = "calibration.safetensors"
 
@@ -47,6 +47,7 @@ class Adapter:
         metrics: options and losses of the training.
         quantizer: how the weights it was trained on were encoded; every bundle of it uses the same.
         calibration: the tokens of sensitivities and second moments; None only where the quantizer needs none.
+        hash: stands for every file of a saved adapter; empty for one that was never saved.
 
     Raises:
         ConfigError: the quantizer is unknown or lacks its calibration.
@@ -61,6 +62,7 @@ class Adapter:
     metrics: Mapping[str, Any]
     quantizer: Quantizer = "mse"
     calibration: Calibration | None = None
+    hash: str = ""
 
     def __post_init__(self) -> None:
         if self.quantizer not in QUANTIZERS:
@@ -158,7 +160,7 @@ class Adapter:
             CheckpointError: it is missing, unfinished, damaged, or of another format.
         """
         directory = Path(directory)
-        facts = _facts(directory)
+        facts = read_description(directory)
         try:
             calibrated = _CALIBRATION in facts["sha256"]
             for name in [*_FILES, *([_CALIBRATION] if calibrated else [])]:
@@ -185,26 +187,10 @@ class Adapter:
                 metrics=read_json(directory / "metrics.json", "training metrics"),
                 quantizer=facts["quantizer"],
                 calibration=Calibration.load(directory / _CALIBRATION) if calibrated else None,
+                hash=adapter_hash(directory),
             )
         except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
             raise CheckpointError(f"{directory} is a damaged adapter ({reason}); copy or train it again") from None
         except (ConfigError, FormatError) as error:
             raise CheckpointError(f"{directory} is a damaged adapter: {error}") from None
-
-
-def _facts(directory: Path) -> dict[str, Any]:
-    path = directory / "adapter.json"
-    if not path.is_file():
-        what = "exists but has no adapter.json" if directory.is_dir() else "does not exist"
-        raise CheckpointError(f"adapter {directory} {what}; give the directory that coatrt train wrote")
-    try:
-        facts = read_json(path, "adapter description")
-    except ConfigError as error:
-        raise CheckpointError(f"{error}; train the adapter again") from None
-    if not isinstance(facts, dict) or facts.get("format") != ADAPTER_FORMAT:
-        given = facts.get("format") if isinstance(facts, dict) else None
-        raise CheckpointError(
-            f"{directory} has adapter format {given}; this coatrt {__version__} reads {ADAPTER_FORMAT}"
-        )
-    return facts

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from coatrt.adapter import Adapter
+from coatrt.adapter_facts import adapter_hash
 from coatrt.archive import ARCHIVE_FILE, Archive, ArchiveEntry
 from coatrt.checkpoint import load_tokenizer
 from coatrt.config import QuantConfig
@@ -15,35 +16,12 @@ from coatrt.data import tokenize_text
 from coatrt.errors import ConfigError
 from coatrt.evaluate import mean_loss
 from coatrt.fakequant import FakeQuantModel
-from coatrt.files import sha256_file
 from coatrt.search import SearchOptions, search
 from coatrt.store import CodeStore
 
-__all__ = ["adapter_archive", "search_adapter"]
+__all__ = ["search_adapter"]
 
 Progress = Callable[[int, int, ArchiveEntry], None]
-
-
-def _adapter_hash(directory: Path) -> str:
-    """Return 16 digits that stand for every file of an adapter: adapter.json holds their hashes."""
-    return sha256_file(directory / "adapter.json")[:16]
-
-
-def adapter_archive(directory: str | Path) -> Archive | None:
-    """Return the archive in an adapter's directory, None where none was made.
-
-    Raises:
-        ConfigError: it is damaged, or was measured with another adapter.
-    """
-    path = Path(directory) / ARCHIVE_FILE
-    if not path.exists():
-        return None
-    archive = Archive.load(path)
-    if archive.identity.partition(" ")[0] != _adapter_hash(Path(directory)):
-        raise ConfigError(
-            f"archive {path} was measured with another adapter; remove it and search again (coatrt search)"
-        )
-    return archive
 
 
 def search_adapter(
@@ -89,7 +67,7 @@ def search_adapter(
     picked = tokens[torch.linspace(0, len(tokens) - 1, min(blocks, len(tokens))).round().long()]
     text = hashlib.sha256(picked.numpy().tobytes()).hexdigest()[:16]
     space = adapter.space
-    archive = Archive.open(directory / ARCHIVE_FILE, space.model.parameters, f"{_adapter_hash(directory)} {text}")
+    archive = Archive.open(directory / ARCHIVE_FILE, space.model.parameters, f"{adapter_hash(directory)} {text}")
     fake = FakeQuantModel(checkpoint, CodeStore.default(checkpoint), compute)
     lora = 2 * sum(rows * columns for rows, columns in adapter.contract.shapes.values())
     options = SearchOptions(

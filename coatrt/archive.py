@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coatrt.adapter_facts import adapter_hash
 from coatrt.config import QuantConfig
 from coatrt.errors import ConfigError, FormatError
 from coatrt.files import read_json, write_json
 from coatrt.formats import WeightFormat
 from coatrt.hypervolume import hypervolume, pareto_indices
 
-__all__ = ["ARCHIVE_FILE", "Archive", "ArchiveEntry"]
+__all__ = ["ARCHIVE_FILE", "Archive", "ArchiveEntry", "adapter_archive"]
 
 ARCHIVE_FILE = "archive.json"
 """Its name in an adapter's directory."""
@@ -189,3 +190,20 @@ def _entries(value: Mapping[str, Any]) -> Iterator[ArchiveEntry]:
 
 def _digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def adapter_archive(directory: str | Path) -> Archive | None:
+    """Return the archive in an adapter's directory, None where none was made.
+
+    Raises:
+        ConfigError: it is damaged, or was measured with another adapter.
+    """
+    path = Path(directory) / ARCHIVE_FILE
+    if not path.exists():
+        return None
+    archive = Archive.load(path)
+    if archive.identity.partition(" ")[0] != adapter_hash(directory):
+        raise ConfigError(
+            f"archive {path} was measured with another adapter; remove it and search again (coatrt search)"
+        )
+    return archive

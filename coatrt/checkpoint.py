@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import struct
 import sys
 from collections.abc import Mapping
@@ -17,10 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from coatrt.errors import CheckpointError, ConfigError
-from coatrt.files import atomic_directory, read_json
+from coatrt.files import atomic_directory, cache_directory, read_json
 from coatrt.matrices import ModelMatrices, matrices_of
 
-__all__ = ["Checkpoint", "cache_directory", "load_model", "load_tokenizer"]
+__all__ = ["Checkpoint", "load_model", "load_tokenizer"]
 
 _VOLATILE_KEYS = {
     "transformers_version",
@@ -31,13 +30,6 @@ _VOLATILE_KEYS = {
     "architectures",
 }
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
-
-
-def cache_directory() -> Path:
-    """Return the directory for what can be made again: $COATRT_CACHE, $XDG_CACHE_HOME/coatrt or ~/.cache/coatrt."""
-    if "COATRT_CACHE" in os.environ:
-        return Path(os.environ["COATRT_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "coatrt"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,14 @@ from typing import Any
 
 from coatrt.errors import ConfigError
 
-__all__ = ["atomic_directory", "atomic_file", "read_json", "sha256_file", "write_json", "write_text"]
+__all__ = ["atomic_directory", "atomic_file", "cache_directory", "read_json", "sha256_file", "write_json", "write_text"]
+
+
+def cache_directory() -> Path:
+    """Return the directory for what can be made again: $COATRT_CACHE, $XDG_CACHE_HOME/coatrt or ~/.cache/coatrt."""
+    if "COATRT_CACHE" in os.environ:
+        return Path(os.environ["COATRT_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "coatrt"
 
 
 def _fsync(path: Path) -> None:

@@ -1,163 +1,111 @@
-"""Plans: one configuration for one device, with every byte it needs and the bound on its speed."""
+"""Plans: the configuration that serves an objective best on one device within limits of memory, speed and loss."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
-from coatrt.allocate import CostTable, allocate, cost_matrix
+import numpy as np
+from numpy.typing import NDArray
+
+from coatrt.allocate import CostTable, cost_matrix
 from coatrt.archive import Archive
+from coatrt.calibrated import find_calibration
 from coatrt.config import QuantConfig
 from coatrt.devices import DeviceProfile
+from coatrt.engine_size import overhead_of_choices
 from coatrt.errors import ConfigError, DeviceError
+from coatrt.frontier import Candidates, candidates
+from coatrt.hypervolume import pareto_indices
+from coatrt.latency import DatasheetLatency, LatencyModel, group_seconds
+from coatrt.memory import fixed_memory, memory_of
+from coatrt.pins import pinned_costs
+from coatrt.plan_data import Objective, Plan, PlanRequest
+from coatrt.plan_limits import Limit, Measures, best, binding, impossible, limits_of
 from coatrt.space import ConfigSpace
+from coatrt.workload import Workload
 
 if TYPE_CHECKING:
     from coatrt.adapter import Adapter
+    from coatrt.adapter_facts import AdapterFacts
 
-__all__ = ["RUNTIME_RESERVE", "Objective", "Plan", "Workload", "make_plan", "plan_for"]
+__all__ = ["Objective", "Plan", "PlanRequest", "Workload", "latency_of", "make_plan", "plan_fleet", "plan_for"]
 
-RUNTIME_RESERVE = 512 << 20
-"""Bytes left to the CUDA context, the runtime and the display: an assumption, not a measurement."""
-
-Objective = Literal["quality", "latency"]
+_FRONT_POINTS = 80
+_HELD = 16
 
 
-@dataclass(frozen=True)
-class Workload:
-    """What the engine must hold beside its weights.
+def latency_of(device: DeviceProfile, space: ConfigSpace, workload: Workload) -> LatencyModel | None:
+    """Return what predicts seconds on a device: its calibration, else its datasheet, None where neither is known."""
+    calibration = find_calibration(device.id, space, workload)
+    if calibration is not None:
+        return calibration
+    return DatasheetLatency(device) if device.bandwidth else None
 
-    Args:
-        layers: decoder layers.
-        kv_heads: key/value heads.
-        head_dim: width of a head.
-        hidden: width of the residual stream.
-        intermediate: width of the MLP.
-        vocabulary: rows of the head.
-        context: slots of the KV cache per sequence.
-        batch: sequences at once.
-        prefill: most prompt tokens in one call.
-        lora_parameters: elements of all A and B.
-    """
 
-    layers: int
-    kv_heads: int
-    head_dim: int
-    hidden: int
-    intermediate: int
-    vocabulary: int
-    context: int
-    batch: int
-    prefill: int
-    lora_parameters: int
+class _Problem:
+    """One device's candidates, and what any configuration comes to there."""
 
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of the fp16 KV cache."""
-        return 2 * 2 * self.layers * self.kv_heads * self.head_dim * self.context * self.batch
-
-    @property
-    def lora_bytes(self) -> int:
-        """Bytes of the LoRA tensors in fp16."""
-        return 2 * self.lora_parameters
-
-    @property
-    def activation_bytes(self) -> int:
-        """Bytes of activations at prefill, fp16: residual and its copies, MLP, one row of logits per sequence."""
-        return 2 * self.batch * (self.prefill * (6 * self.hidden + 3 * self.intermediate) + self.vocabulary)
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any], context: int, batch: int, prefill: int, lora_parameters: int) -> "Workload":
-        """Return the workload of a model given its config.json content.
-
-        Raises:
-            ConfigError: context, batch or prefill is not positive.
-        """
-        for name, value in (("context", context), ("batch", batch), ("prefill", prefill)):
-            if value < 1:
-                raise ConfigError(f"{name} {value} is given; give at least 1")
-        heads = int(config["num_attention_heads"])
-        return cls(
-            layers=int(config["num_hidden_layers"]),
-            kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
-            hidden=int(config["hidden_size"]),
-            intermediate=int(config["intermediate_size"]),
-            vocabulary=int(config["vocab_size"]),
-            context=context,
-            batch=batch,
-            prefill=prefill,
-            lora_parameters=lora_parameters,
+    def __init__(
+        self, space: ConfigSpace, cost: NDArray[np.float64], device: DeviceProfile, workload: Workload,
+        request: PlanRequest, latency: LatencyModel | None,
+    ) -> None:  # fmt: skip
+        self.space, self.cost, self.device, self.workload, self.latency = space, cost, device, workload, latency
+        timed = latency is not None
+        self.seconds = group_seconds(space, latency, request.batch) if latency is not None else None
+        self.rest = (
+            latency.rest_seconds(space.model, workload, request.batch, request.context) if latency is not None else 0.0
         )
+        self.found = _candidates(space, cost, self.seconds)
+        self.fixed = sum(fixed_memory(space.model, device, workload).values())
+        self.measures = self._measures(self.found.choices, timed)
+        self.limits = limits_of(request, device, self.measures)
+
+    def _measures(self, choices: NDArray[np.int16], timed: bool) -> Measures:
+        rows, space = np.arange(len(self.cost)), self.space
+        nbytes = space.sizes[rows, choices].sum(1)
+        total = nbytes + overhead_of_choices(space, choices, self.device.sm) + self.fixed
+        seconds = self.seconds[rows, choices].sum(1) if self.seconds is not None else nbytes
+        loss = np.where(np.isfinite(self.cost), self.cost, 0.0)[rows, choices].sum(1)
+        bits = 8 * nbytes / space.model.parameters
+        return Measures(total.astype(np.float64), seconds + self.rest, loss, bits, timed)
+
+    def kept(self) -> NDArray[np.bool_]:
+        """Return which candidates keep every limit."""
+        result = np.ones(len(self.found), bool)
+        for limit in self.limits:
+            result &= limit.holds
+        return result
+
+    def measured(self, config: QuantConfig) -> tuple[NDArray[np.int16], Measures, bool]:
+        """Return a configuration of the space as a choice, what it comes to, and whether it keeps every limit."""
+        column = {fmt: i for i, fmt in enumerate(self.space.formats)}
+        choice = np.array([[column[config[group[0]]] for group in self.space.groups]], np.int16)
+        measures = self._measures(choice, self.latency is not None)
+        values = {"memory": measures.total, "bits": measures.bits, "loss": measures.loss, "speed": measures.seconds}
+        allowed = bool(np.isfinite(self.cost[np.arange(len(self.cost)), choice[0]]).all())
+        keeps = all(Limit(limit.kind, limit.value, values[limit.kind]).holds[0] for limit in self.limits)
+        return choice, measures, allowed and keeps
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A configuration for a device, and why.
+_kept: "OrderedDict[str, Candidates]" = OrderedDict()
 
-    Args:
-        device: the device's id.
-        objective: what was optimised.
-        binds: the bound that decided.
-        config: the configuration.
-        average_bits: bits per weight, scales included.
-        memory: bytes by purpose: weights, other tensors, LoRA, KV cache, activations, runtime reserve.
-        limit_bytes: bytes the plan was allowed in all, None where the device's memory is unknown.
-        predicted_loss_increase: nats per token without adapter, second-order estimate from the empirical Fisher.
-        bytes_per_token: bytes read to decode one token with a full cache.
-        tokens_per_second_bound: bandwidth / bytes_per_token, None where the bandwidth is unknown.
-        measured_loss: held-out loss with the adapter, nats per token, where the search measured this configuration.
-    """
 
-    device: str
-    objective: str
-    binds: str
-    config: QuantConfig
-    average_bits: float
-    memory: Mapping[str, int]
-    limit_bytes: int | None
-    predicted_loss_increase: float
-    bytes_per_token: int
-    tokens_per_second_bound: float | None
-    measured_loss: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return a JSON form; its "configuration" is a configuration file of its own."""
-        return {
-            "device": self.device,
-            "objective": self.objective,
-            "binds": self.binds,
-            "configuration_hash": self.config.hash,
-            "average_bits": self.average_bits,
-            "formats": dict(self.config.counts),
-            "memory_bytes": dict(self.memory),
-            "limit_bytes": self.limit_bytes,
-            "predicted_loss_increase": self.predicted_loss_increase,
-            "measured_loss": self.measured_loss,
-            "bytes_per_token": self.bytes_per_token,
-            "tokens_per_second_bound": self.tokens_per_second_bound,
-            "configuration": self.config.to_json(),
-        }
-
-    def text(self) -> str:
-        """Return the plan as a few aligned lines."""
-        lines = [
-            f"device         {self.device}, objective {self.objective} ({self.binds})",
-            f"configuration  {self.config.hash}: {self.average_bits:.3f} bits per weight: "
-            + ", ".join(f"{count} × {text}" for text, count in self.config.counts.items()),
-        ]
-        lines += [f"{name:<14} {size / 2**20:10.1f} MiB" for name, size in self.memory.items()]
-        limit = f" of {self.limit_bytes / 2**20:.1f}" if self.limit_bytes else ""
-        lines.append(f"{'total':<14} {sum(self.memory.values()) / 2**20:10.1f} MiB{limit}")
-        lines.append(
-            f"predicted loss +{self.predicted_loss_increase:.4f} nats per token before the adapter (Fisher estimate)"
-        )
-        if self.measured_loss is not None:
-            lines.append(f"measured loss  {self.measured_loss:.4f} nats per token with the adapter (coatrt search)")
-        bound = f"{self.tokens_per_second_bound:.0f} tokens/s" if self.tokens_per_second_bound else "unknown bandwidth"
-        lines.append(f"decode bound   {bound} ({self.bytes_per_token / 1e6:.1f} MB read per token)")
-        if any(fmt.is_normal_float for fmt in self.config.formats.values()):
-            lines.append("note           NormalFloat saves memory; what a GPU pays to unpack it is not measured yet")
-        return "\n".join(lines)
+def _candidates(space: ConfigSpace, cost: NDArray[np.float64], seconds: NDArray[np.float64] | None) -> Candidates:
+    """Return the candidates, those of devices of the same formats and relative speeds made once."""
+    relative = None
+    if seconds is not None:  # what every format of a group takes alike decides nothing; a rough direction is enough
+        apart = seconds - seconds.min(1, keepdims=True)
+        relative = np.round(apart / max(float(apart.max()), 1e-300), 2)
+    digest = hashlib.sha256(repr((space.groups, [str(fmt) for fmt in space.formats])).encode())
+    digest.update(cost.tobytes() + space.sizes.tobytes() + (relative.tobytes() if relative is not None else b""))
+    key = digest.hexdigest()
+    if key not in _kept:
+        _kept[key] = candidates(space, cost, relative)
+        while len(_kept) > _HELD:
+            _kept.popitem(last=False)
+    _kept.move_to_end(key)
+    return _kept[key]
 
 
 def make_plan(
@@ -165,32 +113,33 @@ def make_plan(
     costs: CostTable,
     device: DeviceProfile,
     workload: Workload,
+    request: PlanRequest | None = None,
     *,
-    objective: Objective = "quality",
-    memory: int | None = None,
-    bits: float | None = None,
-    max_loss: float = 0.05,
     archive: Archive | None = None,
+    latency: LatencyModel | None = None,
+    adapter: str = "",
 ) -> Plan:
-    """Return the plan of least predicted loss that fits, or of least bytes within a predicted loss.
+    """Return the plan that serves the request's objective best.
+
+    It is picked from one fixed set of candidates (`coatrt.frontier`), whatever the limits, so that more memory never
+    gives a worse predicted loss and a tighter budget never more bytes.
 
     Args:
         space: the adapter's space; formats the device lacks are left out.
         costs: predicted loss increase by matrix and format.
         device: the target.
         workload: KV cache, LoRA and activations to leave room for.
-        objective: "quality" spends the budget on the least predicted loss; "latency" takes the fewest bytes (decoding
-            is bound by bytes read) whose predicted loss increase is at most `max_loss`.
-        memory: bytes the engine may use on the device; the device's memory if not given.
-        bits: cap on average bits per weight.
-        max_loss: for "latency": nats per token.
-        archive: measured configurations. For "quality", the measured one of least loss that fits is taken where the
-            measured one nearest to the allocation in bytes lost more.
+        request: objective, limits and pins.
+        archive: measured configurations. For "quality", the measured one of least loss that keeps the limits is taken
+            where the measured one nearest to the pick in bytes lost more.
+        latency: what predicts seconds; by default `latency_of`.
+        adapter: hash of the adapter, kept in the plan.
 
     Raises:
         DeviceError: the device allows none of the space's formats.
-        ConfigError: nothing fits; the message says what would.
+        ConfigError: nothing keeps the limits; the message says what would.
     """
+    request = request or PlanRequest()
     allowed = [fmt for fmt in space.formats if device.supports(fmt)]
     if not allowed:
         raise DeviceError(
@@ -198,113 +147,138 @@ def make_plan(
             "train an adapter on formats it has (coatrt devices)"
         )
     space = space.restrict(allowed)
-    limit = memory if memory is not None else device.memory_bytes
-    fixed = {
-        "other tensors": space.model.other_bytes,
-        "LoRA": workload.lora_bytes,
-        "KV cache": workload.kv_bytes,
-        "activations": workload.activation_bytes,
-        "runtime": RUNTIME_RESERVE,
-    }
-    most = float(space.sizes.max(1).sum())
-    room = most if limit is None else float(limit - sum(fixed.values()))
-    if room < space.sizes.min(1).sum():
-        need = int(space.sizes.min(1).sum()) + sum(fixed.values())
-        raise ConfigError(
-            f"{device.id} with {(limit or 0) / 2**20:.0f} MiB cannot hold the model; it needs {need / 2**20:.0f} "
-            f"MiB at least (KV cache {workload.kv_bytes / 2**20:.0f}, runtime {RUNTIME_RESERVE / 2**20:.0f}); "
-            "raise --memory, lower --context or --batch, or train with smaller formats"
+    latency = latency or latency_of(device, space, workload)
+    cost = pinned_costs(space, cost_matrix(space, costs), request.keep, device)
+    problem = _Problem(space, cost, device, workload, request, latency)
+    kept = problem.kept()
+    if not kept.any():
+        raise ConfigError(impossible(device, problem.limits, workload, problem.measures))
+    index = best(request.objective, kept, problem.measures)
+    binds, steps = binding(request.objective, problem.limits, index, problem.measures)
+    config = problem.found.config(index)
+    if request.objective == "quality" and archive is not None:
+        better = _better_measured(config, archive, problem)
+        if better != config:
+            config, steps = better, ()
+    return _described(config, problem, request, binds, steps, archive, adapter)
+
+
+def _described(
+    config: QuantConfig, problem: _Problem, request: PlanRequest, binds: str, steps: tuple[str, ...],
+    archive: Archive | None, adapter: str,
+) -> Plan:  # fmt: skip
+    device, workload, latency, model = problem.device, problem.workload, problem.latency, problem.space.model
+    memory = memory_of(config, model, device, workload)
+    _, measures, _ = problem.measured(config)
+    per_token = sum(memory[name] for name in ("weights", "scales", "other tensors", "LoRA", "KV cache"))
+    prefill = None
+    if latency is not None:
+        tokens = request.batch * request.prefill
+        prefill = latency.rest_seconds(model, workload, tokens, request.prefill) + sum(
+            latency.matrix_seconds(matrix.N, matrix.K, config[matrix.name], 1 if matrix.is_table else tokens)
+            for matrix in model.matrices
+            if matrix.name == model.names[-1] or not matrix.is_table or model.tied
         )
-    capped = bits * space.model.parameters / 8 if bits is not None else most
-    budget = min(room, capped, most)
-    if budget < space.sizes.min(1).sum():
-        raise ConfigError(f"--bits {bits} is below what the formats allow; the least here is {space.min_bits:.3f}")
-    if objective == "quality":
-        config = _better_measured(allocate(space, costs, max_bytes=budget), archive, space, budget)
-        binds = (
-            "memory" if budget == room < most else f"--bits {bits:g}" if budget == capped < most else "nothing binds"
-        )
-    else:
-        config = allocate(space, costs, max_cost=max_loss)
-        binds = f"predicted loss ≤ {max_loss:g}"
-        if config.nbytes(space.model) > budget:
-            raise ConfigError(
-                f"a predicted loss of {max_loss:g} needs {config.nbytes(space.model) / 2**20:.1f} MiB of weights, and "
-                f"{budget / 2**20:.1f} are free; raise --max-loss or --memory, or take --objective quality"
-            )
-    prices, columns = cost_matrix(space, costs), {fmt: i for i, fmt in enumerate(space.formats)}
-    loss = sum(prices[i, columns[config[group[0]]]] for i, group in enumerate(space.groups))
-    weights = config.nbytes(space.model)
-    measured = archive.find(config) if archive is not None else None
-    per_token = weights + fixed["other tensors"] + fixed["LoRA"] + fixed["KV cache"]
+    entry = archive.find(config) if archive is not None else None
     return Plan(
         device=device.id,
-        objective=objective,
+        request=request,
         binds=binds,
         config=config,
-        average_bits=config.average_bits(space.model),
-        memory={"weights": weights, **fixed},
-        limit_bytes=limit,
-        predicted_loss_increase=float(loss),
+        average_bits=config.average_bits(model),
+        memory=memory,
+        limit_bytes=request.memory if request.memory is not None else device.memory_bytes,
+        predicted_loss_increase=float(measures.loss[0]),
         bytes_per_token=per_token,
         tokens_per_second_bound=device.bandwidth / per_token if device.bandwidth else None,
-        measured_loss=measured.loss if measured is not None else None,
+        decode_seconds=float(measures.seconds[0]) if latency is not None else None,
+        prefill_seconds=prefill,
+        latency_source=latency.source if latency is not None else "",
+        next_steps=steps,
+        front=_front(problem),
+        measured_loss=entry.loss if entry is not None else None,
+        adapter=adapter,
     )
 
 
-def _better_measured(
-    config: QuantConfig, archive: Archive | None, space: ConfigSpace, budget: float
-) -> QuantConfig:  # fmt: skip
-    """Return the measured configuration to take in place of an allocated one, or the allocated one.
+def _front(problem: _Problem) -> tuple[tuple[int, float | None, float], ...]:
+    """Return some of the candidates that no other beats in bytes and loss, or in seconds and loss, by bytes."""
+    measures = problem.measures
+    rows = [pareto_indices(np.stack([measures.total, measures.loss], 1))]
+    if measures.timed:
+        rows.append(pareto_indices(np.stack([measures.seconds, measures.loss], 1)))
+    some = {int(part[i]) for part in rows for i in np.linspace(0, len(part) - 1, _FRONT_POINTS).round().astype(int)}
+    return tuple(
+        (int(measures.total[i]), float(measures.seconds[i]) if measures.timed else None, float(measures.loss[i]))
+        for i in sorted(some, key=lambda i: (measures.total[i], measures.loss[i]))
+    )
 
-    An allocation is hardly ever among the measured ones; the nearest in bytes that fits stands for it.
+
+def _better_measured(config: QuantConfig, archive: Archive, problem: _Problem) -> QuantConfig:
+    """Return the measured configuration to take in place of a picked one, or the picked one.
+
+    A pick is hardly ever among the measured ones; the nearest in bytes that keeps the limits stands for it.
     """
-    sizes = {} if archive is None else {
-        entry: size for entry in archive.current()
-        if space.contains(entry.config) and (size := entry.config.nbytes(space.model)) <= budget
+    model = problem.space.model
+    sizes = {
+        entry: entry.config.nbytes(model)
+        for entry in archive.current()
+        if problem.space.contains(entry.config) and _grouped(entry.config, problem.space)
+        and problem.measured(entry.config)[2]
     }  # fmt: skip
     if not sizes:
         return config
-    wanted = config.nbytes(space.model)
+    wanted = config.nbytes(model)
     nearest = min(sizes, key=lambda entry: (abs(sizes[entry] - wanted), entry.config != config))
-    best = min(sizes, key=lambda entry: (entry.loss, sizes[entry]))
-    return best.config if best.loss < nearest.loss else config
+    measured_best = min(sizes, key=lambda entry: (entry.loss, sizes[entry]))
+    return measured_best.config if measured_best.loss < nearest.loss else config
+
+
+def _grouped(config: QuantConfig, space: ConfigSpace) -> bool:
+    """Return whether every fused group has one format."""
+    return all(len({config[name] for name in group}) == 1 for group in space.groups)
 
 
 def plan_for(
-    adapter: "Adapter",
+    adapter: "Adapter | AdapterFacts",
     device: DeviceProfile,
+    request: PlanRequest | None = None,
     *,
-    objective: Objective = "quality",
-    memory: int | None = None,
-    bits: float | None = None,
-    max_loss: float = 0.05,
-    context: int = 2048,
-    batch: int = 1,
-    prefill: int = 512,
     archive: Archive | None = None,
+    latency: LatencyModel | None = None,
+    **asked: Any,
 ) -> Plan:
     """Return the plan of an adapter for a device.
 
     Args:
         adapter: gives the space, the sensitivities and the size of the LoRA.
         device: the target.
-        objective: see `make_plan`.
-        memory: see `make_plan`.
-        bits: see `make_plan`.
-        max_loss: see `make_plan`.
-        context: slots of the KV cache per sequence.
-        batch: sequences at once.
-        prefill: most prompt tokens in one call.
+        request: what is asked.
         archive: see `make_plan`.
+        latency: see `make_plan`.
+        asked: fields of `PlanRequest`, in place of a request.
 
     Raises:
         DeviceError: the device allows none of the adapter's formats.
         ConfigError: nothing fits, or an option is out of range.
     """
+    request = request or PlanRequest(**asked)
     lora = sum(rows * columns for rows, columns in adapter.contract.shapes.values())
-    workload = Workload.of(adapter.model_config, context, batch, prefill, lora)
+    workload = Workload.of(
+        adapter.model_config, request.context, request.batch, request.prefill, lora, 2 if device.sm else 4
+    )
     return make_plan(
-        adapter.space, adapter.sensitivity.costs, device, workload,
-        objective=objective, memory=memory, bits=bits, max_loss=max_loss, archive=archive,
+        adapter.space, adapter.sensitivity.costs, device, workload, request,
+        archive=archive, latency=latency, adapter=adapter.hash,
     )  # fmt: skip
+
+
+def plan_fleet(
+    adapter: "Adapter | AdapterFacts",
+    devices: Iterable[DeviceProfile],
+    request: PlanRequest | None = None,
+    *,
+    archive: Archive | None = None,
+) -> list[Plan]:
+    """Return one plan per device for the same request, see `plan_for`."""
+    return [plan_for(adapter, device, request, archive=archive) for device in devices]

@@ -1,9 +1,7 @@
 """Sensitivity: what each format would cost each matrix, from one pass of gradients and from the encoded weights."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -15,9 +13,9 @@ from coatrt.errors import ConfigError
 from coatrt.evaluate import mean_loss
 from coatrt.examples import Examples
 from coatrt.fakequant import FakeQuantModel
-from coatrt.files import read_json, write_json
 from coatrt.formats import WeightFormat
 from coatrt.quantize import decode
+from coatrt.sensitivity_table import Sensitivity
 from coatrt.space import ConfigSpace
 from coatrt.store import CodeStore
 
@@ -26,48 +24,6 @@ __all__ = ["Predictor", "Sensitivity", "fisher_costs", "measure_sensitivity", "m
 Predictor = Literal["fisher", "kfac", "tokens"]
 
 Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """Costs and errors of every matrix in every format.
-
-    Args:
-        costs: matrix → format text → predicted loss increase, nats per token.
-        errors: matrix → format text → ‖W − Q(W)‖ / ‖W‖.
-    """
-
-    costs: Mapping[str, Mapping[str, float]]
-    errors: Mapping[str, Mapping[str, float]]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return a JSON form that `from_json` reads back."""
-        return {"costs": self.costs, "errors": self.errors}
-
-    @classmethod
-    def from_json(cls, value: Any) -> "Sensitivity":
-        """Return the sensitivities written by `to_json`.
-
-        Raises:
-            ConfigError: it is none.
-        """
-        try:
-            costs, errors = (
-                {name: {text: float(x) for text, x in row.items()} for name, row in value[key].items()}
-                for key in ("costs", "errors")
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ConfigError(f"the sensitivities are garbled ({error}); measure them again (coatrt train)") from None
-        return cls(costs, errors)
-
-    def save(self, path: str | Path) -> None:
-        """Write the JSON form to `path`, atomically."""
-        write_json(path, self.to_json())
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Sensitivity":
-        """Return the sensitivities in a JSON file."""
-        return cls.from_json(read_json(path, "sensitivities"))
 
 
 def _fisher(model: FakeQuantModel, blocks: Examples, progress: Progress | None) -> dict[str, Tensor]:

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 
 from coatrt.calibration import Calibration, InputMoments
-from coatrt.checkpoint import Checkpoint, cache_directory
+from coatrt.checkpoint import Checkpoint
 from coatrt.errors import ConfigError
+from coatrt.files import cache_directory
 from coatrt.formats import WeightFormat
 from coatrt.matrices import EMBEDDING
 from coatrt.quantize import CALIBRATED, QUANTIZER_VERSION, QuantizedMatrix, Quantizer, encode

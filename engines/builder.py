@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,11 @@ class BuildRecord:
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form."""
         return {**asdict(self), "sms": list(self.sms)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "BuildRecord":
+        """Return the record written by `to_json`."""
+        return cls(**{**value, "sms": tuple(value["sms"]), "shapes": EngineShapes(**value["shapes"])})
 
 
 def check_formats(config: QuantConfig, device: DeviceProfile, activations: str = "float16") -> None:

@@ -22,8 +22,10 @@ def session(graph: Path, threads: int | None = None, accuracy_level: int = 0) ->
     Args:
         graph: the model file.
         threads: of one operator; by default all usable cores.
-        accuracy_level: of int4 and int8 matrix products: 0 equals the dequantized model, 4 accumulates in int8, faster
-            and visibly different.
+        accuracy_level: of int4 and int8 products. 0 decodes the weights when the graph loads: exact, 4 bytes a weight.
+            1 keeps them packed and multiplies in float32: exact too, and slow (int8 a hundred times slower than 4 on
+            AVX2: ONNX Runtime 1.32 decodes the weight in every call). 4 keeps them packed and accumulates in int8: the
+            fastest, and visibly different.
 
     Raises:
         BuildError: ONNX Runtime refuses the graph.
@@ -32,6 +34,8 @@ def session(graph: Path, threads: int | None = None, accuracy_level: int = 0) ->
     options.log_severity_level = 3
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     options.intra_op_num_threads = threads or cores
+    if accuracy_level == 0:  # with quantization off, DequantizeLinear of a constant is folded like any other node
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
     try:
         return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
@@ -111,6 +115,32 @@ class OrtDecoder:
             value = np.zeros(shape, self._dtype) if tensors is None else np.asarray(tensors[name]).astype(self._dtype)
             self._lora[name] = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value))
             self._binding.bind_ortvalue_input(name, self._lora[name])
+
+    def state(self) -> tuple[NDArray[np.int64], list[NDArray[Any]]]:
+        """Return lengths and the filled part of every cache, copied."""
+        filled = int(self._lengths.max(initial=0))
+        return self.lengths, [cache.numpy()[:, :, :filled].copy() for cache in self._caches]
+
+    def restore(self, state: tuple[NDArray[np.int64], list[NDArray[Any]]]) -> None:
+        """Go on from another decoder's state; its model must have the same layers and heads.
+
+        Raises:
+            ConfigError: it has other caches, or more positions than this decoder.
+        """
+        lengths, caches = state
+        filled = int(lengths.max(initial=0))
+        shape = (self.batch, self.io.kv_heads, filled, self.io.head_dim)
+        if len(caches) != len(self._caches) or any(cache.shape != shape for cache in caches):
+            raise ConfigError("the sequences belong to another model or batch; start them anew")
+        if filled > self._capacity:
+            raise ConfigError(
+                f"the sequences have {filled} positions and the decoder has {self._capacity}; load it with more context"
+            )
+        for own, cache in zip(self._caches, caches, strict=True):
+            whole = own.numpy().copy()
+            whole[:, :, :filled] = cache.astype(self._dtype)
+            own.update_inplace(np.ascontiguousarray(whole))
+        self._lengths = lengths.copy()
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """Start new sequences and return the logits after each prompt, float32 [B, V].

@@ -20,12 +20,14 @@ from coatrt.checkpoint import Checkpoint, load_tokenizer
 from coatrt.config import QuantConfig
 from coatrt.data import tokenize_text
 from coatrt.devices import device
-from coatrt.engines.assemble import BundleOptions, assemble
 from coatrt.engines.builder import EngineShapes
 from coatrt.engines.emit import load_lora
+from coatrt.engines.engine_cache import EngineCache
 from coatrt.engines.environment import environment
+from coatrt.engines.fleet import Target, build_fleet
 from coatrt.engines.generate import encode_prompt, generate
 from coatrt.engines.load import load_decoder
+from coatrt.engines.options import BundleOptions
 from coatrt.engines.verify import verify
 from coatrt.errors import CoatError
 from coatrt.evaluate import mean_loss
@@ -62,19 +64,20 @@ def speeches() -> tuple[list[str], list[str]]:
 
 
 def bundles(adapter: Adapter, checkpoint: Checkpoint, output: Path) -> dict[str, Bundle]:
-    """Plan and assemble a bundle per target."""
-    codes, made = adapter.codes(checkpoint), {}
+    """Plan and make a bundle per target, the builders side by side."""
+    targets = []
     for name, bits in TARGETS.items():
         profile = device(name)
         plan = plan_for(adapter, profile, bits=bits, context=CONTEXT, prefill=PREFILL)
         print(f"\n{plan.text()}", flush=True)
-        options = BundleOptions(context=CONTEXT, shapes=EngineShapes(prefill=PREFILL))
-        with stages(name) as progress:
-            made[name] = assemble(
-                adapter, checkpoint, plan.config, profile, output / name, options, plan=plan, codes=codes,
-                overwrite=True, progress=lambda done, total, _, progress=progress: progress(done, total, "matrices"),
-            )  # fmt: skip
-    return made
+        targets.append(Target(profile, plan.config, output / name, plan))
+    options = BundleOptions(context=CONTEXT, shapes=EngineShapes(prefill=PREFILL))
+    with stages("bundles") as progress:
+        made = build_fleet(
+            adapter, checkpoint, targets, options, cache=EngineCache.default(), overwrite=True, progress=progress,
+            tell=lambda line: print(line, flush=True),
+        )  # fmt: skip
+    return {row.target.device.id: row.bundle for row in made}
 
 
 def perplexities(

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from tasks import sotu, sotu_documents
 
-from coatrt.checkpoint import Checkpoint, cache_directory, load_model, load_tokenizer
+from coatrt.checkpoint import Checkpoint, load_model, load_tokenizer
 from coatrt.data import batches
-from coatrt.files import atomic_directory
+from coatrt.files import atomic_directory, cache_directory
 
 __all__ = ["MicroOptions", "micro_llama"]
 

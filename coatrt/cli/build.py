@@ -5,7 +5,8 @@ from typing import Any
 
 import click
 
-from coatrt.cli.plan import plan_options
+from coatrt.cli.common import BYTES
+from coatrt.cli.plan import plan_options, plan_request
 
 __all__ = ["command"]
 
@@ -15,62 +16,80 @@ __all__ = ["command"]
 @click.option("--device", "devices", multiple=True, required=True, help="Device id (coatrt devices); repeatable.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path),
               help="The bundle's directory; with several devices, the directory of their bundles.")  # fmt: skip
-@click.option("--config", "config_path", type=click.Path(path_type=Path), help="This configuration instead of a plan.")
+@click.option("--config", "config_path", type=click.Path(path_type=Path),
+              help="This configuration, or plan of one device, instead of planning.")  # fmt: skip
 @plan_options
 @click.option("--model", help="The adapter's model, where it has moved.")
 @click.option("--activations", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True)
 @click.option("--cpu-activations", type=click.Choice(["float32", "float16"]), default="float32", show_default=True)
 @click.option("--no-engine", is_flag=True, help="Leave the engine out.")
-@click.option("--dry-run", is_flag=True, help="Only show the plans.")
-@click.option("--overwrite", is_flag=True, help="Replace bundles that are there.")
-def command(adapter: Path, devices: tuple[str, ...], output: Path, config_path: Path | None, memory: int | None,
-            bits: float | None, objective: Any, max_loss: float, context: int, batch: int, prefill: int,
-            model: str | None, activations: str, cpu_activations: str, no_engine: bool, dry_run: bool,
-            overwrite: bool) -> None:  # fmt: skip
+@click.option("--jobs", type=int, help="Most builders at once; default: the usable cores.")
+@click.option("--build-memory", type=BYTES, help="Memory for all builders; default: 70 % of what is free.")
+@click.option("--no-cache", is_flag=True, help="Build engines that an earlier build has left in the cache, too.")
+@click.option("--dry-run", is_flag=True, help="Only show the plans, and what would be built.")
+@click.option("--overwrite", is_flag=True, help="Replace bundles that are there and not up to date.")
+def command(adapter: Path, devices: tuple[str, ...], output: Path, config_path: Path | None, activations: str,
+            cpu_activations: str, no_engine: bool, dry_run: bool, **choices: Any) -> None:  # fmt: skip
     """Make a bundle of ADAPTER per device: plan, graphs, hypernetwork, LoRA, engine."""
-    from coatrt.adapter import Adapter
-    from coatrt.adapter_search import adapter_archive
-    from coatrt.config import QuantConfig
+    from coatrt.adapter_facts import AdapterFacts
+    from coatrt.archive import adapter_archive
     from coatrt.devices import device
-    from coatrt.engines.assemble import BundleOptions, assemble, check_output
-    from coatrt.engines.builder import EngineShapes
-    from coatrt.plan import plan_for
+    from coatrt.engines.builder import EngineShapes, check_formats
+    from coatrt.engines.options import BundleOptions
+    from coatrt.engines.recipe import is_current, recipe_hash
+    from coatrt.fleet_table import fleet_table
+    from coatrt.plan import plan_fleet
+    from coatrt.plan_data import read_config
+
+    request = plan_request(choices)
+    profiles = [device(name) for name in dict.fromkeys(devices)]
+    facts = AdapterFacts.load(adapter)
+    options = BundleOptions(
+        activations, cpu_activations, request.context,
+        EngineShapes(request.batch, min(request.prefill, request.context)), engine=not no_engine,
+    )  # fmt: skip
+    places = [output if len(profiles) == 1 else output / profile.id for profile in profiles]
+    if config_path is None:
+        plans: list[Any] = list(plan_fleet(facts, profiles, request, archive=adapter_archive(adapter)))
+        configs = [plan.config for plan in plans]
+        click.echo((fleet_table(plans) if len(plans) > 2 else "\n\n".join(plan.text() for plan in plans)) + "\n")
+    else:
+        plans, configs = [None] * len(profiles), [read_config(config_path, facts.model)] * len(profiles)
+    targets = list(zip(profiles, configs, places, plans, strict=True))
+    for profile, config, _, _ in targets:
+        check_formats(config, profile, activations)
+    current = [
+        is_current(place, recipe_hash(facts.hash, config, profile, options, plan=plan))
+        for profile, config, place, plan in targets
+    ]
+    if dry_run or all(current):  # neither torch nor the model is needed to say so
+        for place, there in zip(places, current, strict=True):
+            click.echo(f"{place}: {'up to date' if there else 'to build'}")
+    else:
+        _build(adapter, targets, options, **choices)
+
+
+def _build(adapter: Path, targets: list[Any], options: Any, *, model: str | None, overwrite: bool, jobs: int | None,
+           build_memory: int | None, no_cache: bool) -> None:  # fmt: skip
+    from coatrt.adapter import Adapter
+    from coatrt.engines.build_room import BuildRoom
+    from coatrt.engines.engine_cache import EngineCache
+    from coatrt.engines.fleet import Target, build_fleet
     from coatrt.progress import stages
 
-    profiles = [device(name) for name in dict.fromkeys(devices)]
     loaded = Adapter.load(adapter)
-    archive = adapter_archive(adapter) if config_path is None else None
-    targets = []
-    for profile in profiles:
-        if config_path is not None:
-            plan, config = None, QuantConfig.load(config_path, loaded.model)
-        else:
-            plan = plan_for(loaded, profile, memory=memory, bits=bits, objective=objective, max_loss=max_loss,
-                            context=context, batch=batch, prefill=prefill, archive=archive)  # fmt: skip
-            config = plan.config
-        targets.append((profile, plan, config, output if len(profiles) == 1 else output / profile.id))
-    if not dry_run:
-        for *_, place in targets:  # before the first build, not after it
-            check_output(place, overwrite)
-    for _, plan, _, _ in targets:
-        if plan is not None:
-            click.echo(plan.text() + "\n")
-    if dry_run:
-        return
-    checkpoint = loaded.checkpoint(model)
-    codes = loaded.codes(checkpoint)
-    options = BundleOptions(
-        activations, cpu_activations, context, EngineShapes(batch, min(prefill, context)), engine=not no_engine
-    )
-    for profile, plan, config, place in targets:
-        with stages(profile.id) as progress:
-            bundle = assemble(
-                loaded, checkpoint, config, profile, place, options, plan=plan, codes=codes, overwrite=overwrite,
-                progress=lambda done, total, _, progress=progress: progress(done, total, "matrices"),  # type: ignore[misc]
-                tell=lambda line: click.echo(line, err=True),
-            )  # fmt: skip
+    with stages("build") as progress:
+        made = build_fleet(
+            loaded, loaded.checkpoint(model), [Target(*target) for target in targets], options,
+            cache=None if no_cache else EngineCache.default(), room=BuildRoom(jobs, build_memory),
+            overwrite=overwrite, progress=progress, tell=lambda line: click.echo(line, err=True),
+        )  # fmt: skip
+    for row in made:
         engines = ", ".join(
-            f"{engine['file']} {engine['bytes'] / 1e6:.1f} MB in {engine['seconds']:.1f} s"
-            for engine in bundle.manifest["engines"]
+            f"{engine['file']} {engine['bytes'] / 1e6:.1f} MB "
+            + ("from the cache" if row.state == "cached" else f"in {engine['seconds']:.1f} s")
+            for engine in row.bundle.manifest["engines"]
         )
-        click.echo(f"{place}: {engines or 'no engine'}; weights are {config.nbytes(loaded.model) / 1e6:.1f} MB ideally")
+        ideal = f"weights are {row.target.config.nbytes(loaded.model) / 1e6:.1f} MB ideally"
+        said = "up to date" if row.state == "current" else f"{engines or 'no engine'}; {ideal}"
+        click.echo(f"{row.target.output}: {said}")

@@ -20,13 +20,13 @@ def command(adapter: Path, config_path: Path, output: Path, model: str | None, a
             context: int, overwrite: bool) -> None:  # fmt: skip
     """Write the ONNX graphs, hypernetwork and LoRA of one configuration of ADAPTER: a bundle without an engine."""
     from coatrt.adapter import Adapter
-    from coatrt.config import QuantConfig
     from coatrt.devices import device
     from coatrt.engines.assemble import BundleOptions, assemble
+    from coatrt.plan_data import read_config
     from coatrt.progress import stages
 
     loaded = Adapter.load(adapter)
-    config = QuantConfig.load(config_path, loaded.model)
+    config = read_config(config_path, loaded.model)
     options = BundleOptions(activations, cpu_activations, context, engine=False)
     with stages("export") as progress:
         bundle = assemble(

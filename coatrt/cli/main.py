@@ -21,6 +21,7 @@ _COMMANDS = {
     "verify": "Check a bundle: hashes, versions, numbers.",
     "run": "Generate text from a bundle.",
     "bench": "Measure a bundle on this machine.",
+    "report": "Write an HTML page about adapters and bundles.",
 }
 
 

@@ -7,17 +7,35 @@ import click
 
 from coatrt.cli.common import BYTES, echo_json
 
-__all__ = ["command", "plan_options"]
+__all__ = ["command", "plan_options", "plan_request"]
+
+
+class _Pin(click.ParamType[tuple[str, str]]):
+    name = "matrix=format"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        if isinstance(value, tuple):
+            return value
+        pattern, sign, text = str(value).rpartition("=")
+        if not (sign and pattern and text):
+            self.fail(f"{value!r} is no pin; give MATRIX=FORMAT, like lm_head=int8 or '.*down_proj=int8'", param, ctx)
+        return pattern, text
+
 
 _OPTIONS = (
     click.option("--memory", type=BYTES, help="Bytes the engine may use, like 6GiB; default: the device's memory."),
     click.option("--bits", type=float, help="Cap on average bits per weight."),
-    click.option("--objective", type=click.Choice(["quality", "latency"]), default="quality", show_default=True),
-    click.option("--max-loss", type=float, default=0.05, show_default=True, help="For latency: nats per token."),
+    click.option("--objective", type=click.Choice(["quality", "latency", "balanced"]), default="quality",
+                 show_default=True),
+    click.option("--max-loss", type=float,
+                 help="Cap on the predicted loss increase, nats per token; default: none, 0.05 for latency."),
+    click.option("--min-tokens-per-second", type=float, help="Of a sequence at decode, predicted."),
+    click.option("--keep", type=_Pin(), multiple=True,
+                 help="MATRIX=FORMAT: a name, a kind like down_proj, or a regular expression; repeatable."),
     click.option("--context", type=int, default=2048, show_default=True, help="Slots of the KV cache per sequence."),
     click.option("--batch", type=int, default=1, show_default=True, help="Sequences at once."),
     click.option("--prefill", type=int, default=512, show_default=True, help="Most prompt tokens in one call."),
-)
+)  # fmt: skip
 
 
 def plan_options(function: Any) -> Any:
@@ -27,6 +45,14 @@ def plan_options(function: Any) -> Any:
     return function
 
 
+def plan_request(choices: dict[str, Any]) -> Any:
+    """Return the request that the options of `plan_options` mean, taking them out of `choices`."""
+    from coatrt.plan_data import PlanRequest
+
+    names = ("objective", "memory", "bits", "max_loss", "min_tokens_per_second", "context", "batch", "prefill", "keep")
+    return PlanRequest(**{name: choices.pop(name) for name in names})
+
+
 @click.command()
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option("--device", "devices", multiple=True, required=True, help="Device id (coatrt devices); repeatable.")
@@ -34,24 +60,24 @@ def plan_options(function: Any) -> Any:
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the configuration here (one device).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(adapter: Path, devices: tuple[str, ...], output: Path | None, as_json: bool, **choices: Any) -> None:
-    """Choose a configuration of ADAPTER for a device: least predicted loss that fits, or fewest bytes within a loss."""
-    from coatrt.adapter import Adapter
-    from coatrt.adapter_search import adapter_archive
+    """Choose a configuration of ADAPTER per device: least predicted loss, least time per token, or balanced."""
+    from coatrt.adapter_facts import AdapterFacts
+    from coatrt.archive import adapter_archive
     from coatrt.devices import device
     from coatrt.errors import ConfigError
-    from coatrt.plan import plan_for
+    from coatrt.fleet_table import fleet_table
+    from coatrt.plan import plan_fleet
 
     if output is not None and len(devices) > 1:
         raise ConfigError(f"-o takes one device, {len(devices)} are given; give one, or --json")
-    profiles = [device(name) for name in devices]
-    loaded, archive = Adapter.load(adapter), adapter_archive(adapter)
-    plans = [
-        plan_for(loaded, profile, archive=archive, **choices)
-        for profile in profiles
-    ]  # fmt: skip
+    request = plan_request(choices)
+    profiles = [device(name) for name in dict.fromkeys(devices)]
+    plans = plan_fleet(AdapterFacts.load(adapter), profiles, request, archive=adapter_archive(adapter))
     if output is not None:
         plans[0].config.save(output)
     if as_json:
         echo_json([plan.to_json() for plan in plans] if len(plans) > 1 else plans[0].to_json())
+    elif len(plans) > 2:
+        click.echo(fleet_table(plans))
     else:
         click.echo("\n\n".join(plan.text() for plan in plans))

@@ -10,7 +10,8 @@ import torch
 from click.testing import CliRunner
 
 from coatrt.adapter import Adapter
-from coatrt.adapter_search import adapter_archive, search_adapter
+from coatrt.adapter_search import search_adapter
+from coatrt.archive import adapter_archive
 from coatrt.checkpoint import Checkpoint, load_tokenizer
 from coatrt.cli.main import cli
 from coatrt.data import tokenize_text

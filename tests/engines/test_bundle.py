@@ -202,8 +202,8 @@ def test_assembling_refuses_before_it_writes(
     def fails(*_: object, **__: object) -> None:
         raise BuildError("no")
 
-    monkeypatch.setattr("coatrt.engines.assemble.build_engine", fails)
-    monkeypatch.setattr("coatrt.engines.assemble.installed_builder", lambda _: "1")
+    monkeypatch.setattr("coatrt.engines.fleet.build_engine", fails)
+    monkeypatch.setattr("coatrt.engines.fleet.installed_builder", lambda _: "1")
     with pytest.raises(BuildError):
         assemble(adapter, checkpoint, config, device("rtx-3060"), tmp_path / "b", BundleOptions(context=64))
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
@@ -212,7 +212,7 @@ def test_assembling_refuses_before_it_writes(
         adapter, checkpoint, config, device("h100"), tmp_path / "h", BundleOptions(context=64), tell=told.append
     )
     assert made.manifest["engines"] == []
-    assert "build on the device" in told[0]
+    assert "on the device, in the bundle: python build_engine.py" in told[0]
     with pytest.raises(ConfigError, match="holds a bundle"):
         assemble(adapter, checkpoint, config, device("cpu"), tmp_path / "h", small)
     assemble(adapter, checkpoint, adapter.space.uniform("fp8"), device("cpu"), tmp_path / "h", small, overwrite=True)

@@ -1,0 +1,200 @@
+"""A fleet: eight devices planned, three bundles built side by side and again, engine bytes and memory as predicted.
+
+python benchmarks/fleet.py   (needs out/demo/adapter: make demo)
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import save_result, smollm2
+
+from coatrt.adapter import Adapter
+from coatrt.adapter_facts import AdapterFacts
+from coatrt.bundle import Bundle
+from coatrt.devices import device
+from coatrt.engines.build_room import BuildRoom
+from coatrt.engines.builder import build_engine
+from coatrt.engines.engine_cache import EngineCache
+from coatrt.engines.fleet import Target, build_fleet
+from coatrt.engines.options import BundleOptions
+from coatrt.engines.switch import SwitchingDecoder
+from coatrt.export.decoder import GraphForm, export_decoder
+from coatrt.memory import memory_of
+from coatrt.plan import PlanRequest, plan_fleet, plan_for
+from coatrt.space import ConfigSpace
+from coatrt.workload import Workload
+
+FLEET = ("rtx-3050-laptop", "rtx-4050-laptop", "t4", "rtx-3060", "rtx-4090", "rtx-5090", "h100", "rtx-pro-6000")
+THREE = {"rtx-3060": 4.5, "rtx-4090": 6.0, "rtx-5090": 5.0}
+ENGINES = ("rtx-3060", "rtx-4090", "rtx-5090", "t4")
+
+
+def planning(adapter: Path) -> dict[str, Any]:
+    """Time the command for eight devices, process start included, and the function alone."""
+    command = [str(Path(sys.executable).parent / "coatrt"), "plan", str(adapter), "--json", "--bits", "5"]
+    for name in FLEET:
+        command += ["--device", name]
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        seconds.append(time.perf_counter() - started)
+    facts, profiles = AdapterFacts.load(adapter), [device(name) for name in FLEET]
+    started = time.perf_counter()
+    plans = plan_fleet(facts, profiles, PlanRequest(bits=5))
+    alone = time.perf_counter() - started
+    same = [row["configuration_hash"] for row in json.loads(done.stdout)] == [plan.config.hash for plan in plans]
+    return {
+        "devices": [{"id": p.id, "memory_bytes": p.memory_bytes} for p in profiles], "command_s": seconds,
+        "command_median_s": statistics.median(seconds), "function_s": alone, "same_hashes": same,
+    }  # fmt: skip
+
+
+def building(adapter: Adapter, checkpoint: Any, scratch: Path) -> tuple[dict[str, Any], dict[str, Bundle]]:
+    """Time three bundles one builder at a time, then side by side, then again through the command."""
+    found: dict[str, Any] = {}
+    codes = adapter.codes(checkpoint)
+    plans = {name: plan_for(adapter, device(name), bits=bits) for name, bits in THREE.items()}
+    for plan in plans.values():  # encoded once, before the clock starts
+        for name, fmt in plan.config.formats.items():
+            codes.get(name, fmt)
+    for label, jobs in (("one_at_a_time_s", 1), ("side_by_side_s", 2)):
+        place = scratch / label
+        targets = [Target(device(name), plan.config, place / name, plan) for name, plan in plans.items()]
+        cache = EngineCache(scratch / f"cache-{label}")
+        started = time.perf_counter()
+        made = build_fleet(
+            adapter, checkpoint, targets, BundleOptions(), codes=codes, cache=cache, room=BuildRoom(jobs)
+        )
+        found[label] = time.perf_counter() - started
+    started = time.perf_counter()
+    again = build_fleet(adapter, checkpoint, targets, BundleOptions(), codes=codes, cache=cache)
+    found["again_function_s"] = time.perf_counter() - started
+    found["again_states"] = [row.state for row in again]
+    return found, {row.target.device.id: row.bundle for row in made}
+
+
+def second_command(adapter: Path, scratch: Path) -> dict[str, Any]:
+    """Time `coatrt build` for three devices where everything is there already, process start included."""
+    command = [str(Path(sys.executable).parent / "coatrt"), "build", str(adapter), "-o", str(scratch / "cli"),
+               "--bits", "5", "--no-engine"]  # fmt: skip
+    for name in THREE:
+        command += ["--device", name]
+    subprocess.run(command, check=True, capture_output=True)
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        seconds.append(time.perf_counter() - started)
+        assert done.stdout.count("up to date") == 3
+    return {"second_build_s": seconds, "second_build_median_s": statistics.median(seconds)}
+
+
+def engine_bytes(adapter: Adapter, checkpoint: Any, scratch: Path) -> list[dict[str, Any]]:
+    """Build ten configurations that the size model was not fitted to, and compare."""
+    rows, codes, rng = [], adapter.codes(checkpoint), np.random.default_rng(11)
+    for number in range(10):
+        profile = device(ENGINES[number % len(ENGINES)])
+        formats = [fmt for fmt in adapter.formats if profile.supports(fmt)]
+        space = ConfigSpace(adapter.model, tuple(formats))
+        bits = float(rng.uniform(max(3.6, space.min_bits), min(7.5, space.max_bits)))
+        config = space.sample_budgeted(rng, bits)
+        directory = scratch / f"engine{number}"
+        directory.mkdir()
+        form = GraphForm("engine", "base.onnx", "float16", 2048)
+        export_decoder(checkpoint, config, directory, forms=[form], contract=adapter.contract, codes=codes)
+        record = build_engine(directory / "base.onnx", directory / "e.engine", profile)
+        lora = sum(rows * columns for rows, columns in adapter.contract.shapes.values())
+        lines = memory_of(config, adapter.model, profile, Workload.of(adapter.model_config, 2048, 1, 512, lora))
+        predicted = sum(lines[name] for name in ("weights", "scales", "other tensors", "engine"))
+        rows.append({"device": profile.id, "bits": config.average_bits(adapter.model), "engine_bytes": record.bytes,
+                     "predicted_bytes": predicted, "error": predicted / record.bytes - 1})  # fmt: skip
+        print(rows[-1], flush=True)
+    return rows
+
+
+_PEAK = """
+import json, resource, sys
+from coatrt.bundle import Bundle
+from coatrt.engines.emit import load_lora
+from coatrt.engines.load import load_decoder
+bundle = Bundle.open(sys.argv[1])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+decoder = load_decoder(bundle, context=2048, accuracy_level=int(sys.argv[2]))
+decoder.set_lora(load_lora(bundle.path("lora.safetensors"), bundle.contract))
+decoder.prefill([[1 + i % 100 for i in range(512)]])
+decoder.decode([5])
+rest = open("/proc/self/status").read().split("VmRSS:")[1].split()[0]
+print(json.dumps([before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, int(rest)]))
+"""
+
+
+def cpu_memory(adapter: Adapter, bundles: dict[str, Bundle]) -> list[dict[str, Any]]:
+    """Compare the memory lines of the CPU with ONNX Runtime's peak in a process of its own."""
+    rows = []
+    lora = sum(rows * columns for rows, columns in adapter.contract.shapes.values())
+    for name, bundle in bundles.items():
+        lines = memory_of(
+            bundle.config, adapter.model, device("cpu"), Workload.of(adapter.model_config, 2048, 1, 512, lora, 4)
+        )
+        command = [sys.executable, "-c", _PEAK, str(bundle.directory), "4"]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        before, peak, resident = (kib << 10 for kib in json.loads(done.stdout))
+        rows.append({"bundle": name, "predicted_bytes": sum(lines.values()), "peak_bytes": peak,
+                     "resident_bytes": resident, "imports_bytes": before, "lines": dict(lines)})  # fmt: skip
+        print(rows[-1], flush=True)
+    return rows
+
+
+def switching(bundles: dict[str, Bundle]) -> list[dict[str, Any]]:
+    """Time switches between configurations of a running session, one decoder held and all held."""
+    rows = []
+    for held in (1, len(bundles)):
+        session = SwitchingDecoder(bundles, held=held, context=2048)
+        session.prefill([[1 + i % 100 for i in range(128)]])
+        for _ in range(2):
+            for name in bundles:
+                row = session.switch(name)
+                session.decode([5])
+                rows.append({"held": held, "to": name, "load_s": row.load_seconds, "emit_s": row.emit_seconds,
+                             "bind_s": row.bind_seconds, "kept": row.kept})  # fmt: skip
+        del session
+        gc.collect()
+    return rows
+
+
+def main() -> None:
+    """Measure everything and check the limits."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--adapter", type=Path, default=Path("out/demo/adapter"))
+    options = parser.parse_args()
+    adapter, checkpoint = Adapter.load(options.adapter), smollm2()
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        plans = planning(options.adapter)
+        print(plans, flush=True)
+        built, bundles = building(adapter, checkpoint, scratch)
+        print(built, flush=True)
+        built |= second_command(options.adapter, scratch)
+        result = {
+            "planning": plans, "building": built, "switching": switching(bundles),
+            "cpu_memory": cpu_memory(adapter, bundles), "engines": engine_bytes(adapter, checkpoint, scratch),
+        }  # fmt: skip
+    save_result("fleet", "python benchmarks/fleet.py", result)
+    worst = max(abs(row["error"]) for row in result["engines"])
+    if plans["command_median_s"] > 2 or built["second_build_median_s"] > 2 or worst > 0.03:
+        sys.exit(f"over a limit: plans {plans['command_median_s']:.2f} s, second build "
+                 f"{built['second_build_median_s']:.2f} s, engine bytes {worst:.3f}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""What planning needs of an adapter: its JSON files, hashes checked, read without torch in a tenth of a second."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coatrt import __version__
+from coatrt.contract import LoraContract
+from coatrt.errors import CheckpointError, ConfigError, FormatError
+from coatrt.files import read_json, sha256_file
+from coatrt.formats import WeightFormat
+from coatrt.matrices import ModelMatrices
+from coatrt.sensitivity_table import Sensitivity
+from coatrt.space import ConfigSpace
+
+__all__ = ["ADAPTER_FORMAT", "AdapterFacts", "adapter_hash", "read_description"]
+
+ADAPTER_FORMAT = 2
+
+
+def adapter_hash(directory: str | Path) -> str:
+    """Return 16 digits that stand for every file of an adapter: adapter.json holds their hashes."""
+    return sha256_file(Path(directory) / "adapter.json")[:16]
+
+
+def read_description(directory: Path) -> dict[str, Any]:
+    """Return the content of an adapter's adapter.json.
+
+    Raises:
+        CheckpointError: there is none, or it is of another format.
+    """
+    path = directory / "adapter.json"
+    if not path.is_file():
+        what = "exists but has no adapter.json" if directory.is_dir() else "does not exist"
+        raise CheckpointError(f"adapter {directory} {what}; give the directory that coatrt train wrote")
+    try:
+        facts = read_json(path, "adapter description")
+    except ConfigError as error:
+        raise CheckpointError(f"{error}; train the adapter again") from None
+    if not isinstance(facts, dict) or facts.get("format") != ADAPTER_FORMAT:
+        given = facts.get("format") if isinstance(facts, dict) else None
+        raise CheckpointError(
+            f"{directory} has adapter format {given}; this coatrt {__version__} reads {ADAPTER_FORMAT}"
+        )
+    return facts
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """An adapter without its tensors.
+
+    Args:
+        hash: stands for every file of the adapter.
+        source: path or hub name of its model.
+        model_config: content of the model's config.json.
+        space: its matrices and the formats it was trained for.
+        contract: its LoRA tensors.
+        sensitivity: costs and errors of every matrix in every format.
+        metrics: options and losses of the training.
+    """
+
+    hash: str
+    source: str
+    model_config: Mapping[str, Any]
+    space: ConfigSpace
+    contract: LoraContract
+    sensitivity: Sensitivity
+    metrics: Mapping[str, Any]
+
+    @property
+    def model(self) -> ModelMatrices:
+        """The matrices of the model."""
+        return self.space.model
+
+    @property
+    def formats(self) -> tuple[WeightFormat, ...]:
+        """The formats the adapter was trained for."""
+        return self.space.formats
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "AdapterFacts":
+        """Read the JSON files of an adapter, the hash of each checked first.
+
+        Raises:
+            CheckpointError: it is missing, unfinished, damaged, or of another format.
+        """
+        directory = Path(directory)
+        facts = read_description(directory)
+        try:
+            for name in ("sensitivity.json", "metrics.json"):
+                if sha256_file(directory / name) != facts["sha256"][name]:
+                    raise CheckpointError(
+                        f"{directory / name} was altered or is damaged; copy or train the adapter again"
+                    )
+            return cls(
+                hash=adapter_hash(directory),
+                source=str(facts["source"]),
+                model_config=facts["model_config"],
+                space=ConfigSpace(
+                    ModelMatrices.from_json(facts["model"]),
+                    tuple(WeightFormat.parse(text) for text in facts["formats"]),
+                    bool(facts["fused"]),
+                ),
+                contract=LoraContract.from_json(facts["contract"]),
+                sensitivity=Sensitivity.load(directory / "sensitivity.json"),
+                metrics=read_json(directory / "metrics.json", "training metrics"),
+            )
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"{directory} is a damaged adapter ({reason}); copy or train it again") from None
+        except (ConfigError, FormatError) as error:
+            raise CheckpointError(f"{directory} is a damaged adapter: {error}") from None

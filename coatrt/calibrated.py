@@ -1,0 +1,189 @@
+"""Calibrations: products and all else of a decoder, timed on a device through its real runtime, and read back."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from coatrt.errors import ConfigError
+from coatrt.files import cache_directory, read_json, write_json
+from coatrt.formats import WeightFormat
+from coatrt.matrices import ModelMatrices
+from coatrt.space import ConfigSpace
+from coatrt.workload import Workload
+
+__all__ = ["CALIBRATION_FORMAT", "Calibrated", "Product", "Rest", "calibration_path", "find_calibration"]
+
+CALIBRATION_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Product:
+    """One product [tokens, K] × [K, N] in a format.
+
+    Args:
+        K: input width.
+        N: output width.
+        format: text of the effective format.
+        tokens: rows.
+        seconds: median of its timings.
+    """
+
+    K: int
+    N: int
+    format: str
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Rest:
+    """All of one call that is no product with a weight: LoRA, attention, norms, the runtime itself.
+
+    Args:
+        shape: (layers, hidden, intermediate, heads, KV heads, head width, LoRA elements) of the model.
+        tokens: tokens in the call.
+        context: slots of the caches.
+        seconds: the call's, less its products'.
+    """
+
+    shape: tuple[int, ...]
+    tokens: int
+    context: int
+    seconds: float
+
+
+def shape_of(workload: Workload) -> tuple[int, ...]:
+    """Return what `Rest.shape` holds."""
+    return (workload.layers, workload.hidden, workload.intermediate, workload.heads, workload.kv_heads,
+            workload.head_dim, workload.lora_parameters)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """Measured seconds of one device; a `coatrt.latency.LatencyModel`.
+
+    Args:
+        device: id of the profile it belongs to.
+        runtime: name and version.
+        settings: what it was measured with: threads, accuracy level, activations, name of the processor.
+        products: timings of products.
+        rests: timings of all else, at least one.
+        speed: factor on every second predicted, for a machine that is now slower (> 1) or faster than then.
+    """
+
+    device: str
+    runtime: str
+    settings: Mapping[str, Any]
+    products: tuple[Product, ...]
+    rests: tuple[Rest, ...]
+    speed: float = 1.0
+    _known: dict[tuple[int, int, str], list[Product]] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for product in self.products:
+            self._known.setdefault((product.N, product.K, product.format), []).append(product)
+        for rows in self._known.values():
+            rows.sort(key=lambda row: row.tokens)
+
+    @property
+    def source(self) -> str:
+        """Where the prediction comes from."""
+        known = ", ".join(f"{name} {value}" for name, value in self.settings.items())
+        return f"calibration of {self.device} with {self.runtime} ({known})"
+
+    def covers(self, space: ConfigSpace, workload: Workload) -> bool:
+        """Return whether every product of a space and the rest of its model were measured."""
+        shapes = {
+            (matrix.N, matrix.K, str(fmt.effective(matrix.K))) for matrix in space.model.matrices
+            for fmt in space.formats if space.model.tied or matrix.name != space.model.names[0]
+        }  # fmt: skip
+        return shapes <= set(self._known) and any(rest.shape == shape_of(workload) for rest in self.rests)
+
+    def matrix_seconds(self, N: int, K: int, fmt: WeightFormat, tokens: int) -> float:
+        """Return the seconds of one product; between measured numbers of tokens, and beyond, on a straight line.
+
+        Raises:
+            ConfigError: the product was not measured.
+        """
+        rows = self._known.get((N, K, str(fmt.effective(K))))
+        if not rows:
+            raise ConfigError(f"no calibration of a product {K} × {N} in {fmt}; measure it (coatrt devices calibrate)")
+        return self.speed * _line([(row.tokens, row.seconds) for row in rows], tokens)
+
+    def rest_seconds(self, model: ModelMatrices, workload: Workload, tokens: int, context: int) -> float:
+        """Return the seconds of all else, a plane over tokens and slots through the measured calls."""
+        rows = [rest for rest in self.rests if rest.shape == shape_of(workload)]
+        if not rows:
+            raise ConfigError(f"no calibration of this model on {self.device}; measure it (coatrt devices calibrate)")
+        by_tokens: dict[int, list[tuple[int, float]]] = {}
+        for row in rows:
+            by_tokens.setdefault(row.tokens, []).append((row.context, row.seconds))
+        points = [(count, _line(sorted(group), context)) for count, group in sorted(by_tokens.items())]
+        return self.speed * max(_line(points, tokens), 0.0)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form that `load` reads."""
+        return {
+            "format": CALIBRATION_FORMAT,
+            "device": self.device,
+            "runtime": self.runtime,
+            "settings": dict(self.settings),
+            "products": [asdict(product) for product in self.products],
+            "rests": [{**asdict(rest), "shape": list(rest.shape)} for rest in self.rests],
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON form, atomically."""
+        write_json(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Calibrated":
+        """Return the calibration in a file.
+
+        Raises:
+            ConfigError: it is missing, garbled, or of another format.
+        """
+        value = read_json(path, "calibration")
+        if not isinstance(value, dict) or value.get("format") != CALIBRATION_FORMAT:
+            raise ConfigError(f"{path} is no calibration of format {CALIBRATION_FORMAT}; measure again")
+        try:
+            return cls(
+                str(value["device"]),
+                str(value["runtime"]),
+                value["settings"],
+                tuple(Product(**row) for row in value["products"]),
+                tuple(Rest(**{**row, "shape": tuple(row["shape"])}) for row in value["rests"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(f"calibration {path} is garbled ({error}); measure again") from None
+
+
+def _line(points: list[tuple[int, float]], at: int) -> float:
+    """Return the value at a place on the lines between points; the last goes on, a single point grows in proportion."""
+    if len(points) == 1:
+        place, value = points[0]
+        return value * max(at / place, 1.0)
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if at <= x1 or (x1, y1) == points[-1]:
+            return y0 + (y1 - y0) * (at - x0) / (x1 - x0) if at >= x0 else y0
+    raise AssertionError("points are sorted and the last line goes on")
+
+
+def calibration_path(device: str) -> Path:
+    """Return where the calibration of a device is kept, in the user's cache directory."""
+    return cache_directory() / "calibration" / f"{device}.json"
+
+
+def find_calibration(device: str, space: ConfigSpace, workload: Workload) -> Calibrated | None:
+    """Return the stored calibration of a device if it covers a space, else None.
+
+    Raises:
+        ConfigError: the file is garbled.
+    """
+    path = calibration_path(device)
+    if not path.is_file():
+        return None
+    found = Calibrated.load(path)
+    return found if found.covers(space, workload) else None

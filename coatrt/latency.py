@@ -1,0 +1,110 @@
+"""Predicted seconds of decoding and prefill: a device's datasheet, corrected by shares that are assumptions.
+
+A calibration (`coatrt.calibrated`) has the same interface and takes its place where there is one.
+"""
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coatrt.devices import DeviceProfile
+from coatrt.formats import WeightFormat
+from coatrt.matrices import ModelMatrices
+from coatrt.space import ConfigSpace
+from coatrt.workload import Workload
+
+__all__ = ["DatasheetLatency", "LatencyModel", "group_seconds"]
+
+BANDWIDTH_SHARE = 0.8
+"""Share of the peak bandwidth that products of one token reach: assumed; no engine has run yet."""
+
+FLOPS_SHARE = 0.5
+"""Share of the dense FP16 throughput that prefill reaches: assumed."""
+
+LAUNCH_SECONDS = 2e-6
+"""Seconds per kernel at decode: assumed, CUDA graphs aside."""
+
+LAYER_KERNELS = 12
+"""Kernels of a layer that are no products: norms, rotations, cache writes, attention, activation, residuals; counted
+in the exported graph, fusions assumed away."""
+
+LORA_KERNELS = 11
+"""LoRA products of a layer: A of q/k/v and of gate/up joined, of o and down alone; seven B."""
+
+
+class LatencyModel(Protocol):
+    """Predicts seconds on one device."""
+
+    @property
+    def source(self) -> str:
+        """Where the prediction comes from, and what in it is assumed."""
+
+    def matrix_seconds(self, N: int, K: int, fmt: WeightFormat, tokens: int) -> float:
+        """Return the seconds of one product of [tokens, K] with a weight [N, K] in a format."""
+
+    def rest_seconds(self, model: ModelMatrices, workload: Workload, tokens: int, context: int) -> float:
+        """Return the seconds of all else in one call: LoRA, attention over `context` slots, norms, launches."""
+
+
+class DatasheetLatency:
+    """Bytes over effective bandwidth or FLOPs over effective throughput, whichever takes longer, plus launches.
+
+    NormalFloat is charged for its unpacking as if a kernel of its own wrote the weight in fp16 and the product read it
+    back, 4 bytes a weight beside the packed ones: an assumption on the safe side until it is measured.
+
+    Args:
+        device: its bandwidth and FLOPS are known.
+    """
+
+    def __init__(self, device: DeviceProfile) -> None:
+        assert device.bandwidth is not None, "planning asks only devices of known bandwidth"
+        self._bandwidth = BANDWIDTH_SHARE * device.bandwidth
+        self._flops = FLOPS_SHARE * device.fp16_flops if device.fp16_flops is not None else None
+
+    @property
+    def source(self) -> str:
+        """Where the prediction comes from."""
+        return (
+            f"datasheet: {BANDWIDTH_SHARE:.0%} of peak bandwidth, {FLOPS_SHARE:.0%} of FP16 throughput, "
+            f"{LAUNCH_SECONDS * 1e6:g} µs a kernel, NormalFloat unpacked to fp16 in memory: all assumed, not measured"
+        )
+
+    def matrix_seconds(self, N: int, K: int, fmt: WeightFormat, tokens: int) -> float:
+        """Return the seconds of one product, its launch included."""
+        unpack = 4 * N * K / self._bandwidth + LAUNCH_SECONDS if fmt.is_normal_float else 0.0
+        return max(fmt.nbytes(N, K) / self._bandwidth, self._compute(2 * N * K * tokens)) + unpack + LAUNCH_SECONDS
+
+    def rest_seconds(self, model: ModelMatrices, workload: Workload, tokens: int, context: int) -> float:
+        """Return the seconds of LoRA, caches, attention and launches."""
+        caches = workload.kv_bytes * min(context / workload.context, 1.0)
+        read = model.other_bytes + workload.lora_bytes + caches
+        flops = 2 * workload.lora_parameters * tokens
+        flops += 4 * workload.layers * max(workload.heads, 1) * workload.head_dim * context * tokens
+        kernels = workload.layers * (LAYER_KERNELS + (LORA_KERNELS if workload.lora_parameters else 0)) + 4
+        return max(read / self._bandwidth, self._compute(flops)) + kernels * LAUNCH_SECONDS
+
+    def _compute(self, flops: float) -> float:
+        return flops / self._flops if self._flops is not None else 0.0
+
+
+def group_seconds(space: ConfigSpace, latency: LatencyModel, tokens: int) -> NDArray[np.float64]:
+    """Return the seconds of every group in every format, [groups, formats]; an untied embedding is looked up, not read.
+
+    Args:
+        space: groups and formats.
+        latency: the device's model.
+        tokens: rows of the products.
+    """
+    model, known = space.model, dict[tuple[int, int, WeightFormat], float]()
+
+    def seconds(name: str, fmt: WeightFormat) -> float:
+        matrix = model.by_name[name]
+        if matrix.is_table and name != model.names[-1] and not model.tied:
+            return 0.0
+        key = (matrix.N, matrix.K, fmt)
+        if key not in known:
+            known[key] = latency.matrix_seconds(matrix.N, matrix.K, fmt, 1 if matrix.is_table else tokens)
+        return known[key]
+
+    return np.array([[sum(seconds(name, fmt) for name in group) for fmt in space.formats] for group in space.groups])

@@ -1,0 +1,83 @@
+"""Pins: matrices whose format the user fixes (`--keep lm_head=int8`)."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coatrt.devices import DeviceProfile
+from coatrt.errors import ConfigError
+from coatrt.formats import WeightFormat
+from coatrt.matrices import EMBEDDING, HEAD, ModelMatrices
+from coatrt.space import ConfigSpace
+
+__all__ = ["matched", "pinned_costs"]
+
+
+def matched(model: ModelMatrices, pattern: str) -> tuple[str, ...]:
+    """Return the matrices that a name, a module kind or a regular expression over the whole name means.
+
+    The head of a model that ties it is its embedding.
+
+    Raises:
+        ConfigError: none, or the expression does not compile.
+    """
+    if pattern == HEAD and model.tied:
+        return (EMBEDDING,)
+    if pattern in model.by_name:
+        return (pattern,)
+    kinds = tuple(matrix.name for matrix in model.matrices if matrix.kind == pattern)
+    if kinds:
+        return kinds
+    try:
+        names = tuple(name for name in model.names if re.fullmatch(pattern, name))
+    except re.error as error:
+        raise ConfigError(f"--keep {pattern!r} is no regular expression ({error}); correct it") from None
+    if not names:
+        raise ConfigError(
+            f"--keep {pattern!r} matches none of the model's {len(model.names)} matrices (like {model.names[-1]}); "
+            "give a name, a kind like down_proj, or a regular expression over whole names"
+        )
+    return names
+
+
+def pinned_costs(
+    space: ConfigSpace, cost: NDArray[np.float64], keep: Iterable[Sequence[str]], device: DeviceProfile
+) -> NDArray[np.float64]:
+    """Return costs [groups, formats] that are infinite where a pin forbids a format.
+
+    A later pin beats an earlier one on the same matrix. A pin on one matrix of a fused group pins the group.
+
+    Args:
+        space: groups and formats of the device.
+        cost: costs without pins.
+        keep: (pattern, format text), see `matched`.
+        device: for messages.
+
+    Raises:
+        ConfigError: a pattern matches nothing, a format is not in the space, or two pins meet in one group.
+        FormatError: no such format.
+    """
+    pins: dict[str, WeightFormat] = {}
+    for pattern, text in keep:
+        fmt = WeightFormat.parse(text)
+        if fmt not in space.formats:
+            raise ConfigError(
+                f"--keep {pattern}={text} is given; for {device.id} the adapter has "
+                f"{', '.join(map(str, space.formats))}"
+            )
+        pins.update(dict.fromkeys(matched(space.model, pattern), fmt))
+    if not pins:
+        return cost
+    cost = cost.copy()
+    for row, group in enumerate(space.groups):
+        wanted = {pins[name] for name in group if name in pins}
+        if len(wanted) > 1:
+            raise ConfigError(
+                f"--keep gives {group[0]} and its fused group {' and '.join(sorted(map(str, wanted)))}; one kernel "
+                "reads them together: give them one format"
+            )
+        for fmt in wanted:
+            cost[row, [column for column, other in enumerate(space.formats) if other != fmt]] = np.inf
+    return cost

@@ -1,0 +1,250 @@
+"""A plan as data: what was asked, the configuration, and every figure it was chosen by."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from coatrt.config import ConfigPatterns, QuantConfig
+from coatrt.errors import ConfigError
+from coatrt.files import read_json
+from coatrt.matrices import ModelMatrices
+
+__all__ = ["Objective", "Plan", "PlanRequest", "read_config"]
+
+Objective = Literal["quality", "latency", "balanced"]
+
+_LATENCY_MAX_LOSS = 0.05
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What a plan is asked to do.
+
+    Args:
+        objective: "quality" takes the least predicted loss within the limits; "latency" the least predicted time per
+            token; "balanced" the knee between the two: the least sum of both, each scaled to its range.
+        memory: bytes the engine may use on the device; the device's memory if not given.
+        bits: cap on average bits per weight.
+        max_loss: cap on the predicted loss increase, nats per token; for "latency" 0.05 if not given.
+        min_tokens_per_second: of one sequence at decode, predicted.
+        context: slots of the KV cache per sequence.
+        batch: sequences at once.
+        prefill: most prompt tokens in one call.
+        keep: (matrix name or regular expression, format): these matrices get this format.
+
+    Raises:
+        ConfigError: an objective that does not exist, or a number out of range.
+    """
+
+    objective: Objective = "quality"
+    memory: int | None = None
+    bits: float | None = None
+    max_loss: float | None = None
+    min_tokens_per_second: float | None = None
+    context: int = 2048
+    batch: int = 1
+    prefill: int = 512
+    keep: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.objective not in get_args(Objective):
+            raise ConfigError(f"no objective {self.objective!r}; give one of {', '.join(get_args(Objective))}")
+        for name, least in (("memory", 1), ("context", 1), ("batch", 1), ("prefill", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} {value} is given; give at least {least}")
+        for name in ("bits", "min_tokens_per_second"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name} {value} is given; give a positive number")
+        if self.max_loss is not None and not self.max_loss >= 0:
+            raise ConfigError(f"max_loss {self.max_loss} is given; give 0 or a positive number")
+
+    @property
+    def loss_limit(self) -> float | None:
+        """The cap on the predicted loss increase, with the default of "latency"."""
+        if self.max_loss is None and self.objective == "latency":
+            return _LATENCY_MAX_LOSS
+        return self.max_loss
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form that `from_json` reads."""
+        return {**asdict(self), "keep": [list(pair) for pair in self.keep]}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "PlanRequest":
+        """Return the request written by `to_json`.
+
+        Raises:
+            ConfigError: it is none.
+        """
+        try:
+            return cls(**{**value, "keep": tuple((str(name), str(text)) for name, text in value["keep"])})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"the plan's request is garbled ({error}); plan again") from None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A configuration for a device, and why.
+
+    Args:
+        device: the device's id.
+        request: what was asked.
+        binds: the limits that decided.
+        config: the configuration.
+        average_bits: bits per weight, scales included.
+        memory: bytes by purpose, see `coatrt.memory.memory_of`.
+        limit_bytes: bytes the plan was allowed in all, None where the device's memory is unknown.
+        predicted_loss_increase: nats per token without adapter, second-order estimate from the empirical Fisher.
+        bytes_per_token: bytes read to decode one token with a full cache.
+        tokens_per_second_bound: bandwidth / bytes_per_token, None where the bandwidth is unknown.
+        decode_seconds: predicted seconds per token of each sequence with a full cache, None where nothing is known.
+        prefill_seconds: predicted seconds of a prompt of `request.prefill` tokens.
+        latency_source: where these come from.
+        next_steps: what a little more of each binding limit would buy, in words.
+        front: (bytes in all, decode seconds or None, predicted loss increase) of configurations that none beats.
+        measured_loss: held-out loss with the adapter, nats per token, where the search measured this configuration.
+        adapter: hash of the adapter, empty where it has none.
+    """
+
+    device: str
+    request: PlanRequest
+    binds: str
+    config: QuantConfig
+    average_bits: float
+    memory: Mapping[str, int]
+    limit_bytes: int | None
+    predicted_loss_increase: float
+    bytes_per_token: int
+    tokens_per_second_bound: float | None
+    decode_seconds: float | None = None
+    prefill_seconds: float | None = None
+    latency_source: str = ""
+    next_steps: tuple[str, ...] = ()
+    front: tuple[tuple[int, float | None, float], ...] = field(default=(), repr=False)
+    measured_loss: float | None = None
+    adapter: str = ""
+
+    @property
+    def objective(self) -> str:
+        """What was asked to be best."""
+        return self.request.objective
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes in all."""
+        return sum(self.memory.values())
+
+    @property
+    def engine_bytes(self) -> int:
+        """Predicted bytes of the engine file."""
+        return sum(self.memory[name] for name in ("weights", "scales", "other tensors", "engine"))
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Predicted tokens per second of each sequence."""
+        return 1 / self.decode_seconds if self.decode_seconds else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON form; its "configuration" is a configuration file of its own."""
+        return {
+            "device": self.device,
+            "adapter": self.adapter,
+            "request": self.request.to_json(),
+            "objective": self.objective,
+            "binds": self.binds,
+            "next_steps": list(self.next_steps),
+            "configuration_hash": self.config.hash,
+            "average_bits": self.average_bits,
+            "formats": dict(self.config.counts),
+            "memory_bytes": dict(self.memory),
+            "limit_bytes": self.limit_bytes,
+            "engine_bytes": self.engine_bytes,
+            "predicted_loss_increase": self.predicted_loss_increase,
+            "measured_loss": self.measured_loss,
+            "bytes_per_token": self.bytes_per_token,
+            "tokens_per_second_bound": self.tokens_per_second_bound,
+            "decode_seconds": self.decode_seconds,
+            "prefill_seconds": self.prefill_seconds,
+            "tokens_per_second": self.tokens_per_second,
+            "latency_source": self.latency_source,
+            "front": [list(point) for point in self.front],
+            "configuration": self.config.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, value: Any, model: ModelMatrices) -> "Plan":
+        """Return the plan written by `to_json`.
+
+        Raises:
+            ConfigError: it is none, is for another model, or its configuration is not the one its hash names.
+        """
+        try:
+            config = ConfigPatterns.from_json(value["configuration"], "the plan").resolve(model)
+            if config.hash != value["configuration_hash"]:
+                raise ConfigError(
+                    f"the plan's configuration has the hash {config.hash}, it says {value['configuration_hash']}; "
+                    "plan again"
+                )
+            return cls(
+                device=str(value["device"]),
+                request=PlanRequest.from_json(value["request"]),
+                binds=str(value["binds"]),
+                config=config,
+                average_bits=float(value["average_bits"]),
+                memory={str(name): int(size) for name, size in value["memory_bytes"].items()},
+                limit_bytes=value["limit_bytes"],
+                predicted_loss_increase=float(value["predicted_loss_increase"]),
+                bytes_per_token=int(value["bytes_per_token"]),
+                tokens_per_second_bound=value["tokens_per_second_bound"],
+                decode_seconds=value["decode_seconds"],
+                prefill_seconds=value["prefill_seconds"],
+                latency_source=str(value["latency_source"]),
+                next_steps=tuple(map(str, value["next_steps"])),
+                front=tuple((int(size), seconds, float(loss)) for size, seconds, loss in value["front"]),
+                measured_loss=value["measured_loss"],
+                adapter=str(value["adapter"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(f"the plan is garbled ({error}); plan again (coatrt plan --json)") from None
+
+    def text(self) -> str:
+        """Return the plan as a few aligned lines."""
+        lines = [
+            f"device         {self.device}, objective {self.objective} ({self.binds})",
+            f"configuration  {self.config.hash}: {self.average_bits:.3f} bits per weight: "
+            + ", ".join(f"{count} × {text}" for text, count in self.config.counts.items()),
+        ]
+        lines += [f"{name:<14} {size / 2**20:10.1f} MiB" for name, size in self.memory.items()]
+        limit = f" of {self.limit_bytes / 2**20:.1f}" if self.limit_bytes else ""
+        lines.append(f"{'total':<14} {self.total_bytes / 2**20:10.1f} MiB{limit}")
+        lines.append(
+            f"predicted loss +{self.predicted_loss_increase:.4f} nats per token before the adapter (Fisher estimate)"
+        )
+        if self.measured_loss is not None:
+            lines.append(f"measured loss  {self.measured_loss:.4f} nats per token with the adapter (coatrt search)")
+        if self.decode_seconds is not None and self.prefill_seconds is not None:
+            lines.append(
+                f"decode         {self.decode_seconds * 1e3:.3f} ms, {1 / self.decode_seconds:.0f} tokens/s with a "
+                f"full cache; prefill of {self.request.prefill} tokens {self.prefill_seconds * 1e3:.2f} ms"
+            )
+            lines.append(f"predicted by   {self.latency_source}")
+        bound = f"{self.tokens_per_second_bound:.0f} tokens/s" if self.tokens_per_second_bound else "unknown bandwidth"
+        lines.append(f"decode bound   {bound} ({self.bytes_per_token / 1e6:.1f} MB read per token)")
+        lines += [f"next step      {step}" for step in self.next_steps]
+        return "\n".join(lines)
+
+
+def read_config(path: str | Path, model: ModelMatrices) -> QuantConfig:
+    """Return the configuration in a file: a configuration, or the JSON of a plan.
+
+    Raises:
+        ConfigError: it is neither, or does not fit the model.
+        FormatError: it names an unknown format.
+    """
+    value = read_json(path, "configuration")
+    if isinstance(value, dict) and "configuration_hash" in value:
+        return Plan.from_json(value, model).config
+    return ConfigPatterns.from_json(value, str(path)).resolve(model)

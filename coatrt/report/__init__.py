@@ -1,0 +1,1 @@
+"""Reports: adapters and bundles as one HTML page with its figures."""

@@ -1,0 +1,84 @@
+"""Workloads: what a decoder must hold and do beside its weights."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from coatrt.errors import ConfigError
+
+__all__ = ["Workload"]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What the engine must hold beside its weights.
+
+    Args:
+        layers: decoder layers.
+        kv_heads: key/value heads.
+        head_dim: width of a head.
+        hidden: width of the residual stream.
+        intermediate: width of the MLP.
+        vocabulary: rows of the head.
+        context: slots of the KV cache per sequence.
+        batch: sequences at once.
+        prefill: most prompt tokens in one call.
+        lora_parameters: elements of all A and B.
+        heads: query heads.
+        element: bytes of an activation, a cache element and a LoRA element: 2 in engines, 4 on the CPU.
+    """
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    context: int
+    batch: int
+    prefill: int
+    lora_parameters: int
+    heads: int = 0
+    element: int = 2
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the KV cache."""
+        return 2 * self.element * self.layers * self.kv_heads * self.head_dim * self.context * self.batch
+
+    @property
+    def lora_bytes(self) -> int:
+        """Bytes of the LoRA tensors."""
+        return self.element * self.lora_parameters
+
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes of activations at prefill: residual and its copies, MLP, one row of logits per sequence."""
+        return self.element * self.batch * (self.prefill * (6 * self.hidden + 3 * self.intermediate) + self.vocabulary)
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], context: int, batch: int, prefill: int, lora_parameters: int,
+           element: int = 2) -> "Workload":  # fmt: skip
+        """Return the workload of a model given its config.json content.
+
+        Raises:
+            ConfigError: context, batch or prefill is not positive.
+        """
+        for name, value in (("context", context), ("batch", batch), ("prefill", prefill)):
+            if value < 1:
+                raise ConfigError(f"{name} {value} is given; give at least 1")
+        heads = int(config["num_attention_heads"])
+        return cls(
+            layers=int(config["num_hidden_layers"]),
+            kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
+            hidden=int(config["hidden_size"]),
+            intermediate=int(config["intermediate_size"]),
+            vocabulary=int(config["vocab_size"]),
+            context=context,
+            batch=batch,
+            prefill=prefill,
+            lora_parameters=lora_parameters,
+            heads=heads,
+            element=element,
+        )

@@ -1,0 +1,109 @@
+"""The files of a bundle but engine and manifest: what all bundles of an adapter share, what a configuration adds."""
+
+from pathlib import Path
+from typing import Any
+
+from coatrt.adapter import Adapter
+from coatrt.checkpoint import Checkpoint, load_tokenizer
+from coatrt.config import QuantConfig
+from coatrt.engines.emit import Emitter, save_lora
+from coatrt.engines.environment import versions
+from coatrt.engines.options import BundleOptions
+from coatrt.export.decoder import WEIGHTS_FILE, Progress, decoder_io, export_decoder
+from coatrt.export.hypernetwork import export_hypernetwork
+from coatrt.files import read_json
+from coatrt.store import CodeStore
+
+__all__ = ["export_config", "export_shared"]
+
+
+def export_shared(adapter: Adapter, checkpoint: Checkpoint, directory: Path) -> dict[str, Any]:
+    """Write hypernetwork, LoRA contract and tokenizer, and return the manifest's facts about them.
+
+    Args:
+        adapter: the trained adapter.
+        checkpoint: its model.
+        directory: an existing directory.
+    """
+    adapter.contract.save(directory / "lora_io.json")
+    export_hypernetwork(adapter, directory)
+    tokenizer = load_tokenizer(checkpoint.directory)
+    tokenizer.save_pretrained(str(directory / "tokenizer"))
+    return {
+        "model": {
+            "source": adapter.source,
+            "fingerprint": adapter.fingerprint,
+            "family": checkpoint.model_type,
+            "stop_tokens": _stop_tokens(checkpoint, tokenizer),
+        },
+        "matrices": adapter.model.to_json(),
+        "quantizer": adapter.quantizer,
+        "versions": versions(),
+    }
+
+
+def export_config(
+    adapter: Adapter,
+    checkpoint: Checkpoint,
+    config: QuantConfig,
+    shared: Path,
+    directory: Path,
+    options: BundleOptions,
+    *,
+    codes: CodeStore | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write the graphs, weights and LoRA of one configuration, and return the manifest's facts about them.
+
+    Args:
+        adapter: the trained adapter.
+        checkpoint: its model.
+        config: the configuration.
+        shared: where `export_shared` has written.
+        directory: an existing directory.
+        options: see `BundleOptions`.
+        codes: cache of encoded matrices; by default the adapter's.
+        progress: called after every matrix.
+
+    Raises:
+        ConfigError: the configuration does not fit the model or the adapter.
+    """
+    forms, contract = options.forms(), adapter.contract
+    codes = codes or adapter.codes(checkpoint)
+    export_decoder(checkpoint, config, directory, forms=forms, contract=contract, codes=codes, progress=progress)
+    config.save(directory / "configuration.json")
+    side = read_json(shared / "hypernet.json", "hypernetwork description")
+    save_lora(directory / "lora.safetensors", Emitter(shared / "hypernet.onnx", side, contract).emit(config), config)
+    decoders = {
+        form.name: {"file": form.file, "weights": WEIGHTS_FILE, "io": decoder_io(checkpoint, form).to_json()}
+        for form in forms
+    }
+    return {
+        "configuration": {
+            "file": "configuration.json",
+            "hash": config.hash,
+            "average_bits": config.average_bits(adapter.model),
+            "bytes": config.nbytes(adapter.model),
+            "errors": _errors(adapter, config),
+        },
+        "decoders": decoders,
+        "lora": "lora.safetensors",
+    }
+
+
+def _errors(adapter: Adapter, config: QuantConfig) -> dict[str, float]:
+    """Return the relative error of every matrix whose format the adapter measured."""
+    measured = adapter.sensitivity.errors
+    return {
+        name: measured[name][str(fmt)] for name, fmt in config.formats.items() if str(fmt) in measured.get(name, {})
+    }
+
+
+def _stop_tokens(checkpoint: Checkpoint, tokenizer: Any) -> list[int]:
+    """Return every token that ends a text, as generation settings, configuration or tokenizer name them."""
+    found: list[Any] = [tokenizer.eos_token_id, checkpoint.config.get("eos_token_id")]
+    path = checkpoint.directory / "generation_config.json"
+    if path.is_file():
+        found.append(read_json(path, "generation settings").get("eos_token_id"))
+    flat = [token for entry in found for token in (entry if isinstance(entry, list) else [entry])]
+    return sorted({int(token) for token in flat if token is not None})

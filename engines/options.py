@@ -1,0 +1,39 @@
+"""What goes into a bundle; read without torch."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from coatrt.engines.builder import EngineShapes
+
+if TYPE_CHECKING:
+    from coatrt.export.graph import GraphForm
+
+__all__ = ["BundleOptions"]
+
+
+@dataclass(frozen=True)
+class BundleOptions:
+    """What goes into a bundle.
+
+    Args:
+        activations: of the engine form: float16 or bfloat16.
+        cpu_activations: of the cpu form: float32 or float16.
+        context: slots of the KV cache per sequence in the engine form.
+        shapes: ranges of the engine's dynamic dimensions.
+        engine: whether an engine is built where the device's builder can do so here.
+    """
+
+    activations: str = "float16"
+    cpu_activations: str = "float32"
+    context: int = 2048
+    shapes: EngineShapes = field(default_factory=EngineShapes)
+    engine: bool = True
+
+    def forms(self) -> "tuple[GraphForm, GraphForm]":
+        """Return the two forms of the graph."""
+        from coatrt.export.graph import GraphForm
+
+        return (
+            GraphForm("engine", "base.onnx", self.activations, self.context),
+            GraphForm("cpu", "cpu.onnx", self.cpu_activations),
+        )

@@ -1,0 +1,163 @@
+"""Switching configurations while a session runs: another bundle's graph or engine, its LoRA emitted on the spot."""
+
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coatrt.bundle import Bundle
+from coatrt.config import QuantConfig
+from coatrt.contract import DecoderIO
+from coatrt.engines.emit import Emitter
+from coatrt.engines.load import load_decoder
+from coatrt.engines.ort import OrtDecoder
+from coatrt.engines.runtime import Decoder, LoraTensors
+from coatrt.errors import BundleError, ConfigError
+
+__all__ = ["Switched", "SwitchingDecoder"]
+
+
+@dataclass(frozen=True)
+class Switched:
+    """What a switch took, in seconds.
+
+    Args:
+        name: of the bundle switched to.
+        load_seconds: of loading its graph or engine; 0 where it was held.
+        emit_seconds: of emitting its LoRA with the hypernetwork.
+        bind_seconds: of binding the LoRA and moving the caches.
+        kept: whether the sequences go on where they were.
+    """
+
+    name: str
+    load_seconds: float
+    emit_seconds: float
+    bind_seconds: float
+    kept: bool
+
+    @property
+    def seconds(self) -> float:
+        """Seconds in all."""
+        return self.load_seconds + self.emit_seconds + self.bind_seconds
+
+
+class SwitchingDecoder:
+    """A decoder over several bundles of one adapter, one of them current; a `coatrt.engines.runtime.Decoder`.
+
+    The hypernetwork is the same in all bundles of an adapter, so one emitter serves every configuration.
+
+    Args:
+        bundles: name → opened bundle, at least one.
+        start: the first one's name; by default the first given.
+        backend: see `coatrt.engines.load.load_decoder`.
+        held: decoders kept in memory; 1 frees the old one before the next is loaded.
+        options: batch, context, threads, accuracy_level of `load_decoder`.
+
+    Raises:
+        ConfigError: no bundle, or no such name.
+        BundleError: the bundles are of different models or adapters.
+    """
+
+    def __init__(
+        self, bundles: Mapping[str, Bundle], start: str | None = None, *, backend: str = "ort", held: int = 1,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        if not bundles or held < 1:
+            raise ConfigError(f"{len(bundles)} bundles and room for {held} decoders are given; give at least 1 each")
+        self.bundles, self._backend, self._held, self._options = dict(bundles), backend, held, options
+        self._check()
+        self._emitter = Emitter.of(next(iter(bundles.values())), options.get("threads"))
+        self._decoders: OrderedDict[str, Decoder] = OrderedDict()
+        self.current = ""
+        self.switch(start if start is not None else next(iter(bundles)))
+
+    def _check(self) -> None:
+        names = list(self.bundles)
+        first = self.bundles[names[0]].manifest
+        for name in names[1:]:
+            other = self.bundles[name].manifest
+            for what, key in (("model", "fingerprint"), ("hypernetwork", "sha256")):
+                mine, its = (
+                    facts["model"][key] if what == "model" else facts["files"]["hypernet.onnx"][key]
+                    for facts in (first, other)
+                )
+                if mine != its:
+                    raise BundleError(
+                        f"{names[0]} and {name} have different {what}s ({mine[:12]}, {its[:12]}); "
+                        "give bundles of one adapter"
+                    )
+
+    def switch(self, name: str, config: QuantConfig | None = None) -> Switched:
+        """Make another bundle current and bind the LoRA of its configuration.
+
+        Sequences go on: the caches are copied, which another precision of the weights leaves valid in shape and nearly
+        in value. A TensorRT engine keeps its own caches, so there sequences start anew.
+
+        Args:
+            name: of the bundle.
+            config: emit the LoRA of this configuration in place of the bundle's own.
+
+        Raises:
+            ConfigError: no such bundle, or the sequences are longer than its caches.
+        """
+        if name not in self.bundles:
+            raise ConfigError(f"no bundle {name!r}; there are {', '.join(self.bundles)}")
+        old = self._decoders.get(self.current)
+        state = old.state() if isinstance(old, OrtDecoder) and name != self.current else None
+        started = time.perf_counter()
+        if name not in self._decoders:
+            del old
+            while len(self._decoders) >= self._held:
+                self._decoders.popitem(last=False)
+            self._decoders[name] = load_decoder(self.bundles[name], self._backend, **self._options)
+            loaded = time.perf_counter() - started
+        else:
+            loaded = 0.0
+        self._decoders.move_to_end(name)
+        decoder = self._decoders[name]
+        before = time.perf_counter()
+        tensors = self._emitter.emit(config or self.bundles[name].config)
+        emitted = time.perf_counter()
+        decoder.set_lora(tensors)
+        kept = name == self.current
+        if state is not None and isinstance(decoder, OrtDecoder):
+            decoder.restore(state)
+            kept = True
+        self.current = name
+        return Switched(name, loaded, emitted - before, time.perf_counter() - emitted, kept)
+
+    @property
+    def decoder(self) -> Decoder:
+        """The current decoder."""
+        return self._decoders[self.current]
+
+    @property
+    def io(self) -> DecoderIO:
+        """Inputs and outputs of the current decoder."""
+        return self.decoder.io
+
+    @property
+    def capacity(self) -> int:
+        """Most positions of a sequence, prompt included."""
+        return self.decoder.capacity
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Positions filled so far, int64 [B]."""
+        return self.decoder.lengths
+
+    def set_lora(self, tensors: LoraTensors | None) -> None:
+        """Bind other LoRA tensors until the next switch; None: zeros."""
+        self.decoder.set_lora(tensors)
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """Start new sequences and return the logits after each prompt, float32 [B, V]."""
+        return self.decoder.prefill(prompts)
+
+    def decode(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Add one token to each sequence and return the logits after it, float32 [B, V]."""
+        return self.decoder.decode(tokens)

@@ -1,0 +1,113 @@
+"""Reports: one page that needs nothing else, with every figure and every hash in it."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from coatrt.adapter_facts import AdapterFacts
+from coatrt.bundle import Bundle
+from coatrt.devices import device
+from coatrt.errors import BundleError, ConfigError
+from coatrt.plan import PlanRequest, plan_for
+from coatrt.report.collect import collect
+from coatrt.report.figures import FIGURES, draw
+from coatrt.report.page import page
+
+REQUEST = PlanRequest(bits=5.5, context=64)
+
+
+class Outline(HTMLParser):
+    """Counts open elements and gathers text, ids and whatever would be loaded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.loads: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.ids += [str(values["id"])] if tag == "section" else []
+        self.loads += [str(values[key]) for key in ("src", "href") if values.get(key) and values[key][0] != "#"]  # type: ignore[index]
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Nothing stays open."""
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_a_page_of_plans_holds_every_figure_and_loads_nothing(tiny_adapter: Path) -> None:
+    names = ("t4", "rtx-3060", "rtx-5090")
+    report = collect([tiny_adapter], names, REQUEST)
+    facts = AdapterFacts.load(tiny_adapter)
+    outline = Outline()
+    text = page(report, "coatrt report <here>")
+    outline.feed(text)
+    assert outline.open == []
+    assert not [load for load in outline.loads if "w3.org" not in load]
+    assert outline.ids == [*FIGURES, "plans", "quality", "provenance"]
+    assert text.count("<svg") == len(FIGURES)
+    for entry in report.entries:
+        plan = plan_for(facts, device(entry.title), REQUEST)
+        assert entry.config == plan.config
+        assert plan.config.hash in outline.text
+        assert f"{plan.average_bits:.2f} bits" in outline.text
+    assert facts.hash in outline.text
+    assert "coatrt report <here>" in outline.text
+    losses = facts.metrics["held_out"]
+    assert f"{losses['full_precision']:.4f}" in outline.text
+
+
+def test_bundles_show_their_engines_and_hashes(tiny_bundle_copy: Path) -> None:
+    report = collect([tiny_bundle_copy.parent], (), REQUEST)
+    (entry,) = report.entries
+    bundle = Bundle.open(tiny_bundle_copy)
+    assert entry.config == bundle.config
+    assert entry.engine_bytes is None
+    text = page(report, "x")
+    assert bundle.manifest["files"]["weights.bin"]["sha256"][:16] in text
+    assert "NVIDIA Ada" in text or "RTX 4090" in text
+    plan = json.loads((tiny_bundle_copy / "plan.json").read_text())
+    assert f"{plan['average_bits']:.2f} bits" in text
+    (tiny_bundle_copy / "plan.json").write_text("{}")
+    with pytest.raises(BundleError):
+        collect([tiny_bundle_copy], (), REQUEST)
+
+
+@pytest.fixture
+def tiny_bundle_copy(tiny_adapter: Path, tmp_path: Path) -> Path:
+    from coatrt.adapter import Adapter
+    from coatrt.engines.assemble import BundleOptions, assemble
+
+    adapter, profile = Adapter.load(tiny_adapter), device("rtx-4090")
+    plan = plan_for(adapter, profile, bits=5.2, context=64)
+    place = tmp_path / "bundles" / "rtx-4090"
+    options = BundleOptions(context=64, engine=False)
+    assemble(adapter, adapter.checkpoint(), plan.config, profile, place, options, plan=plan)
+    return place
+
+
+def test_figures_as_png_and_repeatable_svg(tiny_adapter: Path) -> None:
+    report = collect([tiny_adapter], ("rtx-3060", "cpu"), REQUEST)  # nothing is known of the CPU's speed
+    for name in FIGURES:
+        assert draw(name, report, "png").startswith(b"\x89PNG")
+        first, second = (draw(name, report, "svg").decode() for _ in range(2))
+        assert first == second
+        assert re.search(r"<svg [^>]*viewBox", first)
+
+
+def test_wrong_paths(tmp_path: Path, tiny_adapter: Path) -> None:
+    with pytest.raises(ConfigError, match="no adapter, no bundle"):
+        collect([tmp_path], (), REQUEST)
+    with pytest.raises(ConfigError, match="nothing to show"):
+        collect([tiny_adapter], (), REQUEST)

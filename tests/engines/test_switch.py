@@ -1,0 +1,75 @@
+"""A running session changes configuration: what it computes then is what a fresh decoder of that bundle computes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from coatrt.adapter import Adapter
+from coatrt.bundle import Bundle
+from coatrt.devices import device
+from coatrt.engines.emit import load_lora
+from coatrt.engines.fleet import Target, build_fleet
+from coatrt.engines.load import load_decoder
+from coatrt.engines.options import BundleOptions
+from coatrt.engines.switch import SwitchingDecoder
+from coatrt.errors import BundleError, ConfigError
+
+
+@pytest.fixture(scope="module")
+def bundles(tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
+    adapter, place = Adapter.load(tiny_adapter), tmp_path_factory.mktemp("switch")
+    targets = [Target(device("cpu"), adapter.space.uniform(text), place / text) for text in ("int8", "nf3-g32")]
+    made = build_fleet(adapter, adapter.checkpoint(), targets, BundleOptions(context=64))
+    return {row.target.output.name: row.bundle for row in made}
+
+
+@pytest.mark.parametrize("held", [1, 2])
+def test_a_switched_session_is_a_fresh_one(bundles: dict[str, Bundle], held: int) -> None:
+    session = SwitchingDecoder(bundles, held=held, context=64)
+    prompt = [5, 9, 2, 7]
+    for name in ("nf3-g32", "int8", "nf3-g32"):
+        switched = session.switch(name)
+        assert (switched.name, session.current) == (name, name)
+        assert switched.seconds >= switched.emit_seconds > 0
+        fresh = load_decoder(bundles[name], context=64)
+        fresh.set_lora(load_lora(bundles[name].path("lora.safetensors"), bundles[name].contract))
+        np.testing.assert_allclose(session.prefill([prompt]), fresh.prefill([prompt]), atol=1e-5)
+        np.testing.assert_allclose(session.decode([3]), fresh.decode([3]), atol=1e-5)
+    assert session.switch("int8").load_seconds == 0 if held == 2 else session.switch("int8").load_seconds >= 0
+
+
+def test_sequences_go_on_through_a_switch(bundles: dict[str, Bundle]) -> None:
+    session = SwitchingDecoder(bundles, "int8", held=2, context=64)
+    session.prefill([[5, 9, 2, 7]])
+    straight = session.decode([3])
+    before = session.lengths
+    session.prefill([[5, 9, 2, 7]])
+    assert session.switch("nf3-g32").kept
+    assert session.lengths.tolist() == [4]
+    other = session.decode([3])
+    assert not np.allclose(other, straight, atol=1e-3)
+    assert session.switch("int8").kept  # the caches come back with the token that nf3 added
+    assert session.lengths.tolist() == before.tolist() == [5]
+    assert session.switch("int8").kept
+    again = session.decode([4])
+    assert np.isfinite(again).all()
+
+
+def test_another_configurations_lora_without_another_graph(bundles: dict[str, Bundle]) -> None:
+    session = SwitchingDecoder(bundles, "int8", context=64)
+    own = session.prefill([[1, 2]])
+    switched = session.switch("int8", bundles["nf3-g32"].config)
+    assert switched.load_seconds == 0
+    assert not np.allclose(session.prefill([[1, 2]]), own, atol=1e-4)
+
+
+def test_wrong_switches(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    session = SwitchingDecoder(bundles, context=64)
+    with pytest.raises(ConfigError, match="no bundle 'x'"):
+        session.switch("x")
+    with pytest.raises(ConfigError, match="at least 1"):
+        SwitchingDecoder({})
+    other = Bundle(bundles["int8"].directory, {**bundles["int8"].manifest, "model": {"fingerprint": "another"}})
+    with pytest.raises(BundleError, match="different models"):
+        SwitchingDecoder({"a": bundles["int8"], "b": other})
