@@ -2,7 +2,7 @@
 
 python benchmarks/cpu_decode.py   (needs out/demo/adapter: make demo; pip install llama-cpp-python==0.3.36)
 
-With one thread the clock is that thread's own, so other processes disturb neither side much; with more it is the wall's.
+With one thread the clock is that thread's own, so other processes disturb neither side; with more it is the wall's.
 """
 
 import argparse
