@@ -70,11 +70,12 @@ def cpu_calibration() -> str:
         for row in found["rows"]
     ]  # fmt: skip
     head = ["bits per weight", "real ms", "predicted ms", "error", "drift", "error, drift out"]
+    worst, corrected = found["worst_error"], found["worst_error_without_drift"]
     return (
         grid(head, lines)
-        + f"\n\nOne thread, accuracy level {found['accuracy_level']}, LoRA on, {found['context']} slots, in "
-        f"seconds of the thread; at worst {found['worst_error']:.1%}, and {found['worst_error_without_drift']:.1%} with the machine's "
-        "drift taken out (a reference decoder timed beside each configuration, now over then)."
+        + f"\n\nOne thread, accuracy level {found['accuracy_level']}, LoRA on, {found['context']} slots, in seconds of "
+        f"the thread; at worst {worst:.1%}, and {corrected:.1%} with the machine's drift taken out (a reference "
+        "decoder timed beside each configuration, now over then)."
     )
 
 
@@ -87,6 +88,7 @@ def cpu_decode() -> str:
         for row in found["rows"]
     ]  # fmt: skip
     ours, theirs = (100 * found["lora_overhead"][name] for name in ("coatrt", "llama.cpp"))
+    plain, adapted, prefill = (found[key] for key in ("decode_speedup", "decode_speedup_lora", "prefill_speedup"))
     losses = ", ".join(
         f"{label.split(', ')[1]}: {loss:.3f} (perplexity {math.exp(loss):.1f})"
         for label, loss in found["held_out_loss"].items()
@@ -94,9 +96,9 @@ def cpu_decode() -> str:
     return (
         grid(["", "decode ms", "decode tokens/s", "prefill tokens/s"], lines)
         + f"\n\n{found['threads']} thread(s), {found['clock']} clock, alternating; {found['bits']['coatrt']:.2f} bits "
-        f"per weight against {found['bits']['llama.cpp']:.2f}. Against llama.cpp: decode "
-        f"{found['decode_speedup']:.2f} ×, with LoRA {found['decode_speedup_lora']:.2f} ×, prefill {found['prefill_speedup']:.2f} ×. LoRA overhead at decode "
-        f"{ours:+.0f} % (llama.cpp {theirs:+.0f} %). Held-out loss with the LoRA, {losses}."
+        f"per weight against {found['bits']['llama.cpp']:.2f}. Against llama.cpp: decode {plain:.2f} ×, with LoRA "
+        f"{adapted:.2f} ×, prefill {prefill:.2f} ×. LoRA overhead at decode {ours:+.0f} % (llama.cpp {theirs:+.0f} %). "
+        f"Held-out loss with the LoRA, {losses}."
     )
 
 
