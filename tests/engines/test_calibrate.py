@@ -1,0 +1,77 @@
+"""Calibration on this machine: it covers a space, adds up, and the planner takes it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from coatrt.adapter import Adapter
+from coatrt.calibrated import Calibrated, calibration_path
+from coatrt.devices import device
+from coatrt.engines.bundle_files import export_config, export_shared
+from coatrt.engines.calibrate import calibrate_cpu, predicted_decode, time_product
+from coatrt.engines.options import BundleOptions
+from coatrt.engines.ort import OrtDecoder
+from coatrt.errors import ConfigError
+from coatrt.export.decoder import GraphForm, decoder_io
+from coatrt.formats import WeightFormat
+from coatrt.plan import plan_for
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_adapter: Path) -> Adapter:
+    return Adapter.load(tiny_adapter)
+
+
+def test_a_larger_product_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coatrt.engines.calibrate._WORKING_SET", 1 << 20)
+    fmt = WeightFormat.parse("int8")
+    (small,) = time_product(64, 64, fmt, [1], threads=1, accuracy_level=4)
+    one, many = time_product(1024, 1024, fmt, [1, 64], threads=1, accuracy_level=4)
+    assert (one.K, one.N, one.format, one.tokens, many.tokens) == (1024, 1024, "int8", 1, 64)
+    assert 0 < 4 * small.seconds < one.seconds < many.seconds
+
+
+def test_a_calibration_covers_its_model_and_the_planner_takes_it(
+    adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coatrt.engines.calibrate._WORKING_SET", 1 << 16)
+    monkeypatch.setattr("coatrt.engines.calibrate._BUDGET", 0.005)
+    seen: list[int] = []
+    made = calibrate_cpu(adapter, adapter.checkpoint(), tokens=(1, 8), contexts=(32, 64), threads=1, accuracy_level=4,
+                         progress=lambda done, total, _: seen.append(total - done))  # fmt: skip
+    assert seen[-1] == 0
+    shapes = {(m.K, m.N) for m in adapter.model.matrices}
+    assert {(p.K, p.N) for p in made.products} == shapes
+    assert {(rest.tokens, rest.context) for rest in made.rests} == {(1, 32), (8, 32), (1, 64), (8, 64)}
+    made.save(calibration_path("cpu"))
+    try:
+        assert Calibrated.load(calibration_path("cpu")) == made
+        plan = plan_for(adapter, device("cpu"), objective="latency", max_loss=1e9, context=64, prefill=8)
+        assert "calibration of cpu" in plan.latency_source
+        assert plan.decode_seconds == pytest.approx(predicted_decode(made, adapter, plan.config, 64))
+        chosen = sum(made.matrix_seconds(m.N, m.K, plan.config[m.name], 1) for m in adapter.model.matrices)
+        for fmt in adapter.formats:  # a fused group has one format, so no uniform one can be faster
+            assert chosen <= 1.001 * sum(made.matrix_seconds(m.N, m.K, fmt, 1) for m in adapter.model.matrices)
+    finally:
+        calibration_path("cpu").unlink()
+    with pytest.raises(ConfigError, match="give positive numbers"):
+        calibrate_cpu(adapter, adapter.checkpoint(), tokens=())
+
+
+def test_decoded_and_packed_weights_give_the_same_logits(adapter: Adapter, tmp_path: Path) -> None:
+    """Levels 0 and 1 are exact, level 4 is not; 0 leaves no quantized product in the session."""
+    checkpoint = adapter.checkpoint()
+    for text in ("int8", "int4-g32"):
+        place = tmp_path / text
+        place.mkdir()
+        export_shared(adapter, checkpoint, place)
+        export_config(adapter, checkpoint, adapter.space.uniform(text), place, place, BundleOptions(context=64))
+        io = decoder_io(checkpoint, GraphForm("cpu", "cpu.onnx", "float32"))
+        decoded, packed, fast = (
+            OrtDecoder(place / "cpu.onnx", io, adapter.contract, context=32, accuracy_level=level).prefill([[1, 2, 3]])
+            for level in (0, 1, 4)
+        )
+        largest = np.abs(packed).max()
+        assert np.abs(decoded - packed).max() <= 1e-5 * largest
+        assert np.abs(fast - packed).max() > 1e-4 * largest
