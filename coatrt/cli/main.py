@@ -21,6 +21,7 @@ _COMMANDS = {
     "verify": "Check a bundle: hashes, versions, numbers.",
     "run": "Generate text from a bundle.",
     "bench": "Measure a bundle on this machine.",
+    "cmake-dir": "Print where the C++ library's CMake package is.",
 }
 
 
@@ -33,7 +34,7 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in _COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"coatrt.cli.{name}").command
+        command: click.Command = importlib.import_module(f"coatrt.cli.{name.replace('-', '_')}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
