@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <map>
+#include <regex>
 #include <vector>
 
 #include "coatrt/error.hpp"
@@ -45,7 +46,10 @@ void check_format(const std::string& text) {
     const bool good = std::find(allowed.begin(), allowed.end(), block) != allowed.end();
     if (good && (tail.empty() || (kind->first.compare(0, 2, "nf") == 0 && is_doubling(tail)))) return;
   }
-  throw Error("no weight format " + repr(text) + "; allowed: " + kAllowed);
+  // As Python: a text in the right form that names no format is not quoted.
+  static const std::regex form(R"([a-z]+\d+(-g\d+)?(-dq\d-(bf16|fp16|fp32)-\d+)?)");
+  const bool formed = text.size() < 64 && std::regex_match(text, form);
+  throw Error("no weight format " + (formed ? text : repr(text)) + "; allowed: " + kAllowed);
 }
 
 }  // namespace coatrt::detail
