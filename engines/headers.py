@@ -87,7 +87,9 @@ def _apt(work: Path) -> Callable[..., None]:
         done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-            raise BuildError(f"{' '.join(command[:2])} fails ({''.join(said)}); check the network, or install the headers")
+            raise BuildError(
+                f"{' '.join(command[:2])} fails ({''.join(said)}); check the network, or install the headers"
+            )
 
     return run
 

@@ -21,5 +21,7 @@ def command(onnxruntime: bool) -> None:
     root = Path(spec.origin).parent
     found = sorted(root.glob("capi/libonnxruntime.so.*" if onnxruntime else "cpp/coatrt-config.cmake"))
     if not found:
-        raise BuildError(f"{root} holds no {'libonnxruntime' if onnxruntime else 'C++ library'}; install coatrt with pip")
+        raise BuildError(
+            f"{root} holds no {'libonnxruntime' if onnxruntime else 'C++ library'}; install coatrt with pip"
+        )
     click.echo(found[0] if onnxruntime else found[0].parent)

@@ -1,4 +1,5 @@
-"""Write src/tokenizer/unicode_tables.inc: the character classes of Hugging Face's own regular expressions, as ranges.
+"""Write src/tokenizer/unicode_tables.inc: character classes, as Hugging Face's
+regular expressions have them, and what normalization form C needs.
 
 python engines/cpp/tables.py
 """
@@ -7,7 +8,7 @@ import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import Regex, normalizers, pre_tokenizers
 
 TARGET = Path(__file__).parent / "src" / "tokenizer" / "unicode_tables.inc"
 CODE_POINTS = [point for point in range(0x110000) if not 0xD800 <= point < 0xE000]
@@ -21,8 +22,7 @@ def ranges(name: str, holds: Callable[[int], bool]) -> str:
             found[-1][1] = point
         else:
             found.append([point, point])
-    rows = [", ".join(f"{{{a:#x}, {b:#x}}}" for a, b in found[i : i + 6]) for i in range(0, len(found), 6)]
-    return f"constexpr Range {name}[] = {{\n    " + ",\n    ".join(rows) + "};\n"
+    return rows(name, "Range", [f"{{{a:#x}, {b:#x}}}" for a, b in found], 6)
 
 
 def matched(pattern: str) -> Callable[[int], bool]:
@@ -31,22 +31,31 @@ def matched(pattern: str) -> Callable[[int], bool]:
     return lambda point: not split.pre_tokenize_str(chr(point))
 
 
-def second_of_a_composition() -> set[int]:
-    """Return the code points that may join the character before them under NFC."""
-    result = set(range(0x1161, 0x1176)) | set(range(0x11A8, 0x11C3))
+def rows(name: str, kind: str, cells: list[str], width: int) -> str:
+    """Return a table of cells."""
+    lines = [", ".join(cells[i : i + width]) for i in range(0, len(cells), width)]
+    return f"constexpr {kind} {name}[] = {{\n    " + ",\n    ".join(lines) + "};\n"
+
+
+def decompositions() -> tuple[list[str], list[str]]:
+    """Return canonical decompositions in full, and the pairs that compose; Hangul is arithmetic and left out."""
+    nfd, nfc = normalizers.NFD(), normalizers.NFC()
+    apart, pairs = [], []
     for point in CODE_POINTS:
-        parts = unicodedata.decomposition(chr(point)).split()
-        if len(parts) == 2 and unicodedata.normalize("NFC", chr(point)) == chr(point):
-            result.add(int(parts[1], 16))
-    return result
+        parts = nfd.normalize_str(chr(point))
+        if parts == chr(point) or 0xAC00 <= point < 0xD7A4:
+            continue
+        apart.append(f"{{{point:#x}, {{{', '.join(f'{ord(part):#x}' for part in parts)}}}}}")
+        head = nfc.normalize_str(parts[:-1])
+        if len(parts) > 1 and len(head) == 1 and nfc.normalize_str(chr(point)) == chr(point):
+            pairs.append((ord(head), ord(parts[-1]), point))
+    return apart, [f"{{{a:#x}, {b:#x}, {c:#x}}}" for a, b, c in sorted(pairs)]
 
 
 def main() -> None:
     """Write the tables."""
-    joins = second_of_a_composition()
     classes: dict[str, str] = {f"k{name}": rf"\p{{{name}}}" for name in ("L", "M", "N", "P", "S")}
     parts = [ranges(name, matched(pattern)) for name, pattern in (classes | {"kSpace": r"\s"}).items()]
-    parts.append(ranges("kNotNfc", lambda p: p in joins or unicodedata.normalize("NFC", chr(p)) != chr(p)))
     marks = [(p, unicodedata.combining(chr(p))) for p in CODE_POINTS if unicodedata.combining(chr(p))]
     runs: list[list[int]] = []
     for point, order in marks:
@@ -54,8 +63,10 @@ def main() -> None:
             runs[-1][1] = point
         else:
             runs.append([point, point, order])
-    rows = [", ".join(f"{{{a:#x}, {b:#x}, {c}}}" for a, b, c in runs[i : i + 5]) for i in range(0, len(runs), 5)]
-    parts.append("constexpr Marks kMarks[] = {\n    " + ",\n    ".join(rows) + "};\n")
+    parts.append(rows("kMarks", "Marks", [f"{{{a:#x}, {b:#x}, {c}}}" for a, b, c in runs], 5))
+    apart, pairs = decompositions()
+    parts.append(rows("kApart", "Apart", apart, 4))
+    parts.append(rows("kPairs", "Pair", pairs, 4))
     TARGET.write_text("// Written by engines/cpp/tables.py.\n" + "".join(parts))
 
 

@@ -1,7 +1,6 @@
 """The C++ library: built with sanitizers, then asked the same questions as Python about the same bundles."""
 
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -19,67 +18,10 @@ from coatrt.devices import device
 from coatrt.engines.assemble import BundleOptions, assemble
 from coatrt.engines.emit import Emitter, load_lora
 from coatrt.engines.generate import generate
-from coatrt.engines.headers import fetch
 from coatrt.engines.load import load_decoder
 from coatrt.errors import CoatError
 
-ROOT = Path(__file__).resolve().parents[2]
 PROMPT = [10, 200, 30, 44, 5, 66, 77]
-
-
-class Built:
-    """The compiled programs, with what they need in their environment."""
-
-    def __init__(self, directory: Path) -> None:
-        ort = pytest.importorskip("onnxruntime")
-        (library,) = Path(ort.__file__).parent.glob("capi/libonnxruntime.so.*")
-        suppressions = directory / "lsan.txt"
-        suppressions.write_text("leak:libonnxruntime\n")  # ONNX Runtime keeps what it made at start
-        self.directory = directory
-        self.environment = {
-            **os.environ, "COATRT_ONNXRUNTIME": str(library), "LSAN_OPTIONS": f"suppressions={suppressions}",
-        }  # fmt: skip
-
-    def run(self, program: str, *arguments: object, **environment: str) -> "subprocess.CompletedProcess[str]":
-        command = [str(self.directory / program), *map(str, arguments)]
-        found = {**self.environment, **environment}
-        return subprocess.run(command, env=found, capture_output=True, text=True, check=False, timeout=600)
-
-    def probe(self, *arguments: object) -> Any:
-        done = self.run("probe", *arguments)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
-    def refusal(self, *arguments: object) -> str:
-        """Return the one line with which the library refuses; anything else, a crash or a finding, is a failure."""
-        done = self.run("probe", *arguments)
-        assert done.returncode == 2, (done.returncode, done.stderr[-2000:])
-        (line,) = done.stderr.splitlines()
-        return line
-
-
-@pytest.fixture(scope="session")
-def headers() -> Path:
-    for program in ("cmake", os.environ.get("CXX", "c++")):
-        if shutil.which(program) is None:
-            pytest.skip(f"the C++ tests need {program}")
-    try:
-        return fetch(ROOT / "build" / "deps")
-    except CoatError as error:
-        pytest.skip(f"the C++ tests need headers: {error}")
-
-
-def compile_cpp(source: Path, directory: Path, *options: str) -> None:
-    for command in (["cmake", "-S", source, "-B", directory, *options], ["cmake", "--build", directory, "--parallel"]):
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-
-
-@pytest.fixture(scope="session")
-def cpp(headers: Path) -> Built:
-    directory = ROOT / "build" / "cpp"
-    compile_cpp(ROOT / "tests" / "engines" / "cpp", directory, f"-DCMAKE_PREFIX_PATH={headers.parent}")
-    return Built(directory)
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +52,7 @@ def engine_bundle(source: Path, target: Path) -> Path:
     return target
 
 
-def test_units_sessions_threads_and_the_tensorrt_stub(cpp: Built, tiny_bundle: Path, tmp_path: Path) -> None:
+def test_units_sessions_threads_and_the_tensorrt_stub(cpp: Any, tiny_bundle: Path, tmp_path: Path) -> None:
     environment = {"COATRT_TEST_BUNDLE": str(tiny_bundle),
                    "COATRT_TEST_ENGINE_BUNDLE": str(engine_bundle(tiny_bundle, tmp_path / "engine"))}  # fmt: skip
     command = ["ctest", "--test-dir", str(cpp.directory), "--output-on-failure"]
@@ -119,7 +61,7 @@ def test_units_sessions_threads_and_the_tensorrt_stub(cpp: Built, tiny_bundle: P
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4", "nf3"])
-def test_tokens_and_logits_equal_pythons(cpp: Built, bundles: dict[str, Path], kind: str) -> None:
+def test_tokens_and_logits_equal_pythons(cpp: Any, bundles: dict[str, Path], kind: str) -> None:
     bundle = Bundle.open(bundles[kind])
     decoder = load_decoder(bundle, context=64, threads=1)
     for lora in (True, False):
@@ -138,7 +80,7 @@ def test_tokens_and_logits_equal_pythons(cpp: Built, bundles: dict[str, Path], k
     assert found["capacity"] == decoder.capacity
 
 
-def test_lora_equals_pythons_bit_for_bit(cpp: Built, tiny_bundle: Path, tmp_path: Path) -> None:
+def test_lora_equals_pythons_bit_for_bit(cpp: Any, tiny_bundle: Path, tmp_path: Path) -> None:
     bundle, rng = Bundle.open(tiny_bundle), random.Random(0)
     emitter = Emitter.of(bundle)
     configurations: list[dict[str, Any]] = [{"default": name} for name in emitter.formats]
@@ -163,9 +105,7 @@ def test_lora_equals_pythons_bit_for_bit(cpp: Built, tiny_bundle: Path, tmp_path
     {"default": "int5"}, {"default": "int4"}, {"formats": {}}, {}, {"patterns": {".*_proj": "int8"}}, {"default": "int8-g64"},
     {"patterns": {".*": "nf3-g32-dq9-bf16-16"}}, [1], {"matrices": []},
 ])  # fmt: skip
-def test_configurations_are_refused_in_pythons_words(
-    cpp: Built, tiny_bundle: Path, tmp_path: Path, value: Any
-) -> None:
+def test_configurations_are_refused_in_pythons_words(cpp: Any, tiny_bundle: Path, tmp_path: Path, value: Any) -> None:
     path = tmp_path / "c.json"
     path.write_text(json.dumps(value))
     bundle = Bundle.open(tiny_bundle)
@@ -207,7 +147,7 @@ DAMAGE: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_bundle_is_refused_in_pythons_words(cpp: Built, tiny_bundle: Path, tmp_path: Path, name: str) -> None:
+def test_a_damaged_bundle_is_refused_in_pythons_words(cpp: Any, tiny_bundle: Path, tmp_path: Path, name: str) -> None:
     directory = Path(shutil.copytree(tiny_bundle, tmp_path / "b"))
     DAMAGE[name](directory)
     with pytest.raises(CoatError) as error:
@@ -231,7 +171,7 @@ OWN_WORDS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("name", OWN_WORDS)
-def test_a_lying_manifest_is_refused(cpp: Built, tiny_bundle: Path, tmp_path: Path, name: str) -> None:
+def test_a_lying_manifest_is_refused(cpp: Any, tiny_bundle: Path, tmp_path: Path, name: str) -> None:
     directory = Path(shutil.copytree(tiny_bundle, tmp_path / "b"))
     OWN_WORDS[name][0](directory)
     assert OWN_WORDS[name][1] in cpp.refusal("check", directory)
@@ -251,13 +191,13 @@ LIES: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("name", LIES)
-def test_lies_about_the_graph_are_refused(cpp: Built, tiny_bundle: Path, tmp_path: Path, name: str) -> None:
+def test_lies_about_the_graph_are_refused(cpp: Any, tiny_bundle: Path, tmp_path: Path, name: str) -> None:
     directory = Path(shutil.copytree(tiny_bundle, tmp_path / "b"))
     _alter(directory, LIES[name][0])
     assert LIES[name][1] in cpp.refusal("run", directory, json.dumps({"prompt": PROMPT, "steps": 2, "context": 64}))
 
 
-def test_a_lora_of_another_model_is_refused(cpp: Built, tiny_bundle: Path, tmp_path: Path) -> None:
+def test_a_lora_of_another_model_is_refused(cpp: Any, tiny_bundle: Path, tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
     tensors = load_file(tiny_bundle / "lora.safetensors")
@@ -274,7 +214,7 @@ def test_a_lora_of_another_model_is_refused(cpp: Built, tiny_bundle: Path, tmp_p
     assert "is damaged (its header claims" in cpp.refusal("lora", tiny_bundle, tmp_path / "l.safetensors")
 
 
-def test_the_c_functions(cpp: Built, bundles: dict[str, Path]) -> None:
+def test_the_c_functions(cpp: Any, bundles: dict[str, Path]) -> None:
     done = cpp.run("c_api", bundles["int8"], *PROMPT)
     assert done.returncode == 0, done.stderr
     expected = cpp.probe("run", bundles["int8"], json.dumps({"prompt": PROMPT, "tokens": 8, "context": 64}))["tokens"]

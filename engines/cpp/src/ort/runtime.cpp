@@ -51,7 +51,7 @@ OrtRuntime::OrtRuntime(const std::string& library) {
     throw Error("ONNX Runtime " + std::string(base == nullptr ? "unknown" : base->GetVersionString()) +
                 " is loaded, this was compiled for API " + std::to_string(ORT_API_VERSION) + "; use 1." +
                 std::to_string(ORT_API_VERSION) + " or later");
-  check(api_->CreateEnv(ORT_LOGGING_LEVEL_ERROR, "coatrt", &env_), "ONNX Runtime does not start");
+  check(api_->CreateEnv(ORT_LOGGING_LEVEL_FATAL, "coatrt", &env_), "ONNX Runtime does not start");
   check(api_->CreateCpuMemoryInfo(OrtDeviceAllocator, OrtMemTypeDefault, &cpu_), "ONNX Runtime does not start");
 }
 
@@ -85,7 +85,7 @@ OrtModel::OrtModel(std::shared_ptr<OrtRuntime> runtime, const std::filesystem::p
   OrtSessionOptions* raw = nullptr;
   runtime_->check(api.CreateSessionOptions(&raw), refusal);
   const std::unique_ptr<OrtSessionOptions, void (*)(OrtSessionOptions*)> held(raw, api.ReleaseSessionOptions);
-  runtime_->check(api.SetSessionLogSeverityLevel(raw, 3), refusal);
+  runtime_->check(api.SetSessionLogSeverityLevel(raw, ORT_LOGGING_LEVEL_FATAL), refusal);  // errors come back as a status
   runtime_->check(api.SetIntraOpNumThreads(raw, options.threads > 0 ? options.threads : usable_cores()), refusal);
   runtime_->check(api.AddSessionConfigEntry(raw, "session.qdq_matmulnbits_accuracy_level",
                                             std::to_string(options.accuracy_level).c_str()),

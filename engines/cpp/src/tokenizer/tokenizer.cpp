@@ -29,6 +29,15 @@ struct Encoder {
   /// Take out the added tokens of a group; what lies between goes on to the next group, then to the pieces.
   void with_added(Span span, std::size_t group) const {
     if (group == std::size(state.added)) return pieces(span);
+    if (group == 1 && state.nfc) {  // what is left is normalized before the second group is looked for
+      const Text normal = detail::to_nfc({text.begin() + static_cast<std::ptrdiff_t>(span.begin),
+                                          text.begin() + static_cast<std::ptrdiff_t>(span.end)});
+      return Encoder{state, normal, tokens}.find_added({0, normal.size()}, group);
+    }
+    find_added(span, group);
+  }
+
+  void find_added(Span span, std::size_t group) const {
     std::size_t begin = span.begin;
     for (std::size_t at = span.begin; at < span.end;) {
       const AddedToken* token = added_at(state.added[group], text, at, span.end);
@@ -91,8 +100,6 @@ Tokenizer::Tokenizer(std::string_view json)
 
 std::vector<std::int64_t> Tokenizer::encode(std::string_view text, bool add_special_tokens) const {
   const Text points = detail::decode_utf8(text);
-  if (state_->nfc && !detail::is_nfc(points))
-    throw Error("the text is not in Unicode's normalization form C, which this tokenizer needs; normalize it");
   std::vector<std::int64_t> tokens;
   if (add_special_tokens) tokens = state_->before;
   if (!points.empty()) Encoder{*state_, points, tokens}.with_added({0, points.size()}, 0);

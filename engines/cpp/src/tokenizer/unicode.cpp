@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <utility>
 
 #include "coatrt/error.hpp"
 
@@ -15,7 +16,18 @@ struct Marks {
   char32_t first, last;
   int order;  // canonical combining class
 };
+struct Apart {
+  char32_t first;
+  char32_t parts[4];  // zeros at the end
+};
+struct Pair {
+  char32_t first, second, made;
+};
 #include "tokenizer/unicode_tables.inc"
+
+// Hangul syllables are leading + vowel + trailing, by arithmetic (Unicode, section 3.12).
+constexpr char32_t kSyllables = 0xac00, kLeading = 0x1100, kVowels = 0x1161, kTrailing = 0x11a7;
+constexpr char32_t kLeadings = 19, kVowelCount = 21, kTrailings = 28;
 
 /// The entry of a sorted table that holds `point`, or nullptr.
 template <typename Entry, std::size_t size>
@@ -87,19 +99,65 @@ std::string replace_invalid(std::string_view bytes) {
   return text;
 }
 
-bool is_nfc(const std::vector<char32_t>& text) {
-  int last = 0;
-  for (const char32_t point : text) {
-    if (point < 0x300) {
-      last = 0;
+namespace {
+
+int order_of(char32_t point) {
+  const Marks* marks = entry(kMarks, point);
+  return marks == nullptr ? 0 : marks->order;
+}
+
+void decompose(char32_t point, std::vector<char32_t>& out) {
+  if (const char32_t at = point - kSyllables; point >= kSyllables && at < kLeadings * kVowelCount * kTrailings) {
+    out.push_back(kLeading + at / (kVowelCount * kTrailings));
+    out.push_back(kVowels + at / kTrailings % kVowelCount);
+    if (at % kTrailings != 0) out.push_back(kTrailing + at % kTrailings);
+    return;
+  }
+  const Apart* found = std::lower_bound(std::begin(kApart), std::end(kApart), point,
+                                        [](const Apart& a, char32_t value) { return a.first < value; });
+  if (found == std::end(kApart) || found->first != point) return out.push_back(point);
+  for (const char32_t part : found->parts)
+    if (part != 0) out.push_back(part);
+}
+
+/// What two code points compose to, 0 for nothing.
+char32_t composed(char32_t a, char32_t b) {
+  if (a >= kLeading && a < kLeading + kLeadings && b >= kVowels && b < kVowels + kVowelCount)
+    return kSyllables + ((a - kLeading) * kVowelCount + (b - kVowels)) * kTrailings;
+  if (a >= kSyllables && a < kSyllables + kLeadings * kVowelCount * kTrailings && (a - kSyllables) % kTrailings == 0 &&
+      b > kTrailing && b < kTrailing + kTrailings)
+    return a + (b - kTrailing);
+  const auto less = [](const Pair& x, const Pair& y) { return std::make_pair(x.first, x.second) < std::make_pair(y.first, y.second); };
+  const Pair* found = std::lower_bound(std::begin(kPairs), std::end(kPairs), Pair{a, b, 0}, less);
+  return found != std::end(kPairs) && found->first == a && found->second == b ? found->made : 0;
+}
+
+}  // namespace
+
+std::vector<char32_t> to_nfc(std::vector<char32_t> text) {
+  if (std::all_of(text.begin(), text.end(), [](char32_t point) { return point < 0x300; })) return text;
+  std::vector<char32_t> apart;
+  for (const char32_t point : text) decompose(point, apart);
+  for (auto at = apart.begin(); at != apart.end();) {  // runs of marks, by class
+    const auto end = std::find_if(at, apart.end(), [](char32_t point) { return order_of(point) == 0; });
+    std::stable_sort(at, end, [](char32_t a, char32_t b) { return order_of(a) < order_of(b); });
+    at = end == apart.end() ? end : end + 1;
+  }
+  std::vector<char32_t> made;
+  std::size_t starter = apart.size();  // place in `made` of the last character of class 0; none yet
+  int last = 0;                        // class of what stands between it and here; 0 for nothing
+  for (const char32_t point : apart) {
+    const int order = order_of(point);
+    const bool reaches = starter < made.size() && (made.size() == starter + 1 || (last != 0 && last < order));
+    if (const char32_t joined = reaches ? composed(made[starter], point) : 0; joined != 0) {
+      made[starter] = joined;
       continue;
     }
-    const Marks* marks = entry(kMarks, point);
-    const int order = marks == nullptr ? 0 : marks->order;
-    if ((order != 0 && order < last) || entry(kNotNfc, point) != nullptr) return false;
+    if (order == 0) starter = made.size();
     last = order;
+    made.push_back(point);
   }
-  return true;
+  return made;
 }
 
 }  // namespace coatrt::detail

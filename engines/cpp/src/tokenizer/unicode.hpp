@@ -24,7 +24,7 @@ void append_utf8(std::string& text, char32_t point);
 /// Replace what is no UTF-8 by U+FFFD.
 std::string replace_invalid(std::string_view bytes);
 
-/// Whether text is certainly in normalization form C (the quick check of UAX #15).
-bool is_nfc(const std::vector<char32_t>& text);
+/// Text in normalization form C (UAX #15).
+std::vector<char32_t> to_nfc(std::vector<char32_t> text);
 
 }  // namespace coatrt::detail
