@@ -1,4 +1,4 @@
-"""Headers for building the C++ library where the system has none: fetched through apt-get, without root, into a directory.
+"""Headers for building the C++ library where the system has none: through apt-get, without root, into a directory.
 
 python -m coatrt.engines.headers DIRECTORY
 """

@@ -1,5 +1,4 @@
-"""Write src/tokenizer/unicode_tables.inc: character classes, as Hugging Face's
-regular expressions have them, and what normalization form C needs.
+"""Write src/tokenizer/unicode_tables.inc: character classes as Hugging Face has them, and what NFC needs.
 
 python engines/cpp/tables.py
 """

@@ -73,7 +73,10 @@ def headers() -> Path:
 
 
 def compile_cpp(source: Path, directory: Path, *options: str) -> None:
-    for command in (["cmake", "-S", source, "-B", directory, *options], ["cmake", "--build", directory, "--parallel"]):
+    for command in (
+        ["cmake", "-S", source, "-B", directory, *options],
+        ["cmake", "--build", directory, "--parallel", os.cpu_count() or 1],
+    ):
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
         assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
 

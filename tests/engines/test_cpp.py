@@ -101,8 +101,9 @@ def test_lora_equals_pythons_bit_for_bit(cpp: Any, tiny_bundle: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("value", [
-    {"matrices": {"model.layers.9.mlp.up_proj": "int8"}, "default": "int8"}, {"patterns": {"nothing": "int8"}, "default": "int8"},
-    {"default": "int5"}, {"default": "int4"}, {"formats": {}}, {}, {"patterns": {".*_proj": "int8"}}, {"default": "int8-g64"},
+    {"matrices": {"model.layers.9.mlp.up_proj": "int8"}, "default": "int8"},
+    {"patterns": {"nothing": "int8"}, "default": "int8"}, {"default": "int5"}, {"default": "int4"}, {"formats": {}}, {},
+    {"patterns": {".*_proj": "int8"}}, {"default": "int8-g64"},
     {"patterns": {".*": "nf3-g32-dq9-bf16-16"}}, [1], {"matrices": []},
 ])  # fmt: skip
 def test_configurations_are_refused_in_pythons_words(cpp: Any, tiny_bundle: Path, tmp_path: Path, value: Any) -> None:

@@ -17,11 +17,34 @@ tokenizers = pytest.importorskip("tokenizers")
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN = LLAMA3.replace("{1,3}", "")
 WRITTEN = [
-    "", " ", "  two  spaces ", "\n", "\n\n a\r\n\tb  \n", "Hello, world!", "it's I'LL we'Ve 'ſ x'y", "1234567 3.14 ½ ٣٤ Ⅷ ²",
-    "naïve café Ærøskøbing Straße", "你好，世界。日本語のテキスト", "한국어 문장", "العربية ١٢٣", "हिन्दी क्षि", "😀👩‍👩‍👧 ❤️ 🇩🇪", "a\u00a0b\u2003c\u3000d\u200be\ufeff",
-    "<|im_start|>user\nhi<|im_end|>\n<|im_start|>", "<|im_start|", "x<|endoftext|>y <|im_end|> <|im_end|>", "Ġ Ċ byte Ã©", "def f(x):\n    return x ** 2  # ok\n\n\n",
-    "a" * 3000, " " * 500, "\u0000\u0001\u007f\u0085\u2028", "e\u0301 \u212b \ufb01", "𝔘𝔫𝔦 𐍈 \U0010ffff", "http://x.y/z?a=1&b=2", "‘quoted’ “text” – — …",
-]  # fmt: skip
+    "",
+    " ",
+    "  two  spaces ",
+    "\n",
+    "\n\n a\r\n\tb  \n",
+    "Hello, world!",
+    "it's I'LL we'Ve 'ſ x'y",
+    "1234567 3.14 ½ ٣٤ Ⅷ ²",
+    "naïve café Ærøskøbing Straße",
+    "你好，世界。日本語のテキスト",
+    "한국어 문장",
+    "العربية ١٢٣",
+    "हिन्दी क्षि",
+    "😀👩‍👩‍👧 ❤️ 🇩🇪",
+    "a\u00a0b\u2003c\u3000d\u200be\ufeff",
+    "<|im_start|>user\nhi<|im_end|>\n<|im_start|>",
+    "<|im_start|",
+    "x<|endoftext|>y <|im_end|> <|im_end|>",
+    "Ġ Ċ byte Ã©",
+    "def f(x):\n    return x ** 2  # ok\n\n\n",
+    "a" * 3000,
+    " " * 500,
+    "\u0000\u0001\u007f\u0085\u2028",
+    "e\u0301 \u212b \ufb01",
+    "𝔘𝔫𝔦 𐍈 \U0010ffff",
+    "http://x.y/z?a=1&b=2",
+    "‘quoted’ “text” – — …",
+]
 
 
 def texts() -> list[str]:
