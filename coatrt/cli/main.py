@@ -22,6 +22,7 @@ _COMMANDS = {
     "run": "Generate text from a bundle.",
     "bench": "Measure a bundle on this machine.",
     "report": "Write an HTML page about adapters and bundles.",
+    "cmake-dir": "Print where the C++ library's CMake package is.",
 }
 
 
@@ -34,7 +35,7 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in _COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"coatrt.cli.{name}").command
+        command: click.Command = importlib.import_module(f"coatrt.cli.{name.replace('-', '_')}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -1,13 +1,22 @@
-"""A bundle of the tiny adapter, without an engine."""
+"""A bundle of the tiny adapter, without an engine; the C++ programs of the tests, compiled with sanitizers."""
 
+import json
+import os
+import shutil
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from coatrt.adapter import Adapter
 from coatrt.devices import device
 from coatrt.engines.assemble import BundleOptions, assemble
+from coatrt.engines.headers import fetch
+from coatrt.errors import CoatError
 from coatrt.plan import plan_for
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +28,61 @@ def tiny_bundle(tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) ->
     options = BundleOptions(context=96, engine=False)
     assemble(adapter, adapter.checkpoint(), plan.config, profile, directory, options, plan=plan)
     return directory
+
+
+class Built:
+    """The compiled programs, with what they need in their environment."""
+
+    def __init__(self, directory: Path) -> None:
+        ort = pytest.importorskip("onnxruntime")
+        (library,) = Path(ort.__file__).parent.glob("capi/libonnxruntime.so.*")
+        suppressions = directory / "lsan.txt"
+        suppressions.write_text("leak:libonnxruntime\n")  # ONNX Runtime keeps what it made at start
+        self.directory = directory
+        self.environment = {
+            **os.environ, "COATRT_ONNXRUNTIME": str(library), "LSAN_OPTIONS": f"suppressions={suppressions}",
+        }  # fmt: skip
+
+    def run(self, program: str, *arguments: object, **environment: str) -> "subprocess.CompletedProcess[str]":
+        command = [str(self.directory / program), *map(str, arguments)]
+        found = {**self.environment, **environment}
+        return subprocess.run(command, env=found, capture_output=True, text=True, check=False, timeout=600)
+
+    def probe(self, *arguments: object) -> Any:
+        done = self.run("probe", *arguments)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    def refusal(self, *arguments: object) -> str:
+        """Return the one line with which the library refuses; anything else, a crash or a finding, is a failure."""
+        done = self.run("probe", *arguments)
+        assert done.returncode == 2, (done.returncode, done.stderr[-2000:])
+        (line,) = done.stderr.splitlines()
+        return line
+
+
+@pytest.fixture(scope="session")
+def headers() -> Path:
+    for program in ("cmake", os.environ.get("CXX", "c++")):
+        if shutil.which(program) is None:
+            pytest.skip(f"the C++ tests need {program}")
+    try:
+        return fetch(ROOT / "build" / "deps")
+    except CoatError as error:
+        pytest.skip(f"the C++ tests need headers: {error}")
+
+
+def compile_cpp(source: Path, directory: Path, *options: str) -> None:
+    for command in (
+        ["cmake", "-S", source, "-B", directory, *options],
+        ["cmake", "--build", directory, "--parallel", os.cpu_count() or 1],
+    ):
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+
+@pytest.fixture(scope="session")
+def cpp(headers: Path) -> Built:
+    directory = ROOT / "build" / "cpp"
+    compile_cpp(ROOT / "tests" / "engines" / "cpp", directory, f"-DCMAKE_PREFIX_PATH={headers.parent}")
+    return Built(directory)

@@ -1,0 +1,62 @@
+# find_package(coatrt [COMPONENTS ort trt c]): the library is compiled from source as part of your build.
+#
+#   coatrt::coatrt   Bundle, Session, Tokenizer over ONNX Runtime
+#   component trt    also TensorRT or TensorRT-RTX: your SDK's include directory in coatrt_TRT_INCLUDE, its library in
+#                    coatrt_TRT_LIBRARY; CUDA's runtime through find_package(CUDAToolkit)
+#   component c      also the C functions of coatrt/coatrt.h
+cmake_minimum_required(VERSION 3.16)
+set(_root "${CMAKE_CURRENT_LIST_DIR}")
+
+function(_coatrt_refuse reason)
+  set(coatrt_FOUND FALSE PARENT_SCOPE)
+  set(coatrt_NOT_FOUND_MESSAGE "${reason}" PARENT_SCOPE)
+endfunction()
+
+if(TARGET coatrt::coatrt)
+  return()
+endif()
+find_path(coatrt_JSON_INCLUDE nlohmann/json.hpp)
+find_path(coatrt_ORT_INCLUDE onnxruntime_c_api.h PATH_SUFFIXES onnxruntime onnxruntime/core/session)
+find_package(Threads QUIET)
+if(NOT coatrt_JSON_INCLUDE)
+  _coatrt_refuse("nlohmann/json.hpp is not found; install nlohmann-json, or run python -m coatrt.engines.headers DIR and add DIR to CMAKE_PREFIX_PATH")
+  return()
+endif()
+if(NOT coatrt_ORT_INCLUDE)
+  _coatrt_refuse("onnxruntime_c_api.h is not found; install ONNX Runtime's headers, or run python -m coatrt.engines.headers DIR and add DIR to CMAKE_PREFIX_PATH")
+  return()
+endif()
+
+file(GLOB _sources "${_root}/src/*.cpp" "${_root}/src/ort/*.cpp" "${_root}/src/tokenizer/*.cpp")
+add_library(coatrt STATIC EXCLUDE_FROM_ALL ${_sources})
+add_library(coatrt::coatrt ALIAS coatrt)
+target_compile_features(coatrt PUBLIC cxx_std_17)
+set_target_properties(coatrt PROPERTIES POSITION_INDEPENDENT_CODE ON CXX_EXTENSIONS OFF)
+target_include_directories(coatrt PUBLIC "${_root}/include" PRIVATE "${_root}/src")
+target_include_directories(coatrt SYSTEM PRIVATE "${coatrt_JSON_INCLUDE}" "${coatrt_ORT_INCLUDE}")
+target_link_libraries(coatrt PUBLIC Threads::Threads ${CMAKE_DL_LIBS})
+
+# pip's ONNX Runtime, where it lies beside this package: the default at run time.
+file(GLOB _library "${_root}/../../../onnxruntime/capi/libonnxruntime.so.*")
+if(_library)
+  list(GET _library 0 _library)
+  get_filename_component(_library "${_library}" REALPATH)
+  target_compile_definitions(coatrt PRIVATE "COATRT_ONNXRUNTIME_LIBRARY=\"${_library}\"")
+endif()
+
+if("trt" IN_LIST coatrt_FIND_COMPONENTS)
+  find_path(coatrt_TRT_INCLUDE NvInferRuntime.h)
+  find_library(coatrt_TRT_LIBRARY NAMES tensorrt_rtx nvinfer)
+  find_package(CUDAToolkit QUIET)
+  if(NOT coatrt_TRT_INCLUDE OR NOT coatrt_TRT_LIBRARY OR NOT TARGET CUDA::cudart)
+    _coatrt_refuse("component trt needs NvInferRuntime.h (coatrt_TRT_INCLUDE), its library (coatrt_TRT_LIBRARY) and CUDA's runtime; take them from the SDK that built the engines")
+    return()
+  endif()
+  target_sources(coatrt PRIVATE "${_root}/src/trt/decoder.cpp")
+  target_include_directories(coatrt SYSTEM PRIVATE "${coatrt_TRT_INCLUDE}")
+  target_compile_definitions(coatrt PRIVATE COATRT_TRT=1)
+  target_link_libraries(coatrt PUBLIC "${coatrt_TRT_LIBRARY}" CUDA::cudart)
+endif()
+if("c" IN_LIST coatrt_FIND_COMPONENTS)
+  target_sources(coatrt PRIVATE "${_root}/src/c/coatrt.cpp")
+endif()

@@ -1,0 +1,76 @@
+#pragma once
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "coatrt/bundle.hpp"
+#include "coatrt/decoder.hpp"
+
+namespace coatrt {
+
+struct SessionOptions {
+  std::string backend = "ort";   ///< "ort", or "trt" where it was compiled in
+  std::string provider = "cpu";  ///< ort: "cpu", or an execution provider's name, such as "CUDAExecutionProvider"
+  std::map<std::string, std::string> provider_options;
+  int threads = 0;             ///< ort: of one operator; 0: all usable cores. Sessions of equal options share them.
+  std::int64_t context = 2048;  ///< ort: slots of the cache where the graph leaves them open
+  int accuracy_level = 0;      ///< ort: of int4 and int8 products; 4 is faster and less exact
+};
+
+/// How the next token is chosen.
+struct Sampling {
+  double temperature = 0;  ///< 0 takes the likeliest token
+  std::int64_t top_k = 0;  ///< 0 for all
+  double top_p = 1;
+  std::uint64_t seed = 0;
+};
+
+/// Logits after the last token, valid until the session's next call.
+struct Logits {
+  const float* data;
+  std::size_t size;
+};
+
+struct Generated {
+  std::vector<std::int64_t> tokens;  ///< without the stop token
+  std::string reason;                ///< "stop", "length", or "cancelled" where `on_token` returned false
+};
+
+/// One sequence being decoded, with the bundle's LoRA bound. For one thread at a time; sessions of one bundle with equal
+/// options share the loaded weights, so one per thread is cheap.
+class Session {
+ public:
+  explicit Session(const Bundle& bundle, const SessionOptions& options = {});
+  /// Over a backend of one's own. `stop` as in the bundle's manifest.
+  Session(const Bundle& bundle, std::unique_ptr<Decoder> decoder);
+  ~Session();
+  Session(Session&&) noexcept;
+  Session& operator=(Session&&) noexcept;
+
+  /// Start a new sequence.
+  Logits prefill(const std::vector<std::int64_t>& tokens);
+  /// Add a token.
+  Logits decode(std::int64_t token);
+  /// Add the likeliest token and return it.
+  std::int64_t decode();
+  /// Continue a prompt; `on_token` sees every token as soon as it exists and returns false to end the sequence.
+  Generated generate(const std::vector<std::int64_t>& prompt, std::size_t max_tokens, const Sampling& sampling = {},
+                     const std::function<bool(std::int64_t)>& on_token = {});
+
+  /// Change the LoRA: to another configuration's, emitted now, or to one at hand. The next `prefill` should follow:
+  /// cached keys and values keep the LoRA they were made with.
+  void swap(const Configuration& configuration);
+  void swap(const Lora& lora);
+  /// The quantized base alone.
+  void drop_lora();
+
+  std::int64_t capacity() const;
+  std::int64_t length() const;  ///< positions filled so far
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace coatrt

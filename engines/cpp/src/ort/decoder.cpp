@@ -1,0 +1,168 @@
+// The cpu form of the graph in ONNX Runtime: caches, LoRA, logits and the inputs of a decode step are bound once, and the
+// caches are written in place.
+
+#include <algorithm>
+
+#include "activations.hpp"
+#include "backend.hpp"
+#include "coatrt/error.hpp"
+#include "ort/runtime.hpp"
+#include "state.hpp"
+
+namespace coatrt::detail {
+namespace {
+
+struct Loaded {
+  OrtModel model;
+  DecoderIO io;
+  Contract contract;
+};
+
+class OrtDecoder final : public Decoder {
+ public:
+  OrtDecoder(std::shared_ptr<Loaded> loaded, std::int64_t context)
+      : loaded_(std::move(loaded)), io_(loaded_->io), runtime_(loaded_->model.runtime()) {
+    const std::int64_t slots = io_.cache_length > 0 ? io_.cache_length : std::min(context, io_.max_positions);
+    capacity_ = std::min(slots, io_.max_positions);
+    check(runtime_.api().CreateIoBinding(loaded_->model.session(), &binding_));
+    try {
+      bind_all(slots);
+    } catch (...) {
+      runtime_.api().ReleaseIoBinding(binding_);
+      throw;
+    }
+  }
+  ~OrtDecoder() override { runtime_.api().ReleaseIoBinding(binding_); }
+
+  std::int64_t capacity() const override { return capacity_; }
+  std::int64_t prefill_limit() const override { return capacity_; }
+  std::int64_t vocabulary() const override { return io_.vocabulary; }
+
+  void set_lora(const Lora* lora) override {
+    const bool share = io_.activations == "float32";  // bound where it is, nothing copied
+    std::vector<std::vector<unsigned char>> memory;
+    for (std::size_t i = 0; i < loaded_->contract.tensors.size(); ++i) {
+      const auto& said = loaded_->contract.tensors[i];
+      const auto count = static_cast<std::size_t>(said.rows * said.columns);
+      const std::size_t bytes = count * static_cast<std::size_t>(io_.itemsize());
+      void* data = nullptr;
+      if (lora != nullptr && share) {
+        data = const_cast<float*>(lora->tensors()[i].data);  // an input: ONNX Runtime reads it only
+      } else {
+        memory.emplace_back(bytes);
+        data = memory.back().data();
+        if (lora != nullptr) from_float32(io_.activations, lora->tensors()[i].data, count, data);
+      }
+      bind_input(said.name, tensor(data, bytes, {said.rows, said.columns}, type_));
+    }
+    lora_ = lora != nullptr ? *lora : Lora();
+    lora_memory_.swap(memory);
+  }
+
+  const float* run(const std::int64_t* tokens, std::size_t count, std::int64_t start) override {
+    if (count == 1) {
+      step_[0] = tokens[0];
+      step_[1] = step_[2] = start;
+      step_[3] = 0;
+      return execute();
+    }
+    const auto length = static_cast<std::int64_t>(count);
+    std::vector<std::int64_t> ids(tokens, tokens + count), positions(count);
+    for (std::size_t i = 0; i < count; ++i) positions[i] = start + static_cast<std::int64_t>(i);
+    step_[2] = start;
+    step_[3] = length - 1;
+    const struct Rebind {  // the memory above goes away, whatever happens
+      OrtDecoder& decoder;
+      ~Rebind() { decoder.bind_step(); }
+    } rebind{*this};
+    bind_input("input_ids", tensor(ids.data(), 8 * count, {1, length}, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64));
+    bind_input("position_ids", tensor(positions.data(), 8 * count, {1, length}, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64));
+    return execute();
+  }
+
+ private:
+  void check(OrtStatus* status) const { runtime_.check(status, "ONNX Runtime fails"); }
+
+  OrtHeld tensor(void* data, std::size_t bytes, const std::vector<std::int64_t>& shape,
+                 ONNXTensorElementDataType type) const {
+    return {runtime_, runtime_.tensor(data, bytes, shape, type)};
+  }
+  // A binding copies the handle, so `value` may go; the memory may not.
+  void bind_input(const std::string& name, const OrtHeld& value) {
+    check(runtime_.api().BindInput(binding_, name.c_str(), value.get()));
+  }
+
+  void bind_all(std::int64_t slots) {
+    type_ = io_.activations == "float32"   ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT
+            : io_.activations == "float16" ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16
+                                           : ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16;
+    const auto item = static_cast<std::size_t>(io_.itemsize());
+    const std::size_t bytes = static_cast<std::size_t>(io_.kv_heads * slots * io_.head_dim) * item;
+    for (const auto& [past, present] : io_.caches()) {
+      caches_.emplace_back(bytes);
+      const OrtHeld value = tensor(caches_.back().data(), bytes, {1, io_.kv_heads, slots, io_.head_dim}, type_);
+      bind_input(past, value);
+      check(runtime_.api().BindOutput(binding_, present.c_str(), value.get()));
+    }
+    const auto width = static_cast<std::size_t>(io_.vocabulary);
+    logits_.resize(width);
+    if (item != sizeof(float)) raw_logits_.resize(width);
+    void* out = item == sizeof(float) ? static_cast<void*>(logits_.data()) : raw_logits_.data();
+    const OrtHeld value = tensor(out, width * item, {1, 1, io_.vocabulary}, type_);
+    check(runtime_.api().BindOutput(binding_, "logits", value.get()));
+    bind_step();
+    set_lora(nullptr);
+  }
+
+  void bind_step() {
+    const char* names[] = {"input_ids", "position_ids", "write_index", "logits_index"};
+    for (int i = 0; i < 4; ++i) {
+      const std::vector<std::int64_t> shape = i == 2 ? std::vector<std::int64_t>{1} : std::vector<std::int64_t>{1, 1};
+      bind_input(names[i], tensor(&step_[i], 8, shape, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64));
+    }
+  }
+
+  const float* execute() {
+    check(runtime_.api().RunWithBinding(loaded_->model.session(), nullptr, binding_));
+    if (!raw_logits_.empty()) to_float32(io_.activations, raw_logits_.data(), raw_logits_.size(), logits_.data());
+    return logits_.data();
+  }
+
+  std::shared_ptr<Loaded> loaded_;
+  const DecoderIO& io_;
+  const OrtRuntime& runtime_;
+  OrtIoBinding* binding_ = nullptr;
+  ONNXTensorElementDataType type_{};
+  std::int64_t capacity_ = 0;
+  std::int64_t step_[4] = {};  // token, position, write index, logits index: the inputs of a decode step
+  std::vector<std::vector<unsigned char>> caches_, lora_memory_;
+  std::vector<float> logits_;
+  std::vector<std::uint16_t> raw_logits_;
+  Lora lora_;  // keeps the bound tensors alive
+};
+
+}  // namespace
+
+std::unique_ptr<Decoder> make_ort_decoder(const std::shared_ptr<BundleState>& bundle, const SessionOptions& options) {
+  if (options.context < 1)
+    throw Error("batch 1 and context " + std::to_string(options.context) + " are given; give at least 1");
+  std::string key = "ort " + options.provider + " " + std::to_string(options.threads) + " " +
+                    std::to_string(options.accuracy_level);
+  for (const auto& [name, value] : options.provider_options) key += " " + name + "=" + value;
+  std::shared_ptr<Loaded> loaded;
+  const std::lock_guard one(bundle->loading);
+  {
+    const std::lock_guard lock(bundle->mutex);
+    loaded = std::static_pointer_cast<Loaded>(bundle->models[key].lock());
+  }
+  if (!loaded) {
+    const auto [graph, io] = bundle->decoder("cpu");
+    const OrtOptions wanted{options.provider, options.provider_options, options.threads, options.accuracy_level};
+    loaded.reset(new Loaded{{bundle->ort(), graph, wanted}, io, bundle->contract()});
+    const std::lock_guard lock(bundle->mutex);
+    bundle->models[key] = loaded;
+  }
+  return std::make_unique<OrtDecoder>(std::move(loaded), options.context);
+}
+
+}  // namespace coatrt::detail

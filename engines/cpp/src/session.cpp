@@ -1,0 +1,137 @@
+#include "coatrt/session.hpp"
+
+#include <algorithm>
+
+#include "backend.hpp"
+#include "coatrt/error.hpp"
+#include "contract.hpp"
+#include "sampling.hpp"
+#include "state.hpp"
+
+namespace coatrt {
+
+struct Session::State {
+  Bundle bundle;
+  std::unique_ptr<Decoder> decoder;
+  detail::Contract contract;
+  std::int64_t length = 0;
+  const float* logits = nullptr;  // after the last token; none before a prefill
+
+  Logits last() const { return {logits, static_cast<std::size_t>(decoder->vocabulary())}; }
+
+  /// Refuse what the graph cannot run: an unknown token, or more positions than there are.
+  void check(const std::int64_t* tokens, std::size_t count, std::int64_t filled) const {
+    if (count == 0) throw Error("an empty prompt or batch is given; give at least one token per sequence");
+    const std::size_t positions = static_cast<std::size_t>(filled) + count;
+    if (positions > static_cast<std::size_t>(decoder->capacity()))
+      throw Error(std::to_string(positions) + " positions are needed and the decoder has " +
+                  std::to_string(decoder->capacity()) + "; shorten, or build with --context");
+    const auto [least, most] = std::minmax_element(tokens, tokens + count);
+    if (*most >= decoder->vocabulary() || *least < 0)
+      throw Error("token id " + std::to_string(*most >= decoder->vocabulary() ? *most : *least) +
+                  " is outside the vocabulary of " + std::to_string(decoder->vocabulary()) +
+                  "; use the bundle's tokenizer");
+  }
+
+  /// Run tokens in pieces the backend takes. A sequence that failed half-way has to be started anew.
+  Logits feed(const std::int64_t* tokens, std::size_t count) {
+    logits = nullptr;
+    const float* made = nullptr;
+    const auto limit = static_cast<std::size_t>(decoder->prefill_limit());
+    for (std::size_t done = 0; done < count;) {
+      const std::size_t piece = std::min(limit, count - done);
+      made = decoder->run(tokens + done, piece, length);
+      done += piece;
+      length += static_cast<std::int64_t>(piece);
+    }
+    logits = made;
+    return last();
+  }
+
+  void check_lora(const Lora& lora) const {
+    const auto& given = lora.tensors();
+    const auto same = [](const LoraTensor& a, const detail::Contract::Tensor& b) {
+      return a.name == b.name && a.rows == b.rows && a.columns == b.columns;
+    };
+    if (!std::equal(given.begin(), given.end(), contract.tensors.begin(), contract.tensors.end(), same))
+      throw Error("the LoRA and its contract differ: it belongs to another bundle's model; emit it again");
+  }
+};
+
+Session::Session(const Bundle& bundle, const SessionOptions& options)
+    : Session(bundle, detail::make_decoder(bundle.state(), options)) {}
+
+Session::Session(const Bundle& bundle, std::unique_ptr<Decoder> decoder)
+    : state_(new State{bundle, std::move(decoder), bundle.state()->contract()}) {
+  swap(bundle.lora());
+}
+
+Session::~Session() = default;
+Session::Session(Session&&) noexcept = default;
+Session& Session::operator=(Session&&) noexcept = default;
+
+Logits Session::prefill(const std::vector<std::int64_t>& tokens) {
+  state_->check(tokens.data(), tokens.size(), 0);
+  state_->length = 0;
+  return state_->feed(tokens.data(), tokens.size());
+}
+
+Logits Session::decode(std::int64_t token) {
+  if (state_->logits == nullptr) throw Error("no sequence is begun; call prefill first");
+  state_->check(&token, 1, state_->length);
+  return state_->feed(&token, 1);
+}
+
+std::int64_t Session::decode() {
+  if (state_->logits == nullptr) throw Error("no sequence is begun; call prefill first");
+  const std::int64_t token = detail::likeliest(state_->last());
+  decode(token);
+  return token;
+}
+
+Generated Session::generate(const std::vector<std::int64_t>& prompt, std::size_t max_tokens, const Sampling& sampling,
+                            const std::function<bool(std::int64_t)>& on_token) {
+  if (max_tokens < 1) throw Error("0 tokens are asked for; ask for at least 1");
+  detail::check_sampling(sampling);
+  std::mt19937_64 random(sampling.seed);
+  const auto& stops = state_->bundle.stop_tokens();
+  Generated made;
+  Logits logits = prefill(prompt);
+  for (;;) {
+    const std::int64_t token = detail::next_token(logits, sampling, random);
+    if (std::find(stops.begin(), stops.end(), token) != stops.end()) return made.reason = "stop", made;
+    made.tokens.push_back(token);
+    if (on_token && !on_token(token)) return made.reason = "cancelled", made;
+    if (made.tokens.size() >= max_tokens || length() >= capacity()) return made.reason = "length", made;
+    logits = decode(token);
+  }
+}
+
+void Session::swap(const Configuration& configuration) { swap(state_->bundle.adapt(configuration)); }
+
+void Session::swap(const Lora& lora) {
+  state_->check_lora(lora);
+  state_->decoder->set_lora(&lora);
+}
+
+void Session::drop_lora() { state_->decoder->set_lora(nullptr); }
+
+std::int64_t Session::capacity() const { return state_->decoder->capacity(); }
+std::int64_t Session::length() const { return state_->length; }
+
+namespace detail {
+
+std::unique_ptr<Decoder> make_decoder(const std::shared_ptr<BundleState>& bundle, const SessionOptions& options) {
+  if (options.backend == "ort") return make_ort_decoder(bundle, options);
+#ifdef COATRT_TRT
+  if (options.backend == "trt") return make_trt_decoder(bundle, options);
+#else
+  if (options.backend == "trt")
+    throw Error("backend 'trt' is given, which this library was compiled without; find_package(coatrt COMPONENTS trt), "
+                "or use ort");
+#endif
+  throw Error("backend " + repr(options.backend) + " is given; allowed: ort, trt");
+}
+
+}  // namespace detail
+}  // namespace coatrt

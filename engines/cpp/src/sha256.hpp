@@ -1,0 +1,10 @@
+#pragma once
+#include <cstddef>
+#include <string>
+
+namespace coatrt::detail {
+
+/// SHA-256 (FIPS 180-4) as 64 hexadecimal digits.
+std::string sha256(const void* data, std::size_t size);
+
+}  // namespace coatrt::detail

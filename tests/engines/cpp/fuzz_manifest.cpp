@@ -1,0 +1,46 @@
+// libFuzzer: a manifest, beside a file that it may name. Whatever it holds, opening is refused or the bundle is readable.
+#include <unistd.h>
+
+#include <cstdlib>
+#include <fstream>
+
+#include "coatrt/bundle.hpp"
+#include "coatrt/error.hpp"
+#include "state.hpp"
+
+namespace {
+
+std::filesystem::path directory() {
+  static const std::filesystem::path made = [] {
+    char name[] = "/tmp/coatrt-fuzz-XXXXXX";
+    const std::filesystem::path path = ::mkdtemp(name);
+    std::ofstream(path / "a") << "{}";
+    std::atexit([] { std::filesystem::remove_all(directory()); });
+    return path;
+  }();
+  return made;
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+  std::ofstream(directory() / "manifest.json", std::ios::binary).write(reinterpret_cast<const char*>(data), static_cast<std::streamsize>(size));
+  try {
+    const auto bundle = coatrt::Bundle::open(directory());
+    for (const char* form : {"cpu", "engine"}) try {
+        bundle.state()->decoder(form);
+      } catch (const coatrt::Error&) {
+      }
+    try {
+      bundle.configuration();
+    } catch (const coatrt::Error&) {
+    }
+    try {
+      bundle.lora();
+    } catch (const coatrt::Error&) {
+    }
+    bundle.check_all();
+  } catch (const coatrt::Error&) {
+  }
+  return 0;
+}

@@ -1,0 +1,81 @@
+// What the Python tests and benchmarks ask of the library; answers are JSON on stdout, a refusal is one line and exit 2.
+#include <chrono>
+#include <coatrt/coatrt.hpp>
+#include <fstream>
+#include <iostream>
+#include <iterator>
+#include <nlohmann/json.hpp>
+
+using nlohmann::json;
+
+namespace {
+
+std::string read(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+// {"prompt": [ids], "tokens": n, "threads": n, "context": n, "lora": true} → tokens, and the logits of every step
+json run(const coatrt::Bundle& bundle, const json& request) {
+  coatrt::SessionOptions options;
+  options.threads = request.value("threads", 1);
+  options.context = request.value("context", 2048);
+  options.backend = request.value("backend", "ort");
+  coatrt::Session session(bundle, options);
+  if (!request.value("lora", true)) session.drop_lora();
+  const auto prompt = request.at("prompt").get<std::vector<std::int64_t>>();
+  json answer{{"capacity", session.capacity()}, {"logits", json::array()}};
+  coatrt::Logits logits = session.prefill(prompt);
+  for (int i = 0; i < request.value("steps", 0); ++i) {
+    answer["logits"].push_back(std::vector<float>(logits.data, logits.data + logits.size));
+    logits = session.decode(session.decode());  // twice, so that both forms are used
+  }
+  const auto made = session.generate(prompt, request.value("tokens", 16));
+  answer["tokens"] = made.tokens;
+  answer["reason"] = made.reason;
+  return answer;
+}
+
+int answer(int argc, char** argv) {
+  const std::string command = argc > 1 ? argv[1] : "";
+  if (command == "encode" && argc == 4) {  // tokenizer.json, [texts] → [[ids, text of ids]]
+    const coatrt::Tokenizer tokenizer(read(argv[2]));
+    json all = json::array();
+    for (const json& text : json::parse(read(argv[3]))) {
+      const auto ids = tokenizer.encode(text.get<std::string>());
+      coatrt::TextStream stream(tokenizer);
+      std::string streamed;
+      for (const auto id : ids) streamed += stream.add(id);
+      all.push_back({ids, tokenizer.decode(ids), streamed + stream.finish()});
+    }
+    std::cout << all << "\n";
+    return 0;
+  }
+  if (argc < 3) throw coatrt::Error("usage: probe COMMAND BUNDLE …");
+  const auto bundle = coatrt::Bundle::open(argv[2]);
+  if (command == "check") {
+    std::cout << json{{"files", bundle.check_all()}, {"configuration", bundle.configuration().hash()}} << "\n";
+  } else if (command == "lora" && argc == 4) {
+    std::cout << json{{"tensors", bundle.lora(std::filesystem::path(argv[3])).tensors().size()}} << "\n";
+  } else if (command == "adapt" && argc == 5) {  // configuration, output
+    const auto configuration = bundle.configuration(read(argv[3]), argv[3]);
+    bundle.adapt(configuration).save(argv[4]);
+    std::cout << json{{"hash", configuration.hash()}, {"formats", configuration.formats}} << "\n";
+  } else if (command == "run" && argc == 4) {
+    std::cout << run(bundle, json::parse(argv[3])) << "\n";
+  } else {
+    throw coatrt::Error("no command " + command);
+  }
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    return answer(argc, argv);
+  } catch (const coatrt::Error& error) {
+    std::cerr << error.what() << "\n";
+    return 2;
+  }
+}

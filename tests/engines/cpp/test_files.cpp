@@ -1,0 +1,108 @@
+#include <doctest/doctest.h>
+
+#include <cmath>
+#include <random>
+#include <string>
+
+#include "coatrt/error.hpp"
+#include "formats.hpp"
+#include "half.hpp"
+#include "json.hpp"
+#include "safetensors.hpp"
+#include "sha256.hpp"
+
+using namespace coatrt::detail;
+
+namespace {
+
+std::string file(const std::string& header, std::size_t data, std::uint64_t claimed = 0) {
+  std::string made;
+  const std::uint64_t length = claimed != 0 ? claimed : header.size();
+  for (int i = 0; i < 8; ++i) made += static_cast<char>(length >> (8 * i));
+  return made + header + std::string(data, '\1');
+}
+
+std::string why(const std::string& bytes) {
+  try {
+    read_safetensors(bytes);
+  } catch (const coatrt::Error& error) {
+    return error.what();
+  }
+  return "";
+}
+
+}  // namespace
+
+TEST_CASE("SHA-256 of the standard's examples") {
+  CHECK(sha256("", 0) == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
+  CHECK(sha256("abc", 3) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+  const std::string million(1000000, 'a');
+  CHECK(sha256(million.data(), million.size()) == "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0");
+  const std::string two = "abcdbcdecdefdefgefghfghighijhijkijkljklmklmnlmnomnopnopq";
+  CHECK(sha256(two.data(), two.size()) == "248d6a61d20638b8e5c026930c3e6039a33ce45964ff2167f6ecedd419db06c1");
+}
+
+TEST_CASE("float16 and bfloat16 round to nearest, ties to even") {
+  for (std::uint32_t half = 0; half < 0x10000; ++half) {
+    const auto bits = static_cast<std::uint16_t>(half);
+    if (const float value = from_float16(bits); !std::isnan(value)) CHECK(to_float16(value) == bits);
+    else CHECK(std::isnan(from_float16(to_float16(value))));
+    if (const float value = from_bfloat16(bits); !std::isnan(value)) CHECK(to_bfloat16(value) == bits);
+  }
+  CHECK(from_float16(to_float16(2049)) == 2048);  // halfway, to even
+  CHECK(from_float16(to_float16(2051)) == 2052);
+  CHECK(to_float16(65519.996f) == 0x7bff);
+  CHECK(to_float16(65520) == 0x7c00);
+  CHECK(to_float16(0x1p-25f) == 0);
+  CHECK(to_float16(0x1.8p-25f) == 1);
+  CHECK(from_bfloat16(to_bfloat16(257)) == 256);
+  CHECK(from_bfloat16(to_bfloat16(259)) == 260);
+}
+
+TEST_CASE("a safetensors file is read, a lying one refused") {
+  const std::string good = R"({"a":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]},"__metadata__":{"x":"y"},)"
+                           R"("b":{"dtype":"I8","shape":[],"data_offsets":[16,17]}})";
+  const std::string bytes = file(good, 17);
+  const auto tensors = read_safetensors(bytes);
+  CHECK(tensors.size() == 2);
+  CHECK(tensors.at("a").shape == std::vector<std::int64_t>{2, 2});
+  CHECK(tensors.at("b").bytes == "\1");
+  CHECK(why(file(good, 18)) == "bytes after the last tensor belong to none");
+  CHECK(why(file(good, 16)) == "b lies outside the file");
+  CHECK(why("") == "the file is too short for a header");
+  CHECK(why(file(good, 17, 5000)) == "its header claims 5000 bytes, the file has " + std::to_string(bytes.size()));
+  CHECK(why(file(good, 17, ~0ULL)).find("its header claims") == 0);
+  CHECK(why(file("[]", 0)) == "its header is no object");
+  CHECK(why(file("{", 0)).find("is not JSON") != std::string::npos);
+  CHECK(why(file(std::string(10000, '['), 0)).find("nested deeper than 64") != std::string::npos);
+  const auto one = [](const std::string& facts, std::size_t size) { return why(file("{\"a\":{" + facts + "}}", size)); };
+  CHECK(one(R"("dtype":"F32","shape":[3],"data_offsets":[0,16])", 16) == "a has 16 bytes, its dtype and shape say 12");
+  CHECK(one(R"("dtype":"F99","shape":[4],"data_offsets":[0,16])", 16) == "unknown dtype 'F99'");
+  CHECK(one(R"("dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,16])", 16) == "a has an impossible shape");
+  CHECK(one(R"("dtype":"F32","shape":[-4],"data_offsets":[0,16])", 16) == "a has an impossible shape");
+  CHECK(one(R"("dtype":"F32","shape":[1.5],"data_offsets":[0,16])", 16) == "a has an impossible shape");
+  CHECK(one(R"("dtype":"F32","shape":[4],"data_offsets":[16,0])", 16) == "a lies outside the file");
+  CHECK(one(R"("dtype":"F32","shape":[4],"data_offsets":[0,18446744073709551615])", 16) ==
+        "a has no dtype, shape and data_offsets");
+  CHECK(one(R"("dtype":"F32","shape":[4])", 16) == "a has no dtype, shape and data_offsets");
+  CHECK(one(R"("dtype":"F32","shape":[2],"data_offsets":[8,16])", 16) == "a follows a hole");
+  CHECK(why(file(R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}})",
+                 12)) == "b overlaps another tensor");
+}
+
+TEST_CASE("texts of weight formats") {
+  for (const char* good : {"fp16", "int8", "int8-g128", "int4-g64", "nvfp4", "nf3-g64", "nf2-g16-dq8-fp32-256"})
+    CHECK_NOTHROW(check_format(good));
+  for (const char* bad : {"", "int4", "int4-g16", "fp8-g64", "nvfp4-g16", "nf3", "int8-g64-dq4-bf16-256", "nf3-g64-dq5-bf16-256",
+                          "nf3-g64-dq4-bf16-256x", "nf3-g128", "INT8"})
+    CHECK_THROWS_AS(check_format(bad), coatrt::Error);
+}
+
+TEST_CASE("texts are quoted as Python quotes them") {
+  CHECK(repr("a") == "'a'");
+  CHECK(repr("it's") == "\"it's\"");
+  CHECK(repr("a\n\x01\\") == "'a\\n\\x01\\\\'");
+  CHECK(product(1LL << 40, 1LL << 30) == -1);
+  CHECK(product(-1, 2) == -1);
+  CHECK(product(1LL << 40, 1LL << 22) == 1LL << 62);
+}

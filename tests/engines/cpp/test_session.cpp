@@ -1,0 +1,129 @@
+// Sessions over a made-up backend, and over the bundle that the Python tests name in COATRT_TEST_BUNDLE.
+#include <doctest/doctest.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <mutex>
+#include <thread>
+
+#include "coatrt/coatrt.hpp"
+#include "sampling.hpp"
+
+namespace {
+
+const char* bundle_path() { return std::getenv("COATRT_TEST_BUNDLE"); }
+
+/// Says after token t that t + 1 is likeliest; notes what it was asked.
+struct Counting final : coatrt::Decoder {
+  struct Call {
+    std::vector<std::int64_t> tokens;
+    std::int64_t start;
+  };
+  std::vector<Call>& calls;
+  int& loras;
+  std::vector<float> logits = std::vector<float>(32);
+  Counting(std::vector<Call>& all, int& count) : calls(all), loras(count) {}
+  std::int64_t capacity() const override { return 10; }
+  std::int64_t prefill_limit() const override { return 4; }
+  std::int64_t vocabulary() const override { return 32; }
+  void set_lora(const coatrt::Lora* lora) override { loras += lora == nullptr ? 100 : 1; }
+  const float* run(const std::int64_t* tokens, std::size_t count, std::int64_t start) override {
+    calls.push_back({{tokens, tokens + count}, start});
+    logits.assign(32, 0);
+    logits[static_cast<std::size_t>(tokens[count - 1] + 1) % 32] = 1;
+    return logits.data();
+  }
+};
+
+}  // namespace
+
+TEST_CASE("a session splits prompts, counts positions and refuses what does not fit" * doctest::skip(bundle_path() == nullptr)) {
+  const auto bundle = coatrt::Bundle::open(bundle_path());
+  std::vector<Counting::Call> calls;
+  int loras = 0;
+  coatrt::Session session(bundle, std::make_unique<Counting>(calls, loras));
+  CHECK(loras == 1);  // the bundle's own
+  CHECK_THROWS_WITH_AS(session.decode(), "no sequence is begun; call prefill first", coatrt::Error);
+  session.prefill({1, 2, 3, 4, 5, 6});
+  REQUIRE(calls.size() == 2);
+  CHECK(calls[0].tokens == std::vector<std::int64_t>{1, 2, 3, 4});
+  CHECK(calls[1].start == 4);
+  CHECK(session.decode() == 7);
+  CHECK(session.decode() == 8);
+  CHECK(session.length() == 8);
+  CHECK_THROWS_WITH_AS(session.decode(32), "token id 32 is outside the vocabulary of 32; use the bundle's tokenizer", coatrt::Error);
+  CHECK_THROWS_AS(session.decode(-1), coatrt::Error);
+  session.decode(1);
+  session.decode(1);
+  CHECK_THROWS_WITH_AS(session.decode(1), "11 positions are needed and the decoder has 10; shorten, or build with --context", coatrt::Error);
+  CHECK_THROWS_WITH_AS(session.prefill({}), "an empty prompt or batch is given; give at least one token per sequence", coatrt::Error);
+  CHECK_THROWS_AS(session.prefill(std::vector<std::int64_t>(11, 1)), coatrt::Error);
+  CHECK(session.length() == 10);  // a refused prompt leaves the sequence as it was
+
+  auto made = session.generate({1, 2}, 3);
+  CHECK(made.tokens == std::vector<std::int64_t>{3, 4, 5});
+  CHECK(made.reason == "length");
+  made = session.generate({1, 2}, 100);  // as many as there is room for: the last token is not fed
+  CHECK(made.tokens.size() == 9);
+  made = session.generate({1}, 100, {}, [](std::int64_t token) { return token < 4; });
+  CHECK(made.tokens == std::vector<std::int64_t>{2, 3, 4});
+  CHECK(made.reason == "cancelled");
+  CHECK_THROWS_WITH_AS(session.generate({1}, 0), "0 tokens are asked for; ask for at least 1", coatrt::Error);
+  CHECK_THROWS_AS(session.generate({1}, 1, {-1.0}), coatrt::Error);
+  CHECK_THROWS_AS(session.generate({1}, 1, {1.0, -1}), coatrt::Error);
+  CHECK_THROWS_AS(session.generate({1}, 1, {1.0, 0, 0.0}), coatrt::Error);
+  CHECK_THROWS_AS(session.swap(coatrt::Lora()), coatrt::Error);
+  session.drop_lora();
+  CHECK(loras == 101);
+}
+
+TEST_CASE("sampling: temperature, then top-k, then top-p") {
+  const float values[] = {1, 3, 2, 0};
+  const coatrt::Logits logits{values, 4};
+  CHECK(coatrt::detail::likeliest(logits) == 1);
+  auto p = coatrt::detail::probabilities(logits, {2.0, 0, 1, 0});
+  CHECK(p[1] / p[2] == doctest::Approx(std::exp(0.5)));
+  p = coatrt::detail::probabilities(logits, {1.0, 2, 1, 0});
+  CHECK(p[0] == 0);
+  CHECK(p[1] == doctest::Approx(1 / (1 + std::exp(-1.0))));
+  p = coatrt::detail::probabilities(logits, {1.0, 0, 0.7, 0});  // 0.64, 0.24, 0.09, 0.03
+  CHECK(p[1] + p[2] == doctest::Approx(1));
+  std::mt19937_64 random(0);
+  int hits = 0;
+  for (int i = 0; i < 2000; ++i) hits += coatrt::detail::next_token(logits, {1.0, 2, 1, 0}, random) == 1;
+  CHECK(hits / 2000.0 == doctest::Approx(0.731).epsilon(0.05));
+}
+
+TEST_CASE("configurations change under load and no token is wrong" * doctest::skip(bundle_path() == nullptr)) {
+  const auto bundle = coatrt::Bundle::open(bundle_path());
+  coatrt::SessionOptions options;
+  options.threads = 1;
+  const std::vector<std::int64_t> prompt{10, 20, 30, 40};
+  std::vector<coatrt::Configuration> configurations;
+  std::vector<std::vector<std::int64_t>> expected;
+  for (const char* format : {"int8", "int4-g32", "nf3-g32"}) {
+    configurations.push_back(bundle.configuration(std::string("{\"default\": \"") + format + "\"}"));
+    coatrt::Session session(bundle, options);
+    session.swap(configurations.back());
+    expected.push_back(session.generate(prompt, 24).tokens);
+  }
+  CHECK(expected[0] != expected[2]);
+  std::mutex mutex;
+  int wrong = 0, runs = 0;
+  std::vector<std::thread> threads;
+  for (unsigned worker = 0; worker < 4; ++worker)
+    threads.emplace_back([&, worker] {
+      coatrt::Session session(bundle, options);
+      for (std::size_t turn = 0; turn < 12; ++turn) {
+        const std::size_t which = (turn * (worker + 1) + worker) % 3;
+        session.swap(configurations[which]);
+        const auto tokens = session.generate(prompt, 24).tokens;
+        const std::lock_guard lock(mutex);
+        ++runs;
+        wrong += tokens != expected[which];
+      }
+    });
+  for (auto& thread : threads) thread.join();
+  CHECK(runs == 48);
+  CHECK(wrong == 0);
+}
