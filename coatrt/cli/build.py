@@ -29,11 +29,13 @@ __all__ = ["command"]
 @click.option("--dry-run", is_flag=True, help="Only show the plans, and what would be built.")
 @click.option("--overwrite", is_flag=True, help="Replace bundles that are there and not up to date.")
 def command(adapter: Path, devices: tuple[str, ...], output: Path, config_path: Path | None, activations: str,
-            cpu_activations: str, no_engine: bool, dry_run: bool, **choices: Any) -> None:  # fmt: skip
+            cpu_activations: str, no_engine: bool, jobs: int | None, build_memory: int | None, dry_run: bool,
+            **choices: Any) -> None:  # fmt: skip
     """Make a bundle of ADAPTER per device: plan, graphs, hypernetwork, LoRA, engine."""
     from coatrt.adapter_facts import AdapterFacts
     from coatrt.archive import adapter_archive
     from coatrt.devices import device
+    from coatrt.engines.build_room import BuildRoom
     from coatrt.engines.builder import EngineShapes, check_formats
     from coatrt.engines.options import BundleOptions
     from coatrt.engines.recipe import is_current, recipe_hash
@@ -41,7 +43,7 @@ def command(adapter: Path, devices: tuple[str, ...], output: Path, config_path: 
     from coatrt.plan import plan_fleet
     from coatrt.plan_data import read_config
 
-    request = plan_request(choices)
+    request, room = plan_request(choices), BuildRoom(jobs, build_memory)
     profiles = [device(name) for name in dict.fromkeys(devices)]
     facts = AdapterFacts.load(adapter)
     options = BundleOptions(
@@ -66,13 +68,13 @@ def command(adapter: Path, devices: tuple[str, ...], output: Path, config_path: 
         for place, there in zip(places, current, strict=True):
             click.echo(f"{place}: {'up to date' if there else 'to build'}")
     else:
-        _build(adapter, targets, options, **choices)
+        _build(adapter, targets, options, room, **choices)
 
 
-def _build(adapter: Path, targets: list[Any], options: Any, *, model: str | None, overwrite: bool, jobs: int | None,
-           build_memory: int | None, no_cache: bool) -> None:  # fmt: skip
+def _build(
+    adapter: Path, targets: list[Any], options: Any, room: Any, *, model: str | None, overwrite: bool, no_cache: bool
+) -> None:
     from coatrt.adapter import Adapter
-    from coatrt.engines.build_room import BuildRoom
     from coatrt.engines.engine_cache import EngineCache
     from coatrt.engines.fleet import Target, build_fleet
     from coatrt.progress import stages
@@ -81,7 +83,7 @@ def _build(adapter: Path, targets: list[Any], options: Any, *, model: str | None
     with stages("build") as progress:
         made = build_fleet(
             loaded, loaded.checkpoint(model), [Target(*target) for target in targets], options,
-            cache=None if no_cache else EngineCache.default(), room=BuildRoom(jobs, build_memory),
+            cache=None if no_cache else EngineCache.default(), room=room,
             overwrite=overwrite, progress=progress, tell=lambda line: click.echo(line, err=True),
         )  # fmt: skip
     for row in made:

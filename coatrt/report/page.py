@@ -132,9 +132,9 @@ def _quality(report: Report) -> str:
         for what, bits, loss in report.quality if loss < 50
     ]  # fmt: skip
     for name, archive in report.archives.items():
-        for entry in archive.front():
-            rows.append([f"{escape(name)}: searched, <code>{entry.config.hash}</code>", f"{archive.bits(entry):.2f}",
-                         f"{entry.loss:.4f}", f"{math.exp(entry.loss):.2f}"])  # fmt: skip
+        for point in archive.front():
+            rows.append([f"{escape(name)}: searched, <code>{point.config.hash}</code>", f"{archive.bits(point):.2f}",
+                         f"{point.loss:.4f}", f"{math.exp(point.loss):.2f}"])  # fmt: skip
     for entry in report.entries:
         measured = entry.plan.get("measured_loss")
         if measured is not None:

@@ -162,7 +162,7 @@ WRONG = {
     "pinned format": ("plan {adapter} --device t4 --keep lm_head=fp8", "for t4 the adapter has"),
     "speed nobody knows": ("plan {adapter} --device cpu --min-tokens-per-second 5", "coatrt devices calibrate"),
     "speed": ("plan {adapter} --device t4 --min-tokens-per-second 1e9", "are predicted; give"),
-    "report of nothing": ("report {here} -o {out}", "no adapter, no bundle"),
+    "report of nothing": ("report {model} -o {out}", "no adapter, no bundle"),
     "report into a directory": ("report {adapter} --device t4 -o {here}", "is a directory"),
     "jobs": ("build {adapter} --device cpu -o {out} --jobs 0", "give at least 1 each"),
     "two outputs": ("plan {adapter} --device t4 --device l4 -o {out}", "give one"),
