@@ -283,12 +283,12 @@ def cpp_service() -> str:
     found = load("cpp_service")
     request, first, memory = found["request"], found["first_token"], found["rss_mb"]
     return (
-        f"{found['clients']} clients for {found['seconds']:.0f} s on {found['sessions']} sessions: {found['requests']} "
-        f"requests, {len(found['errors'])} errors, {found['wrong']} with a wrong token; "
-        f"p50 {request['p50_ms']:.0f} ms, p99 {request['p99_ms']:.0f} ms for {found['tokens_per_request']} tokens, waiting included, "
-        f"to the first token p50 {first['p50_ms']:.0f} ms, p99 {first['p99_ms']:.0f} ms; {found['tokens_per_s']:.0f} tokens/s; "
-        f"resident memory {memory['after_a_quarter']:.0f} MB after a quarter of the time, "
-        f"{memory['at_the_end']:.0f} MB at the end."
+        f"{found['clients']} clients for {found['seconds']:.0f} s on {found['sessions']} sessions: "
+        f"{found['requests']} requests, {len(found['errors'])} errors, {found['wrong']} with a wrong token; "
+        f"p50 {request['p50_ms']:.0f} ms, p99 {request['p99_ms']:.0f} ms for {found['tokens_per_request']} tokens, "
+        f"waiting included, to the first token p50 {first['p50_ms']:.0f} ms, p99 {first['p99_ms']:.0f} ms; "
+        f"{found['tokens_per_s']:.0f} tokens/s; resident memory {memory['after_a_quarter']:.0f} MB after a quarter of "
+        f"the time, {memory['at_the_end']:.0f} MB at the end."
     )
 
 

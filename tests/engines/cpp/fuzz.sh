@@ -34,6 +34,6 @@ for target, seeds in {
 PY
 for target in manifest safetensors tokenizer; do
     mkdir -p "build/fuzz/corpus/$target"
-    "build/fuzz/fuzz_$target" -max_total_time="${1:-20}" -timeout=10 -rss_limit_mb=2048 -max_len=4096 -verbosity=0 -print_final_stats=1 \
-        "build/fuzz/corpus/$target" "build/fuzz/seeds/$target" 2>&1 | grep -vE "^INFO|slowest|peak" | sed "s/^/$target: /"
+    "build/fuzz/fuzz_$target" -max_total_time="${1:-20}" -timeout=10 -rss_limit_mb=2048 -max_len=4096 -verbosity=0 -print_final_stats=1 -artifact_prefix=build/fuzz/ \
+        "build/fuzz/corpus/$target" "build/fuzz/seeds/$target" 2>&1 | grep -vE "^INFO|slowest|peak|dictionary|Uses:" | sed "s/^/$target: /"
 done

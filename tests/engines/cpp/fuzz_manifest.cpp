@@ -10,15 +10,19 @@
 
 namespace {
 
-std::filesystem::path directory() {
-  static const std::filesystem::path made = [] {
+struct Directory {
+  std::filesystem::path path;
+  Directory() {
     char name[] = "/tmp/coatrt-fuzz-XXXXXX";
-    const std::filesystem::path path = ::mkdtemp(name);
+    path = ::mkdtemp(name);
     std::ofstream(path / "a") << "{}";
-    std::atexit([] { std::filesystem::remove_all(directory()); });
-    return path;
-  }();
-  return made;
+  }
+  ~Directory() { std::filesystem::remove_all(path); }
+};
+
+const std::filesystem::path& directory() {
+  static const Directory made;
+  return made.path;
 }
 
 }  // namespace

@@ -1,0 +1,163 @@
+"""The C++ examples: minimal, built as README says against the package as pip installs it, and the service."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coatrt.bundle import Bundle
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_minimal_says_what_coatrt_run_says(cpp: Any, headers: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    assert len((ROOT / "examples/minimal/main.cpp").read_text().splitlines()) <= 40
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--target",
+        str(tmp_path / "p"),
+        str(ROOT),
+    ]
+    if subprocess.run(install, check=False, capture_output=True).returncode:
+        pytest.skip("pip cannot install here: it needs the network for setuptools")
+
+    def shell(command: str) -> str:
+        environment = {**cpp.environment, "PYTHONPATH": str(tmp_path / "p")}
+        done = subprocess.run(
+            command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+        return done.stdout
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = [line.strip() for line in readme.splitlines() if line.startswith("    ") and "build/" in line][-3:]
+    assert [command.split()[0] for command in commands] == ["python", "cmake", "cmake"]
+    for command in commands:
+        command = command.split("  #")[0].replace("build/minimal", str(tmp_path / "build"))
+        command = command.replace("python -m", f"{sys.executable} -m").replace(
+            "$(coatrt", f"$({sys.executable} -m coatrt"
+        )
+        shell(command)
+    cache = (tmp_path / "build/CMakeCache.txt").read_text()
+    assert f"coatrt_DIR:UNINITIALIZED={tmp_path}/p/" in cache or f"coatrt_DIR:PATH={tmp_path}/p/" in cache
+    text = "the cat sat é"
+    expected = shell(f"{sys.executable} -m coatrt run {tiny_bundle} -p '{text}' --context 96")
+    assert shell(f"{tmp_path}/build/minimal {tiny_bundle} '{text}'") == expected
+
+
+class Service:
+    """The running service."""
+
+    def __init__(self, cpp: Any, bundle: Path, *options: str) -> None:
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            self.port = found.getsockname()[1]
+        command = [str(cpp.directory / "service"), str(bundle), "--port", str(self.port), "--context", "96", *options]
+        self.process = subprocess.Popen(command, env=cpp.environment, stderr=subprocess.PIPE, text=True)
+        assert self.process.stderr is not None
+        line = self.process.stderr.readline()
+        assert line.startswith("listening"), line
+
+    def ask(self, method: str, path: str, value: Any = None) -> tuple[int, str]:
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=120)
+        connection.request(
+            method, path, None if value is None else value if isinstance(value, str) else json.dumps(value)
+        )
+        response = connection.getresponse()
+        answer = response.status, response.read().decode()
+        connection.close()
+        return answer
+
+    def generate(self, **request: Any) -> Any:
+        status, body = self.ask("POST", "/generate", request)
+        assert status == 200, body
+        return json.loads(body)
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        _, said = self.process.communicate(timeout=60)
+        assert self.process.returncode == 0, said[-3000:]  # the sanitizers' verdict on leaks as well
+
+
+def test_the_service(cpp: Any, tiny_bundle: Path) -> None:
+    service = Service(cpp, tiny_bundle, "--sessions", "2", "--queue", "8")
+    try:
+        status, body = service.ask("GET", "/health")
+        assert (status, json.loads(body)) == (
+            200,
+            {"status": "ok", "configuration": Bundle.open(tiny_bundle).config.hash},
+        )
+        prompt: dict[str, Any] = {"prompt": "the cat sat", "max_tokens": 12}
+        configurations = [{"default": "int8"}, {"default": "nf3-g32"}]
+        expected = [service.generate(**prompt, configuration=value) for value in configurations]
+        assert expected[0]["tokens"] != expected[1]["tokens"]
+
+        status, body = service.ask("POST", "/generate", {**prompt, "stream": True, "configuration": configurations[1]})
+        events = [json.loads(line[6:]) for line in body.splitlines() if line.startswith("data: ")]
+        assert status == 200
+        assert events[-1] == expected[1] | {"done": True}
+        assert [event["token"] for event in events[:-1]] == expected[1]["tokens"]
+
+        answer = json.loads(service.ask("POST", "/configuration", configurations[1])[1])
+        assert answer["configuration"] == expected[1]["configuration"]
+        assert service.generate(**prompt) == expected[1]
+
+        wrong: list[Any] = []
+
+        def client(seed: int) -> None:
+            for turn in range(6):
+                which = (seed + turn) % 2
+                if service.generate(**prompt, configuration=configurations[which]) != expected[which]:
+                    wrong.append((seed, turn))
+
+        threads = [threading.Thread(target=client, args=(seed,)) for seed in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert wrong == []
+
+        for value, message in (
+            ("{", "parse error"), ([], "no object"), ({}, "neither prompt nor tokens"), ({"prompt": 3}, "type must be"),
+            ({"prompt": "a", "max_tokens": -1}, "ask for at least 1"), ({"tokens": [99999]}, "outside the vocabulary"),
+            ({"prompt": ""}, "an empty prompt"), ({"prompt": "a" * 200}, "200 positions are needed"),
+            ({"prompt": "a", "temperature": -1}, "temperature -1 is given"),
+            ({"prompt": "a", "configuration": {"default": "int5"}}, "no weight format"),
+        ):  # fmt: skip
+            status, body = service.ask("POST", "/generate", value)
+            assert status == 400 and message in json.loads(body)["error"], (value, body)
+        assert service.ask("GET", "/nothing")[0] == 404
+
+        connection = HTTPConnection("127.0.0.1", service.port, timeout=60)  # a client that goes away
+        connection.request("POST", "/generate", json.dumps({**prompt, "max_tokens": 80, "stream": True}))
+        connection.getresponse().read(10)
+        connection.close()
+        assert service.generate(**prompt) == expected[1]
+        metrics = service.ask("GET", "/metrics")[1]
+        assert 'coatrt_requests_total{status="400"} 10' in metrics
+        assert "coatrt_swap_seconds_count" in metrics
+    finally:
+        service.stop()
+
+
+def test_the_service_refuses_in_one_line(cpp: Any, tmp_path: Path) -> None:
+    for arguments, message in (
+        ([tmp_path], "is no bundle"), ([], "usage: service BUNDLE"), ([tmp_path, "--port", "x"], "--port x is given"),
+        ([tmp_path, "--colour", "1"], "--colour is no option"), ([tmp_path, "--port"], "--port has no value"),
+    ):  # fmt: skip
+        done = cpp.run("service", *arguments)
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert message in line
