@@ -304,9 +304,16 @@ for _task in ("sotu", "trec"):
 TABLES["method_micro"] = partial(report.main_table, "micro", "sotu")
 
 
+def _table(name: str) -> str:
+    try:
+        return TABLES[name]()
+    except FileNotFoundError:
+        return "Not measured yet."
+
+
 def filled(text: str) -> str:
     """Return a document with its places filled."""
-    return _PLACE.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", text)
+    return _PLACE.sub(lambda match: f"{match[1]}{_table(match[2])}\n{match[3]}", text)
 
 
 def stale() -> list[str]:
