@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from common import save_result, smollm2
+from markdown_tables import load
 
 from coatrt.adapter import Adapter
 from coatrt.adapter_facts import AdapterFacts
@@ -123,18 +124,19 @@ def engine_bytes(adapter: Adapter, checkpoint: Any, scratch: Path) -> list[dict[
 
 
 _PEAK = """
-import json, resource, sys
+import json, sys
 from coatrt.bundle import Bundle
 from coatrt.engines.emit import load_lora
 from coatrt.engines.load import load_decoder
 bundle = Bundle.open(sys.argv[1])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def line(name):  # not ru_maxrss, which begins with the parent's
+    return int(open("/proc/self/status").read().split(name + ":")[1].split()[0])
+before = line("VmRSS")
 decoder = load_decoder(bundle, context=2048, accuracy_level=int(sys.argv[2]))
 decoder.set_lora(load_lora(bundle.path("lora.safetensors"), bundle.contract))
 decoder.prefill([[1 + i % 100 for i in range(512)]])
 decoder.decode([5])
-rest = open("/proc/self/status").read().split("VmRSS:")[1].split()[0]
-print(json.dumps([before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, int(rest)]))
+print(json.dumps([before, line("VmHWM"), line("VmRSS")]))
 """
 
 
@@ -176,8 +178,16 @@ def main() -> None:
     """Measure everything and check the limits."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--adapter", type=Path, default=Path("out/demo/adapter"))
+    parser.add_argument(
+        "--memory-of", type=Path, help="Measure only the memory of the bundles here, and keep the rest."
+    )
     options = parser.parse_args()
     adapter, checkpoint = Adapter.load(options.adapter), smollm2()
+    if options.memory_of is not None:
+        bundles = {name: Bundle.open(options.memory_of / name) for name in THREE}
+        result = {**load("fleet"), "cpu_memory": cpu_memory(adapter, bundles)}
+        save_result("fleet", "python benchmarks/fleet.py", result)
+        return
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         plans = planning(options.adapter)

@@ -44,7 +44,7 @@ def fleet_memory() -> str:
     return (
         grid(head, lines)
         + "\n\nA process with ONNX Runtime at accuracy level 4, after a prompt of 512 tokens and one decoded token. "
-        "The peak falls into loading, where ONNX Runtime holds weights and their packed copies at once."
+        "The peak falls into loading, where formats other than int8 and int4 are decoded."
     )
 
 

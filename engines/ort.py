@@ -1,5 +1,7 @@
 """ONNX Runtime: the runtime that runs everything everywhere, bound once and decoding in place."""
 
+import contextlib
+import ctypes
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,9 +40,20 @@ def session(graph: Path, threads: int | None = None, accuracy_level: int = 0) ->
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
     try:
-        return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        made = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises types of its own that share no public base
         raise BuildError(f"ONNX Runtime refuses {graph.name} ({str(error).splitlines()[0]}); export it again") from None
+    _give_back()
+    return made
+
+
+def _give_back() -> None:
+    """Return freed memory to the system: what folding a graph's constants used would stay resident, twice the weights.
+
+    SmolLM2-135M with 80 nvfp4 matrices: 985 MiB resident after loading, 493 after this. Only glibc needs and has it.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 class OrtDecoder:
