@@ -24,7 +24,7 @@ from cpp_runtime import build, call
 PORT = 18_473
 PROMPTS = ["Once upon a time", "The president said", "日本 and other", "A list:\n1. ", "It is"]
 CONFIGURATIONS: list[dict[str, Any]] = [{"default": "int8"}, {"default": "int4-g64"}, {"default": "nf3-g64"}]
-TOKENS = 12
+TOKENS = 16
 
 
 def post(connection: HTTPConnection, path: str, value: Any) -> tuple[int, str]:
@@ -129,7 +129,10 @@ def load(pid: int, clients: int, seconds: float) -> dict[str, Any]:
     for prompt in PROMPTS:
         for which, configuration in enumerate(CONFIGURATIONS):
             expected[prompt, which] = ask(connection, prompt, configuration, False)[0]
-    assert len({tuple(v) for v in expected.values()}) > len(PROMPTS), "configurations that say the same show nothing"
+    differ = sum(
+        len({tuple(expected[prompt, which]) for which in range(len(CONFIGURATIONS))}) > 1 for prompt in PROMPTS
+    )
+    assert differ, "configurations that say the same show nothing"
     for path, value in (("/generate", "{"), ("/generate", {}), ("/generate", {"prompt": "a", "max_tokens": 0}),
                         ("/configuration", {"default": "int5"}), ("/generate", {"tokens": [10**9]})):  # fmt: skip
         status, body = post(connection, path, value)
@@ -156,7 +159,7 @@ def load(pid: int, clients: int, seconds: float) -> dict[str, Any]:
     return {
         "clients": clients, "seconds": took, "sessions": 2, "tokens_per_request": TOKENS,
         "requests": len(running.seconds), "requests_counted_by_metrics": counted, "errors": running.errors,
-        "wrong": running.wrong, "request": times, "first_token": first,
+        "wrong": running.wrong, "prompts_whose_tokens_tell_configurations_apart": differ, "request": times, "first_token": first,
         "tokens_per_s": len(running.seconds) * TOKENS / took,
         "rss_mb": {"after_a_quarter": max(memory[:quarter]), "at_the_end": memory[-1], "most": max(memory)},
     }  # fmt: skip
