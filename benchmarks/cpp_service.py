@@ -159,7 +159,8 @@ def load(pid: int, clients: int, seconds: float) -> dict[str, Any]:
     return {
         "clients": clients, "seconds": took, "sessions": 2, "tokens_per_request": TOKENS,
         "requests": len(running.seconds), "requests_counted_by_metrics": counted, "errors": running.errors,
-        "wrong": running.wrong, "prompts_whose_tokens_tell_configurations_apart": differ, "request": times, "first_token": first,
+        "wrong": running.wrong, "prompts_whose_tokens_tell_configurations_apart": differ, "request": times,
+        "first_token": first,
         "tokens_per_s": len(running.seconds) * TOKENS / took,
         "rss_mb": {"after_a_quarter": max(memory[:quarter]), "at_the_end": memory[-1], "most": max(memory)},
     }  # fmt: skip
