@@ -73,9 +73,9 @@ def cpu_calibration() -> str:
     worst, corrected = found["worst_error"], found["worst_error_without_drift"]
     return (
         grid(head, lines)
-        + f"\n\nOne thread, accuracy level {found['accuracy_level']}, LoRA on, {found['context']} slots, in seconds of "
-        f"the thread; at worst {worst:.1%}, and {corrected:.1%} with the machine's drift taken out (a reference "
-        "decoder timed beside each configuration, now over then)."
+        + f"\n\n{len(found['rows'])} of 10 configurations; one thread, accuracy level {found['accuracy_level']}, LoRA on, "
+        f"{found['context']} slots, in seconds of the thread. At worst {worst:.1%}, and {corrected:.1%} with the "
+        "machine's drift taken out (a reference decoder timed beside each configuration, now over then)."
     )
 
 
@@ -92,8 +92,8 @@ def cpu_decode() -> str:
     if "decode_speedup" in found:
         plain, adapted, prefill = (found[key] for key in ("decode_speedup", "decode_speedup_lora", "prefill_speedup"))
         rival = (
-            f"Against llama.cpp ({found['bits']['llama.cpp']:.2f} bits): decode {plain:.2f} ×, with LoRA {adapted:.2f} ×, "
-            f"prefill {prefill:.2f} ×; its LoRA costs {100 * overhead['llama.cpp']:+.0f} %."
+            f"Against llama.cpp ({found['bits']['llama.cpp']:.2f} bits): decode {plain:.2f} ×, with LoRA "
+            f"{adapted:.2f} ×, prefill {prefill:.2f} ×; its LoRA costs {100 * overhead['llama.cpp']:+.0f} %."
         )
     losses = ", ".join(
         f"{label.split(', ')[1]}: {loss:.3f} (perplexity {math.exp(loss):.1f})"
