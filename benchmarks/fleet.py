@@ -178,16 +178,9 @@ def main() -> None:
     """Measure everything and check the limits."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--adapter", type=Path, default=Path("out/demo/adapter"))
-    parser.add_argument(
-        "--memory-of", type=Path, help="Measure only the memory of the bundles here, and keep the rest."
-    )
+    parser.add_argument("--again", action="store_true", help="Measure all but the engines' bytes again; keep those.")
     options = parser.parse_args()
     adapter, checkpoint = Adapter.load(options.adapter), smollm2()
-    if options.memory_of is not None:
-        bundles = {name: Bundle.open(options.memory_of / name) for name in THREE}
-        result = {**load("fleet"), "cpu_memory": cpu_memory(adapter, bundles)}
-        save_result("fleet", "python benchmarks/fleet.py", result)
-        return
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         plans = planning(options.adapter)
@@ -197,7 +190,8 @@ def main() -> None:
         built |= second_command(options.adapter, scratch)
         result = {
             "planning": plans, "building": built, "switching": switching(bundles),
-            "cpu_memory": cpu_memory(adapter, bundles), "engines": engine_bytes(adapter, checkpoint, scratch),
+            "cpu_memory": cpu_memory(adapter, bundles),
+            "engines": load("fleet")["engines"] if options.again else engine_bytes(adapter, checkpoint, scratch),
         }  # fmt: skip
     save_result("fleet", "python benchmarks/fleet.py", result)
     worst = max(abs(row["error"]) for row in result["engines"])

@@ -73,9 +73,9 @@ def cpu_calibration() -> str:
     worst, corrected = found["worst_error"], found["worst_error_without_drift"]
     return (
         grid(head, lines)
-        + f"\n\nOne thread, accuracy level {found['accuracy_level']}, LoRA on, {found['context']} slots, in seconds of "
-        f"the thread; at worst {worst:.1%}, and {corrected:.1%} with the machine's drift taken out (a reference "
-        "decoder timed beside each configuration, now over then)."
+        + f"\n\n{len(found['rows'])} of 10 configurations; one thread, accuracy level {found['accuracy_level']}, LoRA on, "
+        f"{found['context']} slots, in seconds of the thread. At worst {worst:.1%}, and {corrected:.1%} with the "
+        "machine's drift taken out (a reference decoder timed beside each configuration, now over then)."
     )
 
 
@@ -87,8 +87,14 @@ def cpu_decode() -> str:
             ("decode_ms", 1), ("decode_tokens_per_s", 0), ("prefill_tokens_per_s", 0)))]
         for row in found["rows"]
     ]  # fmt: skip
-    ours, theirs = (100 * found["lora_overhead"][name] for name in ("coatrt", "llama.cpp"))
-    plain, adapted, prefill = (found[key] for key in ("decode_speedup", "decode_speedup_lora", "prefill_speedup"))
+    overhead = found["lora_overhead"]
+    rival = "Not compared with llama.cpp yet."
+    if "decode_speedup" in found:
+        plain, adapted, prefill = (found[key] for key in ("decode_speedup", "decode_speedup_lora", "prefill_speedup"))
+        rival = (
+            f"Against llama.cpp ({found['bits']['llama.cpp']:.2f} bits): decode {plain:.2f} ×, with LoRA "
+            f"{adapted:.2f} ×, prefill {prefill:.2f} ×; its LoRA costs {100 * overhead['llama.cpp']:+.0f} %."
+        )
     losses = ", ".join(
         f"{label.split(', ')[1]}: {loss:.3f} (perplexity {math.exp(loss):.1f})"
         for label, loss in found["held_out_loss"].items()
@@ -96,9 +102,8 @@ def cpu_decode() -> str:
     return (
         grid(["", "decode ms", "decode tokens/s", "prefill tokens/s"], lines)
         + f"\n\n{found['threads']} thread(s), {found['clock']} clock, alternating; {found['bits']['coatrt']:.2f} bits "
-        f"per weight against {found['bits']['llama.cpp']:.2f}. Against llama.cpp: decode {plain:.2f} ×, with LoRA "
-        f"{adapted:.2f} ×, prefill {prefill:.2f} ×. LoRA overhead at decode {ours:+.0f} % (llama.cpp {theirs:+.0f} %). "
-        f"Held-out loss with the LoRA, {losses}."
+        f"per weight. {rival} LoRA overhead at decode {100 * overhead['coatrt']:+.0f} %. Held-out loss with the LoRA, "
+        f"{losses}."
     )
 
 
