@@ -129,9 +129,8 @@ def load(pid: int, clients: int, seconds: float) -> dict[str, Any]:
     for prompt in PROMPTS:
         for which, configuration in enumerate(CONFIGURATIONS):
             expected[prompt, which] = ask(connection, prompt, configuration, False)[0]
-    differ = sum(
-        len({tuple(expected[prompt, which]) for which in range(len(CONFIGURATIONS))}) > 1 for prompt in PROMPTS
-    )
+    said = [{tuple(expected[prompt, which]) for which in range(len(CONFIGURATIONS))} for prompt in PROMPTS]
+    differ = sum(len(answers) > 1 for answers in said)
     assert differ, "configurations that say the same show nothing"
     for path, value in (("/generate", "{"), ("/generate", {}), ("/generate", {"prompt": "a", "max_tokens": 0}),
                         ("/configuration", {"default": "int5"}), ("/generate", {"tokens": [10**9]})):  # fmt: skip
@@ -159,8 +158,8 @@ def load(pid: int, clients: int, seconds: float) -> dict[str, Any]:
     return {
         "clients": clients, "seconds": took, "sessions": 2, "tokens_per_request": TOKENS,
         "requests": len(running.seconds), "requests_counted_by_metrics": counted, "errors": running.errors,
-        "wrong": running.wrong, "prompts_whose_tokens_tell_configurations_apart": differ, "request": times,
-        "first_token": first,
+        "wrong": running.wrong, "prompts_whose_tokens_tell_configurations_apart": differ,
+        "request": times, "first_token": first,
         "tokens_per_s": len(running.seconds) * TOKENS / took,
         "rss_mb": {"after_a_quarter": max(memory[:quarter]), "at_the_end": memory[-1], "most": max(memory)},
     }  # fmt: skip

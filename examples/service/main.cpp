@@ -132,7 +132,7 @@ class Service {
     if (!in.is_object()) throw coatrt::Error("the request is no object; give {\"prompt\": …}");
     Request request{};
     if (in.contains("tokens")) request.prompt = in.at("tokens").get<std::vector<std::int64_t>>();
-    else if (in.contains("prompt")) request.prompt = tokenizer_.encode(in.at("prompt").get_ref<const std::string&>());
+    else if (in.contains("prompt")) request.prompt = tokenizer_.encode(in.at("prompt").get<std::string>());
     else throw coatrt::Error("the request has neither prompt nor tokens; give one");
     const auto most = in.value("max_tokens", std::int64_t{64});
     if (most < 1) throw coatrt::Error(std::to_string(most) + " tokens are asked for; ask for at least 1");
