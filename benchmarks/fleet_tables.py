@@ -73,8 +73,8 @@ def cpu_calibration() -> str:
     worst, corrected = found["worst_error"], found["worst_error_without_drift"]
     return (
         grid(head, lines)
-        + f"\n\n{len(found['rows'])} of 10 configurations; one thread, accuracy level {found['accuracy_level']}, LoRA on, "
-        f"{found['context']} slots, in seconds of the thread. At worst {worst:.1%}, and {corrected:.1%} with the "
+        + f"\n\n{len(found['rows'])} of 10 configurations; one thread, accuracy level {found['accuracy_level']}, "
+        f"LoRA on, {found['context']} slots, in seconds of the thread. At worst {worst:.1%}, and {corrected:.1%} with the "
         "machine's drift taken out (a reference decoder timed beside each configuration, now over then)."
     )
 
