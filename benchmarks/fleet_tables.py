@@ -74,8 +74,8 @@ def cpu_calibration() -> str:
     return (
         grid(head, lines)
         + f"\n\n{len(found['rows'])} of 10 configurations; one thread, accuracy level {found['accuracy_level']}, "
-        f"LoRA on, {found['context']} slots, in seconds of the thread. At worst {worst:.1%}, and {corrected:.1%} with the "
-        "machine's drift taken out (a reference decoder timed beside each configuration, now over then)."
+        f"LoRA on, {found['context']} slots, in seconds of the thread. At worst {worst:.1%}, and {corrected:.1%} "
+        "with the machine's drift taken out (a reference decoder timed beside each configuration, now over then)."
     )
 
 
