@@ -87,6 +87,8 @@ OrtModel::OrtModel(std::shared_ptr<OrtRuntime> runtime, const std::filesystem::p
   const std::unique_ptr<OrtSessionOptions, void (*)(OrtSessionOptions*)> held(raw, api.ReleaseSessionOptions);
   runtime_->check(api.SetSessionLogSeverityLevel(raw, ORT_LOGGING_LEVEL_FATAL), refusal);  // errors come back as a status
   runtime_->check(api.SetIntraOpNumThreads(raw, options.threads > 0 ? options.threads : usable_cores()), refusal);
+  if (options.accuracy_level == 0)  // exact: weights are decoded once, when the graph loads
+    runtime_->check(api.AddSessionConfigEntry(raw, "session.disable_quant_qdq", "1"), refusal);
   runtime_->check(api.AddSessionConfigEntry(raw, "session.qdq_matmulnbits_accuracy_level",
                                             std::to_string(options.accuracy_level).c_str()),
                   refusal);
