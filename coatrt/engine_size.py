@@ -2,7 +2,7 @@
 
 TensorRT-RTX 1.7.1 keeps the sources of its generated kernels in the engine: some for every layer (the fused attention,
 and on SM75 the norms), some once per format. The numbers are a least-squares fit to the engines of
-benchmarks/results/engine_overhead.json (`python benchmarks/engine_overhead.py`).
+benchmarks/results/engine_overhead.json (docs/planning.md says how they were built).
 """
 
 import numpy as np
