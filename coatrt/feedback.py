@@ -6,6 +6,7 @@ whose input carries the most energy goes first, and blocks of scales need not be
 
 import weakref
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,8 @@ __all__ = ["DAMPING", "feedback_codes", "inverse_factor"]
 DAMPING = 0.01
 """Share of the mean diagonal added to the diagonal of the second moment, as in GPTQ."""
 
-_LAZY = 128  # columns coded before the rest of the matrix hears of their errors
+_LAZY = 64  # columns coded before the rest of the matrix hears of their errors
+_ROWS = 4096  # rows of W coded together: their errors stay in cache
 
 
 def inverse_factor(moment: Tensor, damping: float = DAMPING) -> Tensor:
@@ -81,22 +83,39 @@ def feedback_codes(weight: Tensor, scales: Tensor, block: int, grid: Grid, momen
     Returns:
         [N, K] in the grid's dtype.
     """
-    N, K = weight.shape
     order, factor = _prepared(moment)
-    pivots = factor.diagonal().tolist()
-    left = weight.t()[order]  # [K, N]: a column of W lies in one piece
-    spans, blocks = scales.t().contiguous(), (order // block).tolist()
-    divisors = torch.where(spans != 0, spans, torch.ones_like(spans))
-    codes = torch.empty(K, N, dtype=grid.dtype)
-    errors = torch.empty(_LAZY, N)
+    blocks = (order // block).tolist()
+    codes = torch.empty(weight.shape[1], len(weight), dtype=grid.dtype)
+    for start in range(0, len(weight), _ROWS):
+        part = slice(start, start + _ROWS)
+        left = weight[part].t()[order]  # [K, n]: a column of W lies in one piece
+        spans = scales[part].t().contiguous()
+        _code_rows(left, spans, blocks, factor, grid, codes[:, part])
+    return codes[order.argsort()].t().contiguous()
+
+
+def _code_rows(left: Tensor, spans: Tensor, blocks: list[int], factor: Tensor, grid: Grid, codes: Tensor) -> None:
+    """Fill `codes` [K, n] for the rows `left` [K, n] of Wᵀ, which are used up.
+
+    A column hears of the errors before it when its turn comes, in one product; those of whole spans of columns reach
+    the rest of the matrix together. numpy, because a step on a few hundred numbers costs torch ten times as much.
+    """
+    K = len(left)
+    columns, scales, out = left.numpy(), spans.numpy(), codes.view(torch.uint8).numpy()
+    divisors = np.where(scales != 0, scales, np.float32(1))
+    before, pivots = factor.t().contiguous().numpy(), factor.diagonal().numpy()
+    snap, dtype = grid.row_snapper(), np.int8 if grid.dtype == torch.int8 else np.uint8
+    errors = torch.empty(_LAZY, left.shape[1])
+    made = errors.numpy()
     for start in range(0, K, _LAZY):
         stop = min(start + _LAZY, K)
         for j in range(start, stop):
-            code = grid.nearest(left[j] / divisors[blocks[j]])
-            error = errors[j - start]
-            torch.addcmul(left[j], grid.value(code), spans[blocks[j]], value=-1, out=error)
+            column, block = columns[j], blocks[j]
+            if j > start:
+                column -= before[j, start:j] @ made[: j - start]
+            code, level = snap(column / divisors[block])
+            out[j] = code.astype(dtype).view(np.uint8)
+            error = made[j - start]
+            np.subtract(column, np.multiply(level, scales[block], out=error), out=error)
             error /= pivots[j]
-            left[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
-            codes[j] = code.to(grid.dtype)
         left[stop:].addmm_(factor[start:stop, stop:].t(), errors[: stop - start], alpha=-1)
-    return codes[order.argsort()].t().contiguous()

@@ -30,7 +30,7 @@ __all__ = [
     "relative_error",
 ]
 
-QUANTIZER_VERSION = 1  # raise when encode gives other codes: caches are keyed by it
+QUANTIZER_VERSION = 2  # raise when encode gives other codes: caches are keyed by it
 Quantizer = Literal["absmax", "mse", "weighted", "feedback"]
 """How scales and codes are chosen, see `encode`."""
 
@@ -140,13 +140,15 @@ def encode(
         stored = chosen.half()
     result = QuantizedMatrix(fmt, N, K, torch.zeros(N, width, dtype=grid.dtype), stored, supers, constant)
     used = decode_scales(result)
+    if quantizer == "feedback":
+        assert moment is not None
+        result.codes[:, K:] = grid.nearest(torch.zeros(1)).to(grid.dtype)
+        result.codes[:, :K] = feedback_codes(weight.float(), used, block, grid, moment.float())
+        return result
     safe = torch.where(used != 0, used, torch.ones_like(used))
     for piece in _pieces(N, width):
         values = rows(piece).view(-1, width // block, block) / safe[piece, :, None]
         result.codes[piece] = grid.nearest(values).view(-1, width).to(grid.dtype)
-    if quantizer == "feedback":
-        assert moment is not None
-        result.codes[:, :K] = feedback_codes(weight.float(), used, block, grid, moment.float())
     return result
 
 

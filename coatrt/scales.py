@@ -68,7 +68,7 @@ def choose_scales(
 
     def levels(scale: Tensor) -> Tensor:
         safe = torch.where(scale != 0, scale, torch.ones_like(scale))[..., None]
-        return grid.value(grid.nearest(blocks / safe))
+        return grid.snap(blocks / safe)
 
     def error(level: Tensor, scale: Tensor) -> Tensor:
         squared = (level * scale[..., None]).sub_(blocks).square_()
