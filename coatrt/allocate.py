@@ -8,7 +8,7 @@ HiGHS settles what is left.
 import contextlib
 import ctypes
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from coatrt.errors import ConfigError
 from coatrt.frontier import least_cost_by_size
 from coatrt.space import ConfigSpace
 
-__all__ = ["CostTable", "allocate", "cost_matrix", "lagrangian_choice", "near_optimal"]
+__all__ = ["CostTable", "allocate", "cost_matrix", "lagrangian_choice", "near_optimal", "near_optimal_each"]
 
 CostTable = Mapping[str, Mapping[str, float]]
 """Matrix name → format text → predicted loss increase in nats per token."""
@@ -94,6 +94,28 @@ def near_optimal(price: NDArray[np.float64], size: NDArray[np.float64], limit: f
         limit: most bytes.
     """
     return _bounded_choice(price, size, limit, size, _NEAR)[0]
+
+
+def near_optimal_each(
+    price: NDArray[np.float64], size: NDArray[np.float64], limits: Sequence[float]
+) -> list[NDArray[np.int64]]:
+    """Return what `near_optimal` is for, for many limits at once: dynamic programming over sizes runs a single time.
+
+    Args:
+        price: cost by group and format, [groups, formats].
+        size: bytes, [groups, formats].
+        limits: most bytes; the least of every group together must meet each.
+    """
+    rows = np.arange(len(price))
+    tried = least_cost_by_size(price, size.astype(np.int64))
+    sizes, prices = size[rows, tried].sum(1), price[rows, tried].sum(1)
+    found = []
+    for limit in limits:
+        choice = lagrangian_choice(price, size, limit)[0]
+        best = int(np.where(sizes <= limit, prices, np.inf).argmin())
+        better = sizes[best] <= limit and prices[best] < price[rows, choice].sum()
+        found.append(tried[best].astype(np.int64) if better else choice)
+    return found
 
 
 def lagrangian_choice(

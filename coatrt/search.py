@@ -4,14 +4,14 @@ The evaluator is a function configuration → loss, so nothing here knows models
 the archive alone: a search that was interrupted goes on as if it had not been.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from coatrt.allocate import CostTable, cost_matrix, lagrangian_choice
+from coatrt.allocate import CostTable, cost_matrix, near_optimal_each
 from coatrt.archive import Archive, ArchiveEntry
 from coatrt.config import QuantConfig
 from coatrt.errors import ConfigError
@@ -135,14 +135,17 @@ class _Problem:
         held = 1e-6 if options.method == "budgets" else 1.0
         self.surrogate = Surrogate(self.cost, terms, held * spread, options.base)
         self._column = {fmt: i for i, fmt in enumerate(space.formats)}
+        self.spread = self.allocations(self.cost, np.linspace(0, 1, options.start))
 
     def choice(self, config: QuantConfig) -> NDArray[np.int64]:
         """Return the format number of every group."""
         return np.array([self._column[config[group[0]]] for group in self.space.groups])
 
-    def allocation(self, cost: NDArray[np.float64], budget: float) -> NDArray[np.int64]:
-        """Return the near-optimal choice under costs at a budget in bytes."""
-        return lagrangian_choice(cost, self.sizes, max(budget, float(self.sizes.min(1).sum())) + 0.5)[0]
+    def allocations(self, cost: NDArray[np.float64], shares: Iterable[float]) -> list[NDArray[np.int64]]:
+        """Return the near-optimal choices under costs at budgets so far between the lowest and the highest."""
+        least = float(self.sizes.min(1).sum())
+        limits = [max(self.low + share * (self.high - self.low), least) + 0.5 for share in shares]
+        return near_optimal_each(cost, self.sizes, limits)
 
     def point(self, choice: NDArray[np.int64]) -> float:
         """Return bits per weight with the LoRA."""
@@ -162,12 +165,11 @@ def propose(problem: _Problem, archive: Archive) -> QuantConfig | None:
         if entry.config.hash not in known and problem.space.contains(entry.config):
             return entry.config
     rng = np.random.default_rng([options.seed, options.round, len(current)])
-    for share in np.linspace(0, 1, options.start):
-        config = problem.space.config(problem.allocation(problem.cost, _between(problem, float(share))))
-        if config.hash not in known:
-            if len(current) >= 2 * options.start:
-                break
-            return config
+    if len(current) < 2 * options.start:
+        for choice in problem.spread:
+            config = problem.space.config(choice)
+            if config.hash not in known:
+                return config
     for attempt in range(_TRIES):
         if options.method == "allocation":
             choice = _spread(problem, len(current) + attempt, options)
@@ -179,10 +181,6 @@ def propose(problem: _Problem, archive: Archive) -> QuantConfig | None:
         if config.hash not in known:
             return config
     return None
-
-
-def _between(problem: _Problem, share: float) -> float:
-    return problem.low + share * (problem.high - problem.low)
 
 
 def _stale(archive: Archive, options: SearchOptions) -> tuple[ArchiveEntry, ...]:
@@ -201,7 +199,7 @@ def _spread(problem: _Problem, number: int, options: SearchOptions) -> NDArray[n
     while rest:
         share, rest, base = share + base * (rest % 2), rest // 2, base / 2
     shift = np.random.default_rng(options.seed).random()
-    return problem.allocation(problem.cost, _between(problem, float((share + shift) % 1.0)))
+    return problem.allocations(problem.cost, [float((share + shift) % 1.0)])[0]
 
 
 def _mutant(problem: _Problem, archive: Archive, rng: np.random.Generator) -> NDArray[np.int64]:
@@ -232,7 +230,7 @@ def _learned(
     theta = fitted.draw(rng, options.temperature if len(entries) % 2 else 0.0)
     cost = disturbed(surrogate, theta)
     shares = (np.arange(_BUDGETS) + rng.random(_BUDGETS)) / _BUDGETS
-    choices = [problem.allocation(cost, _between(problem, float(share))) for share in shares]
+    choices = problem.allocations(cost, shares)
     rows = np.arange(len(cost))
     losses = predicted(surrogate, theta, np.array([cost[rows, choice].sum() for choice in choices]))
     front = archive.points(archive.front(options.round))

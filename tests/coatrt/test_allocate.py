@@ -6,7 +6,15 @@ import itertools
 import numpy as np
 import pytest
 
-from coatrt.allocate import _silence, _undominated, allocate, cost_matrix, lagrangian_choice, near_optimal
+from coatrt.allocate import (
+    _silence,
+    _undominated,
+    allocate,
+    cost_matrix,
+    lagrangian_choice,
+    near_optimal,
+    near_optimal_each,
+)
 from coatrt.errors import ConfigError
 from coatrt.formats import WeightFormat
 from coatrt.matrices import ModelMatrices, matrices_of
@@ -137,3 +145,7 @@ def test_a_table_of_a_fifth_of_the_model_is_no_trap(seed: int, bits: float) -> N
         options={"mip_rel_gap": 1e-3},
     )  # fmt: skip
     assert price[rows, choice].sum() <= exact.fun * 1.02
+    other, roomy = near_optimal_each(price, size, [limit, float(size.max(1).sum())])
+    assert size[rows, other].sum() <= limit
+    assert price[rows, other].sum() <= exact.fun * 1.03
+    assert price[rows, roomy].sum() == pytest.approx(price.min(1).sum())
