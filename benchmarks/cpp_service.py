@@ -149,6 +149,7 @@ def load(pid: int, clients: int, seconds: float) -> dict[str, Any]:
     for thread in threads:
         thread.join()
     took = time.perf_counter() - started
+    connection.close()  # the service has closed its end meanwhile
     connection.request("GET", "/metrics")
     metrics = connection.getresponse().read().decode()
     counted = sum(int(line.split()[-1]) for line in metrics.splitlines() if line.startswith("coatrt_requests_total"))
