@@ -22,7 +22,7 @@ from coatrt.engines.calibrate import calibrate_cpu, decode_seconds, export_refer
 from coatrt.engines.ort import OrtDecoder
 from coatrt.export.decoder import GraphForm, decoder_io
 
-CONTEXT, LEVEL, ROUNDS = 256, 4, 3
+CONTEXT, LEVEL, ROUNDS = 256, 4, 5
 
 
 def main() -> None:
@@ -45,15 +45,14 @@ def main() -> None:
             made.set_lora({key: value.numpy() for key, value in adapter.emit(config).items()})
             return made
 
-        reference = decoder(adapter.space.uniform("int4-g64"))
+        same = QuantConfig.uniform(adapter.model, adapter.formats[0])  # what the calibration times beside its products
         started = time.monotonic()
-        then = [decode_seconds(reference, 8, time.thread_time)]
         calibration = calibrate_cpu(
             adapter, checkpoint, tokens=(1,), contexts=(CONTEXT,), threads=1, accuracy_level=LEVEL,
             clock=time.thread_time, progress=lambda done, total, _: print(f"{done}/{total}", flush=True),
         )  # fmt: skip
-        then.append(decode_seconds(reference, 8, time.thread_time))
         seconds, rng = time.monotonic() - started, np.random.default_rng(3)
+        reference, then = decoder(same), predicted_decode(calibration, adapter, same, CONTEXT)
         for number in range(options.count):
             bits = 3.7 + (7.6 - 3.7) * number / max(options.count - 1, 1)
             config = adapter.space.sample_budgeted(rng, bits)
@@ -63,8 +62,8 @@ def main() -> None:
                 real.append(decode_seconds(tried, 8, time.thread_time))
             del tried
             predicted = predicted_decode(calibration, adapter, config, CONTEXT)
-            drift = statistics.median(now) / statistics.median(then)
             found = statistics.median(real)
+            drift = found / statistics.median(one / beside for one, beside in zip(real, now, strict=True)) / then
             rows.append({
                 "bits": config.average_bits(adapter.model), "formats": dict(config.counts), "real_ms": found * 1e3,
                 "predicted_ms": predicted * 1e3, "error": predicted / found - 1, "drift": drift,

@@ -184,7 +184,7 @@ def calibrate_cpu(
     }  # fmt: skip
     reference = QuantConfig.uniform(model, formats[0])
     total = len(shapes) * len(formats) + len(contexts) + 1
-    products: list[Product] = []
+    timed: list[list[Product]] = []
     settings = {"threads": threads, "accuracy_level": accuracy_level, "activations": activations}
     done = 0
     with tempfile.TemporaryDirectory(prefix="coatrt-calibrate-") as scratch:
@@ -200,7 +200,7 @@ def calibrate_cpu(
         for decoder in decoders.values():
             decoder.set_lora(lora)
 
-        def time_decoders() -> None:  # between the products, so that a drifting machine hits both alike
+        def time_decoders() -> None:
             for context, decoder in decoders.items():
                 whole.setdefault((1, context), []).append(decode_seconds(decoder, 8, clock))
                 if len(tokens) > 1:
@@ -211,11 +211,12 @@ def calibrate_cpu(
         for (K, N), table in shapes.items():
             for fmt in formats:
                 rows = (1,) if table else tuple(sorted(set(tokens)))
-                products += time_product(K, N, fmt, rows, clock=clock, **settings)  # type: ignore[arg-type]
+                timed.append(time_product(K, N, fmt, rows, clock=clock, **settings))  # type: ignore[arg-type]
+                time_decoders()
                 done += 1
                 if progress is not None:
                     progress(done, total, "products")
-            time_decoders()
+    products = _without_drift(timed, whole[1, next(iter(decoders))])
     lora_size = sum(rows * columns for rows, columns in adapter.contract.shapes.values())
     facts = environment()
     made = Calibrated(
@@ -233,6 +234,21 @@ def calibrate_cpu(
     if progress is not None:
         progress(total, total, "products")
     return Calibrated(made.device, made.runtime, made.settings, made.products, tuple(rests))
+
+
+def _without_drift(timed: list[list[Product]], beside: list[float]) -> list[Product]:
+    """Return the products as they would be at the machine's median speed.
+
+    Args:
+        timed: products in the order of time.
+        beside: seconds of one and the same decoder before the first, between any two and after the last.
+    """
+    middle = statistics.median(beside)
+    return [
+        replace(product, seconds=product.seconds * 2 * middle / (before + after))
+        for found, before, after in zip(timed, beside, beside[1:], strict=False)
+        for product in found
+    ]
 
 
 def predicted_decode(calibration: Calibrated, adapter: Adapter, config: QuantConfig, context: int) -> float:
