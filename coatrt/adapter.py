@@ -5,17 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from coatrt import __version__
-from coatrt.adapter_facts import ADAPTER_FORMAT, adapter_hash, read_description
+from coatrt.adapter_facts import ADAPTER_FORMAT, adapter_hash, adapter_reading, read_description
 from coatrt.calibration import Calibration
 from coatrt.checkpoint import Checkpoint
 from coatrt.config import QuantConfig
 from coatrt.contract import LoraContract
-from coatrt.errors import CheckpointError, ConfigError, FormatError
+from coatrt.errors import CheckpointError, ConfigError
 from coatrt.features import ConfigEncoder
 from coatrt.files import atomic_directory, read_json, sha256_file, write_json
 from coatrt.formats import WeightFormat
@@ -161,19 +160,13 @@ class Adapter:
         """
         directory = Path(directory)
         facts = read_description(directory)
-        try:
-            calibrated = _CALIBRATION in facts["sha256"]
-            for name in [*_FILES, *([_CALIBRATION] if calibrated else [])]:
-                if sha256_file(directory / name) != facts["sha256"][name]:
-                    raise CheckpointError(
-                        f"{directory / name} was altered or is damaged; copy or train the adapter again"
-                    )
-            model = ModelMatrices.from_json(facts["model"])
-            formats = tuple(WeightFormat.parse(text) for text in facts["formats"])
+        calibrated = _CALIBRATION in facts.get("sha256", ())
+        names = [*_FILES, *([_CALIBRATION] if calibrated else [])]
+        with adapter_reading(directory, facts, names) as space:
             sensitivity = Sensitivity.load(directory / "sensitivity.json")
             lora = CoaLora(
                 LoraContract.from_json(facts["contract"]),
-                ConfigEncoder(model, formats, sensitivity.errors),
+                ConfigEncoder(space.model, space.formats, sensitivity.errors),
                 facts["preset"],
             )
             lora.load_state_dict(load_file(str(directory / "adapter.safetensors")))
@@ -181,7 +174,7 @@ class Adapter:
                 source=str(facts["source"]),
                 fingerprint=str(facts["fingerprint"]),
                 model_config=facts["model_config"],
-                space=ConfigSpace(model, formats, bool(facts["fused"])),
+                space=space,
                 lora=lora.eval().requires_grad_(False),
                 sensitivity=sensitivity,
                 metrics=read_json(directory / "metrics.json", "training metrics"),
@@ -189,8 +182,3 @@ class Adapter:
                 calibration=Calibration.load(directory / _CALIBRATION) if calibrated else None,
                 hash=adapter_hash(directory),
             )
-        except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = str(error).splitlines()[0]
-            raise CheckpointError(f"{directory} is a damaged adapter ({reason}); copy or train it again") from None
-        except (ConfigError, FormatError) as error:
-            raise CheckpointError(f"{directory} is a damaged adapter: {error}") from None

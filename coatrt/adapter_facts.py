@@ -1,9 +1,12 @@
 """What planning needs of an adapter: its JSON files, hashes checked, read without torch in a tenth of a second."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from coatrt import __version__
 from coatrt.contract import LoraContract
@@ -14,7 +17,7 @@ from coatrt.matrices import ModelMatrices
 from coatrt.sensitivity_table import Sensitivity
 from coatrt.space import ConfigSpace
 
-__all__ = ["ADAPTER_FORMAT", "AdapterFacts", "adapter_hash", "read_description"]
+__all__ = ["ADAPTER_FORMAT", "AdapterFacts", "adapter_hash", "adapter_reading", "read_description"]
 
 ADAPTER_FORMAT = 2
 
@@ -44,6 +47,31 @@ def read_description(directory: Path) -> dict[str, Any]:
             f"{directory} has adapter format {given}; this coatrt {__version__} reads {ADAPTER_FORMAT}"
         )
     return facts
+
+
+@contextmanager
+def adapter_reading(directory: Path, facts: Mapping[str, Any], names: Iterable[str]) -> Iterator[ConfigSpace]:
+    """Check the hashes of files, then yield the space; what goes wrong inside is one CheckpointError.
+
+    Args:
+        directory: the adapter.
+        facts: its description, see `read_description`.
+        names: files that will be read.
+
+    Raises:
+        CheckpointError: a file is missing, altered or damaged.
+    """
+    try:
+        for name in names:
+            if sha256_file(directory / name) != facts["sha256"][name]:
+                raise CheckpointError(f"{directory / name} was altered or is damaged; copy or train the adapter again")
+        formats = tuple(WeightFormat.parse(text) for text in facts["formats"])
+        yield ConfigSpace(ModelMatrices.from_json(facts["model"]), formats, bool(facts["fused"]))
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{directory} is a damaged adapter ({reason}); copy or train it again") from None
+    except (ConfigError, FormatError) as error:
+        raise CheckpointError(f"{directory} is a damaged adapter: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -87,27 +115,13 @@ class AdapterFacts:
         """
         directory = Path(directory)
         facts = read_description(directory)
-        try:
-            for name in ("sensitivity.json", "metrics.json"):
-                if sha256_file(directory / name) != facts["sha256"][name]:
-                    raise CheckpointError(
-                        f"{directory / name} was altered or is damaged; copy or train the adapter again"
-                    )
+        with adapter_reading(directory, facts, ("sensitivity.json", "metrics.json")) as space:
             return cls(
                 hash=adapter_hash(directory),
                 source=str(facts["source"]),
                 model_config=facts["model_config"],
-                space=ConfigSpace(
-                    ModelMatrices.from_json(facts["model"]),
-                    tuple(WeightFormat.parse(text) for text in facts["formats"]),
-                    bool(facts["fused"]),
-                ),
+                space=space,
                 contract=LoraContract.from_json(facts["contract"]),
                 sensitivity=Sensitivity.load(directory / "sensitivity.json"),
                 metrics=read_json(directory / "metrics.json", "training metrics"),
             )
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise CheckpointError(f"{directory} is a damaged adapter ({reason}); copy or train it again") from None
-        except (ConfigError, FormatError) as error:
-            raise CheckpointError(f"{directory} is a damaged adapter: {error}") from None
