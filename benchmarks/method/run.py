@@ -106,6 +106,7 @@ def job_result(setting: Setting, name: str, seed: int, steps: int) -> dict[str, 
             job = f"{setting.model}-{setting.task}-{name}-{entry.budget}-{seed}"
             lora, history = train(setting, arm, seed, steps, job, entry.config)
             rows += measure(setting, lora, [entry])
+            print(f"{job:<40} {rows[-1]['loss']:.3f}", flush=True)
             seconds, passes = seconds + history.seconds, passes + steps
             parameters += sum(p.numel() for _, p in lora.named_parameters())
     else:
