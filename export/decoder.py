@@ -134,6 +134,11 @@ def export_decoder(
     """
     _check(checkpoint, config, contract, forms)
     spec = DecoderSpec.from_checkpoint(checkpoint)
+    if spec.head_dim % 8 and any(form.name == "cpu" for form in forms):
+        raise CheckpointError(
+            f"{checkpoint.directory} has heads of {spec.head_dim} dimensions; the cpu form takes multiples of 8, as "
+            "ONNX Runtime's attention does: export the engine form alone"
+        )
     model, small = checkpoint.matrices, _SmallTensors(checkpoint)
 
     def encoded(name: str) -> QuantizedMatrix:

@@ -19,6 +19,7 @@ __all__ = ["IR_VERSION", "OPSET", "TORCH_DTYPES", "GraphBuilder", "GraphForm"]
 
 OPSET = 24  # the first with TensorScatter and Swish
 IR_VERSION = 11
+_RUNTIME_DOMAIN = "com.microsoft"
 _INLINE_BYTES = 1024
 _DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -113,6 +114,18 @@ class GraphBuilder:
         self._nodes.append(ir.node(op_type, inputs, attributes, outputs=[value], name=name))
         return value
 
+    def runtime_op(
+        self, op_type: str, inputs: Sequence[ir.Value | None], names: Sequence[str], **attributes: Any
+    ) -> list[ir.Value]:
+        """Add one node of ONNX Runtime's own operators (domain com.microsoft) and return its outputs, called `names`.
+
+        The node is called like the first of them.
+        """
+        assert not self.is_engine, f"TensorRT has no {op_type}"
+        outputs = [ir.Value(name=self._claim(name)) for name in names]
+        self._nodes.append(ir.node(op_type, inputs, attributes, domain=_RUNTIME_DOMAIN, outputs=outputs, name=names[0]))
+        return outputs
+
     def split(self, value: ir.Value, widths: Mapping[str, int]) -> list[ir.Value]:
         """Cut the last axis of a value into named parts of the given widths."""
         outputs = [ir.Value(name=self._claim(name)) for name in widths]
@@ -194,7 +207,7 @@ class GraphBuilder:
             self._outputs,
             nodes=self._nodes,
             initializers=self._initializers,
-            opset_imports={"": OPSET},
+            opset_imports={"": OPSET} if self.is_engine else {"": OPSET, _RUNTIME_DOMAIN: 1},
             name="decoder",
         )
         model = ir.Model(graph, ir_version=IR_VERSION, producer_name="coatrt")

@@ -69,8 +69,11 @@ class Network:
                 graph.input(tensor.B, graph.activations, (tensor.rank, tensor.N)),
             )
         self._cos, self._sin = self._rotary_tables()
-        self._turns = self._rotary_factors() if graph.is_engine and any(spec.rotary) else None
-        self._masks = self._attention_masks()
+        if graph.is_engine:
+            self._turns = self._rotary_factors() if any(spec.rotary) else None
+            self._masks = self._attention_masks()
+        else:
+            self._ends = self._sequence_ends(ids)
 
         x = self._multiplied(self._table.rows(ids), spec.embedding_multiplier, "embedding.multiplied")  # [B, S, H]
         presents = []
@@ -117,14 +120,8 @@ class Network:
 
         For grouped queries it is repeated per query head of a group, [B, 1, group · S, L].
         """
-        graph, length = self._graph, self._graph.form.cache_length
-        if length is not None:
-            slots = graph.constant(np.arange(length, dtype=np.int64))
-        else:
-            size = graph.op("Shape", [self._past[0][0]], "cache.length", start=2, end=3)
-            size = graph.op("Squeeze", [size], "cache.slots.end")
-            zero, one = (graph.constant(np.array(value, np.int64)) for value in (0, 1))
-            slots = graph.op("Range", [zero, size, one], "cache.slots")
+        graph = self._graph
+        slots = graph.constant(np.arange(graph.form.cache_length, dtype=np.int64))
         positions = self._positions
         if self._grouped:
             repeats = graph.ints(1, self._spec.heads // self._spec.kv_heads)
@@ -137,6 +134,19 @@ class Network:
             near = graph.op("Greater", [slots, first], f"mask.near{window}")
             masks[window] = graph.op("And", [causal, near], f"mask.window{window}")
         return masks
+
+    def _sequence_ends(self, ids: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Return the last slot each sequence fills in this call, int32 [B], and how many the longest has then."""
+        graph = self._graph
+        added = graph.op("Shape", [ids], "tokens.added", start=1, end=2)
+        ends = graph.op("Add", [self._write_index, added], "cache.ends")
+        last = graph.op("Sub", [ends, graph.ints(1)], "cache.last.wide")
+        most = graph.op("ReduceMax", [ends], "cache.filled.wide", keepdims=0)
+        last, most = (
+            graph.op("Cast", [value], name, to=ir.DataType.INT32)
+            for value, name in ((last, "cache.last"), (most, "cache.filled"))
+        )
+        return last, most
 
     def _layer(self, x: ir.Value, layer: int) -> tuple[ir.Value, list[ir.Value]]:
         prefix, after = f"model.layers.{layer}", self._spec.norm_after
@@ -152,13 +162,37 @@ class Network:
         return self._added(x, hidden, f"{prefix}.mlp_residual"), presents
 
     def _attention(self, x: ir.Value, layer: int, prefix: str) -> tuple[ir.Value, list[ir.Value]]:
-        graph, spec = self._graph, self._spec
         self._read_together(x, [f"{prefix}.{name}_proj" for name in "qkv"], f"{prefix}.qkv")
+        mixed, presents = (self._engine_attention if self._graph.is_engine else self._cpu_attention)(x, layer, prefix)
+        return self._linear(mixed, f"{prefix}.o_proj"), presents
+
+    def _cpu_attention(self, x: ir.Value, layer: int, prefix: str) -> tuple[ir.Value, list[ir.Value]]:
+        """ONNX Runtime's own operator: it appends to the caches and reads only their filled slots.
+
+        With Attention and TensorScatter of ONNX a token costs as much as a full cache.
+        """
+        graph, spec, window = self._graph, self._spec, self._spec.windows[layer]
+        query = self._projected(x, f"{prefix}.q_proj", f"{prefix}.q_norm", spec.heads)
+        key = self._projected(x, f"{prefix}.k_proj", f"{prefix}.k_norm", spec.kv_heads)
+        value = self._linear(x, f"{prefix}.v_proj")
+        if spec.rotary[layer]:
+            query = self._rotated(query, f"{prefix}.q", num_heads=spec.heads)
+            key = self._rotated(key, f"{prefix}.k", num_heads=spec.kv_heads)
+        limited = {} if window is None else {"local_window_size": window}
+        mixed, *presents = graph.runtime_op(
+            "GroupQueryAttention", [query, key, value, *self._past[layer], *self._ends],
+            [f"{prefix}.attention", f"present.{layer}.key", f"present.{layer}.value"],
+            num_heads=spec.heads, kv_num_heads=spec.kv_heads, scale=spec.attention_multiplier, **limited,
+        )  # fmt: skip
+        return mixed, presents
+
+    def _engine_attention(self, x: ir.Value, layer: int, prefix: str) -> tuple[ir.Value, list[ir.Value]]:
+        graph, spec = self._graph, self._spec
         query = self._heads(x, f"{prefix}.q_proj", f"{prefix}.q_norm", spec.heads)
         key = self._heads(x, f"{prefix}.k_proj", f"{prefix}.k_norm", spec.kv_heads)
         value = self._heads(x, f"{prefix}.v_proj", None, spec.kv_heads)
         if spec.rotary[layer]:
-            query, key = (self._rotated(part, f"{prefix}.{label}") for part, label in ((query, "q"), (key, "k")))
+            query, key = (self._turned(part, f"{prefix}.{label}") for part, label in ((query, "q"), (key, "k")))
         past_key, past_value = self._past[layer]
         key = graph.op("TensorScatter", [past_key, key, self._write_index], f"present.{layer}.key", axis=2)
         value = graph.op("TensorScatter", [past_value, value, self._write_index], f"present.{layer}.value", axis=2)
@@ -172,7 +206,19 @@ class Network:
             mixed = graph.op("Reshape", [mixed, graph.ints(0, spec.heads, -1, spec.head_dim)], f"{prefix}.ungrouped")
         mixed = graph.op("Transpose", [mixed], f"{prefix}.by_position", perm=[0, 2, 1, 3])
         mixed = graph.op("Reshape", [mixed, graph.ints(0, 0, spec.heads * spec.head_dim)], f"{prefix}.joined")
-        return self._linear(mixed, f"{prefix}.o_proj"), [key, value]
+        return mixed, [key, value]
+
+    def _projected(self, x: ir.Value, projection: str, norm: str | None, heads: int) -> ir.Value:
+        """Return a projection [B, S, heads · D], normed where the checkpoint has that norm."""
+        graph, width = self._graph, self._spec.head_dim
+        out = self._linear(x, projection)
+        scale = self._tensor(f"{norm}.weight") if norm is not None else None
+        if scale is None:
+            return out
+        if scale.numel() != width:  # over all heads at once
+            return self._norm(out, str(norm))
+        out = self._norm(graph.op("Reshape", [out, graph.ints(0, 0, heads, width)], f"{projection}.heads"), str(norm))
+        return graph.op("Reshape", [out, graph.ints(0, 0, heads * width)], f"{projection}.normed")
 
     def _heads(self, x: ir.Value, projection: str, norm: str | None, heads: int) -> ir.Value:
         """Return a projection cut into heads, [B, heads, S, D], normed where the checkpoint has that norm."""
@@ -187,14 +233,18 @@ class Network:
             out = self._norm(out, str(norm))
         return graph.op("Transpose", [out], f"{projection}.by_head", perm=[0, 2, 1, 3])
 
-    def _rotated(self, heads: ir.Value, name: str) -> ir.Value:
+    def _rotated(self, x: ir.Value, name: str, **heads: int) -> ir.Value:
+        half, width = len(self._spec.inverse_frequencies), self._spec.head_dim
+        partial = {"rotary_embedding_dim": 2 * half} if 2 * half != width else {}
+        inputs = [x, self._cos, self._sin, self._positions]
+        return self._graph.op("RotaryEmbedding", inputs, f"{name}.rotated", **partial, **heads)
+
+    def _turned(self, heads: ir.Value, name: str) -> ir.Value:
+        """Return RotaryEmbedding of [B, heads, S, D], its arithmetic spelled out.
+
+        For that operator TensorRT-RTX 1.7.1 keeps a copy of its kernel's source per layer, 165 kB each; for this one.
+        """
         graph, half, width = self._graph, len(self._spec.inverse_frequencies), self._spec.head_dim
-        if self._turns is None:
-            partial = {"rotary_embedding_dim": 2 * half} if 2 * half != width else {}
-            inputs = [heads, self._cos, self._sin, self._positions]
-            return graph.op("RotaryEmbedding", inputs, f"{name}.rotated", **partial)
-        # The same arithmetic spelled out: for RotaryEmbedding TensorRT-RTX 1.7.1 keeps a copy of its kernel's source
-        # per layer, 165 kB each; for this it keeps one.
         first, second, rest = (
             graph.op("Slice", [heads, *(graph.ints(at) for at in (start, end, -1))], f"{name}.{label}")
             if start < end
@@ -204,6 +254,7 @@ class Network:
         assert first is not None, "a rotary embedding turns something"
         turned = heads if rest is None else graph.op("Concat", [first, second], f"{name}.turned", axis=-1)
         swapped = graph.op("Concat", [second, first], f"{name}.swapped", axis=-1)
+        assert self._turns is not None
         cos, sin = self._turns
         along = graph.op("Mul", [turned, cos], f"{name}.along")
         across = graph.op("Mul", [swapped, sin], f"{name}.across")
@@ -215,8 +266,10 @@ class Network:
     def _mlp(self, x: ir.Value, prefix: str) -> ir.Value:
         self._read_together(x, [f"{prefix}.{name}_proj" for name in ("gate", "up")], f"{prefix}.gate_up")
         graph, gate = self._graph, self._linear(x, f"{prefix}.gate_proj")
-        if self._spec.activation == "silu":
+        if self._spec.activation == "silu" and graph.is_engine:
             gate = graph.op("Swish", [gate], f"{prefix}.activated")
+        elif self._spec.activation == "silu":  # one kernel; ONNX Runtime takes Swish apart into three
+            (gate,) = graph.runtime_op("QuickGelu", [gate], [f"{prefix}.activated"], alpha=1.0)
         else:
             approximate = "tanh" if self._spec.activation == "gelu_tanh" else "none"
             gate = graph.op("Gelu", [gate], f"{prefix}.activated", approximate=approximate)

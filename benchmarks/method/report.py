@@ -15,7 +15,8 @@ from coatrt.hypervolume import hypervolume
 __all__ = ["arms_of", "gaps", "main_table", "unseen_table"]
 
 RESULTS = Path(__file__).parents[1] / "results" / "method"
-MODELS = {"smollm2": "SmolLM2-135M", "micro": "the micro byte-level Llama"}
+MODELS = {"smollm2": "SmolLM2-135M", "smollm2-absmax": "SmolLM2-135M, quantizer absmax",
+          "micro": "the micro byte-level Llama"}  # fmt: skip
 _REFERENCE_BITS, _REFERENCE_NATS = 10.0, 1.0
 _FIRST = ("none", "single", "single-shared-compute", "shared", "shared-rank", "bank", "paper", "coatrt")
 

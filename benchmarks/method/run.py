@@ -26,10 +26,10 @@ from coatrt.residual import mean_residual
 from coatrt.train_options import TrainOptions
 
 RESULTS = Path(__file__).parents[1] / "results" / "method"
-STEPS = {"micro": 400, "smollm2": 120}
-BATCH = {"micro": 8, "smollm2": 2}
-LIMIT = {"micro": 96, "smollm2": 24}  # held-out examples
-CHOICES = {"micro": 100, "smollm2": 200}  # held-out questions
+STEPS = {"micro": 400, "smollm2": 120, "smollm2-absmax": 120}
+BATCH = {"micro": 8, "smollm2": 2, "smollm2-absmax": 2}
+LIMIT = {"micro": 96, "smollm2": 24, "smollm2-absmax": 24}  # held-out examples
+CHOICES = {"micro": 100, "smollm2": 200, "smollm2-absmax": 200}  # held-out questions
 QUICK = ("none", "shared", "shared-rank", "bank", "paper", "coatrt", "single", "single-shared-compute")
 RATE = 2e-3
 

@@ -34,7 +34,7 @@ from coatrt.tasks import TaskData
 __all__ = ["BUDGETS", "FORMATS", "Measured", "Setting"]
 
 FORMATS = ("nf2-g64", "nf3-g64", "nf4-g64", "int4-g64", "nvfp4", "int8")
-QUANTIZER: Quantizer = "feedback"
+QUANTIZERS: dict[str, Quantizer] = {"micro": "feedback", "smollm2": "feedback", "smollm2-absmax": "absmax"}
 TRAINED = tuple(2.5 + 0.5 * i for i in range(11))  # bits per weight of the configurations trained on
 BUDGETS = (2.5, 3.0, 3.5, 4.5, 5.5, 7.5)  # those measured
 _HELD_OUT = 0.25  # held-out budgets lie so far above
@@ -62,7 +62,7 @@ class Setting:
     """One model on one task.
 
     Args:
-        model: "micro" or "smollm2".
+        model: "micro", "smollm2" or "smollm2-absmax", whose weights are encoded as arXiv 2509.25214 does it.
         task: a name of `tasks.TASKS`.
         scratch: directory for sensitivities and unfinished training.
         calibration: examples for the sensitivities.
@@ -96,7 +96,7 @@ class Setting:
     @cached_property
     def codes(self) -> CodeStore:
         """Encoded matrices."""
-        return CodeStore.default(self.checkpoint, QUANTIZER, Calibration.of(self._calibration))
+        return CodeStore.default(self.checkpoint, QUANTIZERS[self.model], Calibration.of(self._calibration))
 
     @cached_property
     def _calibration(self) -> Examples:
@@ -107,10 +107,11 @@ class Setting:
         """Costs and errors, measured once on training examples."""
         path = self.scratch / f"sensitivity-{self.model}-{self.task}.json"
         if not path.is_file():
+            fed_back = QUANTIZERS[self.model] == "feedback" and self.data.kind == "text"
             with stages("sensitivity") as progress:
                 found = measure_sensitivity(
                     self.base, self.codes, self._calibration, self.space.formats, progress,
-                    "tokens" if self.data.kind == "text" else "fisher",
+                    "tokens" if fed_back else "fisher",
                 )  # fmt: skip
             found.save(path)
         return Sensitivity.load(path)

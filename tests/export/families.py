@@ -18,7 +18,7 @@ CPU = GraphForm("cpu", "cpu.onnx", "float32")
 ENGINE = GraphForm("engine", "base.onnx", "float32", 48)
 
 _BASE: dict[str, Any] = {
-    "vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.15, "tie_word_embeddings": False,
     "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
 }  # fmt: skip
@@ -58,13 +58,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def save_model(directory: Path, name: str) -> Any:
+def save_model(directory: Path, name: str, **more: Any) -> Any:
     """Save a random model whose weights fp16 holds exactly, norms and biases far from their defaults; return it."""
     import transformers
 
     family, changes = MODELS[name]
     torch.manual_seed(len(name))
-    config = getattr(transformers, f"{family}Config")(**{**_BASE, **changes})
+    config = getattr(transformers, f"{family}Config")(**{**_BASE, **changes, **more})
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -100,9 +100,10 @@ class Runner:
         self.cache: dict[str, NDArray[Any]] = {}
 
     def start(self, batch: int) -> None:
-        """Fill the caches with NaN where nothing may be read… but ONNX masks by adding, so with large numbers."""
+        """Fill the caches with what may not be read: NaN; in the engine form, which masks by adding, large numbers."""
         shape = (batch, self.io.kv_heads, self.slots, self.io.head_dim)
-        self.cache = {name: np.full(shape, 50, self.dtype) for name in self.io.past_names}
+        unread = 50 if self.io.cache_length else np.nan
+        self.cache = {name: np.full(shape, unread, self.dtype) for name in self.io.past_names}
 
     def step(
         self, ids: NDArray[Any], starts: NDArray[Any], index: NDArray[Any], lora: dict[str, NDArray[Any]] | None = None

@@ -129,11 +129,11 @@ def test_inputs_and_outputs_are_those_of_the_contract(tmp_path: Path, llama: tup
     names = ["input_ids", "position_ids", "write_index", "logits_index", *io.past_names, *contract.shapes]
     assert [value.name for value in session.get_inputs()] == names
     shapes = {value.name: tuple(value.shape) for value in session.get_inputs()}
-    assert shapes["past_key_values.0.key"] == ("B", 2, 48, 12)
+    assert shapes["past_key_values.0.key"] == ("B", 2, 48, 8)
     assert {name: shapes[name] for name in contract.shapes} == contract.shapes
     outputs = {value.name: tuple(value.shape) for value in session.get_outputs()}
-    assert outputs == {"logits": ("B", "T", 96)} | dict.fromkeys(io.present_names, ("B", 2, 48, 12))
-    assert (io.layers, io.kv_heads, io.head_dim, io.vocabulary, io.cache_length) == (3, 2, 12, 96, 48)
+    assert outputs == {"logits": ("B", "T", 96)} | dict.fromkeys(io.present_names, ("B", 2, 48, 8))
+    assert (io.layers, io.kv_heads, io.head_dim, io.vocabulary, io.cache_length) == (3, 2, 8, 96, 48)
     assert io.max_positions == 48
     assert decoder_io(checkpoint, CPU).max_positions == 64
 
@@ -158,6 +158,15 @@ def test_spec_refuses(llama: tuple[Any, Checkpoint], changes: dict[str, Any], me
 def test_spec_refuses_parallel_residuals() -> None:
     with pytest.raises(CheckpointError, match="parallel"):
         DecoderSpec.from_config({"model_type": "stablelm", "use_parallel_residual": True})
+
+
+def test_heads_that_onnx_runtime_cannot_take_are_refused_by_the_cpu_form(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", "llama", head_dim=12)
+    checkpoint = Checkpoint.open(tmp_path / "model")
+    export(checkpoint, tmp_path / "engine", (ENGINE,))
+    with pytest.raises(CheckpointError, match=r"heads of 12 dimensions; .* multiples of 8"):
+        export(checkpoint, tmp_path / "cpu")
+    assert not list((tmp_path / "cpu").iterdir())
 
 
 def test_a_checkpoint_with_unused_tensors_is_refused(tmp_path: Path) -> None:
