@@ -120,8 +120,9 @@ class Network:
 
         For grouped queries it is repeated per query head of a group, [B, 1, group · S, L].
         """
-        graph = self._graph
-        slots = graph.constant(np.arange(graph.form.cache_length, dtype=np.int64))
+        graph, length = self._graph, self._graph.form.cache_length
+        assert length is not None, "the engine form has a cache length"
+        slots = graph.constant(np.arange(length, dtype=np.int64))
         positions = self._positions
         if self._grouped:
             repeats = graph.ints(1, self._spec.heads // self._spec.kv_heads)
