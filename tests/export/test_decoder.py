@@ -129,11 +129,11 @@ def test_inputs_and_outputs_are_those_of_the_contract(tmp_path: Path, llama: tup
     names = ["input_ids", "position_ids", "write_index", "logits_index", *io.past_names, *contract.shapes]
     assert [value.name for value in session.get_inputs()] == names
     shapes = {value.name: tuple(value.shape) for value in session.get_inputs()}
-    assert shapes["past_key_values.0.key"] == ("B", 2, 48, 8)
+    assert shapes["past_key_values.0.key"] == ("B", 2, 48, 16)
     assert {name: shapes[name] for name in contract.shapes} == contract.shapes
     outputs = {value.name: tuple(value.shape) for value in session.get_outputs()}
-    assert outputs == {"logits": ("B", "T", 96)} | dict.fromkeys(io.present_names, ("B", 2, 48, 8))
-    assert (io.layers, io.kv_heads, io.head_dim, io.vocabulary, io.cache_length) == (3, 2, 8, 96, 48)
+    assert outputs == {"logits": ("B", "T", 96)} | dict.fromkeys(io.present_names, ("B", 2, 48, 16))
+    assert (io.layers, io.kv_heads, io.head_dim, io.vocabulary, io.cache_length) == (3, 2, 16, 96, 48)
     assert io.max_positions == 48
     assert decoder_io(checkpoint, CPU).max_positions == 64
 
