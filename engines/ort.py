@@ -183,7 +183,8 @@ class OrtDecoder:
     ) -> NDArray[np.float32]:
         """Run the graph once: tokens [B, S] from positions `starts` [B]; return logits [B, T, V] at `index` [B, T].
 
-        Positions filled are not counted: `prefill` and `decode` do.
+        Positions filled are not counted: `prefill` and `decode` do. Several tokens at once behind others take a batch
+        of one: so ONNX Runtime's attention has it.
         """
         positions = starts[:, None] + np.arange(tokens.shape[1], dtype=np.int64)
         # Positions of padding may pass the rotary table; what they write is masked, then overwritten.

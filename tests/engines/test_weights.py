@@ -46,7 +46,9 @@ def mixed(adapter: Adapter) -> QuantConfig:
 @pytest.mark.parametrize(("activations", "tied"), [("float32", True), ("float16", False)])
 def test_every_format_is_read_back_bit_for_bit(tmp_path: Path, activations: str, tied: bool) -> None:
     # Widths of 48 and 80 have no whole blocks of 32 or 64.
-    save_tiny_llama(tmp_path / "model", tied=tied, hidden_size=48, intermediate_size=80, num_hidden_layers=1, head_dim=16)
+    save_tiny_llama(
+        tmp_path / "model", tied=tied, hidden_size=48, intermediate_size=80, num_hidden_layers=1, head_dim=16
+    )
     checkpoint = Checkpoint.open(tmp_path / "model")
     for text in FORMATS:
         config = QuantConfig.uniform(checkpoint.matrices, text)
