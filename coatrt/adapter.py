@@ -160,7 +160,7 @@ class Adapter:
         """
         directory = Path(directory)
         facts = read_description(directory)
-        calibrated = _CALIBRATION in facts.get("sha256", ())
+        calibrated = _CALIBRATION in facts["sha256"]
         names = [*_FILES, *([_CALIBRATION] if calibrated else [])]
         with adapter_reading(directory, facts, names) as space:
             sensitivity = Sensitivity.load(directory / "sensitivity.json")

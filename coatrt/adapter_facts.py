@@ -31,7 +31,7 @@ def read_description(directory: Path) -> dict[str, Any]:
     """Return the content of an adapter's adapter.json.
 
     Raises:
-        CheckpointError: there is none, or it is of another format.
+        CheckpointError: there is none, it is of another format, or it names no hashes.
     """
     path = directory / "adapter.json"
     if not path.is_file():
@@ -46,6 +46,8 @@ def read_description(directory: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{directory} has adapter format {given}; this coatrt {__version__} reads {ADAPTER_FORMAT}"
         )
+    if not isinstance(facts.get("sha256"), dict):
+        raise CheckpointError(f"{path} names no hashes; copy or train the adapter again")
     return facts
 
 

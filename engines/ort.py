@@ -183,9 +183,17 @@ class OrtDecoder:
     ) -> NDArray[np.float32]:
         """Run the graph once: tokens [B, S] from positions `starts` [B]; return logits [B, T, V] at `index` [B, T].
 
-        Positions filled are not counted: `prefill` and `decode` do. Several tokens at once behind others take a batch
-        of one: so ONNX Runtime's attention has it.
+        Positions filled are not counted: `prefill` and `decode` do.
+
+        Raises:
+            ConfigError: several tokens at once behind others, of more than one sequence: ONNX Runtime's attention does
+                not take them.
         """
+        if self.batch > 1 and tokens.shape[1] > 1 and starts.any():
+            raise ConfigError(
+                f"{tokens.shape[1]} tokens at once behind others are given for {self.batch} sequences; give one token "
+                "at a time, or a batch of 1"
+            )
         positions = starts[:, None] + np.arange(tokens.shape[1], dtype=np.int64)
         # Positions of padding may pass the rotary table; what they write is masked, then overwritten.
         inputs = {

@@ -137,7 +137,7 @@ def export_decoder(
     if spec.head_dim % 8 and any(form.name == "cpu" for form in forms):
         raise CheckpointError(
             f"{checkpoint.directory} has heads of {spec.head_dim} dimensions; the cpu form takes multiples of 8, as "
-            "ONNX Runtime's attention does: export the engine form alone"
+            "ONNX Runtime's attention does; give another model, or write the engine form alone (export_decoder)"
         )
     model, small = checkpoint.matrices, _SmallTensors(checkpoint)
 

@@ -1,5 +1,6 @@
 """A, B, U and the features behind U, against plain numpy; PEFT reads what is saved."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from coatrt.adapter import Adapter
+from coatrt.adapter_facts import AdapterFacts
 from coatrt.config import QuantConfig
 from coatrt.contract import contract_for
 from coatrt.errors import CheckpointError, ConfigError
@@ -134,6 +136,16 @@ def test_an_altered_adapter_is_refused(tiny_adapter: Path, tmp_path: Path, name:
     (tmp_path / "a" / name).write_bytes(data)
     with pytest.raises(CheckpointError, match="was altered or is damaged"):
         Adapter.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("garbled", [None, 5, ["adapter.safetensors"]])
+def test_an_adapter_without_hashes_is_refused(tiny_adapter: Path, tmp_path: Path, garbled: object) -> None:
+    Adapter.load(tiny_adapter).save(tmp_path / "a")
+    path = tmp_path / "a" / "adapter.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sha256": garbled}))
+    for kind in (Adapter, AdapterFacts):
+        with pytest.raises(CheckpointError, match="names no hashes"):
+            kind.load(tmp_path / "a")
 
 
 def test_an_adapter_refuses_another_model(tiny_adapter: Path, tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from coatrt.adapter import Adapter
-from coatrt.calibrated import Calibrated, calibration_path
+from coatrt.calibrated import Calibrated, Product, calibration_path
 from coatrt.devices import device
 from coatrt.engines.bundle_files import export_config, export_shared
-from coatrt.engines.calibrate import calibrate_cpu, predicted_decode, time_product
+from coatrt.engines.calibrate import _without_drift, calibrate_cpu, predicted_decode, time_product
 from coatrt.engines.options import BundleOptions
 from coatrt.engines.ort import OrtDecoder
 from coatrt.errors import ConfigError
@@ -30,6 +30,13 @@ def test_a_larger_product_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     one, many = time_product(1024, 1024, fmt, [1, 64], threads=1, accuracy_level=4)
     assert (one.K, one.N, one.format, one.tokens, many.tokens) == (1024, 1024, "int8", 1, 64)
     assert 0 < 4 * small.seconds < one.seconds < many.seconds
+
+
+def test_products_timed_on_a_slow_machine_are_scaled_to_its_median_speed() -> None:
+    timed = [[Product(8, 8, "int8", 1, 2.0), Product(8, 8, "int8", 4, 6.0)], [Product(8, 16, "int8", 1, 3.0)]]
+    found = _without_drift(timed, [0.2, 0.4, 0.1])  # the median is 0.2; beside the products 0.3 and 0.25
+    assert [product.seconds for product in found] == pytest.approx([2 / 1.5, 6 / 1.5, 3 / 1.25])
+    assert [(product.N, product.tokens) for product in found] == [(8, 1), (8, 4), (16, 1)]
 
 
 def test_a_calibration_covers_its_model_and_the_planner_takes_it(

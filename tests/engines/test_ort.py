@@ -108,6 +108,21 @@ def test_a_batch_of_unequal_prompts_equals_each_alone(adapter: Adapter, tmp_path
         np.testing.assert_allclose(batched[row], one.prefill([prompt])[0], atol=1e-4)
 
 
+def test_pieces_of_several_prompts_are_refused(tiny_bundle: Path) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    two, start = np.ones((2, 3), np.int64), np.array([0, 4])
+    decoder = load_decoder(bundle, batch=2, context=32, threads=1)
+    assert isinstance(decoder, OrtDecoder)
+    with pytest.raises(ConfigError, match="3 tokens at once behind others are given for 2 sequences"):
+        decoder.run(two, start, np.zeros((2, 1), np.int64))
+    alone = load_decoder(bundle, batch=1, context=32, threads=1)
+    assert isinstance(alone, OrtDecoder)
+    whole = alone.prefill([[5, 6, 7, 8, 9]])
+    alone.run(np.array([[5, 6]]), np.array([0]), np.array([[1]]))
+    pieces = alone.run(np.array([[7, 8, 9]]), np.array([2]), np.array([[2]]))[:, 0]
+    np.testing.assert_allclose(pieces, whole, atol=1e-4 * np.abs(whole).max())
+
+
 def test_caches_stay_where_they_are(tiny_bundle: Path) -> None:
     decoder = load_decoder(Bundle.open(tiny_bundle), context=32, threads=1)
     assert isinstance(decoder, OrtDecoder)

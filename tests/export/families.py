@@ -18,8 +18,9 @@ CPU = GraphForm("cpu", "cpu.onnx", "float32")
 ENGINE = GraphForm("engine", "base.onnx", "float32", 48)
 
 _BASE: dict[str, Any] = {
-    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.15, "tie_word_embeddings": False,
+    "vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16,
+    "max_position_embeddings": 64, "initializer_range": 0.15, "tie_word_embeddings": False,
     "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
 }  # fmt: skip
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
@@ -30,7 +31,7 @@ _LLAMA3 = {
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-tied-biases": ("Llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
-    "llama-llama3-head_dim": ("Llama", {"rope_parameters": _LLAMA3, "head_dim": 16}),
+    "llama-llama3-head_dim": ("Llama", {"rope_parameters": _LLAMA3, "head_dim": 32}),
     "llama-linear-gelu": (
         "Llama",
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}, "hidden_act": "gelu"},
@@ -53,7 +54,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("Gemma", {"head_dim": 16, "tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"}),
     "stablelm": (
         "StableLm",
-        {"use_qkv_bias": True, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        {"hidden_size": 64, "use_qkv_bias": True, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
     ),
 }
 

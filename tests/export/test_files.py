@@ -93,11 +93,12 @@ def test_forms_share_one_file_without_duplicates(tmp_path: Path, tied: Checkpoin
 
 
 def test_tied_table_is_stored_once_in_the_engine_form(tmp_path: Path, tied: Checkpoint) -> None:
-    for fmt, bits in (("int4-g32", 4.5), ("int8", 8 + 16 / 64), ("fp8", 8 + 16 / 64), ("nf4-g16", 5.0), ("fp16", 16)):
+    for fmt, bits in (("int4-g32", 4.5), ("int8", 8 + 16 / 48), ("fp8", 8 + 16 / 48), ("nf4-g16", 5.0), ("fp16", 16)):
         directory = export(tied, tmp_path / fmt, (ENGINE,), fmt)
         places = external(directory / ENGINE.file)
         table = {place for name, place in places.items() if "embed_tokens" in name or "lm_head" in name}
-        assert sum(length for _, length in table) <= 96 * 64 * bits / 8
+        padded = 64 / 48 if fmt == "int4-g32" else 1  # the scales of the last, short block
+        assert sum(length for _, length in table) <= 96 * 48 * bits / 8 * padded
 
 
 def test_every_node_and_value_has_a_name_of_its_own(tmp_path: Path, tied: Checkpoint) -> None:
