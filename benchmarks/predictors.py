@@ -1,6 +1,6 @@
 """Which predictor ranks configurations as the measured loss does: 50 configurations of SmolLM2-135M, held-out loss.
 
-python benchmarks/predictors.py [--work DIR]
+python benchmarks/predictors.py [--quantizer feedback|mse] [--work DIR]
 
 Half of the configurations are what a planner could choose (allocations under the disturbed costs of each gradient
 predictor in turn), half are random maps of a budget; budgets from 2.5 to 8 bits. It goes on where it was stopped:
@@ -19,6 +19,7 @@ import torch
 from common import save_result, smollm2
 
 from coatrt.allocate import cost_matrix
+from coatrt.calibration import Calibration
 from coatrt.checkpoint import load_tokenizer
 from coatrt.config import QuantConfig
 from coatrt.curvature import kfac_costs, token_costs
@@ -34,7 +35,7 @@ from coatrt.store import CodeStore
 
 FORMATS = ("nf2-g64", "nf3-g64", "nf4-g64", "int4-g64", "nvfp4", "fp8", "int8")
 GRADIENT = ("fisher", "kfac", "tokens")
-LENGTH, CALIBRATION, MEASURED, HELD_OUT, COUNT = 128, 8, 2, 8, 50
+LENGTH, MOMENTS, CALIBRATION, MEASURED, HELD_OUT, COUNT = 128, 32, 8, 2, 8, 50
 LOW, HIGH = 2.5, 8.0
 
 Costs = dict[str, dict[str, float]]
@@ -47,6 +48,11 @@ def texts() -> tuple[list[str], list[str]]:
     files = sorted((Path(spec.submodule_search_locations[0]) / "data" / "speeches").glob("*.txt"))
     found = [path.read_text(encoding="utf-8") for path in files if int(path.name[:4]) < 1900]
     return [text for i, text in enumerate(found) if i % 10], found[::10]
+
+
+def spread(blocks: torch.Tensor, count: int) -> torch.Tensor:
+    """Return so many blocks, evenly spread."""
+    return blocks[:: len(blocks) // count][:count]
 
 
 def kept(path: Path, make: Callable[[], Any]) -> Any:
@@ -99,16 +105,18 @@ def correlations(
 def main() -> None:
     """Measure and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quantizer", choices=("feedback", "mse"), default="feedback")
     parser.add_argument("--work", type=Path, default=Path("out/predictors"), help="where finished steps lie")
-    work = parser.parse_args().work
+    given = parser.parse_args()
+    work = given.work / given.quantizer
     torch.set_num_threads(1)  # a shared machine: two threads would wait for each other
     checkpoint = smollm2()
-    codes, formats = CodeStore.default(checkpoint), [WeightFormat.parse(text) for text in FORMATS]
+    formats = [WeightFormat.parse(text) for text in FORMATS]
     space = ConfigSpace(checkpoint.matrices, tuple(formats))
     train, held_out = texts()
     data = tokenize_text(load_tokenizer(checkpoint.directory), train, LENGTH, held_out=held_out)
-    calibration = data.train[:: len(data.train) // CALIBRATION][:CALIBRATION]
-    blocks = data.held_out[:: len(data.held_out) // HELD_OUT][:HELD_OUT]
+    calibration, blocks = spread(data.train, CALIBRATION), spread(data.held_out, HELD_OUT)
+    codes = CodeStore.default(checkpoint, given.quantizer, Calibration(spread(data.train, MOMENTS)))
     model = FakeQuantModel(checkpoint, codes)
     errors = kept(work / "errors.json", lambda: relative_errors(model, codes, formats))["value"]
     makers: dict[str, Callable[[], Costs]] = {
@@ -145,7 +153,7 @@ def main() -> None:
         {"drawn": kind, "bits": config.average_bits(space.model), "configuration": config.hash, "loss": loss}
         for (kind, config), loss in zip(drawn, losses, strict=True)
     ]
-    save_result("predictors", "python benchmarks/predictors.py", {
+    save_result(f"predictors_{given.quantizer}", f"python benchmarks/predictors.py --quantizer {given.quantizer}", {
         "formats": list(FORMATS), "calibration_tokens": CALIBRATION * LENGTH, "measured_tokens": MEASURED * LENGTH,
         "held_out_tokens": HELD_OUT * LENGTH, "base_loss": base, "spearman": correlations(space, costs, drawn, losses),
         "seconds": {name: step["seconds"] for name, step in steps.items()}, "rows": rows,

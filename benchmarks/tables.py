@@ -147,9 +147,9 @@ def allocation() -> str:
     )
 
 
-def predictors() -> str:
+def predictors(quantizer: str) -> str:
     """Rank correlation of predicted with measured loss."""
-    found = load("predictors")
+    found = load(f"predictors_{quantizer}")
     names = {"bits": "average bits alone", "fisher": "½ Σ F∘ΔW²", "kfac": "½ Σ G ΔW H ΔWᵀ", "tokens": "½ E (gᵀ ΔW x)²",
              "measured": "measured, one group at a time",
              "kfac, down_proj fisher": "kfac, but down_proj by fisher",
@@ -163,8 +163,8 @@ def predictors() -> str:
     head = ["cost", "name", "all", "allocated", "random", "seconds"]
     return (
         f"{grid(head, rows)}\n\nSpearman's rank correlation with the held-out loss of {len(found['rows'])} "
-        f"configurations of SmolLM2-135M without adapter ({found['held_out_tokens']} held-out tokens; costs from "
-        f"{found['calibration_tokens']} tokens, measured ones from {found['measured_tokens']}; seconds on a busy "
+        f"configurations of SmolLM2-135M, quantizer {quantizer}, without adapter ({found['held_out_tokens']} held-out "
+        f"tokens; costs from {found['calibration_tokens']} tokens, measured ones from {found['measured_tokens']}; seconds on a busy "
         "machine)."
     )
 
@@ -293,7 +293,7 @@ def cpp_service() -> str:
 
 
 _MAKERS = (
-    demo, sizes, billion, export, interactive, memory, parity, cpu, tasks, quantizers, allocation, predictors, search,
+    demo, sizes, billion, export, interactive, memory, parity, cpu, tasks, quantizers, allocation, search,
     training_step, tied_table, compensation, cpp_runtime, cpp_service,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {maker.__name__: maker for maker in _MAKERS} | FLEET_TABLES
@@ -301,6 +301,8 @@ for _task in ("sotu", "trec"):
     TABLES[f"method_{_task}"] = partial(report.main_table, "smollm2", _task)
     TABLES[f"gaps_{_task}"] = partial(report.gaps, "smollm2", _task)
     TABLES[f"unseen_{_task}"] = partial(report.unseen_table, "smollm2", _task)
+for _quantizer in ("mse", "feedback"):
+    TABLES[f"predictors_{_quantizer}"] = partial(predictors, _quantizer)
 TABLES["method_micro"] = partial(report.main_table, "micro", "sotu")
 
 

@@ -4,12 +4,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from setting import Draws
 from torch import Tensor, nn
 
 from coatrt.config import QuantConfig
 from coatrt.contract import LoraContract
 from coatrt.features import ConfigEncoder
 from coatrt.hypernet import Preset
+from coatrt.loop import LoraModule
 from coatrt.lora import CoaLora
 from coatrt.train_options import TrainOptions
 
@@ -23,10 +25,12 @@ class Arm:
     Args:
         what: for the table.
         kind: "none" trains nothing, "coa" A, B and θ, "bank" one LoRA per (matrix, format), "both" the two side by
-            side, "terms" A, B and θ with a term of B per (matrix, format), "single" one LoRA per configuration.
+            side, "terms" A, B and θ with a term of B per (matrix, format), "single" one LoRA per configuration,
+            "closed" the compensation in closed form alone, "compensated" A, B and θ beside it.
         preset: form of θ ("none": plain LoRA).
         rank: LoRA rank.
-        sandwich: both ends of the budget range are seen in two steps; else configurations are drawn evenly.
+        draws: what the first configuration of a step is drawn from; the second comes from the whole pool. "ends": the
+            low and the high end of the budget range in turn; "low": the lowest three budgets; "even": the whole pool.
         share: of the steps of the other arms, for "single" per configuration.
         theta_rate: peak learning rate of θ.
         start: see `TrainOptions`.
@@ -35,10 +39,10 @@ class Arm:
     """
 
     what: str
-    kind: Literal["none", "coa", "bank", "both", "terms", "single"] = "coa"
+    kind: Literal["none", "coa", "bank", "both", "terms", "single", "closed", "compensated"] = "coa"
     preset: Preset = "coatrt"
     rank: int = 16
-    sandwich: bool = True
+    draws: Draws = "ends"
     share: float = 1.0
     theta_rate: float = 1e-3
     start: Literal["zero", "residual"] = "zero"
@@ -53,10 +57,12 @@ ARMS = {
     "shared": Arm("shared LoRA, same configurations, same compute", preset="none"),
     "shared-rank": Arm("shared LoRA of rank 32", preset="none", rank=32),
     "bank": Arm("LoRA per (matrix, format), as LLM-QFA", "bank", "none"),
-    "paper": Arm("CoA-LoRA as published (its θ, even draws)", preset="paper", sandwich=False),
+    "paper": Arm("CoA-LoRA as published (its θ, even draws)", preset="paper", draws="even"),
     "coatrt": Arm("coatrt"),
     "coatrt-paper-features": Arm("coatrt with the paper's θ", preset="paper"),
-    "coatrt-even": Arm("coatrt, configurations drawn evenly", sandwich=False),
+    "coatrt-even": Arm("coatrt, configurations drawn evenly", draws="even"),
+    "coatrt-low": Arm("coatrt, every second configuration of 2.5 to 3.5 bits", draws="low"),
+    "shared-low": Arm("shared LoRA, every second configuration of 2.5 to 3.5 bits", preset="none", draws="low"),
     "coatrt-residual": Arm("coatrt, start from the mean residual", start="residual"),
     "coatrt-distill": Arm("coatrt, distilled from the full-precision base", distill=0.5),
     "coatrt-top": Arm("coatrt, distilled from its highest configuration", distill=0.5, teacher="top"),
@@ -64,6 +70,9 @@ ARMS = {
     "shared-bank": Arm("shared LoRA and a LoRA per (matrix, format), rank 16 each", "both", "none"),
     "coatrt-terms": Arm("coatrt and a term of B per (matrix, format)", "terms"),
     "shared-terms": Arm("shared LoRA and a term of B per (matrix, format)", "terms", "none"),
+    "closed": Arm("closed-form compensation alone, rank 16", "closed", "none"),
+    "coatrt-compensated": Arm("coatrt beside closed-form compensation, rank 16 each", "compensated"),
+    "shared-compensated": Arm("shared LoRA beside closed-form compensation, rank 16 each", "compensated", "none"),
     "coatrt-fast-theta": Arm("coatrt, θ at ten times the rate", theta_rate=1e-2),
 }
 """Arms by name; the first seven are the rivals, what follows is ours and its ablations."""
@@ -137,7 +146,7 @@ class SideBySide(nn.Module):
         second: another.
     """
 
-    def __init__(self, first: CoaLora, second: LoraBank) -> None:
+    def __init__(self, first: LoraModule, second: LoraModule) -> None:
         super().__init__()
         self.first, self.second = first, second
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from arms import ARMS, Arm, FormatTerms, LoraBank, SideBySide
+from closed_form import Compensation
 from setting import BUDGETS, FORMATS, Measured, Setting
 
 from coatrt.config import QuantConfig
@@ -51,6 +52,10 @@ def module(setting: Setting, arm: Arm, seed: int) -> Any:
     lora = CoaLora(contract, setting.encoder, arm.preset, seed)
     if arm.kind == "terms":
         return FormatTerms(lora, setting.encoder)
+    if arm.kind == "closed":
+        return Compensation(setting, contract, arm.rank)
+    if arm.kind == "compensated":
+        return SideBySide(lora, Compensation(setting, contract, arm.rank))
     if arm.kind == "both":
         return SideBySide(lora, LoraBank(contract, setting.encoder, seed + 1))
     if arm.start == "residual":
@@ -81,7 +86,7 @@ def train(setting: Setting, arm: Arm, seed: int, steps: int, job: str, only: Qua
     lora = module(setting, arm, seed)
 
     def draw(step: int) -> list[QuantConfig]:
-        return [only] if only is not None else setting.draw(step, seed, arm.sandwich)
+        return [only] if only is not None else setting.draw(step, seed, arm.draws)
 
     state = setting.scratch / job
     run = json.dumps([asdict(options), asdict(arm), setting.data.digest, only.hash if only is not None else ""])
@@ -100,6 +105,8 @@ def job_result(setting: Setting, name: str, seed: int, steps: int) -> dict[str, 
         setting.base.set_pairs(None)
         limit = (LIMIT if setting.data.choices is None else CHOICES)[setting.model]
         facts["full_precision"] = setting.data.measure(setting.base, limit)
+    elif arm.kind == "closed":
+        steps, rows = 0, measure(setting, module(setting, arm, seed), entries)
     elif arm.kind == "single":
         steps = round(steps * arm.share)
         for entry in [entry for entry in entries if entry.seen and entry.kind == "planned"]:
@@ -135,7 +142,7 @@ def main() -> None:
     for seed in range(given.seeds):
         for name in names:
             path = RESULTS / f"{given.model}-{given.task}-{name}-{seed}.json"
-            if path.is_file() or (name == "none" and seed):
+            if path.is_file() or (ARMS[name].kind in ("none", "closed") and seed):
                 continue
             result = job_result(setting, name, seed, STEPS[given.model])
             write_json(path, result)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 
@@ -31,12 +31,14 @@ from coatrt.space import ConfigSpace
 from coatrt.store import CodeStore
 from coatrt.tasks import TaskData
 
-__all__ = ["BUDGETS", "FORMATS", "Measured", "Setting"]
+__all__ = ["BUDGETS", "FORMATS", "Draws", "Measured", "Setting"]
 
+Draws = Literal["ends", "low", "even"]
 FORMATS = ("nf2-g64", "nf3-g64", "nf4-g64", "int4-g64", "nvfp4", "int8")
 QUANTIZERS: dict[str, Quantizer] = {"micro": "feedback", "smollm2": "feedback", "smollm2-absmax": "absmax"}
 TRAINED = tuple(2.5 + 0.5 * i for i in range(11))  # bits per weight of the configurations trained on
 BUDGETS = (2.5, 3.0, 3.5, 4.5, 5.5, 7.5)  # those measured
+_EACH = 5  # configurations of each
 _HELD_OUT = 0.25  # held-out budgets lie so far above
 
 
@@ -96,7 +98,12 @@ class Setting:
     @cached_property
     def codes(self) -> CodeStore:
         """Encoded matrices."""
-        return CodeStore.default(self.checkpoint, QUANTIZERS[self.model], Calibration.of(self._calibration))
+        return CodeStore.default(self.checkpoint, QUANTIZERS[self.model], self.tokens)
+
+    @cached_property
+    def tokens(self) -> Calibration:
+        """What moments are measured on."""
+        return Calibration.of(self._calibration)
 
     @cached_property
     def _calibration(self) -> Examples:
@@ -140,7 +147,7 @@ class Setting:
         """The configurations measured: per budget planned and random ones, seen and not."""
         rng, found = np.random.default_rng(2), []
         for bits in BUDGETS:
-            at = 5 * TRAINED.index(bits)
+            at = _EACH * TRAINED.index(bits)
             above = (self._sampler.plan_like(None, bits + _HELD_OUT + 0.02 * step) for step in range(10))
             disturbed = (self._sampler.plan_like(rng, bits) for _ in range(10))
             found += [
@@ -157,11 +164,11 @@ class Setting:
         """Return the first that is not trained on."""
         return next(config for config in draws if config not in self.pool)
 
-    def draw(self, step: int, seed: int, sandwich: bool) -> list[QuantConfig]:
-        """Return the two configurations of a step: an end of the range and any other, or two drawn evenly."""
+    def draw(self, step: int, seed: int, draws: Draws) -> list[QuantConfig]:
+        """Return the two configurations of a step, see `arms.Arm`."""
         rng = np.random.default_rng([seed, step])
-        low, high = self.pool[:5], self.pool[-5:]
-        first: Any = (low, high)[step % 2] if sandwich else self.pool
+        ends = (self.pool[:_EACH], self.pool[-_EACH:])
+        first = {"ends": ends[step % 2], "low": self.pool[: 3 * _EACH], "even": self.pool}[draws]
         return [first[rng.integers(len(first))], self.pool[rng.integers(len(self.pool))]]
 
     def lora_bits(self, parameters: int) -> float:
