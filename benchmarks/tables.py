@@ -164,8 +164,8 @@ def predictors(quantizer: str) -> str:
     return (
         f"{grid(head, rows)}\n\nSpearman's rank correlation with the held-out loss of {len(found['rows'])} "
         f"configurations of SmolLM2-135M, quantizer {quantizer}, without adapter ({found['held_out_tokens']} held-out "
-        f"tokens; costs from {found['calibration_tokens']} tokens, measured ones from {found['measured_tokens']}; seconds on a busy "
-        "machine)."
+        f"tokens; costs from {found['calibration_tokens']} tokens, measured ones from {found['measured_tokens']}; "
+        "seconds on a busy machine)."
     )
 
 

@@ -132,69 +132,6 @@ def gaps(model: str, task: str) -> str:
     return _grid(["difference in loss (negative: the first is better)", *(f"{b:g} bits" for b in budgets)], rows)
 
 
-def main_table(model: str, task: str) -> str:
-    """Return the losses on planned configurations that were trained on, by budget."""
-    found = arms_of(model, task)
-    if "none" not in found:
-        return "Not run yet."
-    none = found["none"][0]
-    base = none["full_precision"]["loss"]
-    budgets = list(dict.fromkeys(row["budget"] for row in none["rows"]))
-    rows = []
-    for results in found.values():
-        volumes = [_volume(result, base) for result in results]
-        minutes = statistics.mean(result["training_s"] for result in results) / 60
-        rows.append([
-            results[0]["what"], str(len(results)),
-            *(_text(_losses(results, "planned", True, budget)) for budget in budgets),
-            _text(volumes), f"{results[0]['trained_parameters'] / 1e6:.2f}", str(results[0]["passes"]),
-            f"{minutes:.0f}",
-        ])  # fmt: skip
-    columns = ["hypervolume", "M parameters", "passes", "minutes"]
-    head = ["arm", "seeds", *(f"{budget:g} bits" for budget in budgets), *columns]
-    accuracy = none["full_precision"].get("accuracy")
-    beside = f", accuracy {accuracy:.3f}" if accuracy is not None else ""
-    return (
-        f"{MODELS[model]} on {task}: held-out loss in nats per predicted token, mean ± standard deviation over seeds; "
-        f"full precision without adapter {base:.3f}{beside}. Hypervolume of (bits with the LoRA counted, loss) against "
-        f"({_REFERENCE_BITS:g} bits, {base + _REFERENCE_NATS:.3f}).\n\n{_grid(head, rows)}"
-    )
-
-
-def unseen_table(model: str, task: str) -> str:
-    """Return the losses by kind of configuration, means over budgets."""
-    found = arms_of(model, task)
-    rows = []
-    for name, results in found.items():
-        if name.startswith("single"):
-            continue
-        planned, random = ([_losses(results, kind, seen) for seen in (True, False)] for kind in ("planned", "random"))
-        rows.append([results[0]["what"], *map(_text, (*planned, *random))])
-    return _grid(["arm", "planned, seen", "planned, unseen", "random, seen", "random, unseen"], rows)
-
-
-def gaps(model: str, task: str) -> str:
-    """Return ours less the shared LoRA and less LoRA per configuration, by budget, paired by seed."""
-    found = arms_of(model, task)
-    if not {"coatrt", "shared"} <= set(found):
-        return "Not run yet."
-    budgets = list(dict.fromkeys(row["budget"] for row in found["coatrt"][0]["rows"]))
-    rows = []
-    for rival in ("shared", "shared-rank", "bank", "paper", "single", "single-shared-compute"):
-        if rival not in found:
-            continue
-        cells = []
-        for budget in budgets:
-            pairs = zip(found["coatrt"], found[rival], strict=False)
-            values = [
-                _losses([ours], "planned", True, budget)[0] - _losses([theirs], "planned", True, budget)[0]
-                for ours, theirs in pairs
-            ]
-            cells.append(_text(values))
-        rows.append([f"coatrt − {found[rival][0]['what']}", *cells])
-    return _grid(["difference in loss (negative: ours is better)", *(f"{b:g} bits" for b in budgets)], rows)
-
-
 def main() -> None:
     """Draw loss against bits for every model and task that has results."""
     import matplotlib.pyplot as plt
