@@ -1,5 +1,6 @@
 """The arms of the evidence: every way to adapt a quantized model that a reviewer would name, in one training loop."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +16,7 @@ from coatrt.loop import LoraModule
 from coatrt.lora import CoaLora
 from coatrt.train_options import TrainOptions
 
-__all__ = ["ARMS", "Arm", "FormatTerms", "LoraBank", "SideBySide"]
+__all__ = ["ARMS", "Arm", "FormatTerms", "LoraBank", "Ramp", "SideBySide"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Arm:
         what: for the table.
         kind: "none" trains nothing, "coa" A, B and θ, "bank" one LoRA per (matrix, format), "both" the two side by
             side, "terms" A, B and θ with a term of B per (matrix, format), "single" one LoRA per configuration,
-            "closed" the compensation in closed form alone, "compensated" A, B and θ beside it.
+            "closed" the compensation in closed form alone, "compensated" A, B and θ beside it, "ramp" A, B and θ with a
+            term of B that grows with the loss predicted for the configuration.
         preset: form of θ ("none": plain LoRA).
         rank: LoRA rank.
         draws: what the first configuration of a step is drawn from; the second comes from the whole pool. "ends": the
@@ -39,7 +41,7 @@ class Arm:
     """
 
     what: str
-    kind: Literal["none", "coa", "bank", "both", "terms", "single", "closed", "compensated"] = "coa"
+    kind: Literal["none", "coa", "bank", "both", "terms", "single", "closed", "compensated", "ramp"] = "coa"
     preset: Preset = "coatrt"
     rank: int = 16
     draws: Draws = "ends"
@@ -63,6 +65,8 @@ ARMS = {
     "coatrt-even": Arm("coatrt, configurations drawn evenly", draws="even"),
     "coatrt-low": Arm("coatrt, every second configuration of 2.5 to 3.5 bits", draws="low"),
     "shared-low": Arm("shared LoRA, every second configuration of 2.5 to 3.5 bits", preset="none", draws="low"),
+    "ramp": Arm("shared LoRA and a term of B that grows with the predicted loss", "ramp", "none"),
+    "ramp-low": Arm("the same, every second configuration of 2.5 to 3.5 bits", "ramp", "none", draws="low"),
     "coatrt-residual": Arm("coatrt, start from the mean residual", start="residual"),
     "coatrt-distill": Arm("coatrt, distilled from the full-precision base", distill=0.5),
     "coatrt-top": Arm("coatrt, distilled from its highest configuration", distill=0.5, teacher="top"),
@@ -135,6 +139,32 @@ class FormatTerms(nn.Module):
 
     def rates(self, options: TrainOptions) -> list[tuple[list[nn.Parameter], float]]:
         """Return the LoRA's groups and the terms, these at the rate of A and B."""
+        return [*self.lora.rates(options), ([*self.D], options.learning_rate)]
+
+
+class Ramp(nn.Module):
+    """A LoRA whose B has a term in proportion to what a configuration is predicted to lose: B' = B + h·D.
+
+    Args:
+        lora: the LoRA; its A is left as it is.
+        level: configuration → h, 0 for no loss.
+    """
+
+    def __init__(self, lora: CoaLora, level: Callable[[QuantConfig], float]) -> None:
+        super().__init__()
+        self.lora, self.level = lora, level
+        self.D = nn.ParameterList(torch.zeros(t.rank, t.N) for t in lora.contract.tensors)
+
+    def pairs(self, config: QuantConfig) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return matrix name → (A' [K, r], s·(B + h·D) [r, N])."""
+        h, found, contract = self.level(config), self.lora.pairs(config), self.lora.contract
+        return {
+            t.matrix: (found[t.matrix][0], found[t.matrix][1] + d * (h * contract.scale(t)))
+            for t, d in zip(contract.tensors, self.D, strict=True)
+        }
+
+    def rates(self, options: TrainOptions) -> list[tuple[list[nn.Parameter], float]]:
+        """Return the LoRA's groups and the term, this at the rate of A and B."""
         return [*self.lora.rates(options), ([*self.D], options.learning_rate)]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import ARMS, Arm, FormatTerms, LoraBank, SideBySide
+from arms import ARMS, Arm, FormatTerms, LoraBank, Ramp, SideBySide
 from closed_form import Compensation
 from setting import BUDGETS, FORMATS, Measured, Setting
 
@@ -52,6 +52,8 @@ def module(setting: Setting, arm: Arm, seed: int) -> Any:
     lora = CoaLora(contract, setting.encoder, arm.preset, seed)
     if arm.kind == "terms":
         return FormatTerms(lora, setting.encoder)
+    if arm.kind == "ramp":
+        return Ramp(lora, setting.level)
     if arm.kind == "closed":
         return Compensation(setting, contract, arm.rank)
     if arm.kind == "compensated":
@@ -94,6 +96,11 @@ def train(setting: Setting, arm: Arm, seed: int, steps: int, job: str, only: Qua
     return lora, history
 
 
+def job_name(setting: Setting, arm: str, seed: int, budget: float = 0.0) -> str:
+    """Return the name of a training, budget 0 where it serves them all."""
+    return "-".join([setting.model, setting.task, arm, *([str(budget)] if budget else []), str(seed)])
+
+
 def job_result(setting: Setting, name: str, seed: int, steps: int) -> dict[str, Any]:
     """Run one job."""
     arm, started = ARMS[name], time.monotonic()
@@ -110,14 +117,14 @@ def job_result(setting: Setting, name: str, seed: int, steps: int) -> dict[str, 
     elif arm.kind == "single":
         steps = round(steps * arm.share)
         for entry in [entry for entry in entries if entry.seen and entry.kind == "planned"]:
-            job = f"{setting.model}-{setting.task}-{name}-{entry.budget}-{seed}"
+            job = job_name(setting, name, seed, entry.budget)
             lora, history = train(setting, arm, seed, steps, job, entry.config)
             rows += measure(setting, lora, [entry])
             print(f"{job:<40} {rows[-1]['loss']:.3f}", flush=True)
             seconds, passes = seconds + history.seconds, passes + steps
             parameters += sum(p.numel() for _, p in lora.named_parameters())
     else:
-        lora, history = train(setting, arm, seed, steps, f"{setting.model}-{setting.task}-{name}-{seed}")
+        lora, history = train(setting, arm, seed, steps, job_name(setting, name, seed))
         rows = measure(setting, lora, entries)
         seconds, passes = history.seconds, 2 * steps
         parameters = sum(p.numel() for _, p in lora.named_parameters())

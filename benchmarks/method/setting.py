@@ -171,6 +171,13 @@ class Setting:
         first = {"ends": ends[step % 2], "low": self.pool[: 3 * _EACH], "even": self.pool}[draws]
         return [first[rng.integers(len(first))], self.pool[rng.integers(len(self.pool))]]
 
+    def level(self, config: QuantConfig) -> float:
+        """Return the square root of the loss predicted for a configuration, in units of the lowest planned one's."""
+        return float((self._predicted(config) / self._predicted(self.pool[0])) ** 0.5)
+
+    def _predicted(self, config: QuantConfig) -> float:
+        return sum(row[str(config[name])] for name, row in self.sensitivity.costs.items())
+
     def lora_bits(self, parameters: int) -> float:
         """Return the bits per weight that a LoRA of so many elements adds in fp16."""
         return 16 * parameters / self.checkpoint.matrices.parameters
