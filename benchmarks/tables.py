@@ -169,6 +169,19 @@ def predictors(quantizer: str) -> str:
     )
 
 
+def cross() -> str:
+    """Losses under LoRAs made for other configurations."""
+    found = load("cross")
+    names = {"single": "trained for", "coatrt": "emitted by θ for"}
+    losses = {(row["arm"], row["made_for"], row["under"]): row["loss"] for row in found["rows"]}
+    rows = [
+        [f"{names[arm]} {made:g} bits", *(f"{losses[arm, made, under]:.3f}" for under in found["budgets"])]
+        for arm in names
+        for made in found["budgets"]
+    ]
+    return grid(["LoRA", *(f"under {bits:g} bits" for bits in found["budgets"])], rows)
+
+
 def search() -> str:
     """Hypervolume of the search and its rivals."""
     found = load("search")
@@ -293,7 +306,7 @@ def cpp_service() -> str:
 
 
 _MAKERS = (
-    demo, sizes, billion, export, interactive, memory, parity, cpu, tasks, quantizers, allocation, search,
+    demo, sizes, billion, export, interactive, memory, parity, cpu, tasks, quantizers, allocation, search, cross,
     training_step, tied_table, compensation, cpp_runtime, cpp_service,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {maker.__name__: maker for maker in _MAKERS} | FLEET_TABLES

@@ -76,10 +76,11 @@ class Compensation(nn.Module):
 
 def _compute(setting: Setting, contract: LoraContract, rank: int, path: Path) -> None:
     moments = InputMoments(setting.checkpoint, setting.tokens, cache_directory() / "moments")
-    gains: dict[str, Tensor] = {}
+    gains = {tensor.matrix: torch.zeros(tensor.N) for tensor in contract.tensors}
 
     def visit(name: str, _: Tensor, gradients: Tensor) -> None:
-        gains[name] = gains.get(name, 0) + gradients.square().sum(0)
+        if name in gains:
+            gains[name] += gradients.square().sum(0)
 
     setting.base.set_config(None)
     setting.base.set_pairs(None)
