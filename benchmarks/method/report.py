@@ -112,13 +112,14 @@ def unseen_table(model: str, task: str) -> str:
 
 
 def gaps(model: str, task: str) -> str:
-    """Return ours less every rival, and every variant of ours less the shared LoRA, by budget, paired by seed."""
+    """Return ours less every rival, and every variant less the shared LoRA of its draws, by budget, paired by seed."""
     found = arms_of(model, task)
     if not {"coatrt", "shared"} <= set(found):
         return "Not run yet."
     budgets = list(dict.fromkeys(row["budget"] for row in found["coatrt"][0]["rows"]))
     pairs = [("coatrt", name) for name in _FIRST if name in found and name not in ("none", "coatrt")]
     pairs += [(name, "shared") for name in found if name not in _FIRST]
+    pairs += [(name, "shared-low") for name in found if name.endswith("-low") and name != "shared-low"]
     rows = []
     for left, right in pairs:
         cells = []
