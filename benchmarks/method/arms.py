@@ -56,7 +56,7 @@ ARMS = {
     "none": Arm("quantized, no adapter", "none"),
     "single": Arm("LoRA per configuration, as many steps for each", "single", "none"),
     "single-shared-compute": Arm("LoRA per configuration, the compute shared out", "single", "none", share=1 / 3),
-    "shared": Arm("shared LoRA, same configurations, same compute", preset="none"),
+    "shared": Arm("shared LoRA", preset="none"),
     "shared-rank": Arm("shared LoRA of rank 32", preset="none", rank=32),
     "bank": Arm("LoRA per (matrix, format), as LLM-QFA", "bank", "none"),
     "paper": Arm("CoA-LoRA as published (its θ, even draws)", preset="paper", draws="even"),
@@ -143,11 +143,11 @@ class FormatTerms(nn.Module):
 
 
 class Ramp(nn.Module):
-    """A LoRA whose B has a term in proportion to what a configuration is predicted to lose: B' = B + h·D.
+    """A LoRA whose B has a term that grows with the loss predicted for a configuration: B' = B + h·D.
 
     Args:
         lora: the LoRA; its A is left as it is.
-        level: configuration → h, 0 for no loss.
+        level: configuration → h, 0 for no loss (`Setting.level`: a square root).
     """
 
     def __init__(self, lora: CoaLora, level: Callable[[QuantConfig], float]) -> None:
