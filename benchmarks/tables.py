@@ -172,7 +172,7 @@ def predictors(quantizer: str) -> str:
 def cross() -> str:
     """Losses under LoRAs made for other configurations."""
     found = load("cross")
-    names = {"single": "trained for", "coatrt": "emitted by θ for"}
+    names = {"single": "trained for", "theta": "emitted by θ for"}
     losses = {(row["arm"], row["made_for"], row["under"]): row["loss"] for row in found["rows"]}
     rows = [
         [f"{names[arm]} {made:g} bits", *(f"{losses[arm, made, under]:.3f}" for under in found["budgets"])]

@@ -3,7 +3,7 @@
 python benchmarks/training_step.py   (needs peft)
 
 Both do two forward and backward passes of the same tokens, rank 16 on all 210 linear matrices, AdamW, and alternate.
-PEFT's base is in full precision; ours changes its configuration before every pass.
+PEFT's base is in full precision; ours changes its configuration and solves for the compensation before every pass.
 """
 
 import argparse
@@ -17,11 +17,14 @@ import torch
 from common import save_result, smollm2
 from peft import LoraConfig, get_peft_model
 
+from coatrt.calibration import Calibration, InputMoments
 from coatrt.checkpoint import load_model
+from coatrt.compensation import Compensator
 from coatrt.contract import contract_for
 from coatrt.examples import Examples
 from coatrt.fakequant import FakeQuantModel
 from coatrt.features import ConfigEncoder
+from coatrt.files import cache_directory
 from coatrt.formats import WeightFormat
 from coatrt.loop import optimise
 from coatrt.lora import CoaLora
@@ -63,6 +66,8 @@ def main() -> None:
     sampler = TrainingSampler(space, flat, 3.8, 6.5)
     lora = CoaLora(contract_for(checkpoint.matrices, 16, 32), ConfigEncoder(checkpoint.matrices, formats, flat))
     model = FakeQuantModel(checkpoint, codes)
+    moments = InputMoments(checkpoint, Calibration(tokens), cache_directory() / "moments")
+    lora.compensate(Compensator(model, moments, lora.contract))
     seconds: dict[str, list[float]] = {"coatrt": [], "peft": []}
     started = 0.0
 

@@ -41,7 +41,7 @@ class Adapter:
         fingerprint: of that model's checkpoint.
         model_config: content of its config.json.
         space: its matrices and the formats it was trained for.
-        lora: A, B and θ.
+        lora: A, B, θ and the table of C.
         sensitivity: costs and errors of every matrix in every format.
         metrics: options and losses of the training.
         quantizer: how the weights it was trained on were encoded; every bundle of it uses the same.
@@ -145,6 +145,7 @@ class Adapter:
                     "formats": [str(fmt) for fmt in self.formats],
                     "fused": self.space.fused,
                     "preset": self.lora.preset,
+                    "compensated": self.lora.compensated,
                     "contract": self.contract.to_json(),
                     "quantizer": self.quantizer,
                     "sha256": {name: sha256_file(temporary / name) for name in files},
@@ -168,6 +169,7 @@ class Adapter:
                 LoraContract.from_json(facts["contract"]),
                 ConfigEncoder(space.model, space.formats, sensitivity.errors),
                 facts["preset"],
+                compensated=bool(facts["compensated"]),
             )
             lora.load_state_dict(load_file(str(directory / "adapter.safetensors")))
             return cls(

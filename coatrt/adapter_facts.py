@@ -19,7 +19,7 @@ from coatrt.space import ConfigSpace
 
 __all__ = ["ADAPTER_FORMAT", "AdapterFacts", "adapter_hash", "adapter_reading", "read_description"]
 
-ADAPTER_FORMAT = 2
+ADAPTER_FORMAT = 3
 
 
 def adapter_hash(directory: str | Path) -> str:

@@ -146,7 +146,7 @@ class InputMoments:
         """
         if name == EMBEDDING and not self._checkpoint.matrices.tied:
             raise ConfigError(f"{name} reads token ids, which have no second moment; encode it with mse")
-        leader = self._leader[name]
+        leader = self.leader(name)
         if leader not in self._held:
             found = self._read(leader)
             if self._root is not None:
@@ -156,6 +156,10 @@ class InputMoments:
             else:
                 self._held[leader] = found
         return self._held[leader]
+
+    def leader(self, name: str) -> str:
+        """Return the first of the matrices that read what matrix `name` reads, by which its moment is kept."""
+        return self._leader[name]
 
     def _path(self, leader: str) -> Path | None:
         return self._root / f"{leader}.safetensors" if self._root is not None else None

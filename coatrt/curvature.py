@@ -17,7 +17,7 @@ from coatrt.matrices import EMBEDDING, HEAD
 from coatrt.quantize import decode
 from coatrt.store import CodeStore
 
-__all__ = ["kfac_costs", "token_costs", "visit_outputs"]
+__all__ = ["kfac_costs", "output_gains", "token_costs", "visit_outputs"]
 
 Progress = Callable[[int, int, str], None]
 Visitor = Callable[[str, Tensor, Tensor], None]
@@ -86,6 +86,26 @@ def _residuals(
     weight = model.model.get_submodule(name).weight.detach()
     for fmt in formats:
         yield str(fmt), weight - decode(codes.get(name, fmt).to(model.compute))
+
+
+def output_gains(model: FakeQuantModel, blocks: Tensor, progress: Progress | None = None) -> dict[str, Tensor]:
+    """Return linear matrix → E[g_n²] over tokens, float32 [N], g the gradient of a token's loss at the outputs.
+
+    Args:
+        model: full precision is set and no LoRA is bound.
+        blocks: calibration tokens [blocks, length].
+        progress: called after each batch.
+    """
+    gains: dict[str, Tensor] = {}
+    tokens = len(blocks) * (blocks.shape[1] - 1)
+
+    def visit(name: str, x: Tensor, g: Tensor) -> None:
+        if x.dtype != torch.int64:
+            square = g.square().sum(0) / tokens
+            gains[name] = gains[name] + square if name in gains else square
+
+    visit_outputs(model, blocks, visit, progress)
+    return gains
 
 
 @dataclass

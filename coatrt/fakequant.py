@@ -12,6 +12,7 @@ from coatrt.config import QuantConfig
 from coatrt.contract import LoraContract
 from coatrt.errors import CheckpointError
 from coatrt.examples import IGNORED, Examples
+from coatrt.formats import WeightFormat
 from coatrt.matrices import EMBEDDING
 from coatrt.quantize import decode
 from coatrt.store import CodeStore
@@ -83,6 +84,12 @@ class FakeQuantModel:
             if wanted != self._current[name]:
                 weight.data = self._decode(name, wanted, weight)
                 self._current[name] = wanted
+
+    @torch.no_grad()
+    def weight(self, name: str, fmt: WeightFormat) -> Tensor:
+        """Return a matrix [N, K] as a format leaves it; it is not to be written to."""
+        text, now = str(fmt), self._weights[name]
+        return now.detach() if self._current[name] == text else self._decode(name, text, now)
 
     def _decode(self, name: str, text: str, like: Tensor) -> Tensor:
         """Return the weight of a matrix in a format ("": the checkpoint's own), kept for the next time."""

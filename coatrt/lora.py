@@ -1,13 +1,15 @@
-"""The configuration-aware LoRA as one module: A and B of all matrices stacked by shape, U from the hypernetwork."""
+"""The configuration-aware LoRA as one module: A and B of all matrices stacked by shape, U from the hypernetwork, C."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from coatrt.compensation import Compensator
 from coatrt.config import QuantConfig
 from coatrt.contract import LoraContract
 from coatrt.features import ConfigEncoder
+from coatrt.formats import WeightFormat
 from coatrt.hypernet import Hypernetwork, HypernetworkOptions, Preset
 from coatrt.train_options import TrainOptions
 
@@ -15,17 +17,26 @@ __all__ = ["CoaLora"]
 
 
 class CoaLora(nn.Module):
-    """y = Q(W)x + s·B(I + U)A x, with U = θ(configuration); one bmm per matrix shape folds I + U into A.
+    """y = Q(W)x + (s·B(I + U) + C)A x, with U = θ(configuration) and C a term for the format of the matrix.
+
+    C makes up for quantization, see `coatrt.compensation`. While A is trained it comes from a `Compensator`; `settle`
+    turns it into a table. One bmm per matrix shape folds I + U into B: A is the same for every configuration.
 
     Args:
         contract: names, shapes, ranks and scale.
         encoder: tables of the configuration's features.
         preset: form of θ; "none": no θ, U = 0 for every configuration.
         seed: of the start values: A normal with variance 1/K (unit gain), B zero.
+        compensated: make room for the table of C, float16 [formats, r, N] a matrix, all zeros.
     """
 
     def __init__(
-        self, contract: LoraContract, encoder: ConfigEncoder, preset: Preset = "coatrt", seed: int = 0
+        self,
+        contract: LoraContract,
+        encoder: ConfigEncoder,
+        preset: Preset = "coatrt",
+        seed: int = 0,
+        compensated: bool = False,
     ) -> None:
         super().__init__()
         self.contract = contract
@@ -43,6 +54,58 @@ class CoaLora(nn.Module):
             self._members = tuple(shapes.values())
             self.A = nn.ParameterList(torch.randn(len(rows), K, r) / K**0.5 for (K, _, r), rows in shapes.items())
             self.B = nn.ParameterList(torch.zeros(len(rows), r, N) for (_, N, r), rows in shapes.items())
+        self._compensator: Compensator | None = None
+        if compensated:
+            self._add_tables(lambda i, fmt, A: torch.zeros(A.shape[1], contract.tensors[i].N))
+
+    def compensate(self, compensator: Compensator, gains: Mapping[str, Tensor] | None = None) -> None:
+        """Take C from a compensator from now on.
+
+        Args:
+            compensator: of the model that the LoRA stands beside.
+            gains: matrix → E[g²] of its outputs: A begins with the directions that make up for most in the format of
+                fewest bits, B with zero. None leaves both as they are.
+        """
+        self._compensator = compensator
+        if gains is None:
+            return
+        lowest = min(self.encoder.formats, key=lambda fmt: fmt.bits_per_weight(self.contract.tensors[0].K))
+        with torch.no_grad():
+            for rows, A, B in self.stacks():
+                B.zero_()
+                for i, row in enumerate(rows):
+                    tensor = self.contract.tensors[row]
+                    A[i].copy_(compensator.start(tensor, lowest, gains[tensor.matrix], row))
+
+    def settle(self) -> None:
+        """Keep C for every matrix and format as A stands now, and let go of the compensator."""
+        compensator = self._compensator
+        if compensator is None:
+            return
+        self._add_tables(lambda row, fmt, A: compensator.term(self.contract.tensors[row].matrix, fmt, A))
+        self._compensator = None
+
+    @torch.no_grad()
+    def _add_tables(self, term: Callable[[int, WeightFormat, Tensor], Tensor]) -> None:
+        """Fill the table of C, one format after the other, so that no weight is decoded twice."""
+        tables = [A.new_zeros(len(rows), len(self.encoder.formats), B.shape[1], B.shape[2], dtype=torch.float16)
+                  for rows, A, B in self.stacks()]  # fmt: skip
+        for f, fmt in enumerate(self.encoder.formats):
+            for (rows, A, _), table in zip(self.stacks(), tables, strict=True):
+                for i, row in enumerate(rows):
+                    table[i, f] = term(row, fmt, A[i])
+        for i, table in enumerate(tables):
+            self.register_buffer(f"C_{i}", table)
+
+    @property
+    def C(self) -> list[Tensor]:
+        """C per stack, float16 [m, formats, r, N]; none where there is no compensation or A is still trained."""
+        return [table for name, table in self.named_buffers() if name.startswith("C_")]
+
+    @property
+    def compensated(self) -> bool:
+        """Whether there is a table of C."""
+        return len(self.C) > 0
 
     def stacks(self) -> Iterator[tuple[list[int], Tensor, Tensor]]:
         """Yield (places in the contract, A [m, K, r], B [m, r, N]) for every distinct matrix shape."""
@@ -54,16 +117,16 @@ class CoaLora(nn.Module):
         return self.theta.options.preset if self.theta is not None else "none"
 
     def rates(self, options: TrainOptions) -> list[tuple[list[nn.Parameter], float]]:
-        """Return A and B, then θ, with their peak learning rates."""
-        theta = list(self.theta.parameters()) if self.theta is not None else []
-        return [([*self.A, *self.B], options.learning_rate), (theta, options.theta_rate)][: 1 + bool(theta)]
+        """Return A, B and θ, if there is one, with their peak learning rates."""
+        groups = [(list(self.A), options.learning_rate), (list(self.B), options.b_rate)]
+        return groups if self.theta is None else [*groups, (list(self.theta.parameters()), options.theta_rate)]
 
     def pairs(self, config: QuantConfig) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return matrix name → (A' [K, r], s·B [r, N]) for a configuration."""
+        """Return matrix name → (A [K, r], B' [r, N]) for a configuration, B' = s·(I + U)ᵀB + C."""
         return self(self.encoder.format_ids(config))  # type: ignore[no-any-return]
 
     def forward(self, ids: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return matrix name → (A' [K, r], s·B [r, N]) for a configuration.
+        """Return matrix name → (A [K, r], B' [r, N]) for a configuration, B' = s·(I + U)ᵀB + C.
 
         Args:
             ids: int64 [M], see `ConfigEncoder.format_ids`.
@@ -72,13 +135,24 @@ class CoaLora(nn.Module):
         if self.theta is not None:
             updates = self.theta(self.encoder.indices(ids).to(device), self.encoder.features(ids).to(device))
         result: dict[str, tuple[Tensor, Tensor]] = {}
-        for rows, A, B in self.stacks():
+        for stack, (rows, A, B) in enumerate(self.stacks()):
             r = A.shape[-1]
-            folded = A if updates is None else torch.baddbmm(A, A, updates[rows, :r, :r].transpose(1, 2))
-            scaled = B * self.contract.scale(self.contract.tensors[rows[0]])
-            for row, a, b in zip(rows, folded.unbind(0), scaled.unbind(0), strict=True):
+            folded = B if updates is None else torch.baddbmm(B, updates[rows, :r, :r].transpose(1, 2), B)
+            scaled = folded * self.contract.scale(self.contract.tensors[rows[0]])
+            if self.compensated:
+                scaled = scaled + self.C[stack][torch.arange(len(rows)), ids[rows]].float()
+            elif self._compensator is not None:
+                scaled = scaled + self._terms(self._compensator, rows, ids, A)
+            for row, a, b in zip(rows, A.unbind(0), scaled.unbind(0), strict=True):
                 result[self.contract.tensors[row].matrix] = (a, b)
         return result
+
+    def _terms(self, compensator: Compensator, rows: list[int], ids: Tensor, A: Tensor) -> Tensor:
+        """Return C as A stands now, float32 [m, r, N]."""
+        return torch.stack([
+            compensator.term(self.contract.tensors[row].matrix, self.encoder.formats[int(ids[row])], a.detach())
+            for row, a in zip(rows, A, strict=True)
+        ])  # fmt: skip
 
     @torch.no_grad()
     def emit(self, ids: Tensor) -> dict[str, Tensor]:
@@ -91,7 +165,7 @@ class CoaLora(nn.Module):
         return result
 
     def shared(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return matrix name → (A [K, r], B [r, N]) as trained: no U, B not scaled."""
+        """Return matrix name → (A [K, r], B [r, N]) as trained: no U, no C, B not scaled."""
         return {
             self.contract.tensors[row].matrix: (A[i].detach(), B[i].detach())
             for rows, A, B in self.stacks()

@@ -9,29 +9,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from coatrt.adapter import Adapter
-from coatrt.calibration import Calibration
+from coatrt.calibration import Calibration, InputMoments
 from coatrt.checkpoint import Checkpoint, load_tokenizer
+from coatrt.compensation import Compensator
 from coatrt.config import QuantConfig
 from coatrt.contract import contract_for
+from coatrt.curvature import output_gains
 from coatrt.data import batches
 from coatrt.errors import ConfigError
 from coatrt.fakequant import FakeQuantModel
 from coatrt.features import ConfigEncoder
+from coatrt.files import cache_directory
 from coatrt.formats import WeightFormat
 from coatrt.hypervolume import hypervolume
 from coatrt.loop import optimise
 from coatrt.lora import CoaLora
 from coatrt.processes import Processes
 from coatrt.progress import progress_bar, stages
-from coatrt.residual import mean_residual
 from coatrt.sampling import TrainingSampler
 from coatrt.sensitivity import Predictor, Sensitivity, measure_sensitivity
 from coatrt.space import ConfigSpace
 from coatrt.store import CodeStore
 from coatrt.tasks import TaskData, text_task
 from coatrt.train_options import DEFAULT_FORMATS, TrainOptions
+from coatrt.train_state import has_state
 
 __all__ = ["DEFAULT_FORMATS", "TrainOptions", "train"]
 
@@ -156,9 +160,10 @@ class _Training:
         self.sampler = TrainingSampler(self.space, self.sensitivity.costs, low, high, options.planned, options.seed)
         encoder = ConfigEncoder(checkpoint.matrices, formats, self.sensitivity.errors)
         self.lora = CoaLora(contract, encoder, options.preset, options.seed)
-        if options.start == "residual":
-            self.lora.load_shared(mean_residual(self.codes, contract, formats))
         self.lora.to(compute)
+        if options.compensation:
+            moments = InputMoments(checkpoint, self.calibration, cache_directory() / "moments")
+            self.lora.compensate(Compensator(self.model, moments, contract), self._gains())
         self.full_precision: float | None = None
 
     def _check_budgets(self, low: float, high: float) -> None:
@@ -184,6 +189,15 @@ class _Training:
         self.processes.wait()
         return Sensitivity.load(path)
 
+    def _gains(self) -> dict[str, Tensor] | None:
+        """Return the gradients' energy at the outputs, from which A starts; None where training goes on."""
+        if has_state(self.state):
+            return None
+        self.model.set_config(None)
+        self.model.set_pairs(None)
+        with stages("compensation") as progress:
+            return output_gains(self.model, self.calibration.tokens, progress)
+
     def run(self, output: Path) -> Adapter:
         options, train = self.options, self.data.train
         measure = self._hypervolume if options.evaluate_every and options.budgets else None
@@ -191,6 +205,7 @@ class _Training:
             self.model, self.lora, train, lambda step: self.sampler.draw(step, options.configs), options,
             self.state, self.identity, self.processes, measure,
         )  # fmt: skip
+        self.lora.settle()
         adapter = Adapter(
             source=self.source,
             fingerprint=self.checkpoint.fingerprint,

@@ -16,8 +16,7 @@ DEFAULT_FORMATS = ("nf3-g64", "nf4-g64", "int4-g64", "nvfp4", "fp8", "int8", "fp
 
 
 _CHOICES = {
-    "preset": ("coatrt", "paper", "none"),
-    "start": ("zero", "residual"),
+    "preset": ("coatrt", "paper", "gates", "none"),
     "teacher": ("base", "top"),
     "precision": ("float32", "bfloat16"),
 }
@@ -33,18 +32,21 @@ class TrainOptions:
         alpha: LoRA scale numerator.
         ranks: (module kind, rank) where it differs from `rank`, as in (("down_proj", 32),).
         preset: form of the hypernetwork, "coatrt" or "paper"; "none" leaves it out: one LoRA for every configuration.
-        start: "zero" starts with B = 0, "residual" with the mean of W − Q(W) over the formats, see `coatrt.residual`.
+        compensation: whether B has a term per format that makes up for quantization, see `coatrt.compensation`; A then
+            starts from what the lowest format takes away, without it from random numbers.
         quantizer: how weights are encoded, see `coatrt.quantize.encode`; "absmax" is the paper's.
         fused: whether q/k/v and gate/up share a format.
         steps: optimizer steps.
         batch: blocks (examples) per configuration and step.
         accumulate: parts a batch is cut into, to save memory; the gradient is the same.
         length: tokens per block.
-        configs: configurations per step (their gradients are averaged); with one the ends of the range are not assured.
+        configs: configurations per step (their gradients are averaged); of several the first has few bits, see
+            `TrainingSampler`.
         low_bits: lowest budget trained for; None: the least the formats allow.
         high_bits: highest budget; None: the most the formats allow, at most 8.5.
         planned: share of planner-like configurations, see `TrainingSampler`.
-        learning_rate: peak rate of A and B.
+        learning_rate: peak rate of A.
+        rate_ratio: peak rate of B over that of A (LoRA+, arXiv 2402.12354); None: 4 with compensation, 1 without.
         theta_rate: peak rate of θ.
         warmup: share of the steps in which the rates rise; then they fall along a cosine to zero.
         clip: largest norm of the gradient.
@@ -71,7 +73,7 @@ class TrainOptions:
     alpha: float = 32.0
     ranks: tuple[tuple[str, int], ...] = ()
     preset: Preset = "coatrt"
-    start: Literal["zero", "residual"] = "zero"
+    compensation: bool = True
     quantizer: Quantizer = "feedback"
     fused: bool = True
     steps: int = 300
@@ -83,6 +85,7 @@ class TrainOptions:
     high_bits: float | None = None
     planned: float = 0.75
     learning_rate: float = 1e-3
+    rate_ratio: float | None = None
     theta_rate: float = 1e-3
     warmup: float = 0.1
     clip: float = 1.0
@@ -107,8 +110,9 @@ class TrainOptions:
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise ConfigError(f"{name} {getattr(self, name)} is given; give at least {minimum}")
-        for name in ("learning_rate", "theta_rate", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
+        for name in ("learning_rate", "rate_ratio", "theta_rate", "clip"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"{name} {getattr(self, name)} is given; give a positive number")
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
@@ -119,6 +123,12 @@ class TrainOptions:
             raise ConfigError("patience needs evaluate_every and budgets; give them, or no patience")
         if not 0 <= self.warmup <= 1:
             raise ConfigError(f"warmup {self.warmup} is given; give a share of the steps, 0 to 1")
+
+    @property
+    def b_rate(self) -> float:
+        """Peak learning rate of B."""
+        ratio = self.rate_ratio if self.rate_ratio is not None else 4.0 if self.compensation else 1.0
+        return ratio * self.learning_rate
 
     def rate(self, step: int) -> float:
         """Return the share of the peak learning rate at a step."""

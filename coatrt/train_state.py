@@ -14,7 +14,7 @@ from coatrt.files import atomic_file, read_json, sha256_file, write_json
 if TYPE_CHECKING:
     from coatrt.loop import LoraModule
 
-__all__ = ["load_state", "save_state"]
+__all__ = ["has_state", "load_state", "save_state"]
 
 _STATE = "state.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -50,6 +50,11 @@ def save_state(
             old.unlink()
 
 
+def has_state(directory: Path) -> bool:
+    """Return whether a checkpoint has been written."""
+    return (directory / _STATE).is_file()
+
+
 def load_state(
     directory: Path, module: "LoraModule", optimizer: torch.optim.Optimizer, run: str
 ) -> dict[str, Any] | None:
@@ -59,7 +64,7 @@ def load_state(
         ConfigError: it belongs to other options, another model or other data.
         CheckpointError: it is damaged.
     """
-    if not (directory / _STATE).is_file():
+    if not has_state(directory):
         return None
     facts = read_json(directory / _STATE, "training state")
     try:

@@ -62,7 +62,7 @@ def export_hypernetwork(adapter: Adapter, directory: str | Path) -> None:
         name=HYPERNETWORK_INPUT, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([len(adapter.encoder.names)])
     )
     updates = _write_theta(graph, adapter, formats) if adapter.lora.theta is not None else None
-    outputs = _write_lora(graph, adapter, updates)
+    outputs = _write_lora(graph, adapter, formats, updates)
     model = ir.Model(
         ir.Graph(
             [formats], outputs, nodes=graph.nodes, initializers=graph.initializers,
@@ -121,27 +121,35 @@ def _write_features(graph: _Graph, adapter: Adapter, formats: ir.Value) -> ir.Va
     return graph.op("Concat", [own, whole, layer], "features", axis=1)
 
 
-def _write_lora(graph: _Graph, adapter: Adapter, updates: ir.Value | None) -> list[ir.Value]:
-    """Write A' = A + A·Uᵀ per stack of equal shapes, split it, and hand out B · alpha/rank, in contract order."""
+def _write_lora(graph: _Graph, adapter: Adapter, formats: ir.Value, updates: ir.Value | None) -> list[ir.Value]:
+    """Write A as it is and B' = s·(I + U)ᵀB + C per stack of equal shapes, split it in contract order."""
     contract, lora = adapter.contract, adapter.lora
     made: dict[str, ir.Value] = {}
     transposed = graph.op("Transpose", [updates], "U_transposed", perm=[0, 2, 1]) if updates is not None else None
     for stack, (rows, A, B) in enumerate(lora.stacks()):
         name = f"stack_{stack}"
-        folded = shared = graph.constant(A, f"{name}.A")
+        folded = graph.constant(B.detach() * contract.scale(contract.tensors[rows[0]]), f"{name}.B")
+        mine = graph.constant(rows, f"{name}.rows")
         if transposed is not None:
-            mine = graph.op("Gather", [transposed, graph.constant(rows, f"{name}.rows")], f"{name}.U")
-            if A.shape[-1] < contract.rank:
-                edges = [graph.constant([at, at], f"{name}.edge{at}") for at in (0, A.shape[-1])]
-                mine = graph.op("Slice", [mine, *edges, graph.constant([1, 2], "square_axes")], f"{name}.U_used")
-            change = graph.op("MatMul", [shared, mine], f"{name}.change")
-            folded = graph.op("Add", [shared, change], f"{name}.folded")  # [m, K, r]
+            update = graph.op("Gather", [transposed, mine], f"{name}.U")
+            if B.shape[1] < contract.rank:
+                edges = [graph.constant([at, at], f"{name}.edge{at}") for at in (0, B.shape[1])]
+                update = graph.op("Slice", [update, *edges, graph.constant([1, 2], "square_axes")], f"{name}.U_used")
+            change = graph.op("MatMul", [update, folded], f"{name}.change")
+            folded = graph.op("Add", [folded, change], f"{name}.folded")  # [m, r, N]
+        if lora.compensated:
+            count, choices, *shape = lora.C[stack].shape
+            table = graph.constant(lora.C[stack].reshape(count * choices, *shape), f"{name}.C")
+            starts = graph.constant(torch.arange(count) * choices, f"{name}.C_starts")
+            place = graph.op("Add", [graph.op("Gather", [formats, mine], f"{name}.formats"), starts], f"{name}.C_rows")
+            term = graph.op("Gather", [table, place], f"{name}.C_half")
+            term = graph.op("Cast", [term], f"{name}.C_used", to=ir.DataType.FLOAT)
+            folded = graph.op("Add", [folded, term], f"{name}.compensated")
         for i, row in enumerate(rows):
             tensor = contract.tensors[row]
-            place = graph.constant(np.array(i), f"place_{i}")
-            made[tensor.A] = graph.op("Gather", [folded, place], tensor.A, axis=0)
-            scaled = graph.constant(B[i].detach() * contract.scale(tensor), f"{tensor.B}.trained")
-            made[tensor.B] = graph.op("Identity", [scaled], tensor.B)
+            at = graph.constant(np.array(i), f"place_{i}")
+            made[tensor.A] = graph.op("Identity", [graph.constant(A[i], f"{tensor.A}.trained")], tensor.A)
+            made[tensor.B] = graph.op("Gather", [folded, at], tensor.B, axis=0)
     for name, shape in contract.shapes.items():
         made[name].type, made[name].shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
     return [made[name] for name in contract.shapes]

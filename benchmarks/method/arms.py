@@ -26,28 +26,29 @@ class Arm:
     Args:
         what: for the table.
         kind: "none" trains nothing, "coa" A, B and θ, "bank" one LoRA per (matrix, format), "both" the two side by
-            side, "terms" A, B and θ with a term of B per (matrix, format), "single" one LoRA per configuration,
-            "closed" the compensation in closed form alone, "compensated" A, B and θ beside it, "ramp" A, B and θ with a
-            term of B that grows with the loss predicted for the configuration.
+            side, "terms" A, B and θ with a learnt term of B per (matrix, format), "single" one LoRA per configuration,
+            "ramp" A, B and θ with a term of B that grows with the loss predicted for the configuration.
         preset: form of θ ("none": plain LoRA).
         rank: LoRA rank.
         draws: what the first configuration of a step is drawn from; the second comes from the whole pool. "ends": the
             low and the high end of the budget range in turn; "low": the lowest three budgets; "even": the whole pool.
+        compensated: whether B has a term per format in closed form (`coatrt.compensation`).
         share: of the steps of the other arms, for "single" per configuration.
+        rate: peak learning rate of A.
         theta_rate: peak learning rate of θ.
-        start: see `TrainOptions`.
         distill: see `TrainOptions`.
         teacher: see `TrainOptions`.
     """
 
     what: str
-    kind: Literal["none", "coa", "bank", "both", "terms", "single", "closed", "compensated", "ramp"] = "coa"
+    kind: Literal["none", "coa", "bank", "both", "terms", "single", "ramp"] = "coa"
     preset: Preset = "coatrt"
     rank: int = 16
     draws: Draws = "ends"
+    compensated: bool = False
     share: float = 1.0
+    rate: float = 2e-3
     theta_rate: float = 1e-3
-    start: Literal["zero", "residual"] = "zero"
     distill: float = 0.0
     teacher: Literal["base", "top"] = "base"
 
@@ -60,24 +61,38 @@ ARMS = {
     "shared-rank": Arm("shared LoRA of rank 32", preset="none", rank=32),
     "bank": Arm("LoRA per (matrix, format), as LLM-QFA", "bank", "none"),
     "paper": Arm("CoA-LoRA as published (its θ, even draws)", preset="paper", draws="even"),
-    "coatrt": Arm("coatrt"),
-    "coatrt-paper-features": Arm("coatrt with the paper's θ", preset="paper"),
-    "coatrt-even": Arm("coatrt, configurations drawn evenly", draws="even"),
-    "coatrt-low": Arm("coatrt, low draws", draws="low"),
+    "coatrt": Arm("coatrt", draws="low", compensated=True, rate=1e-3),
+    "shared-compensated": Arm("coatrt without θ", preset="none", draws="low", compensated=True, rate=1e-3),
+    "theta": Arm("coatrt without compensation"),
+    "coatrt-paper-theta": Arm("coatrt with the paper's θ", preset="paper", draws="low", compensated=True, rate=1e-3),
+    "coatrt-slow-theta": Arm("coatrt, θ at a tenth of the rate", draws="low", compensated=True, rate=1e-3, theta_rate=1e-4),
+    "coatrt-gates": Arm("coatrt, θ a gate per rank", preset="gates", draws="low", compensated=True, rate=1e-3),
+    "coatrt-ends": Arm("coatrt, ends of the range in turn", compensated=True, rate=1e-3),
+    "coatrt-even": Arm("coatrt, even draws", draws="even", compensated=True, rate=1e-3),
+    "coatrt-distill": Arm(
+        "coatrt, distilled from the full-precision base", draws="low", compensated=True, rate=1e-3, distill=0.5
+    ),
+    "coatrt-top": Arm(
+        "coatrt, distilled from the step's highest configuration",
+        draws="low",
+        compensated=True,
+        rate=1e-3,
+        distill=0.5,
+        teacher="top",
+    ),
+    "single-compensated": Arm(
+        "LoRA per configuration with compensation, as many steps for each",
+        "single",
+        "none",
+        compensated=True,
+        rate=1e-3,
+    ),
     "shared-low": Arm("shared LoRA, low draws", preset="none", draws="low"),
-    "ramp": Arm("shared LoRA and a term of B for the predicted loss", "ramp", "none"),
     "ramp-low": Arm("shared LoRA and a term of B for the predicted loss, low draws", "ramp", "none", draws="low"),
-    "coatrt-residual": Arm("coatrt, start from the mean residual", start="residual"),
-    "coatrt-distill": Arm("coatrt, distilled from the full-precision base", distill=0.5),
-    "coatrt-top": Arm("coatrt, distilled from its highest configuration", distill=0.5, teacher="top"),
-    "coatrt-bank": Arm("coatrt and a LoRA per (matrix, format), rank 16 each", "both"),
-    "shared-bank": Arm("shared LoRA and a LoRA per (matrix, format), rank 16 each", "both", "none"),
-    "coatrt-terms": Arm("coatrt and a term of B per (matrix, format)", "terms"),
-    "shared-terms": Arm("shared LoRA and a term of B per (matrix, format)", "terms", "none"),
-    "closed": Arm("closed-form compensation alone, rank 16", "closed", "none"),
-    "coatrt-compensated": Arm("coatrt beside closed-form compensation, rank 16 each", "compensated"),
-    "shared-compensated": Arm("shared LoRA beside closed-form compensation, rank 16 each", "compensated", "none"),
-    "coatrt-fast-theta": Arm("coatrt, θ at ten times the rate", theta_rate=1e-2),
+    "theta-low": Arm("coatrt without compensation, low draws", draws="low"),
+    "theta-fast": Arm("coatrt without compensation, θ at ten times the rate", theta_rate=1e-2),
+    "theta-terms": Arm("coatrt without compensation, but a learnt term of B per (matrix, format)", "terms"),
+    "theta-bank": Arm("coatrt without compensation, but a LoRA per (matrix, format) beside it, rank 16 each", "both"),
 }
 """Arms by name; the first seven are the rivals, what follows is ours and its ablations."""
 
@@ -111,7 +126,7 @@ class LoraBank(nn.Module):
 
     def rates(self, options: TrainOptions) -> list[tuple[list[nn.Parameter], float]]:
         """Return A and B with their peak learning rate."""
-        return [([*self.A, *self.B], options.learning_rate)]
+        return [(list(self.A), options.learning_rate), (list(self.B), options.b_rate)]
 
 
 class FormatTerms(nn.Module):
@@ -139,7 +154,7 @@ class FormatTerms(nn.Module):
 
     def rates(self, options: TrainOptions) -> list[tuple[list[nn.Parameter], float]]:
         """Return the LoRA's groups and the terms, these at the rate of A and B."""
-        return [*self.lora.rates(options), ([*self.D], options.learning_rate)]
+        return [*self.lora.rates(options), ([*self.D], options.b_rate)]
 
 
 class Ramp(nn.Module):
@@ -165,7 +180,7 @@ class Ramp(nn.Module):
 
     def rates(self, options: TrainOptions) -> list[tuple[list[nn.Parameter], float]]:
         """Return the LoRA's groups and the term, this at the rate of A and B."""
-        return [*self.lora.rates(options), ([*self.D], options.learning_rate)]
+        return [*self.lora.rates(options), ([*self.D], options.b_rate)]
 
 
 class SideBySide(nn.Module):

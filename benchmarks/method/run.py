@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from arms import ARMS, Arm, FormatTerms, LoraBank, Ramp, SideBySide
-from closed_form import Compensation
 from setting import BUDGETS, FORMATS, Measured, Setting
 
+from coatrt.compensation import Compensator
 from coatrt.config import QuantConfig
 from coatrt.contract import contract_for
 from coatrt.engines.environment import environment
@@ -23,7 +23,6 @@ from coatrt.files import write_json
 from coatrt.loop import optimise
 from coatrt.lora import CoaLora
 from coatrt.processes import Processes
-from coatrt.residual import mean_residual
 from coatrt.train_options import TrainOptions
 
 RESULTS = Path(__file__).parents[1] / "results" / "method"
@@ -32,15 +31,14 @@ BATCH = {"micro": 8, "smollm2": 2, "smollm2-absmax": 2}
 LIMIT = {"micro": 96, "smollm2": 24, "smollm2-absmax": 24}  # held-out examples
 CHOICES = {"micro": 100, "smollm2": 200, "smollm2-absmax": 200}  # held-out questions
 QUICK = ("none", "shared", "shared-rank", "bank", "paper", "coatrt", "single", "single-shared-compute")
-RATE = 2e-3
 
 
 def options_of(arm: Arm, model: str, steps: int, seed: int) -> TrainOptions:
     """Return the loop's options of an arm."""
     return TrainOptions(
-        formats=FORMATS, rank=arm.rank, alpha=2.0 * arm.rank, preset=arm.preset, start=arm.start, steps=steps,
-        batch=BATCH[model], learning_rate=RATE, theta_rate=arm.theta_rate, distill=arm.distill, teacher=arm.teacher,
-        checkpoint_every=50, seed=seed,
+        formats=FORMATS, rank=arm.rank, alpha=2.0 * arm.rank, preset=arm.preset, steps=steps, batch=BATCH[model],
+        compensation=arm.compensated, learning_rate=arm.rate, theta_rate=arm.theta_rate, distill=arm.distill,
+        teacher=arm.teacher, checkpoint_every=50, seed=seed,
     )  # fmt: skip
 
 
@@ -54,14 +52,10 @@ def module(setting: Setting, arm: Arm, seed: int) -> Any:
         return FormatTerms(lora, setting.encoder)
     if arm.kind == "ramp":
         return Ramp(lora, setting.level)
-    if arm.kind == "closed":
-        return Compensation(setting, contract, arm.rank)
-    if arm.kind == "compensated":
-        return SideBySide(lora, Compensation(setting, contract, arm.rank))
     if arm.kind == "both":
         return SideBySide(lora, LoraBank(contract, setting.encoder, seed + 1))
-    if arm.start == "residual":
-        lora.load_shared(mean_residual(setting.codes, contract, setting.space.formats))
+    if arm.compensated:
+        lora.compensate(Compensator(setting.base, setting.moments, contract), setting.gains)
     return lora
 
 
@@ -112,8 +106,6 @@ def job_result(setting: Setting, name: str, seed: int, steps: int) -> dict[str, 
         setting.base.set_pairs(None)
         limit = (LIMIT if setting.data.choices is None else CHOICES)[setting.model]
         facts["full_precision"] = setting.data.measure(setting.base, limit)
-    elif arm.kind == "closed":
-        steps, rows = 0, measure(setting, module(setting, arm, seed), entries)
     elif arm.kind == "single":
         steps = round(steps * arm.share)
         for entry in [entry for entry in entries if entry.seen and entry.kind == "planned"]:
@@ -149,7 +141,7 @@ def main() -> None:
     for seed in range(given.seeds):
         for name in names:
             path = RESULTS / f"{given.model}-{given.task}-{name}-{seed}.json"
-            if path.is_file() or (ARMS[name].kind in ("none", "closed") and seed):
+            if path.is_file() or (ARMS[name].kind == "none" and seed):
                 continue
             result = job_result(setting, name, seed, STEPS[given.model])
             write_json(path, result)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -15,13 +16,15 @@ from common import smollm2
 from micro import micro_llama
 from tasks import TASKS
 
-from coatrt.calibration import Calibration
+from coatrt.calibration import Calibration, InputMoments
 from coatrt.checkpoint import Checkpoint, load_tokenizer
 from coatrt.config import QuantConfig
+from coatrt.curvature import output_gains
 from coatrt.data import batches
 from coatrt.examples import Examples
 from coatrt.fakequant import FakeQuantModel
 from coatrt.features import ConfigEncoder
+from coatrt.files import cache_directory
 from coatrt.formats import WeightFormat
 from coatrt.progress import stages
 from coatrt.quantize import Quantizer
@@ -30,6 +33,7 @@ from coatrt.sensitivity import Sensitivity, measure_sensitivity
 from coatrt.space import ConfigSpace
 from coatrt.store import CodeStore
 from coatrt.tasks import TaskData
+from coatrt.tensor_file import read_tensors, write_tensors
 
 __all__ = ["BUDGETS", "FORMATS", "Draws", "Measured", "Setting"]
 
@@ -104,6 +108,24 @@ class Setting:
     def tokens(self) -> Calibration:
         """What moments are measured on."""
         return Calibration.of(self._calibration)
+
+    @cached_property
+    def moments(self) -> InputMoments:
+        """Second moments of what the matrices read."""
+        return InputMoments(self.checkpoint, self.tokens, cache_directory() / "moments")
+
+    @cached_property
+    def gains(self) -> dict[str, Tensor]:
+        """The gradients' energy at the outputs of the matrices."""
+        path = self.scratch / f"gains-{self.model}-{self.task}.safetensors"
+        if not path.is_file():
+            self.base.set_config(None)
+            self.base.set_pairs(None)
+            with stages("gains") as progress:
+                write_tensors(path, output_gains(self.base, self.tokens.tokens, progress))
+        found = read_tensors(path)
+        assert found is not None
+        return found[0]
 
     @cached_property
     def _calibration(self) -> Examples:

@@ -52,7 +52,7 @@ def _ranks(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 @click.option("--alpha", type=float, help="LoRA scale numerator.")
 @click.option("--ranks", callback=_ranks, metavar="KIND=R,…", help="Ranks of module kinds that differ: down_proj=32.")
 @click.option("--preset", type=click.Choice(["coatrt", "paper", "none"]), help="Form of the hypernetwork.")
-@click.option("--start", type=click.Choice(["zero", "residual"]), help="What A and B start from.")
+@click.option("--compensation/--no-compensation", default=None, help="A term of B per format, in closed form.")
 @click.option(
     "--quantizer", type=click.Choice(["absmax", "mse", "weighted", "feedback"]), help="How weights are encoded."
 )
@@ -64,7 +64,8 @@ def _ranks(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 @click.option("--low-bits", type=float, help="Lowest budget trained for, bits per weight.")
 @click.option("--high-bits", type=float, help="Highest budget trained for.")
 @click.option("--planned", type=float, help="Share of planner-like configurations.")
-@click.option("--learning-rate", type=float, help="Peak learning rate of A and B.")
+@click.option("--learning-rate", type=float, help="Peak learning rate of A.")
+@click.option("--rate-ratio", type=float, help="Peak learning rate of B over that of A.")
 @click.option("--theta-rate", type=float, help="Peak learning rate of the hypernetwork.")
 @click.option("--distill", type=float, help="Weight of a teacher's predictions beside the task's loss.")
 @click.option(

@@ -13,16 +13,12 @@ from torch import nn
 
 from coatrt.adapter import Adapter
 from coatrt.checkpoint import Checkpoint, load_model
-from coatrt.contract import contract_for
 from coatrt.errors import ConfigError
 from coatrt.examples import Examples
 from coatrt.fakequant import FakeQuantModel
-from coatrt.formats import WeightFormat
 from coatrt.loop import History
 from coatrt.lora import CoaLora
 from coatrt.objective import accumulate_gradients
-from coatrt.quantize import decode, encode
-from coatrt.residual import mean_residual
 from coatrt.store import CodeStore
 from coatrt.train import train
 
@@ -110,23 +106,8 @@ def test_bfloat16_computes_nearly_the_same(tiny_adapter: Path) -> None:
     assert rough != exact
 
 
-def test_the_residual_start_is_the_best_low_rank_part(tiny_llama: Path) -> None:
-    checkpoint = Checkpoint.open(tiny_llama)
-    contract = contract_for(checkpoint.matrices, 16, 32, {"down_proj": 32})
-    formats = [WeightFormat.parse(text) for text in ("nf2-g32", "int4-g32")]
-    pairs = mean_residual(CodeStore(checkpoint), contract, formats)
-    for tensor in contract.tensors:
-        weight = checkpoint.tensor(f"{tensor.matrix}.weight").float()
-        residual = weight - sum(decode(encode(weight, fmt)) for fmt in formats) / 2
-        a, b = pairs[tensor.matrix]
-        left = residual.T - contract.scale(tensor) * a @ b
-        values = np.linalg.svd(residual.numpy(), compute_uv=False)
-        assert tuple(a.shape) == (tensor.K, tensor.rank)
-        assert left.norm().item() == pytest.approx(float(np.sqrt((values[tensor.rank :] ** 2).sum())), rel=1e-3)
-
-
-def test_ranks_start_and_no_hypernetwork_from_the_options(tiny_llama: Path, tmp_path: Path) -> None:
-    options = tiny_options(steps=2, ranks=(("down_proj", 32),), preset="none", start="residual", configs=1)
+def test_ranks_and_no_hypernetwork_from_the_options(tiny_llama: Path, tmp_path: Path) -> None:
+    options = tiny_options(steps=2, ranks=(("down_proj", 32),), preset="none", compensation=False, configs=1)
     adapter = train(tiny_llama, TEXTS, tmp_path / "a", options)
     assert {t.rank for t in adapter.contract.tensors if t.matrix.endswith("down_proj")} == {32}
     assert {t.rank for t in adapter.contract.tensors if not t.matrix.endswith("down_proj")} == {16}
@@ -171,7 +152,7 @@ def test_patience_counts_measurements_since_the_best() -> None:
         {"patience": 1},
         {"teacher": "nobody"},
         {"precision": "int8"},
-        {"start": "one"},
+        {"rate_ratio": 0.0},
         {"distill": -1},
     ],
 )
@@ -201,4 +182,6 @@ def test_two_processes_learn_what_one_does(tiny_llama: Path, tmp_path: Path) -> 
     assert two["held_out"]["budgets"][0]["adapted"] == pytest.approx(one["held_out"]["budgets"][0]["adapted"], rel=1e-5)
     first, second = (Adapter.load(tmp_path / name).lora.state_dict() for name in ("one", "two"))
     for name, value in first.items():
-        torch.testing.assert_close(second[name], value, rtol=1e-3, atol=1e-4)
+        more = 5e-3 * float(value.abs().max()) if name.startswith("C_") else 0.0  # solved from A, kept in float16
+        # Four steps move a parameter by up to 4e-3; where its gradient is near zero AdamW makes rounding visible.
+        torch.testing.assert_close(second[name], value, rtol=1e-3, atol=4e-4 + more)

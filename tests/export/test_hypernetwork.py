@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,10 +19,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import TEXTS, tiny_options
 
 
-@pytest.fixture(scope="module", params=["coatrt", "paper", "ranks"])
+@pytest.fixture(scope="module", params=["coatrt", "paper", "ranks", "uncompensated"])
 def adapter(request: pytest.FixtureRequest, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapter:
     directory = tmp_path_factory.mktemp("hypernet") / "adapter"
-    change = {"ranks": (("down_proj", 32), ("v_proj", 48))} if request.param == "ranks" else {"preset": request.param}
+    change: dict[str, Any] = {
+        "ranks": {"ranks": (("down_proj", 32), ("v_proj", 48))},
+        "uncompensated": {"compensation": False},
+    }.get(request.param, {"preset": request.param})
     return train(tiny_llama, TEXTS, directory, tiny_options(fused=False, **change))
 
 
@@ -62,12 +66,12 @@ def test_large_tensors_go_to_a_file_of_their_own(
     session = ort.InferenceSession(str(tmp_path / "hypernet.onnx"), providers=["CPUExecutionProvider"])
     config = adapter.space.sample_random(np.random.default_rng(0))
     ids = adapter.encoder.format_ids(config).numpy()
-    (value,) = session.run([adapter.contract.tensors[-1].A], {"formats": ids})
-    assert torch.allclose(torch.from_numpy(value), adapter.emit(config)[adapter.contract.tensors[-1].A], atol=1e-5)
+    (value,) = session.run([adapter.contract.tensors[-1].B], {"formats": ids})
+    assert torch.allclose(torch.from_numpy(value), adapter.emit(config)[adapter.contract.tensors[-1].B], atol=1e-5)
 
 
-def test_without_a_hypernetwork_every_configuration_gets_the_same(tiny_llama: Path, tmp_path: Path) -> None:
-    adapter = train(tiny_llama, TEXTS, tmp_path / "adapter", tiny_options(preset="none"))
+def test_a_plain_lora_is_the_same_for_every_configuration(tiny_llama: Path, tmp_path: Path) -> None:
+    adapter = train(tiny_llama, TEXTS, tmp_path / "adapter", tiny_options(preset="none", compensation=False))
     export_hypernetwork(adapter, tmp_path)
     session = ort.InferenceSession(str(tmp_path / "hypernet.onnx"), providers=["CPUExecutionProvider"])
     expected = adapter.emit(adapter.space.uniform("int8"))

@@ -1,0 +1,140 @@
+"""The closed-form term of B against numpy's least squares over the inputs themselves."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from coatrt.adapter import Adapter
+from coatrt.calibration import Calibration, InputMoments
+from coatrt.checkpoint import Checkpoint, load_model
+from coatrt.compensation import Compensator
+from coatrt.contract import LoraContract, contract_for
+from coatrt.curvature import output_gains
+from coatrt.fakequant import FakeQuantModel
+from coatrt.formats import WeightFormat
+from coatrt.quantize import decode, encode
+from coatrt.store import CodeStore
+from coatrt.train import train
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import TEXTS, tiny_options
+
+LOW, HIGH = WeightFormat.parse("nf2-g32"), WeightFormat.parse("int8")
+
+
+class Setting:
+    """A tiny model, its compensator, and what its matrices read."""
+
+    def __init__(self, directory: Path) -> None:
+        self.checkpoint = Checkpoint.open(directory)
+        generator = torch.Generator().manual_seed(0)
+        self.tokens = torch.randint(0, 256, (16, 32), generator=generator)
+        self.contract: LoraContract = contract_for(self.checkpoint.matrices, 16, 32)
+        self.model = FakeQuantModel(self.checkpoint, CodeStore(self.checkpoint))
+        moments = InputMoments(self.checkpoint, Calibration(self.tokens))
+        self.compensator = Compensator(self.model, moments, self.contract)
+        self.inputs = self._inputs()
+
+    @torch.no_grad()
+    def _inputs(self) -> dict[str, np.ndarray]:
+        """Return matrix name → x, float64 [tokens, K], from a model of its own."""
+        model, found = load_model(self.checkpoint), {}
+        for tensor in self.contract.tensors:
+            model.get_submodule(tensor.matrix).register_forward_pre_hook(
+                lambda _, given, name=tensor.matrix: found.__setitem__(name, given[0].flatten(0, 1).double().numpy())
+            )
+        model(input_ids=self.tokens)
+        return found
+
+    def lost(self, matrix: str, fmt: WeightFormat) -> np.ndarray:
+        """Return W − Q(W), float64 [N, K]."""
+        weight = self.checkpoint.tensor(f"{matrix}.weight").float()
+        return (weight - decode(encode(weight, fmt))).double().numpy()
+
+
+@pytest.fixture(scope="module")
+def setting(tiny_llama: Path) -> Setting:
+    return Setting(tiny_llama)
+
+
+def test_the_term_is_least_squares_over_the_inputs(setting: Setting) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for tensor in setting.contract.tensors:
+        A = torch.randn(tensor.K, tensor.rank, generator=generator)
+        x = setting.inputs[tensor.matrix]
+        read, wanted = x @ A.double().numpy(), x @ setting.lost(tensor.matrix, LOW).T
+        best = np.linalg.lstsq(read, wanted, rcond=None)[0]
+        left = np.linalg.norm(wanted - read @ best)
+        found = setting.compensator.term(tensor.matrix, LOW, A).double().numpy()
+        assert found.shape == (tensor.rank, tensor.N)
+        assert np.linalg.norm(wanted - read @ found) == pytest.approx(left, rel=1e-4)
+        assert left < 0.95 * np.linalg.norm(wanted)
+        np.testing.assert_allclose(found, best, atol=0.02 * np.abs(best).max())
+
+
+def test_the_start_is_the_best_subspace(setting: Setting) -> None:
+    """Eckart and Young: of the weighted output error, what is left are the singular values after the first r."""
+    for tensor in setting.contract.tensors:
+        gains = torch.rand(tensor.N, generator=torch.Generator().manual_seed(2)) + 0.1
+        A = setting.compensator.start(tensor, LOW, gains, 0)
+        np.testing.assert_allclose(A.norm(dim=0).numpy(), 1, rtol=1e-4)
+        weight = np.sqrt(gains.numpy() + 0.01 * gains.mean().item())
+        error = setting.inputs[tensor.matrix] @ setting.lost(tensor.matrix, LOW).T
+        values = np.linalg.svd(error * weight, compute_uv=False)
+        C = setting.compensator.term(tensor.matrix, LOW, A).double().numpy()
+        left = np.linalg.norm((error - setting.inputs[tensor.matrix] @ A.double().numpy() @ C) * weight)
+        assert left == pytest.approx(float(np.sqrt((values[tensor.rank :] ** 2).sum())), rel=2e-3)
+
+
+def test_a_rank_beyond_the_directions_is_filled(setting: Setting) -> None:
+    contract = contract_for(setting.checkpoint.matrices, 16, 32, {"k_proj": 48})
+    (tensor, *_) = [t for t in contract.tensors if t.matrix.endswith("k_proj")]
+    assert tensor.N < tensor.rank < tensor.K
+    A = setting.compensator.start(tensor, LOW, torch.ones(tensor.N), 0)
+    assert np.linalg.matrix_rank(A.numpy()) == tensor.rank
+    error = setting.inputs[tensor.matrix] @ setting.lost(tensor.matrix, LOW).T
+    C = setting.compensator.term(tensor.matrix, LOW, A).double().numpy()
+    assert np.linalg.norm(error - setting.inputs[tensor.matrix] @ A.double().numpy() @ C) < 1e-3 * np.linalg.norm(error)
+
+
+def test_gains_are_the_mean_squared_gradients_at_the_outputs(setting: Setting) -> None:
+    setting.model.set_config(None)
+    tokens = setting.tokens[:3, :9]
+    found = output_gains(setting.model, tokens)
+    assert set(found) >= {tensor.matrix for tensor in setting.contract.tensors}
+    model, taps = load_model(setting.checkpoint), {}
+    for tensor in setting.contract.tensors:
+
+        def keep(_: Any, __: Any, output: torch.Tensor, name: str = tensor.matrix) -> None:
+            output.retain_grad()
+            taps[name] = output
+
+        model.get_submodule(tensor.matrix).register_forward_hook(keep)
+    logits = model(input_ids=tokens).logits[:, :-1]
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").backward()
+    for name, output in taps.items():
+        expected = output.grad.flatten(0, 1).square().sum(0) / tokens[:, 1:].numel()
+        torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-9)
+
+
+def test_an_adapter_keeps_the_terms_of_its_last_a(tiny_llama: Path, tmp_path: Path) -> None:
+    adapter = train(tiny_llama, TEXTS, tmp_path / "a", tiny_options(preset="none", formats=("nf2-g32", "int8")))
+    checkpoint = adapter.checkpoint()
+    assert adapter.calibration is not None
+    moments = InputMoments(checkpoint, adapter.calibration)
+    compensator = Compensator(FakeQuantModel(checkpoint, CodeStore(checkpoint)), moments, adapter.contract)
+    low, high = (adapter.emit(adapter.space.uniform(text)) for text in ("nf2-g32", "int8"))
+    for tensor in adapter.contract.tensors:
+        a, b = adapter.lora.shared()[tensor.matrix]
+        trained = b * adapter.contract.scale(tensor)
+        for emitted, fmt in ((low, LOW), (high, HIGH)):
+            assert torch.equal(emitted[tensor.A], a)
+            expected = trained + compensator.term(tensor.matrix, fmt, a)
+            np.testing.assert_allclose(emitted[tensor.B].numpy(), expected.numpy(), rtol=1e-3, atol=1e-4)
+        assert (low[tensor.B] - trained).norm() > 5 * (high[tensor.B] - trained).norm()
+    again = Adapter.load(tmp_path / "a")
+    assert all(torch.equal(value, low[name]) for name, value in again.emit(again.space.uniform("nf2-g32")).items())
