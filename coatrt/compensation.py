@@ -59,7 +59,8 @@ class Compensator:
         lost = self._weights[matrix].float() @ read - self._model.weight(matrix, fmt) @ read
         energy = (A.T @ read).double()
         energy.diagonal().add_(_RIDGE * energy.diagonal().mean())
-        return torch.linalg.solve(energy, lost.T.double()).float()
+        term: Tensor = torch.linalg.solve(energy, lost.T.double())
+        return term.float()
 
     @torch.no_grad()
     def start(self, tensor: LoraTensor, fmt: WeightFormat, gains: Tensor, seed: int) -> Tensor:

@@ -11,7 +11,7 @@ from coatrt.features import FEATURES, FIELD_SIZES
 
 __all__ = ["Hypernetwork", "HypernetworkOptions", "Preset"]
 
-Preset = Literal["paper", "coatrt", "gates", "none"]
+Preset = Literal["paper", "coatrt", "none"]
 """Forms of θ; "none" stands for an adapter without one."""
 
 
@@ -40,7 +40,7 @@ class HypernetworkOptions:
     hidden: int = 128
 
     def __post_init__(self) -> None:
-        allowed = get_args(Preset)[:3]
+        allowed = get_args(Preset)[:2]
         if self.preset not in allowed:
             raise ConfigError(f"hypernetwork preset {self.preset!r} is given; allowed: {', '.join(allowed)}")
 
@@ -52,7 +52,7 @@ class HypernetworkOptions:
     @property
     def features(self) -> int:
         """Numbers seen beside the index fields."""
-        return len(FEATURES) if self.preset in ("coatrt", "gates") else 0
+        return len(FEATURES) if self.preset == "coatrt" else 0
 
 
 class Hypernetwork(nn.Module):
@@ -69,7 +69,7 @@ class Hypernetwork(nn.Module):
         width = options.width * len(options.vocabularies)
         self.norm = nn.LayerNorm(width)
         self.hidden = nn.Linear(width + options.features, options.hidden)
-        self.out = nn.Linear(options.hidden, options.rank if options.preset == "gates" else options.rank**2)
+        self.out = nn.Linear(options.hidden, options.rank**2)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
@@ -84,6 +84,4 @@ class Hypernetwork(nn.Module):
         if self.options.features:
             seen = torch.cat([seen, features], 1)
         out: Tensor = self.out(nn.functional.silu(self.hidden(seen)))
-        if self.options.preset == "gates":
-            return torch.diag_embed(out)
         return out.view(-1, self.options.rank, self.options.rank)

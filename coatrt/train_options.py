@@ -16,7 +16,7 @@ DEFAULT_FORMATS = ("nf3-g64", "nf4-g64", "int4-g64", "nvfp4", "fp8", "int8", "fp
 
 
 _CHOICES = {
-    "preset": ("coatrt", "paper", "gates", "none"),
+    "preset": ("coatrt", "paper", "none"),
     "teacher": ("base", "top"),
     "precision": ("float32", "bfloat16"),
 }
@@ -31,7 +31,7 @@ class TrainOptions:
         rank: LoRA rank, a multiple of 16.
         alpha: LoRA scale numerator.
         ranks: (module kind, rank) where it differs from `rank`, as in (("down_proj", 32),).
-        preset: form of the hypernetwork, "coatrt" or "paper"; "none" leaves it out: one LoRA for every configuration.
+        preset: form of θ, "coatrt" or "paper"; "none" leaves it out: only the compensation tells configurations apart.
         compensation: whether B has a term per format that makes up for quantization, see `coatrt.compensation`; A then
             starts from what the lowest format takes away, without it from random numbers.
         quantizer: how weights are encoded, see `coatrt.quantize.encode`; "absmax" is the paper's.
@@ -72,7 +72,7 @@ class TrainOptions:
     rank: int = 16
     alpha: float = 32.0
     ranks: tuple[tuple[str, int], ...] = ()
-    preset: Preset = "coatrt"
+    preset: Preset = "none"
     compensation: bool = True
     quantizer: Quantizer = "feedback"
     fused: bool = True
@@ -86,7 +86,7 @@ class TrainOptions:
     planned: float = 0.75
     learning_rate: float = 1e-3
     rate_ratio: float | None = None
-    theta_rate: float = 1e-3
+    theta_rate: float = 1e-4
     warmup: float = 0.1
     clip: float = 1.0
     distill: float = 0.0

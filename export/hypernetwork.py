@@ -138,8 +138,8 @@ def _write_lora(graph: _Graph, adapter: Adapter, formats: ir.Value, updates: ir.
             change = graph.op("MatMul", [update, folded], f"{name}.change")
             folded = graph.op("Add", [folded, change], f"{name}.folded")  # [m, r, N]
         if lora.compensated:
-            count, choices, *shape = lora.C[stack].shape
-            table = graph.constant(lora.C[stack].reshape(count * choices, *shape), f"{name}.C")
+            count, choices, *used = lora.C[stack].shape
+            table = graph.constant(lora.C[stack].reshape(count * choices, *used), f"{name}.C")
             starts = graph.constant(torch.arange(count) * choices, f"{name}.C_starts")
             place = graph.op("Add", [graph.op("Gather", [formats, mine], f"{name}.formats"), starts], f"{name}.C_rows")
             term = graph.op("Gather", [table, place], f"{name}.C_half")

@@ -60,8 +60,8 @@ def tiny_options(**changes: Any) -> Any:
 
     options: dict[str, Any] = {
         "formats": ("nf3-g32", "int4-g32", "nvfp4", "fp8", "int8", "nf4-g32-dq8-fp16-64"),
-        "quantizer": "mse", "steps": 6, "batch": 4, "length": 32, "learning_rate": 1e-2, "theta_rate": 1e-2,
-        "calibration": 4, "evaluation": 4, "budgets": (5.0,), "checkpoint_every": 2, "warmup": 0.2,
+        "preset": "coatrt", "quantizer": "mse", "steps": 6, "batch": 4, "length": 32, "learning_rate": 1e-2,
+        "theta_rate": 1e-2, "calibration": 4, "evaluation": 4, "budgets": (5.0,), "checkpoint_every": 2, "warmup": 0.2,
     }  # fmt: skip
     return TrainOptions(**{**options, **changes})
 

@@ -1,5 +1,6 @@
 """The arms of the evidence: every way to adapt a quantized model that a reviewer would name, in one training loop."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -11,12 +12,12 @@ from torch import Tensor, nn
 from coatrt.config import QuantConfig
 from coatrt.contract import LoraContract
 from coatrt.features import ConfigEncoder
-from coatrt.hypernet import Preset
+from coatrt.hypernet import Hypernetwork, HypernetworkOptions, Preset
 from coatrt.loop import LoraModule
 from coatrt.lora import CoaLora
 from coatrt.train_options import TrainOptions
 
-__all__ = ["ARMS", "Arm", "FormatTerms", "LoraBank", "Ramp", "SideBySide"]
+__all__ = ["ARMS", "Arm", "FormatTerms", "Gates", "LoraBank", "Ramp", "SideBySide"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Arm:
         what: for the table.
         kind: "none" trains nothing, "coa" A, B and θ, "bank" one LoRA per (matrix, format), "both" the two side by
             side, "terms" A, B and θ with a learnt term of B per (matrix, format), "single" one LoRA per configuration,
-            "ramp" A, B and θ with a term of B that grows with the loss predicted for the configuration.
+            "ramp" A, B and θ with a term of B that grows with the loss predicted for the configuration, "gates" A, B
+            and a θ that gives every matrix one factor per rank.
         preset: form of θ ("none": plain LoRA).
         rank: LoRA rank.
         draws: what the first configuration of a step is drawn from; the second comes from the whole pool. "ends": the
@@ -41,7 +43,7 @@ class Arm:
     """
 
     what: str
-    kind: Literal["none", "coa", "bank", "both", "terms", "single", "ramp"] = "coa"
+    kind: Literal["none", "coa", "bank", "both", "terms", "single", "ramp", "gates"] = "coa"
     preset: Preset = "coatrt"
     rank: int = 16
     draws: Draws = "ends"
@@ -61,19 +63,28 @@ ARMS = {
     "shared-rank": Arm("shared LoRA of rank 32", preset="none", rank=32),
     "bank": Arm("LoRA per (matrix, format), as LLM-QFA", "bank", "none"),
     "paper": Arm("CoA-LoRA as published (its θ, even draws)", preset="paper", draws="even"),
-    "coatrt": Arm("coatrt", draws="low", compensated=True, rate=1e-3),
-    "shared-compensated": Arm("coatrt without θ", preset="none", draws="low", compensated=True, rate=1e-3),
-    "theta": Arm("coatrt without compensation"),
-    "coatrt-paper-theta": Arm("coatrt with the paper's θ", preset="paper", draws="low", compensated=True, rate=1e-3),
-    "coatrt-slow-theta": Arm("coatrt, θ at a tenth of the rate", draws="low", compensated=True, rate=1e-3, theta_rate=1e-4),
-    "coatrt-gates": Arm("coatrt, θ a gate per rank", preset="gates", draws="low", compensated=True, rate=1e-3),
-    "coatrt-ends": Arm("coatrt, ends of the range in turn", compensated=True, rate=1e-3),
-    "coatrt-even": Arm("coatrt, even draws", draws="even", compensated=True, rate=1e-3),
+    "coatrt": Arm("coatrt", preset="none", draws="low", compensated=True, rate=1e-3),
+    "coatrt-theta": Arm("coatrt and θ", draws="low", compensated=True, rate=1e-3),
+    "coatrt-theta-slow": Arm(
+        "coatrt and θ at a tenth of the rate", draws="low", compensated=True, rate=1e-3, theta_rate=1e-4
+    ),
+    "coatrt-theta-gates": Arm(
+        "coatrt and θ as a gate per rank", "gates", "none", draws="low", compensated=True, rate=1e-3
+    ),
+    "theta": Arm("CoA-LoRA without compensation"),
+    "coatrt-ends": Arm("coatrt, ends of the range in turn", preset="none", compensated=True, rate=1e-3),
+    "coatrt-even": Arm("coatrt, even draws", preset="none", draws="even", compensated=True, rate=1e-3),
     "coatrt-distill": Arm(
-        "coatrt, distilled from the full-precision base", draws="low", compensated=True, rate=1e-3, distill=0.5
+        "coatrt, distilled from the full-precision base",
+        preset="none",
+        draws="low",
+        compensated=True,
+        rate=1e-3,
+        distill=0.5,
     ),
     "coatrt-top": Arm(
         "coatrt, distilled from the step's highest configuration",
+        preset="none",
         draws="low",
         compensated=True,
         rate=1e-3,
@@ -89,10 +100,10 @@ ARMS = {
     ),
     "shared-low": Arm("shared LoRA, low draws", preset="none", draws="low"),
     "ramp-low": Arm("shared LoRA and a term of B for the predicted loss, low draws", "ramp", "none", draws="low"),
-    "theta-low": Arm("coatrt without compensation, low draws", draws="low"),
-    "theta-fast": Arm("coatrt without compensation, θ at ten times the rate", theta_rate=1e-2),
-    "theta-terms": Arm("coatrt without compensation, but a learnt term of B per (matrix, format)", "terms"),
-    "theta-bank": Arm("coatrt without compensation, but a LoRA per (matrix, format) beside it, rank 16 each", "both"),
+    "theta-low": Arm("CoA-LoRA without compensation, low draws", draws="low"),
+    "theta-fast": Arm("CoA-LoRA without compensation, θ at ten times the rate", theta_rate=1e-2),
+    "theta-terms": Arm("CoA-LoRA without compensation, but a learnt term of B per (matrix, format)", "terms"),
+    "theta-bank": Arm("CoA-LoRA without compensation, but a LoRA per (matrix, format) beside it, rank 16 each", "both"),
 }
 """Arms by name; the first seven are the rivals, what follows is ours and its ablations."""
 
@@ -181,6 +192,40 @@ class Ramp(nn.Module):
     def rates(self, options: TrainOptions) -> list[tuple[list[nn.Parameter], float]]:
         """Return the LoRA's groups and the term, this at the rate of A and B."""
         return [*self.lora.rates(options), ([*self.D], options.b_rate)]
+
+
+class Gates(nn.Module):
+    """A LoRA whose ranks θ turns up and down: B' = s·(1 + g)∘B + C, g one number per rank.
+
+    Args:
+        lora: the LoRA, without a θ of its own; the square root of its rank is a whole number.
+        seed: of θ's start values.
+    """
+
+    def __init__(self, lora: CoaLora, seed: int = 0) -> None:
+        super().__init__()
+        self.lora, encoder = lora, lora.encoder
+        width = math.isqrt(lora.contract.rank)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            options = HypernetworkOptions("coatrt", width, encoder.layers, len(encoder.module_kinds))
+            self.theta = Hypernetwork(options)
+
+    def pairs(self, config: QuantConfig) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return matrix name → (A [K, r], B' [r, N])."""
+        encoder, contract = self.lora.encoder, self.lora.contract
+        ids, found = encoder.format_ids(config), self.lora.pairs(config)
+        gates = self.theta(encoder.indices(ids), encoder.features(ids)).flatten(1)
+        for rows, _, B in self.lora.stacks():
+            for row, b in zip(rows, B, strict=True):
+                tensor = contract.tensors[row]
+                A, whole = found[tensor.matrix]
+                found[tensor.matrix] = (A, whole + contract.scale(tensor) * gates[row][:, None] * b)
+        return found
+
+    def rates(self, options: TrainOptions) -> list[tuple[list[nn.Parameter], float]]:
+        """Return the LoRA's groups and θ."""
+        return [*self.lora.rates(options), (list(self.theta.parameters()), options.theta_rate)]
 
 
 class SideBySide(nn.Module):

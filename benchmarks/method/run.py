@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import ARMS, Arm, FormatTerms, LoraBank, Ramp, SideBySide
+from arms import ARMS, Arm, FormatTerms, Gates, LoraBank, Ramp, SideBySide
 from setting import BUDGETS, FORMATS, Measured, Setting
 
 from coatrt.compensation import Compensator
@@ -48,14 +48,16 @@ def module(setting: Setting, arm: Arm, seed: int) -> Any:
     if arm.kind == "bank":
         return LoraBank(contract, setting.encoder, seed)
     lora = CoaLora(contract, setting.encoder, arm.preset, seed)
+    if arm.compensated:
+        lora.compensate(Compensator(setting.base, setting.moments, contract), setting.gains)
     if arm.kind == "terms":
         return FormatTerms(lora, setting.encoder)
     if arm.kind == "ramp":
         return Ramp(lora, setting.level)
     if arm.kind == "both":
         return SideBySide(lora, LoraBank(contract, setting.encoder, seed + 1))
-    if arm.compensated:
-        lora.compensate(Compensator(setting.base, setting.moments, contract), setting.gains)
+    if arm.kind == "gates":
+        return Gates(lora, seed)
     return lora
 
 

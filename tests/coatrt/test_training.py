@@ -272,15 +272,20 @@ def test_a_killed_process_resumes(tiny_llama: Path, tmp_path: Path) -> None:
         str(tmp_path / "out"), "--formats", "int4-g32,int8", "--steps", "100000", "--length", "32", "--batch", "2",
         "--calibration", "2", "--evaluation", "2", "--budgets", "5", "--checkpoint-every", "1",
     ]  # fmt: skip
-    process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL)
     state = tmp_path / "out" / "training" / "state.json"
-    deadline = time.monotonic() + 120
-    while not (state.is_file() and json.loads(state.read_text())["progress"]["step"] >= 3):
-        assert process.poll() is None, "training ended"
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    deadline = time.monotonic() + 240
+
+    def wait_for(step: int, process: subprocess.Popen[bytes]) -> None:
+        while not (state.is_file() and json.loads(state.read_text())["progress"]["step"] >= step):
+            assert process.poll() is None, "training ended"
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    with subprocess.Popen(arguments, stderr=subprocess.DEVNULL) as process:
+        try:
+            wait_for(3, process)
+        finally:
+            os.kill(process.pid, signal.SIGKILL)
     left = json.loads(state.read_text())["progress"]
     assert left["step"] >= 3
     assert all(math.isfinite(loss) for losses in left["losses"] for loss in losses)
@@ -288,11 +293,9 @@ def test_a_killed_process_resumes(tiny_llama: Path, tmp_path: Path) -> None:
     assert wrong.returncode == 2
     assert wrong.stderr.count("\n") == 1
     assert "--resume" in wrong.stderr
-    process = subprocess.Popen([*arguments, "--resume"], stderr=subprocess.DEVNULL)
-    while json.loads(state.read_text())["progress"]["step"] < left["step"] + 3:
-        assert process.poll() is None, "training ended"
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
+    with subprocess.Popen([*arguments, "--resume"], stderr=subprocess.DEVNULL) as process:
+        try:
+            wait_for(left["step"] + 3, process)
+        finally:
+            process.kill()
     assert json.loads(state.read_text())["progress"]["losses"][: left["step"]] == left["losses"]

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import TEXTS, tiny_options
 
 
-@pytest.fixture(scope="module", params=["coatrt", "paper", "ranks", "uncompensated"])
+@pytest.fixture(scope="module", params=["coatrt", "paper", "none", "ranks", "uncompensated"])
 def adapter(request: pytest.FixtureRequest, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapter:
     directory = tmp_path_factory.mktemp("hypernet") / "adapter"
     change: dict[str, Any] = {
