@@ -58,24 +58,34 @@ class CoaLora(nn.Module):
         if compensated:
             self._add_tables(lambda i, fmt, A: torch.zeros(A.shape[1], contract.tensors[i].N))
 
-    def compensate(self, compensator: Compensator, gains: Mapping[str, Tensor] | None = None) -> None:
+    def compensate(
+        self,
+        compensator: Compensator,
+        gains: Mapping[str, Tensor] | None = None,
+        progress: Callable[[int, int, str], None] | None = None,
+    ) -> None:
         """Take C from a compensator from now on.
 
         Args:
             compensator: of the model that the LoRA stands beside.
             gains: matrix → E[g²] of its outputs: A begins with the directions that make up for most in the format of
                 fewest bits, B with zero. None leaves both as they are.
+            progress: called after each matrix.
         """
         self._compensator = compensator
         if gains is None:
             return
         lowest = min(self.encoder.formats, key=lambda fmt: fmt.bits_per_weight(self.contract.tensors[0].K))
+        count, done = len(self.contract.tensors), 0
         with torch.no_grad():
             for rows, A, B in self.stacks():
                 B.zero_()
                 for i, row in enumerate(rows):
                     tensor = self.contract.tensors[row]
                     A[i].copy_(compensator.start(tensor, lowest, gains[tensor.matrix], row))
+                    done += 1
+                    if progress is not None:
+                        progress(done, count, "directions")
 
     def settle(self) -> None:
         """Keep C for every matrix and format as A stands now, and let go of the compensator."""

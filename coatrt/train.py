@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from coatrt.adapter import Adapter
 from coatrt.calibration import Calibration, InputMoments
@@ -162,8 +161,7 @@ class _Training:
         self.lora = CoaLora(contract, encoder, options.preset, options.seed)
         self.lora.to(compute)
         if options.compensation:
-            moments = InputMoments(checkpoint, self.calibration, cache_directory() / "moments")
-            self.lora.compensate(Compensator(self.model, moments, contract), self._gains())
+            self._compensate()
         self.full_precision: float | None = None
 
     def _check_budgets(self, low: float, high: float) -> None:
@@ -189,14 +187,18 @@ class _Training:
         self.processes.wait()
         return Sensitivity.load(path)
 
-    def _gains(self) -> dict[str, Tensor] | None:
-        """Return the gradients' energy at the outputs, from which A starts; None where training goes on."""
+    def _compensate(self) -> None:
+        """Let C make up for quantization and, where training begins, A start from what it can make up for most."""
+        moments = InputMoments(self.checkpoint, self.calibration, cache_directory() / "moments")
+        compensator = Compensator(self.model, moments, self.lora.contract)
         if has_state(self.state):
-            return None
+            self.lora.compensate(compensator)
+            return
         self.model.set_config(None)
         self.model.set_pairs(None)
         with stages("compensation") as progress:
-            return output_gains(self.model, self.calibration.tokens, progress)
+            gains = output_gains(self.model, self.calibration.tokens, progress)
+            self.lora.compensate(compensator, gains, progress)
 
     def run(self, output: Path) -> Adapter:
         options, train = self.options, self.data.train

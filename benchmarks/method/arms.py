@@ -29,7 +29,7 @@ class Arm:
         kind: "none" trains nothing, "coa" A, B and θ, "bank" one LoRA per (matrix, format), "both" the two side by
             side, "terms" A, B and θ with a learnt term of B per (matrix, format), "single" one LoRA per configuration,
             "ramp" A, B and θ with a term of B that grows with the loss predicted for the configuration, "gates" A, B
-            and a θ that gives every matrix one factor per rank.
+            and a θ that gives every matrix one factor per rank, "untrained" A and the compensation as they start.
         preset: form of θ ("none": plain LoRA).
         rank: LoRA rank.
         draws: what the first configuration of a step is drawn from; the second comes from the whole pool. "ends": the
@@ -43,7 +43,7 @@ class Arm:
     """
 
     what: str
-    kind: Literal["none", "coa", "bank", "both", "terms", "single", "ramp", "gates"] = "coa"
+    kind: Literal["none", "coa", "bank", "both", "terms", "single", "ramp", "gates", "untrained"] = "coa"
     preset: Preset = "coatrt"
     rank: int = 16
     draws: Draws = "ends"
@@ -64,6 +64,7 @@ ARMS = {
     "bank": Arm("LoRA per (matrix, format), as LLM-QFA", "bank", "none"),
     "paper": Arm("CoA-LoRA as published (its θ, even draws)", preset="paper", draws="even"),
     "coatrt": Arm("coatrt", preset="none", draws="low", compensated=True, rate=1e-3),
+    "untrained": Arm("compensation before any step", "untrained", "none", compensated=True),
     "coatrt-theta": Arm("coatrt and θ", draws="low", compensated=True, rate=1e-3),
     "coatrt-theta-slow": Arm(
         "coatrt and θ at a tenth of the rate", draws="low", compensated=True, rate=1e-3, theta_rate=1e-4

@@ -112,21 +112,25 @@ def unseen_table(model: str, task: str) -> str:
 
 
 def gaps(model: str, task: str) -> str:
-    """Return ours less every rival, and every variant less the shared LoRA of its draws, by budget, paired by seed."""
+    """Return ours less every rival, and every variant less what it varies, by budget, paired by seed."""
     found = arms_of(model, task)
     if not {"coatrt", "shared"} <= set(found):
         return "Not run yet."
     budgets = list(dict.fromkeys(row["budget"] for row in found["coatrt"][0]["rows"]))
     pairs = [("coatrt", name) for name in _FIRST if name in found and name not in ("none", "coatrt")]
-    pairs += [(name, "shared") for name in found if name not in _FIRST]
-    pairs += [(name, "shared-low") for name in found if name.endswith("-low") and name != "shared-low"]
+    pairs += [(name, "coatrt") for name in found if name.startswith("coatrt-")]
+    pairs += [(name, "shared") for name in found if name not in _FIRST and not name.startswith("coatrt-")]
+    if "shared-low" in found:
+        pairs += [(name, "shared-low") for name in found if name == "coatrt" or name in ("theta-low", "ramp-low")]
     rows = []
     for left, right in pairs:
         cells = []
         for budget in budgets:
             values = [
                 _losses([ours], "planned", True, budget)[0] - _losses([theirs], "planned", True, budget)[0]
-                for ours, theirs in zip(found[left], found[right], strict=False)
+                for ours in found[left]
+                for theirs in found[right]
+                if ours["seed"] == theirs["seed"]
             ]
             cells.append(_text(values))
         rows.append([f"{found[left][0]['what']} − {found[right][0]['what']}", *cells])

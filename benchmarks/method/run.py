@@ -108,6 +108,8 @@ def job_result(setting: Setting, name: str, seed: int, steps: int) -> dict[str, 
         setting.base.set_pairs(None)
         limit = (LIMIT if setting.data.choices is None else CHOICES)[setting.model]
         facts["full_precision"] = setting.data.measure(setting.base, limit)
+    elif arm.kind == "untrained":
+        steps, rows = 0, measure(setting, module(setting, arm, seed), entries)
     elif arm.kind == "single":
         steps = round(steps * arm.share)
         for entry in [entry for entry in entries if entry.seen and entry.kind == "planned"]:
@@ -143,7 +145,7 @@ def main() -> None:
     for seed in range(given.seeds):
         for name in names:
             path = RESULTS / f"{given.model}-{given.task}-{name}-{seed}.json"
-            if path.is_file() or (ARMS[name].kind == "none" and seed):
+            if path.is_file() or (ARMS[name].kind in ("none", "untrained") and seed):
                 continue
             result = job_result(setting, name, seed, STEPS[given.model])
             write_json(path, result)
