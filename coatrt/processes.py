@@ -56,6 +56,13 @@ class Processes:
                     parameter.grad = torch.zeros_like(parameter)
                 torch.distributed.all_reduce(parameter.grad)
 
+    @torch.no_grad()
+    def copy_from_first(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Give every process the first one's values: what was computed in each may differ in its last bits."""
+        if self.count > 1:
+            for parameter in parameters:
+                torch.distributed.broadcast(parameter, 0)
+
     def sum(self, values: Sequence[float]) -> list[float]:
         """Return numbers summed over all processes."""
         if self.count == 1:

@@ -199,6 +199,7 @@ class _Training:
         with stages("compensation") as progress:
             gains = output_gains(self.model, self.calibration.tokens, progress)
             self.lora.compensate(compensator, gains, progress)
+        self.processes.copy_from_first(self.lora.parameters())
 
     def run(self, output: Path) -> Adapter:
         options, train = self.options, self.data.train
