@@ -185,5 +185,4 @@ def test_two_processes_learn_what_one_does(tiny_llama: Path, tmp_path: Path) -> 
     first, second = (Adapter.load(tmp_path / name).lora.state_dict() for name in ("one", "two"))
     for name, value in first.items():
         more = 5e-3 * float(value.abs().max()) if name.startswith("C_") else 0.0  # solved from A, kept in float16
-        # Four steps move a parameter by up to 4e-3; where its gradient is near zero AdamW makes rounding visible.
-        torch.testing.assert_close(second[name], value, rtol=1e-3, atol=4e-4 + more)
+        torch.testing.assert_close(second[name], value, rtol=1e-3, atol=1e-4 + more)
