@@ -123,7 +123,7 @@ class Adapter:
         return CodeStore.default(checkpoint, self.quantizer, self.calibration)
 
     def save(self, directory: str | Path) -> None:
-        """Write the adapter to `directory`, atomically; A and B also as a PEFT adapter in its folder peft."""
+        """Write the adapter to `directory`, atomically; A and B also for PEFT, without θ and C, in folder peft."""
         with atomic_directory(directory) as temporary:
             state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.lora.state_dict().items()}
             save_file(state, str(temporary / "adapter.safetensors"))

@@ -144,13 +144,14 @@ class CoaLora(nn.Module):
         device, updates = self.A[0].device, None
         if self.theta is not None:
             updates = self.theta(self.encoder.indices(ids).to(device), self.encoder.features(ids).to(device))
+        tables = self.C
         result: dict[str, tuple[Tensor, Tensor]] = {}
         for stack, (rows, A, B) in enumerate(self.stacks()):
             r = A.shape[-1]
             folded = B if updates is None else torch.baddbmm(B, updates[rows, :r, :r].transpose(1, 2), B)
             scaled = folded * self.contract.scale(self.contract.tensors[rows[0]])
-            if self.compensated:
-                scaled = scaled + self.C[stack][torch.arange(len(rows)), ids[rows]].float()
+            if tables:
+                scaled = scaled + tables[stack][torch.arange(len(rows)), ids[rows]].float()
             elif self._compensator is not None:
                 scaled = scaled + self._terms(self._compensator, rows, ids, A)
             for row, a, b in zip(rows, A.unbind(0), scaled.unbind(0), strict=True):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -13,11 +13,10 @@ from coatrt.config import QuantConfig
 from coatrt.contract import LoraContract
 from coatrt.features import ConfigEncoder
 from coatrt.hypernet import Hypernetwork, HypernetworkOptions, Preset
-from coatrt.loop import LoraModule
 from coatrt.lora import CoaLora
 from coatrt.train_options import TrainOptions
 
-__all__ = ["ARMS", "Arm", "FormatTerms", "Gates", "LoraBank", "Ramp", "SideBySide"]
+__all__ = ["ARMS", "Arm", "FormatTerms", "Gates", "LoraBank", "Ramp"]
 
 
 @dataclass(frozen=True)
@@ -26,10 +25,10 @@ class Arm:
 
     Args:
         what: for the table.
-        kind: "none" trains nothing, "coa" A, B and θ, "bank" one LoRA per (matrix, format), "both" the two side by
-            side, "terms" A, B and θ with a learnt term of B per (matrix, format), "single" one LoRA per configuration,
-            "ramp" A, B and θ with a term of B that grows with the loss predicted for the configuration, "gates" A, B
-            and a θ that gives every matrix one factor per rank, "untrained" A and the compensation as they start.
+        kind: "none" trains nothing, "coa" A, B and θ, "bank" one LoRA per (matrix, format), "terms" A, B and θ with a
+            learnt term of B per (matrix, format), "single" one LoRA per configuration, "ramp" A, B and θ with a term of
+            B that grows with the loss predicted for the configuration, "gates" A, B and a θ that gives every matrix one
+            factor per rank, "untrained" A and the compensation as they start.
         preset: form of θ ("none": plain LoRA).
         rank: LoRA rank.
         draws: what the first configuration of a step is drawn from; the second comes from the whole pool. "ends": the
@@ -43,7 +42,7 @@ class Arm:
     """
 
     what: str
-    kind: Literal["none", "coa", "bank", "both", "terms", "single", "ramp", "gates", "untrained"] = "coa"
+    kind: Literal["none", "coa", "bank", "terms", "single", "ramp", "gates", "untrained"] = "coa"
     preset: Preset = "coatrt"
     rank: int = 16
     draws: Draws = "ends"
@@ -55,6 +54,7 @@ class Arm:
     teacher: Literal["base", "top"] = "base"
 
 
+_OURS = Arm("coatrt", preset="none", draws="low", compensated=True, rate=1e-3)
 ARMS = {
     "none": Arm("quantized, no adapter", "none"),
     "single": Arm("LoRA per configuration, as many steps for each", "single", "none"),
@@ -63,48 +63,26 @@ ARMS = {
     "shared-rank": Arm("shared LoRA of rank 32", preset="none", rank=32),
     "bank": Arm("LoRA per (matrix, format), as LLM-QFA", "bank", "none"),
     "paper": Arm("CoA-LoRA as published (its θ, even draws)", preset="paper", draws="even"),
-    "coatrt": Arm("coatrt", preset="none", draws="low", compensated=True, rate=1e-3),
-    "untrained": Arm("compensation before any step", "untrained", "none", compensated=True),
-    "coatrt-theta": Arm("coatrt and θ", draws="low", compensated=True, rate=1e-3),
-    "coatrt-theta-slow": Arm(
-        "coatrt and θ at a tenth of the rate", draws="low", compensated=True, rate=1e-3, theta_rate=1e-4
+    "coatrt": _OURS,
+    "untrained": replace(_OURS, what="compensation before any step", kind="untrained"),
+    "coatrt-theta": replace(_OURS, what="coatrt and θ", preset="coatrt"),
+    "coatrt-theta-slow": replace(_OURS, what="coatrt and θ at a tenth of the rate", preset="coatrt", theta_rate=1e-4),
+    "coatrt-theta-gates": replace(_OURS, what="coatrt and θ as a gate per rank", kind="gates"),
+    "coatrt-ends": replace(_OURS, what="coatrt, ends of the range in turn", draws="ends"),
+    "coatrt-even": replace(_OURS, what="coatrt, even draws", draws="even"),
+    "coatrt-distill": replace(_OURS, what="coatrt, distilled from the full-precision base", distill=0.5),
+    "coatrt-top": replace(
+        _OURS, what="coatrt, distilled from the step's highest configuration", distill=0.5, teacher="top"
     ),
-    "coatrt-theta-gates": Arm(
-        "coatrt and θ as a gate per rank", "gates", "none", draws="low", compensated=True, rate=1e-3
+    "single-compensated": replace(
+        _OURS, what="LoRA per configuration with compensation, as many steps for each", kind="single"
     ),
     "theta": Arm("CoA-LoRA without compensation"),
-    "coatrt-ends": Arm("coatrt, ends of the range in turn", preset="none", compensated=True, rate=1e-3),
-    "coatrt-even": Arm("coatrt, even draws", preset="none", draws="even", compensated=True, rate=1e-3),
-    "coatrt-distill": Arm(
-        "coatrt, distilled from the full-precision base",
-        preset="none",
-        draws="low",
-        compensated=True,
-        rate=1e-3,
-        distill=0.5,
-    ),
-    "coatrt-top": Arm(
-        "coatrt, distilled from the step's highest configuration",
-        preset="none",
-        draws="low",
-        compensated=True,
-        rate=1e-3,
-        distill=0.5,
-        teacher="top",
-    ),
-    "single-compensated": Arm(
-        "LoRA per configuration with compensation, as many steps for each",
-        "single",
-        "none",
-        compensated=True,
-        rate=1e-3,
-    ),
     "shared-low": Arm("shared LoRA, low draws", preset="none", draws="low"),
     "ramp-low": Arm("shared LoRA and a term of B for the predicted loss, low draws", "ramp", "none", draws="low"),
     "theta-low": Arm("CoA-LoRA without compensation, low draws", draws="low"),
     "theta-fast": Arm("CoA-LoRA without compensation, θ at ten times the rate", theta_rate=1e-2),
     "theta-terms": Arm("CoA-LoRA without compensation, but a learnt term of B per (matrix, format)", "terms"),
-    "theta-bank": Arm("CoA-LoRA without compensation, but a LoRA per (matrix, format) beside it, rank 16 each", "both"),
 }
 """Arms by name; the first seven are the rivals, what follows is ours and its ablations."""
 
@@ -137,7 +115,7 @@ class LoraBank(nn.Module):
         }
 
     def rates(self, options: TrainOptions) -> list[tuple[list[nn.Parameter], float]]:
-        """Return A and B with their peak learning rate."""
+        """Return A and B with their peak learning rates."""
         return [(list(self.A), options.learning_rate), (list(self.B), options.b_rate)]
 
 
@@ -227,28 +205,3 @@ class Gates(nn.Module):
     def rates(self, options: TrainOptions) -> list[tuple[list[nn.Parameter], float]]:
         """Return the LoRA's groups and θ."""
         return [*self.lora.rates(options), (list(self.theta.parameters()), options.theta_rate)]
-
-
-class SideBySide(nn.Module):
-    """Two modules whose pairs stand side by side: the sum of two LoRAs, of the sum of their ranks.
-
-    Args:
-        first: a module with `pairs` and `rates`.
-        second: another.
-    """
-
-    def __init__(self, first: LoraModule, second: LoraModule) -> None:
-        super().__init__()
-        self.first, self.second = first, second
-
-    def pairs(self, config: QuantConfig) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return matrix name → (A [K, r₁ + r₂], s·B [r₁ + r₂, N])."""
-        left, right = self.first.pairs(config), self.second.pairs(config)
-        return {
-            name: (torch.cat([a, right[name][0]], 1), torch.cat([b, right[name][1]], 0))
-            for name, (a, b) in left.items()
-        }
-
-    def rates(self, options: TrainOptions) -> list[tuple[list[nn.Parameter], float]]:
-        """Return the groups of both."""
-        return [*self.first.rates(options), *self.second.rates(options)]

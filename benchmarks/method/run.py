@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import ARMS, Arm, FormatTerms, Gates, LoraBank, Ramp, SideBySide
+from arms import ARMS, Arm, FormatTerms, Gates, LoraBank, Ramp
 from setting import BUDGETS, FORMATS, Measured, Setting
 
 from coatrt.compensation import Compensator
@@ -54,8 +54,6 @@ def module(setting: Setting, arm: Arm, seed: int) -> Any:
         return FormatTerms(lora, setting.encoder)
     if arm.kind == "ramp":
         return Ramp(lora, setting.level)
-    if arm.kind == "both":
-        return SideBySide(lora, LoraBank(contract, setting.encoder, seed + 1))
     if arm.kind == "gates":
         return Gates(lora, seed)
     return lora

@@ -2,7 +2,6 @@
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from coatrt.calibration import Calibration, InputMoments
 from coatrt.checkpoint import Checkpoint, load_model
 from coatrt.compensation import Compensator
 from coatrt.contract import LoraContract, contract_for
-from coatrt.curvature import output_gains
 from coatrt.fakequant import FakeQuantModel
 from coatrt.formats import WeightFormat
 from coatrt.quantize import decode, encode
@@ -99,26 +97,6 @@ def test_a_rank_beyond_the_directions_is_filled(setting: Setting) -> None:
     error = setting.inputs[tensor.matrix] @ setting.lost(tensor.matrix, LOW).T
     C = setting.compensator.term(tensor.matrix, LOW, A).double().numpy()
     assert np.linalg.norm(error - setting.inputs[tensor.matrix] @ A.double().numpy() @ C) < 1e-3 * np.linalg.norm(error)
-
-
-def test_gains_are_the_mean_squared_gradients_at_the_outputs(setting: Setting) -> None:
-    setting.model.set_config(None)
-    tokens = setting.tokens[:3, :9]
-    found = output_gains(setting.model, tokens)
-    assert set(found) >= {tensor.matrix for tensor in setting.contract.tensors}
-    model, taps = load_model(setting.checkpoint), {}
-    for tensor in setting.contract.tensors:
-
-        def keep(_: Any, __: Any, output: torch.Tensor, name: str = tensor.matrix) -> None:
-            output.retain_grad()
-            taps[name] = output
-
-        model.get_submodule(tensor.matrix).register_forward_hook(keep)
-    logits = model(input_ids=tokens).logits[:, :-1]
-    torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").backward()
-    for name, output in taps.items():
-        expected = output.grad.flatten(0, 1).square().sum(0) / tokens[:, 1:].numel()
-        torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-9)
 
 
 def test_an_adapter_keeps_the_terms_of_its_last_a(tiny_llama: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from coatrt.checkpoint import Checkpoint, load_model
-from coatrt.curvature import kfac_costs, token_costs
+from coatrt.curvature import kfac_costs, output_gains, token_costs
 from coatrt.errors import ConfigError
 from coatrt.fakequant import FakeQuantModel
 from coatrt.formats import WeightFormat
@@ -50,6 +50,13 @@ def taps(checkpoint: Checkpoint, blocks: torch.Tensor) -> dict[str, tuple[torch.
 def residual(checkpoint: Checkpoint, name: str, fmt: WeightFormat) -> torch.Tensor:
     weight = checkpoint.tensor(f"{name}.weight").float()
     return weight - decode(encode(weight, fmt))
+
+
+def test_gains_are_mean_squared_gradients(checkpoint: Checkpoint) -> None:
+    blocks = torch.randint(0, 256, (6, 9), generator=torch.Generator().manual_seed(5))
+    found, seen = output_gains(FakeQuantModel(checkpoint, CodeStore(checkpoint)), blocks), taps(checkpoint, blocks)
+    for name in LAYERS:
+        torch.testing.assert_close(found[name], seen[name][1].square().sum(0) / (6 * 8), rtol=1e-3, atol=1e-9)
 
 
 def test_costs_are_those_of_autograd(checkpoint: Checkpoint) -> None:

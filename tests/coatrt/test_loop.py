@@ -1,4 +1,4 @@
-"""The optimisation loop's switches: parts of a batch, teachers, precision, processes, early stopping, start, ranks."""
+"""The optimisation loop's switches: parts of a batch, teachers, precision, processes, early stopping, ranks."""
 
 import json
 import os
