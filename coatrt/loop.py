@@ -15,7 +15,7 @@ from coatrt.data import batches
 from coatrt.errors import CheckpointError, CoatError
 from coatrt.examples import Examples
 from coatrt.fakequant import FakeQuantModel
-from coatrt.objective import accumulate_gradients
+from coatrt.objective import Pass, accumulate_gradients
 from coatrt.processes import Processes
 from coatrt.progress import progress_bar
 from coatrt.tensor_file import read_tensors, write_tensors
@@ -103,9 +103,8 @@ def optimise(
     before = history.seconds
     with progress_bar("training", options.steps, history.step, shown=processes.is_first) as bar:
         while history.step < options.steps and not history.exhausted(options.patience):
-            rows = batches(len(data), options.batch, history.step, options.seed)
-            losses = _step(model, lora, optimizer, data[rows], draw(history.step), options, processes,
-                           options.rate(history.step))  # fmt: skip
+            passes = _passes(model, data, draw(history.step), options, history.step, processes)
+            losses = _step(model, lora, optimizer, passes, options, processes, options.rate(history.step))
             if not all(map(math.isfinite, losses)):
                 raise CoatError(
                     f"the loss is not finite at step {history.step + 1}; give a lower learning rate or a higher "
@@ -136,21 +135,38 @@ def _history(facts: Mapping[str, Any]) -> History:
     return History(int(facts["step"]), list(facts["losses"]), float(facts["seconds"]), measured)
 
 
+def _passes(
+    model: FakeQuantModel,
+    data: Examples,
+    configs: Sequence[QuantConfig],
+    options: TrainOptions,
+    step: int,
+    processes: Processes,
+) -> list[Pass]:
+    """Return the configurations of a step with this process's rows for each."""
+    if options.distill and options.teacher == "top":
+        configs = sorted(configs, key=lambda config: config.average_bits(model.checkpoint.matrices), reverse=True)
+    count = 1 if options.same_examples or options.distill else len(configs)
+    rows = batches(len(data), count * options.batch, step, options.seed).chunk(count)
+    passes = []
+    for i, config in enumerate(configs):
+        batch = data[rows[i % count]]
+        mine = batch[processes.share(torch.arange(len(batch)))].trimmed()
+        passes.append(Pass(config, mine, batch.predicted))
+    return passes
+
+
 def _step(
     model: FakeQuantModel,
     lora: LoraModule,
     optimizer: torch.optim.Optimizer,
-    batch: Examples,
-    configs: Sequence[QuantConfig],
+    passes: Sequence[Pass],
     options: TrainOptions,
     processes: Processes,
     rate: float,
 ) -> list[float]:
-    """Do one optimizer step on a batch and return the task's loss under each configuration."""
-    if options.distill and options.teacher == "top":
-        configs = sorted(configs, key=lambda config: config.average_bits(model.checkpoint.matrices), reverse=True)
-    mine = batch[processes.share(torch.arange(len(batch)))].trimmed()
-    losses = processes.sum(accumulate_gradients(model, lora, configs, mine, batch.predicted, options))
+    """Do one optimizer step and return the task's loss under each configuration."""
+    losses = processes.sum(accumulate_gradients(model, lora, passes, options))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     processes.sum_gradients(parameters)
     for group in optimizer.param_groups:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,16 +16,26 @@ from coatrt.train_options import TrainOptions
 if TYPE_CHECKING:
     from coatrt.loop import LoraModule
 
-__all__ = ["accumulate_gradients"]
+__all__ = ["Pass", "accumulate_gradients"]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one configuration of a step is trained on.
+
+    Args:
+        config: the configuration.
+        batch: this process's rows.
+        total: targets of the whole batch, over all processes: sums are divided by it.
+    """
+
+    config: QuantConfig
+    batch: Examples
+    total: int
 
 
 def accumulate_gradients(
-    model: FakeQuantModel,
-    lora: "LoraModule",
-    configs: Sequence[QuantConfig],
-    batch: Examples,
-    total: int,
-    options: TrainOptions,
+    model: FakeQuantModel, lora: "LoraModule", passes: Sequence[Pass], options: TrainOptions
 ) -> list[float]:
     """Add to the LoRA's gradients those of the mean over configurations of task loss + distill · divergence.
 
@@ -34,36 +45,33 @@ def accumulate_gradients(
     Args:
         model: the base; its configuration and pairs are left as they happen to be.
         lora: gives the pairs.
-        configs: configurations of the step; for the teacher "top" the one with the most bits comes first.
-        batch: this process's rows.
-        total: targets of the whole batch, over all processes: sums are divided by it.
+        passes: configurations of the step and their rows; with a teacher all have the same rows, and for the teacher
+            "top" the configuration with the most bits comes first.
         options: distill, teacher, precision, accumulate.
 
     Returns:
         per configuration this process's part of the task's loss, nats per token.
     """
-    rows = torch.arange(len(batch)).chunk(options.accumulate)
-    parts = [batch[part] for part in rows]
     teachers: list[Tensor] | None = None
     if options.distill and options.teacher == "base":
-        teachers = _base_predictions(model, parts, options)
+        teachers = _base_predictions(model, _parts(passes[0].batch, options), options)
     losses = []
-    for config in configs:
-        model.set_config(config)
-        pairs = lora.pairs(config)
+    for one in passes:
+        model.set_config(one.config)
+        pairs = lora.pairs(one.config)
         leaves = {name: (a.detach().requires_grad_(), b.detach().requires_grad_()) for name, (a, b) in pairs.items()}
         model.set_pairs(leaves)
         sum_of_losses, predictions = 0.0, []
-        for i, part in enumerate(parts):
+        for i, part in enumerate(_parts(one.batch, options)):
             logits, goals = _predicted(model, part, options)
-            loss = nn.functional.cross_entropy(logits, goals, reduction="sum") / total
+            loss = nn.functional.cross_entropy(logits, goals, reduction="sum") / one.total
             sum_of_losses += loss.item()
             if teachers is not None:
                 divergence = nn.functional.kl_div(logits.log_softmax(-1), teachers[i], reduction="sum", log_target=True)
-                loss = loss + options.distill * divergence / total
+                loss = loss + options.distill * divergence / one.total
             elif options.distill:
                 predictions.append(logits.detach().log_softmax(-1))
-            (loss / len(configs)).backward()  # type: ignore[no-untyped-call]
+            (loss / len(passes)).backward()  # type: ignore[no-untyped-call]
         if predictions:
             teachers = predictions
         losses.append(sum_of_losses)
@@ -73,6 +81,11 @@ def accumulate_gradients(
         )
         torch.autograd.backward(made, [leaf.grad for leaf in grown])
     return losses
+
+
+def _parts(batch: Examples, options: TrainOptions) -> list[Examples]:
+    """Return the parts of a batch that pass through the model one after the other."""
+    return [batch[rows] for rows in torch.arange(len(batch)).chunk(options.accumulate)]
 
 
 def _predicted(model: FakeQuantModel, part: Examples, options: TrainOptions) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,8 @@ class TrainOptions:
         fused: whether q/k/v and gate/up share a format.
         steps: optimizer steps.
         batch: blocks (examples) per configuration and step.
+        same_examples: whether the configurations of a step all see the same examples, as they always do with a teacher;
+            otherwise each has its own.
         accumulate: parts a batch is cut into, to save memory; the gradient is the same.
         length: tokens per block.
         configs: configurations per step (their gradients are averaged); of several the first has few bits, see
@@ -78,6 +80,7 @@ class TrainOptions:
     fused: bool = True
     steps: int = 300
     batch: int = 4
+    same_examples: bool = False
     accumulate: int = 1
     length: int = 256
     configs: int = 2

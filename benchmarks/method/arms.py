@@ -34,11 +34,14 @@ class Arm:
         draws: what the first configuration of a step is drawn from; the second comes from the whole pool. "ends": the
             low and the high end of the budget range in turn; "low": the lowest three budgets; "even": the whole pool.
         compensated: whether B has a term per format in closed form (`coatrt.compensation`).
+        started: with compensation, whether A starts from what the lowest format takes away, or from random numbers.
         share: of the steps of the other arms, for "single" per configuration.
         rate: peak learning rate of A.
+        rate_ratio: see `TrainOptions`.
         theta_rate: peak learning rate of θ.
         distill: see `TrainOptions`.
         teacher: see `TrainOptions`.
+        same_examples: see `TrainOptions`.
     """
 
     what: str
@@ -47,11 +50,14 @@ class Arm:
     rank: int = 16
     draws: Draws = "ends"
     compensated: bool = False
+    started: bool = True
     share: float = 1.0
     rate: float = 2e-3
+    rate_ratio: float | None = None
     theta_rate: float = 1e-3
     distill: float = 0.0
     teacher: Literal["base", "top"] = "base"
+    same_examples: bool = True
 
 
 _OURS = Arm("coatrt", preset="none", draws="low", compensated=True, rate=1e-3)
@@ -60,6 +66,8 @@ ARMS = {
     "single": Arm("LoRA per configuration, as many steps for each", "single", "none"),
     "single-shared-compute": Arm("LoRA per configuration, the compute shared out", "single", "none", share=1 / 3),
     "shared": Arm("shared LoRA", preset="none"),
+    "shared-own": Arm("shared LoRA, other examples for each configuration", preset="none", same_examples=False),
+    "coatrt-own": replace(_OURS, what="coatrt, other examples for each configuration", same_examples=False),
     "shared-rank": Arm("shared LoRA of rank 32", preset="none", rank=32),
     "bank": Arm("LoRA per (matrix, format), as LLM-QFA", "bank", "none"),
     "paper": Arm("CoA-LoRA as published (its θ, even draws)", preset="paper", draws="even"),
@@ -70,6 +78,8 @@ ARMS = {
     "coatrt-theta-gates": replace(_OURS, what="coatrt and θ as a gate per rank", kind="gates"),
     "coatrt-ends": replace(_OURS, what="coatrt, ends of the range in turn", draws="ends"),
     "coatrt-even": replace(_OURS, what="coatrt, even draws", draws="even"),
+    "coatrt-uncompensated": replace(_OURS, what="coatrt without compensation", compensated=False, rate_ratio=4.0),
+    "coatrt-random": replace(_OURS, what="coatrt, A from random numbers", started=False),
     "coatrt-distill": replace(_OURS, what="coatrt, distilled from the full-precision base", distill=0.5),
     "coatrt-top": replace(
         _OURS, what="coatrt, distilled from the step's highest configuration", distill=0.5, teacher="top"

@@ -12,7 +12,7 @@ from typing import Any
 
 from coatrt.hypervolume import hypervolume
 
-__all__ = ["arms_of", "gaps", "main_table", "unseen_table"]
+__all__ = ["accuracy_table", "arms_of", "gaps", "main_table", "unseen_table"]
 
 RESULTS = Path(__file__).parents[1] / "results" / "method"
 MODELS = {"smollm2": "SmolLM2-135M", "smollm2-absmax": "SmolLM2-135M, quantizer absmax",
@@ -36,12 +36,14 @@ def arms_of(model: str, task: str) -> dict[str, list[dict[str, Any]]]:
     return dict(sorted(found.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
 
 
-def _losses(results: Iterable[dict[str, Any]], kind: str, seen: bool, budget: float | None = None) -> list[float]:
-    """Return per seed the mean loss of some rows, seeds without such rows left out."""
+def _means(
+    results: Iterable[dict[str, Any]], kind: str, seen: bool, budget: float | None = None, what: str = "loss"
+) -> list[float]:
+    """Return per seed the mean of a figure over some rows, seeds without such rows left out."""
     found = []
     for result in results:
         rows = [
-            row["loss"]
+            row[what]
             for row in result["rows"]
             if row["kind"] == kind and row["seen"] == seen and budget in (None, row["budget"])
         ]
@@ -84,7 +86,7 @@ def main_table(model: str, task: str) -> str:
         minutes = statistics.mean(result["training_s"] for result in results) / 60
         rows.append([
             results[0]["what"], str(len(results)),
-            *(_text(_losses(results, "planned", True, budget)) for budget in budgets),
+            *(_text(_means(results, "planned", True, budget)) for budget in budgets),
             _text(volumes), f"{results[0]['trained_parameters'] / 1e6:.2f}", str(results[0]["passes"]),
             f"{minutes:.0f}",
         ])  # fmt: skip
@@ -99,6 +101,24 @@ def main_table(model: str, task: str) -> str:
     )
 
 
+def accuracy_table(model: str, task: str) -> str:
+    """Return the accuracies on planned configurations, trained on and not, by budget."""
+    found = arms_of(model, task)
+    if "none" not in found:
+        return "Not run yet."
+    none = found["none"][0]
+    budgets = list(dict.fromkeys(row["budget"] for row in none["rows"]))
+    rows = []
+    for results in found.values():
+        cells = []
+        for budget in budgets:
+            seen, unseen = (_means(results, "planned", seen, budget, "accuracy") for seen in (True, False))
+            cells.append(_text([statistics.mean(both) for both in zip(seen, unseen, strict=True)] if unseen else seen))
+        rows.append([results[0]["what"], *cells])
+    head = ["arm", *(f"{budget:g} bits" for budget in budgets)]
+    return f"Accuracy, full precision without adapter {none['full_precision']['accuracy']:.3f}.\n\n{_grid(head, rows)}"
+
+
 def unseen_table(model: str, task: str) -> str:
     """Return the losses by kind of configuration, means over budgets."""
     found = arms_of(model, task)
@@ -106,7 +126,7 @@ def unseen_table(model: str, task: str) -> str:
     for name, results in found.items():
         if name.startswith("single"):
             continue
-        planned, random = ([_losses(results, kind, seen) for seen in (True, False)] for kind in ("planned", "random"))
+        planned, random = ([_means(results, kind, seen) for seen in (True, False)] for kind in ("planned", "random"))
         rows.append([results[0]["what"], *map(_text, (*planned, *random))])
     return _grid(["arm", "planned, seen", "planned, unseen", "random, seen", "random, unseen"], rows)
 
@@ -127,7 +147,7 @@ def gaps(model: str, task: str) -> str:
         cells = []
         for budget in budgets:
             values = [
-                _losses([ours], "planned", True, budget)[0] - _losses([theirs], "planned", True, budget)[0]
+                _means([ours], "planned", True, budget)[0] - _means([theirs], "planned", True, budget)[0]
                 for ours in found[left]
                 for theirs in found[right]
                 if ours["seed"] == theirs["seed"]
@@ -149,7 +169,7 @@ def main() -> None:
                 continue
             rows = [row for row in results[0]["rows"] if row["kind"] == "planned" and row["seen"]]
             means = [
-                math.exp(statistics.mean(_losses(results, "planned", True, row["budget"]))) for row in rows
+                math.exp(statistics.mean(_means(results, "planned", True, row["budget"]))) for row in rows
             ]  # fmt: skip
             axis.plot([row["bits"] for row in rows], means, marker="o", markersize=3, label=results[0]["what"])
         axis.set(title=f"{MODELS[model]}, {task}", xlabel="bits per weight", ylabel="held-out perplexity", yscale="log")

@@ -17,9 +17,10 @@ from coatrt.checkpoint import Checkpoint, load_model
 from coatrt.errors import ConfigError
 from coatrt.examples import Examples
 from coatrt.fakequant import FakeQuantModel
-from coatrt.loop import History
+from coatrt.loop import History, optimise
 from coatrt.lora import CoaLora
-from coatrt.objective import accumulate_gradients
+from coatrt.objective import Pass, accumulate_gradients
+from coatrt.processes import Processes
 from coatrt.store import CodeStore
 from coatrt.train import train
 
@@ -38,6 +39,11 @@ def setting(adapter_directory: Path) -> tuple[FakeQuantModel, CoaLora, list[Any]
     return model, lora, configs, torch.randint(0, 256, (5, 24), generator=torch.Generator().manual_seed(1))
 
 
+def same(configs: list[Any], tokens: torch.Tensor) -> list[Pass]:
+    """Every configuration with the same rows."""
+    return [Pass(config, Examples.of_blocks(tokens), tokens[:, 1:].numel()) for config in configs]
+
+
 def gradients(lora: CoaLora) -> dict[str, torch.Tensor]:
     result = {name: p.grad.clone() for name, p in lora.named_parameters() if p.grad is not None}
     lora.zero_grad()
@@ -51,18 +57,18 @@ def test_gradients_are_those_of_the_mean_loss(tiny_adapter: Path, change: dict[s
     targets[:, 0] = -100
     targets[0, :10] = -100
     targets[3, 1:-1] = -100
-    losses = []
-    for config in configs:
+    # Each configuration has rows of its own, the last one fewer targets than the others.
+    rows = [torch.arange(5), torch.tensor([4, 0, 1, 2, 4]), torch.tensor([3, 3, 3, 3, 0])]
+    losses, passes = [], []
+    for config, own in zip(configs, rows, strict=True):
         model.set_config(config)
         model.set_pairs(lora.pairs(config))
-        logits = model.logits(tokens)[:, :-1]
-        losses.append(nn.functional.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten(), ignore_index=-100))
+        logits, goals = model.logits(tokens[own])[:, :-1], targets[own, 1:]
+        losses.append(nn.functional.cross_entropy(logits.flatten(0, 1), goals.flatten(), ignore_index=-100))
+        passes.append(Pass(config, Examples(tokens[own], targets[own]), int((goals != -100).sum())))
     torch.stack(losses).mean().backward()
     expected = gradients(lora)
-    total = int((targets[:, 1:] != -100).sum())
-    found = accumulate_gradients(
-        model, lora, configs, Examples(tokens, targets), total, tiny_options(batch=5, **change)
-    )
+    found = accumulate_gradients(model, lora, passes, tiny_options(batch=5, **change))
     assert found == pytest.approx([loss.item() for loss in losses], rel=1e-5)
     mine = gradients(lora)
     assert set(mine) == set(expected)
@@ -74,7 +80,7 @@ def test_gradients_are_those_of_the_mean_loss(tiny_adapter: Path, change: dict[s
 def test_a_teacher_adds_its_divergence(tiny_adapter: Path, tiny_llama: Path, teacher: str) -> None:
     model, lora, configs, tokens = setting(tiny_adapter)
     options = tiny_options(batch=5, distill=0.7, teacher=teacher)
-    accumulate_gradients(model, lora, configs, Examples.of_blocks(tokens), tokens[:, 1:].numel(), options)
+    accumulate_gradients(model, lora, same(configs, tokens), options)
     found = gradients(lora)
     total, teacher_logits = torch.zeros(()), None
     if teacher == "base":
@@ -96,13 +102,39 @@ def test_a_teacher_adds_its_divergence(tiny_adapter: Path, tiny_llama: Path, tea
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-6 + 1e-4 * float(value.abs().max()))
 
 
+@pytest.mark.parametrize("change", [{}, {"same_examples": True}, {"distill": 0.5}])
+def test_configurations_of_a_step_have_examples_of_their_own(
+    tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    model, lora, configs, _ = setting(tiny_adapter)
+    blocks = torch.arange(12)[:, None].expand(12, 8).contiguous()  # block i holds token i alone
+    set_config, predictions, seen = model.set_config, model.predictions, []
+
+    def note_config(config: Any) -> None:
+        seen.append((config, []))
+        set_config(config)
+
+    def note_rows(part: Examples) -> Any:
+        seen[-1][1].extend(part.tokens[:, 0].tolist())
+        return predictions(part)
+
+    monkeypatch.setattr(model, "set_config", note_config)
+    monkeypatch.setattr(model, "predictions", note_rows)
+    options = tiny_options(batch=2, steps=2, **change)
+    optimise(model, lora, Examples.of_blocks(blocks), lambda _: configs, options, tmp_path, "run", Processes())
+    read = [(config, rows) for config, rows in seen if config is not None]  # None: the teacher
+    assert [config for config, _ in read] == [*configs, *configs]
+    if change:
+        assert [rows for _, rows in read] == [read[0][1]] * 3 + [read[3][1]] * 3
+        assert len({*read[0][1], *read[3][1]}) == 4
+    else:
+        assert sorted(token for _, rows in read for token in rows) == list(range(12))  # the whole epoch, each once
+
+
 def test_bfloat16_computes_nearly_the_same(tiny_adapter: Path) -> None:
     model, lora, configs, tokens = setting(tiny_adapter)
-    total = tokens[:, 1:].numel()
-    exact = accumulate_gradients(model, lora, configs, Examples.of_blocks(tokens), total, tiny_options())
-    rough = accumulate_gradients(
-        model, lora, configs, Examples.of_blocks(tokens), total, tiny_options(precision="bfloat16")
-    )
+    exact = accumulate_gradients(model, lora, same(configs, tokens), tiny_options())
+    rough = accumulate_gradients(model, lora, same(configs, tokens), tiny_options(precision="bfloat16"))
     assert rough == pytest.approx(exact, rel=2e-2)
     assert rough != exact
 
