@@ -218,3 +218,23 @@ def test_two_processes_learn_what_one_does(tiny_llama: Path, tmp_path: Path) -> 
     for name, value in first.items():
         more = 5e-3 * float(value.abs().max()) if name.startswith("C_") else 0.0  # solved from A, kept in float16
         torch.testing.assert_close(second[name], value, rtol=1e-3, atol=1e-4 + more)
+
+
+def test_processes_start_from_the_first_ones_values(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, torch\n"
+        "from coatrt.processes import Processes\n"
+        "processes, rank = Processes(), int(os.environ['RANK'])\n"
+        "mine = [torch.nn.Parameter(torch.full((n,), start + rank)) for n, start in ((3, 7.0), (4, 1.0))]\n"
+        "processes.copy_from_first(mine)\n"
+        "assert [p.unique().tolist() for p in mine] == [[7.0], [1.0]], mine\n"
+        f"open(r'{tmp_path}' + f'/{{rank}}', 'w').close()\n"
+        "processes.wait()\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
+    done = subprocess.run(
+        launch, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"program.py", "0", "1"}
