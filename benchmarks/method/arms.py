@@ -42,6 +42,7 @@ class Arm:
         distill: see `TrainOptions`.
         teacher: see `TrainOptions`.
         same_examples: see `TrainOptions`.
+        turns: whether the two configurations of a step take turns, each in an optimizer step of its own.
     """
 
     what: str
@@ -58,6 +59,7 @@ class Arm:
     distill: float = 0.0
     teacher: Literal["base", "top"] = "base"
     same_examples: bool = True
+    turns: bool = False
 
 
 _OURS = Arm("coatrt", preset="none", draws="low", compensated=True, rate=1e-3)
@@ -68,6 +70,9 @@ ARMS = {
     "shared": Arm("shared LoRA", preset="none"),
     "shared-own": Arm("shared LoRA, other examples for each configuration", preset="none", same_examples=False),
     "coatrt-own": replace(_OURS, what="coatrt, other examples for each configuration", same_examples=False),
+    "coatrt-turns": replace(
+        _OURS, what="coatrt, one configuration in a step, twice the steps", same_examples=False, turns=True
+    ),
     "shared-rank": Arm("shared LoRA of rank 32", preset="none", rank=32),
     "bank": Arm("LoRA per (matrix, format), as LLM-QFA", "bank", "none"),
     "paper": Arm("CoA-LoRA as published (its θ, even draws)", preset="paper", draws="even"),

@@ -79,11 +79,16 @@ def measure(setting: Setting, lora: Any, entries: list[Measured]) -> list[dict[s
 
 def train(setting: Setting, arm: Arm, seed: int, steps: int, job: str, only: QuantConfig | None = None) -> Any:
     """Train the module of an arm, on one configuration or on the pool; return it and its history."""
+    steps *= 2 if arm.turns else 1
     options = options_of(arm, setting, steps, seed)
     lora = module(setting, arm, seed)
 
     def draw(step: int) -> list[QuantConfig]:
-        return [only] if only is not None else setting.draw(step, seed, arm.draws)
+        if only is not None:
+            return [only]
+        return (
+            [setting.draw(step // 2, seed, arm.draws)[step % 2]] if arm.turns else setting.draw(step, seed, arm.draws)
+        )
 
     state = setting.scratch / job
     run = json.dumps([asdict(options), asdict(arm), setting.data.digest, only.hash if only is not None else ""])
