@@ -172,7 +172,7 @@ def predictors(quantizer: str) -> str:
 def cross() -> str:
     """Losses under LoRAs made for other configurations."""
     found = load("cross")
-    names = {"single": "trained for", "theta": "emitted by θ for"}
+    names = {"single": "trained for", "same-theta": "emitted by θ for"}
     losses = {(row["arm"], row["made_for"], row["under"]): row["loss"] for row in found["rows"]}
     rows = [
         [f"{names[arm]} {made:g} bits", *(f"{losses[arm, made, under]:.3f}" for under in found["budgets"])]
@@ -312,8 +312,10 @@ _MAKERS = (
 TABLES: dict[str, Callable[[], str]] = {maker.__name__: maker for maker in _MAKERS} | FLEET_TABLES
 for _task in ("sotu", "trec"):
     TABLES[f"method_{_task}"] = partial(report.main_table, "smollm2", _task)
+    TABLES[f"variants_{_task}"] = partial(report.main_table, "smollm2", _task, rivals=False)
     TABLES[f"gaps_{_task}"] = partial(report.gaps, "smollm2", _task)
     TABLES[f"unseen_{_task}"] = partial(report.unseen_table, "smollm2", _task)
+TABLES["accuracy_trec"] = partial(report.accuracy_table, "smollm2", "trec")
 for _quantizer in ("mse", "feedback"):
     TABLES[f"predictors_{_quantizer}"] = partial(predictors, _quantizer)
 TABLES["method_micro"] = partial(report.main_table, "micro", "sotu")

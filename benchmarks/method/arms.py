@@ -58,48 +58,59 @@ class Arm:
     theta_rate: float = 1e-3
     distill: float = 0.0
     teacher: Literal["base", "top"] = "base"
-    same_examples: bool = True
+    same_examples: bool = False
     turns: bool = False
 
 
 _OURS = Arm("coatrt", preset="none", draws="low", compensated=True, rate=1e-3)
+_SHARED = Arm("shared LoRA", preset="none")
+_PAPER = Arm("CoA-LoRA as published (its θ, even draws)", preset="paper", draws="even")
+_SAME = replace(_OURS, what="coatrt, same examples", same_examples=True)
+_THETA = Arm("CoA-LoRA without compensation, same examples", same_examples=True)
 ARMS = {
     "none": Arm("quantized, no adapter", "none"),
     "single": Arm("LoRA per configuration, as many steps for each", "single", "none"),
     "single-shared-compute": Arm("LoRA per configuration, the compute shared out", "single", "none", share=1 / 3),
-    "shared": Arm("shared LoRA", preset="none"),
-    "shared-own": Arm("shared LoRA, other examples for each configuration", preset="none", same_examples=False),
-    "coatrt-own": replace(_OURS, what="coatrt, other examples for each configuration", same_examples=False),
-    "coatrt-turns": replace(
-        _OURS, what="coatrt, one configuration in a step, twice the steps", same_examples=False, turns=True
-    ),
-    "shared-rank": Arm("shared LoRA of rank 32", preset="none", rank=32),
+    "shared": _SHARED,
+    "shared-rank": replace(_SHARED, what="shared LoRA of rank 32", rank=32),
     "bank": Arm("LoRA per (matrix, format), as LLM-QFA", "bank", "none"),
-    "paper": Arm("CoA-LoRA as published (its θ, even draws)", preset="paper", draws="even"),
+    "paper": _PAPER,
     "coatrt": _OURS,
     "untrained": replace(_OURS, what="compensation before any step", kind="untrained"),
-    "coatrt-theta": replace(_OURS, what="coatrt and θ", preset="coatrt"),
-    "coatrt-theta-slow": replace(_OURS, what="coatrt and θ at a tenth of the rate", preset="coatrt", theta_rate=1e-4),
-    "coatrt-theta-gates": replace(_OURS, what="coatrt and θ as a gate per rank", kind="gates"),
-    "coatrt-ends": replace(_OURS, what="coatrt, ends of the range in turn", draws="ends"),
-    "coatrt-even": replace(_OURS, what="coatrt, even draws", draws="even"),
     "coatrt-uncompensated": replace(_OURS, what="coatrt without compensation", compensated=False, rate_ratio=4.0),
     "coatrt-random": replace(_OURS, what="coatrt, A from random numbers", started=False),
-    "coatrt-distill": replace(_OURS, what="coatrt, distilled from the full-precision base", distill=0.5),
-    "coatrt-top": replace(
-        _OURS, what="coatrt, distilled from the step's highest configuration", distill=0.5, teacher="top"
-    ),
+    "coatrt-even": replace(_OURS, what="coatrt, even draws", draws="even"),
+    "coatrt-turns": replace(_OURS, what="coatrt, one configuration in a step, twice the steps", turns=True),
     "single-compensated": replace(
         _OURS, what="LoRA per configuration with compensation, as many steps for each", kind="single"
     ),
-    "theta": Arm("CoA-LoRA without compensation"),
-    "shared-low": Arm("shared LoRA, low draws", preset="none", draws="low"),
-    "ramp-low": Arm("shared LoRA and a term of B for the predicted loss, low draws", "ramp", "none", draws="low"),
-    "theta-low": Arm("CoA-LoRA without compensation, low draws", draws="low"),
-    "theta-fast": Arm("CoA-LoRA without compensation, θ at ten times the rate", theta_rate=1e-2),
-    "theta-terms": Arm("CoA-LoRA without compensation, but a learnt term of B per (matrix, format)", "terms"),
+    "same-coatrt": _SAME,
+    "same-coatrt-theta": replace(_SAME, what="coatrt and θ, same examples", preset="coatrt"),
+    "same-coatrt-theta-slow": replace(
+        _SAME, what="coatrt and θ at a tenth of the rate, same examples", preset="coatrt", theta_rate=1e-4
+    ),
+    "same-coatrt-gates": replace(_SAME, what="coatrt and θ as a gate per rank, same examples", kind="gates"),
+    "same-coatrt-ends": replace(_SAME, what="coatrt, ends of the range in turn, same examples", draws="ends"),
+    "same-coatrt-distill": replace(_SAME, what="coatrt, distilled from the full-precision base", distill=0.5),
+    "same-coatrt-top": replace(
+        _SAME, what="coatrt, distilled from the step's highest configuration", distill=0.5, teacher="top"
+    ),
+    "same-shared": replace(_SHARED, what="shared LoRA, same examples", same_examples=True),
+    "same-shared-low": replace(_SHARED, what="shared LoRA, low draws, same examples", draws="low", same_examples=True),
+    "same-paper": replace(_PAPER, what=f"{_PAPER.what}, same examples", same_examples=True),
+    "same-theta": _THETA,
+    "same-theta-low": replace(_THETA, what=f"{_THETA.what}, low draws", draws="low"),
+    "same-theta-fast": replace(_THETA, what=f"{_THETA.what}, θ at ten times the rate", theta_rate=1e-2),
+    "same-theta-terms": replace(_THETA, what=f"{_THETA.what}, a learnt term of B per (matrix, format)", kind="terms"),
+    "same-ramp-low": Arm(
+        "shared LoRA and a term of B for the predicted loss, low draws, same examples",
+        "ramp",
+        "none",
+        draws="low",
+        same_examples=True,
+    ),
 }
-"""Arms by name; the first seven are the rivals, what follows is ours and its ablations."""
+"""Arms by name: the rivals, ours, its variants; after "same-" all configurations of a step see the same examples."""
 
 
 class LoraBank(nn.Module):

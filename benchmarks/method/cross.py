@@ -1,7 +1,7 @@
 """What a LoRA made for one configuration is worth under another: LoRA per configuration, and what θ emits.
 
-python benchmarks/method/cross.py   after `run.py --model smollm2 --task sotu --seeds 1 --arms single,theta`, from the
-training states they left; it goes on where it was stopped.
+python benchmarks/method/cross.py   after `run.py --model smollm2 --task sotu --seeds 1 --arms single,same-theta`, from
+the training states they left; it goes on where it was stopped.
 """
 
 import json
@@ -26,7 +26,7 @@ def main() -> None:
     planned = {entry.budget: entry.config for entry in setting.measured if entry.seen and entry.kind == "planned"}
     path = RESULTS / "cross.json"
     rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
-    for arm in ("single", "theta"):
+    for arm in ("single", "same-theta"):
         for made_for, config in planned.items():
             if sum(row["arm"] == arm and row["made_for"] == made_for for row in rows) == len(planned):
                 continue

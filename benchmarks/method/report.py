@@ -18,7 +18,7 @@ RESULTS = Path(__file__).parents[1] / "results" / "method"
 MODELS = {"smollm2": "SmolLM2-135M", "smollm2-absmax": "SmolLM2-135M, quantizer absmax",
           "micro": "the micro byte-level Llama"}  # fmt: skip
 _REFERENCE_BITS, _REFERENCE_NATS = 10.0, 1.0
-_FIRST = ("none", "single", "single-shared-compute", "shared", "shared-rank", "bank", "paper", "coatrt")
+_RIVALS = ("none", "single", "single-shared-compute", "shared", "shared-rank", "bank", "paper", "coatrt")
 
 
 def _results() -> list[dict[str, Any]]:
@@ -32,7 +32,7 @@ def arms_of(model: str, task: str) -> dict[str, list[dict[str, Any]]]:
         if (result["model"], result["task"]) != (model, task):
             continue
         found.setdefault(result["arm"], []).append(result)
-    order = {name: i for i, name in enumerate(_FIRST)}
+    order = {name: i for i, name in enumerate(_RIVALS)}
     return dict(sorted(found.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
 
 
@@ -72,8 +72,8 @@ def _grid(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def main_table(model: str, task: str) -> str:
-    """Return the losses on planned configurations that were trained on, by budget."""
+def main_table(model: str, task: str, rivals: bool = True) -> str:
+    """Return the losses on planned configurations that were trained on, by budget: of the rivals, or of the others."""
     found = arms_of(model, task)
     if "none" not in found:
         return "Not run yet."
@@ -81,7 +81,9 @@ def main_table(model: str, task: str) -> str:
     base = none["full_precision"]["loss"]
     budgets = list(dict.fromkeys(row["budget"] for row in none["rows"]))
     rows = []
-    for results in found.values():
+    for name, results in found.items():
+        if (name in _RIVALS) != rivals:
+            continue
         volumes = [_volume(result, base) for result in results]
         minutes = statistics.mean(result["training_s"] for result in results) / 60
         rows.append([
@@ -94,6 +96,8 @@ def main_table(model: str, task: str) -> str:
     head = ["arm", "seeds", *(f"{budget:g} bits" for budget in budgets), *columns]
     accuracy = none["full_precision"].get("accuracy")
     beside = f", accuracy {accuracy:.3f}" if accuracy is not None else ""
+    if not rivals:
+        return _grid(head, rows)
     return (
         f"{MODELS[model]} on {task}: held-out loss in nats per predicted token, mean ± standard deviation over seeds; "
         f"full precision without adapter {base:.3f}{beside}. Hypervolume of (bits with the LoRA counted, loss) against "
@@ -124,11 +128,24 @@ def unseen_table(model: str, task: str) -> str:
     found = arms_of(model, task)
     rows = []
     for name, results in found.items():
-        if name.startswith("single"):
+        if name not in _RIVALS or name.startswith("single"):
             continue
         planned, random = ([_means(results, kind, seen) for seen in (True, False)] for kind in ("planned", "random"))
         rows.append([results[0]["what"], *map(_text, (*planned, *random))])
     return _grid(["arm", "planned, seen", "planned, unseen", "random, seen", "random, unseen"], rows)
+
+
+def _references(name: str) -> list[str]:
+    """Return what an arm beside the rivals is held against."""
+    if name in _RIVALS or name == "untrained":
+        return []
+    if name in ("same-coatrt", "same-shared", "same-paper"):
+        return [name.removeprefix("same-"), *(["same-shared-low"] if name == "same-coatrt" else [])]
+    if name.startswith(("coatrt-", "same-coatrt-")):
+        return [name[: name.index("coatrt") + len("coatrt")]]
+    if name.startswith("single-"):
+        return ["single"]
+    return ["same-shared-low" if name.endswith("-low") and name != "same-shared-low" else "same-shared"]
 
 
 def gaps(model: str, task: str) -> str:
@@ -137,11 +154,8 @@ def gaps(model: str, task: str) -> str:
     if not {"coatrt", "shared"} <= set(found):
         return "Not run yet."
     budgets = list(dict.fromkeys(row["budget"] for row in found["coatrt"][0]["rows"]))
-    pairs = [("coatrt", name) for name in _FIRST if name in found and name not in ("none", "coatrt")]
-    pairs += [(name, "coatrt") for name in found if name.startswith("coatrt-")]
-    pairs += [(name, "shared") for name in found if name not in _FIRST and not name.startswith("coatrt-")]
-    if "shared-low" in found:
-        pairs += [(name, "shared-low") for name in found if name == "coatrt" or name in ("theta-low", "ramp-low")]
+    pairs = [("coatrt", name) for name in _RIVALS if name in found and name not in ("none", "coatrt")]
+    pairs += [(name, reference) for name in found for reference in _references(name) if reference in found]
     rows = []
     for left, right in pairs:
         cells = []
@@ -165,7 +179,7 @@ def main() -> None:
     figure, axes = plt.subplots(1, max(1, len(settings)), figsize=(6.4 * max(1, len(settings)), 4.4), squeeze=False)
     for axis, (model, task) in zip(axes[0], settings, strict=False):
         for name, results in arms_of(model, task).items():
-            if name not in _FIRST:
+            if name not in _RIVALS:
                 continue
             rows = [row for row in results[0]["rows"] if row["kind"] == "planned" and row["seen"]]
             means = [
