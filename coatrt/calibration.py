@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from coatrt.checkpoint import Checkpoint, load_model
+from coatrt.data import batches
 from coatrt.errors import CheckpointError, ConfigError
 from coatrt.examples import Examples
 from coatrt.matrices import EMBEDDING, HEAD
 from coatrt.progress import progress_bar
 from coatrt.tensor_file import hash_tensors, read_tensors, write_tensors
 
-__all__ = ["Calibration", "InputMoments", "measure_moments"]
+__all__ = ["Calibration", "InputMoments", "calibration_examples", "measure_moments"]
 
 _KEY = "tokens"
 
@@ -71,6 +72,21 @@ class Calibration:
         if found is None or _KEY not in found[0]:
             raise CheckpointError(f"{path} is missing or damaged; copy it again")
         return cls(found[0][_KEY])
+
+
+def calibration_examples(train: Examples, count: int, length: int, seed: int) -> Examples:
+    """Return the examples to calibrate on: `count` of them, of short ones as many as hold count · length tokens.
+
+    Args:
+        train: what to choose from; all of it where it holds less.
+        count: examples at least.
+        length: tokens of a whole example.
+        seed: of the order.
+    """
+    order = batches(len(train), len(train), 0, seed)
+    tokens = (train.last[order] + 1).cumsum(0)
+    enough = int((tokens < count * length).sum()) + 1
+    return train[order[: max(count, enough)]]
 
 
 def measure_moments(

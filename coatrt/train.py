@@ -11,13 +11,12 @@ from typing import Any
 import torch
 
 from coatrt.adapter import Adapter
-from coatrt.calibration import Calibration, InputMoments
+from coatrt.calibration import Calibration, InputMoments, calibration_examples
 from coatrt.checkpoint import Checkpoint, load_tokenizer
 from coatrt.compensation import Compensator
 from coatrt.config import QuantConfig
 from coatrt.contract import contract_for
 from coatrt.curvature import output_gains
-from coatrt.data import batches
 from coatrt.errors import ConfigError
 from coatrt.fakequant import FakeQuantModel
 from coatrt.features import ConfigEncoder
@@ -150,8 +149,7 @@ class _Training:
         high = min(self.space.max_bits, max(low, 8.5)) if options.high_bits is None else options.high_bits
         self._check_budgets(low, high)
         contract = contract_for(checkpoint.matrices, options.rank, options.alpha, dict(options.ranks))
-        rows = batches(len(data.train), min(options.calibration, len(data.train)), 0, options.seed)
-        self.calibrated_on = data.train[rows]
+        self.calibrated_on = calibration_examples(data.train, options.calibration, options.length, options.seed)
         self.calibration = Calibration.of(self.calibrated_on)
         self.codes = CodeStore.default(checkpoint, options.quantizer, self.calibration)
         self.model = FakeQuantModel(checkpoint, self.codes, compute)

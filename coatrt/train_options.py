@@ -56,7 +56,8 @@ class TrainOptions:
         teacher: "base" is the full-precision model without adapter (a third forward pass); "top" the configuration
             with the most bits of the same step.
         precision: "bfloat16" runs matrix products of the model in bfloat16 (torch.autocast); weights stay float32.
-        calibration: blocks (examples) for the sensitivities and for the second moments of "weighted" and "feedback".
+        calibration: blocks (examples) for the sensitivities and for the second moments of "weighted" and "feedback"; of
+            examples shorter than `length` as many more as make up for it.
         evaluation: held-out blocks (examples, questions) for the numbers in metrics.json.
         budgets: average bits at which the held-out loss is measured, after training and for `patience`.
         evaluate_every: steps between measurements of the hypervolume over `budgets`; 0 for none.

@@ -16,11 +16,10 @@ from common import smollm2
 from micro import micro_llama
 from tasks import TASKS
 
-from coatrt.calibration import Calibration, InputMoments
+from coatrt.calibration import Calibration, InputMoments, calibration_examples
 from coatrt.checkpoint import Checkpoint, load_tokenizer
 from coatrt.config import QuantConfig
 from coatrt.curvature import output_gains
-from coatrt.data import batches
 from coatrt.examples import Examples
 from coatrt.fakequant import FakeQuantModel
 from coatrt.features import ConfigEncoder
@@ -71,7 +70,7 @@ class Setting:
         model: "micro", "smollm2" or "smollm2-absmax", whose weights are encoded as arXiv 2509.25214 does it.
         task: a name of `tasks.TASKS`.
         scratch: directory for sensitivities and unfinished training.
-        calibration: examples for the sensitivities.
+        calibration: examples of 128 tokens for the sensitivities, of shorter ones more.
     """
 
     model: str
@@ -129,7 +128,7 @@ class Setting:
 
     @cached_property
     def _calibration(self) -> Examples:
-        return self.data.train[batches(len(self.data.train), self.calibration, 0, 0)]
+        return calibration_examples(self.data.train, self.calibration, 128, 0)
 
     @cached_property
     def sensitivity(self) -> Sensitivity:

@@ -78,7 +78,7 @@ def _ranks(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 @click.option("--evaluate-every", type=int, help="Steps between measurements of the hypervolume.")
 @click.option("--patience", type=int, help="Measurements without a better one after which training stops.")
 @click.option("--budgets", callback=_numbers, metavar="B,B,…", help="Average bits to measure at on held-out data.")
-@click.option("--calibration", type=int, help="Blocks (examples) for sensitivities and second moments.")
+@click.option("--calibration", type=int, help="Blocks for sensitivities and second moments; of short examples more.")
 @click.option("--evaluation", type=int, help="Held-out blocks (examples) to measure on; choice: 200 if not given.")
 @click.option("--checkpoint-every", type=int, help="Steps between checkpoints.")
 @click.option("--seed", type=int, help="Seed of start values, batches and configurations.")

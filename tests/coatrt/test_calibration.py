@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from coatrt import calibration
-from coatrt.calibration import Calibration, InputMoments
+from coatrt.calibration import Calibration, InputMoments, calibration_examples
 from coatrt.checkpoint import Checkpoint, load_model
+from coatrt.data import batches
 from coatrt.errors import CheckpointError, ConfigError
+from coatrt.examples import Examples
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import save_tiny_llama
@@ -112,3 +114,18 @@ def test_tokens_are_saved_and_checked(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="reads token ids"):
         InputMoments(untied, given).get("model.embed_tokens")
     assert InputMoments(untied, given).get("lm_head").shape == (64, 64)
+
+
+def test_short_examples_make_up_in_number() -> None:
+    blocks = Examples.of_blocks(torch.arange(60).view(10, 6))
+    found = calibration_examples(blocks, 4, 6, seed=1)
+    assert torch.equal(found.tokens, blocks[batches(10, 4, 0, 1)].tokens)  # whole ones: as many as asked for
+    assert len(calibration_examples(blocks, 12, 6, seed=1)) == 10  # and no more than there are
+    assert len(calibration_examples(blocks, 4, 3, seed=1)) == 4
+    lengths = [2, 5, 3, 6, 4, 2, 2, 6, 3, 5]
+    short = Examples.of_rows([([100 + i] * n, [place == n - 1 for place in range(n)]) for i, n in enumerate(lengths)])
+    found = calibration_examples(short, 3, 6, seed=1)
+    used = [lengths[int(token) - 100] for token in found.tokens[:, 0]]
+    assert sum(used) >= 18 > sum(used[:-1])
+    assert len(set(found.tokens[:, 0].tolist())) == len(used)
+    assert Calibration.of(found).tokens.numel() > 18 - 6
