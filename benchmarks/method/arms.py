@@ -32,7 +32,8 @@ class Arm:
         preset: form of θ ("none": plain LoRA).
         rank: LoRA rank.
         draws: what the first configuration of a step is drawn from; the second comes from the whole pool. "ends": the
-            low and the high end of the budget range in turn; "low": the lowest three budgets; "even": the whole pool.
+            lowest and the highest budget in turn; "sides": the lowest three and the highest three in turn; "low": the
+            lowest three; "even": the whole pool.
         compensated: whether B has a term per format in closed form (`coatrt.compensation`).
         started: with compensation, whether A starts from what the lowest format takes away, or from random numbers.
         share: of the steps of the other arms, for "single" per configuration.
@@ -79,6 +80,8 @@ ARMS = {
     "untrained": replace(_OURS, what="compensation before any step", kind="untrained"),
     "coatrt-uncompensated": replace(_OURS, what="coatrt without compensation", compensated=False, rate_ratio=4.0),
     "coatrt-random": replace(_OURS, what="coatrt, A from random numbers", started=False),
+    "coatrt-sides": replace(_OURS, what="coatrt, low and high budgets in turn", draws="sides"),
+    "coatrt-ends": replace(_OURS, what="coatrt, the ends of the range in turn", draws="ends"),
     "coatrt-even": replace(_OURS, what="coatrt, even draws", draws="even"),
     "coatrt-turns": replace(_OURS, what="coatrt, one configuration in a step, twice the steps", turns=True),
     "single-compensated": replace(

@@ -36,7 +36,7 @@ from coatrt.tensor_file import read_tensors, write_tensors
 
 __all__ = ["BUDGETS", "FORMATS", "Draws", "Measured", "Setting"]
 
-Draws = Literal["ends", "low", "even"]
+Draws = Literal["ends", "sides", "low", "even"]
 FORMATS = ("nf2-g64", "nf3-g64", "nf4-g64", "int4-g64", "nvfp4", "int8")
 QUANTIZERS: dict[str, Quantizer] = {"micro": "feedback", "smollm2": "feedback", "smollm2-absmax": "absmax"}
 TRAINED = tuple(2.5 + 0.5 * i for i in range(11))  # bits per weight of the configurations trained on
@@ -189,7 +189,8 @@ class Setting:
         """Return the two configurations of a step, see `arms.Arm`."""
         rng = np.random.default_rng([seed, step])
         ends = (self.pool[:_EACH], self.pool[-_EACH:])
-        first = {"ends": ends[step % 2], "low": self.pool[: 3 * _EACH], "even": self.pool}[draws]
+        sides = (self.pool[: 3 * _EACH], self.pool[-3 * _EACH :])
+        first = {"ends": ends[step % 2], "sides": sides[step % 2], "low": sides[0], "even": self.pool}[draws]
         return [first[rng.integers(len(first))], self.pool[rng.integers(len(self.pool))]]
 
     def level(self, config: QuantConfig) -> float:
