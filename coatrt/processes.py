@@ -1,5 +1,6 @@
 """Several processes, each with its share of a batch (Accelerate); one process needs nothing of it."""
 
+import atexit
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -25,6 +26,8 @@ class Processes:
             from accelerate import PartialState
 
             self._state = PartialState(cpu=device == "cpu")
+            # Gloo's threads must be joined before the interpreter is gone, or now and then the process ends in abort().
+            atexit.register(self._state.destroy_process_group)
 
     @property
     def count(self) -> int:
