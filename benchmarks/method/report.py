@@ -139,8 +139,9 @@ def _references(name: str) -> list[str]:
     """Return what an arm beside the rivals is held against."""
     if name in _RIVALS or name == "untrained":
         return []
-    if name in ("same-coatrt", "same-shared", "same-paper"):
-        return [name.removeprefix("same-"), *(["same-shared-low"] if name == "same-coatrt" else [])]
+    beside = {"same-coatrt": ["same-shared-low"], "same-shared": [], "same-paper": ["same-coatrt"]}
+    if name in beside:
+        return [name.removeprefix("same-"), *beside[name]]
     if name.startswith(("coatrt-", "same-coatrt-")):
         return [name[: name.index("coatrt") + len("coatrt")]]
     if name.startswith("single-"):
