@@ -126,7 +126,7 @@ def job_result(setting: Setting, name: str, seed: int, steps: int) -> dict[str, 
     else:
         lora, history = train(setting, arm, seed, steps, job_name(setting, name, seed))
         rows = measure(setting, lora, entries)
-        seconds, passes = history.seconds, 2 * steps
+        seconds, passes, steps = history.seconds, 2 * steps, history.step
         parameters = sum(p.numel() for _, p in lora.named_parameters())
     return {**facts, "what": arm.what, "steps": steps, "passes": passes, "trained_parameters": parameters,
             "training_s": seconds, "wall_s": time.monotonic() - started, "rows": rows,
