@@ -84,8 +84,8 @@ def accumulate_gradients(
 
 
 def _parts(batch: Examples, options: TrainOptions) -> list[Examples]:
-    """Return the parts of a batch that pass through the model one after the other."""
-    return [batch[rows] for rows in torch.arange(len(batch)).chunk(options.accumulate)]
+    """Return the parts of a batch that pass through the model one after the other: rows of like length together."""
+    return [batch[rows] for rows in batch.last.argsort(stable=True).chunk(options.accumulate)]
 
 
 def _predicted(model: FakeQuantModel, part: Examples, options: TrainOptions) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,8 @@ class TrainOptions:
         batch: blocks (examples) per configuration and step.
         same_examples: whether the configurations of a step all see the same examples, as they always do with a teacher;
             otherwise each has its own.
-        accumulate: parts a batch is cut into, to save memory; the gradient is the same.
+        accumulate: parts a batch is cut into, rows of like length together, to save memory and padding; the gradient is
+            the same.
         length: tokens per block.
         configs: configurations per step (their gradients are averaged); of several the first has few bits, see
             `TrainingSampler`.

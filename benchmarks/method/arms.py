@@ -16,7 +16,7 @@ from coatrt.hypernet import Hypernetwork, HypernetworkOptions, Preset
 from coatrt.lora import CoaLora
 from coatrt.train_options import TrainOptions
 
-__all__ = ["ARMS", "Arm", "FormatTerms", "Gates", "LoraBank", "Ramp"]
+__all__ = ["ARMS", "Arm", "Gates", "LoraBank", "Terms"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ ARMS = {
     "coatrt": _OURS,
     "untrained": replace(_OURS, what="compensation before any step", kind="untrained"),
     "coatrt-uncompensated": replace(_OURS, what="coatrt without compensation", compensated=False, rate_ratio=4.0),
-    "coatrt-random": replace(_OURS, what="coatrt, A from random numbers", started=False),
+    "coatrt-random": replace(_OURS, what="coatrt, A from random numbers", started=False, draws="sides"),
     "coatrt-sides": replace(_OURS, what="coatrt, low and high budgets in turn", draws="sides"),
     "coatrt-ends": replace(_OURS, what="coatrt, the ends of the range in turn", draws="ends"),
     "coatrt-even": replace(_OURS, what="coatrt, even draws", draws="even"),
@@ -148,57 +148,30 @@ class LoraBank(nn.Module):
         return [(list(self.A), options.learning_rate), (list(self.B), options.b_rate)]
 
 
-class FormatTerms(nn.Module):
-    """A LoRA whose B has a term for the format of its matrix, zero at the start: B' = B + D_f.
+class Terms(nn.Module):
+    """A LoRA whose B has a learnt term that depends on the configuration, zero at the start: B' = B + h·D_i.
 
     Args:
         lora: the LoRA; its A is left as it is.
-        encoder: the formats' order.
+        count: terms of each matrix.
+        choose: configuration → (i of each matrix, h).
     """
 
-    def __init__(self, lora: CoaLora, encoder: ConfigEncoder) -> None:
+    def __init__(self, lora: CoaLora, count: int, choose: Callable[[QuantConfig], tuple[list[int], float]]) -> None:
         super().__init__()
-        self.lora, self.encoder = lora, encoder
-        count = len(encoder.formats)
+        self.lora, self.choose = lora, choose
         self.D = nn.ParameterList(torch.zeros(count, t.rank, t.N) for t in lora.contract.tensors)
 
     def pairs(self, config: QuantConfig) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return matrix name → (A' [K, r], s·(B + D_f) [r, N])."""
-        ids, found = self.encoder.format_ids(config).tolist(), self.lora.pairs(config)
-        contract = self.lora.contract
+        """Return matrix name → (A' [K, r], s·(B + h·D_i) [r, N])."""
+        (which, h), found, contract = self.choose(config), self.lora.pairs(config), self.lora.contract
         return {
-            t.matrix: (found[t.matrix][0], found[t.matrix][1] + d[i] * contract.scale(t))
-            for t, i, d in zip(contract.tensors, ids, self.D, strict=True)
+            t.matrix: (found[t.matrix][0], found[t.matrix][1] + d[i] * (h * contract.scale(t)))
+            for t, i, d in zip(contract.tensors, which, self.D, strict=True)
         }
 
     def rates(self, options: TrainOptions) -> list[tuple[list[nn.Parameter], float]]:
         """Return the LoRA's groups and the terms, these at the rate of A and B."""
-        return [*self.lora.rates(options), ([*self.D], options.b_rate)]
-
-
-class Ramp(nn.Module):
-    """A LoRA whose B has a term that grows with the loss predicted for a configuration: B' = B + h·D.
-
-    Args:
-        lora: the LoRA; its A is left as it is.
-        level: configuration → h, 0 for no loss (`Setting.level`: a square root).
-    """
-
-    def __init__(self, lora: CoaLora, level: Callable[[QuantConfig], float]) -> None:
-        super().__init__()
-        self.lora, self.level = lora, level
-        self.D = nn.ParameterList(torch.zeros(t.rank, t.N) for t in lora.contract.tensors)
-
-    def pairs(self, config: QuantConfig) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return matrix name → (A' [K, r], s·(B + h·D) [r, N])."""
-        h, found, contract = self.level(config), self.lora.pairs(config), self.lora.contract
-        return {
-            t.matrix: (found[t.matrix][0], found[t.matrix][1] + d * (h * contract.scale(t)))
-            for t, d in zip(contract.tensors, self.D, strict=True)
-        }
-
-    def rates(self, options: TrainOptions) -> list[tuple[list[nn.Parameter], float]]:
-        """Return the LoRA's groups and the term, this at the rate of A and B."""
         return [*self.lora.rates(options), ([*self.D], options.b_rate)]
 
 

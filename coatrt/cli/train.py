@@ -59,7 +59,7 @@ def _ranks(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 @click.option("--steps", type=int, help="Optimizer steps.")
 @click.option("--batch", type=int, help="Blocks (examples) per configuration and step.")
 @click.option("--same-examples", is_flag=True, default=None, help="All configurations of a step see the same ones.")
-@click.option("--accumulate", type=int, help="Parts a batch is cut into, to save memory.")
+@click.option("--accumulate", type=int, help="Parts a batch is cut into, to save memory and padding.")
 @click.option("--length", type=int, help="Tokens per block, most tokens of an example.")
 @click.option("--configs", type=int, help="Configurations per step.")
 @click.option("--low-bits", type=float, help="Lowest budget trained for, bits per weight.")
