@@ -1,4 +1,4 @@
-"""Which configurations training sees: one of few bits in every step, and any beside it."""
+"""Which configurations training sees: one of few or of many bits in every step, and any beside it."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,8 @@ from coatrt.space import ConfigSpace
 
 __all__ = ["TrainingSampler"]
 
-_LOW = 0.2  # of the budget range: where the first configuration of a step lies
+_SIDE = 0.2  # of the budget range: as wide are the two parts that the first configuration of a step comes from
+_CYCLE = 3  # steps, of which the last takes the upper part
 _JITTER = 0.7  # standard deviation of the noise on the log of a cost
 
 
@@ -19,11 +20,11 @@ _JITTER = 0.7  # standard deviation of the noise on the log of a cost
 class TrainingSampler:
     """Draws the configurations of a training step, a function of (seed, step) alone.
 
-    The first of several has a budget from the lowest fifth of the range, where the LoRA has most to learn
-    (docs/method.md compares draws); the others have any. Budgets are drawn first: independent formats per matrix would
-    concentrate at the mean budget and starve the ends (LLM-QFA, ACL 2025). A share of the draws is what a planner could
-    choose: the allocation of least cost under the budget, its costs disturbed; the others are random maps of that
-    budget.
+    The first of several has a budget from the lowest fifth of the range in two steps of three, half of them from its
+    lowest quarter, and from the highest fifth in the third (docs/method.md compares draws); the others have any.
+    Budgets are drawn first: independent formats per matrix would concentrate at the mean budget and starve the ends
+    (LLM-QFA, ACL 2025). A share of the draws is what a planner could choose: the allocation of least cost under the
+    budget, its costs disturbed; the others are random maps of that budget.
 
     Args:
         space: matrices and formats.
@@ -64,11 +65,15 @@ class TrainingSampler:
         rng = np.random.default_rng([self.seed, step])
         configs: list[QuantConfig] = []
         while len(configs) < count:
-            low = count > 1 and not configs
-            bits = float(rng.uniform(self.low, self.low + _LOW * (self.high - self.low) if low else self.high))
+            bits = float(rng.uniform(self.low, self.high) if configs or count == 1 else self._side(rng, step))
             planned = rng.random() < self.planned
             configs.append(self.plan_like(rng, bits) if planned else self.space.sample_budgeted(rng, bits))
         return configs
+
+    def _side(self, rng: np.random.Generator, step: int) -> float:
+        """Return a budget near one end of the range; a squared uniform number lies below ¼ half of the time."""
+        width, place = _SIDE * (self.high - self.low), rng.random()
+        return self.high - width * place if step % _CYCLE == _CYCLE - 1 else self.low + width * place**2
 
     def plan_like(self, rng: np.random.Generator | None, bits: float) -> QuantConfig:
         """Return a near-optimal allocation of at most `bits`, in milliseconds.

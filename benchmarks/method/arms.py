@@ -31,11 +31,13 @@ class Arm:
             factor per rank, "untrained" A and the compensation as they start.
         preset: form of θ ("none": plain LoRA).
         rank: LoRA rank.
-        draws: what the first configuration of a step is drawn from; the second comes from the whole pool. "ends": the
+        draws: what the first configuration of a step is drawn from; the second comes from the whole pool. "lowest": two
+            steps of three the lowest three budgets, the lowest most often, the third the highest three; "ends": the
             lowest and the highest budget in turn; "sides": the lowest three and the highest three in turn; "low": the
             lowest three; "even": the whole pool.
         compensated: whether B has a term per format in closed form (`coatrt.compensation`).
-        started: with compensation, whether A starts from what the lowest format takes away, or from random numbers.
+        started: with compensation, whether A starts from what the lowest format takes away ("residual" of
+            `TrainOptions`), or from random numbers.
         share: of the steps of the other arms, for "single" per configuration.
         rate: peak learning rate of A.
         rate_ratio: see `TrainOptions`.
@@ -52,7 +54,7 @@ class Arm:
     rank: int = 16
     draws: Draws = "ends"
     compensated: bool = False
-    started: bool = True
+    started: bool = False
     share: float = 1.0
     rate: float = 2e-3
     rate_ratio: float | None = None
@@ -63,40 +65,53 @@ class Arm:
     turns: bool = False
 
 
-_OURS = Arm("coatrt", preset="none", draws="low", compensated=True, rate=1e-3)
+_OURS = Arm("coatrt", preset="none", draws="lowest", compensated=True, rate=1e-3)
+_RESIDUAL = replace(_OURS, what="coatrt, A from residuals", started=True)
+_LOW = replace(_RESIDUAL, what="coatrt, A from residuals, low draws", draws="low")
 _SHARED = Arm("shared LoRA", preset="none")
 _PAPER = Arm("CoA-LoRA as published (its θ, even draws)", preset="paper", draws="even")
-_SAME = replace(_OURS, what="coatrt, same examples", same_examples=True)
+_SAME = replace(_LOW, what=f"{_LOW.what}, same examples", same_examples=True)
 _THETA = Arm("CoA-LoRA without compensation, same examples", same_examples=True)
 ARMS = {
     "none": Arm("quantized, no adapter", "none"),
     "single": Arm("LoRA per configuration, as many steps for each", "single", "none"),
     "single-shared-compute": Arm("LoRA per configuration, the compute shared out", "single", "none", share=1 / 3),
     "shared": _SHARED,
+    "shared-rates": replace(
+        _SHARED, what="shared LoRA with the draws and rates of coatrt", draws="lowest", rate=1e-3, rate_ratio=4.0
+    ),
     "shared-rank": replace(_SHARED, what="shared LoRA of rank 32", rank=32),
     "bank": Arm("LoRA per (matrix, format), as LLM-QFA", "bank", "none"),
     "paper": _PAPER,
     "coatrt": _OURS,
-    "untrained": replace(_OURS, what="compensation before any step", kind="untrained"),
-    "coatrt-uncompensated": replace(_OURS, what="coatrt without compensation", compensated=False, rate_ratio=4.0),
-    "coatrt-random": replace(_OURS, what="coatrt, A from random numbers", started=False, draws="sides"),
+    "untrained": replace(_RESIDUAL, what="compensation before any step", kind="untrained"),
     "coatrt-sides": replace(_OURS, what="coatrt, low and high budgets in turn", draws="sides"),
-    "coatrt-ends": replace(_OURS, what="coatrt, the ends of the range in turn", draws="ends"),
     "coatrt-even": replace(_OURS, what="coatrt, even draws", draws="even"),
-    "coatrt-turns": replace(_OURS, what="coatrt, one configuration in a step, twice the steps", turns=True),
+    "coatrt-residual": _RESIDUAL,
+    "coatrt-residual-low": _LOW,
+    "coatrt-residual-sides": replace(_RESIDUAL, what=f"{_RESIDUAL.what}, low and high budgets in turn", draws="sides"),
+    "coatrt-residual-ends": replace(_RESIDUAL, what=f"{_RESIDUAL.what}, the ends of the range in turn", draws="ends"),
+    "coatrt-residual-turns": replace(
+        _LOW, what=f"{_LOW.what}, one configuration in a step, twice the steps", turns=True
+    ),
+    "coatrt-uncompensated-low": replace(
+        _LOW, what="coatrt without compensation, low draws", compensated=False, started=False, rate_ratio=4.0
+    ),
     "single-compensated": replace(
         _OURS, what="LoRA per configuration with compensation, as many steps for each", kind="single"
     ),
     "same-coatrt": _SAME,
-    "same-coatrt-theta": replace(_SAME, what="coatrt and θ, same examples", preset="coatrt"),
+    "same-coatrt-theta": replace(_SAME, what=f"{_SAME.what}, and θ", preset="coatrt"),
     "same-coatrt-theta-slow": replace(
-        _SAME, what="coatrt and θ at a tenth of the rate, same examples", preset="coatrt", theta_rate=1e-4
+        _SAME, what=f"{_SAME.what}, and θ at a tenth of the rate", preset="coatrt", theta_rate=1e-4
     ),
-    "same-coatrt-gates": replace(_SAME, what="coatrt and θ as a gate per rank, same examples", kind="gates"),
-    "same-coatrt-ends": replace(_SAME, what="coatrt, ends of the range in turn, same examples", draws="ends"),
-    "same-coatrt-distill": replace(_SAME, what="coatrt, distilled from the full-precision base", distill=0.5),
+    "same-coatrt-gates": replace(_SAME, what=f"{_SAME.what}, and θ as a gate per rank", kind="gates"),
+    "same-coatrt-ends": replace(
+        _SAME, what=f"{_RESIDUAL.what}, the ends of the range in turn, same examples", draws="ends"
+    ),
+    "same-coatrt-distill": replace(_SAME, what=f"{_SAME.what}, distilled from the full-precision base", distill=0.5),
     "same-coatrt-top": replace(
-        _SAME, what="coatrt, distilled from the step's highest configuration", distill=0.5, teacher="top"
+        _SAME, what=f"{_SAME.what}, distilled from the step's highest configuration", distill=0.5, teacher="top"
     ),
     "same-shared": replace(_SHARED, what="shared LoRA, same examples", same_examples=True),
     "same-shared-low": replace(_SHARED, what="shared LoRA, low draws, same examples", draws="low", same_examples=True),

@@ -19,6 +19,18 @@ MODELS = {"smollm2": "SmolLM2-135M", "smollm2-absmax": "SmolLM2-135M, quantizer 
           "micro": "the micro byte-level Llama"}  # fmt: skip
 _REFERENCE_BITS, _REFERENCE_NATS = 10.0, 1.0
 _RIVALS = ("none", "single", "single-shared-compute", "shared", "shared-rank", "bank", "paper", "coatrt")
+_AGAINST = {
+    "coatrt-residual-low": ["coatrt-residual"],
+    "coatrt-residual-sides": ["coatrt-sides", "coatrt-residual-low"],
+    "coatrt-residual-ends": ["coatrt-residual-low"],
+    "coatrt-residual-turns": ["coatrt-residual-low"],
+    "coatrt-uncompensated-low": ["coatrt-residual-low"],
+    "same-coatrt": ["coatrt-residual-low", "same-shared-low"],
+    "same-shared": ["shared"],
+    "same-shared-low": ["same-shared"],
+    "same-paper": ["paper", "same-coatrt"],
+}
+"""Variants that are not held against the arm that their name begins with."""
 
 
 def _results() -> list[dict[str, Any]]:
@@ -139,14 +151,15 @@ def _references(name: str) -> list[str]:
     """Return what an arm beside the rivals is held against."""
     if name in _RIVALS or name == "untrained":
         return []
-    beside = {"same-coatrt": ["same-shared-low"], "same-shared": [], "same-paper": ["same-coatrt"]}
-    if name in beside:
-        return [name.removeprefix("same-"), *beside[name]]
+    if name in _AGAINST:
+        return _AGAINST[name]
     if name.startswith(("coatrt-", "same-coatrt-")):
         return [name[: name.index("coatrt") + len("coatrt")]]
     if name.startswith("single-"):
         return ["single"]
-    return ["same-shared-low" if name.endswith("-low") and name != "same-shared-low" else "same-shared"]
+    if name.startswith("shared-"):
+        return ["shared"]
+    return ["same-shared-low" if name.endswith("-low") else "same-shared"]
 
 
 def gaps(model: str, task: str) -> str:
