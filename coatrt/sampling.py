@@ -12,7 +12,6 @@ from coatrt.space import ConfigSpace
 __all__ = ["TrainingSampler"]
 
 _SIDE = 0.2  # of the budget range: as wide are the two parts that the first configuration of a step comes from
-_CYCLE = 3  # steps, of which the last takes the upper part
 _JITTER = 0.7  # standard deviation of the noise on the log of a cost
 
 
@@ -20,11 +19,11 @@ _JITTER = 0.7  # standard deviation of the noise on the log of a cost
 class TrainingSampler:
     """Draws the configurations of a training step, a function of (seed, step) alone.
 
-    The first of several has a budget from the lowest fifth of the range in two steps of three, half of them from its
-    lowest quarter, and from the highest fifth in the third (docs/method.md compares draws); the others have any.
-    Budgets are drawn first: independent formats per matrix would concentrate at the mean budget and starve the ends
-    (LLM-QFA, ACL 2025). A share of the draws is what a planner could choose: the allocation of least cost under the
-    budget, its costs disturbed; the others are random maps of that budget.
+    The first of several has a budget from the lowest fifth of the range in every other step, and from the highest fifth
+    in the steps between (docs/method.md compares draws); the others have any. Budgets are drawn first: independent
+    formats per matrix would concentrate at the mean budget and starve the ends (LLM-QFA, ACL 2025). A share of the
+    draws is what a planner could choose: the allocation of least cost under the budget, its costs disturbed; the others
+    are random maps of that budget.
 
     Args:
         space: matrices and formats.
@@ -65,15 +64,16 @@ class TrainingSampler:
         rng = np.random.default_rng([self.seed, step])
         configs: list[QuantConfig] = []
         while len(configs) < count:
-            bits = float(rng.uniform(self.low, self.high) if configs or count == 1 else self._side(rng, step))
+            low, high = (self.low, self.high) if configs or count == 1 else self._side(step)
+            bits = float(rng.uniform(low, high))
             planned = rng.random() < self.planned
             configs.append(self.plan_like(rng, bits) if planned else self.space.sample_budgeted(rng, bits))
         return configs
 
-    def _side(self, rng: np.random.Generator, step: int) -> float:
-        """Return a budget near one end of the range; a squared uniform number lies below ¼ half of the time."""
-        width, place = _SIDE * (self.high - self.low), rng.random()
-        return self.high - width * place if step % _CYCLE == _CYCLE - 1 else self.low + width * place**2
+    def _side(self, step: int) -> tuple[float, float]:
+        """Return the lowest fifth of the range in even steps, the highest in odd ones."""
+        width = _SIDE * (self.high - self.low)
+        return (self.high - width, self.high) if step % 2 else (self.low, self.low + width)
 
     def plan_like(self, rng: np.random.Generator | None, bits: float) -> QuantConfig:
         """Return a near-optimal allocation of at most `bits`, in milliseconds.

@@ -186,7 +186,7 @@ class _Training:
         return Sensitivity.load(path)
 
     def _compensate(self) -> None:
-        """Let C make up for quantization; where training begins, A may start from what it can make up for most."""
+        """Let C make up for quantization and, where training begins, A start from what it can make up for most."""
         moments = InputMoments(self.checkpoint, self.calibration, cache_directory() / "moments")
         compensator = Compensator(self.model, moments, self.lora.contract)
         if self.options.start == "random" or has_state(self.state):

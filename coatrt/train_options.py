@@ -17,7 +17,7 @@ DEFAULT_FORMATS = ("nf3-g64", "nf4-g64", "int4-g64", "nvfp4", "fp8", "int8", "fp
 
 _CHOICES = {
     "preset": ("coatrt", "paper", "none"),
-    "start": ("random", "residual"),
+    "start": ("residual", "random"),
     "teacher": ("base", "top"),
     "precision": ("float32", "bfloat16"),
 }
@@ -34,8 +34,8 @@ class TrainOptions:
         ranks: (module kind, rank) where it differs from `rank`, as in (("down_proj", 32),).
         preset: form of θ, "coatrt" or "paper"; "none" leaves it out: only the compensation tells configurations apart.
         compensation: whether B has a term per format that makes up for quantization, see `coatrt.compensation`.
-        start: where A begins: "random" numbers, or, with compensation, "residual": the directions of what the format of
-            fewest bits takes away (docs/method.md compares the two).
+        start: where A begins: with compensation "residual", the directions of what the format of fewest bits takes away
+            (docs/method.md compares the two), or "random" numbers; without compensation always these.
         quantizer: how weights are encoded, see `coatrt.quantize.encode`; "absmax" is the paper's.
         fused: whether q/k/v and gate/up share a format.
         steps: optimizer steps.
@@ -45,8 +45,8 @@ class TrainOptions:
         accumulate: parts a batch is cut into, rows of like length together, to save memory and padding; the gradient is
             the same.
         length: tokens per block.
-        configs: configurations per step (their gradients are averaged); of several the first has few bits or many,
-            see `TrainingSampler`.
+        configs: configurations per step (their gradients are averaged); of several the first has few bits and many in
+            turn, see `TrainingSampler`.
         low_bits: lowest budget trained for; None: the least the formats allow.
         high_bits: highest budget; None: the most the formats allow, at most 8.5.
         planned: share of planner-like configurations, see `TrainingSampler`.
@@ -80,7 +80,7 @@ class TrainOptions:
     ranks: tuple[tuple[str, int], ...] = ()
     preset: Preset = "none"
     compensation: bool = True
-    start: Literal["random", "residual"] = "random"
+    start: Literal["residual", "random"] = "residual"
     quantizer: Quantizer = "feedback"
     fused: bool = True
     steps: int = 300
@@ -125,10 +125,6 @@ class TrainOptions:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} {getattr(self, name)!r} is given; allowed: {', '.join(allowed)}")
-        if self.start == "residual" and not self.compensation:
-            raise ConfigError(
-                "the start residual is given without compensation; give compensation, or the start random"
-            )
         if self.accumulate > self.batch:
             raise ConfigError(f"a batch of {self.batch} cannot be cut into {self.accumulate} parts; give fewer")
         if self.patience and not (self.evaluate_every and self.budgets):

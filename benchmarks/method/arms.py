@@ -65,9 +65,9 @@ class Arm:
     turns: bool = False
 
 
-_OURS = Arm("coatrt", preset="none", draws="lowest", compensated=True, rate=1e-3)
-_RESIDUAL = replace(_OURS, what="coatrt, A from residuals", started=True)
-_LOW = replace(_RESIDUAL, what="coatrt, A from residuals, low draws", draws="low")
+_OURS = Arm("coatrt", preset="none", draws="sides", compensated=True, started=True, rate=1e-3)
+_RANDOM = replace(_OURS, what="coatrt, A from random numbers", started=False)
+_LOW = replace(_OURS, what="coatrt, low draws", draws="low")
 _SHARED = Arm("shared LoRA", preset="none")
 _PAPER = Arm("CoA-LoRA as published (its θ, even draws)", preset="paper", draws="even")
 _SAME = replace(_LOW, what=f"{_LOW.what}, same examples", same_examples=True)
@@ -78,23 +78,21 @@ ARMS = {
     "single-shared-compute": Arm("LoRA per configuration, the compute shared out", "single", "none", share=1 / 3),
     "shared": _SHARED,
     "shared-rates": replace(
-        _SHARED, what="shared LoRA with the draws and rates of coatrt", draws="lowest", rate=1e-3, rate_ratio=4.0
+        _SHARED, what="shared LoRA with the draws and rates of coatrt", draws="sides", rate=1e-3, rate_ratio=4.0
     ),
     "shared-rank": replace(_SHARED, what="shared LoRA of rank 32", rank=32),
     "bank": Arm("LoRA per (matrix, format), as LLM-QFA", "bank", "none"),
     "paper": _PAPER,
     "coatrt": _OURS,
-    "untrained": replace(_RESIDUAL, what="compensation before any step", kind="untrained"),
-    "coatrt-sides": replace(_OURS, what="coatrt, low and high budgets in turn", draws="sides"),
+    "untrained": replace(_OURS, what="compensation before any step", kind="untrained"),
+    "coatrt-uncompensated": replace(_RANDOM, what="coatrt without compensation", compensated=False, rate_ratio=4.0),
+    "coatrt-random": _RANDOM,
+    "coatrt-random-lowest": replace(_RANDOM, what=f"{_RANDOM.what}, the lowest budgets most often", draws="lowest"),
+    "coatrt-ends": replace(_OURS, what="coatrt, the ends of the range in turn", draws="ends"),
     "coatrt-even": replace(_OURS, what="coatrt, even draws", draws="even"),
-    "coatrt-residual": _RESIDUAL,
-    "coatrt-residual-low": _LOW,
-    "coatrt-residual-sides": replace(_RESIDUAL, what=f"{_RESIDUAL.what}, low and high budgets in turn", draws="sides"),
-    "coatrt-residual-ends": replace(_RESIDUAL, what=f"{_RESIDUAL.what}, the ends of the range in turn", draws="ends"),
-    "coatrt-residual-turns": replace(
-        _LOW, what=f"{_LOW.what}, one configuration in a step, twice the steps", turns=True
-    ),
-    "coatrt-uncompensated-low": replace(
+    "coatrt-low": _LOW,
+    "coatrt-low-turns": replace(_LOW, what=f"{_LOW.what}, one configuration in a step, twice the steps", turns=True),
+    "coatrt-low-uncompensated": replace(
         _LOW, what="coatrt without compensation, low draws", compensated=False, started=False, rate_ratio=4.0
     ),
     "single-compensated": replace(
@@ -106,9 +104,7 @@ ARMS = {
         _SAME, what=f"{_SAME.what}, and θ at a tenth of the rate", preset="coatrt", theta_rate=1e-4
     ),
     "same-coatrt-gates": replace(_SAME, what=f"{_SAME.what}, and θ as a gate per rank", kind="gates"),
-    "same-coatrt-ends": replace(
-        _SAME, what=f"{_RESIDUAL.what}, the ends of the range in turn, same examples", draws="ends"
-    ),
+    "same-coatrt-ends": replace(_SAME, what="coatrt, the ends of the range in turn, same examples", draws="ends"),
     "same-coatrt-distill": replace(_SAME, what=f"{_SAME.what}, distilled from the full-precision base", distill=0.5),
     "same-coatrt-top": replace(
         _SAME, what=f"{_SAME.what}, distilled from the step's highest configuration", distill=0.5, teacher="top"

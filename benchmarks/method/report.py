@@ -20,12 +20,10 @@ MODELS = {"smollm2": "SmolLM2-135M", "smollm2-absmax": "SmolLM2-135M, quantizer 
 _REFERENCE_BITS, _REFERENCE_NATS = 10.0, 1.0
 _RIVALS = ("none", "single", "single-shared-compute", "shared", "shared-rank", "bank", "paper", "coatrt")
 _AGAINST = {
-    "coatrt-residual-low": ["coatrt-residual"],
-    "coatrt-residual-sides": ["coatrt-sides", "coatrt-residual-low"],
-    "coatrt-residual-ends": ["coatrt-residual-low"],
-    "coatrt-residual-turns": ["coatrt-residual-low"],
-    "coatrt-uncompensated-low": ["coatrt-residual-low"],
-    "same-coatrt": ["coatrt-residual-low", "same-shared-low"],
+    "coatrt-random-lowest": ["coatrt-random"],
+    "coatrt-low-turns": ["coatrt-low"],
+    "coatrt-low-uncompensated": ["coatrt-low"],
+    "same-coatrt": ["coatrt-low", "same-shared-low"],
     "same-shared": ["shared"],
     "same-shared-low": ["same-shared"],
     "same-paper": ["paper", "same-coatrt"],

@@ -129,17 +129,16 @@ def test_missing_and_empty_text_is_refused(tmp_path: Path) -> None:
         read_documents([tmp_path])
 
 
-def test_sampler_keeps_budgets_and_draws_few_bits_more_often_than_many(tiny_adapter: Path) -> None:
+def test_sampler_keeps_budgets_and_draws_few_and_many_bits_in_turn(tiny_adapter: Path) -> None:
     adapter = Adapter.load(tiny_adapter)
     sampler = TrainingSampler(adapter.space, adapter.sensitivity.costs, 4.5, 7.0, seed=1)
-    bits = np.array([[c.average_bits(adapter.model) for c in sampler.draw(step, 3)] for step in range(60)])
+    bits = np.array([[c.average_bits(adapter.model) for c in sampler.draw(step, 3)] for step in range(40)])
     step = 8 * adapter.space.sizes.max() / adapter.model.parameters  # the coarsest change a group can make
-    few, many = bits[np.arange(60) % 3 < 2, 0], bits[2::3, 0]
+    few, many = bits[::2, 0], bits[1::2, 0]
     for side, low, high in ((few, 4.5, 5.0), (many, 6.5, 7.0)):
         assert (side <= high + 0.05).all()
         assert (side >= low - step).all()
         assert side.std() > 0.08
-    assert 0.35 < (few < 4.5 + 0.125).mean() < 0.65
     for column in (1, 2):
         assert bits[:, column].min() < 5.0
         assert bits[:, column].max() > 6.5
