@@ -97,7 +97,7 @@ def test_the_service(cpp: Any, tiny_bundle: Path) -> None:
             200,
             {"status": "ok", "configuration": Bundle.open(tiny_bundle).config.hash},
         )
-        prompt: dict[str, Any] = {"prompt": "the cat sat", "max_tokens": 12}
+        prompt: dict[str, Any] = {"prompt": "the cat sat", "max_tokens": 40}
         configurations = [{"default": "int8"}, {"default": "nf3-g32"}]
         expected = [service.generate(**prompt, configuration=value) for value in configurations]
         assert expected[0]["tokens"] != expected[1]["tokens"]
