@@ -123,7 +123,7 @@ def test_an_adapter_keeps_the_terms_of_its_last_a(tiny_llama: Path, tmp_path: Pa
 
 
 def test_the_start_residual_reads_what_the_lowest_format_takes_away(tiny_llama: Path, tmp_path: Path) -> None:
-    """A rate of almost nothing leaves A where it began: the weighted error left is the least that a rank allows."""
+    """A rate of almost nothing leaves A where it began."""
     options = tiny_options(preset="none", formats=("nf2-g32", "int8"), start="residual", learning_rate=1e-9, steps=1)
     adapter = train(tiny_llama, TEXTS, tmp_path / "a", options)
     assert adapter.calibration is not None

@@ -201,7 +201,7 @@ def test_two_processes_learn_what_one_does(tiny_llama: Path, tmp_path: Path) -> 
         (tmp_path / "text" / f"{i:02}.txt").write_text(text)
     arguments = [
         "train", str(tiny_llama), "--data", str(tmp_path / "text"), "--formats", "int4-g32,int8", "--steps", "4",
-        "--preset", "coatrt", "--length", "32", "--batch", "4", "--calibration", "16", "--evaluation", "2",
+        "--preset", "coatrt", "--length", "32", "--batch", "4", "--calibration", "2", "--evaluation", "2",
         "--budgets", "5", "--evaluate-every", "2",
     ]  # fmt: skip
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "coatrt"]
