@@ -159,26 +159,20 @@ def measure_sensitivity(
     Args:
         model: it is set to full precision and its LoRA is taken away.
         codes: cache of encoded matrices.
-        blocks: calibration examples, or tokens [blocks, length]; "kfac" and "tokens" take plain text only.
+        blocks: calibration examples, or tokens [blocks, length].
         formats: formats to measure.
         progress: called after each block and each matrix.
         predictor: "fisher" (`fisher_costs`), "kfac" or "tokens" (`coatrt.curvature`).
 
     Raises:
-        ConfigError: there is no such predictor, or it does not take these examples.
+        ConfigError: there is no such predictor.
     """
     if predictor not in get_args(Predictor):
         raise ConfigError(f"no predictor {predictor!r}; give one of {', '.join(get_args(Predictor))}")
     model.set_config(None)
     model.set_pairs(None)
-    if predictor == "fisher":
-        costs = fisher_costs(model, codes, blocks, formats, progress)
-    else:
-        text = blocks.tokens if isinstance(blocks, Examples) else blocks
-        if isinstance(blocks, Examples) and blocks.predicted != text[:, 1:].numel():
-            raise ConfigError(f"examples with marked targets are given to {predictor}; give it text, or take fisher")
-        costs = _PREDICTORS[predictor](model, codes, text, formats, progress)
+    costs = _PREDICTORS[predictor](model, codes, blocks, formats, progress)
     return Sensitivity(costs, relative_errors(model, codes, formats))
 
 
-_PREDICTORS = {"kfac": kfac_costs, "tokens": token_costs}
+_PREDICTORS = {"fisher": fisher_costs, "kfac": kfac_costs, "tokens": token_costs}

@@ -28,7 +28,7 @@ from coatrt.lora import CoaLora
 from coatrt.processes import Processes
 from coatrt.progress import progress_bar, stages
 from coatrt.sampling import TrainingSampler
-from coatrt.sensitivity import Predictor, Sensitivity, measure_sensitivity
+from coatrt.sensitivity import Sensitivity, measure_sensitivity
 from coatrt.space import ConfigSpace
 from coatrt.store import CodeStore
 from coatrt.tasks import TaskData, text_task
@@ -177,9 +177,8 @@ class _Training:
         if self.processes.is_first and not path.is_file():
             with stages("sensitivity") as progress:
                 # Errors under feedback make up for each other; the diagonal of the Fisher does not see that.
-                predictor: Predictor = "tokens" if self.data.kind == "text" else "fisher"
                 measured = measure_sensitivity(
-                    self.model, self.codes, self.calibrated_on, self.space.formats, progress, predictor
+                    self.model, self.codes, self.calibrated_on, self.space.formats, progress, "tokens"
                 )
             measured.save(path)
         self.processes.wait()
@@ -195,7 +194,7 @@ class _Training:
         self.model.set_config(None)
         self.model.set_pairs(None)
         with stages("compensation") as progress:
-            gains = output_gains(self.model, self.calibration.tokens, progress)
+            gains = output_gains(self.model, self.calibrated_on, progress)
             self.lora.compensate(compensator, gains, progress)
         self.processes.copy_from_first(self.lora.parameters())
 

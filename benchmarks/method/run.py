@@ -30,7 +30,7 @@ STEPS = {"micro": 400, "smollm2": 120, "smollm2-absmax": 120}
 BATCH = {"sotu": 2, "trec": 16, "sentiment": 8}  # about as many tokens of each; the micro Llama takes 8
 PARTS = {"sotu": 1, "trec": 2, "sentiment": 2}  # where lengths differ, halves of a batch have less padding
 LIMIT = {"micro": 96, "smollm2": 24, "smollm2-absmax": 24}  # held-out examples
-CHOICES = {"micro": 100, "smollm2": 200, "smollm2-absmax": 200}  # held-out questions
+CHOICES = {"micro": 100, "smollm2": 500, "smollm2-absmax": 500}  # held-out questions
 QUICK = ("none", "shared", "shared-rank", "bank", "paper", "coatrt", "single", "single-shared-compute")
 
 

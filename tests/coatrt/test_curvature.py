@@ -8,6 +8,7 @@ import torch
 from coatrt.checkpoint import Checkpoint, load_model
 from coatrt.curvature import kfac_costs, output_gains, token_costs
 from coatrt.errors import ConfigError
+from coatrt.examples import IGNORED, Examples
 from coatrt.fakequant import FakeQuantModel
 from coatrt.formats import WeightFormat
 from coatrt.quantize import decode, encode
@@ -25,9 +26,27 @@ def checkpoint(tiny_llama: Path) -> Checkpoint:
     return Checkpoint.open(tiny_llama)
 
 
-def taps(checkpoint: Checkpoint, blocks: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Return module → (inputs [T, …], gradient [T, N] of the summed loss), by autograd on Hugging Face's own model."""
+def text(blocks: int, length: int, seed: int) -> Examples:
+    return Examples.of_blocks(torch.randint(0, 256, (blocks, length), generator=torch.Generator().manual_seed(seed)))
+
+
+# Lengths and targets differ: a whole row, an answer at the end, two answers with a gap and a rest.
+MARKED = Examples.of_rows(
+    [
+        (list(range(5, 25)), [False] + [True] * 19),
+        (list(range(40, 52)), [False] * 9 + [True] * 3),
+        (list(range(60, 78)), [False] * 4 + [True] * 2 + [False] * 5 + [True] * 3 + [False] * 4),
+    ]
+)
+
+
+def taps(checkpoint: Checkpoint, examples: Examples) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Return module → (inputs [T, …], gradient [T, N] of the summed loss), by autograd on Hugging Face's own model.
+
+    Every row runs alone and without padding; of the head the positions that predict a target are kept.
+    """
     model, seen = load_model(checkpoint), {}
+    found: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     def keep(name: str) -> object:
         def hook(_: object, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -38,13 +57,14 @@ def taps(checkpoint: Checkpoint, blocks: torch.Tensor) -> dict[str, tuple[torch.
 
     for name in (*LAYERS, TABLE, "lm_head"):
         model.get_submodule(name).register_forward_hook(keep(name))
-    loss = model(input_ids=blocks).logits[:, :-1].log_softmax(-1)
-    loss = -loss.gather(2, blocks[:, 1:, None]).sum()
-    loss.backward()
-    return {
-        name: (x.detach()[:, :-1].flatten(0, 1), output.grad[:, :-1].flatten(0, 1))
-        for name, (x, output) in seen.items()
-    }
+    for tokens, targets, last in zip(examples.tokens, examples.targets, examples.last, strict=True):
+        row, (places,) = tokens[None, : last + 1], (targets != IGNORED).nonzero(as_tuple=True)
+        loss = -model(input_ids=row).logits[0, places - 1].log_softmax(-1)
+        loss.gather(1, tokens[places, None]).sum().backward()
+        for name, (x, output) in seen.items():
+            kept = places - 1 if name == "lm_head" else slice(last)
+            found.setdefault(name, []).append((x.detach()[0, kept], output.grad[0, kept]))
+    return {name: tuple(map(torch.cat, zip(*rows, strict=True))) for name, rows in found.items()}
 
 
 def residual(checkpoint: Checkpoint, name: str, fmt: WeightFormat) -> torch.Tensor:
@@ -52,30 +72,38 @@ def residual(checkpoint: Checkpoint, name: str, fmt: WeightFormat) -> torch.Tens
     return weight - decode(encode(weight, fmt))
 
 
-def test_gains_are_mean_squared_gradients(checkpoint: Checkpoint) -> None:
-    blocks = torch.randint(0, 256, (6, 9), generator=torch.Generator().manual_seed(5))
-    found, seen = output_gains(FakeQuantModel(checkpoint, CodeStore(checkpoint)), blocks), taps(checkpoint, blocks)
+@pytest.mark.parametrize("examples", [text(6, 9, 5), MARKED], ids=["text", "marked"])
+def test_gains_are_squared_gradients_per_target(checkpoint: Checkpoint, examples: Examples) -> None:
+    found, seen = output_gains(FakeQuantModel(checkpoint, CodeStore(checkpoint)), examples), taps(checkpoint, examples)
     for name in LAYERS:
-        torch.testing.assert_close(found[name], seen[name][1].square().sum(0) / (6 * 8), rtol=1e-3, atol=1e-9)
+        expected = seen[name][1].square().sum(0) / examples.predicted
+        torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-9)
 
 
-def test_costs_are_those_of_autograd(checkpoint: Checkpoint) -> None:
-    blocks = torch.randint(0, 256, (6, 13), generator=torch.Generator().manual_seed(0))
-    seen, codes = taps(checkpoint, blocks), CodeStore(checkpoint)
-    model = FakeQuantModel(checkpoint, codes)
-    kfac, token = (cost(model, codes, blocks, FORMATS) for cost in (kfac_costs, token_costs))
+def test_plain_tokens_are_text(checkpoint: Checkpoint) -> None:
+    model, blocks = FakeQuantModel(checkpoint, CodeStore(checkpoint)), text(3, 8, 2)
+    plain, marked = output_gains(model, blocks.tokens), output_gains(model, blocks)
+    assert all(torch.equal(plain[name], marked[name]) for name in marked)
+
+
+@pytest.mark.parametrize("examples", [text(6, 13, 0), MARKED], ids=["text", "marked"])
+def test_costs_are_those_of_autograd(checkpoint: Checkpoint, examples: Examples) -> None:
+    seen, codes = taps(checkpoint, examples), CodeStore(checkpoint)
+    model, targets = FakeQuantModel(checkpoint, codes), examples.predicted
+    kfac, token = (
+        measure_sensitivity(model, codes, examples, FORMATS, predictor=name).costs for name in ("kfac", "tokens")
+    )
     for name in (*LAYERS, TABLE):
         for fmt in FORMATS:
             R = residual(checkpoint, name, fmt)
             x, g = seen[name if name != TABLE else "lm_head"]
-            T = len(g)
-            G, H = g.square().mean(0), x.T @ x / T
+            G, H = g.square().sum(0) / targets, x.T @ x / len(x)
             factored = 0.5 * sum(G[n] * (R[n] @ H @ R[n]) for n in range(len(R)))
-            exact = 0.5 * (g * (x @ R.T)).sum(1).square().mean()
+            exact = 0.5 * (g * (x @ R.T)).sum(1).square().sum() / targets
             if name == TABLE:  # tied: it is read as an embedding too
                 ids, g = seen[TABLE]
-                factored += 0.5 * (g.square() * R[ids].square()).sum() / T
-                exact += 0.5 * (g * R[ids]).sum(1).square().mean()
+                factored += 0.5 * (g.square() * R[ids].square()).sum() / targets
+                exact += 0.5 * (g * R[ids]).sum(1).square().sum() / targets
             assert kfac[name][str(fmt)] == pytest.approx(float(factored), rel=1e-3)
             assert token[name][str(fmt)] == pytest.approx(float(exact), rel=1e-3)
     assert set(kfac) == set(token) == set(checkpoint.matrices.names)
@@ -83,7 +111,7 @@ def test_costs_are_those_of_autograd(checkpoint: Checkpoint) -> None:
 
 def test_one_token_leaves_nothing_to_approximate(checkpoint: Checkpoint) -> None:
     """With one token F = (g xᵀ)²: all three are closed forms of one g and one x."""
-    blocks, codes = torch.tensor([[65, 66]]), CodeStore(checkpoint)
+    blocks, codes = Examples.of_blocks(torch.tensor([[65, 66]])), CodeStore(checkpoint)
     seen, model = taps(checkpoint, blocks), FakeQuantModel(checkpoint, codes)
     costs = [cost(model, codes, blocks, FORMATS) for cost in (fisher_costs, kfac_costs, token_costs)]
     for name in LAYERS:
