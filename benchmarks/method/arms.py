@@ -85,7 +85,6 @@ ARMS = {
     "paper": _PAPER,
     "coatrt": _OURS,
     "untrained": replace(_OURS, what="compensation before any step", kind="untrained"),
-    "coatrt-uncompensated": replace(_RANDOM, what="coatrt without compensation", compensated=False, rate_ratio=4.0),
     "coatrt-random": _RANDOM,
     "coatrt-random-lowest": replace(_RANDOM, what=f"{_RANDOM.what}, the lowest budgets most often", draws="lowest"),
     "coatrt-ends": replace(_OURS, what="coatrt, the ends of the range in turn", draws="ends"),

@@ -18,8 +18,11 @@ RESULTS = Path(__file__).parents[1] / "results" / "method"
 MODELS = {"smollm2": "SmolLM2-135M", "smollm2-absmax": "SmolLM2-135M, quantizer absmax",
           "micro": "the micro byte-level Llama"}  # fmt: skip
 _REFERENCE_BITS, _REFERENCE_NATS = 10.0, 1.0
-_RIVALS = ("none", "single", "single-shared-compute", "shared", "shared-rank", "bank", "paper", "coatrt")
+_RIVALS = (
+    "none", "single", "single-shared-compute", "shared", "shared-rates", "shared-rank", "bank", "paper", "coatrt",
+)  # fmt: skip
 _AGAINST = {
+    "coatrt-random": ["coatrt", "shared-rates"],
     "coatrt-random-lowest": ["coatrt-random"],
     "coatrt-low-turns": ["coatrt-low"],
     "coatrt-low-uncompensated": ["coatrt-low"],
