@@ -134,9 +134,8 @@ class _Kfac:
     def __call__(self, name: str, x: Tensor, g: Tensor) -> None:
         here = self.moments.setdefault(name, _Moments())
         if x.dtype == torch.int64:
-            if here.rows is None:
-                here.rows = torch.zeros(0)
-            here.rows = torch.cat([here.rows.view(-1, g.shape[1] + 1), torch.cat([x[:, None].to(g), g.square()], 1)])
+            rows = torch.cat([x[:, None].to(g), g.square()], 1)
+            here.rows = rows if here.rows is None else torch.cat([here.rows, rows])
             return
         here.positions += len(x)
         square = g.square().sum(0)
