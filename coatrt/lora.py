@@ -68,8 +68,8 @@ class CoaLora(nn.Module):
 
         Args:
             compensator: of the model that the LoRA stands beside.
-            gains: matrix → E[g²] of its outputs: A begins with the directions that make up for most in the format of
-                fewest bits, B with zero. None leaves both as they are.
+            gains: see `coatrt.curvature.output_gains`: A begins with the directions that make up for most in the format
+                of fewest bits, B with zero. None leaves both as they are.
             progress: called after each matrix.
         """
         self._compensator = compensator

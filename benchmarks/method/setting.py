@@ -135,11 +135,10 @@ class Setting:
         """Costs and errors, measured once on training examples."""
         path = self.scratch / f"sensitivity-{self.model}-{self.task}.json"
         if not path.is_file():
-            fed_back = QUANTIZERS[self.model] == "feedback"
             with stages("sensitivity") as progress:
                 found = measure_sensitivity(
                     self.base, self.codes, self._calibration, self.space.formats, progress,
-                    "tokens" if fed_back else "fisher",
+                    "tokens" if QUANTIZERS[self.model] == "feedback" else "fisher",
                 )  # fmt: skip
             found.save(path)
         return Sensitivity.load(path)
