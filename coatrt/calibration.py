@@ -145,7 +145,7 @@ class InputMoments:
     def __init__(
         self, checkpoint: Checkpoint, calibration: Calibration, root: Path | None = None, memory_bytes: int = 2 << 30
     ) -> None:
-        self._checkpoint, self._calibration, self._limit = checkpoint, calibration, memory_bytes
+        self._checkpoint, self.calibration, self._limit = checkpoint, calibration, memory_bytes
         self._root = root / checkpoint.fingerprint / calibration.hash if root is not None else None
         self._leader = {name: group[0] for group in checkpoint.matrices.groups for name in group}
         if checkpoint.matrices.tied:
@@ -191,7 +191,7 @@ class InputMoments:
         """Measure every moment that is not on disk, so that the model is loaded once."""
         leaders = [leader for leader in self._width if leader != EMBEDDING]
         missing = [leader for leader in leaders if leader == wanted or self._read(leader) is None]
-        model, tokens = load_model(self._checkpoint), self._calibration.tokens
+        model, tokens = load_model(self._checkpoint), self.calibration.tokens
         runs: list[list[str]] = [[]]
         size = 0
         for leader in missing:

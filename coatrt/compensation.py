@@ -1,5 +1,7 @@
 """Compensation: what the LoRA of a matrix can make up for in its quantization, in closed form for every format."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -7,10 +9,10 @@ from coatrt.calibration import InputMoments
 from coatrt.contract import LoraContract, LoraTensor
 from coatrt.fakequant import FakeQuantModel
 from coatrt.formats import WeightFormat
+from coatrt.gram import Gram, collect_inputs, inputs_are_smaller
 
 __all__ = ["Compensator"]
 
-_DAMPING = 1e-4  # of the mean energy of an input, so that inputs that never move count too
 _LEAST_GAIN = 1e-2  # of the mean gain of an output, so that outputs without gradient count too
 _RIDGE = 1e-6  # of the mean energy of A's outputs, so that columns of A that nearly agree can be told apart
 _OVERSAMPLING, _ITERATIONS = 16, 6  # of the randomized singular value decomposition
@@ -23,40 +25,51 @@ class Compensator:
     (arXiv 2402.02446, 2410.06040) inside the subspace that A reads, so that C costs no rank of its own and follows A
     while A is trained.
 
-    Memory: H, float32 [K, K], once for matrices that read the same input, and W as the checkpoint stores it, both on
-    the device of the model.
+    Memory, on the device of the model: H, float32 [K, K], or, where these are smaller, the inputs x of all calibration
+    tokens in bfloat16, once for matrices that read the same input; and W as the checkpoint stores it.
 
     Args:
-        model: decodes weights.
+        model: decodes weights; it is set to full precision and its LoRA is taken away.
         moments: of the inputs of every matrix.
         contract: the matrices that have a LoRA.
+        progress: called while inputs are collected.
     """
 
-    def __init__(self, model: FakeQuantModel, moments: InputMoments, contract: LoraContract) -> None:
+    def __init__(
+        self,
+        model: FakeQuantModel,
+        moments: InputMoments,
+        contract: LoraContract,
+        progress: Callable[[int, int, str], None] | None = None,
+    ) -> None:
         self._model = model
-        self._weights: dict[str, Tensor] = {}
-        self._moments: dict[str, Tensor] = {}
-        shared: dict[str, Tensor] = {}
-        for tensor in contract.tensors:
-            leader = moments.leader(tensor.matrix)
-            if leader not in shared:
-                moment = moments.get(tensor.matrix).to(model.compute, torch.float32, copy=True)
-                moment.diagonal().add_(_DAMPING * moment.diagonal().mean())
-                shared[leader] = moment
-            self._moments[tensor.matrix] = shared[leader]
-            self._weights[tensor.matrix] = model.checkpoint.tensor(f"{tensor.matrix}.weight").to(model.compute)
+        self._weights = {
+            tensor.matrix: model.checkpoint.tensor(f"{tensor.matrix}.weight").to(model.compute)
+            for tensor in contract.tensors
+        }
+        leaders = {moments.leader(tensor.matrix): tensor.K for tensor in contract.tensors}
+        tokens = moments.calibration.tokens
+        small = [name for name, K in leaders.items() if inputs_are_smaller(tokens.numel(), K)]
+        inputs = collect_inputs(model, tokens, small, progress) if small else {}
+        grams = {
+            name: Gram(inputs=inputs[name]) if name in inputs
+            else Gram(moments.get(name).to(model.compute, torch.float32, copy=True))
+            for name in leaders
+        }  # fmt: skip
+        self._grams = {tensor.matrix: grams[moments.leader(tensor.matrix)] for tensor in contract.tensors}
 
     @torch.no_grad()
-    def term(self, matrix: str, fmt: WeightFormat, A: Tensor) -> Tensor:
+    def term(self, matrix: str, fmt: WeightFormat, A: Tensor, exact: bool = True) -> Tensor:
         """Return C, float32 [r, N].
 
         Args:
             matrix: name of the matrix.
             fmt: the format it has.
             A: float32 [K, r].
+            exact: see `FakeQuantModel.weight`.
         """
-        read = self._moments[matrix] @ A
-        lost = self._weights[matrix].float() @ read - self._model.weight(matrix, fmt) @ read
+        read = self._grams[matrix] @ A
+        lost = self._weights[matrix].float() @ read - self._model.weight(matrix, fmt, exact).float() @ read
         energy = (A.T @ read).double()
         energy.diagonal().add_(_RIDGE * energy.diagonal().mean())
         term: Tensor = torch.linalg.solve(energy, lost.T.double())
@@ -79,7 +92,7 @@ class Compensator:
         Returns:
             float32 [K, r].
         """
-        root = torch.linalg.cholesky(self._moments[tensor.matrix].double())
+        root = self._grams[tensor.matrix].root()
         rows = (gains + _LEAST_GAIN * gains.mean()).sqrt()[:, None]
         lost = self._weights[tensor.matrix].float() - self._model.weight(tensor.matrix, fmt)
         count = min(tensor.rank, tensor.N, tensor.K)

@@ -32,7 +32,7 @@ def visit_outputs(
 
     x [T, K]: the inputs at all positions before the last target of their row, of the head those that predict a target
     (int64 [T] token ids for the embedding); g [T, N]: the gradient of the sum of the batch's token losses with respect
-    to the outputs there. A tied table is visited twice, as embedding and as head, under its one name.
+    to the outputs there; both float32. A tied table is visited twice, as embedding and as head, under its one name.
 
     Args:
         model: configuration and LoRA already set.
@@ -64,7 +64,7 @@ def _tapped(model: FakeQuantModel, visit: Visitor, batch: Examples) -> Iterator[
             def backward(gradient: Tensor) -> None:
                 # The head may see the places of targets alone; where a row has none, its gradient is exactly zero.
                 kept = gradient.any(-1) if module == HEAD else before[:, : gradient.shape[1]].to(gradient.device)
-                visit(name, x[kept], gradient[kept])
+                visit(name, x[kept] if x.dtype == torch.int64 else x[kept].float(), gradient[kept].float())
 
             output.register_hook(backward)  # type: ignore[no-untyped-call]
             return output
@@ -87,7 +87,7 @@ def _residuals(
     model: FakeQuantModel, codes: CodeStore, name: str, formats: Sequence[WeightFormat]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (format text, W − Q(W) [N, K]) of one matrix; formats that are one for this width are decoded once."""
-    weight = model.model.get_submodule(name).weight.detach()
+    weight = model.weight(name, None)
     for fmt in formats:
         yield str(fmt), weight - decode(codes.get(name, fmt).to(model.compute))
 

@@ -32,7 +32,8 @@ class _AdaptedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = nn.functional.linear(x, self.weight, self.bias)
         if self.pair is not None:
-            out = out + (x @ self.pair[0]) @ self.pair[1]
+            A, B = self.pair
+            out = out + (x @ A.to(x.dtype)) @ B.to(x.dtype)
         return out
 
 
@@ -45,20 +46,27 @@ class FakeQuantModel:
         compute: torch device that holds the model ("cpu", "cuda").
         decoded_bytes: most bytes of decoded weights kept for the next configuration that wants them, the least recently
             used going first; by default 4 GiB on the CPU and none on a GPU, which decodes fast and has little memory.
+        dtype: of the weights and of all products, those of the LoRA among them; its tensors may have another.
 
     Raises:
         CheckpointError: transformers cannot load it, or its modules are not linear layers.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, codes: CodeStore, compute: str = "cpu", decoded_bytes: int | None = None
+        self,
+        checkpoint: Checkpoint,
+        codes: CodeStore,
+        compute: str = "cpu",
+        decoded_bytes: int | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.checkpoint = checkpoint
-        self.model: Any = load_model(checkpoint).to(compute).requires_grad_(False)
+        self.dtype = dtype
+        self.model: Any = load_model(checkpoint, dtype).to(compute).requires_grad_(False)
         self.compute = torch.device(compute)
         self._codes = codes
         self._limit = decoded_bytes if decoded_bytes is not None else (4 << 30) * (self.compute.type == "cpu")
-        self._decoded: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
+        self._decoded: OrderedDict[tuple[str, str, torch.dtype], Tensor] = OrderedDict()
         self._bytes = 0
         self._weights: dict[str, Tensor] = {}
         self._adapted: dict[str, _AdaptedLinear] = {}
@@ -82,25 +90,35 @@ class FakeQuantModel:
         for name, weight in self._weights.items():
             wanted = str(config[name]) if config is not None else ""
             if wanted != self._current[name]:
-                weight.data = self._decode(name, wanted, weight)
+                weight.data = self._decode(name, wanted, self.dtype)
                 self._current[name] = wanted
 
     @torch.no_grad()
-    def weight(self, name: str, fmt: WeightFormat) -> Tensor:
-        """Return a matrix [N, K] as a format leaves it; it is not to be written to."""
-        text, now = str(fmt), self._weights[name]
-        return now.detach() if self._current[name] == text else self._decode(name, text, now)
+    def weight(self, name: str, fmt: WeightFormat | None, exact: bool = True) -> Tensor:
+        """Return a matrix [N, K] as a format leaves it (None: the checkpoint's own); it is not to be written to.
 
-    def _decode(self, name: str, text: str, like: Tensor) -> Tensor:
+        Args:
+            name: of the matrix.
+            fmt: the format.
+            exact: float32, whatever dtype the model has; else the model's, which saves decoding what is in use.
+        """
+        text = str(fmt) if fmt is not None else ""
+        dtype = torch.float32 if exact else self.dtype
+        now = self._weights[name]
+        if self._current[name] == text and now.dtype == dtype:
+            return now.detach()
+        return self._decode(name, text, dtype)
+
+    def _decode(self, name: str, text: str, dtype: torch.dtype) -> Tensor:
         """Return the weight of a matrix in a format ("": the checkpoint's own), kept for the next time."""
-        key = (name, text)
+        key = (name, text, dtype)
         if key in self._decoded:
             self._decoded.move_to_end(key)
             return self._decoded[key]
         if text:
-            value = decode(self._codes.get(name, text).to(self.compute)).to(like.dtype)
+            value = decode(self._codes.get(name, text).to(self.compute)).to(dtype)
         else:
-            value = self.checkpoint.tensor(f"{name}.weight").to(self.compute, like.dtype)
+            value = self.checkpoint.tensor(f"{name}.weight").to(self.compute, dtype)
         if value.nbytes <= self._limit:
             self._decoded[key] = value
             self._bytes += value.nbytes
@@ -111,7 +129,7 @@ class FakeQuantModel:
     def set_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Take matrices [N, K] from elsewhere, until `set_config` gives them a format again."""
         for name, weight in weights:
-            self._weights[name].data = weight.to(self.compute, self._weights[name].dtype)
+            self._weights[name].data = weight.to(self.compute, self.dtype)
             self._current[name] = "given"
 
     def set_pairs(self, pairs: Mapping[str, tuple[Tensor, Tensor]] | None) -> None:

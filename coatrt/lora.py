@@ -161,7 +161,7 @@ class CoaLora(nn.Module):
     def _terms(self, compensator: Compensator, rows: list[int], ids: Tensor, A: Tensor) -> Tensor:
         """Return C as A stands now, float32 [m, r, N]."""
         return torch.stack([
-            compensator.term(self.contract.tensors[row].matrix, self.encoder.formats[int(ids[row])], a.detach())
+            compensator.term(self.contract.tensors[row].matrix, self.encoder.formats[int(ids[row])], a.detach(), False)
             for row, a in zip(rows, A, strict=True)
         ])  # fmt: skip
 

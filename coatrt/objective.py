@@ -1,6 +1,5 @@
 """The gradients of a step: the task's loss under each of its configurations, and a teacher beside it."""
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -47,14 +46,14 @@ def accumulate_gradients(
         lora: gives the pairs.
         passes: configurations of the step and their rows; with a teacher all have the same rows, and for the teacher
             "top" the configuration with the most bits comes first.
-        options: distill, teacher, precision, accumulate.
+        options: distill, teacher, accumulate.
 
     Returns:
         per configuration this process's part of the task's loss, nats per token.
     """
     teachers: list[Tensor] | None = None
     if options.distill and options.teacher == "base":
-        teachers = _base_predictions(model, _parts(passes[0].batch, options), options)
+        teachers = _base_predictions(model, _parts(passes[0].batch, options))
     losses = []
     for one in passes:
         model.set_config(one.config)
@@ -63,7 +62,7 @@ def accumulate_gradients(
         model.set_pairs(leaves)
         sum_of_losses, predictions = 0.0, []
         for i, part in enumerate(_parts(one.batch, options)):
-            logits, goals = _predicted(model, part, options)
+            logits, goals = _predicted(model, part)
             loss = nn.functional.cross_entropy(logits, goals, reduction="sum") / one.total
             sum_of_losses += loss.item()
             if teachers is not None:
@@ -88,11 +87,9 @@ def _parts(batch: Examples, options: TrainOptions) -> list[Examples]:
     return [batch[rows] for rows in batch.last.argsort(stable=True).chunk(options.accumulate)]
 
 
-def _predicted(model: FakeQuantModel, part: Examples, options: TrainOptions) -> tuple[Tensor, Tensor]:
+def _predicted(model: FakeQuantModel, part: Examples) -> tuple[Tensor, Tensor]:
     """Return float32 logits [P, V] of the positions that predict a target, and the targets [P]."""
-    half = options.precision == "bfloat16"
-    with torch.autocast(model.compute.type, torch.bfloat16) if half else contextlib.nullcontext():
-        logits, goals = model.predictions(part)
+    logits, goals = model.predictions(part)
     logits, goals = logits.reshape(-1, logits.shape[-1]), goals.reshape(-1)
     wanted = goals != IGNORED
     if not bool(wanted.all()):  # a copy of the logits that plain text does without
@@ -101,8 +98,8 @@ def _predicted(model: FakeQuantModel, part: Examples, options: TrainOptions) -> 
 
 
 @torch.no_grad()
-def _base_predictions(model: FakeQuantModel, parts: Sequence[Examples], options: TrainOptions) -> list[Tensor]:
+def _base_predictions(model: FakeQuantModel, parts: Sequence[Examples]) -> list[Tensor]:
     """Return the log-probabilities of the full-precision model without adapter, [P, V] a part."""
     model.set_config(None)
     model.set_pairs(None)
-    return [_predicted(model, part, options)[0].log_softmax(-1) for part in parts]
+    return [_predicted(model, part)[0].log_softmax(-1) for part in parts]

@@ -34,12 +34,13 @@ def _fisher(model: FakeQuantModel, blocks: Examples, progress: Progress | None) 
     exists.
     """
     names = {model.model.get_submodule(m.name).weight: m.name for m in model.checkpoint.matrices.matrices}
-    fisher = {name: torch.zeros_like(weight) for weight, name in names.items()}
+    fisher = {name: torch.zeros_like(weight, dtype=torch.float32) for weight, name in names.items()}
     counts, total, current = blocks.counts.tolist(), blocks.predicted, 0
 
     def collect(weight: nn.Parameter) -> None:
         assert weight.grad is not None
-        fisher[names[weight]].addcmul_(weight.grad, weight.grad, value=counts[current] ** 2 / total)
+        gradient = weight.grad.float()
+        fisher[names[weight]].addcmul_(gradient, gradient, value=counts[current] ** 2 / total)
         weight.grad = None
 
     hooks = [weight.requires_grad_().register_post_accumulate_grad_hook(collect) for weight in names]
@@ -76,7 +77,7 @@ def fisher_costs(
     costs: dict[str, dict[str, float]] = {}
     names = model.checkpoint.matrices.names
     for i, name in enumerate(names):
-        weight, importance = model.model.get_submodule(name).weight.detach(), fisher.pop(name).view(-1)
+        weight, importance = model.weight(name, None), fisher.pop(name).view(-1)
         costs[name] = {
             str(fmt): 0.5
             * float(importance @ (weight - decode(codes.get(name, fmt).to(model.compute))).square_().view(-1))
@@ -93,7 +94,7 @@ def relative_errors(
     """Return matrix → format text → ‖W − Q(W)‖ / ‖W‖ of a model at full precision."""
     errors: dict[str, dict[str, float]] = {}
     for name in model.checkpoint.matrices.names:
-        weight = model.model.get_submodule(name).weight.detach()
+        weight = model.weight(name, None)
         norm = float(weight.norm().clamp(min=1e-30))
         errors[name] = {
             str(fmt): float((weight - decode(codes.get(name, fmt).to(model.compute))).norm()) / norm for fmt in formats

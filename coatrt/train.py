@@ -152,7 +152,7 @@ class _Training:
         self.calibrated_on = calibration_examples(data.train, options.calibration, options.length, options.seed)
         self.calibration = Calibration.of(self.calibrated_on)
         self.codes = CodeStore.default(checkpoint, options.quantizer, self.calibration)
-        self.model = FakeQuantModel(checkpoint, self.codes, compute)
+        self.model = FakeQuantModel(checkpoint, self.codes, compute, dtype=getattr(torch, options.precision))
         self.sensitivity = self._sensitivity()
         self.sampler = TrainingSampler(self.space, self.sensitivity.costs, low, high, options.planned, options.seed)
         encoder = ConfigEncoder(checkpoint.matrices, formats, self.sensitivity.errors)
@@ -187,13 +187,13 @@ class _Training:
     def _compensate(self) -> None:
         """Let C make up for quantization and, where training begins, A start from what it can make up for most."""
         moments = InputMoments(self.checkpoint, self.calibration, cache_directory() / "moments")
-        compensator = Compensator(self.model, moments, self.lora.contract)
-        if self.options.start == "random" or has_state(self.state):
-            self.lora.compensate(compensator)
-            return
-        self.model.set_config(None)
-        self.model.set_pairs(None)
         with stages("compensation") as progress:
+            compensator = Compensator(self.model, moments, self.lora.contract, progress)
+            if self.options.start == "random" or has_state(self.state):
+                self.lora.compensate(compensator)
+                return
+            self.model.set_config(None)
+            self.model.set_pairs(None)
             gains = output_gains(self.model, self.calibrated_on, progress)
             self.lora.compensate(compensator, gains, progress)
         self.processes.copy_from_first(self.lora.parameters())

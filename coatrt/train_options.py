@@ -58,7 +58,8 @@ class TrainOptions:
         distill: weight of the divergence from a teacher's predictions beside the task's loss; 0 for none.
         teacher: "base" is the full-precision model without adapter (a third forward pass); "top" the configuration
             with the most bits of the same step.
-        precision: "bfloat16" runs matrix products of the model in bfloat16 (torch.autocast); weights stay float32.
+        precision: of the model's weights and products, in training and in what is measured; "bfloat16" takes half the
+            memory. What is trained, its optimizer, compensation and losses are float32 in any case.
         calibration: blocks (examples) for the sensitivities and for the second moments of "weighted" and "feedback"; of
             examples shorter than `length` as many more as make up for it.
         evaluation: held-out blocks (examples, questions) for the numbers in metrics.json.

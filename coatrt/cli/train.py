@@ -75,7 +75,11 @@ def _ranks(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
     type=click.Choice(["base", "top"]),
     help="Who teaches: the full-precision model, or the configuration with the most bits of a step.",
 )
-@click.option("--precision", type=click.Choice(["float32", "bfloat16"]), help="Of the model's matrix products.")
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "bfloat16"]),
+    help="Of the model's weights and products, not the LoRA's.",
+)
 @click.option("--evaluate-every", type=int, help="Steps between measurements of the hypervolume.")
 @click.option("--patience", type=int, help="Measurements without a better one after which training stops.")
 @click.option("--budgets", callback=_numbers, metavar="B,B,…", help="Average bits to measure at on held-out data.")

@@ -26,12 +26,12 @@ LOW, HIGH = WeightFormat.parse("nf2-g32"), WeightFormat.parse("int8")
 
 
 class Setting:
-    """A tiny model, its compensator, and what its matrices read."""
+    """A tiny model, its compensator, and what its matrices read; of few tokens the compensator keeps the inputs."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, blocks: int) -> None:
         self.checkpoint = Checkpoint.open(directory)
         generator = torch.Generator().manual_seed(0)
-        self.tokens = torch.randint(0, 256, (16, 32), generator=generator)
+        self.tokens = torch.randint(0, 256, (blocks, 32), generator=generator)
         self.contract: LoraContract = contract_for(self.checkpoint.matrices, 16, 32)
         self.model = FakeQuantModel(self.checkpoint, CodeStore(self.checkpoint))
         moments = InputMoments(self.checkpoint, Calibration(self.tokens))
@@ -55,9 +55,17 @@ class Setting:
         return (weight - decode(encode(weight, fmt))).double().numpy()
 
 
-@pytest.fixture(scope="module")
-def setting(tiny_llama: Path) -> Setting:
-    return Setting(tiny_llama)
+@pytest.fixture(scope="module", params=[3, 16], ids=["inputs", "moments"])
+def setting(tiny_llama: Path, request: pytest.FixtureRequest) -> Setting:
+    return Setting(tiny_llama, request.param)
+
+
+def test_the_smaller_form_is_kept(setting: Setting) -> None:
+    inputs = len(setting.tokens) == 3
+    for tensor in setting.contract.tensors:
+        tokens = setting.tokens.numel()
+        assert setting.compensator._grams[tensor.matrix].nbytes == (2 * tokens if inputs else 4 * tensor.K) * tensor.K
+        assert inputs == (2 * tokens * tensor.K < 4 * tensor.K**2)
 
 
 def test_the_term_is_least_squares_over_the_inputs(setting: Setting) -> None:
@@ -100,14 +108,18 @@ def test_a_rank_beyond_the_directions_is_filled(setting: Setting) -> None:
     assert np.linalg.norm(error - setting.inputs[tensor.matrix] @ A.double().numpy() @ C) < 1e-3 * np.linalg.norm(error)
 
 
-@pytest.mark.parametrize("start", ["random", "residual"])
-def test_an_adapter_keeps_the_terms_of_its_last_a(tiny_llama: Path, tmp_path: Path, start: str) -> None:
-    options = tiny_options(preset="none", formats=("nf2-g32", "int8"), start=start)
+@pytest.mark.parametrize(
+    ("start", "precision"), [("random", "float32"), ("residual", "float32"), ("residual", "bfloat16")]
+)
+def test_an_adapter_keeps_the_terms_of_its_last_a(tiny_llama: Path, tmp_path: Path, start: str, precision: str) -> None:
+    """The terms of a bfloat16 base too are those of the exact weights."""
+    options = tiny_options(preset="none", formats=("nf2-g32", "int8"), start=start, precision=precision)
     adapter = train(tiny_llama, TEXTS, tmp_path / "a", options)
     checkpoint = adapter.checkpoint()
     assert adapter.calibration is not None
     moments = InputMoments(checkpoint, adapter.calibration)
-    compensator = Compensator(FakeQuantModel(checkpoint, CodeStore(checkpoint)), moments, adapter.contract)
+    model = FakeQuantModel(checkpoint, CodeStore(checkpoint), dtype=getattr(torch, precision))
+    compensator = Compensator(model, moments, adapter.contract)
     low, high = (adapter.emit(adapter.space.uniform(text)) for text in ("nf2-g32", "int8"))
     for tensor in adapter.contract.tensors:
         a, b = adapter.lora.shared()[tensor.matrix]

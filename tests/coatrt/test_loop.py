@@ -132,14 +132,6 @@ def test_configurations_of_a_step_have_examples_of_their_own(
         assert sorted(token for _, rows in read for token in rows) == list(range(12))  # the whole epoch, each once
 
 
-def test_bfloat16_computes_nearly_the_same(tiny_adapter: Path) -> None:
-    model, lora, configs, tokens = setting(tiny_adapter)
-    exact = accumulate_gradients(model, lora, same(configs, tokens), tiny_options())
-    rough = accumulate_gradients(model, lora, same(configs, tokens), tiny_options(precision="bfloat16"))
-    assert rough == pytest.approx(exact, rel=2e-2)
-    assert rough != exact
-
-
 def test_ranks_and_no_hypernetwork_from_the_options(tiny_llama: Path, tmp_path: Path) -> None:
     options = tiny_options(steps=2, ranks=(("down_proj", 32),), preset="none", compensation=False, configs=1)
     adapter = train(tiny_llama, TEXTS, tmp_path / "a", options)
@@ -214,7 +206,8 @@ def test_two_processes_learn_what_one_does(tiny_llama: Path, tmp_path: Path) -> 
     one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
     np.testing.assert_allclose(two["losses"], one["losses"], rtol=1e-5)
     np.testing.assert_allclose(two["hypervolumes"], one["hypervolumes"], rtol=1e-4)
-    assert two["held_out"]["budgets"][0]["adapted"] == pytest.approx(one["held_out"]["budgets"][0]["adapted"], rel=1e-5)
+    adapted = [found["held_out"]["budgets"][0]["adapted"] for found in (one, two)]
+    assert adapted[0] == pytest.approx(adapted[1], rel=5e-5)  # with float16 terms
     first, second = (Adapter.load(tmp_path / name).lora.state_dict() for name in ("one", "two"))
     for name, value in first.items():
         more = 5e-3 * float(value.abs().max()) if name.startswith("C_") else 0.0  # solved from A, kept in float16

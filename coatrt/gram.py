@@ -1,0 +1,99 @@
+"""The second moment of what one matrix reads: as a matrix, or as the inputs themselves where these are smaller."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coatrt.fakequant import FakeQuantModel
+
+__all__ = ["Gram", "collect_inputs", "inputs_are_smaller"]
+
+_DAMPING = 1e-4  # of the mean energy of an input, so that inputs that never move count too
+_BATCH = 4  # blocks in one forward pass
+
+
+def inputs_are_smaller(tokens: int, K: int) -> bool:
+    """Return whether bfloat16 inputs [tokens, K] take fewer bytes than a float32 moment [K, K]."""
+    return tokens < 2 * K
+
+
+class Gram:
+    """H = E[x xᵀ] + δI of one input, δ a ten-thousandth of its mean energy.
+
+    Args:
+        moment: H before δ, float32 [K, K]; it is not copied, and δ is added to it.
+        inputs: x, bfloat16 [T, K], in place of `moment`.
+    """
+
+    def __init__(self, moment: Tensor | None = None, inputs: Tensor | None = None) -> None:
+        if (moment is None) == (inputs is None):
+            raise ValueError("give either a moment or inputs")
+        self._moment, self._inputs = moment, inputs
+        if moment is not None:
+            self._damping = float(_DAMPING * moment.diagonal().mean())
+            moment.diagonal().add_(self._damping)
+        else:
+            assert inputs is not None
+            self._damping = float(_DAMPING * inputs.float().square().mean())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        held = self._moment if self._moment is not None else self._inputs
+        assert held is not None
+        return held.nbytes
+
+    def __matmul__(self, A: Tensor) -> Tensor:
+        """Return H A, float32 [K, r]."""
+        if self._moment is not None:
+            return self._moment @ A
+        assert self._inputs is not None
+        x = self._inputs.float()
+        product: Tensor = (x.T @ (x @ A)).div_(len(x)).add_(A, alpha=self._damping)
+        return product
+
+    def root(self) -> Tensor:
+        """Return the lower Cholesky factor of H, float64 [K, K]."""
+        if self._moment is not None:
+            moment = self._moment.double()
+        else:
+            assert self._inputs is not None
+            x = self._inputs.double()
+            moment = (x.T @ x).div_(len(x))
+            moment.diagonal().add_(self._damping)
+        root: Tensor = torch.linalg.cholesky(moment)
+        return root
+
+
+@torch.no_grad()
+def collect_inputs(
+    model: FakeQuantModel, tokens: Tensor, names: Sequence[str], progress: Callable[[int, int, str], None] | None = None
+) -> dict[str, Tensor]:
+    """Return name → what the matrix reads in full precision, bfloat16 [T, K], all tokens in their order.
+
+    Args:
+        model: it is set to full precision and its LoRA is taken away; the inputs are on its device.
+        tokens: int64 [blocks, length].
+        names: of linear matrices.
+        progress: called after each batch.
+    """
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def keep(name: str) -> Callable[[Any, Any], None]:
+        return lambda _, inputs: found[name].append(inputs[0].detach().flatten(0, -2).bfloat16())
+
+    model.set_config(None)
+    model.set_pairs(None)
+    hooks = [model.model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
+    try:
+        for start in range(0, len(tokens), _BATCH):
+            rows = tokens[start : start + _BATCH]
+            model.logits(rows, torch.tensor([rows.shape[1] - 1]))
+            if progress is not None:
+                progress(start + len(rows), len(tokens), "inputs")
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: torch.cat(parts) for name, parts in found.items()}
