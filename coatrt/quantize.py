@@ -65,6 +65,11 @@ class QuantizedMatrix:
     super_scales: Tensor | None = None
     constant: float = 0.0
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors in memory."""
+        return sum(tensor.nbytes for tensor in (self.codes, self.scales, self.super_scales) if tensor is not None)
+
     def to(self, device: torch.device) -> "QuantizedMatrix":
         """Return the same matrix with its tensors on `device`."""
         if device == self.codes.device:

@@ -10,11 +10,15 @@ from coatrt.checkpoint import Checkpoint
 from coatrt.errors import ConfigError
 from coatrt.files import cache_directory
 from coatrt.formats import WeightFormat
+from coatrt.machine import free_memory
 from coatrt.matrices import EMBEDDING
 from coatrt.quantize import CALIBRATED, QUANTIZER_VERSION, QuantizedMatrix, Quantizer, encode
 from coatrt.tensor_file import read_tensors, write_tensors
 
 __all__ = ["CodeStore"]
+
+_LEAST = 1 << 30  # bytes of codes kept whatever else the machine does
+_LEFT_FREE = 4 << 30  # bytes of memory that codes leave to others
 
 
 class CodeStore:
@@ -29,7 +33,8 @@ class CodeStore:
         quantizer: how scales and codes are chosen, see `encode`.
         calibration: tokens for the quantizers that need second moments; these are measured when the first matrix that
             is not in the cache asks for them.
-        memory_bytes: most bytes of codes kept in memory; the least recently used go first.
+        memory_bytes: most bytes of codes kept in memory; the least recently used go first. None: as many as leave 4 GiB
+            of the machine's memory free, 1 GiB at least.
 
     Raises:
         ConfigError: the quantizer needs a calibration and none is given.
@@ -41,7 +46,7 @@ class CodeStore:
         root: Path | None = None,
         quantizer: Quantizer = "mse",
         calibration: Calibration | None = None,
-        memory_bytes: int = 4 << 30,
+        memory_bytes: int | None = None,
     ) -> None:
         if quantizer in CALIBRATED and calibration is None:
             raise ConfigError(f"the quantizer {quantizer} is given without calibration tokens; give some, or use mse")
@@ -63,7 +68,7 @@ class CodeStore:
         checkpoint: Checkpoint,
         quantizer: Quantizer = "mse",
         calibration: Calibration | None = None,
-        memory_bytes: int = 4 << 30,
+        memory_bytes: int | None = None,
     ) -> "CodeStore":
         """Return a store on the user's cache directory."""
         return cls(checkpoint, cache_directory(), quantizer, calibration, memory_bytes)
@@ -108,14 +113,17 @@ class CodeStore:
         return self._moments is None or (name == EMBEDDING and not matrices.tied)
 
     def _keep(self, key: tuple[str, str], matrix: QuantizedMatrix) -> None:
-        size = matrix.codes.nbytes + (matrix.scales.nbytes if matrix.scales is not None else 0)
-        if size > self._limit:
+        if self._limit is not None and matrix.nbytes > self._limit:
             return
         self._held[key] = matrix
-        self._bytes += size
-        while self._bytes > self._limit:
-            _, old = self._held.popitem(last=False)
-            self._bytes -= old.codes.nbytes + (old.scales.nbytes if old.scales is not None else 0)
+        self._bytes += matrix.nbytes
+        while self._held and self._is_full():
+            self._bytes -= self._held.popitem(last=False)[1].nbytes
+
+    def _is_full(self) -> bool:
+        if self._limit is not None:
+            return self._bytes > self._limit
+        return self._bytes > _LEAST and free_memory() < _LEFT_FREE
 
 
 def _write(path: Path, matrix: QuantizedMatrix) -> None:

@@ -4,11 +4,11 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 from coatrt.errors import ConfigError
+from coatrt.machine import free_memory
 
-__all__ = ["BuildRoom", "builder_bytes", "free_memory"]
+__all__ = ["BuildRoom", "builder_bytes"]
 
 _BUILDER_BASE = 700 << 20
 _PER_WEIGHT_BYTE = 4.0
@@ -21,15 +21,6 @@ def builder_bytes(weights: int) -> int:
     is a margin, not a fit.
     """
     return _BUILDER_BASE + int(_PER_WEIGHT_BYTE * weights)
-
-
-def free_memory() -> int:
-    """Return the bytes that processes can still take here; 4 GiB where the system does not say."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
-    return 4 << 30
 
 
 class BuildRoom:

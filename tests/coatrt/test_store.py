@@ -89,3 +89,35 @@ def test_a_calibration_must_be_given(checkpoint: Checkpoint) -> None:
     for quantizer in ("weighted", "feedback"):
         with pytest.raises(ConfigError, match="without calibration tokens"):
             CodeStore(checkpoint, None, quantizer)  # type: ignore[arg-type]
+
+
+def test_codes_are_kept_within_a_bound_or_while_memory_is_free(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def held(store: CodeStore) -> list[str]:
+        found = [f"{name} {fmt}" for name, fmt in store._held]
+        assert store._bytes == sum(matrix.nbytes for matrix in store._held.values())
+        return found
+
+    def fill(store: CodeStore) -> None:
+        for fmt in ("int8", "nf4-g32", "nvfp4"):
+            store.get(NAME, fmt)
+
+    one = CodeStore(checkpoint).get(NAME, "int8").nbytes  # a byte a weight, and scales
+    assert one == 64 * 160 + 2 * 64
+    bounded = CodeStore(checkpoint, memory_bytes=5 * one // 2)
+    fill(bounded)
+    assert held(bounded) == [f"{NAME} nf4-g32", f"{NAME} nvfp4"]
+    nothing = CodeStore(checkpoint, memory_bytes=one // 2)
+    fill(nothing)
+    assert held(nothing) == []
+    monkeypatch.setattr(module, "free_memory", lambda: 0)
+    few = CodeStore(checkpoint)
+    fill(few)
+    assert len(held(few)) == 3  # less than a store may always keep
+    monkeypatch.setattr(module, "_LEAST", 5 * one // 2)
+    fill(scarce := CodeStore(checkpoint))
+    assert held(scarce) == [f"{NAME} nf4-g32", f"{NAME} nvfp4"]
+    monkeypatch.setattr(module, "free_memory", lambda: 1 << 40)
+    fill(ample := CodeStore(checkpoint))
+    assert len(held(ample)) == 3

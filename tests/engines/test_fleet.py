@@ -16,7 +16,7 @@ from coatrt.bundle import Bundle
 from coatrt.config import QuantConfig
 from coatrt.devices import device
 from coatrt.engines import fleet
-from coatrt.engines.build_room import BuildRoom, builder_bytes, free_memory
+from coatrt.engines.build_room import BuildRoom, builder_bytes
 from coatrt.engines.builder import BuildRecord, EngineShapes
 from coatrt.engines.engine_cache import EngineCache, engine_key
 from coatrt.engines.fleet import Target, build_fleet
@@ -184,7 +184,6 @@ def test_builders_run_side_by_side_within_their_room(
 
 
 def test_rooms_have_sane_numbers() -> None:
-    assert free_memory() > 1 << 28
     assert builder_bytes(93 << 20) > 931 << 20  # the peak measured for 93 MB of weights
     with pytest.raises(ConfigError, match="give at least 1 each"):
         BuildRoom(0)

@@ -1,0 +1,27 @@
+"""Free memory, with and without a container's limit."""
+
+from pathlib import Path
+
+import psutil
+import pytest
+
+from coatrt.machine import free_memory
+
+
+def test_without_a_limit_it_is_the_machines(tmp_path: Path) -> None:
+    assert free_memory(tmp_path) == pytest.approx(psutil.virtual_memory().available, rel=0.1)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory(tmp_path) > 1 << 28
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_containers_limit_counts(tmp_path: Path, version: int) -> None:
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    root = tmp_path / "memory" if version == 1 else tmp_path
+    root.mkdir(exist_ok=True)
+    for name, value in zip(names, (50 << 20, 30 << 20), strict=True):
+        (root / name).write_text(f"{value}\n")
+    (root / "memory.stat").write_text(f"inactive_file {4 << 20}\ntotal_inactive_file {4 << 20}\nactive_file 1\n")
+    assert free_memory(tmp_path) == 24 << 20
+    (root / names[1]).write_text(f"{60 << 20}\n")
+    assert free_memory(tmp_path) == 0
