@@ -13,6 +13,7 @@ from coatrt.checkpoint import Checkpoint, load_model
 from coatrt.data import batches
 from coatrt.errors import CheckpointError, ConfigError
 from coatrt.examples import Examples
+from coatrt.machine import free_memory
 from coatrt.matrices import EMBEDDING, HEAD
 from coatrt.progress import progress_bar
 from coatrt.tensor_file import hash_tensors, read_tensors, write_tensors
@@ -139,11 +140,15 @@ class InputMoments:
         checkpoint: the model.
         calibration: the tokens.
         root: directory of the disk cache, shared between checkpoints; None keeps the moments in memory, all of them.
-        memory_bytes: most bytes of moments that are measured at once.
+        memory_bytes: most bytes of moments that are measured at once; None: half of what is free then, 1 GiB at least.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, calibration: Calibration, root: Path | None = None, memory_bytes: int = 2 << 30
+        self,
+        checkpoint: Checkpoint,
+        calibration: Calibration,
+        root: Path | None = None,
+        memory_bytes: int | None = None,
     ) -> None:
         self._checkpoint, self.calibration, self._limit = checkpoint, calibration, memory_bytes
         self._root = root / checkpoint.fingerprint / calibration.hash if root is not None else None
@@ -192,11 +197,12 @@ class InputMoments:
         leaders = [leader for leader in self._width if leader != EMBEDDING]
         missing = [leader for leader in leaders if leader == wanted or self._read(leader) is None]
         model, tokens = load_model(self._checkpoint), self.calibration.tokens
+        limit = self._limit if self._limit is not None else max(1 << 30, free_memory() // 2)
         runs: list[list[str]] = [[]]
         size = 0
         for leader in missing:
             more = 4 * self._width[leader] ** 2
-            if runs[-1] and size + more > self._limit:
+            if runs[-1] and size + more > limit:
                 runs.append([])
                 size = 0
             runs[-1].append(leader)
