@@ -17,7 +17,6 @@ from coatrt.errors import ConfigError
 from coatrt.evaluate import mean_loss
 from coatrt.fakequant import FakeQuantModel
 from coatrt.search import SearchOptions, search
-from coatrt.store import CodeStore
 
 __all__ = ["search_adapter"]
 
@@ -68,7 +67,7 @@ def search_adapter(
     text = hashlib.sha256(picked.numpy().tobytes()).hexdigest()[:16]
     space = adapter.space
     archive = Archive.open(directory / ARCHIVE_FILE, space.model.parameters, f"{adapter_hash(directory)} {text}")
-    fake = FakeQuantModel(checkpoint, CodeStore.default(checkpoint), compute)
+    fake = FakeQuantModel(checkpoint, adapter.codes(checkpoint), compute)
     lora = 2 * sum(rows * columns for rows, columns in adapter.contract.shapes.values())
     options = SearchOptions(
         evaluations,

@@ -20,7 +20,7 @@ __all__ = ["ARCHIVE_FILE", "Archive", "ArchiveEntry", "adapter_archive"]
 ARCHIVE_FILE = "archive.json"
 """Its name in an adapter's directory."""
 
-_FORMAT = 1
+_FORMAT = 2  # 1: losses of codes that may not be the adapter's
 
 
 @dataclass(frozen=True)

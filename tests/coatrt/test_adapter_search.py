@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,10 @@ from coatrt.data import tokenize_text
 from coatrt.errors import ConfigError
 from coatrt.fakequant import FakeQuantModel
 from coatrt.store import CodeStore
+from coatrt.train import train
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import tiny_options
 
 TEXT = ["the cat sat on the mat and the owl sat on the hen. " * 30]
 
@@ -49,6 +54,25 @@ def test_losses_are_those_of_the_emitted_lora(directory: Path, tiny_llama: Path)
         with torch.no_grad():
             assert model.loss(picked).item() == pytest.approx(entry.loss, rel=1e-4)
         assert entry.nbytes == entry.config.nbytes(adapter.model) + lora
+
+
+def test_losses_are_those_of_the_adapters_own_codes(tiny_llama: Path, tmp_path: Path) -> None:
+    options = tiny_options(formats=("nf2-g32", "int8"), preset="none", quantizer="feedback", budgets=(4.0,), steps=1)
+    adapter = train(tiny_llama, TEXT, tmp_path / "a", options)
+    archive, _ = search_adapter(tmp_path / "a", TEXT, evaluations=2, blocks=3, length=32)
+    blocks = tokenize_text(load_tokenizer(tiny_llama), TEXT, 32, held_out=TEXT).held_out
+    picked = torch.stack([blocks[0], blocks[round((len(blocks) - 1) / 2)], blocks[-1]])
+    checkpoint = Checkpoint.open(tiny_llama)
+    entry = min(archive.entries, key=lambda entry: entry.nbytes)
+    losses = []
+    for quantizer in ("feedback", "mse"):
+        model = FakeQuantModel(checkpoint, CodeStore(checkpoint, None, quantizer, adapter.calibration))
+        model.set_config(entry.config)
+        model.set_lora(adapter.contract, adapter.emit(entry.config))
+        with torch.no_grad():
+            losses.append(model.loss(picked).item())
+    assert losses[0] == pytest.approx(entry.loss, rel=1e-4)
+    assert losses[1] != pytest.approx(entry.loss, rel=1e-3)
 
 
 def test_the_command_searches_and_the_plan_reads_it(directory: Path, tmp_path: Path) -> None:

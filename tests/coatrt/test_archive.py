@@ -56,7 +56,7 @@ def test_the_last_measurement_of_the_latest_round_counts() -> None:
     ("old", "new", "said"),
     [
         ('"loss": 0.', '"loss": 1.', "altered or is damaged"),
-        ('"format": 1', '"format": 2', "no archive of format 1"),
+        ('"format": 2', '"format": 1', "no archive of format 2"),
         ('"identity": "me"', '"identity": "you"', "altered or is damaged"),
         ("{", "", "not JSON"),
     ],
