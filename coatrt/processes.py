@@ -3,6 +3,7 @@
 import atexit
 import os
 from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from coatrt.errors import ConfigError
 
 __all__ = ["Processes"]
+
+_PATIENCE = timedelta(days=1)  # the others wait while the first encodes a large model; NCCL's own limit is 10 minutes
 
 
 class Processes:
@@ -25,7 +28,7 @@ class Processes:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import PartialState
 
-            self._state = PartialState(cpu=device == "cpu")
+            self._state = PartialState(cpu=device == "cpu", timeout=_PATIENCE)
             # Gloo's threads must be joined before the interpreter is gone, or now and then the process ends in abort().
             atexit.register(self._state.destroy_process_group)
 
