@@ -16,6 +16,7 @@ from coatrt.data import tokenize_text
 from coatrt.errors import ConfigError
 from coatrt.evaluate import mean_loss
 from coatrt.fakequant import FakeQuantModel
+from coatrt.machine import compute_device
 from coatrt.search import SearchOptions, search
 
 __all__ = ["search_adapter"]
@@ -54,10 +55,12 @@ def search_adapter(
 
     Raises:
         CheckpointError: adapter or model cannot be read.
-        ConfigError: the archive belongs to other text or another adapter, or an option is out of range.
+        ConfigError: the archive belongs to other text or another adapter, an option is out of range, or there is no such
+            device.
     """
     if blocks < 1:
         raise ConfigError(f"blocks {blocks} is given; give at least 1")
+    compute_device(compute)
     directory = Path(directory)
     adapter = Adapter.load(directory)
     checkpoint = adapter.checkpoint(model)

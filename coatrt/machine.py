@@ -1,11 +1,14 @@
-"""What this machine has left."""
+"""What this machine has: memory left, and devices that torch computes on."""
 
 import contextlib
 from pathlib import Path
 
 import psutil
+import torch
 
-__all__ = ["free_memory"]
+from coatrt.errors import ConfigError
+
+__all__ = ["compute_device", "free_memory"]
 
 _CGROUPS = (
     ("memory.max", "memory.current", "inactive_file"),
@@ -28,3 +31,25 @@ def free_memory(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
             files = next((int(line.split()[1]) for line in lines if line.startswith(f"{cached} ")), 0)
             free = min(free, max(0, most - taken + files))
     return free
+
+
+def compute_device(text: str) -> torch.device:
+    """Return the torch device of a name such as "cpu", "cuda" or "cuda:1".
+
+    Raises:
+        ConfigError: there is no such device here, or torch cannot use it.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    here = ", ".join(["cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count) if count > 1)])
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise ConfigError(f"no device {text!r}; here are {here}") from None
+    if device.type == "cuda" and not count:
+        raise ConfigError(
+            f"the device {text} is given and torch {torch.__version__} finds no GPU: it is a CPU build, or a driver is "
+            "missing; give cpu"
+        )
+    if device.type not in ("cpu", "cuda") or (device.index or 0) >= max(count, 1):
+        raise ConfigError(f"the device {text} is given; here are {here}")
+    return device

@@ -25,6 +25,7 @@ from coatrt.formats import WeightFormat
 from coatrt.hypervolume import hypervolume
 from coatrt.loop import optimise
 from coatrt.lora import CoaLora
+from coatrt.machine import compute_device
 from coatrt.processes import Processes
 from coatrt.progress import progress_bar, stages
 from coatrt.sampling import TrainingSampler
@@ -64,13 +65,13 @@ def train(
         compute: torch device.
 
     Raises:
-        ConfigError: options or data do not fit, or `output` is in use.
+        ConfigError: options or data do not fit, `output` is in use, or there is no such device.
         CheckpointError: the model cannot be read, or a checkpoint is damaged.
     """
     output, options = Path(output), options or TrainOptions()
     checkpoint = Checkpoint.open(source)
     run = _identity(options, checkpoint, documents, held_out)
-    processes = Processes(torch.device(compute).type)
+    processes = Processes(compute_device(compute).type)
     if resume and not overwrite and (output / "adapter.json").is_file():
         return _finished(output, run)
     if processes.is_first:

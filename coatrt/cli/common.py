@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-__all__ = ["BYTES", "echo_json"]
+__all__ = ["BYTES", "echo_json", "tell_of_gpu"]
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
@@ -30,3 +30,11 @@ BYTES = _Bytes()
 def echo_json(value: Any) -> None:
     """Print `value` as JSON."""
     click.echo(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def tell_of_gpu(compute: str) -> None:
+    """Say on standard error that there is a GPU, where the CPU is to compute."""
+    import torch
+
+    if compute == "cpu" and torch.cuda.is_available():
+        click.echo("coatrt: this runs on the CPU; --compute cuda takes the GPU", err=True)

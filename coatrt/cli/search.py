@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from coatrt.cli.common import echo_json
+from coatrt.cli.common import echo_json, tell_of_gpu
 
 __all__ = ["command"]
 
@@ -33,6 +33,7 @@ def command(adapter: Path, data: tuple[str, ...], evaluations: int, blocks: int,
     from coatrt.data import read_documents
     from coatrt.progress import progress_bar
 
+    tell_of_gpu(compute)
     documents = read_documents(data)
     with progress_bar("search", evaluations) as bar:
 

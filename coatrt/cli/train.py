@@ -6,6 +6,8 @@ from typing import Any
 
 import click
 
+from coatrt.cli.common import tell_of_gpu
+
 __all__ = ["command"]
 
 
@@ -103,9 +105,12 @@ def command(model: str, data: tuple[str, ...], task: str, held_out: tuple[str, .
     Options left out keep the defaults of coatrt.train.TrainOptions.
     """
     from coatrt.checkpoint import Checkpoint, load_tokenizer
+    from coatrt.machine import compute_device
     from coatrt.tasks import load_task
     from coatrt.train import TrainOptions, train
 
+    compute_device(compute)
+    tell_of_gpu(compute)
     if given.get("formats"):
         given["formats"] = tuple(given["formats"].split(","))
     if task == "choice" and given.get("evaluation") is None:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from coatrt.bundle import Bundle
+from coatrt.cli.common import tell_of_gpu
 from coatrt.cli.main import cli, main
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -154,6 +156,8 @@ WRONG = {
     "format to train": ("train {model} --data {here}/text.txt -o {out} --formats int5", "no weight format int5"),
     "rank": ("train {model} --data {here}/text.txt -o {out} --rank 10 --length 32", "multiples of 16"),
     "steps": ("train {model} --data {here}/text.txt -o {out} --steps 0", "steps 0 is given"),
+    "device to train on": ("train {model} --data {here}/text.txt -o {out} --compute gpu", "no device 'gpu'; here"),
+    "device to search on": ("search {adapter} --data {here}/text.txt --compute tpu:0", "no device 'tpu:0'"),
     "finished adapter": ("train {model} --data {here}/text.txt -o {adapter}", "holds a finished adapter"),
     "missing adapter": ("plan {here}/none --device rtx-4090", "adapter {here}/none does not exist"),
     "unknown device": ("plan {adapter} --device rtx-4091", "did you mean rtx-4090"),
@@ -209,3 +213,26 @@ def test_wrong_options_are_clicks_own_errors(tiny_adapter: Path) -> None:
         result = run(*arguments)
         assert result.exit_code == 2
         assert "Traceback" not in result.output
+
+
+def test_memory_that_does_not_suffice_is_one_line(
+    tiny_adapter: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("plan", tiny_adapter, "--device", "t4")
+    for raised, said in (
+        (torch.OutOfMemoryError("CUDA out of memory"), "give coatrt train --precision bfloat16"),
+        (MemoryError("1.2 TiB"), r"memory does not suffice (1.2 TiB)"),
+    ):
+        monkeypatch.setattr("coatrt.plan.make_plan", lambda *_, raised=raised, **__: throw(raised))
+        assert said in wrong(capsys, monkeypatch, *arguments)
+
+
+def throw(error: BaseException) -> None:
+    raise error
+
+
+def test_a_gpu_that_is_not_used_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for there, compute, said in ((True, "cpu", True), (True, "cuda", False), (False, "cpu", False)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        tell_of_gpu(compute)
+        assert ("--compute cuda takes the GPU" in capsys.readouterr().err) == said

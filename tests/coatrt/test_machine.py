@@ -1,11 +1,13 @@
-"""Free memory, with and without a container's limit."""
+"""Free memory, with and without a container's limit; devices that are there and that are not."""
 
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
-from coatrt.machine import free_memory
+from coatrt.errors import ConfigError
+from coatrt.machine import compute_device, free_memory
 
 
 def test_without_a_limit_it_is_the_machines(tmp_path: Path) -> None:
@@ -25,3 +27,20 @@ def test_a_containers_limit_counts(tmp_path: Path, version: int) -> None:
     assert free_memory(tmp_path) == 24 << 20
     (root / names[1]).write_text(f"{60 << 20}\n")
     assert free_memory(tmp_path) == 0
+
+
+@pytest.mark.parametrize("gpus", [0, 1, 2])
+def test_devices(gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert compute_device("cpu") == torch.device("cpu")
+    here = ("cpu", "cpu, cuda", "cpu, cuda, cuda:0, cuda:1")[gpus]
+    for text in ("gpu", "mps", "meta", "cuda:9", ""):
+        with pytest.raises(ConfigError, match="finds no GPU" if text == "cuda:9" and not gpus else f"here are {here}"):
+            compute_device(text)
+    if gpus:
+        assert compute_device(f"cuda:{gpus - 1}") == torch.device("cuda", gpus - 1)
+        assert compute_device("cuda") == torch.device("cuda")
+    else:
+        with pytest.raises(ConfigError, match=r"the device cuda is given and torch .* finds no GPU"):
+            compute_device("cuda")
