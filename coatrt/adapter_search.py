@@ -55,8 +55,8 @@ def search_adapter(
 
     Raises:
         CheckpointError: adapter or model cannot be read.
-        ConfigError: the archive belongs to other text or another adapter, an option is out of range, or there is no such
-            device.
+        ConfigError: the archive belongs to other text or another adapter, an option is out of range, or the device is
+            not there.
     """
     if blocks < 1:
         raise ConfigError(f"blocks {blocks} is given; give at least 1")
