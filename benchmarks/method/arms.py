@@ -85,6 +85,7 @@ ARMS = {
     "paper": _PAPER,
     "coatrt": _OURS,
     "untrained": replace(_OURS, what="compensation before any step", kind="untrained"),
+    "coatrt-rank": replace(_OURS, what="coatrt of rank 32", rank=32),
     "coatrt-slow": replace(_OURS, what="coatrt, half the rates", rate=5e-4),
     "coatrt-random": _RANDOM,
     "coatrt-random-lowest": replace(_RANDOM, what=f"{_RANDOM.what}, the lowest budgets most often", draws="lowest"),

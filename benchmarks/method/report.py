@@ -22,6 +22,7 @@ _RIVALS = (
     "none", "single", "single-shared-compute", "shared", "shared-rates", "shared-rank", "bank", "paper", "coatrt",
 )  # fmt: skip
 _AGAINST = {
+    "coatrt-rank": ["coatrt", "shared-rank"],
     "coatrt-random": ["coatrt", "shared-rates"],
     "coatrt-random-lowest": ["coatrt-random"],
     "coatrt-low-turns": ["coatrt-low"],
