@@ -30,6 +30,7 @@ __all__ = ["ADAPTER_FORMAT", "Adapter"]
 
 _FILES = ("adapter.safetensors", "sensitivity.json", "metrics.json")
 _CALIBRATION = "calibration.safetensors"
+_OWN = ("adapter.json", *_FILES, _CALIBRATION, "peft", "training", "archive.json")
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,11 @@ class Adapter:
         return CodeStore.default(checkpoint, self.quantizer, self.calibration)
 
     def save(self, directory: str | Path) -> None:
-        """Write the adapter to `directory`, atomically; A and B also for PEFT, without θ and C, in folder peft."""
-        with atomic_directory(directory) as temporary:
+        """Write the adapter to `directory`, atomically; A and B also for PEFT, without θ and C, in folder peft.
+
+        It takes the place of an adapter or an unfinished training there, archive included; other files stay.
+        """
+        with atomic_directory(directory, _OWN) as temporary:
             state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.lora.state_dict().items()}
             save_file(state, str(temporary / "adapter.safetensors"))
             self.sensitivity.save(temporary / "sensitivity.json")

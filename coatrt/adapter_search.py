@@ -1,6 +1,5 @@
 """The Pareto search of an adapter: held-out loss with the LoRA it emits, kept in the adapter's directory."""
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,9 +14,12 @@ from coatrt.config import QuantConfig
 from coatrt.data import tokenize_text
 from coatrt.errors import ConfigError
 from coatrt.evaluate import mean_loss
+from coatrt.examples import Examples
 from coatrt.fakequant import FakeQuantModel
 from coatrt.machine import compute_device
 from coatrt.search import SearchOptions, search
+from coatrt.tasks import TaskData
+from coatrt.tensor_file import hash_tensors
 
 __all__ = ["search_adapter"]
 
@@ -26,7 +28,7 @@ Progress = Callable[[int, int, ArchiveEntry], None]
 
 def search_adapter(
     directory: str | Path,
-    documents: Sequence[str],
+    documents: Sequence[str] | TaskData,
     *,
     evaluations: int = 60,
     blocks: int = 8,
@@ -40,10 +42,10 @@ def search_adapter(
 
     Args:
         directory: of the adapter; its archive.json is written after every measurement, and gone on with.
-        documents: held-out texts.
+        documents: held-out texts, or the data of the task the adapter was trained on, whose held-out examples count.
         evaluations: configurations to measure, those in the archive counted.
-        blocks: blocks of text for each loss, spread over the documents.
-        length: tokens per block.
+        blocks: blocks of text (examples, questions) for each loss, spread over the documents.
+        length: tokens per block of text.
         seed: of the proposals.
         model: where the adapter's model is now; by default where it was at training.
         compute: torch device.
@@ -55,8 +57,8 @@ def search_adapter(
 
     Raises:
         CheckpointError: adapter or model cannot be read.
-        ConfigError: the archive belongs to other text or another adapter, an option is out of range, or the device is
-            not there.
+        ConfigError: the archive belongs to other text or another adapter, the adapter was trained on another task, an
+            option is out of range, or the device is not there.
     """
     if blocks < 1:
         raise ConfigError(f"blocks {blocks} is given; give at least 1")
@@ -64,13 +66,20 @@ def search_adapter(
     directory = Path(directory)
     adapter = Adapter.load(directory)
     checkpoint = adapter.checkpoint(model)
-    # All of it is measured on: no text to train on is needed.
-    tokens = tokenize_text(load_tokenizer(checkpoint.directory), documents, length, held_out=documents).held_out
-    picked = tokens[torch.linspace(0, len(tokens) - 1, min(blocks, len(tokens))).round().long()]
-    text = hashlib.sha256(picked.numpy().tobytes()).hexdigest()[:16]
+    task, given = adapter.metrics.get("task", "text"), documents.kind if isinstance(documents, TaskData) else "text"
+    if task != given:
+        raise ConfigError(f"the adapter was trained on the task {task}, and {given} is given; give data of its task")
+    if isinstance(documents, TaskData):
+        examples = documents.held_out
+    else:  # all of it is measured on: no text to train on is needed
+        tokenizer = load_tokenizer(checkpoint.directory)
+        examples = Examples.of(tokenize_text(tokenizer, documents, length, held_out=documents).held_out)
+    picked = examples[torch.linspace(0, len(examples) - 1, min(blocks, len(examples))).round().long()]
+    text = hash_tensors({"tokens": picked.tokens, "targets": picked.targets})[:16]
     space = adapter.space
     archive = Archive.open(directory / ARCHIVE_FILE, space.model.parameters, f"{adapter_hash(directory)} {text}")
-    fake = FakeQuantModel(checkpoint, adapter.codes(checkpoint), compute)
+    dtype = getattr(torch, adapter.metrics.get("options", {}).get("precision", "float32"))
+    fake = FakeQuantModel(checkpoint, adapter.codes(checkpoint), compute, dtype=dtype)
     lora = 2 * sum(rows * columns for rows, columns in adapter.contract.shapes.values())
     options = SearchOptions(
         evaluations,

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from coatrt.errors import CheckpointError, ConfigError
 from coatrt.files import atomic_directory, cache_directory, read_json
-from coatrt.matrices import ModelMatrices, matrices_of
+from coatrt.matrices import HEAD, ModelMatrices, matrices_of
 
 __all__ = ["Checkpoint", "load_model", "load_tokenizer"]
 
@@ -80,8 +80,9 @@ class Checkpoint:
 
     @cached_property
     def matrices(self) -> ModelMatrices:
-        """The quantizable matrices."""
-        return matrices_of(self.shapes, bool(self.config.get("tie_word_embeddings", False)))
+        """The quantizable matrices; where config.json leaves it out, a head is tied that has no weights of its own."""
+        tied = self.config.get("tie_word_embeddings", f"{HEAD}.weight" not in self.shapes)
+        return matrices_of(self.shapes, bool(tied))
 
     def has(self, name: str) -> bool:
         """Return whether the checkpoint holds a tensor of this name."""
@@ -167,6 +168,8 @@ def _config(directory: Path) -> dict[str, Any]:
         raise CheckpointError(str(error)) from None
     if not isinstance(config, dict) or "model_type" not in config:
         raise CheckpointError(f"{directory / 'config.json'} names no model_type; give a Hugging Face model directory")
+    if config.get("quantization_config"):
+        raise CheckpointError(f"{directory} is quantized already; give the 16- or 32-bit model it was made from")
     return config
 
 
@@ -249,7 +252,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> An
 
     try:
         return AutoModelForCausalLM.from_pretrained(checkpoint.directory, dtype=dtype, local_files_only=True).eval()
-    except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
+    except (ValueError, OSError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise CheckpointError(
             f"{checkpoint.directory} cannot be loaded ({str(error).splitlines()[0]}); fetch it again"
         ) from None

@@ -72,7 +72,13 @@ class FakeQuantModel:
         self._adapted: dict[str, _AdaptedLinear] = {}
         self._current: dict[str, str] = dict.fromkeys(checkpoint.matrices.names, "")
         for matrix in checkpoint.matrices.matrices:
-            module = self.model.get_submodule(matrix.name)
+            try:
+                module = self.model.get_submodule(matrix.name)
+            except AttributeError:
+                raise CheckpointError(
+                    f"{checkpoint.directory} holds {matrix.name}, and {checkpoint.model_type} of transformers has no "
+                    "such module (a mixture of experts has none); give a dense model"
+                ) from None
             if matrix.is_table:
                 self._weights[matrix.name] = module.weight
                 continue

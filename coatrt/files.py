@@ -6,13 +6,22 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from coatrt.errors import ConfigError
 
-__all__ = ["atomic_directory", "atomic_file", "cache_directory", "read_json", "sha256_file", "write_json", "write_text"]
+__all__ = [
+    "atomic_directory",
+    "atomic_file",
+    "cache_directory",
+    "check_replaceable",
+    "read_json",
+    "sha256_file",
+    "write_json",
+    "write_text",
+]
 
 
 def cache_directory() -> Path:
@@ -48,13 +57,36 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_replaceable(path: Path) -> None:
+    """Refuse what cannot be replaced as a directory: a file, the current directory, what holds it, a mount point.
+
+    Raises:
+        ConfigError: it is one of these.
+    """
+    whole = path.resolve()
+    if path.is_file():
+        raise ConfigError(f"{path} is a file; give a directory")
+    if whole == Path.cwd() or whole in Path.cwd().parents:
+        raise ConfigError(f"{path} is the current directory or holds it; give a directory inside it")
+    if path.is_mount():
+        raise ConfigError(f"{path} is a mount point, which cannot be replaced as a whole; give a directory inside it")
+
+
 @contextlib.contextmanager
-def atomic_directory(path: str | Path) -> Iterator[Path]:
+def atomic_directory(path: str | Path, own: Collection[str] | None = None) -> Iterator[Path]:
     """Yield a temporary directory beside `path`; on success it takes the place of `path`, on error it is removed.
 
     A directory already at `path` is replaced only when the new one is complete.
+
+    Args:
+        path: the directory.
+        own: names inside `path` that go with the directory replaced; others move into the new one. None: all go.
+
+    Raises:
+        ConfigError: `path` cannot be replaced, see `check_replaceable`.
     """
     path = Path(path)
+    check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -64,16 +96,34 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
             if file.is_file():
                 file.chmod(0o644)
                 _fsync(file)
-        old = None
         if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent)) / path.name
-            path.rename(old)
-        temporary.rename(path)
+            _replace(path, temporary, own)
+        else:
+            temporary.rename(path)
         _fsync(path.parent)
-        if old is not None:
-            shutil.rmtree(old.parent, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace(path: Path, new: Path, own: Collection[str] | None) -> None:
+    """Put directory `new` in the place of `path`; what fails leaves `path` as it was."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+    old = aside / path.name
+    try:
+        path.rename(old)
+        try:
+            new.rename(path)
+        except OSError:
+            old.rename(path)
+            raise
+    except OSError:
+        aside.rmdir()
+        raise
+    if own is not None:
+        for entry in sorted(old.iterdir()):
+            if entry.name not in own and not (path / entry.name).exists():
+                entry.rename(path / entry.name)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -94,7 +94,7 @@ def group_seconds(space: ConfigSpace, latency: LatencyModel, tokens: int) -> NDA
     Args:
         space: groups and formats.
         latency: the device's model.
-        tokens: rows of the products.
+        tokens: rows of the products, the head's among them: tokens decoded at once.
     """
     model, known = space.model, dict[tuple[int, int, WeightFormat], float]()
 
@@ -104,7 +104,7 @@ def group_seconds(space: ConfigSpace, latency: LatencyModel, tokens: int) -> NDA
             return 0.0
         key = (matrix.N, matrix.K, fmt)
         if key not in known:
-            known[key] = latency.matrix_seconds(matrix.N, matrix.K, fmt, 1 if matrix.is_table else tokens)
+            known[key] = latency.matrix_seconds(matrix.N, matrix.K, fmt, tokens)
         return known[key]
 
     return np.array([[sum(seconds(name, fmt) for name in group) for fmt in space.formats] for group in space.groups])

@@ -28,7 +28,7 @@ def write_peft(
         a, b = pairs[tensor.matrix]
         tensors[f"base_model.model.{tensor.matrix}.lora_A.weight"] = a.float().T.contiguous()
         tensors[f"base_model.model.{tensor.matrix}.lora_B.weight"] = b.float().T.contiguous()
-    with atomic_directory(directory) as temporary:
+    with atomic_directory(directory, ("adapter_config.json", "adapter_model.safetensors")) as temporary:
         save_file(tensors, str(temporary / "adapter_model.safetensors"), metadata={"format": "pt"})
         write_json(
             temporary / "adapter_config.json",

@@ -175,7 +175,9 @@ def _described(
     if latency is not None:
         tokens = request.batch * request.prefill
         prefill = latency.rest_seconds(model, workload, tokens, request.prefill) + sum(
-            latency.matrix_seconds(matrix.N, matrix.K, config[matrix.name], 1 if matrix.is_table else tokens)
+            latency.matrix_seconds(
+                matrix.N, matrix.K, config[matrix.name], request.batch if matrix.is_table else tokens
+            )
             for matrix in model.matrices
             if matrix.name == model.names[-1] or not matrix.is_table or model.tied
         )

@@ -11,6 +11,7 @@ from coatrt.errors import DeviceError
 __all__ = ["probe"]
 
 _QUERY = "name,compute_cap,memory.total"
+_OTHER_NAMES = {"a100-40gb": r"a100\b.*", "a100-80gb": r"a100\b.*", "dgx-spark": "gb10"}  # patterns, by profile
 _RTX_TARGETS = (75, 80, 86, 89, 120, 121)  # the ComputeCapability enum of TensorRT-RTX 1.7
 
 
@@ -38,14 +39,17 @@ def probe() -> list[DeviceProfile]:
 
 
 def _profile(line: str) -> DeviceProfile:
-    match = re.fullmatch(r"(.+?),\s*(\d+)\.(\d+),\s*(\d+)\s*", line.strip())
+    match = re.fullmatch(r"(.+?),\s*(\d+)\.(\d+),\s*(\d+|\[N/A\]|\[Not Supported\])\s*", line.strip())
     if match is None:
         raise DeviceError(
             f"nvidia-smi said {line!r}, not name, compute capability and memory; update the NVIDIA driver"
         )
-    name, sm, memory = match[1], int(match[2]) * 10 + int(match[3]), int(match[4]) << 20
+    name, sm = match[1], int(match[2]) * 10 + int(match[3])
+    memory = int(match[4]) << 20 if match[4].isdigit() else None  # GPUs that share the machine's memory name none
     for known in devices():
-        if known.sm == sm and _plain(known.name) == _plain(name) and _near(known.memory_bytes, memory):
+        if known.sm == sm and _alike(known, name) and _near(known.memory_bytes, memory):
+            if memory is None:
+                return known
             source = "memory: nvidia-smi on this machine"
             return replace(known, memory_bytes=memory, sources=(*known.sources, source))
     builder: Builder = "tensorrt-rtx" if sm in _RTX_TARGETS else "tensorrt"
@@ -53,9 +57,15 @@ def _profile(line: str) -> DeviceProfile:
     return DeviceProfile(identity, name, sm, memory, None, None, builder, ("nvidia-smi on this machine",))
 
 
+def _alike(known: DeviceProfile, name: str) -> bool:
+    """Return whether the driver's name of a GPU is a product's, or one of those that the driver has for it."""
+    plain = _plain(name)
+    return plain == _plain(known.name) or re.fullmatch(_OTHER_NAMES.get(known.id, ""), plain) is not None
+
+
 def _plain(name: str) -> str:
     return re.sub(r"\b(nvidia|geforce|tesla)\b", "", name.lower()).strip()
 
 
-def _near(expected: int | None, found: int) -> bool:
-    return expected is not None and abs(found / expected - 1) < 0.1
+def _near(expected: int | None, found: int | None) -> bool:
+    return found is None or (expected is not None and abs(found / expected - 1) < 0.1)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,7 @@ from coatrt.curvature import output_gains
 from coatrt.errors import ConfigError
 from coatrt.fakequant import FakeQuantModel
 from coatrt.features import ConfigEncoder
-from coatrt.files import cache_directory
+from coatrt.files import cache_directory, check_replaceable
 from coatrt.formats import WeightFormat
 from coatrt.hypervolume import hypervolume
 from coatrt.loop import optimise
@@ -34,7 +35,7 @@ from coatrt.space import ConfigSpace
 from coatrt.store import CodeStore
 from coatrt.tasks import TaskData, text_task
 from coatrt.train_options import DEFAULT_FORMATS, TrainOptions
-from coatrt.train_state import has_state
+from coatrt.train_state import check_state, claim_state, has_state
 
 __all__ = ["DEFAULT_FORMATS", "TrainOptions", "train"]
 
@@ -72,10 +73,11 @@ def train(
     checkpoint = Checkpoint.open(source)
     run = _identity(options, checkpoint, documents, held_out)
     processes = Processes(compute_device(compute).type)
+    processes.share(torch.arange(options.batch))  # refuses a batch that does not divide among them
     if resume and not overwrite and (output / "adapter.json").is_file():
         return _finished(output, run)
     if processes.is_first:
-        _claim(output, resume, overwrite)
+        _claim(output, run, resume, overwrite)
     processes.wait()
     if isinstance(documents, TaskData):
         data = documents
@@ -84,20 +86,20 @@ def train(
     return _Training(checkpoint, str(source), data, options, output / "training", run, compute, processes).run(output)
 
 
-def _claim(output: Path, resume: bool, overwrite: bool) -> None:
+def _claim(output: Path, run: str, resume: bool, overwrite: bool) -> None:
     """Refuse a directory in use, and forget an unfinished training that is not to go on."""
     state = output / "training"
-    if (output / "adapter.json").is_file() and not overwrite:
+    finished = (output / "adapter.json").is_file()
+    check_replaceable(output)
+    if finished and not overwrite:
         raise ConfigError(f"{output} holds a finished adapter; give another directory, or --overwrite to replace it")
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"{output} is a file; give a directory for the adapter")
-    if output.is_dir() and any(output.iterdir()) and not state.is_dir() and not overwrite:
-        raise ConfigError(f"{output} holds other files; give another directory, or --overwrite to replace it")
+    if output.is_dir() and any(output.iterdir()) and not (finished or state.is_dir()):
+        raise ConfigError(f"{output} holds other files; give another directory")
     if state.is_dir() and not resume and not overwrite:
         raise ConfigError(f"{output} holds an unfinished training; give --resume to go on or --overwrite to start over")
     if overwrite and not resume:
-        for name in ("state.json", "sensitivity.json"):
-            (state / name).unlink(missing_ok=True)
+        shutil.rmtree(state, ignore_errors=True)
+    check_state(state, run)
 
 
 def _identity(
@@ -175,6 +177,8 @@ class _Training:
 
     def _sensitivity(self) -> Sensitivity:
         path = self.state / "sensitivity.json"
+        if self.processes.is_first:
+            claim_state(self.state, self.identity)
         if self.processes.is_first and not path.is_file():
             with stages("sensitivity") as progress:
                 # Errors under feedback make up for each other; the diagonal of the Fisher does not see that.

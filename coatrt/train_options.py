@@ -115,7 +115,7 @@ class TrainOptions:
         if self.quantizer not in QUANTIZERS:
             raise ConfigError(f"no quantizer {self.quantizer!r}; allowed: {', '.join(QUANTIZERS)}")
         least = {"steps": 1, "batch": 1, "accumulate": 1, "length": 2, "configs": 1, "calibration": 1, "evaluation": 1,
-                 "checkpoint_every": 1, "evaluate_every": 0, "patience": 0, "distill": 0}  # fmt: skip
+                 "checkpoint_every": 1, "evaluate_every": 0, "patience": 0, "distill": 0, "seed": 0}  # fmt: skip
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise ConfigError(f"{name} {getattr(self, name)} is given; give at least {minimum}")

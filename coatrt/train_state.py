@@ -14,9 +14,10 @@ from coatrt.files import atomic_file, read_json, sha256_file, write_json
 if TYPE_CHECKING:
     from coatrt.loop import LoraModule
 
-__all__ = ["has_state", "load_state", "save_state"]
+__all__ = ["check_state", "claim_state", "has_state", "load_state", "save_state"]
 
 _STATE = "state.json"
+_RUN = "run.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -50,6 +51,37 @@ def save_state(
             old.unlink()
 
 
+def check_state(directory: Path, run: str) -> None:
+    """Refuse a directory that holds the training state of another run.
+
+    Raises:
+        ConfigError: it belongs to other options, another model or other data.
+    """
+    for name in (_RUN, _STATE):
+        if (directory / name).is_file():
+            _check_run(directory, read_json(directory / name, "training state").get("run"), run)
+
+
+def claim_state(directory: Path, run: str) -> None:
+    """Make a directory the training state of a run; sensitivities that nothing says to be this run's are removed.
+
+    Raises:
+        ConfigError: it belongs to other options, another model or other data.
+    """
+    check_state(directory, run)
+    if not (directory / _RUN).is_file():
+        (directory / "sensitivity.json").unlink(missing_ok=True)
+        write_json(directory / _RUN, {"run": run})
+
+
+def _check_run(directory: Path, found: object, run: str) -> None:
+    if found != run:
+        raise ConfigError(
+            f"{directory} holds a training with other options, another model or other data; resume with the same "
+            "ones, or start over with --overwrite"
+        )
+
+
 def has_state(directory: Path) -> bool:
     """Return whether a checkpoint has been written."""
     return (directory / _STATE).is_file()
@@ -68,11 +100,7 @@ def load_state(
         return None
     facts = read_json(directory / _STATE, "training state")
     try:
-        if facts["run"] != run:
-            raise ConfigError(
-                f"{directory} holds a training with other options, another model or other data; resume with the same "
-                "ones, or start over with --overwrite"
-            )
+        _check_run(directory, facts["run"], run)
         path = directory / Path(str(facts["file"])).name
         if sha256_file(path) != facts["sha256"]:
             raise CheckpointError(f"{path} is damaged; start over with --overwrite")

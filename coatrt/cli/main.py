@@ -56,6 +56,15 @@ def main() -> None:
     except CoatError as error:
         print(f"coatrt: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        print(
+            f"coatrt: {error.strerror or error}{where}; check the path, its rights and the room there", file=sys.stderr
+        )
+        sys.exit(2)
     except MemoryError as error:
         print(f"coatrt: the machine's memory does not suffice ({error}); free some", file=sys.stderr)
         sys.exit(2)
@@ -65,6 +74,3 @@ def main() -> None:
         hint = "give coatrt train --precision bfloat16, more --accumulate, or a shorter --length"
         print(f"coatrt: the GPU's memory does not suffice; {hint}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(1)

@@ -1,5 +1,6 @@
 """`coatrt search`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -13,28 +14,40 @@ __all__ = ["command"]
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option(
     "--data", "data", multiple=True, required=True, metavar="PATH",
-    help="Held-out text file or directory of *.txt; repeatable.",
+    help="Held-out text file or directory of *.txt (adapters of chat, choice: JSONL file, *.jsonl); repeatable.",
 )  # fmt: skip
 @click.option("--evaluations", type=int, default=60, show_default=True, help="Configurations to measure in all.")
-@click.option("--blocks", type=int, default=8, show_default=True, help="Blocks of text for each loss.")
-@click.option("--length", type=int, default=128, show_default=True, help="Tokens per block.")
+@click.option("--blocks", type=int, help="Blocks of text for each loss, 8; of chat and choice 64 lines.")
+@click.option("--length", type=int, help="Tokens per block, 128; of chat and choice the adapter's, and most of a line.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--model", help="The adapter's model, where it has moved.")
 @click.option("--compute", default="cpu", show_default=True, help="torch device: cpu, cuda.")
 @click.option("--json", "as_json", is_flag=True, help="Print the front as JSON.")
-def command(adapter: Path, data: tuple[str, ...], evaluations: int, blocks: int, length: int, seed: int,
+def command(adapter: Path, data: tuple[str, ...], evaluations: int, blocks: int | None, length: int | None, seed: int,
             model: str | None, compute: str, as_json: bool) -> None:  # fmt: skip
     """Measure configurations of ADAPTER on held-out text, and keep them where `coatrt plan` finds them.
 
     ADAPTER/archive.json is written after every measurement; an interrupted search goes on.
     """
+    from coatrt.adapter import Adapter
     from coatrt.adapter_search import search_adapter
     from coatrt.archive import ArchiveEntry
+    from coatrt.checkpoint import load_tokenizer
     from coatrt.data import read_documents
     from coatrt.progress import progress_bar
+    from coatrt.tasks import TaskData, load_task
 
     tell_of_gpu(compute)
-    documents = read_documents(data)
+    loaded = Adapter.load(adapter)
+    task = loaded.metrics.get("task", "text")
+    documents: Sequence[str] | TaskData
+    if task == "text":
+        documents, usual = read_documents(data), (8, 128)
+    else:
+        usual = (64, int(loaded.metrics["options"]["length"]))
+        documents = load_task(task, data, load_tokenizer(loaded.checkpoint(model).directory), length or usual[1],
+                              held_out=data)  # fmt: skip
+    blocks, length = usual[0] if blocks is None else blocks, usual[1] if length is None else length
     with progress_bar("search", evaluations) as bar:
 
         def progress(done: int, _: int, entry: ArchiveEntry) -> None:

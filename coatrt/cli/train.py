@@ -105,6 +105,7 @@ def command(model: str, data: tuple[str, ...], task: str, held_out: tuple[str, .
     Options left out keep the defaults of coatrt.train.TrainOptions.
     """
     from coatrt.checkpoint import Checkpoint, load_tokenizer
+    from coatrt.export.spec import DecoderSpec
     from coatrt.machine import compute_device
     from coatrt.tasks import load_task
     from coatrt.train import TrainOptions, train
@@ -117,7 +118,9 @@ def command(model: str, data: tuple[str, ...], task: str, held_out: tuple[str, .
         given["evaluation"] = 200  # an accuracy over the 16 blocks that do for a loss would say little
     known = {field.name for field in fields(TrainOptions)}
     options = TrainOptions(**{name: value for name, value in given.items() if name in known and value is not None})
-    tokenizer = load_tokenizer(Checkpoint.open(model).directory)
+    checkpoint = Checkpoint.open(model)
+    DecoderSpec.from_checkpoint(checkpoint)  # a model that cannot be exported is refused now, not after training
+    tokenizer = load_tokenizer(checkpoint.directory)
     loaded = load_task(task, data, tokenizer, options.length, held_out=held_out or None)
     adapter = train(model, loaded, output, options, resume=resume, overwrite=overwrite, compute=compute)
     click.echo(_summary(adapter.metrics, output))

@@ -19,6 +19,7 @@ from coatrt.data import tokenize_text
 from coatrt.errors import ConfigError
 from coatrt.fakequant import FakeQuantModel
 from coatrt.store import CodeStore
+from coatrt.tasks import load_task
 from coatrt.train import train
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -73,6 +74,31 @@ def test_losses_are_those_of_the_adapters_own_codes(tiny_llama: Path, tmp_path: 
             losses.append(model.loss(picked).item())
     assert losses[0] == pytest.approx(entry.loss, rel=1e-4)
     assert losses[1] != pytest.approx(entry.loss, rel=1e-3)
+
+
+def test_losses_of_another_task_are_those_of_its_marked_tokens(tiny_llama: Path, tmp_path: Path) -> None:
+    lines = [{"prompt": f"is {i} even?", "choices": [" yes", " no"], "answer": i % 2} for i in range(40)]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    tokenizer = load_tokenizer(tiny_llama)
+    data = load_task("choice", [tmp_path / "q.jsonl"], tokenizer, 32)
+    options = tiny_options(formats=("int4-g32", "int8"), preset="none", budgets=(5.0,), steps=1, precision="bfloat16")
+    adapter = train(tiny_llama, data, tmp_path / "a", options)
+    with pytest.raises(ConfigError, match="trained on the task choice, and text is given"):
+        search_adapter(tmp_path / "a", TEXT, evaluations=2)
+    command = ["search", str(tmp_path / "a"), "--data", str(tmp_path / "q.jsonl"), "--evaluations", "2"]
+    said = CliRunner().invoke(cli, command)
+    assert said.exit_code == 0, (said.output, said.exception)
+    archive = adapter_archive(tmp_path / "a")
+    assert archive is not None
+    held_out = load_task("choice", [tmp_path / "q.jsonl"], tokenizer, 32, held_out=[tmp_path / "q.jsonl"]).held_out
+    assert len(held_out) == 40  # all of them: fewer than 64
+    checkpoint = Checkpoint.open(tiny_llama)
+    model = FakeQuantModel(checkpoint, CodeStore(checkpoint), dtype=torch.bfloat16)
+    for entry in archive.entries:
+        model.set_config(entry.config)
+        model.set_lora(adapter.contract, adapter.emit(entry.config))
+        with torch.no_grad():
+            assert model.loss(held_out).item() == pytest.approx(entry.loss, rel=1e-3)
 
 
 def test_the_command_searches_and_the_plan_reads_it(directory: Path, tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ import torch
 
 from coatrt.checkpoint import Checkpoint, load_model, load_tokenizer
 from coatrt.errors import CheckpointError
+from coatrt.fakequant import FakeQuantModel
+from coatrt.store import CodeStore
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import save_tiny_llama
@@ -115,3 +117,32 @@ def test_gguf_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     again = Checkpoint.open(next(source.glob("*.gguf")))
     assert (again.directory / "model.safetensors").stat().st_mtime_ns == stamp
     assert load_tokenizer(again.directory)("The capital")["input_ids"] == [504, 3575]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_is_tied_where_the_key_is_left_out_and_it_has_no_weights(tmp_path: Path, tied: bool) -> None:
+    """As in the published Gemma configurations: transformers leaves out what is its class's default."""
+    save_tiny_llama(tmp_path, tied=tied)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["tie_word_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert Checkpoint.open(tmp_path).matrices.tied == tied
+
+
+def test_a_quantized_model_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_llama, tmp_path / "m")
+    config = json.loads((tiny_llama / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "quantization_config": {"bits": 4}}))
+    with pytest.raises(CheckpointError, match="is quantized already; give the 16- or 32-bit model"):
+        Checkpoint.open(tmp_path / "m")
+
+
+def test_experts_are_refused(tmp_path: Path) -> None:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    small = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16,
+             "num_key_value_heads": 1, "num_experts": 2, "moe_intermediate_size": 16}  # fmt: skip
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**small)).save_pretrained(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    with pytest.raises(CheckpointError, match="give a dense model"):
+        FakeQuantModel(checkpoint, CodeStore(checkpoint))

@@ -83,6 +83,25 @@ def test_probe_knows_products_and_keeps_unknown_ones_honest(tmp_path: Path, monk
     assert (unknown.id, unknown.sm, unknown.builder, unknown.bandwidth) == ("foo-7", 90, "tensorrt", None)
 
 
+@pytest.mark.parametrize(
+    ("line", "known", "memory"),
+    [
+        ("NVIDIA A100-SXM4-80GB, 8.0, 81920", "a100-80gb", 81920 << 20),
+        ("NVIDIA A100-PCIE-40GB, 8.0, 40960", "a100-40gb", 40960 << 20),
+        ("NVIDIA GB10, 12.1, [N/A]", "dgx-spark", 128 << 30),
+        ("NVIDIA Thing, 12.1, [N/A]", "thing", None),
+        ("NVIDIA A1000, 8.6, 8192", "a1000", 8192 << 20),
+    ],
+)
+def test_probe_knows_the_drivers_names(
+    line: str, known: str, memory: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", os.environ["PATH"])
+    fake_driver(tmp_path, f'echo "{line}"')
+    (found,) = probe()
+    assert (found.id, found.memory_bytes) == (known, memory)
+
+
 def test_probe_without_a_driver_and_with_a_broken_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert probe() == []

@@ -79,3 +79,48 @@ def test_hash_and_json(tmp_path: Path) -> None:
             read_json(tmp_path / name, "thing")
     with pytest.raises(ConfigError, match="cannot be read"):
         read_json(tmp_path, "thing")
+
+
+def test_what_a_directory_does_not_own_moves_into_the_new_one(tmp_path: Path) -> None:
+    path = tmp_path / "d"
+    (path / "notes").mkdir(parents=True)
+    for name in ("old", "notes/mine", "both"):
+        (path / name).write_text(name)
+    with atomic_directory(path, ("old", "new")) as temporary:
+        (temporary / "new").write_text("new")
+        (temporary / "both").write_text("newer")
+    assert {str(file.relative_to(path)): file.read_text() for file in path.rglob("*") if file.is_file()} == {
+        "new": "new", "notes/mine": "notes/mine", "both": "newer"
+    }  # fmt: skip
+    assert [entry.name for entry in tmp_path.iterdir()] == ["d"]
+
+
+def test_a_directory_that_cannot_be_replaced_is_refused_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "file").write_text("x")
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    for path, said in ((".", "is the current directory"), ("..", "or holds it"), ("../../file", "is a file"),
+                       ("/proc", "is a mount point")):  # fmt: skip
+        with pytest.raises(ConfigError, match=said), atomic_directory(path):
+            raise AssertionError
+    assert sorted(str(entry.relative_to(tmp_path)) for entry in tmp_path.rglob("*")) == ["a", "a/b", "file"]
+
+
+def test_a_swap_that_fails_leaves_the_old_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "d"
+    path.mkdir()
+    (path / "one").write_text("1")
+    rename, names = Path.rename, []
+
+    def failing(self: Path, target: Path) -> Path:
+        names.append(self.name)
+        if len(names) == 2:
+            raise OSError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="no"), atomic_directory(path) as temporary:
+        (temporary / "two").write_text("2")
+    assert [str(entry.relative_to(tmp_path)) for entry in tmp_path.rglob("*")] == ["d", "d/one"]

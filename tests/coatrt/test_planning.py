@@ -161,6 +161,12 @@ def test_datasheet_seconds_are_bytes_or_flops_and_launches(adapter: AdapterFacts
     nf = latency.matrix_seconds(4096, 4096, WeightFormat.parse("nf4-g64"), 1)
     assert nf > latency.matrix_seconds(4096, 4096, WeightFormat.parse("fp16"), 1)
     assert "assumed" in latency.source
+    head = next(i for i, group in enumerate(adapter.space.groups) if group[0] == adapter.model.names[0])
+    (table,) = (matrix for matrix in adapter.model.matrices if matrix.is_table)
+    for rows in (1, 4096):  # the head has a row for each token decoded, as the others have
+        of_head = group_seconds(adapter.space, latency, rows)[head]
+        for seconds_of, fmt in zip(of_head, adapter.space.formats, strict=True):
+            assert seconds_of == latency.matrix_seconds(table.N, table.K, fmt, rows)
     seconds = group_seconds(adapter.space, latency, 1)
     plan = plan_for(adapter, profile, bits=5)
     columns = {fmt: i for i, fmt in enumerate(adapter.space.formats)}

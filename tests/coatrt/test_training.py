@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from coatrt.quantize import decode, encode, relative_error
 from coatrt.sampling import TrainingSampler
 from coatrt.sensitivity import measure_sensitivity
 from coatrt.store import CodeStore
-from coatrt.train import train
+from coatrt.train import TrainOptions, train
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import TEXTS, tiny_options
@@ -301,3 +302,39 @@ def test_a_killed_process_resumes(tiny_llama: Path, tmp_path: Path) -> None:
         finally:
             process.kill()
     assert json.loads(state.read_text())["progress"]["losses"][: left["step"]] == left["losses"]
+
+
+def test_resuming_takes_no_sensitivities_of_another_run(tiny_llama: Path, tmp_path: Path) -> None:
+    """A kill between them and the first checkpoint leaves nothing but these."""
+    options, output = tiny_options(steps=1, preset="none"), tmp_path / "a"
+
+    def interrupted(options: TrainOptions) -> None:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("coatrt.train.optimise", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            train(tiny_llama, TEXTS, output, options)
+
+    interrupted(options)
+    left = (output / "training" / "sensitivity.json").read_bytes()
+    with pytest.raises(ConfigError, match="resume with the same ones"):
+        train(tiny_llama, TEXTS, output, replace(options, calibration=2), resume=True)
+    assert (output / "training" / "sensitivity.json").read_bytes() == left
+    (output / "training" / "run.json").unlink()  # as an older version left it: whose they are nobody knows
+    adapter = train(tiny_llama, TEXTS, output, replace(options, calibration=2), resume=True)
+    fresh = train(tiny_llama, TEXTS, tmp_path / "b", replace(options, calibration=2))
+    assert adapter.sensitivity.costs == fresh.sensitivity.costs
+    assert (output / "training").exists() is False
+
+
+def test_other_files_are_neither_overwritten_nor_lost(tiny_llama: Path, tmp_path: Path) -> None:
+    options, output = tiny_options(steps=1, preset="none"), tmp_path / "a"
+    output.mkdir()
+    (output / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="holds other files; give another directory"):
+        train(tiny_llama, TEXTS, output, options, overwrite=True)
+    (output / "training").mkdir()  # as if it came there while a training ran
+    train(tiny_llama, TEXTS, output, options, overwrite=True)
+    (output / "archive.json").write_text("of the first adapter")
+    train(tiny_llama, TEXTS, output, replace(options, seed=1), overwrite=True)
+    assert (output / "thesis.txt").read_text() == "mine"
+    assert not (output / "archive.json").exists()
+    assert Adapter.load(output).metrics["options"]["seed"] == 1
