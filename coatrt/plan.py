@@ -173,11 +173,9 @@ def _described(
     per_token = sum(memory[name] for name in ("weights", "scales", "other tensors", "LoRA", "KV cache"))
     prefill = None
     if latency is not None:
-        tokens = request.batch * request.prefill
+        rows, tokens = request.batch, request.batch * request.prefill
         prefill = latency.rest_seconds(model, workload, tokens, request.prefill) + sum(
-            latency.matrix_seconds(
-                matrix.N, matrix.K, config[matrix.name], request.batch if matrix.is_table else tokens
-            )
+            latency.matrix_seconds(matrix.N, matrix.K, config[matrix.name], rows if matrix.is_table else tokens)
             for matrix in model.matrices
             if matrix.name == model.names[-1] or not matrix.is_table or model.tied
         )

@@ -221,11 +221,9 @@ class Plan:
         limit = f" of {self.limit_bytes / 2**20:.1f}" if self.limit_bytes else ""
         lines.append(f"{'total':<14} {self.total_bytes / 2**20:10.1f} MiB{limit}")
         if self.device == "cpu":
-            lines.append(
-                "holds for      --accuracy-level 1 or 4 of coatrt run and bench; 0 decodes int8 and int4 at load"
-            )
+            lines.append("holds for      --accuracy-level 1 or 4 of run and bench; 0 decodes int8 and int4 at load")
         lines.append(
-            f"predicted loss +{self.predicted_loss_increase:.4f} nats per token before the adapter (second-order estimate)"
+            f"predicted loss +{self.predicted_loss_increase:.4f} nats per token before the adapter (second order)"
         )
         if self.measured_loss is not None:
             lines.append(f"measured loss  {self.measured_loss:.4f} nats per token with the adapter (coatrt search)")

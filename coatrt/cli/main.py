@@ -60,10 +60,8 @@ def main() -> None:
         sys.stderr.close()
         sys.exit(1)
     except OSError as error:
-        where = f" {error.filename}" if error.filename else ""
-        print(
-            f"coatrt: {error.strerror or error}{where}; check the path, its rights and the room there", file=sys.stderr
-        )
+        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error
+        print(f"coatrt: {what}; check the path, its rights and the room there", file=sys.stderr)
         sys.exit(2)
     except MemoryError as error:
         print(f"coatrt: the machine's memory does not suffice ({error}); free some", file=sys.stderr)
