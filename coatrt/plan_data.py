@@ -10,7 +10,7 @@ from coatrt.errors import ConfigError
 from coatrt.files import read_json
 from coatrt.matrices import ModelMatrices
 
-__all__ = ["Objective", "Plan", "PlanRequest", "read_config"]
+__all__ = ["Objective", "Plan", "PlanRequest", "read_choice", "read_config"]
 
 Objective = Literal["quality", "latency", "balanced"]
 
@@ -239,8 +239,8 @@ class Plan:
         return "\n".join(lines)
 
 
-def read_config(path: str | Path, model: ModelMatrices) -> QuantConfig:
-    """Return the configuration in a file: a configuration, or the JSON of a plan.
+def read_choice(path: str | Path, model: ModelMatrices) -> tuple[QuantConfig, Plan | None]:
+    """Return the configuration in a file, and the plan where the file is the JSON of one.
 
     Raises:
         ConfigError: it is neither, or does not fit the model.
@@ -248,5 +248,16 @@ def read_config(path: str | Path, model: ModelMatrices) -> QuantConfig:
     """
     value = read_json(path, "configuration")
     if isinstance(value, dict) and "configuration_hash" in value:
-        return Plan.from_json(value, model).config
-    return ConfigPatterns.from_json(value, str(path)).resolve(model)
+        plan = Plan.from_json(value, model)
+        return plan.config, plan
+    return ConfigPatterns.from_json(value, str(path)).resolve(model), None
+
+
+def read_config(path: str | Path, model: ModelMatrices) -> QuantConfig:
+    """Return the configuration in a file: a configuration, or the JSON of a plan.
+
+    Raises:
+        ConfigError: it is neither, or does not fit the model.
+        FormatError: it names an unknown format.
+    """
+    return read_choice(path, model)[0]

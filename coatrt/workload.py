@@ -6,7 +6,14 @@ from typing import Any
 
 from coatrt.errors import ConfigError
 
-__all__ = ["Workload"]
+__all__ = ["Workload", "too_long"]
+
+
+def too_long(context: int, positions: int) -> str:
+    """Return how a context beyond the model's positions is refused."""
+    return (
+        f"a context of {context} is given and the model has {positions} positions; give --context {positions} or less"
+    )
 
 
 @dataclass(frozen=True)
@@ -62,11 +69,14 @@ class Workload:
         """Return the workload of a model given its config.json content.
 
         Raises:
-            ConfigError: context, batch or prefill is not positive.
+            ConfigError: context, batch or prefill is not positive, or the context exceeds the model's positions.
         """
         for name, value in (("context", context), ("batch", batch), ("prefill", prefill)):
             if value < 1:
                 raise ConfigError(f"{name} {value} is given; give at least 1")
+        positions = config.get("max_position_embeddings")
+        if positions is not None and context > int(positions):
+            raise ConfigError(too_long(context, int(positions)))
         heads = int(config["num_attention_heads"])
         return cls(
             layers=int(config["num_hidden_layers"]),

@@ -20,8 +20,9 @@ from typing import Any
 
 from coatrt.config import QuantConfig
 from coatrt.devices import DeviceProfile, least_sm
-from coatrt.errors import BuildError, FormatError
+from coatrt.errors import BuildError, DeviceError, FormatError
 from coatrt.files import atomic_file
+from coatrt.probe import probe
 
 __all__ = ["BuildRecord", "EngineShapes", "build_engine", "check_formats", "installed_builder"]
 
@@ -132,32 +133,58 @@ def build_engine(
     Args:
         graph: base.onnx with its weights beside it.
         engine: the file to write, atomically.
-        device: the target; its builder is used. Regular TensorRT builds for the GPU of this machine.
+        device: the target; its builder is used. Regular TensorRT builds on a GPU of this machine with the target's SM.
         also: further targets for the same engine (TensorRT-RTX).
         shapes: ranges of the dynamic dimensions.
 
     Raises:
-        BuildError: the builder is absent, refuses the graph, or dies.
+        BuildError: the builder is absent, has no GPU it needs, refuses the graph, or dies.
     """
     shapes = shapes or EngineShapes()
     if device.builder not in _MODULES:
         raise BuildError(f"{device.id} runs graphs in {device.builder}; no engine is built for it")
     version = installed_builder(device.builder)
     sms = tuple(sorted({device.sm, *(other.sm for other in also)}))
+    chosen = _gpu(sms) if device.builder == "tensorrt" else {}
     with atomic_file(engine) as temporary:
         request = {
             "graph": str(graph.resolve()), "engine": str(temporary.resolve()), "builder": device.builder,
             "sms": sms, "shapes": asdict(shapes),
         }  # fmt: skip
         started = time.monotonic()
-        _run_worker(request, f"{engine.name} for SM{'/'.join(map(str, sms))}")
+        _run_worker(request, f"{engine.name} for {_said(sms)}", chosen)
         seconds = time.monotonic() - started
         size = temporary.stat().st_size
     return BuildRecord(engine.name, sms, device.builder, version, seconds, size, shapes)
 
 
-def _run_worker(request: dict[str, Any], what: str) -> None:
-    environment = {**os.environ, "POLYGRAPHY_USE_TENSORRT_RTX": str(int(request["builder"] == "tensorrt-rtx"))}
+def _said(sms: Iterable[int]) -> str:
+    return f"SM{'/'.join(map(str, sms))}"
+
+
+def _gpu(sms: tuple[int, ...]) -> dict[str, str]:
+    """Return the environment in which CUDA's first GPU has the target's SM: regular TensorRT builds for that one.
+
+    Raises:
+        BuildError: no GPU of this machine has it, or several SMs are asked for.
+    """
+    if len(sms) > 1:
+        raise BuildError(f"regular TensorRT builds for one SM, {_said(sms)} are given; build for each on its own")
+    try:
+        here = [profile.sm for profile in probe()]
+    except DeviceError as error:
+        raise BuildError(str(error)) from None
+    if sms[0] not in here:
+        found = f"this machine's GPUs have {_said(sorted(set(here)))}" if here else "this machine has no GPU"
+        raise BuildError(f"regular TensorRT needs a GPU with {_said(sms)}, {found}; build on the device")
+    if len(set(here)) == 1:
+        return {}
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": str(here.index(sms[0]))}  # as nvidia-smi counts
+
+
+def _run_worker(request: dict[str, Any], what: str, chosen: Mapping[str, str]) -> None:
+    rtx = str(int(request["builder"] == "tensorrt-rtx"))
+    environment = {**os.environ, **chosen, "POLYGRAPHY_USE_TENSORRT_RTX": rtx}
     with tempfile.TemporaryDirectory(prefix="coatrt-build-") as directory:
         path = Path(directory) / "request.json"
         path.write_text(json.dumps(request), encoding="utf-8")

@@ -4,16 +4,19 @@ import contextlib
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
 from coatrt.engines import build_worker
 from coatrt.engines.builder import BuildRecord, EngineShapes, installed_builder
+from coatrt.errors import BuildError
 from coatrt.files import atomic_file, cache_directory, sha256_file, write_json
 
 __all__ = ["EngineCache", "engine_key"]
 
 _LIMIT = 16 << 30
+_STALE_SECONDS = 24 * 3600
 
 
 def engine_key(directory: Path, builder: str, shapes: EngineShapes) -> str:
@@ -37,6 +40,9 @@ def engine_key(directory: Path, builder: str, shapes: EngineShapes) -> str:
 class EngineCache:
     """Engines on disk, the least recently used going first beyond a limit.
 
+    An entry is an engine, named by its targets and content, and then its JSON; without both it is no entry. A disk that
+    is full or read-only loses entries, never a build.
+
     Args:
         root: directory of the cache.
         limit_bytes: most bytes of engines kept.
@@ -54,7 +60,7 @@ class EngineCache:
         """Copy an engine that serves every target to `engine` and return its record; None where there is none.
 
         An engine for more targets serves as well: TensorRT-RTX stores one form for all of them (docs/engines.md).
-        A file whose hash does not hold is removed.
+        A file whose hash does not hold is removed; one that cannot be read or copied is left.
 
         Args:
             key: see `engine_key`.
@@ -63,35 +69,52 @@ class EngineCache:
         """
         wanted = set(sms)
         for side in sorted((self.root / key).glob("*.json")):
-            held = side.with_suffix(".engine")
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, BuildError):
                 facts = json.loads(side.read_text(encoding="utf-8"))
-                if not wanted <= set(facts["record"]["sms"]):
+                record = BuildRecord.from_json({**facts["record"], "file": engine.name})
+                if not wanted <= set(record.sms):
                     continue
-                if sha256_file(held) == facts["sha256"]:
-                    with atomic_file(engine) as temporary:
-                        shutil.copyfile(held, temporary)
+                held = side.with_suffix(".engine")
+                if sha256_file(held) != facts["sha256"]:
+                    _remove(side)
+                    continue
+                with atomic_file(engine) as temporary:
+                    shutil.copyfile(held, temporary)
+                with contextlib.suppress(OSError):
                     side.touch()
-                    return BuildRecord.from_json({**facts["record"], "file": engine.name})
-            side.unlink(missing_ok=True)
-            held.unlink(missing_ok=True)
+                return record
         return None
 
     def keep(self, key: str, engine: Path, record: BuildRecord) -> None:
-        """Copy an engine into the cache."""
-        held = self.root / key / ("-".join(f"sm{sm}" for sm in record.sms) + ".engine")
-        with atomic_file(held) as temporary:
-            shutil.copyfile(engine, temporary)
-        write_json(held.with_suffix(".json"), {"record": record.to_json(), "sha256": sha256_file(held)})
-        self._shrink()
+        """Copy an engine into the cache, where there is room and leave to."""
+        with contextlib.suppress(OSError):
+            digest = sha256_file(engine)
+            held = self.root / key / f"{'-'.join(f'sm{sm}' for sm in record.sms)}-{digest[:12]}.engine"
+            with atomic_file(held) as temporary:
+                shutil.copyfile(engine, temporary)
+            write_json(held.with_suffix(".json"), {"record": record.to_json(), "sha256": digest})
+            self._shrink()
 
     def _shrink(self) -> None:
-        sides = sorted(self.root.glob("*/*.json"), key=lambda path: path.stat().st_mtime)
-        sizes = {side: held.stat().st_size for side in sides if (held := side.with_suffix(".engine")).is_file()}
-        total = sum(sizes.values())
-        for side, size in sizes.items():
+        """Remove the least recently used entries beyond the limit, and what builds that were stopped have left."""
+        entries: list[tuple[float, int, Path]] = []
+        stale = time.time() - _STALE_SECONDS
+        for path in self.root.glob("*/*"):
+            with contextlib.suppress(OSError):  # another build may have removed it
+                used, held = path.stat().st_mtime, path.with_suffix(".engine")
+                if path.suffix == ".json" and held.is_file():
+                    entries.append((used, held.stat().st_size, path))
+                elif used < stale and (path.suffix == ".json" or not path.with_suffix(".json").is_file()):
+                    path.unlink()
+        total = sum(size for _, size, _ in entries)
+        for _, size, side in sorted(entries):
             if total <= self.limit_bytes:
                 return
-            side.unlink(missing_ok=True)
-            side.with_suffix(".engine").unlink(missing_ok=True)
+            _remove(side)
             total -= size
+
+
+def _remove(side: Path) -> None:
+    for path in (side, side.with_suffix(".engine")):
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)

@@ -20,13 +20,15 @@ from coatrt.engines.bundle_files import export_config, export_shared
 from coatrt.engines.engine_cache import EngineCache, engine_key
 from coatrt.engines.kit import KIT_COMMAND, write_kit
 from coatrt.engines.options import BundleOptions
+from coatrt.engines.output import check_output
 from coatrt.engines.recipe import is_current, recipe_hash
 from coatrt.errors import BuildError, CoatError, ConfigError
+from coatrt.export.decoder import decoder_io
 from coatrt.files import atomic_directory, write_json
 from coatrt.plan import Plan
 from coatrt.store import CodeStore
 
-__all__ = ["Made", "Target", "build_fleet", "check_output"]
+__all__ = ["Made", "Target", "build_fleet"]
 
 Tell = Callable[[str], None]
 Progress = Callable[[int, int, str], None]
@@ -152,6 +154,9 @@ def build_fleet(
     if not waiting:
         return [made[target.output] for target in targets]
 
+    for form in options.forms():
+        decoder_io(checkpoint, form)  # refuses more positions than the model has
+
     first = waiting[0].output.parent
     first.mkdir(parents=True, exist_ok=True)
     failures: list[CoatError] = []
@@ -185,6 +190,10 @@ def build_fleet(
                                 say(f"{target.device.id}: {state} after {after:.0f} s")
                     except CoatError as error:
                         failures.append(error)
+                    except OSError as error:
+                        failures.append(
+                            BuildError(f"a bundle cannot be written ({error}); make room, then build again")
+                        )
                     shutil.rmtree(job.directory, ignore_errors=True)
 
         shared_facts: dict[str, Any] = {}
@@ -252,7 +261,7 @@ def _seal(
 
 
 def _local_engine(directory: Path, target: Target, options: BundleOptions, say: Tell) -> list[Mapping[str, Any]]:
-    """Build with regular TensorRT where it is installed, else leave a build kit."""
+    """Build with regular TensorRT where it is installed and a GPU has the target's SM, else leave a build kit."""
     device = target.device
     try:
         record = build_engine(
@@ -264,18 +273,3 @@ def _local_engine(directory: Path, target: Target, options: BundleOptions, say: 
         write_kit(directory, device, options.shapes)
         say(f"{device.id}: no engine here ({error}); on the device, in the bundle: {KIT_COMMAND}")
         return []
-
-
-def check_output(output: Path, overwrite: bool) -> None:
-    """Refuse an output directory that holds something, unless it is a bundle that may be replaced.
-
-    Raises:
-        ConfigError: it does.
-    """
-    if output.is_file():
-        raise ConfigError(f"{output} is a file; give a directory")
-    if output.is_dir() and any(output.iterdir()):
-        if not (output / "manifest.json").is_file():
-            raise ConfigError(f"{output} holds other files; give a new directory")
-        if not overwrite:
-            raise ConfigError(f"{output} holds a bundle; give a new directory, or --overwrite to replace it")

@@ -18,7 +18,7 @@ class BundleOptions:
     Args:
         activations: of the engine form: float16 or bfloat16.
         cpu_activations: of the cpu form: float32 or float16.
-        context: slots of the KV cache per sequence in the engine form.
+        context: slots of the KV cache per sequence in the engine form; the cpu form has positions for as many.
         shapes: ranges of the engine's dynamic dimensions.
         engine: whether an engine is built where the device's builder can do so here.
     """
@@ -31,9 +31,9 @@ class BundleOptions:
 
     def forms(self) -> "tuple[GraphForm, GraphForm]":
         """Return the two forms of the graph."""
-        from coatrt.export.graph import GraphForm
+        from coatrt.export.graph import OPEN_POSITIONS, GraphForm
 
         return (
             GraphForm("engine", "base.onnx", self.activations, self.context),
-            GraphForm("cpu", "cpu.onnx", self.cpu_activations),
+            GraphForm("cpu", "cpu.onnx", self.cpu_activations, max_positions=max(self.context, OPEN_POSITIONS)),
         )

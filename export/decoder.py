@@ -18,6 +18,7 @@ from coatrt.export.weights import Table, write_matrix, write_table
 from coatrt.matrices import EMBEDDING, HEAD
 from coatrt.quantize import QuantizedMatrix, encode
 from coatrt.store import CodeStore
+from coatrt.workload import too_long
 
 __all__ = ["WEIGHTS_FILE", "DecoderIO", "GraphForm", "Progress", "decoder_io", "export_decoder"]
 
@@ -53,7 +54,16 @@ class _SmallTensors:
 
 
 def _max_positions(spec: DecoderSpec, form: GraphForm) -> int:
-    return min(spec.max_positions, form.cache_length or form.max_positions, form.max_positions)
+    """Return the rows of the rotary tables.
+
+    Raises:
+        ConfigError: the caches have more slots than the model has positions.
+    """
+    if form.cache_length is None:
+        return min(spec.max_positions, form.max_positions)
+    if form.cache_length > spec.max_positions:
+        raise ConfigError(too_long(form.cache_length, spec.max_positions))
+    return form.cache_length
 
 
 def decoder_io(checkpoint: Checkpoint, form: GraphForm) -> DecoderIO:
@@ -65,6 +75,7 @@ def decoder_io(checkpoint: Checkpoint, form: GraphForm) -> DecoderIO:
 
     Raises:
         CheckpointError: the model is of an unknown family.
+        ConfigError: the caches have more slots than the model has positions.
     """
     spec = DecoderSpec.from_checkpoint(checkpoint)
     return DecoderIO(
@@ -134,6 +145,7 @@ def export_decoder(
     """
     _check(checkpoint, config, contract, forms)
     spec = DecoderSpec.from_checkpoint(checkpoint)
+    positions = [_max_positions(spec, form) for form in forms]
     if spec.head_dim % 8 and any(form.name == "cpu" for form in forms):
         raise CheckpointError(
             f"{checkpoint.directory} has heads of {spec.head_dim} dimensions; the cpu form takes multiples of 8, as "
@@ -163,8 +175,8 @@ def export_decoder(
             del matrix  # before the next one is read
             if progress is not None:
                 progress(done, len(model.names), name)
-        for graph, table, written in zip(graphs, tables, weights, strict=True):
-            Network(graph, spec, table, written, small, contract, _max_positions(spec, graph.form)).write()
+        for graph, table, written, rows in zip(graphs, tables, weights, positions, strict=True):
+            Network(graph, spec, table, written, small, contract, rows).write()
         small.check()
     for graph in graphs:
         graph.save(directory)

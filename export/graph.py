@@ -15,10 +15,12 @@ from coatrt.contract import ACTIVATIONS
 from coatrt.errors import ConfigError
 from coatrt.export.weight_file import WEIGHTS_FILE, WeightFile
 
-__all__ = ["IR_VERSION", "OPSET", "TORCH_DTYPES", "GraphBuilder", "GraphForm"]
+__all__ = ["IR_VERSION", "OPEN_POSITIONS", "OPSET", "TORCH_DTYPES", "GraphBuilder", "GraphForm"]
 
 OPSET = 24  # the first with TensorScatter and Swish
 IR_VERSION = 11
+OPEN_POSITIONS = 32768
+"""Most rows of the rotary tables where the caches are open and no longer context is asked for."""
 _RUNTIME_DOMAIN = "com.microsoft"
 _INLINE_BYTES = 1024
 _DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
@@ -34,7 +36,8 @@ class GraphForm:
         file: name of the graph file.
         activations: dtype of activations, caches and LoRA inputs; the cpu form has no bfloat16.
         cache_length: slots of each key/value cache; None leaves them open (cpu form only).
-        max_positions: most rows of the rotary tables; the model's own limit and the cache length lower it.
+        max_positions: most rows of the rotary tables where the caches are open; the model's own limit lowers it. With a
+            cache length there is a row per slot.
 
     Raises:
         ConfigError: the combination does not exist.
@@ -44,7 +47,7 @@ class GraphForm:
     file: str
     activations: str
     cache_length: int | None = None
-    max_positions: int = 32768
+    max_positions: int = OPEN_POSITIONS
 
     def __post_init__(self) -> None:
         allowed = {"engine": ACTIVATIONS, "cpu": ("float32", "float16")}

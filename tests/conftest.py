@@ -24,7 +24,7 @@ def save_tiny_llama(directory: Path, *, tied: bool = True, seed: int = 0, **chan
     torch.manual_seed(seed)
     options: dict[str, object] = {
         "vocab_size": 272, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 8192,
         "tie_word_embeddings": tied, "initializer_range": 0.1, "bos_token_id": None, "eos_token_id": 256,
     }  # fmt: skip
     model = LlamaForCausalLM(LlamaConfig(**{**options, **changes}))

@@ -1,14 +1,22 @@
 """`coatrt build`."""
 
+from collections.abc import Collection
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from coatrt.cli.common import BYTES
 from coatrt.cli.plan import plan_options, plan_request
 
+if TYPE_CHECKING:
+    from coatrt.plan_data import Plan, PlanRequest
+
 __all__ = ["command"]
+
+_SIZES = ("context", "batch", "prefill")
 
 
 @click.command()
@@ -41,22 +49,29 @@ def command(adapter: Path, devices: tuple[str, ...], output: Path, config_path: 
     from coatrt.engines.recipe import is_current, recipe_hash
     from coatrt.fleet_table import fleet_table
     from coatrt.plan import plan_fleet
-    from coatrt.plan_data import read_config
+    from coatrt.plan_data import read_choice
 
+    given = _given(choices)
     request, room = plan_request(choices), BuildRoom(jobs, build_memory)
     profiles = [device(name) for name in dict.fromkeys(devices)]
     facts = AdapterFacts.load(adapter)
+    choice = None if config_path is None else read_choice(config_path, facts.model)
+    if choice is not None:
+        request = _request(request, given, str(config_path), choice[1])
     options = BundleOptions(
         activations, cpu_activations, request.context,
         EngineShapes(request.batch, min(request.prefill, request.context)), engine=not no_engine,
     )  # fmt: skip
     places = [output if len(profiles) == 1 else output / profile.id for profile in profiles]
-    if config_path is None:
+    if choice is None:
         plans: list[Any] = list(plan_fleet(facts, profiles, request, archive=adapter_archive(adapter)))
         configs = [plan.config for plan in plans]
         click.echo((fleet_table(plans) if len(plans) > 2 else "\n\n".join(plan.text() for plan in plans)) + "\n")
     else:
-        plans, configs = [None] * len(profiles), [read_config(config_path, facts.model)] * len(profiles)
+        config, plan = choice
+        kept = (plan.device, plan.adapter) if plan is not None else None  # a plan's figures are of these
+        plans = [plan if (profile.id, facts.hash) == kept else None for profile in profiles]
+        configs = [config] * len(profiles)
     targets = list(zip(profiles, configs, places, plans, strict=True))
     for profile, config, _, _ in targets:
         check_formats(config, profile, activations)
@@ -69,6 +84,31 @@ def command(adapter: Path, devices: tuple[str, ...], output: Path, config_path: 
             click.echo(f"{place}: {'up to date' if there else 'to build'}")
     else:
         _build(adapter, targets, options, room, **choices)
+
+
+def _given(choices: Collection[str]) -> list[str]:
+    """Return which of these options are on the command line."""
+    context = click.get_current_context()
+    return [name for name in choices if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+
+
+def _request(asked: "PlanRequest", given: Collection[str], path: str, plan: "Plan | None") -> "PlanRequest":
+    """Return what to build a file's configuration with: the request of its plan, else the sizes that are asked for.
+
+    Raises:
+        ConfigError: an option says otherwise than the plan, or would decide a configuration that is given.
+    """
+    from coatrt.errors import ConfigError
+
+    for name in (field.name for field in fields(asked) if field.name in given):
+        option = f"--{name.replace('_', '-')}"
+        if plan is None and name not in _SIZES:
+            raise ConfigError(f"{option} is given and {path} is a configuration already; leave one of the two out")
+        if plan is not None and getattr(asked, name) != getattr(plan.request, name):
+            was = plan.request.to_json()[name]
+            planned = "without" if was in (None, []) else f"with {was}"
+            raise ConfigError(f"{option} is given and {path} was planned {planned}; leave it out, or plan again")
+    return asked if plan is None else plan.request
 
 
 def _build(

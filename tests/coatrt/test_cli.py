@@ -74,13 +74,14 @@ def test_the_chain_by_hand(tiny_llama: Path, tmp_path: Path) -> None:
                 "--budgets", "5,6", "--quantizer", "feedback")  # fmt: skip
     assert "trained        3 steps" in said
     assert json.loads((adapter / "adapter.json").read_text())["quantizer"] == "feedback"
-    plan = json.loads(good("plan", adapter, "--device", "rtx-4090", "--bits", 5, "--json", "-o", tmp_path / "c.json"))
+    common = ("--context", 64, "--prefill", 16)
+    asked = ("--device", "rtx-4090", "--bits", 5, *common)
+    plan = json.loads(good("plan", adapter, *asked, "--json", "-o", tmp_path / "c.json"))
     assert plan["average_bits"] <= 5
     assert json.loads((tmp_path / "c.json").read_text()) == plan["configuration"]
     fleet = json.loads(good("plan", adapter, "--device", "rtx-4090", "--device", "t4", "--bits", 6, "--json"))
     assert [row["device"] for row in fleet] == ["rtx-4090", "t4"]
     assert "int4-g32" not in fleet[1]["formats"]
-    common = ("--context", 64, "--prefill", 16)
     dry = good("build", adapter, "--device", "rtx-4090", "--bits", 5, "-o", bundle, "--dry-run", *common)
     assert plan["configuration_hash"] in dry
     assert not bundle.exists()
@@ -138,6 +139,9 @@ def places(tiny_llama: Path, tiny_adapter: Path, tiny_cli_bundle: Path, tmp_path
     (tmp_path / "unknown-format.json").write_text('{"default": "int5"}')
     (tmp_path / "no-pattern.json").write_text('{"default": "int8", "patterns": {"nothing.*": "int8"}}')
     (tmp_path / "illegal.json").write_text('{"default": "nvfp4"}')
+    (tmp_path / "int8.json").write_text('{"default": "int8"}')
+    (tmp_path / "webapp").mkdir()
+    (tmp_path / "webapp" / "manifest.json").write_text('{"name": "an app"}')
     return {"model": tiny_llama, "adapter": tiny_adapter, "bundle": tiny_cli_bundle, "truncated": truncated,
             "flipped": flipped, "here": tmp_path, "out": tmp_path / "out"}  # fmt: skip
 
@@ -175,6 +179,15 @@ WRONG = {
     "unknown format": ("export {adapter} --config {here}/unknown-format.json -o {out}", "no weight format int5"),
     "pattern": ("export {adapter} --config {here}/no-pattern.json -o {out}", "matches none"),
     "no configuration": ("export {adapter} --config {here}/none.json -o {out}", "does not exist"),
+    "configuration and its limits": ("build {adapter} --device t4 --config {here}/illegal.json --bits 5 -o {out}",
+                                     "--bits is given and {here}/illegal.json is a configuration already"),
+    "plan and another context": ("build {adapter} --device rtx-4090 --config {bundle}/plan.json --context 65 -o {out}",
+                                 "--context is given and {bundle}/plan.json was planned with 64; leave it out"),
+    "plan and another limit": ("build {adapter} --device rtx-4090 --config {bundle}/plan.json --memory 1GiB -o {out}",
+                               "--memory is given and {bundle}/plan.json was planned without; leave it out"),
+    "context of a plan": ("plan {adapter} --device t4 --context 8193", "the model has 8192 positions"),
+    "context of a bundle": ("export {adapter} --config {here}/int8.json -o {out} --context 8193", "has 8192 positions"),
+    "app in the place": ("export {adapter} --config {here}/int8.json -o {here}/webapp --overwrite", "other files ("),
     "illegal there": ("build {adapter} --device rtx-3060 --config {here}/illegal.json -o {out}", "cannot run nvfp4"),
     "model moved": ("export {adapter} --config {here}/illegal.json -o {out} --model {here}/none", "does not exist"),
     "model damaged": ("export {adapter} --config {here}/illegal.json -o {out} --model {truncated}", "damaged"),
@@ -201,6 +214,20 @@ def test_wrong_input_is_one_line_and_exit_code_2(
     line = wrong(capsys, monkeypatch, *(part.format(**places) for part in command.split()))
     assert said.format(**places) in line
     assert sorted(str(path) for path in places["here"].rglob("*")) == before  # nothing half-written
+
+
+def test_a_plan_is_built_again_as_it_was_asked(tiny_adapter: Path, tiny_cli_bundle: Path, tmp_path: Path) -> None:
+    plan, choice = tiny_cli_bundle / "plan.json", ("build", tiny_adapter, "--device", "rtx-4090", "--no-engine")
+    assert "up to date" in good(*choice, "--config", plan, "-o", tiny_cli_bundle)  # the same recipe
+    good(*choice, "--config", plan, "-o", tmp_path / "again", "--context", 64, "--bits", 5)  # as the plan says
+    again = Bundle.open(tmp_path / "again")
+    assert again.path("plan.json").read_bytes() == plan.read_bytes()
+    assert again.manifest["decoders"]["engine"]["io"]["cache_length"] == 64
+    pair = ("--device", "l4", "--device", "rtx-4090", "--config", plan, "-o", tmp_path / "pair", "--no-engine")
+    good("build", tiny_adapter, *pair)
+    other, same = (Bundle.open(tmp_path / "pair" / name) for name in ("l4", "rtx-4090"))
+    assert other.manifest["decoders"] == same.manifest["decoders"] == again.manifest["decoders"]
+    assert ("plan.json" in other.manifest["files"], "plan.json" in same.manifest["files"]) == (False, True)
 
 
 def test_wrong_options_are_clicks_own_errors(tiny_adapter: Path) -> None:

@@ -206,7 +206,7 @@ def test_limits_say_what_would_do(adapter: AdapterFacts) -> None:
         ({"memory": plan.total_bytes - 30_000, "max_loss": plan.predicted_loss_increase * 1.0001},
          r"keeps memory, predicted loss .* together; change one: --memory \d+MiB or --max-loss"),
         ({"bits": 1.0}, "the least here is"),
-        ({"memory": 520 << 20, "context": 1 << 20}, "lower --context"),
+        ({"memory": 513 << 20, "context": 8192}, "lower --context"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=said):
             plan_for(adapter, profile, **asked)

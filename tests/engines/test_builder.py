@@ -11,7 +11,7 @@ from coatrt.contract import contract_for
 from coatrt.devices import DeviceProfile, device
 from coatrt.engines import builder
 from coatrt.engines.builder import EngineShapes, build_engine, check_formats
-from coatrt.errors import BuildError, FormatError
+from coatrt.errors import BuildError, DeviceError, FormatError
 from coatrt.export.decoder import GraphForm, export_decoder
 
 rtx = pytest.mark.rtx
@@ -111,14 +111,48 @@ def test_devices_without_a_builder_here(graphs: Path, tmp_path: Path, monkeypatc
 def test_regular_tensorrt_takes_the_same_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, object] = {}
 
-    def worker(request: dict[str, object], what: str) -> None:
-        seen.update(request, what=what)
+    def worker(request: dict[str, object], what: str, chosen: dict[str, str]) -> None:
+        seen.update(request, what=what, chosen=chosen)
         Path(str(request["engine"])).write_bytes(b"engine")
 
     monkeypatch.setattr(builder, "installed_builder", lambda name: f"{name} 10.14")
     monkeypatch.setattr(builder, "_run_worker", worker)
     profile: DeviceProfile = device("h100")
+    monkeypatch.setattr(builder, "probe", lambda: [profile])
     record = build_engine(tmp_path / "base.onnx", tmp_path / "e.engine", profile)
     assert (record.builder, record.version, record.sms, record.bytes) == ("tensorrt", "tensorrt 10.14", (90,), 6)
-    assert seen["builder"] == "tensorrt"
+    assert (seen["builder"], seen["chosen"]) == ("tensorrt", {})
     assert (tmp_path / "e.engine").read_bytes() == b"engine"
+
+
+def test_regular_tensorrt_needs_a_gpu_of_the_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, str]] = []
+
+    def worker(request: dict[str, object], what: str, chosen: dict[str, str]) -> None:
+        seen.append(chosen)
+        Path(str(request["engine"])).write_bytes(b"engine")
+
+    monkeypatch.setattr(builder, "installed_builder", lambda _: "10.14")
+    monkeypatch.setattr(builder, "_run_worker", worker)
+    engine, h100, l4, t4 = tmp_path / "e.engine", device("h100"), device("l4"), device("t4")
+    for here, said in (
+        ([], r"needs a GPU with SM90, this machine has no GPU; build on the device"),
+        ([l4, t4, l4], r"needs a GPU with SM90, this machine's GPUs have SM75/89"),
+    ):
+        monkeypatch.setattr(builder, "probe", lambda here=here: here)
+        with pytest.raises(BuildError, match=said):
+            build_engine(tmp_path / "base.onnx", engine, h100)
+    monkeypatch.setattr(builder, "probe", fail)
+    with pytest.raises(BuildError, match="check the NVIDIA driver"):
+        build_engine(tmp_path / "base.onnx", engine, h100)
+    monkeypatch.setattr(builder, "probe", lambda: [l4, h100])
+    with pytest.raises(BuildError, match="builds for one SM, SM87/90 are given"):
+        build_engine(tmp_path / "base.onnx", engine, h100, also=[device("jetson-agx-orin")])
+    assert not seen
+    assert not engine.exists()
+    assert build_engine(tmp_path / "base.onnx", engine, h100).sms == (90,)
+    assert seen == [{"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "1"}]
+
+
+def fail() -> list[DeviceProfile]:
+    raise DeviceError("nvidia-smi failed; check the NVIDIA driver")

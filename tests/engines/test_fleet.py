@@ -1,5 +1,6 @@
 """Fleets of bundles: what is shared, what is skipped, what runs at once, and the build kit."""
 
+import errno
 import json
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from coatrt.adapter import Adapter
 from coatrt.bundle import Bundle
 from coatrt.config import QuantConfig
 from coatrt.devices import device
+from coatrt.engines import builder as builder_module
 from coatrt.engines import fleet
 from coatrt.engines.build_room import BuildRoom, builder_bytes
 from coatrt.engines.builder import BuildRecord, EngineShapes
@@ -197,6 +199,61 @@ def test_one_refusal_does_not_stop_the_others(
     with pytest.raises(BuildError, match="1 of 3 bundles failed, the others are made: no such kernel"):
         build_fleet(adapter, adapter.checkpoint(), wanted, SMALL)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rtx_3060", "t4"]
+
+
+def test_a_disk_that_is_full_at_one_place_does_not_stop_the_others(
+    adapter: Adapter, builder: FakeBuilder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = fleet.seal
+
+    def full(directory: Path, facts: Any) -> None:
+        if facts["device"]["id"] == "rtx-4090":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(directory, facts)
+
+    monkeypatch.setattr(fleet, "seal", full)
+    wanted = targets(adapter, tmp_path, rtx_3060="int8", rtx_4090="fp8", t4="nf3-g32")
+    with pytest.raises(BuildError, match=r"1 of 3 bundles failed, the others are made: .*No space left .*make room"):
+        build_fleet(adapter, adapter.checkpoint(), wanted, SMALL)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rtx_3060", "t4"]
+
+
+def test_a_cache_on_a_full_disk_fails_no_build(
+    adapter: Adapter, builder: FakeBuilder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").write_text("no directory can be made here")
+    wanted = targets(adapter, tmp_path / "b", rtx_3060="int8")
+    (row,) = build_fleet(adapter, adapter.checkpoint(), wanted, SMALL, cache=EngineCache(tmp_path / "cache"))
+    assert row.state == "built"
+    row.bundle.check_all()
+
+
+def test_a_foreign_directory_and_a_context_beyond_the_model_are_refused_first(adapter: Adapter, tmp_path: Path) -> None:
+    app = tmp_path / "webapp"
+    app.mkdir()
+    (app / "manifest.json").write_text('{"name": "an app"}')
+    wanted = [Target(device("cpu"), adapter.space.uniform("int8"), app)]
+    with pytest.raises(ConfigError, match="holds other files"):
+        build_fleet(adapter, adapter.checkpoint(), wanted, SMALL, overwrite=True)
+    assert [path.name for path in app.iterdir()] == ["manifest.json"]
+    wanted = [Target(device("cpu"), adapter.space.uniform("int8"), tmp_path / "new" / "b")]
+    with pytest.raises(ConfigError, match="a context of 8193 is given and the model has 8192 positions"):
+        build_fleet(adapter, adapter.checkpoint(), wanted, BundleOptions(context=8193))
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_engine_is_not_built_on_another_gpu(
+    adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(builder_module, "installed_builder", lambda _: "10.14")
+    monkeypatch.setattr(builder_module, "probe", lambda: [device("rtx-4090")])
+    monkeypatch.setattr(builder_module, "_run_worker", lambda *_: pytest.fail("an engine was built"))
+    told: list[str] = []
+    wanted = targets(adapter, tmp_path, h100="int8")
+    (row,) = build_fleet(adapter, adapter.checkpoint(), wanted, SMALL, tell=told.append)
+    assert row.bundle.manifest["engines"] == []
+    assert json.loads((tmp_path / "h100" / "build.json").read_text())["sm"] == 90
+    assert "h100: no engine here (regular TensorRT needs a GPU with SM90, this machine's GPUs have SM89" in told[0]
 
 
 def test_a_place_is_given_once(adapter: Adapter, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Decoder graphs against transformers: every family, prefill, decode, batches, LoRA, both forms."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from coatrt.checkpoint import Checkpoint
 from coatrt.config import QuantConfig
 from coatrt.contract import LoraContract, contract_for
+from coatrt.engines.options import BundleOptions
 from coatrt.errors import CheckpointError, ConfigError
 from coatrt.export.decoder import GraphForm, decoder_io, export_decoder
 from coatrt.export.spec import FAMILIES, DecoderSpec
@@ -136,6 +138,23 @@ def test_inputs_and_outputs_are_those_of_the_contract(tmp_path: Path, llama: tup
     assert (io.layers, io.kv_heads, io.head_dim, io.vocabulary, io.cache_length) == (3, 2, 16, 96, 48)
     assert io.max_positions == 48
     assert decoder_io(checkpoint, CPU).max_positions == 64
+
+
+def test_positions_follow_the_context_as_far_as_the_model_goes(tmp_path: Path, llama: tuple[Any, Checkpoint]) -> None:
+    checkpoint = llama[1]
+    long = replace(checkpoint, config={**checkpoint.config, "max_position_embeddings": 131072})
+    for context, open_caches in ((2048, 32768), (65536, 65536), (131072, 131072)):
+        engine, cpu = BundleOptions(context=context).forms()
+        io = decoder_io(long, engine)
+        assert (io.cache_length, io.max_positions) == (context, context)
+        assert decoder_io(long, cpu).max_positions == open_caches
+    form = GraphForm("engine", "base.onnx", "float32", 65)
+    for refuse in (lambda: decoder_io(checkpoint, form), lambda: export(checkpoint, tmp_path, (form,))):
+        with pytest.raises(
+            ConfigError, match="a context of 65 is given and the model has 64 positions; give --context 64"
+        ):
+            refuse()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

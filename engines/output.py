@@ -1,0 +1,70 @@
+"""Where a bundle may be written: a new or empty directory, or one that holds a bundle and nothing else."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from coatrt.bundle import MANIFEST
+from coatrt.errors import ConfigError
+from coatrt.files import read_json
+
+__all__ = ["check_output"]
+
+_MARKS = {"format", "coatrt", "files"}
+_SHOWN = 3
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Refuse an output directory that holds something, unless it is a bundle that may be replaced.
+
+    A bundle is known by its manifest, damaged or not. A directory that cannot be renamed is refused too: the finished
+    bundle takes its place.
+
+    Raises:
+        ConfigError: it does, or it is a file, a mount point, or the current directory or above it.
+    """
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"{output} is a file; give a directory")
+    here, place = Path.cwd().resolve(), output.resolve()
+    if place == here or place in here.parents:
+        raise ConfigError(
+            f"{output} is the current directory or holds it, and cannot be replaced; give a new directory"
+        )
+    if os.path.ismount(output):
+        raise ConfigError(f"{output} is a mount point, which cannot be replaced; give a new directory in it")
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    named = _named(output)
+    others = _others(output, named) if named is not None else sorted(path.name for path in output.iterdir())
+    if others:
+        some = ", ".join(others[:_SHOWN]) + (", …" if len(others) > _SHOWN else "")
+        raise ConfigError(f"{output} holds other files ({some}); give a new directory")
+    if not overwrite:
+        raise ConfigError(f"{output} holds a bundle; give a new directory, or --overwrite to replace it")
+
+
+def _named(directory: Path) -> set[str] | None:
+    """Return the files that a bundle's manifest names; None where the directory has no manifest of ours."""
+    try:
+        manifest = read_json(directory / MANIFEST, "bundle manifest")
+    except ConfigError:
+        return None
+    if not isinstance(manifest, dict) or not set(manifest) >= _MARKS or not isinstance(manifest["files"], dict):
+        return None
+    return set(manifest["files"])
+
+
+def _others(directory: Path, named: Iterable[str]) -> list[str]:
+    """Return what is there beside a bundle's own files, a directory without what it holds."""
+    files = {MANIFEST, *named}
+    if "build.json" in files:  # what the build kit leaves where it is stopped
+        files.add(f"{MANIFEST}.part")
+        files |= {path.name for ending in ("part", "engine") for path in directory.glob(f"sm[0-9]*.{ending}")}
+    folders = {str(parent) for name in files for parent in PurePosixPath(name).parents}
+    others: list[str] = []
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        ours = name in folders if path.is_dir() and not path.is_symlink() else name in files
+        if not ours and not (others and name.startswith(f"{others[-1]}/")):
+            others.append(name)
+    return others
