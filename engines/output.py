@@ -1,12 +1,11 @@
 """Where a bundle may be written: a new or empty directory, or one that holds a bundle and nothing else."""
 
-import os
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from coatrt.bundle import MANIFEST
 from coatrt.errors import ConfigError
-from coatrt.files import read_json
+from coatrt.files import check_replaceable, read_json
 
 __all__ = ["check_output"]
 
@@ -17,21 +16,13 @@ _SHOWN = 3
 def check_output(output: Path, overwrite: bool) -> None:
     """Refuse an output directory that holds something, unless it is a bundle that may be replaced.
 
-    A bundle is known by its manifest, damaged or not. A directory that cannot be renamed is refused too: the finished
-    bundle takes its place.
+    A bundle is known by its manifest, damaged or not. What cannot be renamed is refused too: the finished bundle takes
+    its place.
 
     Raises:
-        ConfigError: it does, or it is a file, a mount point, or the current directory or above it.
+        ConfigError: it does, or see `check_replaceable`.
     """
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"{output} is a file; give a directory")
-    here, place = Path.cwd().resolve(), output.resolve()
-    if place == here or place in here.parents:
-        raise ConfigError(
-            f"{output} is the current directory or holds it, and cannot be replaced; give a new directory"
-        )
-    if os.path.ismount(output):
-        raise ConfigError(f"{output} is a mount point, which cannot be replaced; give a new directory in it")
+    check_replaceable(output)
     if not output.is_dir() or not any(output.iterdir()):
         return
     named = _named(output)

@@ -1,7 +1,6 @@
 """What --overwrite may replace: bundles, damaged or not, and nothing of anybody else's."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -90,7 +89,7 @@ def test_what_cannot_be_renamed_is_refused_first(tmp_path: Path, monkeypatch: py
     mounted = tmp_path / "mounted"
     mounted.mkdir()
     check_output(mounted, overwrite=False)
-    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == mounted)
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == mounted)
     refused(mounted, "is a mount point")
     (tmp_path / "file").write_text("mine")
     refused(tmp_path / "file", "is a file")
