@@ -151,7 +151,7 @@ def compare(bundle: Bundle, programs: dict[str, Path], work: Path, threads: int,
     decoder = load_decoder(bundle, context=CONTEXT, threads=threads)
     assert isinstance(decoder, OrtDecoder)
     decoder.set_lora(load_lora(bundle.path("lora.safetensors"), bundle.contract))
-    tokenizer = AutoTokenizer.from_pretrained(str(bundle.directory / "tokenizer"))
+    tokenizer = AutoTokenizer.from_pretrained(str(bundle.folder("tokenizer")))
     prompt = tokenizer(TEXT)["input_ids"]
     library = call(sys.executable, "-m", "coatrt", "cmake-dir", "--onnxruntime").strip()
     written = call(programs["minimal"], bundle.directory, TEXT, COATRT_ONNXRUNTIME=library)

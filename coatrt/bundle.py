@@ -3,7 +3,7 @@
 Nothing is parsed before its hash is checked: `Bundle.path` hashes a file the first time it is asked for.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -79,6 +79,10 @@ class Bundle:
             path = directory / name
             if not path.is_file():
                 raise BundleError(f"{directory} lacks {name}; copy the bundle again or build it again")
+            if not path.resolve().is_relative_to(directory.resolve()):
+                raise BundleError(
+                    f"{directory / MANIFEST} names {name!r}, a link that leaves the bundle; do not use it"
+                )
             if not isinstance(facts, dict) or not {"sha256", "bytes"} <= set(facts):
                 raise BundleError(f"{directory / MANIFEST} gives no sha256 and bytes for {name}; build it again")
             if path.stat().st_size != facts["bytes"]:
@@ -107,23 +111,41 @@ class Bundle:
             self._checked.add(name)
         return path
 
+    def folder(self, name: str) -> Path:
+        """Return the path of a folder of the bundle, for what opens whatever lies in it, after all of it was checked.
+
+        Raises:
+            BundleError: the manifest names no file in it, a file there was altered, is a link or is not named.
+        """
+        names = [file for file in self.manifest["files"] if file.startswith(f"{name}/")]
+        if not names:
+            raise BundleError(f"{self.directory} has no {name}/; copy the bundle again or build it again")
+        self._refuse_strays([self.directory / name, *(self.directory / name).rglob("*")])
+        for file in names:
+            self.path(file)
+        return self.directory / name
+
     def check_all(self) -> int:
         """Check the hash of every file and return how many there are.
 
         Raises:
-            BundleError: a file was altered, or a file is there that the manifest does not name.
+            BundleError: a file was altered, is a link, or is there and the manifest does not name it.
         """
-        named = set(self.manifest["files"])
-        extra = [
-            path.name
-            for path in self.directory.rglob("*")
-            if path.is_file() and str(PurePosixPath(path.relative_to(self.directory))) not in named | {MANIFEST}
-        ]
+        self._refuse_strays(self.directory.rglob("*"))
+        for name in self.manifest["files"]:
+            self.path(name)
+        return len(self.manifest["files"])
+
+    def _refuse_strays(self, paths: Iterable[Path]) -> None:
+        """Refuse links, which may lead to files that no hash guards, and what the manifest does not name."""
+        named = {*self.manifest["files"], MANIFEST}
+        names = {path.relative_to(self.directory).as_posix(): path for path in paths}
+        links = sorted(name for name, path in names.items() if path.is_symlink())
+        if links:
+            raise BundleError(f"{self.directory} holds links ({', '.join(links)}); copy the bundle with what they name")
+        extra = sorted(name for name, path in names.items() if name not in named and not path.is_dir())
         if extra:
             raise BundleError(f"{self.directory} holds {', '.join(extra)}, which the manifest does not name; remove it")
-        for name in named:
-            self.path(name)
-        return len(named)
 
     def decoder(self, form: str) -> tuple[Path, DecoderIO]:
         """Return the ONNX file of a graph form ("engine" or "cpu"), hashes checked with its weights, and its I/O.

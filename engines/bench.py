@@ -47,7 +47,7 @@ def bench(
 
     Args:
         bundle: an opened bundle.
-        prompts: prompt lengths in tokens.
+        prompts: prompt lengths in tokens; decoding goes on behind the longest.
         tokens: tokens decoded per repetition.
         repeat: repetitions.
         batch: sequences at once.
@@ -61,6 +61,7 @@ def bench(
     """
     if min(*prompts, tokens, repeat, batch) < 1:
         raise ConfigError("prompt lengths, tokens, repeat and batch are counts; give at least 1 each")
+    prompts = sorted(set(prompts))  # the longest comes last, and decoding goes on behind it
     contract = bundle.contract
     graph, io = bundle.decoder("cpu")
     lora = load_lora(bundle.path("lora.safetensors"), contract)

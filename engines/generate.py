@@ -39,6 +39,8 @@ class Sampling:
             raise ConfigError(f"top-k {self.top_k} is given; give 0 (all) or a positive number")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top-p {self.top_p} is given; give more than 0, at most 1")
+        if self.seed < 0:
+            raise ConfigError(f"seed {self.seed} is given; give 0 or a positive number")
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def generate(
     stop: Sequence[int] = (),
     on_token: Callable[[int, int], None] | None = None,
 ) -> list[Generated]:
-    """Continue prompts.
+    """Continue prompts, each until its own end.
 
     Args:
         decoder: with its LoRA bound.
@@ -106,12 +108,11 @@ def generate(
     reasons: list[Literal["stop", "length"] | None] = [None] * len(prompts)
     logits = decoder.prefill(prompts)
     while True:
-        feed = []
+        feed: list[int | None] = [None] * len(made)
         for row, tokens in enumerate(made):
-            token = next_token(logits[row], sampling, rng) if reasons[row] is None else 0
-            feed.append(token)
             if reasons[row] is not None:
                 continue
+            token = next_token(logits[row], sampling, rng)
             if token in stops:
                 reasons[row] = "stop"
                 continue
@@ -120,7 +121,9 @@ def generate(
                 on_token(row, token)
             if len(tokens) >= max_tokens or int(decoder.lengths[row]) >= decoder.capacity:
                 reasons[row] = "length"
-        if all(reason is not None for reason in reasons) or int(decoder.lengths.max()) >= decoder.capacity:
+            else:
+                feed[row] = token
+        if all(reason is not None for reason in reasons):
             break
         logits = decoder.decode(feed)
     return [Generated(tuple(tokens), reason or "length") for tokens, reason in zip(made, reasons, strict=True)]
@@ -136,14 +139,21 @@ def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool = False, system: st
         system: the system message of a chat.
 
     Raises:
-        ConfigError: the tokenizer has no chat template, or the prompt is empty.
+        ConfigError: the tokenizer has no chat template, its template refuses the turns, or the prompt is empty.
     """
     if chat:
+        from jinja2 import TemplateError
+
         if not getattr(tokenizer, "chat_template", None):
             raise ConfigError("the model's tokenizer has no chat template; run without --chat")
         turns = [{"role": "system", "content": system}] if system else []
         turns.append({"role": "user", "content": prompt})
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        try:
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except (TemplateError, ValueError, TypeError, KeyError) as error:
+            reason = " ".join(str(error).split())
+            hint = "run without --system, or without --chat" if system else "run without --chat"
+            raise ConfigError(f"the model's chat template refuses the prompt ({reason}); {hint}") from None
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
         ids = tokenizer(prompt)["input_ids"]

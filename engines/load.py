@@ -5,7 +5,7 @@ from coatrt.engines.ort import OrtDecoder
 from coatrt.engines.runtime import Decoder
 from coatrt.errors import BuildError
 
-__all__ = ["load_decoder"]
+__all__ = ["check_decoder", "load_decoder"]
 
 
 def load_decoder(
@@ -40,3 +40,14 @@ def load_decoder(
 
         return TrtDecoder.of(bundle, batch=batch)
     raise BuildError(f"backend {backend!r} is given; allowed: ort, trt")
+
+
+def check_decoder(bundle: Bundle, backend: str) -> None:
+    """Check the hash of every file that `load_decoder` reads, or may read, before any of them is loaded.
+
+    Raises:
+        BundleError: a file was altered, or the bundle has no such graph.
+    """
+    bundle.decoder("cpu" if backend == "ort" else "engine")
+    for name in ("lora_io.json", *(engine["file"] for engine in bundle.manifest["engines"] if backend == "trt")):
+        bundle.path(name)

@@ -12,7 +12,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from coatrt.contract import DecoderIO, LoraContract
-from coatrt.engines.runtime import LoraTensors, check_lora, check_tokens, pad_right
+from coatrt.engines.runtime import LoraTensors, check_lora, check_tokens, next_step, pad_right
 from coatrt.errors import BuildError, ConfigError
 
 __all__ = ["OrtDecoder", "session"]
@@ -167,15 +167,15 @@ class OrtDecoder:
         self._lengths = lengths
         return logits[:, 0]
 
-    def decode(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Add one token to each sequence and return the logits after it, float32 [B, V].
+    def decode(self, tokens: Sequence[int | None]) -> NDArray[np.float32]:
+        """Add one token to each sequence, where not None, and return the logits after it, float32 [B, V].
 
         Raises:
             ConfigError: another number of tokens than the batch, or the cache is full.
         """
-        check_tokens([[token] for token in tokens], self.io, self.batch, int(self._lengths.max()), self._capacity)
-        logits = self.run(np.array(tokens, np.int64)[:, None], self._lengths, np.zeros((self.batch, 1), np.int64))
-        self._lengths = self._lengths + 1
+        fed, starts, lengths = next_step(tokens, self.io, self._lengths, self._capacity)
+        logits = self.run(fed, starts, np.zeros((self.batch, 1), np.int64))
+        self._lengths = lengths
         return logits[:, 0]
 
     def run(

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from coatrt.contract import DecoderIO, LoraContract
 from coatrt.errors import ConfigError
 
-__all__ = ["Decoder", "LoraTensors", "check_lora", "check_tokens", "pad_right"]
+__all__ = ["Decoder", "LoraTensors", "check_lora", "check_tokens", "next_step", "pad_right"]
 
 LoraTensors = Mapping[str, NDArray[np.float32]]
 
@@ -33,8 +33,8 @@ class Decoder(Protocol):
     def prefill(self, prompts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """Start new sequences and return the logits after each prompt, float32 [B, V]."""
 
-    def decode(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Add one token to each sequence and return the logits after it, float32 [B, V]."""
+    def decode(self, tokens: Sequence[int | None]) -> NDArray[np.float32]:
+        """Add one token to each sequence, where not None, and return the logits after it, float32 [B, V]."""
 
 
 def pad_right(prompts: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -64,6 +64,24 @@ def check_tokens(prompts: Sequence[Sequence[int]], io: DecoderIO, batch: int, fi
     worst = max((max(prompt) for prompt in prompts), default=0)
     if worst >= io.vocabulary or min(min(prompt) for prompt in prompts) < 0:
         raise ConfigError(f"token id {worst} is outside the vocabulary of {io.vocabulary}; use the bundle's tokenizer")
+
+
+def next_step(
+    tokens: Sequence[int | None], io: DecoderIO, lengths: NDArray[np.int64], capacity: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Return what a step of decoding feeds, int64 [B, 1], the slots it writes and the lengths after it, int64 [B].
+
+    A sequence that gets None rests: what it computes goes to its first free slot, or to its last where it has none, and
+    is not counted. The next token overwrites the one, and a full sequence has no next token that would see the other.
+
+    Raises:
+        ConfigError: another number of tokens than sequences, an unknown token, or a full cache.
+    """
+    rests = np.array([token is None for token in tokens], bool)
+    fed = [[0 if token is None else token] for token in tokens]
+    filled = int(lengths[~rests].max(initial=0)) if len(tokens) == len(lengths) else 0
+    check_tokens(fed, io, len(lengths), filled, capacity)
+    return np.array(fed, np.int64), np.minimum(lengths, capacity - 1), lengths + ~rests
 
 
 def check_lora(contract: LoraContract | None, tensors: LoraTensors) -> None:

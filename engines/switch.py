@@ -13,12 +13,14 @@ from coatrt.bundle import Bundle
 from coatrt.config import QuantConfig
 from coatrt.contract import DecoderIO
 from coatrt.engines.emit import Emitter
-from coatrt.engines.load import load_decoder
+from coatrt.engines.load import check_decoder, load_decoder
 from coatrt.engines.ort import OrtDecoder
 from coatrt.engines.runtime import Decoder, LoraTensors
 from coatrt.errors import BundleError, ConfigError
 
 __all__ = ["Switched", "SwitchingDecoder"]
+
+_State = tuple[NDArray[np.int64], list[NDArray[Any]]]  # of `OrtDecoder.state`
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class SwitchingDecoder:
         self._check()
         self._emitter = Emitter.of(next(iter(bundles.values())), options.get("threads"))
         self._decoders: OrderedDict[str, Decoder] = OrderedDict()
+        self._lora: LoraTensors | None = None  # what the current decoder has bound
         self.current = ""
         self.switch(start if start is not None else next(iter(bundles)))
 
@@ -95,44 +98,75 @@ class SwitchingDecoder:
         """Make another bundle current and bind the LoRA of its configuration.
 
         Sequences go on: the caches are copied, which another precision of the weights leaves valid in shape and nearly
-        in value. A TensorRT engine keeps its own caches, so there sequences start anew.
+        in value. A TensorRT engine keeps its own caches, so there sequences start anew. A switch that fails
+        leaves the session as it was; what can be checked is checked before the old decoder is freed.
 
         Args:
             name: of the bundle.
             config: emit the LoRA of this configuration in place of the bundle's own.
 
         Raises:
-            ConfigError: no such bundle, or the sequences are longer than its caches.
+            ConfigError: no such bundle, a format the adapter was not trained for, or the sequences are longer than its
+                caches.
+            BundleError: a file of the bundle was altered.
+            BuildError: its graph or engine does not load.
         """
         if name not in self.bundles:
             raise ConfigError(f"no bundle {name!r}; there are {', '.join(self.bundles)}")
-        old = self._decoders.get(self.current)
-        state = old.state() if isinstance(old, OrtDecoder) and name != self.current else None
+        bundle, old = self.bundles[name], self._decoders.get(self.current)
+        goes_on = old is not None and name == self.current
+        state = old.state() if isinstance(old, OrtDecoder) and not goes_on else None
+        del old
         started = time.perf_counter()
-        if name not in self._decoders:
-            del old
-            while len(self._decoders) >= self._held:
-                self._decoders.popitem(last=False)
-            self._decoders[name] = load_decoder(self.bundles[name], self._backend, **self._options)
-            loaded = time.perf_counter() - started
-        else:
-            loaded = 0.0
-        self._decoders.move_to_end(name)
-        decoder = self._decoders[name]
-        before = time.perf_counter()
-        tensors = self._emitter.emit(config or self.bundles[name].config)
+        tensors = self._emitter.emit(config or bundle.config)
         emitted = time.perf_counter()
+        loaded = 0.0
+        try:
+            if name not in self._decoders:
+                check_decoder(bundle, self._backend)
+                self._load(name)
+                loaded = time.perf_counter() - emitted
+            before = time.perf_counter()
+            self._bind(name, tensors, state)
+        except BaseException:
+            self._return(name, state)
+            raise
+        kept = goes_on or (state is not None and isinstance(self._decoders[name], OrtDecoder))
+        self._decoders.move_to_end(name)
+        self.current, self._lora = name, tensors
+        return Switched(name, loaded, emitted - started, time.perf_counter() - before, kept)
+
+    def _load(self, name: str) -> None:
+        """Load a decoder, those longest unused freed first where there is no room."""
+        while len(self._decoders) >= self._held:
+            self._decoders.popitem(last=False)
+        self._decoders[name] = load_decoder(self.bundles[name], self._backend, **self._options)
+
+    def _bind(self, name: str, tensors: LoraTensors | None, state: _State | None) -> None:
+        decoder = self._decoders[name]
         decoder.set_lora(tensors)
-        kept = name == self.current
         if state is not None and isinstance(decoder, OrtDecoder):
             decoder.restore(state)
-            kept = True
-        self.current = name
-        return Switched(name, loaded, emitted - before, time.perf_counter() - emitted, kept)
+
+    def _return(self, failed: str, state: _State | None) -> None:
+        """Have the current decoder again after a switch to another failed: loaded anew where it was freed."""
+        if self.current in self._decoders:
+            self._decoders.move_to_end(self.current)
+        if self.current in self._decoders or not self.current:
+            return
+        self._decoders.pop(failed, None)
+        self._load(self.current)
+        self._bind(self.current, self._lora, state)
 
     @property
     def decoder(self) -> Decoder:
-        """The current decoder."""
+        """The current decoder.
+
+        Raises:
+            ConfigError: a switch failed, and so did loading the decoder of before.
+        """
+        if self.current not in self._decoders:
+            raise ConfigError(f"{self.current} could not be loaded again after a failed switch; switch to a bundle")
         return self._decoders[self.current]
 
     @property
@@ -153,11 +187,12 @@ class SwitchingDecoder:
     def set_lora(self, tensors: LoraTensors | None) -> None:
         """Bind other LoRA tensors until the next switch; None: zeros."""
         self.decoder.set_lora(tensors)
+        self._lora = tensors
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """Start new sequences and return the logits after each prompt, float32 [B, V]."""
         return self.decoder.prefill(prompts)
 
-    def decode(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Add one token to each sequence and return the logits after it, float32 [B, V]."""
+    def decode(self, tokens: Sequence[int | None]) -> NDArray[np.float32]:
+        """Add one token to each sequence, where not None, and return the logits after it, float32 [B, V]."""
         return self.decoder.decode(tokens)

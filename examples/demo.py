@@ -140,7 +140,7 @@ def table(rows: list[dict[str, Any]], base: float) -> str:
 
 def sample(bundle: Bundle) -> str:
     """Return text from ONNX Runtime, without and with the LoRA."""
-    tokenizer = load_tokenizer(bundle.directory / "tokenizer")
+    tokenizer = load_tokenizer(bundle.folder("tokenizer"))
     decoder, lines = load_decoder(bundle), []
     ids = encode_prompt(tokenizer, PROMPT)
     stop = bundle.manifest["model"]["stop_tokens"]

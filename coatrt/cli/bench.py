@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from coatrt.cli.common import echo_json
+from coatrt.cli.common import check_output, echo_json
 
 __all__ = ["command"]
 
@@ -29,6 +29,8 @@ def command(bundle: Path, prompts: tuple[int, ...], tokens: int, repeat: int, ba
     from coatrt.files import write_json
     from coatrt.progress import stages
 
+    if output is not None:
+        check_output(output)
     known = profile(device) if device is not None else None
     with stages("bench") as progress:
         result = bench(

@@ -1,12 +1,16 @@
 """Parameter types and small helpers shared by the commands."""
 
 import json
+import os
 import re
+from pathlib import Path
 from typing import Any
 
 import click
 
-__all__ = ["BYTES", "echo_json", "tell_of_gpu"]
+from coatrt.errors import ConfigError
+
+__all__ = ["BYTES", "check_output", "echo_json", "tell_of_gpu"]
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
@@ -30,6 +34,19 @@ BYTES = _Bytes()
 def echo_json(value: Any) -> None:
     """Print `value` as JSON."""
     click.echo(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def check_output(path: Path) -> None:
+    """Refuse a file that cannot be written, before the work whose result it is to hold.
+
+    Raises:
+        ConfigError: a directory, or a place that cannot be written to.
+    """
+    if path.is_dir():
+        raise ConfigError(f"{path} is a directory; give the name of a file")
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise ConfigError(f"{path} cannot be written, {parent} is no directory open for writing; give another place")
 
 
 def tell_of_gpu(compute: str) -> None:

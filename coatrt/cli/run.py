@@ -36,10 +36,7 @@ def command(bundle: Path, prompts: tuple[str, ...], max_tokens: int, temperature
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     opened = Bundle.open(bundle)
-    for name in opened.manifest["files"]:
-        if name.startswith("tokenizer/"):
-            opened.path(name)
-    tokenizer = load_tokenizer(opened.directory / "tokenizer")
+    tokenizer = load_tokenizer(opened.folder("tokenizer"))
     ids = [encode_prompt(tokenizer, prompt, chat=chat, system=system) for prompt in prompts]
     decoder = load_decoder(
         opened, backend, batch=len(ids), context=context, threads=threads, accuracy_level=int(accuracy_level)

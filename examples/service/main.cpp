@@ -7,6 +7,7 @@
 #include <coatrt/coatrt.hpp>
 #include <httplib.h>
 
+#include <atomic>
 #include <chrono>
 #include <csignal>
 #include <iostream>
@@ -91,19 +92,29 @@ class Service {
     server_.Get("/metrics", [&](const httplib::Request&, httplib::Response& out) {
       out.set_content(metrics_.text(pool_.busy(), pool_.waiting()), "text/plain; version=0.0.4");
     });
-    server_.Post("/configuration", guarded([&](const std::string& body, httplib::Response& out) { configure(body, out); }));
-    server_.Post("/generate", guarded([&](const std::string& body, httplib::Response& out) { generate(body, out); }));
+    server_.Post("/configuration", guarded([&](const httplib::Request& in, httplib::Response& out) { configure(in, out); }));
+    server_.Post("/generate", guarded([&](const httplib::Request& in, httplib::Response& out) { generate(in, out); }));
   }
 
   bool listen(const std::string& host, int port) {
-    if (!server_.bind_to_port(host, port)) return false;
-    std::cerr << "listening on " << host << ":" << port << std::endl;
-    return server_.listen_after_bind();
+    bool served = server_.bind_to_port(host, port);
+    if (served && !stopping_) {
+      std::cerr << "listening on " << host << ":" << port << std::endl;
+      served = server_.listen_after_bind();
+    }
+    ended_ = true;
+    return served;
   }
-  void stop() { server_.stop(); }
+
+  /// End `listen`, also where it has not begun: httplib forgets a stop before that.
+  void stop() {
+    stopping_ = true;
+    while (!server_.is_running() && !ended_) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    server_.stop();
+  }
 
  private:
-  using Handler = std::function<void(const std::string& body, httplib::Response& out)>;
+  using Handler = std::function<void(const httplib::Request& in, httplib::Response& out)>;
 
   static void answer(httplib::Response& out, int status, const json& value) {
     out.status = status;
@@ -115,7 +126,7 @@ class Service {
     return [this, handler](const httplib::Request& in, httplib::Response& out) {
       const auto start = Clock::now();
       try {
-        handler(in.body, out);
+        handler(in, out);
       } catch (const coatrt::Error& error) {
         answer(out, 400, {{"error", error.what()}});
       } catch (const json::exception& error) {
@@ -150,8 +161,8 @@ class Service {
     return request;
   }
 
-  void configure(const std::string& body, httplib::Response& out) {
-    const auto configuration = bundle_.configuration(body, "configuration");
+  void configure(const httplib::Request& in, httplib::Response& out) {
+    const auto configuration = bundle_.configuration(in.body, "configuration");
     const auto start = Clock::now();
     loras_.of(configuration, configuration.hash());  // emitted before it is the default, so that no request waits for it
     const double seconds = since(start);
@@ -179,12 +190,15 @@ class Service {
     return {{"tokens", made.tokens}, {"text", tokenizer_.decode(made.tokens)}, {"reason", made.reason}, {"configuration", request.hash}};
   }
 
-  void generate(const std::string& body, httplib::Response& out) {
+  void generate(const httplib::Request& in, httplib::Response& out) {
     const auto start = Clock::now();
-    auto request = std::make_shared<Request>(parse(body));
+    auto request = std::make_shared<Request>(parse(in.body));
     auto lent = pool_.lend();
     if (!lent) return answer(out, 503, {{"error", "too many requests wait; try again later"}});
-    if (!request->stream) return answer(out, 200, run(**lent, *request, [](const std::string&, std::int64_t) { return true; }));
+    if (!request->stream) {
+      const auto client_is_there = [&](const std::string&, std::int64_t) { return !in.is_connection_closed(); };
+      return answer(out, 200, run(**lent, *request, client_is_there));
+    }
 
     auto lease = std::make_shared<Pool::Lease>(std::move(*lent));  // given back when the response ends
     const auto send = [](httplib::DataSink& sink, const json& event) {
@@ -217,6 +231,7 @@ class Service {
   coatrt::Configuration configuration_;
   Metrics metrics_;
   httplib::Server server_;
+  std::atomic<bool> stopping_{false}, ended_{false};  // asked to stop; `listen` is over
 };
 
 }  // namespace

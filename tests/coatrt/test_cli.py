@@ -133,6 +133,8 @@ def places(tiny_llama: Path, tiny_adapter: Path, tiny_cli_bundle: Path, tmp_path
     data = bytearray((flipped / "weights.bin").read_bytes())
     data[1234] ^= 1
     (flipped / "weights.bin").write_bytes(data)
+    planted = Path(shutil.copytree(tiny_cli_bundle, tmp_path / "planted"))
+    (planted / "tokenizer" / "vocab.json").write_text("{}")
     (tmp_path / "unknown-matrix.json").write_text(
         '{"default": "int8", "matrices": {"model.layers.99.mlp.up_proj": "int8"}}'
     )
@@ -143,7 +145,7 @@ def places(tiny_llama: Path, tiny_adapter: Path, tiny_cli_bundle: Path, tmp_path
     (tmp_path / "webapp").mkdir()
     (tmp_path / "webapp" / "manifest.json").write_text('{"name": "an app"}')
     return {"model": tiny_llama, "adapter": tiny_adapter, "bundle": tiny_cli_bundle, "truncated": truncated,
-            "flipped": flipped, "here": tmp_path, "out": tmp_path / "out"}  # fmt: skip
+            "flipped": flipped, "planted": planted, "here": tmp_path, "out": tmp_path / "out"}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -201,7 +203,11 @@ WRONG = {
     "no gpu": ("run {bundle} -p x --backend trt", "coatrt: "),
     "empty prompt": ("run {bundle} -p x --max-tokens 0", "ask for at least 1"),
     "temperature": ("run {bundle} -p x --temperature -1", "temperature -1.0 is given"),
+    "seed": ("run {bundle} -p x --seed -1", "seed -1 is given"),
+    "planted beside the tokenizer": ("run {planted} -p x", "holds tokenizer/vocab.json, which the manifest does not"),
     "bench": ("bench {bundle} --repeat 0", "give at least 1"),
+    "bench into a directory": ("bench {bundle} --repeat 0 -o {here}", "is a directory; give the name of a file"),
+    "bench below a file": ("bench {bundle} --repeat 0 -o {here}/text.txt/b", "cannot be written"),
 }  # fmt: skip
 
 

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from coatrt.adapter import Adapter
@@ -15,6 +17,7 @@ from coatrt.engines.assemble import BundleOptions, assemble
 from coatrt.engines.bench import bench, bench_text, percentiles
 from coatrt.engines.builder import EngineShapes
 from coatrt.engines.emit import Emitter
+from coatrt.engines.ort import OrtDecoder
 from coatrt.engines.verify import TOLERANCE, verify
 from coatrt.errors import BuildError, BundleError, CheckpointError, ConfigError, FormatError
 from coatrt.plan import plan_for
@@ -59,6 +62,43 @@ def test_every_file_is_guarded(copy: Path) -> None:
     (copy / "extra").write_text("x")
     with pytest.raises(BundleError, match="extra, which the manifest does not name"):
         verify(copy)
+
+
+def test_nothing_is_read_that_the_manifest_does_not_name(copy: Path, tmp_path: Path) -> None:
+    tokenizer, elsewhere = copy / "tokenizer", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "evil.jinja").write_text("{{ 'evil' }}")
+    assert Bundle.open(copy).folder("tokenizer") == tokenizer
+    for planted, plant in (
+        ("tokenizer/planted.jinja", lambda path: path.write_text("x")),
+        ("tokenizer/chat_templates/evil.jinja", lambda path: path.write_text("x")),
+        ("tokenizer/linked.jinja", lambda path: path.symlink_to(elsewhere / "evil.jinja")),
+        ("tokenizer/dangling.jinja", lambda path: path.symlink_to(elsewhere / "none")),
+        ("tokenizer/chat_templates", lambda path: path.symlink_to(elsewhere)),
+    ):
+        (copy / planted).parent.mkdir(exist_ok=True)
+        plant(copy / planted)
+        for check in (Bundle.check_all, lambda bundle: bundle.folder("tokenizer")):
+            with pytest.raises(BundleError, match=rf"holds (links \()?{planted}"):
+                check(Bundle.open(copy))
+        (copy / planted).unlink()
+        if (tokenizer / "chat_templates").is_dir():
+            (tokenizer / "chat_templates").rmdir()
+    (copy / "more").symlink_to(elsewhere)  # outside the tokenizer's folder
+    with pytest.raises(BundleError, match=r"holds links \(more\)"):
+        verify(copy)
+    (copy / "more").unlink()
+    with pytest.raises(BundleError, match="has no more/"):
+        Bundle.open(copy).folder("more")
+    tokenizer.rename(elsewhere / "tokenizer")
+    tokenizer.symlink_to(elsewhere / "tokenizer")
+    with pytest.raises(BundleError, match="a link that leaves the bundle"):
+        Bundle.open(copy)
+    tokenizer.unlink()
+    (elsewhere / "tokenizer").rename(copy / "moved")
+    tokenizer.symlink_to("moved")
+    with pytest.raises(BundleError, match=r"holds links \(tokenizer\)"):
+        Bundle.open(copy).folder("tokenizer")
 
 
 @pytest.mark.parametrize(
@@ -181,6 +221,20 @@ def test_bench_measures_and_accounts(tiny_bundle: Path) -> None:
     assert percentiles([0.001, 0.002, 0.003])["p50_ms"] == pytest.approx(2)
     with pytest.raises(ConfigError, match="give at least 1"):
         bench(bundle, repeat=0)
+
+
+def test_bench_decodes_behind_the_longest_prompt(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    decode = OrtDecoder.decode
+
+    def spied(decoder: OrtDecoder, tokens: Sequence[int]) -> NDArray[np.float32]:
+        seen.append(int(decoder.lengths[0]))
+        return decode(decoder, tokens)
+
+    monkeypatch.setattr(OrtDecoder, "decode", spied)
+    result = bench(Bundle.open(tiny_bundle), prompts=(8, 4), tokens=2, repeat=1, threads=1)
+    assert set(seen) == {8, 9}
+    assert {row["context"] for row in result["decode"]} == {10}
 
 
 def test_assembling_refuses_before_it_writes(

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -58,12 +59,14 @@ def test_minimal_says_what_coatrt_run_says(cpp: Any, headers: Path, tiny_bundle:
 class Service:
     """The running service."""
 
-    def __init__(self, cpp: Any, bundle: Path, *options: str) -> None:
+    def __init__(self, cpp: Any, bundle: Path, *options: str, wait: bool = True) -> None:
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             self.port = found.getsockname()[1]
         command = [str(cpp.directory / "service"), str(bundle), "--port", str(self.port), "--context", "96", *options]
         self.process = subprocess.Popen(command, env=cpp.environment, stderr=subprocess.PIPE, text=True)
+        if not wait:
+            return
         assert self.process.stderr is not None
         line = self.process.stderr.readline()
         assert line.startswith("listening"), line
@@ -148,6 +151,39 @@ def test_the_service(cpp: Any, tiny_bundle: Path) -> None:
         assert "coatrt_swap_seconds_count" in metrics
     finally:
         service.stop()
+
+
+def test_a_client_that_goes_away_ends_its_generation(cpp: Any, tiny_bundle: Path) -> None:
+    service = Service(cpp, tiny_bundle, "--sessions", "1", "--context", "500")
+    try:
+        for stream in (False, True):
+            connection = HTTPConnection("127.0.0.1", service.port, timeout=60)
+            request = {"prompt": "the cat sat", "max_tokens": 480, "stream": stream}
+            connection.request("POST", "/generate", json.dumps(request))
+            connection.close()
+        assert len(service.generate(prompt="a", max_tokens=1)["tokens"]) == 1  # behind both on the one session
+        metrics = service.ask("GET", "/metrics")[1]
+        (made,) = (int(line.split()[1]) for line in metrics.splitlines() if line.startswith("coatrt_tokens_total "))
+        assert made < 480, made
+    finally:
+        service.stop()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads the signals that a process blocks")
+def test_the_service_ends_where_it_is_told_to_while_loading(cpp: Any, tiny_bundle: Path) -> None:
+    service = Service(cpp, tiny_bundle, "--sessions", "8", wait=False)
+    status = Path(f"/proc/{service.process.pid}/status")
+    deadline = time.monotonic() + 60
+    blocked = 0
+    while not blocked >> (signal.SIGTERM - 1) & 1 and time.monotonic() < deadline:
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("SigBlk"))
+        blocked = int(line.split()[1], 16)
+    service.process.send_signal(signal.SIGTERM)
+    try:
+        _, said = service.process.communicate(timeout=60)
+    finally:
+        service.process.kill()
+    assert (service.process.returncode, said) == (0, "")
 
 
 def test_the_service_refuses_in_one_line(cpp: Any, tmp_path: Path) -> None:

@@ -177,6 +177,42 @@ def test_generation_ends_at_the_capacity(tiny_bundle: Path) -> None:
         load_decoder(Bundle.open(tiny_bundle), "cuda")
 
 
+def test_rows_of_a_batch_end_on_their_own(tiny_bundle: Path) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(1, 250, length).tolist() for length in (36, 2, 20, 40)]
+    together, alone = (load_decoder(bundle, batch=batch, context=40, threads=1) for batch in (4, 1))
+    lora = load_lora(bundle.path("lora.safetensors"), bundle.contract)
+    together.set_lora(lora)
+    alone.set_lora(lora)
+    expected = [generate(alone, [prompt], max_tokens=30)[0] for prompt in prompts]
+    assert [len(row.tokens) for row in expected] == [5, 30, 21, 1]
+    made: list[list[int]] = [[], [], [], []]
+    assert generate(together, prompts, max_tokens=30, on_token=lambda row, token: made[row].append(token)) == expected
+    assert made == [list(row.tokens) for row in expected]
+    stop = [expected[1].tokens[20], expected[2].tokens[3]]
+    stopped = [generate(alone, [prompt], max_tokens=30, stop=stop)[0] for prompt in prompts]
+    assert "stop" in {row.reason for row in stopped}
+    assert generate(together, prompts, max_tokens=30, stop=stop) == stopped
+
+
+def test_a_sequence_that_rests_goes_on_as_if_alone(tiny_bundle: Path) -> None:
+    bundle, prompts = Bundle.open(tiny_bundle), [PROMPT, [8, 8]]
+    two, one = (load_decoder(bundle, batch=batch, context=12, threads=1) for batch in (2, 1))
+    two.prefill(prompts)
+    for token in (3, 4, 5, 6, 7):
+        two.decode([token, None])
+    assert two.lengths.tolist() == [12, 2]
+    for token in (9, 10, 11):  # beside a full sequence
+        found = two.decode([None, token])[1]
+    assert two.lengths.tolist() == [12, 5]
+    one.prefill([[8, 8]])
+    expected = [one.decode([token])[0] for token in (9, 10, 11)][-1]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    with pytest.raises(ConfigError, match="13 positions are needed"):
+        two.decode([1, None])
+
+
 def test_sampling_follows_temperature_top_k_and_top_p() -> None:
     logits = np.log(np.array([0.5, 0.25, 0.15, 0.1], np.float32))
     plain = probabilities(logits, Sampling(1.0))
@@ -200,7 +236,7 @@ def test_sampled_text_is_a_function_of_its_seed(tiny_bundle: Path) -> None:
     assert first == again != other
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}])
+@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"seed": -1}])
 def test_sampling_refuses_nonsense(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="is given; give"):
         Sampling(**wrong)  # type: ignore[arg-type]
@@ -209,10 +245,17 @@ def test_sampling_refuses_nonsense(wrong: dict[str, float]) -> None:
 def test_chat_template_and_plain_prompts(tiny_bundle: Path) -> None:
     from coatrt.checkpoint import load_tokenizer
 
-    tokenizer = load_tokenizer(tiny_bundle / "tokenizer")
+    tokenizer = load_tokenizer(Bundle.open(tiny_bundle).folder("tokenizer"))
     assert tokenizer.decode(encode_prompt(tokenizer, "hé")) == "hé"
     chat = tokenizer.decode(encode_prompt(tokenizer, "hi", chat=True, system="be brief"))
     assert chat == "[system] be brief\n[user] hi\n[assistant] "
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role\nnot supported') }}{% endif %}hi"
+    )
+    assert encode_prompt(tokenizer, "hi", chat=True)
+    refused = r"refuses the prompt \(System role not supported\); run without --system"
+    with pytest.raises(ConfigError, match=refused):
+        encode_prompt(tokenizer, "hi", chat=True, system="be brief")
     tokenizer.chat_template = None
     with pytest.raises(ConfigError, match="no chat template"):
         encode_prompt(tokenizer, "hi", chat=True)

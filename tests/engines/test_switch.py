@@ -1,5 +1,6 @@
 """A running session changes configuration: what it computes then is what a fresh decoder of that bundle computes."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ from coatrt.engines.emit import load_lora
 from coatrt.engines.fleet import Target, build_fleet
 from coatrt.engines.load import load_decoder
 from coatrt.engines.options import BundleOptions
+from coatrt.engines.runtime import Decoder
 from coatrt.engines.switch import SwitchingDecoder
-from coatrt.errors import BundleError, ConfigError
+from coatrt.errors import BuildError, BundleError, ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +75,56 @@ def test_wrong_switches(bundles: dict[str, Bundle], tmp_path: Path) -> None:
     other = Bundle(bundles["int8"].directory, {**bundles["int8"].manifest, "model": {"fingerprint": "another"}})
     with pytest.raises(BundleError, match="different models"):
         SwitchingDecoder({"a": bundles["int8"], "b": other})
+
+
+@pytest.mark.parametrize("held", [1, 2])
+@pytest.mark.parametrize("failure", ["altered", "untrained", "does not load", "longer"])
+def test_a_failed_switch_leaves_the_session_as_it_was(
+    bundles: dict[str, Bundle], tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: int,
+    failure: str,
+) -> None:  # fmt: skip
+    other, config = bundles["nf3-g32"], None
+    if failure == "altered":
+        other = Bundle.open(shutil.copytree(other.directory, tmp_path / "altered"))
+        data = bytearray((other.directory / "weights.bin").read_bytes())
+        data[1234] ^= 1
+        (other.directory / "weights.bin").write_bytes(data)
+    if failure == "untrained":
+        config = Adapter.load(tiny_adapter).space.uniform("int8-g64")
+
+    def load(bundle: Bundle, backend: str, **options: int) -> Decoder:
+        if bundle is other and failure == "does not load":
+            raise BuildError("ONNX Runtime refuses it")
+        return load_decoder(bundle, backend, **(options | {"context": 4} if bundle is other else options))
+
+    monkeypatch.setattr("coatrt.engines.switch.load_decoder", load)
+    session, calm = (
+        SwitchingDecoder({"int8": bundles["int8"], "other": other}, "int8", held=held, context=64) for _ in "ab"
+    )
+    for each in (session, calm):
+        each.switch("int8", bundles["nf3-g32"].config)  # a LoRA that is not the bundle's own
+        each.prefill([[5, 9, 2, 7, 1]])
+    for _ in range(2):
+        with pytest.raises({"altered": BundleError, "does not load": BuildError}.get(failure, ConfigError)):
+            session.switch("other", config)
+        assert (session.current, session.lengths.tolist(), session.capacity) == ("int8", calm.lengths.tolist(), 64)
+        np.testing.assert_allclose(session.decode([3]), calm.decode([3]), atol=1e-5)
+    assert session.switch("int8").kept
+
+
+def test_a_session_whose_decoder_does_not_come_back_says_so(
+    bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = SwitchingDecoder(bundles, "int8", context=64)
+
+    def load(*_: object, **__: object) -> Decoder:
+        raise BuildError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("coatrt.engines.switch.load_decoder", load)
+        with pytest.raises(BuildError, match="no memory"):
+            session.switch("nf3-g32")
+    with pytest.raises(ConfigError, match="int8 could not be loaded again after a failed switch; switch to a bundle"):
+        session.decode([3])
+    assert not session.switch("int8").kept
+    assert session.prefill([[1, 2]]).shape == (1, 272)

@@ -129,9 +129,11 @@ def test_pieces_of_a_prompt_give_the_logits_of_the_whole(decoder: TrtDecoder, ti
     prompts = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [9, 8, 100]]
     for found, expected in (
         (decoder.prefill(prompts), reference.prefill(prompts)), (decoder.decode([5, 6]), reference.decode([5, 6])),
+        (decoder.decode([None, 7]), reference.decode([None, 7])), (decoder.decode([8, 9]), reference.decode([8, 9])),
     ):  # fmt: skip
         np.testing.assert_allclose(found, expected, atol=0.05)  # logits and LoRA travel as float16
         assert np.abs(found).max() > 1
+    assert decoder.lengths.tolist() == [11, 6]
 
 
 def test_wrong_calls_are_refused(decoder: TrtDecoder) -> None:

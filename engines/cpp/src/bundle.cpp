@@ -215,14 +215,19 @@ Bundle Bundle::open(const fs::path& directory, const BundleOptions& options) {
 fs::path Bundle::path(const std::string& name) const { return state_->path(name); }
 
 std::size_t Bundle::check_all() const {
-  std::vector<std::string> extra;
+  std::vector<std::string> extra, links;
   const detail::Json& files = state_->manifest.at("files");
   std::error_code error;
   for (fs::recursive_directory_iterator at(state_->directory, error), end; !error && at != end; at.increment(error)) {
     const std::string name = at->path().lexically_relative(state_->directory).generic_string();
-    if (detail::is_file(at->path()) && name != detail::kManifest && !files.contains(name))
-      extra.push_back(at->path().filename().string());
+    std::error_code unknown;
+    if (at->is_symlink(unknown)) links.push_back(name);
+    else if (!at->is_directory(unknown) && name != detail::kManifest && !files.contains(name)) extra.push_back(name);
   }
+  std::sort(links.begin(), links.end());
+  std::sort(extra.begin(), extra.end());
+  if (!links.empty())
+    throw Error(state_->directory.string() + " holds links (" + detail::join(links) + "); copy the bundle with what they name");
   if (!extra.empty())
     throw Error(state_->directory.string() + " holds " + detail::join(extra) +
                 ", which the manifest does not name; remove it");
