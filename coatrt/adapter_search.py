@@ -16,6 +16,7 @@ from coatrt.errors import ConfigError
 from coatrt.evaluate import mean_loss
 from coatrt.examples import Examples
 from coatrt.fakequant import FakeQuantModel
+from coatrt.files import exclusive
 from coatrt.machine import compute_device
 from coatrt.search import SearchOptions, search
 from coatrt.tasks import TaskData
@@ -58,7 +59,7 @@ def search_adapter(
     Raises:
         CheckpointError: adapter or model cannot be read.
         ConfigError: the archive belongs to other text or another adapter, the adapter was trained on another task, an
-            option is out of range, or the device is not there.
+            option is out of range, the device is not there, or another search of the adapter is running.
     """
     if blocks < 1:
         raise ConfigError(f"blocks {blocks} is given; give at least 1")
@@ -77,21 +78,22 @@ def search_adapter(
     picked = examples[torch.linspace(0, len(examples) - 1, min(blocks, len(examples))).round().long()]
     text = hash_tensors({"tokens": picked.tokens, "targets": picked.targets})[:16]
     space = adapter.space
-    archive = Archive.open(directory / ARCHIVE_FILE, space.model.parameters, f"{adapter_hash(directory)} {text}")
-    dtype = getattr(torch, adapter.metrics.get("options", {}).get("precision", "float32"))
-    fake = FakeQuantModel(checkpoint, adapter.codes(checkpoint), compute, dtype=dtype)
-    lora = 2 * sum(rows * columns for rows, columns in adapter.contract.shapes.values())
-    options = SearchOptions(
-        evaluations,
-        (space.max_bits + 8 * lora / space.model.parameters, math.log(int(checkpoint.config["vocab_size"]))),
-        base=mean_loss(fake, picked),
-        lora_bytes=lora,
-        seed=seed,
-    )
+    with exclusive(directory / ARCHIVE_FILE, "search of this adapter"):
+        archive = Archive.open(directory / ARCHIVE_FILE, space.model.parameters, f"{adapter_hash(directory)} {text}")
+        dtype = getattr(torch, adapter.metrics.get("options", {}).get("precision", "float32"))
+        fake = FakeQuantModel(checkpoint, adapter.codes(checkpoint), compute, dtype=dtype)
+        lora = 2 * sum(rows * columns for rows, columns in adapter.contract.shapes.values())
+        options = SearchOptions(
+            evaluations,
+            (space.max_bits + 8 * lora / space.model.parameters, math.log(int(checkpoint.config["vocab_size"]))),
+            base=mean_loss(fake, picked),
+            lora_bytes=lora,
+            seed=seed,
+        )
 
-    def evaluate(config: QuantConfig) -> float:
-        fake.set_config(config)
-        fake.set_lora(adapter.contract, adapter.emit(config))
-        return mean_loss(fake, picked)
+        def evaluate(config: QuantConfig) -> float:
+            fake.set_config(config)
+            fake.set_lora(adapter.contract, adapter.emit(config))
+            return mean_loss(fake, picked)
 
-    return search(space, adapter.sensitivity.costs, evaluate, options, archive, progress), options
+        return search(space, adapter.sensitivity.costs, evaluate, options, archive, progress), options

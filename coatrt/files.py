@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from coatrt.errors import ConfigError
 
 __all__ = [
@@ -17,6 +19,7 @@ __all__ = [
     "atomic_file",
     "cache_directory",
     "check_replaceable",
+    "exclusive",
     "read_json",
     "sha256_file",
     "write_json",
@@ -124,6 +127,29 @@ def _replace(path: Path, new: Path, own: Collection[str] | None) -> None:
             if entry.name not in own and not (path / entry.name).exists():
                 entry.rename(path / entry.name)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def exclusive(path: str | Path, what: str) -> Iterator[None]:
+    """Hold the lock on a file that one process at a time may go on writing; the system frees it, however that ends.
+
+    Args:
+        path: the file; the lock is a hidden file beside it.
+        what: what holds it, for the message ("search of this adapter").
+
+    Raises:
+        ConfigError: another one holds it.
+    """
+    path = Path(path)
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(f"{path} is being written by another {what}; wait for its end") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_text(path: str | Path, text: str) -> None:

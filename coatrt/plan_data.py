@@ -221,7 +221,7 @@ class Plan:
         limit = f" of {self.limit_bytes / 2**20:.1f}" if self.limit_bytes else ""
         lines.append(f"{'total':<14} {self.total_bytes / 2**20:10.1f} MiB{limit}")
         if self.device == "cpu":
-            lines.append("holds for      --accuracy-level 1 or 4 of run and bench; 0 decodes int8 and int4 at load")
+            lines.append("holds for      --accuracy-level 4 (the default) and 1 of run and bench; 0 decodes int8, int4")
         lines.append(
             f"predicted loss +{self.predicted_loss_increase:.4f} nats per token before the adapter (second order)"
         )

@@ -36,7 +36,7 @@ def bench(
     repeat: int = 5,
     batch: int = 1,
     threads: int | None = None,
-    accuracy_level: int = 0,
+    accuracy_level: int = 4,
     device: DeviceProfile | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:

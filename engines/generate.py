@@ -21,7 +21,7 @@ class Sampling:
         temperature: 0 takes the likeliest token; else logits are divided by it.
         top_k: only so many likeliest tokens; 0 for all.
         top_p: only the likeliest tokens that make up this probability.
-        seed: of the draws; a batch draws row by row.
+        seed: of the draws; every row of a batch has draws of its own.
 
     Raises:
         ConfigError: a value out of range.
@@ -103,7 +103,7 @@ def generate(
     if max_tokens < 1:
         raise ConfigError(f"{max_tokens} tokens are asked for; ask for at least 1")
     sampling, stops = sampling or Sampling(), set(stop)
-    rng = np.random.default_rng(sampling.seed)
+    draws = [np.random.default_rng([sampling.seed, row]) for row in range(len(prompts))]
     made: list[list[int]] = [[] for _ in prompts]
     reasons: list[Literal["stop", "length"] | None] = [None] * len(prompts)
     logits = decoder.prefill(prompts)
@@ -112,7 +112,7 @@ def generate(
         for row, tokens in enumerate(made):
             if reasons[row] is not None:
                 continue
-            token = next_token(logits[row], sampling, rng)
+            token = next_token(logits[row], sampling, draws[row])
             if token in stops:
                 reasons[row] = "stop"
                 continue

@@ -15,7 +15,7 @@ def load_decoder(
     batch: int = 1,
     context: int = 2048,
     threads: int | None = None,
-    accuracy_level: int = 0,
+    accuracy_level: int = 4,
 ) -> Decoder:
     """Return a decoder of a bundle with no LoRA bound; every file is hashed before it is read.
 
@@ -25,7 +25,7 @@ def load_decoder(
         batch: sequences at once.
         context: slots of the caches (ort; an engine's are fixed).
         threads: of the session (ort).
-        accuracy_level: see `coatrt.engines.ort.session` (ort).
+        accuracy_level: see `coatrt.engines.ort.session` (ort); 4 is what plans for the CPU hold for, 0 is exact.
 
     Raises:
         BuildError: the backend is unknown, cannot run here, or the bundle has nothing for it.

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from coatrt.cli.common import check_output, echo_json
+from coatrt.cli.common import check_writable, echo_json
 
 __all__ = ["command"]
 
@@ -16,7 +16,8 @@ __all__ = ["command"]
 @click.option("--repeat", type=int, default=5, show_default=True)
 @click.option("--batch", type=int, default=1, show_default=True)
 @click.option("--threads", type=int, help="Threads; default: all usable cores.")
-@click.option("--accuracy-level", type=click.Choice(["0", "1", "4"]), default="0", show_default=True)
+@click.option("--accuracy-level", type=click.Choice(["0", "1", "4"]), default="4", show_default=True,
+              help="Of int4 and int8 products: 0 decoded at load, 1 packed, 4 packed, inexact.")  # fmt: skip
 @click.option("--device", help="Profile of this machine, for its bandwidth.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the JSON here too.")
@@ -30,7 +31,7 @@ def command(bundle: Path, prompts: tuple[int, ...], tokens: int, repeat: int, ba
     from coatrt.progress import stages
 
     if output is not None:
-        check_output(output)
+        check_writable(output)
     known = profile(device) if device is not None else None
     with stages("bench") as progress:
         result = bench(

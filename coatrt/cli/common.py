@@ -10,7 +10,7 @@ import click
 
 from coatrt.errors import ConfigError
 
-__all__ = ["BYTES", "check_output", "echo_json", "tell_of_gpu"]
+__all__ = ["BYTES", "check_writable", "echo_json", "tell_of_gpu"]
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
@@ -36,7 +36,7 @@ def echo_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=1, ensure_ascii=False))
 
 
-def check_output(path: Path) -> None:
+def check_writable(path: Path) -> None:
     """Refuse a file that cannot be written, before the work whose result it is to hold.
 
     Raises:

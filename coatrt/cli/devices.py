@@ -38,7 +38,7 @@ def probe(as_json: bool) -> None:
 @click.option("--model", help="The adapter's model, where it has moved.")
 @click.option("--threads", type=int, help="Threads; default: all usable cores.")
 @click.option("--accuracy-level", type=click.Choice(["0", "1", "4"]), default="4", show_default=True,
-              help="Of int4 and int8 products; run and bench have 0 unless they are given another.")  # fmt: skip
+              help="Of int4 and int8 products; 4 is what run and bench have too.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the calibration as JSON.")
 def calibrate(adapter: Path, model: str | None, threads: int | None, accuracy_level: str, as_json: bool) -> None:
     """Time every product of ADAPTER's model on this CPU; `plan --device cpu` predicts with it from then on."""

@@ -22,7 +22,7 @@ __all__ = ["command"]
 @click.option("--backend", type=click.Choice(["ort", "trt"]), default="ort", show_default=True)
 @click.option("--context", type=int, default=2048, show_default=True, help="Slots of the KV cache (ort).")
 @click.option("--threads", type=int, help="Threads (ort); default: all usable cores.")
-@click.option("--accuracy-level", type=click.Choice(["0", "1", "4"]), default="0", show_default=True,
+@click.option("--accuracy-level", type=click.Choice(["0", "1", "4"]), default="4", show_default=True,
               help="Of int4 and int8 products (ort): 0 decoded at load, 1 packed, 4 packed, inexact.")  # fmt: skip
 def command(bundle: Path, prompts: tuple[str, ...], max_tokens: int, temperature: float, top_k: int, top_p: float,
             seed: int, chat: bool, system: str | None, lora: Path | None, no_lora: bool, backend: str, context: int,

@@ -3,8 +3,10 @@
 import json
 import math
 import shutil
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from click.testing import CliRunner
 
 from coatrt.adapter import Adapter
 from coatrt.adapter_search import search_adapter
-from coatrt.archive import adapter_archive
+from coatrt.archive import Archive, adapter_archive
 from coatrt.checkpoint import Checkpoint, load_tokenizer
 from coatrt.cli.main import cli
 from coatrt.data import tokenize_text
@@ -99,6 +101,31 @@ def test_losses_of_another_task_are_those_of_its_marked_tokens(tiny_llama: Path,
         model.set_lora(adapter.contract, adapter.emit(entry.config))
         with torch.no_grad():
             assert model.loss(held_out).item() == pytest.approx(entry.loss, rel=1e-3)
+
+
+def test_a_second_search_at_once_is_refused(directory: Path) -> None:
+    said: list[str] = []
+
+    def begin_another(done: int, total: int, entry: Any) -> None:
+        command = [sys.executable, "-c", _SEARCH, str(directory), json.dumps(TEXT)]
+        said.append(subprocess.run(command, capture_output=True, text=True, check=False).stdout)
+
+    archive, _ = search_adapter(directory, TEXT, evaluations=2, blocks=2, length=32, progress=begin_another)
+    assert said == ["archive.json is being written by another search of this adapter; wait for its end\n"] * 2
+    assert len(archive) == 2
+    search_adapter(directory, TEXT, evaluations=3, blocks=2, length=32)  # the lock is free again
+    assert len(Archive.load(directory / "archive.json")) == 3
+
+
+_SEARCH = """
+import json, sys
+from coatrt.adapter_search import search_adapter
+from coatrt.errors import ConfigError
+try:
+    search_adapter(sys.argv[1], json.loads(sys.argv[2]), evaluations=5, blocks=2, length=32)
+except ConfigError as error:
+    print(str(error).rpartition("/")[2])
+"""
 
 
 def test_the_command_searches_and_the_plan_reads_it(directory: Path, tmp_path: Path) -> None:

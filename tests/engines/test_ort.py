@@ -236,6 +236,20 @@ def test_sampled_text_is_a_function_of_its_seed(tiny_bundle: Path) -> None:
     assert first == again != other
 
 
+def test_sampled_rows_of_a_batch_do_not_depend_on_each_other(tiny_bundle: Path) -> None:
+    bundle, sampling = Bundle.open(tiny_bundle), Sampling(1.5, seed=3)
+    three = generate(
+        load_decoder(bundle, batch=3, context=64, threads=1), [PROMPT] * 3, max_tokens=12, sampling=sampling
+    )
+    two = load_decoder(bundle, batch=2, context=64, threads=1)
+    first = generate(two, [PROMPT] * 2, max_tokens=12, sampling=sampling)
+    assert len({row.tokens for row in three}) == 3
+    assert first == three[:2]
+    ended = generate(two, [PROMPT] * 2, max_tokens=12, sampling=sampling, stop=[three[0].tokens[1]])
+    assert len(ended[0].tokens) < 12  # ends early; the other row goes on as it did
+    assert ended[1].tokens == three[1].tokens or ended[1].reason == "stop"
+
+
 @pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"seed": -1}])
 def test_sampling_refuses_nonsense(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="is given; give"):

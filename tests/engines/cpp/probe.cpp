@@ -15,12 +15,13 @@ std::string read(const std::string& path) {
   return {std::istreambuf_iterator<char>(file), {}};
 }
 
-// {"prompt": [ids], "tokens": n, "threads": n, "context": n, "lora": true} → tokens, and the logits of every step
+// {"prompt": [ids], "tokens": n, "threads": n, "context": n, "accuracy_level": n, "lora": true} → tokens, and the logits of every step
 json run(const coatrt::Bundle& bundle, const json& request) {
   coatrt::SessionOptions options;
   options.threads = request.value("threads", 1);
   options.context = request.value("context", 2048);
   options.backend = request.value("backend", "ort");
+  options.accuracy_level = request.value("accuracy_level", options.accuracy_level);
   coatrt::Session session(bundle, options);
   if (!request.value("lora", true)) session.drop_lora();
   const auto prompt = request.at("prompt").get<std::vector<std::int64_t>>();

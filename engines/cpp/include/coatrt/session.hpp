@@ -15,7 +15,8 @@ struct SessionOptions {
   std::map<std::string, std::string> provider_options;
   int threads = 0;             ///< ort: of one operator; 0: all usable cores. Sessions of equal options share them.
   std::int64_t context = 2048;  ///< ort: slots of the cache where the graph leaves them open
-  int accuracy_level = 0;      ///< ort: of int4 and int8 products; 0 decodes them at load, 1 in every call, 4 is faster and less exact
+  int accuracy_level = 4;      ///< ort: of int4 and int8 products; 4 keeps them packed and accumulates in int8, 1 decodes
+                               ///< them in every call, 0 once, at load: both exact
 };
 
 /// How the next token is chosen.
