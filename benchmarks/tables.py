@@ -313,6 +313,7 @@ TABLES: dict[str, Callable[[], str]] = {maker.__name__: maker for maker in _MAKE
 for _task in ("sotu", "trec"):
     TABLES[f"method_{_task}"] = partial(report.main_table, "smollm2", _task)
     TABLES[f"variants_{_task}"] = partial(report.main_table, "smollm2", _task, rivals=False)
+    TABLES[f"rivals_{_task}"] = partial(report.rivals_table, "smollm2", _task)
     TABLES[f"gaps_{_task}"] = partial(report.gaps, "smollm2", _task)
     TABLES[f"unseen_{_task}"] = partial(report.unseen_table, "smollm2", _task)
 TABLES["accuracy_trec"] = partial(report.accuracy_table, "smollm2", "trec")

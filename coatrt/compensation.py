@@ -81,7 +81,8 @@ class Compensator:
 
         To second order the loss rises by ½ Σ_n G_n ΔW_n H ΔW_nᵀ (arXiv 1503.05671, the output factor's diagonal only),
         so A reads the leading right singular vectors of G^½(W − Q(W))H^½, by Eckart and Young. Columns have unit norm,
-        as random ones have in the mean; where the matrix has fewer directions than columns, random ones follow.
+        as random ones have in the mean, and a positive largest element, so that no machine's choice of signs matters.
+        Where the matrix has fewer directions than columns, random ones follow.
 
         Args:
             tensor: the matrix.
@@ -102,4 +103,5 @@ class Compensator:
             _, _, right = torch.svd_lowrank(rows * (lost @ root.float()), q=width, niter=_ITERATIONS)
             more = torch.randn(tensor.K, tensor.rank - count, device=root.device)
         A = torch.linalg.solve_triangular(root.T, right[:, :count].double(), upper=True).float()
+        A *= A.gather(0, A.abs().argmax(0)[None]).sign()
         return torch.cat([A / A.norm(dim=0), more / more.norm(dim=0)], 1)

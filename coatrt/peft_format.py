@@ -26,8 +26,8 @@ def write_peft(
     tensors = {}
     for tensor in contract.tensors:
         a, b = pairs[tensor.matrix]
-        tensors[f"base_model.model.{tensor.matrix}.lora_A.weight"] = a.float().T.contiguous()
-        tensors[f"base_model.model.{tensor.matrix}.lora_B.weight"] = b.float().T.contiguous()
+        tensors[f"base_model.model.{tensor.matrix}.lora_A.weight"] = a.float().T.contiguous().cpu()
+        tensors[f"base_model.model.{tensor.matrix}.lora_B.weight"] = b.float().T.contiguous().cpu()
     with atomic_directory(directory, ("adapter_config.json", "adapter_model.safetensors")) as temporary:
         save_file(tensors, str(temporary / "adapter_model.safetensors"), metadata={"format": "pt"})
         write_json(

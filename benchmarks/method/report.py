@@ -6,13 +6,18 @@ python benchmarks/method/report.py   draws docs/method.png; benchmarks/tables.py
 import json
 import math
 import statistics
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from markdown_tables import grid
+
 from coatrt.hypervolume import hypervolume
 
-__all__ = ["accuracy_table", "arms_of", "gaps", "main_table", "unseen_table"]
+__all__ = ["accuracy_table", "arms_of", "gaps", "main_table", "rivals_table", "unseen_table"]
 
 RESULTS = Path(__file__).parents[1] / "results" / "method"
 MODELS = {"smollm2": "SmolLM2-135M", "smollm2-absmax": "SmolLM2-135M, quantizer absmax",
@@ -66,12 +71,13 @@ def _means(
     return found
 
 
-def _text(values: list[float]) -> str:
+def _text(values: list[float], signed: bool = False) -> str:
     """Return mean ± standard deviation over seeds."""
     if not values:
         return "–"
     spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{spread}"
+    mean = f"{statistics.mean(values):{'+' if signed else ''}.3f}{spread}"
+    return mean.replace("-", "−")
 
 
 def _volume(result: dict[str, Any], base: float) -> float:
@@ -79,11 +85,6 @@ def _volume(result: dict[str, Any], base: float) -> float:
         (row["bits_with_lora"], row["loss"]) for row in result["rows"] if row["kind"] == "planned" and row["seen"]
     ]
     return hypervolume(points, (_REFERENCE_BITS, base + _REFERENCE_NATS))
-
-
-def _grid(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def main_table(model: str, task: str, rivals: bool = True) -> str:
@@ -111,11 +112,11 @@ def main_table(model: str, task: str, rivals: bool = True) -> str:
     accuracy = none["full_precision"].get("accuracy")
     beside = f", accuracy {accuracy:.3f}" if accuracy is not None else ""
     if not rivals:
-        return _grid(head, rows)
+        return grid(head, rows)
     return (
         f"{MODELS[model]} on {task}: held-out loss in nats per predicted token, mean ± standard deviation over seeds; "
         f"full precision without adapter {base:.3f}{beside}. Hypervolume of (bits with the LoRA counted, loss) against "
-        f"({_REFERENCE_BITS:g} bits, {base + _REFERENCE_NATS:.3f}).\n\n{_grid(head, rows)}"
+        f"({_REFERENCE_BITS:g} bits, {base + _REFERENCE_NATS:.3f}).\n\n{grid(head, rows)}"
     )
 
 
@@ -134,7 +135,7 @@ def accuracy_table(model: str, task: str) -> str:
             cells.append(_text([statistics.mean(both) for both in zip(seen, unseen, strict=True)] if unseen else seen))
         rows.append([results[0]["what"], *cells])
     head = ["arm", *(f"{budget:g} bits" for budget in budgets)]
-    return f"Accuracy, full precision without adapter {none['full_precision']['accuracy']:.3f}.\n\n{_grid(head, rows)}"
+    return f"Accuracy, full precision without adapter {none['full_precision']['accuracy']:.3f}.\n\n{grid(head, rows)}"
 
 
 def unseen_table(model: str, task: str) -> str:
@@ -146,7 +147,7 @@ def unseen_table(model: str, task: str) -> str:
             continue
         planned, random = ([_means(results, kind, seen) for seen in (True, False)] for kind in ("planned", "random"))
         rows.append([results[0]["what"], *map(_text, (*planned, *random))])
-    return _grid(["arm", "planned, seen", "planned, unseen", "random, seen", "random, unseen"], rows)
+    return grid(["arm", "planned, seen", "planned, unseen", "random, seen", "random, unseen"], rows)
 
 
 def _references(name: str) -> list[str]:
@@ -164,27 +165,47 @@ def _references(name: str) -> list[str]:
     return ["same-shared-low" if name.endswith("-low") else "same-shared"]
 
 
-def gaps(model: str, task: str) -> str:
-    """Return ours less every rival, and every variant less what it varies, by budget, paired by seed."""
+def _gaps(found: dict[str, list[dict[str, Any]]], left: str, right: str) -> tuple[int, list[str]]:
+    """Return in how many seeds two arms were run, and the first less the second by budget, paired by seed."""
+    pairs = [
+        (ours, theirs) for ours in found[left] for theirs in found[right] if ours["seed"] == theirs["seed"]
+    ]  # fmt: skip
+    cells = []
+    for budget in dict.fromkeys(row["budget"] for row in found[left][0]["rows"]):
+        losses = [[_means([result], "planned", True, budget)[0] for result in pair] for pair in pairs]
+        cells.append(_text([ours - theirs for ours, theirs in losses], signed=True))
+    return len(pairs), cells
+
+
+def _head(found: dict[str, list[dict[str, Any]]]) -> list[str]:
+    return [f"{budget:g} bits" for budget in dict.fromkeys(row["budget"] for row in found["coatrt"][0]["rows"])]
+
+
+def rivals_table(model: str, task: str) -> str:
+    """Return the loss of ours less that of every rival, by budget, paired by seed."""
     found = arms_of(model, task)
     if not {"coatrt", "shared"} <= set(found):
         return "Not run yet."
-    budgets = list(dict.fromkeys(row["budget"] for row in found["coatrt"][0]["rows"]))
-    pairs = [("coatrt", name) for name in _RIVALS if name in found and name not in ("none", "coatrt")]
-    pairs += [(name, reference) for name in found for reference in _references(name) if reference in found]
     rows = []
-    for left, right in pairs:
-        cells = []
-        for budget in budgets:
-            values = [
-                _means([ours], "planned", True, budget)[0] - _means([theirs], "planned", True, budget)[0]
-                for ours in found[left]
-                for theirs in found[right]
-                if ours["seed"] == theirs["seed"]
-            ]
-            cells.append(_text(values))
-        rows.append([f"{found[left][0]['what']} − {found[right][0]['what']}", *cells])
-    return _grid(["difference in loss (negative: the first is better)", *(f"{b:g} bits" for b in budgets)], rows)
+    for name in _RIVALS:
+        if name in found and name not in ("none", "coatrt"):
+            seeds, cells = _gaps(found, "coatrt", name)
+            rows.append([found[name][0]["what"], str(seeds), *cells])
+    return grid(["loss of coatrt less that of", "seeds", *_head(found)], rows)
+
+
+def gaps(model: str, task: str) -> str:
+    """Return the loss of every variant less that of what it varies, by budget, paired by seed."""
+    found = arms_of(model, task)
+    if "coatrt" not in found:
+        return "Not run yet."
+    rows = []
+    for name, results in found.items():
+        for reference in _references(name):
+            if reference in found:
+                seeds, cells = _gaps(found, name, reference)
+                rows.append([f"{results[0]['what']} − {found[reference][0]['what']}", str(seeds), *cells])
+    return grid(["difference in loss (negative: the first is better)", "seeds", *_head(found)], rows)
 
 
 def main() -> None:

@@ -1,0 +1,58 @@
+"""Training and search on a device beside the CPU: no operand is left behind, and losses are the CPU's."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TESTS = Path(__file__).parents[1]
+TEXTS = [f"the {word} sat on the mat and the {word} saw the hen. " * 30 for word in ("cat", "owl", "fox")]
+
+_PROGRAM = """
+import json, sys
+import torch
+import coatrt.train, coatrt.adapter_search
+sys.path.append(sys.argv[1])
+import pretend_device
+from conftest import tiny_options
+
+torch.set_num_threads(1)
+for module in (coatrt.train, coatrt.adapter_search):
+    module.compute_device = torch.device
+llama, directory, texts, changes = sys.argv[2], sys.argv[3], *map(json.loads, sys.argv[4:])
+said = {}
+for device in ("cpu", pretend_device.NAME):
+    place = f"{directory}/{device}"
+    adapter = coatrt.train.train(llama, texts, place, tiny_options(**changes), compute=device)
+    found, _ = coatrt.adapter_search.search_adapter(
+        place, texts, evaluations=2, blocks=2, length=32, compute=device
+    )
+    said[device] = {"losses": adapter.metrics["losses"], "measured": [entry.loss for entry in found]}
+try:
+    torch.ones(3, device=pretend_device.NAME) + torch.ones(3)
+except RuntimeError as error:
+    said["refusal"] = str(error)
+print(json.dumps(said))
+"""
+
+
+@pytest.mark.parametrize("changes", [
+    {"preset": "coatrt", "quantizer": "feedback", "evaluate_every": 2, "patience": 5, "budgets": (4.0, 6.0)},
+    {"preset": "paper", "precision": "bfloat16", "distill": 0.5, "accumulate": 2, "learning_rate": 1e-3},
+    {"preset": "none", "compensation": False, "distill": 0.5, "teacher": "top"},
+])  # fmt: skip
+def test_losses_on_another_device_are_the_cpus(tiny_llama: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    texts, steps = json.dumps(TEXTS), json.dumps({**changes, "steps": 4})
+    command = [sys.executable, "-c", _PROGRAM, str(TESTS), str(tiny_llama), str(tmp_path), texts, steps]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["refusal"] == "aten::add is given (3,) of cpu beside tensors of pretend:0"  # the device is strict
+    tolerance = 0.01 if "precision" in changes else 1e-3
+    assert len(said["cpu"]["losses"]) == 4
+    for mine, expected in zip(said["pretend"]["losses"], said["cpu"]["losses"], strict=True):
+        assert mine == pytest.approx(expected, rel=tolerance)
+    assert said["pretend"]["measured"] == pytest.approx(said["cpu"]["measured"], rel=tolerance)
