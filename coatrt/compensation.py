@@ -76,7 +76,7 @@ class Compensator:
         return term.float()
 
     @torch.no_grad()
-    def start(self, tensor: LoraTensor, fmt: WeightFormat, gains: Tensor, seed: int) -> Tensor:
+    def start(self, tensor: LoraTensor, fmt: WeightFormat, gains: Tensor, seed: int, share: float = 1.0) -> Tensor:
         """Return an A whose C takes most off the loss in one format.
 
         To second order the loss rises by ½ Σ_n G_n ΔW_n H ΔW_nᵀ (arXiv 1503.05671, the output factor's diagonal only),
@@ -89,6 +89,7 @@ class Compensator:
             fmt: the format.
             gains: G, float32 [N], see `coatrt.curvature.output_gains`.
             seed: of the randomized decomposition.
+            share: of the columns that read such directions; the others are random.
 
         Returns:
             float32 [K, r].
@@ -96,7 +97,7 @@ class Compensator:
         root = self._grams[tensor.matrix].root()
         rows = (gains + _LEAST_GAIN * gains.mean()).sqrt()[:, None]
         lost = self._weights[tensor.matrix].float() - self._model.weight(tensor.matrix, fmt)
-        count = min(tensor.rank, tensor.N, tensor.K)
+        count = min(round(share * tensor.rank), tensor.N, tensor.K)
         with torch.random.fork_rng(devices=[root.device] if root.device.type == "cuda" else []):
             torch.manual_seed(seed)
             width = min(count + _OVERSAMPLING, tensor.N, tensor.K)

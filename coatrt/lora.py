@@ -62,6 +62,7 @@ class CoaLora(nn.Module):
         self,
         compensator: Compensator,
         gains: Mapping[str, Tensor] | None = None,
+        share: float = 1.0,
         progress: Callable[[int, int, str], None] | None = None,
     ) -> None:
         """Take C from a compensator from now on.
@@ -70,6 +71,7 @@ class CoaLora(nn.Module):
             compensator: of the model that the LoRA stands beside.
             gains: see `coatrt.curvature.output_gains`: A begins with the directions that make up for most in the format
                 of fewest bits, B with zero. None leaves both as they are.
+            share: of A's columns that do so; the others are random.
             progress: called after each matrix.
         """
         self._compensator = compensator
@@ -82,7 +84,7 @@ class CoaLora(nn.Module):
                 B.zero_()
                 for i, row in enumerate(rows):
                     tensor = self.contract.tensors[row]
-                    A[i].copy_(compensator.start(tensor, lowest, gains[tensor.matrix], row))
+                    A[i].copy_(compensator.start(tensor, lowest, gains[tensor.matrix], row, share))
                     done += 1
                     if progress is not None:
                         progress(done, count, "directions")

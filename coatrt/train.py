@@ -200,7 +200,7 @@ class _Training:
             self.model.set_config(None)
             self.model.set_pairs(None)
             gains = output_gains(self.model, self.calibrated_on, progress)
-            self.lora.compensate(compensator, gains, progress)
+            self.lora.compensate(compensator, gains, progress=progress)
         self.processes.copy_from_first(self.lora.parameters())
 
     def run(self, output: Path) -> Adapter:

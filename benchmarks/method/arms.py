@@ -36,8 +36,8 @@ class Arm:
             lowest and the highest budget in turn; "sides": the lowest three and the highest three in turn; "low": the
             lowest three; "even": the whole pool.
         compensated: whether B has a term per format in closed form (`coatrt.compensation`).
-        started: with compensation, whether A starts from what the lowest format takes away ("residual" of
-            `TrainOptions`), or from random numbers.
+        started: with compensation, the share of A's columns that start from what the lowest format takes away; the
+            others start from random numbers.
         share: of the steps of the other arms, for "single" per configuration.
         rate: peak learning rate of A.
         rate_ratio: see `TrainOptions`.
@@ -54,7 +54,7 @@ class Arm:
     rank: int = 16
     draws: Draws = "ends"
     compensated: bool = False
-    started: bool = False
+    started: float = 0.0
     share: float = 1.0
     rate: float = 2e-3
     rate_ratio: float | None = None
@@ -65,8 +65,8 @@ class Arm:
     turns: bool = False
 
 
-_OURS = Arm("coatrt", preset="none", draws="sides", compensated=True, started=True, rate=1e-3)
-_RANDOM = replace(_OURS, what="coatrt, A from random numbers", started=False)
+_OURS = Arm("coatrt", preset="none", draws="sides", compensated=True, started=1.0, rate=1e-3)
+_RANDOM = replace(_OURS, what="coatrt, A from random numbers", started=0.0)
 _LOW = replace(_OURS, what="coatrt, low draws", draws="low")
 _SHARED = Arm("shared LoRA", preset="none")
 _PAPER = Arm("CoA-LoRA as published (its θ, even draws)", preset="paper", draws="even")
@@ -88,13 +88,14 @@ ARMS = {
     "coatrt-rank": replace(_OURS, what="coatrt of rank 32", rank=32),
     "coatrt-slow": replace(_OURS, what="coatrt, half the rates", rate=5e-4),
     "coatrt-random": _RANDOM,
+    "coatrt-mixed": replace(_OURS, what="coatrt, half of A from random numbers", started=0.5),
     "coatrt-random-lowest": replace(_RANDOM, what=f"{_RANDOM.what}, the lowest budgets most often", draws="lowest"),
     "coatrt-ends": replace(_OURS, what="coatrt, the ends of the range in turn", draws="ends"),
     "coatrt-even": replace(_OURS, what="coatrt, even draws", draws="even"),
     "coatrt-low": _LOW,
     "coatrt-low-turns": replace(_LOW, what=f"{_LOW.what}, one configuration in a step, twice the steps", turns=True),
     "coatrt-low-uncompensated": replace(
-        _LOW, what="coatrt without compensation, low draws", compensated=False, started=False, rate_ratio=4.0
+        _LOW, what="coatrt without compensation, low draws", compensated=False, started=0.0, rate_ratio=4.0
     ),
     "single-compensated": replace(
         _OURS, what="LoRA per configuration with compensation, as many steps for each", kind="single"

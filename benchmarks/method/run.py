@@ -52,7 +52,8 @@ def module(setting: Setting, arm: Arm, seed: int) -> Any:
         return LoraBank(contract, setting.encoder, seed)
     lora = CoaLora(contract, setting.encoder, arm.preset, seed)
     if arm.compensated:
-        lora.compensate(Compensator(setting.base, setting.moments, contract), setting.gains if arm.started else None)
+        lora.compensate(Compensator(setting.base, setting.moments, contract), setting.gains if arm.started else None,
+                        arm.started)  # fmt: skip
     if arm.kind == "terms":
         encoder = setting.encoder
         return Terms(lora, len(encoder.formats), lambda config: (encoder.format_ids(config).tolist(), 1.0))
