@@ -194,13 +194,14 @@ class _Training:
         moments = InputMoments(self.checkpoint, self.calibration, cache_directory() / "moments")
         with stages("compensation") as progress:
             compensator = Compensator(self.model, moments, self.lora.contract, progress)
-            if self.options.start == "random" or has_state(self.state):
+            share = {"residual": 1.0, "mixed": 0.5, "random": 0.0}[self.options.start]
+            if not share or has_state(self.state):
                 self.lora.compensate(compensator)
                 return
             self.model.set_config(None)
             self.model.set_pairs(None)
             gains = output_gains(self.model, self.calibrated_on, progress)
-            self.lora.compensate(compensator, gains, progress=progress)
+            self.lora.compensate(compensator, gains, share, progress)
         self.processes.copy_from_first(self.lora.parameters())
 
     def run(self, output: Path) -> Adapter:

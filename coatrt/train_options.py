@@ -17,7 +17,7 @@ DEFAULT_FORMATS = ("nf3-g64", "nf4-g64", "int4-g64", "nvfp4", "fp8", "int8", "fp
 
 _CHOICES = {
     "preset": ("coatrt", "paper", "none"),
-    "start": ("residual", "random"),
+    "start": ("residual", "mixed", "random"),
     "teacher": ("base", "top"),
     "precision": ("float32", "bfloat16"),
 }
@@ -34,8 +34,9 @@ class TrainOptions:
         ranks: (module kind, rank) where it differs from `rank`, as in (("down_proj", 32),).
         preset: form of θ, "coatrt" or "paper"; "none" leaves it out: only the compensation tells configurations apart.
         compensation: whether B has a term per format that makes up for quantization, see `coatrt.compensation`.
-        start: where A begins: with compensation "residual", the directions of what the format of fewest bits takes away
-            (docs/method.md compares the two), or "random" numbers; without compensation always these.
+        start: where A begins: with compensation "residual", the directions of what the format of fewest bits takes
+            away, "mixed", half of its columns there and half from random numbers, or "random" (docs/method.md compares
+            them); without compensation always random.
         quantizer: how weights are encoded, see `coatrt.quantize.encode`; "absmax" is the paper's.
         fused: whether q/k/v and gate/up share a format.
         steps: optimizer steps.
@@ -81,7 +82,7 @@ class TrainOptions:
     ranks: tuple[tuple[str, int], ...] = ()
     preset: Preset = "none"
     compensation: bool = True
-    start: Literal["residual", "random"] = "residual"
+    start: Literal["residual", "mixed", "random"] = "residual"
     quantizer: Quantizer = "feedback"
     fused: bool = True
     steps: int = 300

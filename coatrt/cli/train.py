@@ -55,7 +55,9 @@ def _ranks(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 @click.option("--ranks", callback=_ranks, metavar="KIND=R,…", help="Ranks of module kinds that differ: down_proj=32.")
 @click.option("--preset", type=click.Choice(["coatrt", "paper", "none"]), help="Form of θ; none: compensation alone.")
 @click.option("--compensation/--no-compensation", default=None, help="A term of B per format, in closed form; on.")
-@click.option("--start", type=click.Choice(["residual", "random"]), help="Where A begins, beside compensation.")
+@click.option(
+    "--start", type=click.Choice(["residual", "mixed", "random"]), help="Where A begins, beside compensation."
+)
 @click.option(
     "--quantizer", type=click.Choice(["absmax", "mse", "weighted", "feedback"]), help="How weights are encoded."
 )

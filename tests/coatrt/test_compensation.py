@@ -83,18 +83,23 @@ def test_the_term_is_least_squares_over_the_inputs(setting: Setting) -> None:
         np.testing.assert_allclose(found, best, atol=0.02 * np.abs(best).max())
 
 
-def test_the_start_is_the_best_subspace(setting: Setting) -> None:
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_the_start_is_the_best_subspace(setting: Setting, share: float) -> None:
     """Eckart and Young: of the weighted output error, what is left are the singular values after the first r."""
     for tensor in setting.contract.tensors:
         gains = torch.rand(tensor.N, generator=torch.Generator().manual_seed(2)) + 0.1
-        A = setting.compensator.start(tensor, LOW, gains, 0)
+        A = setting.compensator.start(tensor, LOW, gains, 0, share)
         np.testing.assert_allclose(A.norm(dim=0).numpy(), 1, rtol=1e-4)
+        assert A.shape == (tensor.K, tensor.rank)
+        assert np.linalg.matrix_rank(A.numpy()) == tensor.rank
+        A, rank = A[:, : round(share * tensor.rank)], round(share * tensor.rank)
+        assert (A.max(0).values >= -A.min(0).values).all()
         weight = np.sqrt(gains.numpy() + 0.01 * gains.mean().item())
         error = setting.inputs[tensor.matrix] @ setting.lost(tensor.matrix, LOW).T
         values = np.linalg.svd(error * weight, compute_uv=False)
         C = setting.compensator.term(tensor.matrix, LOW, A).double().numpy()
         left = np.linalg.norm((error - setting.inputs[tensor.matrix] @ A.double().numpy() @ C) * weight)
-        assert left == pytest.approx(float(np.sqrt((values[tensor.rank :] ** 2).sum())), rel=2e-3)
+        assert left == pytest.approx(float(np.sqrt((values[rank:] ** 2).sum())), rel=2e-3)
 
 
 def test_a_rank_beyond_the_directions_is_filled(setting: Setting) -> None:
@@ -134,9 +139,12 @@ def test_an_adapter_keeps_the_terms_of_its_last_a(tiny_llama: Path, tmp_path: Pa
     assert all(torch.equal(value, low[name]) for name, value in again.emit(again.space.uniform("nf2-g32")).items())
 
 
-def test_the_start_residual_reads_what_the_lowest_format_takes_away(tiny_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("start", "share"), [("residual", 1.0), ("mixed", 0.5)])
+def test_a_starts_from_what_the_lowest_format_takes_away(
+    tiny_llama: Path, tmp_path: Path, start: str, share: float
+) -> None:
     """A rate of almost nothing leaves A where it began."""
-    options = tiny_options(preset="none", formats=("nf2-g32", "int8"), start="residual", learning_rate=1e-9, steps=1)
+    options = tiny_options(preset="none", formats=("nf2-g32", "int8"), start=start, learning_rate=1e-9, steps=1)
     adapter = train(tiny_llama, TEXTS, tmp_path / "a", options)
     assert adapter.calibration is not None
     checkpoint = adapter.checkpoint()
@@ -144,5 +152,5 @@ def test_the_start_residual_reads_what_the_lowest_format_takes_away(tiny_llama: 
     compensator = Compensator(model, InputMoments(checkpoint, adapter.calibration), adapter.contract)
     gains = output_gains(model, adapter.calibration.tokens)
     for i, tensor in enumerate(adapter.contract.tensors):
-        expected = compensator.start(tensor, LOW, gains[tensor.matrix], i)
+        expected = compensator.start(tensor, LOW, gains[tensor.matrix], i, share)
         np.testing.assert_allclose(adapter.lora.shared()[tensor.matrix][0].numpy(), expected.numpy(), atol=1e-4)
