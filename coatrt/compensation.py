@@ -1,6 +1,7 @@
 """Compensation: what the LoRA of a matrix can make up for in its quantization, in closed form for every format."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,11 +12,28 @@ from coatrt.fakequant import FakeQuantModel
 from coatrt.formats import WeightFormat
 from coatrt.gram import Gram, collect_inputs, inputs_are_smaller
 
-__all__ = ["Compensator"]
+__all__ = ["Compensator", "Reading"]
 
 _LEAST_GAIN = 1e-2  # of the mean gain of an output, so that outputs without gradient count too
 _RIDGE = 1e-6  # of the mean energy of A's outputs, so that columns of A that nearly agree can be told apart
 _OVERSAMPLING, _ITERATIONS = 16, 6  # of the randomized singular value decomposition
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What C takes from A alone, so that all configurations of a step share it.
+
+    Args:
+        moved: H A, float32 [K, r].
+        kept: W H A, float32 [N, r].
+        factors: LU factors of AᵀHA, float64 [r, r].
+        pivots: of the factors, int32 [r].
+    """
+
+    moved: Tensor
+    kept: Tensor
+    factors: Tensor
+    pivots: Tensor
 
 
 class Compensator:
@@ -59,21 +77,31 @@ class Compensator:
         self._grams = {tensor.matrix: grams[moments.leader(tensor.matrix)] for tensor in contract.tensors}
 
     @torch.no_grad()
-    def term(self, matrix: str, fmt: WeightFormat, A: Tensor, exact: bool = True) -> Tensor:
+    def reading(self, matrix: str, A: Tensor) -> Reading:
+        """Return what C takes from A alone, whatever the format.
+
+        Args:
+            matrix: name of the matrix.
+            A: float32 [K, r].
+        """
+        moved = self._grams[matrix] @ A
+        energy = (A.T @ moved).double()
+        energy.diagonal().add_(_RIDGE * energy.diagonal().mean())
+        factors, pivots = torch.linalg.lu_factor(energy)
+        return Reading(moved, self._weights[matrix].float() @ moved, factors, pivots)
+
+    @torch.no_grad()
+    def term(self, matrix: str, fmt: WeightFormat, reading: Reading, exact: bool = True) -> Tensor:
         """Return C, float32 [r, N].
 
         Args:
             matrix: name of the matrix.
             fmt: the format it has.
-            A: float32 [K, r].
+            reading: see `reading`.
             exact: see `FakeQuantModel.weight`.
         """
-        read = self._grams[matrix] @ A
-        lost = self._weights[matrix].float() @ read - self._model.weight(matrix, fmt, exact).float() @ read
-        energy = (A.T @ read).double()
-        energy.diagonal().add_(_RIDGE * energy.diagonal().mean())
-        term: Tensor = torch.linalg.solve(energy, lost.T.double())
-        return term.float()
+        lost = reading.kept - self._model.weight(matrix, fmt, exact).float() @ reading.moved
+        return torch.linalg.lu_solve(reading.factors, reading.pivots, lost.T.double()).float()
 
     @torch.no_grad()
     def start(self, tensor: LoraTensor, fmt: WeightFormat, gains: Tensor, seed: int, share: float = 1.0) -> Tensor:

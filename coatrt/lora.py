@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from coatrt.compensation import Compensator
+from coatrt.compensation import Compensator, Reading
 from coatrt.config import QuantConfig
 from coatrt.contract import LoraContract
 from coatrt.features import ConfigEncoder
@@ -55,6 +55,7 @@ class CoaLora(nn.Module):
             self.A = nn.ParameterList(torch.randn(len(rows), K, r) / K**0.5 for (K, _, r), rows in shapes.items())
             self.B = nn.ParameterList(torch.zeros(len(rows), r, N) for (_, N, r), rows in shapes.items())
         self._compensator: Compensator | None = None
+        self._readings: dict[int, tuple[tuple[int, int], list[Reading]]] = {}
         if compensated:
             self._add_tables(lambda i, fmt, A: torch.zeros(A.shape[1], contract.tensors[i].N))
 
@@ -75,6 +76,7 @@ class CoaLora(nn.Module):
             progress: called after each matrix.
         """
         self._compensator = compensator
+        self._readings.clear()
         if gains is None:
             return
         lowest = min(self.encoder.formats, key=lambda fmt: fmt.bits_per_weight(self.contract.tensors[0].K))
@@ -94,8 +96,11 @@ class CoaLora(nn.Module):
         compensator = self._compensator
         if compensator is None:
             return
-        self._add_tables(lambda row, fmt, A: compensator.term(self.contract.tensors[row].matrix, fmt, A))
+        readings = {row: one for i, (rows, A, _) in enumerate(self.stacks())
+                    for row, one in zip(rows, self._read(compensator, i, rows, A), strict=True)}  # fmt: skip
+        self._add_tables(lambda row, fmt, _: compensator.term(self.contract.tensors[row].matrix, fmt, readings[row]))
         self._compensator = None
+        self._readings.clear()
 
     @torch.no_grad()
     def _add_tables(self, term: Callable[[int, WeightFormat, Tensor], Tensor]) -> None:
@@ -155,17 +160,26 @@ class CoaLora(nn.Module):
             if tables:
                 scaled = scaled + tables[stack][torch.arange(len(rows)), ids[rows]].float()
             elif self._compensator is not None:
-                scaled = scaled + self._terms(self._compensator, rows, ids, A)
+                scaled = scaled + self._terms(self._compensator, stack, rows, ids, A)
             for row, a, b in zip(rows, A.unbind(0), scaled.unbind(0), strict=True):
                 result[self.contract.tensors[row].matrix] = (a, b)
         return result
 
-    def _terms(self, compensator: Compensator, rows: list[int], ids: Tensor, A: Tensor) -> Tensor:
+    def _terms(self, compensator: Compensator, stack: int, rows: list[int], ids: Tensor, A: Tensor) -> Tensor:
         """Return C as A stands now, float32 [m, r, N]."""
         return torch.stack([
-            compensator.term(self.contract.tensors[row].matrix, self.encoder.formats[int(ids[row])], a.detach(), False)
-            for row, a in zip(rows, A, strict=True)
+            compensator.term(self.contract.tensors[row].matrix, self.encoder.formats[int(ids[row])], reading, False)
+            for row, reading in zip(rows, self._read(compensator, stack, rows, A), strict=True)
         ])  # fmt: skip
+
+    def _read(self, compensator: Compensator, stack: int, rows: list[int], A: Tensor) -> list[Reading]:
+        """Return what C takes from A as it stands now, computed again only where A has changed."""
+        now = (A.data_ptr(), A._version)
+        if self._readings.get(stack, (None,))[0] != now:
+            names = [self.contract.tensors[row].matrix for row in rows]
+            found = [compensator.reading(name, a) for name, a in zip(names, A.detach(), strict=True)]
+            self._readings[stack] = (now, found)
+        return self._readings[stack][1]
 
     @torch.no_grad()
     def emit(self, ids: Tensor) -> dict[str, Tensor]:

@@ -6,15 +6,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from coatrt.adapter import Adapter
 from coatrt.calibration import Calibration, InputMoments
 from coatrt.checkpoint import Checkpoint, load_model
 from coatrt.compensation import Compensator
+from coatrt.config import QuantConfig
 from coatrt.contract import LoraContract, contract_for
 from coatrt.curvature import output_gains
 from coatrt.fakequant import FakeQuantModel
+from coatrt.features import ConfigEncoder
 from coatrt.formats import WeightFormat
+from coatrt.lora import CoaLora
 from coatrt.quantize import decode, encode
 from coatrt.store import CodeStore
 from coatrt.train import train
@@ -55,6 +59,11 @@ class Setting:
         return (weight - decode(encode(weight, fmt))).double().numpy()
 
 
+def term(compensator: Compensator, matrix: str, fmt: WeightFormat, A: Tensor) -> Tensor:
+    """Return C [r, N]."""
+    return compensator.term(matrix, fmt, compensator.reading(matrix, A))
+
+
 @pytest.fixture(scope="module", params=[3, 16], ids=["inputs", "moments"])
 def setting(tiny_llama: Path, request: pytest.FixtureRequest) -> Setting:
     return Setting(tiny_llama, request.param)
@@ -76,11 +85,36 @@ def test_the_term_is_least_squares_over_the_inputs(setting: Setting) -> None:
         read, wanted = x @ A.double().numpy(), x @ setting.lost(tensor.matrix, LOW).T
         best = np.linalg.lstsq(read, wanted, rcond=None)[0]
         left = np.linalg.norm(wanted - read @ best)
-        found = setting.compensator.term(tensor.matrix, LOW, A).double().numpy()
+        found = term(setting.compensator, tensor.matrix, LOW, A).double().numpy()
         assert found.shape == (tensor.rank, tensor.N)
         assert np.linalg.norm(wanted - read @ found) == pytest.approx(left, rel=1e-4)
         assert left < 0.95 * np.linalg.norm(wanted)
         np.testing.assert_allclose(found, best, atol=0.02 * np.abs(best).max())
+
+
+def test_what_c_takes_from_a_is_computed_once_until_a_changes(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrices, calls = setting.checkpoint.matrices, []
+    encoder = ConfigEncoder(matrices, (LOW, HIGH), {name: {str(LOW): 1.0, str(HIGH): 0.1} for name in matrices.names})
+    lora = CoaLora(setting.contract, encoder, "none")
+    lora.compensate(setting.compensator)
+    low, high = (QuantConfig(dict.fromkeys(matrices.names, fmt)) for fmt in (LOW, HIGH))
+    reading = Compensator.reading
+    monkeypatch.setattr(Compensator, "reading", lambda self, name, A: calls.append(name) or reading(self, name, A))
+    optimizer = torch.optim.AdamW(lora.parameters(), lr=0.1)
+    for _ in range(2):
+        calls.clear()
+        found = {fmt: lora.pairs(config) for fmt, config in ((LOW, low), (HIGH, high))}
+        assert sorted(calls) == sorted(t.matrix for t in setting.contract.tensors)
+        for fmt, pairs in found.items():
+            for matrix, (A, B) in pairs.items():
+                trained = lora.shared()[matrix][1] * 2.0  # s = alpha / rank
+                wanted = term(setting.compensator, matrix, fmt, A.detach())
+                torch.testing.assert_close(B.detach(), trained + wanted, rtol=1e-5, atol=1e-6)
+        sum(A.square().sum() + B.square().sum() for A, B in found[LOW].values()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
@@ -97,7 +131,7 @@ def test_the_start_is_the_best_subspace(setting: Setting, share: float) -> None:
         weight = np.sqrt(gains.numpy() + 0.01 * gains.mean().item())
         error = setting.inputs[tensor.matrix] @ setting.lost(tensor.matrix, LOW).T
         values = np.linalg.svd(error * weight, compute_uv=False)
-        C = setting.compensator.term(tensor.matrix, LOW, A).double().numpy()
+        C = term(setting.compensator, tensor.matrix, LOW, A).double().numpy()
         left = np.linalg.norm((error - setting.inputs[tensor.matrix] @ A.double().numpy() @ C) * weight)
         assert left == pytest.approx(float(np.sqrt((values[rank:] ** 2).sum())), rel=2e-3)
 
@@ -109,7 +143,7 @@ def test_a_rank_beyond_the_directions_is_filled(setting: Setting) -> None:
     A = setting.compensator.start(tensor, LOW, torch.ones(tensor.N), 0)
     assert np.linalg.matrix_rank(A.numpy()) == tensor.rank
     error = setting.inputs[tensor.matrix] @ setting.lost(tensor.matrix, LOW).T
-    C = setting.compensator.term(tensor.matrix, LOW, A).double().numpy()
+    C = term(setting.compensator, tensor.matrix, LOW, A).double().numpy()
     assert np.linalg.norm(error - setting.inputs[tensor.matrix] @ A.double().numpy() @ C) < 1e-3 * np.linalg.norm(error)
 
 
@@ -131,9 +165,9 @@ def test_an_adapter_keeps_the_terms_of_its_last_a(tiny_llama: Path, tmp_path: Pa
         trained = b * adapter.contract.scale(tensor)
         for emitted, fmt in ((low, LOW), (high, HIGH)):
             assert torch.equal(emitted[tensor.A], a)
-            term = compensator.term(tensor.matrix, fmt, a)
-            half = 2**-11 * float(term.abs().max())  # the table is float16
-            np.testing.assert_allclose(emitted[tensor.B].numpy(), (trained + term).numpy(), rtol=1e-4, atol=2 * half)
+            found = term(compensator, tensor.matrix, fmt, a)
+            half = 2**-11 * float(found.abs().max())  # the table is float16
+            np.testing.assert_allclose(emitted[tensor.B].numpy(), (trained + found).numpy(), rtol=1e-4, atol=2 * half)
         assert (low[tensor.B] - trained).norm() > 5 * (high[tensor.B] - trained).norm()
     again = Adapter.load(tmp_path / "a")
     assert all(torch.equal(value, low[name]) for name, value in again.emit(again.space.uniform("nf2-g32")).items())
