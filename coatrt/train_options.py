@@ -35,8 +35,8 @@ class TrainOptions:
         preset: form of θ, "coatrt" or "paper"; "none" leaves it out: only the compensation tells configurations apart.
         compensation: whether B has a term per format that makes up for quantization, see `coatrt.compensation`.
         start: where A begins: with compensation "residual", the directions of what the format of fewest bits takes
-            away, "mixed", half of its columns there and half from random numbers, or "random" (docs/method.md compares
-            them); without compensation always random.
+            away, "random", random numbers, or "mixed", half of its columns each (docs/method.md compares them); without
+            compensation always random.
         quantizer: how weights are encoded, see `coatrt.quantize.encode`; "absmax" is the paper's.
         fused: whether q/k/v and gate/up share a format.
         steps: optimizer steps.
@@ -82,7 +82,7 @@ class TrainOptions:
     ranks: tuple[tuple[str, int], ...] = ()
     preset: Preset = "none"
     compensation: bool = True
-    start: Literal["residual", "mixed", "random"] = "residual"
+    start: Literal["residual", "mixed", "random"] = "mixed"
     quantizer: Quantizer = "feedback"
     fused: bool = True
     steps: int = 300

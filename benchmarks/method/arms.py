@@ -65,9 +65,10 @@ class Arm:
     turns: bool = False
 
 
-_OURS = Arm("coatrt", preset="none", draws="sides", compensated=True, started=1.0, rate=1e-3)
+_OURS = Arm("coatrt", preset="none", draws="sides", compensated=True, started=0.5, rate=1e-3)
 _RANDOM = replace(_OURS, what="coatrt, A from random numbers", started=0.0)
-_LOW = replace(_OURS, what="coatrt, low draws", draws="low")
+_RESIDUAL = replace(_OURS, what="residual start", started=1.0)
+_LOW = replace(_RESIDUAL, what=f"{_RESIDUAL.what}, low draws", draws="low")
 _SHARED = Arm("shared LoRA", preset="none")
 _PAPER = Arm("CoA-LoRA as published (its θ, even draws)", preset="paper", draws="even")
 _SAME = replace(_LOW, what=f"{_LOW.what}, same examples", same_examples=True)
@@ -84,31 +85,33 @@ ARMS = {
     "bank": Arm("LoRA per (matrix, format), as LLM-QFA", "bank", "none"),
     "paper": _PAPER,
     "coatrt": _OURS,
-    "untrained": replace(_OURS, what="compensation before any step", kind="untrained"),
     "coatrt-rank": replace(_OURS, what="coatrt of rank 32", rank=32),
-    "coatrt-slow": replace(_OURS, what="coatrt, half the rates", rate=5e-4),
     "coatrt-random": _RANDOM,
-    "coatrt-mixed": replace(_OURS, what="coatrt, half of A from random numbers", started=0.5),
     "coatrt-random-lowest": replace(_RANDOM, what=f"{_RANDOM.what}, the lowest budgets most often", draws="lowest"),
-    "coatrt-ends": replace(_OURS, what="coatrt, the ends of the range in turn", draws="ends"),
-    "coatrt-even": replace(_OURS, what="coatrt, even draws", draws="even"),
-    "coatrt-low": _LOW,
-    "coatrt-low-turns": replace(_LOW, what=f"{_LOW.what}, one configuration in a step, twice the steps", turns=True),
-    "coatrt-low-uncompensated": replace(
-        _LOW, what="coatrt without compensation, low draws", compensated=False, started=0.0, rate_ratio=4.0
-    ),
     "single-compensated": replace(
         _OURS, what="LoRA per configuration with compensation, as many steps for each", kind="single"
     ),
-    "same-coatrt": _SAME,
-    "same-coatrt-theta": replace(_SAME, what=f"{_SAME.what}, and θ", preset="coatrt"),
-    "same-coatrt-theta-slow": replace(
+    "untrained": replace(_RESIDUAL, what="compensation before any step", kind="untrained"),
+    "residual": _RESIDUAL,
+    "residual-rank": replace(_RESIDUAL, what=f"{_RESIDUAL.what}, rank 32", rank=32),
+    "residual-slow": replace(_RESIDUAL, what=f"{_RESIDUAL.what}, half the rates", rate=5e-4),
+    "residual-ends": replace(_RESIDUAL, what=f"{_RESIDUAL.what}, the ends of the range in turn", draws="ends"),
+    "residual-low": _LOW,
+    "residual-low-turns": replace(_LOW, what=f"{_LOW.what}, one configuration in a step, twice the steps", turns=True),
+    "low-uncompensated": replace(
+        _LOW, what="coatrt without compensation, low draws", compensated=False, started=0.0, rate_ratio=4.0
+    ),
+    "same-residual": _SAME,
+    "same-residual-theta": replace(_SAME, what=f"{_SAME.what}, and θ", preset="coatrt"),
+    "same-residual-theta-slow": replace(
         _SAME, what=f"{_SAME.what}, and θ at a tenth of the rate", preset="coatrt", theta_rate=1e-4
     ),
-    "same-coatrt-gates": replace(_SAME, what=f"{_SAME.what}, and θ as a gate per rank", kind="gates"),
-    "same-coatrt-ends": replace(_SAME, what="coatrt, the ends of the range in turn, same examples", draws="ends"),
-    "same-coatrt-distill": replace(_SAME, what=f"{_SAME.what}, distilled from the full-precision base", distill=0.5),
-    "same-coatrt-top": replace(
+    "same-residual-gates": replace(_SAME, what=f"{_SAME.what}, and θ as a gate per rank", kind="gates"),
+    "same-residual-ends": replace(
+        _SAME, what=f"{_RESIDUAL.what}, the ends of the range in turn, same examples", draws="ends"
+    ),
+    "same-residual-distill": replace(_SAME, what=f"{_SAME.what}, distilled from the full-precision base", distill=0.5),
+    "same-residual-top": replace(
         _SAME, what=f"{_SAME.what}, distilled from the step's highest configuration", distill=0.5, teacher="top"
     ),
     "same-shared": replace(_SHARED, what="shared LoRA, same examples", same_examples=True),

@@ -29,12 +29,14 @@ _AGAINST = {
     "coatrt-rank": ["coatrt", "shared-rank"],
     "coatrt-random": ["coatrt", "shared-rates"],
     "coatrt-random-lowest": ["coatrt-random"],
-    "coatrt-low-turns": ["coatrt-low"],
-    "coatrt-low-uncompensated": ["coatrt-low"],
-    "same-coatrt": ["coatrt-low", "same-shared-low"],
+    "low-uncompensated": ["residual-low"],
+    "residual": ["coatrt", "coatrt-random"],
+    "residual-rank": ["residual", "shared-rank"],
+    "residual-low-turns": ["residual-low"],
+    "same-residual": ["residual-low", "same-shared-low"],
     "same-shared": ["shared"],
     "same-shared-low": ["same-shared"],
-    "same-paper": ["paper", "same-coatrt"],
+    "same-paper": ["paper", "same-residual"],
 }
 """Variants that are not held against the arm that their name begins with."""
 
@@ -155,8 +157,9 @@ def _references(name: str) -> list[str]:
         return []
     if name in _AGAINST:
         return _AGAINST[name]
-    if name.startswith(("coatrt-", "same-coatrt-")):
-        return [name[: name.index("coatrt") + len("coatrt")]]
+    for root in ("coatrt", "residual", "same-residual"):
+        if name.startswith(f"{root}-"):
+            return [root]
     if name.startswith("single-"):
         return ["single"]
     if name.startswith("shared-"):

@@ -56,7 +56,7 @@ def _ranks(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 @click.option("--preset", type=click.Choice(["coatrt", "paper", "none"]), help="Form of θ; none: compensation alone.")
 @click.option("--compensation/--no-compensation", default=None, help="A term of B per format, in closed form; on.")
 @click.option(
-    "--start", type=click.Choice(["residual", "mixed", "random"]), help="Where A begins, beside compensation."
+    "--start", type=click.Choice(["mixed", "residual", "random"]), help="Where A begins, beside compensation; mixed."
 )
 @click.option(
     "--quantizer", type=click.Choice(["absmax", "mse", "weighted", "feedback"]), help="How weights are encoded."
