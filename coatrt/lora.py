@@ -55,7 +55,7 @@ class CoaLora(nn.Module):
             self.A = nn.ParameterList(torch.randn(len(rows), K, r) / K**0.5 for (K, _, r), rows in shapes.items())
             self.B = nn.ParameterList(torch.zeros(len(rows), r, N) for (_, N, r), rows in shapes.items())
         self._compensator: Compensator | None = None
-        self._readings: dict[int, tuple[tuple[int, int], list[Reading]]] = {}
+        self._readings: dict[int, tuple[Tensor, list[Reading]]] = {}
         if compensated:
             self._add_tables(lambda i, fmt, A: torch.zeros(A.shape[1], contract.tensors[i].N))
 
@@ -174,11 +174,10 @@ class CoaLora(nn.Module):
 
     def _read(self, compensator: Compensator, stack: int, rows: list[int], A: Tensor) -> list[Reading]:
         """Return what C takes from A as it stands now, computed again only where A has changed."""
-        now = (A.data_ptr(), A._version)
-        if self._readings.get(stack, (None,))[0] != now:
+        if stack not in self._readings or not torch.equal(self._readings[stack][0], A):
+            now = A.detach().clone()
             names = [self.contract.tensors[row].matrix for row in rows]
-            found = [compensator.reading(name, a) for name, a in zip(names, A.detach(), strict=True)]
-            self._readings[stack] = (now, found)
+            self._readings[stack] = (now, [compensator.reading(name, a) for name, a in zip(names, now, strict=True)])
         return self._readings[stack][1]
 
     @torch.no_grad()
