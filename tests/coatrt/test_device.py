@@ -40,7 +40,8 @@ print(json.dumps(said))
 
 
 @pytest.mark.parametrize("changes", [
-    {"preset": "coatrt", "quantizer": "feedback", "evaluate_every": 2, "patience": 5, "budgets": (4.0, 6.0)},
+    {"preset": "coatrt", "quantizer": "feedback", "evaluate_every": 2, "patience": 5, "budgets": (4.0, 6.0),
+     "learning_rate": 1e-3},
     {"preset": "paper", "precision": "bfloat16", "distill": 0.5, "accumulate": 2, "learning_rate": 1e-3},
     {"preset": "none", "compensation": False, "distill": 0.5, "teacher": "top"},
 ])  # fmt: skip
