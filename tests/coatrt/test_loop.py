@@ -193,7 +193,7 @@ def test_two_processes_learn_what_one_does(tiny_llama: Path, tmp_path: Path) -> 
         (tmp_path / "text" / f"{i:02}.txt").write_text(text)
     arguments = [
         "train", str(tiny_llama), "--data", str(tmp_path / "text"), "--formats", "int4-g32,int8", "--steps", "4",
-        "--preset", "coatrt", "--length", "32", "--batch", "4", "--calibration", "2", "--evaluation", "2",
+        "--preset", "coatrt", "--length", "32", "--batch", "4", "--calibration", "8", "--evaluation", "2",
         "--budgets", "5", "--evaluate-every", "2",
     ]  # fmt: skip
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "coatrt"]
@@ -205,9 +205,9 @@ def test_two_processes_learn_what_one_does(tiny_llama: Path, tmp_path: Path) -> 
         assert done.returncode == 0, done.stderr
     one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
     np.testing.assert_allclose(two["losses"], one["losses"], rtol=1e-5)
-    np.testing.assert_allclose(two["hypervolumes"], one["hypervolumes"], rtol=1e-4)
+    np.testing.assert_allclose(two["hypervolumes"], one["hypervolumes"], rtol=1e-5)
     adapted = [found["held_out"]["budgets"][0]["adapted"] for found in (one, two)]
-    assert adapted[0] == pytest.approx(adapted[1], rel=5e-5)  # with float16 terms
+    assert adapted[0] == pytest.approx(adapted[1], rel=1e-5)  # with float16 terms
     first, second = (Adapter.load(tmp_path / name).lora.state_dict() for name in ("one", "two"))
     for name, value in first.items():
         more = 5e-3 * float(value.abs().max()) if name.startswith("C_") else 0.0  # solved from A, kept in float16
