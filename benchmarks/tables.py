@@ -266,9 +266,11 @@ def training_step() -> str:
     """A step against PEFT's."""
     found = load("training_step")
     ours, theirs = (found["median_s"][name] for name in ("coatrt", "peft"))
+    low, high = found["ratio_quartiles"]
     return (
         f"a step takes {ours:.2f} s against {theirs:.2f} s of plain LoRA in PEFT with as many passes of the same "
-        f"tokens: {found['ratio']:.2f} × (`python benchmarks/training_step.py`)."
+        f"tokens: {found['ratio']:.2f} ×, each step held against the two of PEFT around it, half of the ratios within "
+        f"{low:.2f} to {high:.2f} (`python benchmarks/training_step.py`)."
     )
 
 

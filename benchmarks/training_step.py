@@ -2,8 +2,9 @@
 
 python benchmarks/training_step.py   (needs peft)
 
-Both do two forward and backward passes of the same tokens, rank 16 on all 210 linear matrices, AdamW, and alternate.
-PEFT's base is in full precision; ours changes its configuration and solves for the compensation before every pass.
+Both do two forward and backward passes of the same tokens, rank 16 on all 210 linear matrices, AdamW, and alternate:
+every step of ours is held against the two of PEFT around it, so that a machine's ups and downs cancel. PEFT's base is
+in full precision; ours changes its configuration and solves for the compensation before every pass.
 """
 
 import argparse
@@ -35,13 +36,14 @@ from coatrt.store import CodeStore
 from coatrt.train_options import TrainOptions
 
 FORMATS = ("nf3-g64", "int4-g64", "nvfp4", "fp8", "int8")
+LIMIT = 1.15
 KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def main() -> None:
     """Alternate the two and check the limit."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=40)
     steps = parser.parse_args().steps
     checkpoint = smollm2()
     tokens = torch.randint(0, 40000, (16, 128), generator=torch.Generator().manual_seed(0))
@@ -85,13 +87,18 @@ def main() -> None:
     options = TrainOptions(formats=FORMATS, steps=steps + 1, batch=2, length=128, checkpoint_every=steps + 1)
     with tempfile.TemporaryDirectory() as scratch:
         optimise(model, lora, Examples.of_blocks(tokens), draw, options, Path(scratch), "benchmark", Processes())
-    warm = slice(steps // 4, None)  # the first steps encode and decode what is not in the caches yet
-    medians = {name: statistics.median(values[warm]) for name, values in seconds.items()}
-    first = statistics.mean(seconds["coatrt"][: steps // 4])
-    result = {"seconds": seconds, "median_s": medians, "ratio": medians["coatrt"] / medians["peft"],
-              "first_steps_mean_s": first}  # fmt: skip
+    warm = range(steps // 4, steps)  # the first steps encode and decode what is not in the caches yet
+    ours, theirs_s = seconds["coatrt"], seconds["peft"]
+    ratios = sorted(ours[i] / statistics.mean(theirs_s[i : i + 2]) for i in warm)
+    result = {
+        "seconds": seconds,
+        "median_s": {name: statistics.median(values[i] for i in warm) for name, values in seconds.items()},
+        "ratio": statistics.median(ratios),
+        "ratio_quartiles": [ratios[len(ratios) // 4], ratios[-len(ratios) // 4]],
+        "first_steps_mean_s": statistics.mean(ours[: steps // 4]),
+    }
     save_result("training_step", "python benchmarks/training_step.py", result)
-    if result["ratio"] > 1.15:
+    if result["ratio"] > LIMIT:
         sys.exit(f"a step costs {result['ratio']:.2f} times PEFT's")
 
 
