@@ -101,7 +101,8 @@ class Compensator:
             exact: see `FakeQuantModel.weight`.
         """
         lost = reading.kept - self._model.weight(matrix, fmt, exact).float() @ reading.moved
-        return torch.linalg.lu_solve(reading.factors, reading.pivots, lost.T.double()).float()
+        term: Tensor = torch.linalg.lu_solve(reading.factors, reading.pivots, lost.T.double())
+        return term.float()
 
     @torch.no_grad()
     def start(self, tensor: LoraTensor, fmt: WeightFormat, gains: Tensor, seed: int, share: float = 1.0) -> Tensor:

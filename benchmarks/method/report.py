@@ -20,7 +20,7 @@ __all__ = ["accuracy_table", "arms_of", "gaps", "main_table", "rivals_table", "u
 
 RESULTS = Path(__file__).parents[1] / "results" / "method"
 MODELS = {"smollm2": "SmolLM2-135M", "smollm2-absmax": "SmolLM2-135M, quantizer absmax",
-          "micro": "the micro byte-level Llama"}  # fmt: skip
+          "micro": "Micro byte-level Llama"}  # fmt: skip
 _REFERENCE_BITS, _REFERENCE_NATS = 10.0, 1.0
 _RIVALS = (
     "none", "single", "single-shared-compute", "shared", "shared-rates", "shared-rank", "bank", "paper", "coatrt",
