@@ -222,7 +222,9 @@ def main() -> None:
                 continue
             rows = [row for row in results[0]["rows"] if row["kind"] == "planned" and row["seen"]]
             means = [statistics.mean(_means(results, "planned", True, row["budget"])) for row in rows]
-            axis.plot([row["bits"] for row in rows], means, marker="o", markersize=3, label=results[0]["what"])
+            colour, width = ("black", 2.0) if name == "coatrt" else (f"C{_RIVALS.index(name)}", 1.2)
+            axis.plot([row["bits"] for row in rows], means, marker="o", markersize=3, color=colour, linewidth=width,
+                      label=results[0]["what"])  # fmt: skip
         axis.set(title=f"{MODELS[model]}, {task}", xlabel="bits per weight", ylabel="held-out loss, nats")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
