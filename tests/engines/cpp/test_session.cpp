@@ -98,14 +98,18 @@ TEST_CASE("configurations change under load and no token is wrong" * doctest::sk
   const auto bundle = coatrt::Bundle::open(bundle_path());
   coatrt::SessionOptions options;
   options.threads = 1;
-  const std::vector<std::int64_t> prompt{10, 20, 30, 40};
   std::vector<coatrt::Configuration> configurations;
-  std::vector<std::vector<std::int64_t>> expected;
-  for (const char* format : {"int8", "int4-g32", "nf3-g32"}) {
+  for (const char* format : {"int8", "int4-g32", "nf3-g32"})
     configurations.push_back(bundle.configuration(std::string("{\"default\": \"") + format + "\"}"));
-    coatrt::Session session(bundle, options);
-    session.swap(configurations.back());
-    expected.push_back(session.generate(prompt, 24).tokens);
+  std::vector<std::int64_t> prompt;
+  std::vector<std::vector<std::int64_t>> expected(3);
+  for (std::int64_t first = 1; first <= 40 && expected[0] == expected[2]; ++first) {  // a prompt that tells them apart
+    prompt = {first, 2 * first, 3 * first, 4 * first};
+    for (std::size_t i = 0; i < 3; ++i) {
+      coatrt::Session session(bundle, options);
+      session.swap(configurations[i]);
+      expected[i] = session.generate(prompt, 24).tokens;
+    }
   }
   CHECK(expected[0] != expected[2]);
   std::mutex mutex;
