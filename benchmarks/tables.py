@@ -322,6 +322,7 @@ TABLES["accuracy_trec"] = partial(report.accuracy_table, "smollm2", "trec")
 for _quantizer in ("mse", "feedback"):
     TABLES[f"predictors_{_quantizer}"] = partial(predictors, _quantizer)
 TABLES["method_micro"] = partial(report.main_table, "micro", "sotu")
+TABLES["gaps_micro"] = partial(report.gaps, "micro", "sotu")
 TABLES["rivals_micro"] = partial(report.rivals_table, "micro", "sotu")
 
 
