@@ -307,9 +307,27 @@ def cpp_service() -> str:
     )
 
 
+def calibration_size() -> str:
+    """Perplexity by tokens calibrated on."""
+    found = load("calibration_size")
+    tokens = list(dict.fromkeys(row["tokens"] for row in found["rows"]))
+    lines = dict.fromkeys((row["format"], row["quantizer"]) for row in found["rows"])
+    by = {(row["format"], row["quantizer"], row["tokens"]): row["perplexity"] for row in found["rows"]}
+    rows = [[*line, *(f"{by[(*line, count)]:.1f}" for count in tokens)] for line in lines]
+    rows += [
+        [f"tokens for each of {width:,} inputs", "", *(f"{count / width:.2f}" for count in tokens)]
+        for width in found["K"]
+    ]
+    return (
+        f"{grid(['format', 'quantizer', *(f'{count:,} tokens' for count in tokens)], rows)}\n\n"
+        f"{found['model']}, perplexity on {found['held_out_tokens']:,} held-out tokens as above (full precision "
+        f"{found['full_precision']:.1f}), no adapter."
+    )
+
+
 _MAKERS = (
-    demo, sizes, billion, export, interactive, memory, parity, cpu, tasks, quantizers, allocation, search, cross,
-    training_step, tied_table, compensation, cpp_runtime, cpp_service,
+    demo, sizes, billion, export, interactive, memory, parity, cpu, tasks, quantizers, calibration_size, allocation,
+    search, cross, training_step, tied_table, compensation, cpp_runtime, cpp_service,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {maker.__name__: maker for maker in _MAKERS} | FLEET_TABLES
 for _task in ("sotu", "trec"):

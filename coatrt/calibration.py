@@ -14,13 +14,14 @@ from coatrt.data import batches
 from coatrt.errors import CheckpointError, ConfigError
 from coatrt.examples import Examples
 from coatrt.machine import free_memory
-from coatrt.matrices import EMBEDDING, HEAD
+from coatrt.matrices import EMBEDDING, HEAD, ModelMatrices
 from coatrt.progress import progress_bar
 from coatrt.tensor_file import hash_tensors, read_tensors, write_tensors
 
-__all__ = ["Calibration", "InputMoments", "calibration_examples", "measure_moments"]
+__all__ = ["Calibration", "InputMoments", "calibration_examples", "measure_moments", "tokens_wanted"]
 
 _KEY = "tokens"
+_TOKENS_PER_INPUT = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +89,15 @@ def calibration_examples(train: Examples, count: int, length: int, seed: int) ->
     tokens = (train.last[order] + 1).cumsum(0)
     enough = int((tokens < count * length).sum()) + 1
     return train[order[: max(count, enough)]]
+
+
+def tokens_wanted(model: ModelMatrices) -> int:
+    """Return how many tokens error feedback should be calibrated on: four for each input of the widest matrix.
+
+    With fewer it makes up for errors in the calibration text at the cost of other text: with one for each of two inputs
+    it is worse than no feedback (`benchmarks/calibration_size.py`, docs/formats.md).
+    """
+    return _TOKENS_PER_INPUT * max(matrix.K for matrix in model.targets)
 
 
 def measure_moments(

@@ -16,6 +16,7 @@ __all__ = ["Compensator", "Reading"]
 
 _LEAST_GAIN = 1e-2  # of the mean gain of an output, so that outputs without gradient count too
 _RIDGE = 1e-6  # of the mean energy of A's outputs, so that columns of A that nearly agree can be told apart
+_MOST_TOKENS = 4096  # whose inputs are kept: many times a rank
 _OVERSAMPLING, _ITERATIONS = 16, 6  # of the randomized singular value decomposition
 
 
@@ -43,8 +44,8 @@ class Compensator:
     (arXiv 2402.02446, 2410.06040) inside the subspace that A reads, so that C costs no rank of its own and follows A
     while A is trained.
 
-    Memory, on the device of the model: H, float32 [K, K], or, where these are smaller, the inputs x of all calibration
-    tokens in bfloat16, once for matrices that read the same input; and W as the checkpoint stores it.
+    Memory, on the device of the model: H, float32 [K, K], or, where these are smaller, the inputs x of the first 4,096
+    calibration tokens in bfloat16, once for matrices that read the same input; and W as the checkpoint stores it.
 
     Args:
         model: decodes weights; it is set to full precision and its LoRA is taken away.
@@ -67,6 +68,7 @@ class Compensator:
         }
         leaders = {moments.leader(tensor.matrix): tensor.K for tensor in contract.tensors}
         tokens = moments.calibration.tokens
+        tokens = tokens[: max(1, _MOST_TOKENS // tokens.shape[1])]
         small = [name for name, K in leaders.items() if inputs_are_smaller(tokens.numel(), K)]
         inputs = collect_inputs(model, tokens, small, progress) if small else {}
         grams = {

@@ -34,7 +34,7 @@ from coatrt.sensitivity import Sensitivity, measure_sensitivity
 from coatrt.space import ConfigSpace
 from coatrt.store import CodeStore
 from coatrt.tasks import TaskData, text_task
-from coatrt.train_options import DEFAULT_FORMATS, TrainOptions
+from coatrt.train_options import DEFAULT_FORMATS, SENSITIVITY_BLOCKS, TrainOptions
 from coatrt.train_state import check_state, claim_state, has_state
 
 __all__ = ["DEFAULT_FORMATS", "TrainOptions", "train"]
@@ -152,8 +152,10 @@ class _Training:
         high = min(self.space.max_bits, max(low, 8.5)) if options.high_bits is None else options.high_bits
         self._check_budgets(low, high)
         contract = contract_for(checkpoint.matrices, options.rank, options.alpha, dict(options.ranks))
-        self.calibrated_on = calibration_examples(data.train, options.calibration, options.length, options.seed)
-        self.calibration = Calibration.of(self.calibrated_on)
+        blocks = options.calibration_blocks(checkpoint.matrices)
+        self.calibration = Calibration.of(calibration_examples(data.train, blocks, options.length, options.seed))
+        blocks = options.calibration or SENSITIVITY_BLOCKS
+        self.calibrated_on = calibration_examples(data.train, blocks, options.length, options.seed)
         self.codes = CodeStore.default(checkpoint, options.quantizer, self.calibration)
         self.model = FakeQuantModel(checkpoint, self.codes, compute, dtype=getattr(torch, options.precision))
         self.sensitivity = self._sensitivity()

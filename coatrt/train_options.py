@@ -4,16 +4,20 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from coatrt.calibration import tokens_wanted
 from coatrt.errors import ConfigError
 from coatrt.formats import WeightFormat
 from coatrt.hypernet import Preset
+from coatrt.matrices import ModelMatrices
 from coatrt.quantize import QUANTIZERS, Quantizer
 
-__all__ = ["DEFAULT_FORMATS", "TrainOptions"]
+__all__ = ["DEFAULT_FORMATS", "SENSITIVITY_BLOCKS", "TrainOptions"]
 
 DEFAULT_FORMATS = ("nf3-g64", "nf4-g64", "int4-g64", "nvfp4", "fp8", "int8", "fp16")
 """Some format for every device, from 3.25 bits up."""
 
+SENSITIVITY_BLOCKS = 16
+"""Blocks for the sensitivities where no number is given: 4,096 tokens; with 1,024 they rank well (docs/method.md)."""
 
 _CHOICES = {
     "preset": ("coatrt", "paper", "none"),
@@ -62,7 +66,8 @@ class TrainOptions:
         precision: of the model's weights and products, in training and in what is measured; "bfloat16" takes half the
             memory. What is trained, its optimizer, compensation and losses are float32 in any case.
         calibration: blocks (examples) for the sensitivities and for the second moments of "weighted" and "feedback"; of
-            examples shorter than `length` as many more as make up for it.
+            examples shorter than `length` as many more as make up for it. None: 16, and for the moments of "feedback"
+            as many as have four tokens for each input of the widest matrix (`coatrt.calibration.tokens_wanted`).
         evaluation: held-out blocks (examples, questions) for the numbers in metrics.json.
         budgets: average bits at which the held-out loss is measured, after training and for `patience`.
         evaluate_every: steps between measurements of the hypervolume over `budgets`; 0 for none.
@@ -102,7 +107,7 @@ class TrainOptions:
     distill: float = 0.0
     teacher: Literal["base", "top"] = "base"
     precision: Literal["float32", "bfloat16"] = "float32"
-    calibration: int = 16
+    calibration: int | None = None
     evaluation: int = 16
     budgets: tuple[float, ...] = (4.0, 5.0, 6.0)
     evaluate_every: int = 0
@@ -118,8 +123,9 @@ class TrainOptions:
         least = {"steps": 1, "batch": 1, "accumulate": 1, "length": 2, "configs": 1, "calibration": 1, "evaluation": 1,
                  "checkpoint_every": 1, "evaluate_every": 0, "patience": 0, "distill": 0, "seed": 0}  # fmt: skip
         for name, minimum in least.items():
-            if getattr(self, name) < minimum:
-                raise ConfigError(f"{name} {getattr(self, name)} is given; give at least {minimum}")
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise ConfigError(f"{name} {value} is given; give at least {minimum}")
         for name in ("learning_rate", "rate_ratio", "theta_rate", "clip"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -133,6 +139,13 @@ class TrainOptions:
             raise ConfigError("patience needs evaluate_every and budgets; give them, or no patience")
         if not 0 <= self.warmup <= 1:
             raise ConfigError(f"warmup {self.warmup} is given; give a share of the steps, 0 to 1")
+
+    def calibration_blocks(self, model: ModelMatrices) -> int:
+        """Return the blocks whose second moments the quantizer sees."""
+        if self.calibration is not None:
+            return self.calibration
+        wanted = tokens_wanted(model) if self.quantizer == "feedback" else 0
+        return max(SENSITIVITY_BLOCKS, math.ceil(wanted / self.length))
 
     @property
     def b_rate(self) -> float:

@@ -42,7 +42,7 @@ from coatrt.train import TrainOptions, train
 TARGETS = {"rtx-3060": 4.5, "rtx-4090": 6.0, "rtx-5090": 5.0}
 OPTIONS = TrainOptions(
     formats=("nf3-g64", "int4-g64", "nvfp4", "int8"), quantizer="feedback", steps=70, batch=2, length=128,
-    learning_rate=1e-3, low_bits=3.8, high_bits=6.5, calibration=16, evaluation=1, budgets=(), checkpoint_every=10,
+    learning_rate=1e-3, low_bits=3.8, high_bits=6.5, evaluation=1, budgets=(), checkpoint_every=10,
 )  # fmt: skip
 CONTEXT, PREFILL, HELD_OUT_BLOCKS = 2048, 512, 24
 PROMPT = "The state of our finances"

@@ -87,7 +87,7 @@ def _ranks(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 @click.option("--evaluate-every", type=int, help="Steps between measurements of the hypervolume.")
 @click.option("--patience", type=int, help="Measurements without a better one after which training stops.")
 @click.option("--budgets", callback=_numbers, metavar="B,B,…", help="Average bits to measure at on held-out data.")
-@click.option("--calibration", type=int, help="Blocks for sensitivities and second moments; of short examples more.")
+@click.option("--calibration", type=int, help="Blocks to calibrate on; by default as many as the model wants.")
 @click.option("--evaluation", type=int, help="Held-out blocks (examples) to measure on; choice: 200 if not given.")
 @click.option("--checkpoint-every", type=int, help="Steps between checkpoints.")
 @click.option("--seed", type=int, help="Seed of start values, batches and configurations.")
@@ -124,8 +124,23 @@ def command(model: str, data: tuple[str, ...], task: str, held_out: tuple[str, .
     DecoderSpec.from_checkpoint(checkpoint)  # a model that cannot be exported is refused now, not after training
     tokenizer = load_tokenizer(checkpoint.directory)
     loaded = load_task(task, data, tokenizer, options.length, held_out=held_out or None)
+    _tell_of_few_tokens(options, checkpoint, loaded)
     adapter = train(model, loaded, output, options, resume=resume, overwrite=overwrite, compute=compute)
     click.echo(_summary(adapter.metrics, output))
+
+
+def _tell_of_few_tokens(options: Any, checkpoint: Any, data: Any) -> None:
+    """Say on standard error that error feedback is calibrated on too little."""
+    from coatrt.calibration import tokens_wanted
+
+    given = options.calibration_blocks(checkpoint.matrices) * options.length
+    tokens, wanted = min(int((data.train.last + 1).sum()), given), tokens_wanted(checkpoint.matrices)
+    if options.quantizer == "feedback" and tokens < wanted:
+        click.echo(
+            f"coatrt: calibrated on {tokens:,} tokens, and error feedback wants {wanted:,} for this model; give more "
+            "--data or --calibration, or --quantizer weighted, which needs few",
+            err=True,
+        )
 
 
 def _summary(metrics: Any, output: Path) -> str:

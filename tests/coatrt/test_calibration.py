@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from coatrt import calibration
-from coatrt.calibration import Calibration, InputMoments, calibration_examples
+from coatrt.calibration import Calibration, InputMoments, calibration_examples, tokens_wanted
 from coatrt.checkpoint import Checkpoint, load_model
 from coatrt.data import batches
 from coatrt.errors import CheckpointError, ConfigError
 from coatrt.examples import Examples
+from coatrt.train import TrainOptions
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import save_tiny_llama
@@ -114,6 +115,18 @@ def test_tokens_are_saved_and_checked(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="reads token ids"):
         InputMoments(untied, given).get("model.embed_tokens")
     assert InputMoments(untied, given).get("lm_head").shape == (64, 64)
+
+
+def test_error_feedback_wants_tokens_for_every_input(tiny_llama: Path) -> None:
+    matrices = Checkpoint.open(tiny_llama).matrices
+    assert tokens_wanted(matrices) == 4 * 160  # its widest inputs are those of down_proj
+    assert TrainOptions(length=32).calibration_blocks(matrices) == 20
+    assert TrainOptions(length=36).calibration_blocks(matrices) == 18
+    assert TrainOptions(length=256).calibration_blocks(matrices) == 16
+    assert TrainOptions(length=32, quantizer="weighted").calibration_blocks(matrices) == 16
+    assert TrainOptions(length=32, calibration=3).calibration_blocks(matrices) == 3
+    with pytest.raises(ConfigError, match="calibration 0 is given; give at least 1"):
+        TrainOptions(calibration=0)
 
 
 def test_short_examples_make_up_in_number() -> None:

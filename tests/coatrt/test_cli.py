@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from coatrt.bundle import Bundle
 from coatrt.cli.common import tell_of_gpu
 from coatrt.cli.main import cli, main
+from coatrt.errors import ConfigError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import TEXTS
@@ -258,6 +259,19 @@ def test_memory_that_does_not_suffice_is_one_line(
     ):
         monkeypatch.setattr("coatrt.plan.make_plan", lambda *_, raised=raised, **__: throw(raised))
         assert said in wrong(capsys, monkeypatch, *arguments)
+
+
+def test_too_little_to_calibrate_on_is_named(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coatrt.train.train", lambda *_, **__: throw(ConfigError("trained")))
+    (tmp_path / "a.txt").write_text("word " * 200)  # 1,000 tokens, one each byte, of which a tenth is held out
+    (tmp_path / "b.txt").write_text("word " * 60)
+    given = "train", tiny_llama, "-o", tmp_path / "adapter", "--length", 16, "--data"
+    said = "calibrated on {} tokens, and error feedback wants 640 for this model; give more --data"
+    assert "calibrated on" not in run(*given, tmp_path / "a.txt").output
+    assert said.format(64) in run(*given, tmp_path / "a.txt", "--calibration", 4).output
+    little = run(*given, tmp_path / "b.txt").output
+    assert "wants 640 for this model" in little and said.format(640) not in little
+    assert "calibrated on" not in run(*given, tmp_path / "b.txt", "--quantizer", "weighted").output
 
 
 def throw(error: BaseException) -> None:

@@ -92,6 +92,19 @@ def test_the_term_is_least_squares_over_the_inputs(setting: Setting) -> None:
         np.testing.assert_allclose(found, best, atol=0.02 * np.abs(best).max())
 
 
+def test_of_many_tokens_the_first_are_kept(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coatrt.compensation._MOST_TOKENS", 100)
+    setting = Setting(tiny_llama, 16)
+    for tensor in setting.contract.tensors:  # 3 blocks of 32 for inputs of 64 and of 160
+        assert setting.compensator._grams[tensor.matrix].nbytes == 2 * 96 * tensor.K
+        A = torch.randn(tensor.K, tensor.rank, generator=torch.Generator().manual_seed(1))
+        x = setting.inputs[tensor.matrix][:96]
+        read, wanted = x @ A.double().numpy(), x @ setting.lost(tensor.matrix, LOW).T
+        best = np.linalg.lstsq(read, wanted, rcond=None)[0]
+        found = term(setting.compensator, tensor.matrix, LOW, A).double().numpy()
+        np.testing.assert_allclose(found, best, atol=0.02 * np.abs(best).max())
+
+
 def test_what_c_takes_from_a_is_computed_once_until_a_changes(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:

