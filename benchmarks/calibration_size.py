@@ -23,7 +23,7 @@ from coatrt.store import CodeStore
 COMMAND = "python benchmarks/calibration_size.py"
 FORMATS = ("nf2-g64", "nf3-g64")
 BLOCKS = (1, 4, 16, 64)
-CALIBRATED: tuple[Quantizer, ...] = ("weighted", "feedback")
+CALIBRATED: tuple[Quantizer, ...] = ("weighted", "gptq", "feedback")
 
 
 def perplexity(
@@ -32,7 +32,7 @@ def perplexity(
     """Encode every linear matrix in one format and return the held-out perplexity."""
     for matrix in model.checkpoint.matrices.targets:
         weight = model.checkpoint.tensor(f"{matrix.name}.weight").float()
-        encoded = encode(weight, text, quantizer, moments.get(matrix.name))
+        encoded = encode(weight, text, quantizer, moments.get(matrix.name), moments.calibration.tokens.numel())
         model.set_weights([(matrix.name, decode(encoded))])
     return math.exp(mean_loss(model, blocks))
 
@@ -61,6 +61,7 @@ def main() -> None:
                     started = time.monotonic()
                     rows.append({**key, "perplexity": perplexity(model, moments, text, quantizer, blocks)})
                     print(rows[-1], f"{time.monotonic() - started:.0f} s", flush=True)
+                    rows.sort(key=lambda row: (row["format"], CALIBRATED.index(row["quantizer"]), row["tokens"]))
                     save_result("calibration_size", COMMAND, {**facts, "rows": rows})
 
 

@@ -18,7 +18,7 @@ from coatrt.quantize import Quantizer, decode, encode
 
 LAYERS = (3, 14, 26)
 FORMATS = ("nf2-g64", "nf3-g64", "nf4-g64")
-QUANTIZERS: tuple[Quantizer, ...] = ("mse", "feedback")
+QUANTIZERS: tuple[Quantizer, ...] = ("mse", "gptq")
 RANKS = (0, 16, 32)
 BLOCKS = 32
 DAMPING = 1e-4  # of the mean energy of an input, so that inputs that never move have a factor too

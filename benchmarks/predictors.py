@@ -1,6 +1,6 @@
 """Which predictor ranks configurations as the measured loss does: 50 configurations of SmolLM2-135M, held-out loss.
 
-python benchmarks/predictors.py [--quantizer feedback|mse] [--work DIR]
+python benchmarks/predictors.py [--quantizer gptq|mse] [--work DIR]
 
 Half of the configurations are what a planner could choose (allocations under the disturbed costs of each gradient
 predictor in turn), half are random maps of a budget; budgets from 2.5 to 8 bits. It goes on where it was stopped:
@@ -99,7 +99,7 @@ def correlations(
 def main() -> None:
     """Measure and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quantizer", choices=("feedback", "mse"), default="feedback")
+    parser.add_argument("--quantizer", choices=("gptq", "mse"), default="gptq")
     parser.add_argument("--work", type=Path, default=Path("out/predictors"), help="where finished steps lie")
     given = parser.parse_args()
     work = given.work / given.quantizer

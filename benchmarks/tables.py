@@ -227,7 +227,7 @@ def tasks() -> str:
 
 
 def quantizers() -> str:
-    """The four quantizers by format."""
+    """The five quantizers by format."""
     found = load("quantizers")
     rows = [
         [row["format"], row["quantizer"], f"{row['weight_error']:.3f}", f"{row['output_error']:.3f}",
@@ -325,9 +325,26 @@ def calibration_size() -> str:
     )
 
 
+def shrinkage() -> str:
+    """What is taken off the off-diagonals of H: the best share, and coatrt's."""
+    found = load("shrinkage")
+    rows = []
+    for tokens in dict.fromkeys(row["tokens"] for row in found["rows"]):
+        at = {row["taken"]: row["error"] for row in found["rows"] if row["tokens"] == tokens}
+        for K in at[None]:
+            best = min((taken for taken in at if taken is not None), key=lambda taken: at[taken][K])
+            rows.append([f"{tokens:,}", K, f"{at[0][K]:.3f}", f"{at[best][K]:.3f}", f"{1 - best:.2f}",
+                         f"{at[None][K]:.3f}", f"{tokens / (tokens + int(K)):.2f}"])  # fmt: skip
+    head = ["tokens", "inputs", "error, GPTQ", "least error", "kept for it", "error, `feedback`", "kept, T / (T + K)"]
+    return (
+        f"{grid(head, rows)}\n\n{found['model']}, layers {', '.join(map(str, found['layers']))}, {found['format']}; "
+        f"output error on {found['measured_on_tokens']:,} other tokens, means over the matrices."
+    )
+
+
 _MAKERS = (
-    demo, sizes, billion, export, interactive, memory, parity, cpu, tasks, quantizers, calibration_size, allocation,
-    search, cross, training_step, tied_table, compensation, cpp_runtime, cpp_service,
+    demo, sizes, billion, export, interactive, memory, parity, cpu, tasks, quantizers, calibration_size, shrinkage,
+    allocation, search, cross, training_step, tied_table, compensation, cpp_runtime, cpp_service,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {maker.__name__: maker for maker in _MAKERS} | FLEET_TABLES
 for _task in ("sotu", "trec"):
@@ -337,8 +354,10 @@ for _task in ("sotu", "trec"):
     TABLES[f"gaps_{_task}"] = partial(report.gaps, "smollm2", _task)
     TABLES[f"unseen_{_task}"] = partial(report.unseen_table, "smollm2", _task)
 TABLES["accuracy_trec"] = partial(report.accuracy_table, "smollm2", "trec")
-for _quantizer in ("mse", "feedback"):
+for _quantizer in ("mse", "gptq"):
     TABLES[f"predictors_{_quantizer}"] = partial(predictors, _quantizer)
+TABLES["method_feedback"] = partial(report.main_table, "smollm2-feedback", "sotu")
+TABLES["rivals_feedback"] = partial(report.rivals_table, "smollm2-feedback", "sotu")
 TABLES["method_micro"] = partial(report.main_table, "micro", "sotu")
 TABLES["gaps_micro"] = partial(report.gaps, "micro", "sotu")
 TABLES["rivals_micro"] = partial(report.rivals_table, "micro", "sotu")

@@ -13,13 +13,31 @@ from torch import Tensor
 from coatrt.errors import FormatError
 from coatrt.levels import Grid
 
-__all__ = ["DAMPING", "feedback_codes", "inverse_factor"]
+__all__ = ["DAMPING", "feedback_codes", "inverse_factor", "shrunk"]
 
 DAMPING = 0.01
 """Share of the mean diagonal added to the diagonal of the second moment, as in GPTQ."""
 
 _LAZY = 64  # columns coded before the rest of the matrix hears of their errors
 _ROWS = 4096  # rows of W coded together: their errors stay in cache
+
+
+def shrunk(moment: Tensor, tokens: int | None) -> Tensor:
+    """Return H with its off-diagonal elements times T / (T + K): T tokens do not tell K² correlations well.
+
+    The better part of the sampled correlations of few tokens is chance, and feedback would spend its freedom on it. The
+    share is the one that leaves the least output error on other text, within 1 % (`benchmarks/shrinkage.py`,
+    docs/formats.md); that one should shrink: Schäfer and Strimmer (2005), doi 10.2202/1544-6115.1175.
+
+    Args:
+        moment: H = E[x xᵀ] over the tokens, float32 [K, K].
+        tokens: T; None: H is exact, and returned as it is.
+    """
+    if tokens is None:
+        return moment
+    kept = moment * (tokens / (tokens + len(moment)))
+    kept.diagonal().copy_(moment.diagonal())
+    return kept
 
 
 def inverse_factor(moment: Tensor, damping: float = DAMPING) -> Tensor:
@@ -47,17 +65,17 @@ def inverse_factor(moment: Tensor, damping: float = DAMPING) -> Tensor:
         shift *= 10
 
 
-def _prepared(moment: Tensor) -> tuple[Tensor, Tensor]:
+def _prepared(moment: Tensor, tokens: int | None) -> tuple[Tensor, Tensor]:
     """Return the order of the inputs, most energy first, and the inverse factor in that order.
 
     The last one is kept for as long as its moment lives: every format of every matrix that reads this input needs it.
     """
     global _last
-    version = moment._version
+    version = moment._version, tokens
     if _last is not None and _last[0]() is moment and _last[1] == version:
         return _last[2]
     order = moment.diagonal().argsort(descending=True, stable=True)
-    found = order, inverse_factor(moment[order][:, order])
+    found = order, inverse_factor(shrunk(moment, tokens)[order][:, order])
     _last = (weakref.ref(moment, _forget), version, found)
     return found
 
@@ -67,10 +85,12 @@ def _forget(_: object) -> None:
     _last = None
 
 
-_last: tuple[weakref.ref[Tensor], int, tuple[Tensor, Tensor]] | None = None
+_last: tuple[weakref.ref[Tensor], tuple[int, int | None], tuple[Tensor, Tensor]] | None = None
 
 
-def feedback_codes(weight: Tensor, scales: Tensor, block: int, grid: Grid, moment: Tensor) -> Tensor:
+def feedback_codes(
+    weight: Tensor, scales: Tensor, block: int, grid: Grid, moment: Tensor, tokens: int | None = None
+) -> Tensor:
     """Return codes that keep tr((W − Q) H (W − Q)ᵀ) small instead of every single |w − q|.
 
     Args:
@@ -79,11 +99,12 @@ def feedback_codes(weight: Tensor, scales: Tensor, block: int, grid: Grid, momen
         block: weights along K that share a scale.
         grid: the levels.
         moment: H = E[x xᵀ], float32 [K, K].
+        tokens: how many it is the mean of, see `shrunk`.
 
     Returns:
         [N, K] in the grid's dtype.
     """
-    order, factor = _prepared(moment)
+    order, factor = _prepared(moment, tokens)
     blocks = (order // block).tolist()
     codes = torch.empty(weight.shape[1], len(weight), dtype=grid.dtype)
     for start in range(0, len(weight), _ROWS):

@@ -20,6 +20,7 @@ from coatrt.scales import ScaleRule, choose_scales, quantize_scales, tensor_scal
 
 __all__ = [
     "CALIBRATED",
+    "FED_BACK",
     "QUANTIZERS",
     "QUANTIZER_VERSION",
     "QuantizedMatrix",
@@ -30,13 +31,15 @@ __all__ = [
     "relative_error",
 ]
 
-QUANTIZER_VERSION = 2  # raise when encode gives other codes: caches are keyed by it
-Quantizer = Literal["absmax", "mse", "weighted", "feedback"]
+QUANTIZER_VERSION = 3  # raise when encode gives other codes: caches are keyed by it
+Quantizer = Literal["absmax", "mse", "weighted", "gptq", "feedback"]
 """How scales and codes are chosen, see `encode`."""
 
 QUANTIZERS: tuple[Quantizer, ...] = get_args(Quantizer)
-CALIBRATED: frozenset[Quantizer] = frozenset({"weighted", "feedback"})
+CALIBRATED: frozenset[Quantizer] = frozenset({"weighted", "gptq", "feedback"})
 """Quantizers that need the second moment of the matrix's input."""
+FED_BACK: frozenset[Quantizer] = frozenset({"gptq", "feedback"})
+"""Those of them whose codes make up for each other's errors, and that want many tokens."""
 
 _CHUNK = 1 << 20  # weights per piece of work: a few buffers of this size stay in cache
 
@@ -89,7 +92,11 @@ def _pieces(rows: int, width: int) -> Iterator[slice]:
 
 
 def encode(
-    weight: Tensor, weight_format: WeightFormat | str, quantizer: Quantizer = "mse", moment: Tensor | None = None
+    weight: Tensor,
+    weight_format: WeightFormat | str,
+    quantizer: Quantizer = "mse",
+    moment: Tensor | None = None,
+    tokens: int | None = None,
 ) -> QuantizedMatrix:
     """Return `weight` encoded in a format.
 
@@ -98,9 +105,10 @@ def encode(
         weight_format: the format asked for; its block is fitted to K by `WeightFormat.effective`.
         quantizer: "mse" picks per block the clipping with the least squared error; "absmax" takes the largest magnitude
             (the NormalFloat preset of arXiv 2509.25214); "weighted" weighs every error with the energy of its input,
-            the diagonal of `moment`; "feedback" codes one input after another under those scales, each making up for
-            the errors before it (`coatrt.feedback`).
-        moment: H = E[x xᵀ] of the inputs, [K, K]; needed by "weighted" and "feedback", else ignored.
+            the diagonal of `moment`; "gptq" codes one input after another under those scales, each making up for the
+            errors before it (`coatrt.feedback`); "feedback" does so as far as `tokens` bear out the moment.
+        moment: H = E[x xᵀ] of the inputs, [K, K]; needed by "weighted", "gptq" and "feedback", else ignored.
+        tokens: how many tokens the moment is the mean of, for "feedback" (`coatrt.feedback.shrunk`); None: it is exact.
 
     Raises:
         FormatError: the weight is not a matrix or holds values that are not finite, or the quantizer lacks its moment.
@@ -124,7 +132,7 @@ def encode(
         part = weight[piece].float()
         return torch.nn.functional.pad(part, (0, width - K)) if width != K else part
 
-    rule: ScaleRule = "weighted" if quantizer == "feedback" else quantizer
+    rule: ScaleRule = "weighted" if quantizer == "gptq" or quantizer == "feedback" else quantizer
     importance = None
     if quantizer in CALIBRATED:
         assert moment is not None
@@ -145,10 +153,11 @@ def encode(
         stored = chosen.half()
     result = QuantizedMatrix(fmt, N, K, torch.zeros(N, width, dtype=grid.dtype), stored, supers, constant)
     used = decode_scales(result)
-    if quantizer == "feedback":
+    if quantizer in FED_BACK:
         assert moment is not None
+        trusted = tokens if quantizer == "feedback" else None
         result.codes[:, K:] = grid.nearest(torch.zeros(1)).to(grid.dtype)
-        result.codes[:, :K] = feedback_codes(weight.float(), used, block, grid, moment.float())
+        result.codes[:, :K] = feedback_codes(weight.float(), used, block, grid, moment.float(), trusted)
         return result
     safe = torch.where(used != 0, used, torch.ones_like(used))
     for piece in _pieces(N, width):

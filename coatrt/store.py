@@ -55,6 +55,7 @@ class CodeStore:
         self._root = root / "codes" / checkpoint.fingerprint if root is not None else None
         self._key = f"v{QUANTIZER_VERSION}-{quantizer}"
         self._moments: InputMoments | None = None
+        self._tokens = calibration.tokens.numel() if calibration is not None else None
         if quantizer in CALIBRATED and calibration is not None:
             self._key += f"-{calibration.hash}"
             self._moments = InputMoments(checkpoint, calibration, root / "moments" if root is not None else None)
@@ -103,7 +104,7 @@ class CodeStore:
         if self._is_plain(name):
             return encode(weight, fmt, "mse")
         moment = self._moments.get(name) if self._moments is not None and fmt.has_scales else None
-        return encode(weight, fmt, self.quantizer, moment)
+        return encode(weight, fmt, self.quantizer, moment, self._tokens)
 
     def _is_plain(self, name: str) -> bool:
         """Return whether a matrix is a table that no second moment speaks of."""

@@ -9,7 +9,7 @@ from coatrt.errors import ConfigError
 from coatrt.formats import WeightFormat
 from coatrt.hypernet import Preset
 from coatrt.matrices import ModelMatrices
-from coatrt.quantize import QUANTIZERS, Quantizer
+from coatrt.quantize import FED_BACK, QUANTIZERS, Quantizer
 
 __all__ = ["DEFAULT_FORMATS", "SENSITIVITY_BLOCKS", "TrainOptions"]
 
@@ -65,9 +65,9 @@ class TrainOptions:
             with the most bits of the same step.
         precision: of the model's weights and products, in training and in what is measured; "bfloat16" takes half the
             memory. What is trained, its optimizer, compensation and losses are float32 in any case.
-        calibration: blocks (examples) for the sensitivities and for the second moments of "weighted" and "feedback"; of
-            examples shorter than `length` as many more as make up for it. None: 16, and for the moments of "feedback"
-            as many as have four tokens for each input of the widest matrix (`coatrt.calibration.tokens_wanted`).
+        calibration: blocks (examples) for the sensitivities and for second moments; of examples shorter than `length`
+            as many more as make up for it. None: 16, and for the moments of "gptq" and "feedback" as many as have four
+            tokens for each input of the widest matrix (`coatrt.calibration.tokens_wanted`).
         evaluation: held-out blocks (examples, questions) for the numbers in metrics.json.
         budgets: average bits at which the held-out loss is measured, after training and for `patience`.
         evaluate_every: steps between measurements of the hypervolume over `budgets`; 0 for none.
@@ -144,7 +144,7 @@ class TrainOptions:
         """Return the blocks whose second moments the quantizer sees."""
         if self.calibration is not None:
             return self.calibration
-        wanted = tokens_wanted(model) if self.quantizer == "feedback" else 0
+        wanted = tokens_wanted(model) if self.quantizer in FED_BACK else 0
         return max(SENSITIVITY_BLOCKS, math.ceil(wanted / self.length))
 
     @property

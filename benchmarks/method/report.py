@@ -19,8 +19,12 @@ from coatrt.hypervolume import hypervolume
 __all__ = ["accuracy_table", "arms_of", "gaps", "main_table", "rivals_table", "unseen_table"]
 
 RESULTS = Path(__file__).parents[1] / "results" / "method"
-MODELS = {"smollm2": "SmolLM2-135M", "smollm2-absmax": "SmolLM2-135M, quantizer absmax",
-          "micro": "Micro byte-level Llama"}  # fmt: skip
+MODELS = {
+    "smollm2": "SmolLM2-135M",
+    "smollm2-feedback": "SmolLM2-135M, quantizer feedback",
+    "smollm2-absmax": "SmolLM2-135M, quantizer absmax",
+    "micro": "Micro byte-level Llama",
+}
 _REFERENCE_BITS, _REFERENCE_NATS = 10.0, 1.0
 _RIVALS = (
     "none", "single", "single-shared-compute", "shared", "shared-rates", "shared-rank", "bank", "paper", "coatrt",

@@ -26,11 +26,11 @@ from coatrt.processes import Processes
 from coatrt.train_options import TrainOptions
 
 RESULTS = Path(__file__).parents[1] / "results" / "method"
-STEPS = {"micro": 100, "smollm2": 120, "smollm2-absmax": 120}
+STEPS = {"micro": 100, "smollm2": 120, "smollm2-feedback": 120, "smollm2-absmax": 120}
 BATCH = {"sotu": 2, "trec": 16, "sentiment": 8}  # about as many tokens of each; the micro Llama takes 8
 PARTS = {"sotu": 1, "trec": 2, "sentiment": 2}  # where lengths differ, halves of a batch have less padding
-LIMIT = {"micro": 48, "smollm2": 24, "smollm2-absmax": 24}  # held-out examples
-CHOICES = {"micro": 100, "smollm2": 500, "smollm2-absmax": 500}  # held-out questions
+LIMIT = dict.fromkeys(STEPS, 24) | {"micro": 48}  # held-out examples
+CHOICES = dict.fromkeys(STEPS, 500) | {"micro": 100}  # held-out questions
 QUICK = ("none", "shared", "shared-rank", "bank", "paper", "coatrt", "single", "single-shared-compute")
 
 

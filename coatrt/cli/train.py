@@ -59,7 +59,9 @@ def _ranks(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
     "--start", type=click.Choice(["mixed", "residual", "random"]), help="Where A begins, beside compensation; mixed."
 )
 @click.option(
-    "--quantizer", type=click.Choice(["absmax", "mse", "weighted", "feedback"]), help="How weights are encoded."
+    "--quantizer",
+    type=click.Choice(["absmax", "mse", "weighted", "gptq", "feedback"]),
+    help="How weights are encoded.",
 )
 @click.option("--steps", type=int, help="Optimizer steps.")
 @click.option("--batch", type=int, help="Blocks (examples) per configuration and step.")
@@ -132,13 +134,14 @@ def command(model: str, data: tuple[str, ...], task: str, held_out: tuple[str, .
 def _tell_of_few_tokens(options: Any, checkpoint: Any, data: Any) -> None:
     """Say on standard error that error feedback is calibrated on too little."""
     from coatrt.calibration import tokens_wanted
+    from coatrt.quantize import FED_BACK
 
     given = options.calibration_blocks(checkpoint.matrices) * options.length
     tokens, wanted = min(int((data.train.last + 1).sum()), given), tokens_wanted(checkpoint.matrices)
-    if options.quantizer == "feedback" and tokens < wanted:
+    if options.quantizer in FED_BACK and tokens < wanted:
         click.echo(
             f"coatrt: calibrated on {tokens:,} tokens, and error feedback wants {wanted:,} for this model; give more "
-            "--data or --calibration, or --quantizer weighted, which needs few",
+            "--data or --calibration",
             err=True,
         )
 

@@ -91,6 +91,37 @@ def test_without_correlation_nothing_is_fed_back(text):
         assert torch.equal(plain.codes.view(torch.uint8), fed.codes.view(torch.uint8))
 
 
+@pytest.mark.parametrize("text", FORMATS)
+def test_few_tokens_shrink_correlations(text):
+    w, H = weight(20, 100, 3), moment(100)
+    scale = np.where(np.eye(100, dtype=bool), 1.0, 300 / (300 + 100))
+    want = textbook(
+        w.numpy(), decode_scales(encode(w, text, "weighted", H)).numpy(),
+        encode(w, text).format.block or 100, H.numpy() * scale, encode(w, text).format.kind,
+    )  # fmt: skip
+    found = encode(w, text, "feedback", H, tokens=300)
+    np.testing.assert_allclose(decode(found).numpy(), want, rtol=1e-6, atol=1e-9)
+    exact = encode(w, text, "feedback", H)
+    assert not torch.equal(decode(exact), decode(found))
+    for quantizer, tokens in (("gptq", None), ("gptq", 300)):  # which trusts H whatever it was made from
+        assert torch.equal(decode(encode(w, text, quantizer, H, tokens)), decode(exact))
+
+
+@pytest.mark.parametrize(("tokens", "of_weighted", "of_gptq"), [(80, 0.97, 0.6), (640, 0.8, 0.97)])
+@pytest.mark.parametrize("seed", range(3))
+def test_feedback_holds_for_other_text(seed, tokens, of_weighted, of_gptq):
+    """With half a token for each input GPTQ is far worse than no feedback; ours is better than both, as with four."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(160, 160, generator=generator) / 160**0.5 + torch.eye(160)
+    x = torch.randn(tokens, 160, generator=generator) @ mix
+    w, truth, few = weight(64, 160, seed), mix.T @ mix, x.T @ x / len(x)
+    weighted, gptq, feedback = (
+        output_error(w, encode(w, "nf2-g32", rule, few, tokens), truth) for rule in ("weighted", "gptq", "feedback")
+    )
+    assert feedback < of_weighted * weighted
+    assert feedback < of_gptq * gptq
+
+
 def test_more_columns_than_a_lazy_block_and_fewer_tokens_than_columns():
     w, H = weight(16, 320, 1), moment(320, tokens=50)
     found = encode(w, "nf3-g64", "feedback", H)
@@ -147,16 +178,18 @@ def test_a_factor_serves_every_matrix_of_its_moment_and_no_other(monkeypatch):
     H.copy_(other)  # the same tensor, other numbers
     assert torch.equal(encode(weight(8, 64), "nf3-g64", "feedback", H).codes, changed.codes)
     assert len(factored) == 3
+    encode(weight(8, 64), "nf3-g64", "feedback", H, tokens=100)
+    assert len(factored) == 4
 
 
 def test_moments_are_checked():
     for bad in (None, torch.eye(5), torch.full((64, 64), float("nan"))):
-        for quantizer in ("weighted", "feedback"):
+        for quantizer in ("weighted", "gptq", "feedback"):
             with pytest.raises(FormatError, match="needs a finite second moment"):
                 encode(weight(4, 64), "int4-g64", quantizer, bad)
     with pytest.raises(FormatError, match="not finite"):
         feedback_codes(weight(4, 64), torch.ones(4, 1), 64, Grid("int4"), torch.full((64, 64), float("inf")))
-    with pytest.raises(FormatError, match="no quantizer 'best'; allowed: absmax, mse, weighted, feedback"):
+    with pytest.raises(FormatError, match="no quantizer 'best'; allowed: absmax, mse, weighted, gptq, feedback"):
         encode(weight(4, 64), "int4-g64", "best")
     assert encode(weight(4, 64), "fp16", "feedback").scales is None  # 16 bits are stored as they are
 

@@ -124,7 +124,7 @@ def test_an_adapter_keeps_its_quantizer(tiny_adapter: Path, tmp_path: Path) -> N
     assert not (tmp_path / "paper" / "calibration.safetensors").exists()
     with pytest.raises(ConfigError, match="feedback is given without calibration tokens"):
         replace(adapter, quantizer="feedback", calibration=None)
-    with pytest.raises(ConfigError, match="no quantizer 'best'; allowed: absmax, mse, weighted, feedback"):
+    with pytest.raises(ConfigError, match="no quantizer 'best'; allowed: absmax, mse, weighted, gptq, feedback"):
         replace(adapter, quantizer="best")  # type: ignore[arg-type]
 
 

@@ -34,11 +34,13 @@ def test_every_quantizer_and_calibration_has_codes_of_its_own(checkpoint: Checkp
         moment = InputMoments(checkpoint, calibration).get(NAME)
         for quantizer in QUANTIZERS:
             found = CodeStore(checkpoint, tmp_path, quantizer, calibration).get(NAME, "nf3-g32")
-            assert torch.equal(decode(found), decode(encode(weight, "nf3-g32", quantizer, moment)))
+            assert torch.equal(
+                decode(found), decode(encode(weight, "nf3-g32", quantizer, moment, calibration.tokens.numel()))
+            )
             seen.append(decode(found))
     distinct = {tuple(weight.flatten().tolist()) for weight in seen}
-    assert len(distinct) == 4 + 2  # absmax and mse know no calibration
-    assert len(list((tmp_path / "codes").rglob(f"{NAME}.safetensors"))) == 6
+    assert len(distinct) == 6 + 2  # absmax and mse know no calibration
+    assert len(list((tmp_path / "codes").rglob(f"{NAME}.safetensors"))) == 8
 
 
 def test_the_cache_is_read_and_damage_is_made_again(
@@ -69,9 +71,9 @@ def test_tables_are_encoded_for_what_the_head_reads(tmp_path: Path, tied: bool) 
     for quantizer in QUANTIZERS:
         codes = CodeStore(checkpoint, tmp_path / "cache", quantizer, calibration)
         for name in (TABLE,) if tied else (TABLE, "lm_head"):
-            weight, calibrated = checkpoint.tensor(f"{name}.weight"), quantizer in ("weighted", "feedback")
+            weight, calibrated = checkpoint.tensor(f"{name}.weight"), quantizer in ("weighted", "gptq", "feedback")
             if calibrated and (tied or name == "lm_head"):
-                want = encode(weight, "nf2-g32", quantizer, moments.get(name))
+                want = encode(weight, "nf2-g32", quantizer, moments.get(name), TOKENS.numel())
                 assert not torch.equal(decode(want), decode(encode(weight, "nf2-g32", "mse")))
             else:
                 want = encode(weight, "nf2-g32", "mse")
@@ -86,7 +88,7 @@ def test_16_bits_need_no_moments(checkpoint: Checkpoint, tmp_path: Path, monkeyp
 
 
 def test_a_calibration_must_be_given(checkpoint: Checkpoint) -> None:
-    for quantizer in ("weighted", "feedback"):
+    for quantizer in ("weighted", "gptq", "feedback"):
         with pytest.raises(ConfigError, match="without calibration tokens"):
             CodeStore(checkpoint, None, quantizer)  # type: ignore[arg-type]
 

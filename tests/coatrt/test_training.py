@@ -212,7 +212,8 @@ def test_training_uses_the_codes_of_its_quantizer(tiny_llama: Path, tmp_path: Pa
     checkpoint = adapter.checkpoint()
     moments = InputMoments(checkpoint, adapter.calibration)
     for name in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"):
-        encoded = encode(checkpoint.tensor(f"{name}.weight"), "nf3-g32", quantizer, moments.get(name))
+        tokens = adapter.calibration.tokens.numel()
+        encoded = encode(checkpoint.tensor(f"{name}.weight"), "nf3-g32", quantizer, moments.get(name), tokens)
         error = relative_error(checkpoint.tensor(f"{name}.weight"), encoded)
         assert adapter.sensitivity.errors[name]["nf3-g32"] == pytest.approx(error, rel=1e-5)
     config = adapter.space.uniform("nf3-g32")

@@ -70,7 +70,7 @@ def test_a_bundle_holds_the_codes_of_its_adapter(adapter: Adapter, tmp_path: Pat
     moments = InputMoments(checkpoint, adapter.calibration)
     for name, weight in held_weights(bundle.decoder("cpu")[0], bundle.model_matrices):
         original = checkpoint.tensor(f"{name}.weight")
-        want = decode(encode(original, config[name], "feedback", moments.get(name)))
+        want = decode(encode(original, config[name], "feedback", moments.get(name), adapter.calibration.tokens.numel()))
         plain = decode(encode(original, config[name], "mse"))
         assert not np.array_equal(weight, plain.numpy())
         np.testing.assert_array_equal(weight, want.numpy(), err_msg=name)

