@@ -68,7 +68,8 @@ class Setting:
     """One model on one task.
 
     Args:
-        model: "micro", "smollm2" or "smollm2-absmax", whose weights are encoded as arXiv 2509.25214 does it.
+        model: "micro" or "smollm2", "smollm2-feedback" under the default quantizer, or "smollm2-absmax", whose weights
+            are encoded as arXiv 2509.25214 does it.
         task: a name of `tasks.TASKS`.
         scratch: directory for sensitivities and unfinished training.
         calibration: examples of 128 tokens for the sensitivities, of shorter ones more.
