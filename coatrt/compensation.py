@@ -1,6 +1,6 @@
 """Compensation: what the LoRA of a matrix can make up for in its quantization, in closed form for every format."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,13 +22,13 @@ _OVERSAMPLING, _ITERATIONS = 16, 6  # of the randomized singular value decomposi
 
 @dataclass(frozen=True)
 class Reading:
-    """What C takes from A alone, so that all configurations of a step share it.
+    """What C takes from A alone, so that all configurations of a step share it; of m matrices of one shape.
 
     Args:
-        moved: H A, float32 [K, r].
-        kept: W H A, float32 [N, r].
-        factors: LU factors of AᵀHA, float64 [r, r].
-        pivots: of the factors, int32 [r].
+        moved: H A, float32 [m, K, r].
+        kept: W H A, float32 [m, N, r].
+        factors: LU factors of AᵀHA, float64 [m, r, r].
+        pivots: of the factors, int32 [m, r].
     """
 
     moved: Tensor
@@ -79,31 +79,38 @@ class Compensator:
         self._grams = {tensor.matrix: grams[moments.leader(tensor.matrix)] for tensor in contract.tensors}
 
     @torch.no_grad()
-    def reading(self, matrix: str, A: Tensor) -> Reading:
+    def reading(self, matrices: Sequence[str], A: Tensor) -> Reading:
         """Return what C takes from A alone, whatever the format.
 
         Args:
-            matrix: name of the matrix.
-            A: float32 [K, r].
+            matrices: names of m matrices of one shape.
+            A: float32 [m, K, r].
         """
-        moved = self._grams[matrix] @ A
-        energy = (A.T @ moved).double()
-        energy.diagonal().add_(_RIDGE * energy.diagonal().mean())
-        factors, pivots = torch.linalg.lu_factor(energy)
-        return Reading(moved, self._weights[matrix].float() @ moved, factors, pivots)
+        moved = torch.stack([self._grams[name] @ a for name, a in zip(matrices, A, strict=True)])
+        energy = (A.mT @ moved).double()
+        diagonal = energy.diagonal(dim1=1, dim2=2)
+        diagonal.add_(_RIDGE * diagonal.mean(1, keepdim=True))
+        factors, pivots, _ = torch.linalg.lu_factor_ex(energy)  # its checked form waits for a GPU
+        kept = torch.stack([self._weights[name].float() @ one for name, one in zip(matrices, moved, strict=True)])
+        return Reading(moved, kept, factors, pivots)
 
     @torch.no_grad()
-    def term(self, matrix: str, fmt: WeightFormat, reading: Reading, exact: bool = True) -> Tensor:
-        """Return C, float32 [r, N].
+    def terms(
+        self, matrices: Sequence[str], formats: Sequence[WeightFormat], reading: Reading, exact: bool = True
+    ) -> Tensor:
+        """Return C, float32 [m, r, N].
 
         Args:
-            matrix: name of the matrix.
-            fmt: the format it has.
+            matrices: names of the matrices.
+            formats: the format each of them has.
             reading: see `reading`.
             exact: see `FakeQuantModel.weight`.
         """
-        lost = reading.kept - self._model.weight(matrix, fmt, exact).float() @ reading.moved
-        term: Tensor = torch.linalg.lu_solve(reading.factors, reading.pivots, lost.T.double())
+        lost = torch.stack([
+            kept - self._model.weight(name, fmt, exact).float() @ moved
+            for name, fmt, kept, moved in zip(matrices, formats, reading.kept, reading.moved, strict=True)
+        ])  # fmt: skip
+        term: Tensor = torch.linalg.lu_solve(reading.factors, reading.pivots, lost.mT.double())
         return term.float()
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
 """The configuration-aware LoRA as one module: A and B of all matrices stacked by shape, U from the hypernetwork, C."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,6 @@ from coatrt.compensation import Compensator, Reading
 from coatrt.config import QuantConfig
 from coatrt.contract import LoraContract
 from coatrt.features import ConfigEncoder
-from coatrt.formats import WeightFormat
 from coatrt.hypernet import Hypernetwork, HypernetworkOptions, Preset
 from coatrt.train_options import TrainOptions
 
@@ -55,9 +54,10 @@ class CoaLora(nn.Module):
             self.A = nn.ParameterList(torch.randn(len(rows), K, r) / K**0.5 for (K, _, r), rows in shapes.items())
             self.B = nn.ParameterList(torch.zeros(len(rows), r, N) for (_, N, r), rows in shapes.items())
         self._compensator: Compensator | None = None
-        self._readings: dict[int, tuple[Tensor, list[Reading]]] = {}
+        self._readings: dict[int, tuple[Tensor, Reading]] = {}
         if compensated:
-            self._add_tables(lambda i, fmt, A: torch.zeros(A.shape[1], contract.tensors[i].N))
+            self._keep([torch.zeros(len(rows), len(encoder.formats), r, N, dtype=torch.float16)
+                        for (_, N, r), rows in shapes.items()])  # fmt: skip
 
     def compensate(
         self,
@@ -96,21 +96,20 @@ class CoaLora(nn.Module):
         compensator = self._compensator
         if compensator is None:
             return
-        readings = {row: one for i, (rows, A, _) in enumerate(self.stacks())
-                    for row, one in zip(rows, self._read(compensator, i, rows, A), strict=True)}  # fmt: skip
-        self._add_tables(lambda row, fmt, _: compensator.term(self.contract.tensors[row].matrix, fmt, readings[row]))
+        contract, formats = self.contract, len(self.encoder.formats)
+        readings = [self._read(compensator, i, rows, A) for i, (rows, A, _) in enumerate(self.stacks())]
+        tables = [A.new_zeros(len(rows), formats, B.shape[1], B.shape[2], dtype=torch.float16)
+                  for rows, A, B in self.stacks()]  # fmt: skip
+        for f, fmt in enumerate(self.encoder.formats):  # one format after the other: no weight is decoded twice
+            for (rows, _, _), reading, table in zip(self.stacks(), readings, tables, strict=True):
+                names = [contract.tensors[row].matrix for row in rows]
+                table[:, f] = compensator.terms(names, [fmt] * len(names), reading)
+        self._keep(tables)
         self._compensator = None
         self._readings.clear()
 
-    @torch.no_grad()
-    def _add_tables(self, term: Callable[[int, WeightFormat, Tensor], Tensor]) -> None:
-        """Fill the table of C, one format after the other, so that no weight is decoded twice."""
-        tables = [A.new_zeros(len(rows), len(self.encoder.formats), B.shape[1], B.shape[2], dtype=torch.float16)
-                  for rows, A, B in self.stacks()]  # fmt: skip
-        for f, fmt in enumerate(self.encoder.formats):
-            for (rows, A, _), table in zip(self.stacks(), tables, strict=True):
-                for i, row in enumerate(rows):
-                    table[i, f] = term(row, fmt, A[i])
+    def _keep(self, tables: Sequence[Tensor]) -> None:
+        """Make C [m, formats, r, N] of each stack buffers of the module."""
         for i, table in enumerate(tables):
             self.register_buffer(f"C_{i}", table)
 
@@ -167,17 +166,16 @@ class CoaLora(nn.Module):
 
     def _terms(self, compensator: Compensator, stack: int, rows: list[int], ids: Tensor, A: Tensor) -> Tensor:
         """Return C as A stands now, float32 [m, r, N]."""
-        return torch.stack([
-            compensator.term(self.contract.tensors[row].matrix, self.encoder.formats[int(ids[row])], reading, False)
-            for row, reading in zip(rows, self._read(compensator, stack, rows, A), strict=True)
-        ])  # fmt: skip
+        names = [self.contract.tensors[row].matrix for row in rows]
+        formats = [self.encoder.formats[i] for i in ids[rows].tolist()]
+        return compensator.terms(names, formats, self._read(compensator, stack, rows, A), False)
 
-    def _read(self, compensator: Compensator, stack: int, rows: list[int], A: Tensor) -> list[Reading]:
+    def _read(self, compensator: Compensator, stack: int, rows: list[int], A: Tensor) -> Reading:
         """Return what C takes from A as it stands now, computed again only where A has changed."""
         if stack not in self._readings or not torch.equal(self._readings[stack][0], A):
             now = A.detach().clone()
             names = [self.contract.tensors[row].matrix for row in rows]
-            self._readings[stack] = (now, [compensator.reading(name, a) for name, a in zip(names, now, strict=True)])
+            self._readings[stack] = (now, compensator.reading(names, now))
         return self._readings[stack][1]
 
     @torch.no_grad()

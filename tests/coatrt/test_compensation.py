@@ -61,7 +61,7 @@ class Setting:
 
 def term(compensator: Compensator, matrix: str, fmt: WeightFormat, A: Tensor) -> Tensor:
     """Return C [r, N]."""
-    return compensator.term(matrix, fmt, compensator.reading(matrix, A))
+    return compensator.terms([matrix], [fmt], compensator.reading([matrix], A[None]))[0]
 
 
 @pytest.fixture(scope="module", params=[3, 16], ids=["inputs", "moments"])
@@ -114,7 +114,7 @@ def test_what_c_takes_from_a_is_computed_once_until_a_changes(
     lora.compensate(setting.compensator)
     low, high = (QuantConfig(dict.fromkeys(matrices.names, fmt)) for fmt in (LOW, HIGH))
     reading = Compensator.reading
-    monkeypatch.setattr(Compensator, "reading", lambda self, name, A: calls.append(name) or reading(self, name, A))
+    monkeypatch.setattr(Compensator, "reading", lambda self, names, A: calls.extend(names) or reading(self, names, A))
     optimizer = torch.optim.AdamW(lora.parameters(), lr=0.1, fused=True)  # counts no version of what it changes
     for _ in range(2):
         calls.clear()
