@@ -73,7 +73,7 @@ def random_llama(
                 f"{at}.mlp.down_proj.weight": (hidden, inner),
             },
         )
-    write_json(directory / "model.safetensors.index.json", {"weight_map": index})
+    write_json(directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
     return Checkpoint.open(directory)
 
 

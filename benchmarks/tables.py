@@ -356,8 +356,12 @@ for _task in ("sotu", "trec"):
 TABLES["accuracy_trec"] = partial(report.accuracy_table, "smollm2", "trec")
 for _quantizer in ("mse", "gptq"):
     TABLES[f"predictors_{_quantizer}"] = partial(predictors, _quantizer)
-TABLES["method_feedback"] = partial(report.main_table, "smollm2-feedback", "sotu")
-TABLES["rivals_feedback"] = partial(report.rivals_table, "smollm2-feedback", "sotu")
+for _task, _name in (("sotu", "feedback"), ("trec", "feedback_trec")):
+    TABLES[f"method_{_name}"] = partial(report.main_table, "smollm2-feedback", _task)
+    TABLES[f"rivals_{_name}"] = partial(report.rivals_table, "smollm2-feedback", _task)
+TABLES["gaps_feedback"] = partial(report.gaps, "smollm2-feedback", "sotu")
+TABLES["unseen_feedback"] = partial(report.unseen_table, "smollm2-feedback", "sotu")
+TABLES["accuracy_feedback_trec"] = partial(report.accuracy_table, "smollm2-feedback", "trec")
 TABLES["method_micro"] = partial(report.main_table, "micro", "sotu")
 TABLES["gaps_micro"] = partial(report.gaps, "micro", "sotu")
 TABLES["rivals_micro"] = partial(report.rivals_table, "micro", "sotu")

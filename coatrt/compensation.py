@@ -126,7 +126,7 @@ class Compensator:
             tensor: the matrix.
             fmt: the format.
             gains: G, float32 [N], see `coatrt.curvature.output_gains`.
-            seed: of the randomized decomposition.
+            seed: of the randomized decomposition and of the random columns, which are the same on every device.
             share: of the columns that read such directions; the others are random.
 
         Returns:
@@ -140,7 +140,9 @@ class Compensator:
             torch.manual_seed(seed)
             width = min(count + _OVERSAMPLING, tensor.N, tensor.K)
             _, _, right = torch.svd_lowrank(rows * (lost @ root.float()), q=width, niter=_ITERATIONS)
-            more = torch.randn(tensor.K, tensor.rank - count, device=root.device)
+            if root.is_cuda:  # which has drawn its numbers elsewhere: the next are those that follow on the CPU
+                torch.randn(min(tensor.N, tensor.K), width)
+            more = torch.randn(tensor.K, tensor.rank - count).to(root.device)
         A = torch.linalg.solve_triangular(root.T, right[:, :count].double(), upper=True).float()
         A *= A.gather(0, A.abs().argmax(0)[None]).sign()
         return torch.cat([A / A.norm(dim=0), more / more.norm(dim=0)], 1)

@@ -212,7 +212,8 @@ class Gates(nn.Module):
         """Return matrix name → (A [K, r], B' [r, N])."""
         encoder, contract = self.lora.encoder, self.lora.contract
         ids, found = encoder.format_ids(config), self.lora.pairs(config)
-        gates = self.theta(encoder.indices(ids), encoder.features(ids)).flatten(1)
+        device = next(self.theta.parameters()).device
+        gates = self.theta(encoder.indices(ids).to(device), encoder.features(ids).to(device)).flatten(1)
         for rows, _, B in self.lora.stacks():
             for row, b in zip(rows, B, strict=True):
                 tensor = contract.tensors[row]

@@ -25,6 +25,7 @@ MODELS = {
     "smollm2-absmax": "SmolLM2-135M, quantizer absmax",
     "micro": "Micro byte-level Llama",
 }
+_PLOTTED = ("smollm2-feedback", "micro")
 _REFERENCE_BITS, _REFERENCE_NATS = 10.0, 1.0
 _RIVALS = (
     "none", "single", "single-shared-compute", "shared", "shared-rates", "shared-rank", "bank", "paper", "coatrt",
@@ -215,10 +216,10 @@ def gaps(model: str, task: str) -> str:
 
 
 def main() -> None:
-    """Draw the loss of every adapter against bits, for every model and task that has results."""
+    """Draw the loss of every adapter against bits, for the models and tasks of the main tables."""
     import matplotlib.pyplot as plt
 
-    settings = sorted({(result["model"], result["task"]) for result in _results()})
+    settings = sorted({(result["model"], result["task"]) for result in _results() if result["model"] in _PLOTTED})
     figure, axes = plt.subplots(1, max(1, len(settings)), figsize=(6.4 * max(1, len(settings)), 4.4), squeeze=False)
     for axis, (model, task) in zip(axes[0], settings, strict=False):
         for name, results in arms_of(model, task).items():

@@ -49,19 +49,20 @@ def module(setting: Setting, arm: Arm, seed: int) -> Any:
     """Return the LoRA module of an arm."""
     contract = contract_for(setting.checkpoint.matrices, arm.rank, 2.0 * arm.rank)
     if arm.kind == "bank":
-        return LoraBank(contract, setting.encoder, seed)
-    lora = CoaLora(contract, setting.encoder, arm.preset, seed)
+        return LoraBank(contract, setting.encoder, seed).to(setting.compute)
+    lora = CoaLora(contract, setting.encoder, arm.preset, seed).to(setting.compute)
     if arm.compensated:
         lora.compensate(Compensator(setting.base, setting.moments, contract), setting.gains if arm.started else None,
                         arm.started)  # fmt: skip
+    whole: Any = lora
     if arm.kind == "terms":
         encoder = setting.encoder
-        return Terms(lora, len(encoder.formats), lambda config: (encoder.format_ids(config).tolist(), 1.0))
+        whole = Terms(lora, len(encoder.formats), lambda config: (encoder.format_ids(config).tolist(), 1.0))
     if arm.kind == "ramp":
-        return Terms(lora, 1, lambda config: ([0] * len(contract.tensors), setting.level(config)))
+        whole = Terms(lora, 1, lambda config: ([0] * len(contract.tensors), setting.level(config)))
     if arm.kind == "gates":
-        return Gates(lora, seed)
-    return lora
+        whole = Gates(lora, seed)
+    return whole.to(setting.compute)
 
 
 @torch.no_grad()
@@ -133,7 +134,7 @@ def job_result(setting: Setting, name: str, seed: int, steps: int) -> dict[str, 
         seconds, passes, steps = history.seconds, 2 * steps, history.step
         parameters = sum(p.numel() for _, p in lora.named_parameters())
     return {**facts, "what": arm.what, "steps": steps, "passes": passes, "trained_parameters": parameters,
-            "training_s": seconds, "wall_s": time.monotonic() - started, "rows": rows,
+            "compute": setting.compute, "training_s": seconds, "wall_s": time.monotonic() - started, "rows": rows,
             "environment": environment()}  # fmt: skip
 
 
@@ -146,11 +147,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="default: 3, with --quick 1")
     parser.add_argument("--first-seed", type=int, default=0, help="to share the seeds out among processes")
     parser.add_argument("--scratch", type=Path, default=Path("out/method"))
+    parser.add_argument("--compute", default="cpu", help="torch device of the model")
     parser.add_argument("--quick", action="store_true", help="micro Llama, the rivals and ours")
     given = parser.parse_args()
     names = given.arms.split(",") if given.arms else list(QUICK if given.quick else ARMS)
     given.scratch.mkdir(parents=True, exist_ok=True)
-    setting = Setting(given.model, given.task, given.scratch)
+    setting = Setting(given.model, given.task, given.scratch, given.compute)
     for seed in range(given.first_seed, given.seeds or (1 if given.quick else 3)):
         for name in names:
             path = RESULTS / f"{given.model}-{given.task}-{name}-{seed}.json"

@@ -72,12 +72,14 @@ class Setting:
             are encoded as arXiv 2509.25214 does it.
         task: a name of `tasks.TASKS`.
         scratch: directory for sensitivities and unfinished training.
+        compute: torch device of the model.
         calibration: examples of 128 tokens for the sensitivities, of shorter ones more.
     """
 
     model: str
     task: str
     scratch: Path
+    compute: str = "cpu"
     calibration: int = 32
 
     @cached_property
@@ -98,7 +100,7 @@ class Setting:
     @cached_property
     def base(self) -> FakeQuantModel:
         """The model, for every arm."""
-        return FakeQuantModel(self.checkpoint, self.codes)
+        return FakeQuantModel(self.checkpoint, self.codes, self.compute, decoded_bytes=4 << 30)
 
     @cached_property
     def codes(self) -> CodeStore:
@@ -123,10 +125,11 @@ class Setting:
             self.base.set_config(None)
             self.base.set_pairs(None)
             with stages("gains") as progress:
-                write_tensors(path, output_gains(self.base, self._calibration, progress))
-        found = read_tensors(path)
-        assert found is not None
-        return found[0]
+                found = output_gains(self.base, self._calibration, progress)
+            write_tensors(path, {name: tensor.cpu() for name, tensor in found.items()})
+        stored = read_tensors(path)
+        assert stored is not None
+        return {name: tensor.to(self.compute) for name, tensor in stored[0].items()}
 
     @cached_property
     def _calibration(self) -> Examples:
