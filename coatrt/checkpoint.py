@@ -237,10 +237,9 @@ def _convert_gguf(path: Path) -> Path:
     plain = type(model)(model.config)
     plain.load_state_dict(model.state_dict(), strict=False)
     plain.tie_weights()
-    for name in ("bos_token", "eos_token"):  # transformers 5.17 takes the first for both; the model's are the file's
-        token = getattr(model.config, f"{name}_id", None)
-        if isinstance(token, int):
-            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token))
+    end = model.config.eos_token_id
+    if isinstance(end, int):  # the file's; transformers 5.17 gives the tokenizer the start token
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     with atomic_directory(target) as temporary:
         plain.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
