@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from coatrt.checkpoint import Checkpoint
 from coatrt.engines.environment import environment
-from coatrt.files import write_json
+from coatrt.system.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 

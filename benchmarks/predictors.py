@@ -29,12 +29,12 @@ from coatrt.curvature import kfac_costs, token_costs
 from coatrt.data import tokenize_text
 from coatrt.evaluate import mean_loss
 from coatrt.fakequant import FakeQuantModel
-from coatrt.files import read_json, write_json
 from coatrt.formats import WeightFormat
 from coatrt.sampling import TrainingSampler
 from coatrt.sensitivity import fisher_costs, measured_costs, relative_errors
 from coatrt.space import ConfigSpace
 from coatrt.store import CodeStore
+from coatrt.system.files import read_json, write_json
 
 FORMATS = ("nf2-g64", "nf3-g64", "nf4-g64", "int4-g64", "nvfp4", "fp8", "int8")
 GRADIENT = ("fisher", "kfac", "tokens")

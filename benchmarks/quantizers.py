@@ -19,10 +19,10 @@ from coatrt.checkpoint import Checkpoint, load_tokenizer
 from coatrt.data import TextData, batches, tokenize_text
 from coatrt.evaluate import mean_loss
 from coatrt.fakequant import FakeQuantModel
-from coatrt.files import cache_directory
 from coatrt.matrices import EMBEDDING
 from coatrt.quantize import QUANTIZERS, Quantizer, decode, encode
 from coatrt.store import CodeStore
+from coatrt.system.files import cache_directory
 
 COMMAND = "python benchmarks/quantizers.py"
 FORMATS = ("nf2-g64", "nf3-g64", "nf4-g64", "int4-g64", "nvfp4")

@@ -26,14 +26,14 @@ from coatrt.contract import contract_for
 from coatrt.examples import Examples
 from coatrt.fakequant import FakeQuantModel
 from coatrt.features import ConfigEncoder
-from coatrt.files import cache_directory
 from coatrt.formats import WeightFormat
 from coatrt.loop import optimise
 from coatrt.lora import CoaLora
-from coatrt.processes import Processes
 from coatrt.sampling import TrainingSampler
 from coatrt.space import ConfigSpace
 from coatrt.store import CodeStore
+from coatrt.system.distributed import Processes
+from coatrt.system.files import cache_directory
 from coatrt.train_options import TrainOptions
 
 FORMATS = ("nf3-g64", "int4-g64", "nvfp4", "fp8", "int8")

@@ -16,7 +16,6 @@ from coatrt.config import QuantConfig
 from coatrt.contract import LoraContract
 from coatrt.errors import CheckpointError, ConfigError
 from coatrt.features import ConfigEncoder
-from coatrt.files import atomic_directory, read_json, sha256_file, write_json
 from coatrt.formats import WeightFormat
 from coatrt.lora import CoaLora
 from coatrt.matrices import ModelMatrices
@@ -25,6 +24,7 @@ from coatrt.quantize import CALIBRATED, QUANTIZERS, Quantizer
 from coatrt.sensitivity import Sensitivity
 from coatrt.space import ConfigSpace
 from coatrt.store import CodeStore
+from coatrt.system.files import atomic_directory, read_json, sha256_file, write_json
 
 __all__ = ["ADAPTER_FORMAT", "Adapter"]
 

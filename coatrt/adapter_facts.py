@@ -11,11 +11,11 @@ from safetensors import SafetensorError
 from coatrt import __version__
 from coatrt.contract import LoraContract
 from coatrt.errors import CheckpointError, ConfigError, FormatError
-from coatrt.files import read_json, sha256_file
 from coatrt.formats import WeightFormat
 from coatrt.matrices import ModelMatrices
 from coatrt.sensitivity_table import Sensitivity
 from coatrt.space import ConfigSpace
+from coatrt.system.files import read_json, sha256_file
 
 __all__ = ["ADAPTER_FORMAT", "AdapterFacts", "adapter_hash", "adapter_reading", "read_description"]
 

@@ -16,11 +16,11 @@ from coatrt.errors import ConfigError
 from coatrt.evaluate import mean_loss
 from coatrt.examples import Examples
 from coatrt.fakequant import FakeQuantModel
-from coatrt.files import exclusive
-from coatrt.machine import compute_device
 from coatrt.search import SearchOptions, search
+from coatrt.system.files import exclusive
+from coatrt.system.resources import compute_device
+from coatrt.system.tensors import hash_tensors
 from coatrt.tasks import TaskData
-from coatrt.tensor_file import hash_tensors
 
 __all__ = ["search_adapter"]
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from coatrt.errors import ConfigError
-from coatrt.files import cache_directory, read_json, write_json
 from coatrt.formats import WeightFormat
 from coatrt.matrices import ModelMatrices
 from coatrt.space import ConfigSpace
+from coatrt.system.files import cache_directory, read_json, write_json
 from coatrt.workload import Workload
 
 __all__ = ["CALIBRATION_FORMAT", "Calibrated", "Product", "Rest", "calibration_path", "find_calibration"]

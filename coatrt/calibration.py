@@ -13,10 +13,10 @@ from coatrt.checkpoint import Checkpoint, load_model
 from coatrt.data import batches
 from coatrt.errors import CheckpointError, ConfigError
 from coatrt.examples import Examples
-from coatrt.machine import free_memory
 from coatrt.matrices import EMBEDDING, HEAD, ModelMatrices
-from coatrt.progress import progress_bar
-from coatrt.tensor_file import hash_tensors, read_tensors, write_tensors
+from coatrt.system.progress import progress_bar
+from coatrt.system.resources import free_memory
+from coatrt.system.tensors import hash_tensors, read_tensors, write_tensors
 
 __all__ = ["Calibration", "InputMoments", "calibration_examples", "measure_moments", "tokens_wanted"]
 

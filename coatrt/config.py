@@ -12,9 +12,9 @@ from types import MappingProxyType
 from typing import Any
 
 from coatrt.errors import ConfigError, FormatError
-from coatrt.files import read_json, write_json
 from coatrt.formats import WeightFormat
 from coatrt.matrices import ModelMatrices
+from coatrt.system.files import read_json, write_json
 
 __all__ = ["ConfigPatterns", "QuantConfig"]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from coatrt.errors import ConfigError
-from coatrt.files import read_json, write_json
 from coatrt.matrices import ModelMatrices
+from coatrt.system.files import read_json, write_json
 
 __all__ = ["ACTIVATIONS", "DecoderIO", "LoraContract", "LoraTensor", "contract_for"]
 

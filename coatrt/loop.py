@@ -16,9 +16,9 @@ from coatrt.errors import CheckpointError, CoatError
 from coatrt.examples import Examples
 from coatrt.fakequant import FakeQuantModel
 from coatrt.objective import Pass, accumulate_gradients
-from coatrt.processes import Processes
-from coatrt.progress import progress_bar
-from coatrt.tensor_file import read_tensors, write_tensors
+from coatrt.system.distributed import Processes
+from coatrt.system.progress import progress_bar
+from coatrt.system.tensors import read_tensors, write_tensors
 from coatrt.train_options import TrainOptions
 from coatrt.train_state import load_state, save_state
 

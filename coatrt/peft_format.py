@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from coatrt.contract import LoraContract
-from coatrt.files import atomic_directory, write_json
+from coatrt.system.files import atomic_directory, write_json
 
 __all__ = ["write_peft"]
 

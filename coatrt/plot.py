@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from coatrt.config import QuantConfig
-from coatrt.files import atomic_file
 from coatrt.matrices import ModelMatrices
+from coatrt.system.files import atomic_file
 
 __all__ = ["plot_bits"]
 

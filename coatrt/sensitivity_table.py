@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from coatrt.errors import ConfigError
-from coatrt.files import read_json, write_json
+from coatrt.system.files import read_json, write_json
 
 __all__ = ["Sensitivity"]
 

@@ -8,12 +8,12 @@ import torch
 from coatrt.calibration import Calibration, InputMoments
 from coatrt.checkpoint import Checkpoint
 from coatrt.errors import ConfigError
-from coatrt.files import cache_directory
 from coatrt.formats import WeightFormat
-from coatrt.machine import free_memory
 from coatrt.matrices import EMBEDDING
 from coatrt.quantize import CALIBRATED, QUANTIZER_VERSION, QuantizedMatrix, Quantizer, encode
-from coatrt.tensor_file import read_tensors, write_tensors
+from coatrt.system.files import cache_directory
+from coatrt.system.resources import free_memory
+from coatrt.system.tensors import read_tensors, write_tensors
 
 __all__ = ["CodeStore"]
 

@@ -21,18 +21,18 @@ from coatrt.curvature import output_gains
 from coatrt.errors import ConfigError
 from coatrt.fakequant import FakeQuantModel
 from coatrt.features import ConfigEncoder
-from coatrt.files import cache_directory, check_replaceable
 from coatrt.formats import WeightFormat
 from coatrt.hypervolume import hypervolume
 from coatrt.loop import optimise
 from coatrt.lora import CoaLora
-from coatrt.machine import compute_device
-from coatrt.processes import Processes
-from coatrt.progress import progress_bar, stages
 from coatrt.sampling import TrainingSampler
 from coatrt.sensitivity import Sensitivity, measure_sensitivity
 from coatrt.space import ConfigSpace
 from coatrt.store import CodeStore
+from coatrt.system.distributed import Processes
+from coatrt.system.files import cache_directory, check_replaceable
+from coatrt.system.progress import progress_bar, stages
+from coatrt.system.resources import compute_device
 from coatrt.tasks import TaskData, text_task
 from coatrt.train_options import DEFAULT_FORMATS, SENSITIVITY_BLOCKS, TrainOptions
 from coatrt.train_state import check_state, claim_state, has_state

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from coatrt.errors import CheckpointError, ConfigError
-from coatrt.files import atomic_file, read_json, sha256_file, write_json
+from coatrt.system.files import atomic_file, read_json, sha256_file, write_json
 
 if TYPE_CHECKING:
     from coatrt.loop import LoraModule

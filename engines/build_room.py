@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 
 from coatrt.errors import ConfigError
-from coatrt.machine import free_memory
+from coatrt.system.resources import free_memory
 
 __all__ = ["BuildRoom", "builder_bytes"]
 

@@ -21,8 +21,8 @@ from typing import Any
 from coatrt.config import QuantConfig
 from coatrt.devices import DeviceProfile, least_sm
 from coatrt.errors import BuildError, DeviceError, FormatError
-from coatrt.files import atomic_file
 from coatrt.probe import probe
+from coatrt.system.files import atomic_file
 
 __all__ = ["BuildRecord", "EngineShapes", "build_engine", "check_formats", "installed_builder"]
 

@@ -11,8 +11,8 @@ from coatrt.engines.environment import versions
 from coatrt.engines.options import BundleOptions
 from coatrt.export.decoder import WEIGHTS_FILE, Progress, decoder_io, export_decoder
 from coatrt.export.hypernetwork import export_hypernetwork
-from coatrt.files import read_json
 from coatrt.store import CodeStore
+from coatrt.system.files import read_json
 
 __all__ = ["export_config", "export_shared"]
 

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coatrt.contract import LoraContract
-from coatrt.files import atomic_file
+from coatrt.system.files import atomic_file
 
 __all__ = ["write_emitted_peft", "write_onnx_adapter"]
 

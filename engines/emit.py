@@ -16,7 +16,7 @@ from coatrt.contract import LoraContract
 from coatrt.engines.ort import session
 from coatrt.engines.runtime import check_lora
 from coatrt.errors import BundleError, ConfigError
-from coatrt.files import atomic_file
+from coatrt.system.files import atomic_file
 
 __all__ = ["Emitter", "load_lora", "save_lora"]
 

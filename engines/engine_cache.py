@@ -11,7 +11,7 @@ from pathlib import Path
 from coatrt.engines import build_worker
 from coatrt.engines.builder import BuildRecord, EngineShapes, installed_builder
 from coatrt.errors import BuildError
-from coatrt.files import atomic_file, cache_directory, sha256_file, write_json
+from coatrt.system.files import atomic_file, cache_directory, sha256_file, write_json
 
 __all__ = ["EngineCache", "engine_key"]
 

@@ -24,9 +24,9 @@ from coatrt.engines.output import check_output
 from coatrt.engines.recipe import is_current, recipe_hash
 from coatrt.errors import BuildError, CoatError, ConfigError
 from coatrt.export.decoder import decoder_io
-from coatrt.files import atomic_directory, write_json
 from coatrt.plan import Plan
 from coatrt.store import CodeStore
+from coatrt.system.files import atomic_directory, write_json
 
 __all__ = ["Made", "Target", "build_fleet"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from coatrt.devices import DeviceProfile
 from coatrt.engines import build_on_device
 from coatrt.engines.builder import EngineShapes
-from coatrt.files import write_json
+from coatrt.system.files import write_json
 
 __all__ = ["KIT_COMMAND", "write_kit"]
 

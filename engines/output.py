@@ -5,7 +5,7 @@ from pathlib import Path, PurePosixPath
 
 from coatrt.bundle import MANIFEST
 from coatrt.errors import ConfigError
-from coatrt.files import check_replaceable, read_json
+from coatrt.system.files import check_replaceable, read_json
 
 __all__ = ["check_output"]
 

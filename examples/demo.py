@@ -32,10 +32,10 @@ from coatrt.engines.verify import verify
 from coatrt.errors import CoatError
 from coatrt.evaluate import mean_loss
 from coatrt.fakequant import FakeQuantModel
-from coatrt.files import write_json, write_text
 from coatrt.plan import plan_for
 from coatrt.plot import plot_bits
-from coatrt.progress import progress_bar, stages
+from coatrt.system.files import write_json, write_text
+from coatrt.system.progress import progress_bar, stages
 from coatrt.train import TrainOptions, train
 
 # One budget of bits per weight for each GPU, so that three different maps come out of one adapter.

@@ -15,7 +15,7 @@ from tasks import sotu, sotu_documents
 
 from coatrt.checkpoint import Checkpoint, load_model, load_tokenizer
 from coatrt.data import batches
-from coatrt.files import atomic_directory, cache_directory
+from coatrt.system.files import atomic_directory, cache_directory
 
 __all__ = ["MicroOptions", "micro_llama"]
 

@@ -19,10 +19,10 @@ from coatrt.compensation import Compensator
 from coatrt.config import QuantConfig
 from coatrt.contract import contract_for
 from coatrt.engines.environment import environment
-from coatrt.files import write_json
 from coatrt.loop import optimise
 from coatrt.lora import CoaLora
-from coatrt.processes import Processes
+from coatrt.system.distributed import Processes
+from coatrt.system.files import write_json
 from coatrt.train_options import TrainOptions
 
 RESULTS = Path(__file__).parents[1] / "results" / "method"

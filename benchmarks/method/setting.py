@@ -23,16 +23,16 @@ from coatrt.curvature import output_gains
 from coatrt.examples import Examples
 from coatrt.fakequant import FakeQuantModel
 from coatrt.features import ConfigEncoder
-from coatrt.files import cache_directory
 from coatrt.formats import WeightFormat
-from coatrt.progress import stages
 from coatrt.quantize import Quantizer
 from coatrt.sampling import TrainingSampler
 from coatrt.sensitivity import Sensitivity, measure_sensitivity
 from coatrt.space import ConfigSpace
 from coatrt.store import CodeStore
+from coatrt.system.files import cache_directory
+from coatrt.system.progress import stages
+from coatrt.system.tensors import read_tensors, write_tensors
 from coatrt.tasks import TaskData
-from coatrt.tensor_file import read_tensors, write_tensors
 
 __all__ = ["BUDGETS", "FORMATS", "Draws", "Measured", "Setting"]
 

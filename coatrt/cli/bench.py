@@ -27,8 +27,8 @@ def command(bundle: Path, prompts: tuple[int, ...], tokens: int, repeat: int, ba
     from coatrt.bundle import Bundle
     from coatrt.devices import device as profile
     from coatrt.engines.bench import bench, bench_text
-    from coatrt.files import write_json
-    from coatrt.progress import stages
+    from coatrt.system.files import write_json
+    from coatrt.system.progress import stages
 
     if output is not None:
         check_writable(output)

@@ -117,7 +117,7 @@ def _build(
     from coatrt.adapter import Adapter
     from coatrt.engines.engine_cache import EngineCache
     from coatrt.engines.fleet import Target, build_fleet
-    from coatrt.progress import stages
+    from coatrt.system.progress import stages
 
     loaded = Adapter.load(adapter)
     with stages("build") as progress:

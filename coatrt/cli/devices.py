@@ -45,7 +45,7 @@ def calibrate(adapter: Path, model: str | None, threads: int | None, accuracy_le
     from coatrt.adapter import Adapter
     from coatrt.calibrated import calibration_path
     from coatrt.engines.calibrate import calibrate_cpu
-    from coatrt.progress import stages
+    from coatrt.system.progress import stages
 
     loaded = Adapter.load(adapter)
     with stages("calibrate") as progress:

@@ -23,7 +23,7 @@ def command(adapter: Path, config_path: Path, output: Path, model: str | None, a
     from coatrt.devices import device
     from coatrt.engines.assemble import BundleOptions, assemble
     from coatrt.plan_data import read_config
-    from coatrt.progress import stages
+    from coatrt.system.progress import stages
 
     loaded = Adapter.load(adapter)
     config = read_config(config_path, loaded.model)

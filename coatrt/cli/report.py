@@ -22,10 +22,10 @@ def command(paths: tuple[Path, ...], devices: tuple[str, ...], output: Path, png
     import sys
 
     from coatrt.errors import ConfigError
-    from coatrt.files import atomic_file, write_text
     from coatrt.report.collect import collect
     from coatrt.report.figures import FIGURES, draw
     from coatrt.report.page import page
+    from coatrt.system.files import atomic_file, write_text
 
     if output.is_dir():
         raise ConfigError(f"{output} is a directory; give the name of the HTML file")

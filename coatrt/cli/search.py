@@ -34,7 +34,7 @@ def command(adapter: Path, data: tuple[str, ...], evaluations: int, blocks: int 
     from coatrt.archive import ArchiveEntry
     from coatrt.checkpoint import load_tokenizer
     from coatrt.data import read_documents
-    from coatrt.progress import progress_bar
+    from coatrt.system.progress import progress_bar
     from coatrt.tasks import TaskData, load_task
 
     tell_of_gpu(compute)

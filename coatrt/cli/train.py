@@ -110,7 +110,7 @@ def command(model: str, data: tuple[str, ...], task: str, held_out: tuple[str, .
     """
     from coatrt.checkpoint import Checkpoint, load_tokenizer
     from coatrt.export.spec import DecoderSpec
-    from coatrt.machine import compute_device
+    from coatrt.system.resources import compute_device
     from coatrt.tasks import load_task
     from coatrt.train import TrainOptions, train
 

@@ -11,9 +11,9 @@ from coatrt.bundle import MANIFEST, Bundle
 from coatrt.config import QuantConfig
 from coatrt.devices import device
 from coatrt.errors import ConfigError
-from coatrt.files import read_json, sha256_file
 from coatrt.matrices import ModelMatrices
 from coatrt.plan import PlanRequest, plan_fleet
+from coatrt.system.files import read_json, sha256_file
 
 __all__ = ["Entry", "Report", "collect"]
 

@@ -20,8 +20,8 @@ from coatrt.fakequant import FakeQuantModel
 from coatrt.loop import History, optimise
 from coatrt.lora import CoaLora
 from coatrt.objective import Pass, accumulate_gradients
-from coatrt.processes import Processes
 from coatrt.store import CodeStore
+from coatrt.system.distributed import Processes
 from coatrt.train import train
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -218,7 +218,7 @@ def test_processes_start_from_the_first_ones_values(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
         "import os, torch\n"
-        "from coatrt.processes import Processes\n"
+        "from coatrt.system.distributed import Processes\n"
         "processes, rank = Processes(), int(os.environ['RANK'])\n"
         "mine = [torch.nn.Parameter(torch.full((n,), start + rank)) for n, start in ((3, 7.0), (4, 1.0))]\n"
         "processes.copy_from_first(mine)\n"

@@ -12,7 +12,7 @@ from coatrt.checkpoint import Checkpoint
 from coatrt.errors import ConfigError
 from coatrt.quantize import QUANTIZERS, decode, encode
 from coatrt.store import CodeStore
-from coatrt.tensor_file import read_tensors
+from coatrt.system.tensors import read_tensors
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import save_tiny_llama

@@ -24,7 +24,7 @@ from coatrt.engines.engine_cache import EngineCache, engine_key
 from coatrt.engines.fleet import Target, build_fleet
 from coatrt.engines.options import BundleOptions
 from coatrt.errors import BuildError, ConfigError
-from coatrt.files import sha256_file
+from coatrt.system.files import sha256_file
 
 SMALL = BundleOptions(context=64, shapes=EngineShapes(prefill=16))
 

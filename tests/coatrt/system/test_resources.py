@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from coatrt.errors import ConfigError
-from coatrt.machine import compute_device, free_memory
+from coatrt.system.resources import compute_device, free_memory
 
 
 def test_without_a_limit_it_is_the_machines(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coatrt.tensor_file import hash_tensors, read_tensors, write_tensors
+from coatrt.system.tensors import hash_tensors, read_tensors, write_tensors
 
 TENSORS = {
     "a": torch.arange(12, dtype=torch.int64).view(3, 4),

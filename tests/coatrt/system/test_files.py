@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from coatrt.errors import ConfigError
-from coatrt.files import atomic_directory, atomic_file, read_json, sha256_file, write_json
+from coatrt.system.files import atomic_directory, atomic_file, read_json, sha256_file, write_json
 
 
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_an_error_leaves_the_old_directory_and_nothing_else(tmp_path: Path) -> N
 
 _SLOW = """
 import sys, time
-from coatrt.files import atomic_file
+from coatrt.system.files import atomic_file
 with atomic_file(sys.argv[1]) as temporary:
     temporary.write_text("half")
     print("writing", flush=True)

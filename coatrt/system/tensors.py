@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from coatrt.files import atomic_file
+from coatrt.system.files import atomic_file
 
 __all__ = ["hash_tensors", "read_tensors", "write_tensors"]
 
