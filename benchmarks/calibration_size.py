@@ -13,7 +13,7 @@ from common import RESULTS, save_result, smollm2
 from quantizers import HELD_OUT, LENGTH, speeches
 
 from coatrt.calibration import Calibration, InputMoments
-from coatrt.data import batches
+from coatrt.data.documents import batches
 from coatrt.evaluate import mean_loss
 from coatrt.fakequant import FakeQuantModel
 from coatrt.matrices import EMBEDDING

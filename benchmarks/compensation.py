@@ -13,7 +13,7 @@ from method.tasks import sotu
 
 from coatrt.calibration import Calibration, InputMoments
 from coatrt.checkpoint import cache_directory, load_tokenizer
-from coatrt.data import batches
+from coatrt.data.documents import batches
 from coatrt.quantize import Quantizer, decode, encode
 
 LAYERS = (3, 14, 26)

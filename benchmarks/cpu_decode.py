@@ -23,7 +23,7 @@ from common import save_result, smollm2
 from coatrt.adapter import Adapter
 from coatrt.checkpoint import load_tokenizer
 from coatrt.config import QuantConfig
-from coatrt.data import tokenize_text
+from coatrt.data.documents import tokenize_text
 from coatrt.engines.ort import OrtDecoder
 from coatrt.export.decoder import GraphForm, decoder_io, export_decoder
 

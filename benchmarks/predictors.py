@@ -26,7 +26,7 @@ from coatrt.calibration import Calibration
 from coatrt.checkpoint import load_tokenizer
 from coatrt.config import QuantConfig
 from coatrt.curvature import kfac_costs, token_costs
-from coatrt.data import tokenize_text
+from coatrt.data.documents import tokenize_text
 from coatrt.evaluate import mean_loss
 from coatrt.fakequant import FakeQuantModel
 from coatrt.formats import WeightFormat

@@ -16,7 +16,7 @@ from common import RESULTS, save_result, smollm2
 
 from coatrt.calibration import Calibration, InputMoments
 from coatrt.checkpoint import Checkpoint, load_tokenizer
-from coatrt.data import TextData, batches, tokenize_text
+from coatrt.data.documents import TextData, batches, tokenize_text
 from coatrt.evaluate import mean_loss
 from coatrt.fakequant import FakeQuantModel
 from coatrt.matrices import EMBEDDING

@@ -13,7 +13,7 @@ from quantizers import LENGTH, output_energy, speeches
 
 from coatrt.calibration import measure_moments
 from coatrt.checkpoint import load_model
-from coatrt.data import batches
+from coatrt.data.documents import batches
 from coatrt.feedback import shrunk
 from coatrt.quantize import decode, encode
 

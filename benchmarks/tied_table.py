@@ -13,7 +13,8 @@ from tasks import sotu
 
 from coatrt.calibration import Calibration
 from coatrt.checkpoint import load_tokenizer
-from coatrt.data import batches
+from coatrt.data.documents import batches
+from coatrt.evaluate import measure_held_out
 from coatrt.fakequant import FakeQuantModel
 from coatrt.matrices import EMBEDDING
 from coatrt.quantize import QUANTIZERS, decode
@@ -29,12 +30,12 @@ def main() -> None:
     data = sotu(load_tokenizer(checkpoint.directory))
     calibration = Calibration.of(data.train[batches(len(data.train), 32, 0, 0)])
     model = FakeQuantModel(checkpoint, CodeStore(checkpoint))
-    base, rows = data.measure(model, BLOCKS)["loss"], []
+    base, rows = measure_held_out(model, data, BLOCKS)["loss"], []
     for text in FORMATS:
         for quantizer in QUANTIZERS:
             codes = CodeStore.default(checkpoint, quantizer, calibration)
             model.set_weights([(EMBEDDING, decode(codes.get(EMBEDDING, text)))])
-            rise = data.measure(model, BLOCKS)["loss"] - base
+            rise = measure_held_out(model, data, BLOCKS)["loss"] - base
             rows.append({"format": text, "quantizer": quantizer, "rise": rise})
             print(rows[-1], flush=True)
     save_result(

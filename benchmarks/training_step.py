@@ -23,7 +23,7 @@ from coatrt.calibration import Calibration, InputMoments
 from coatrt.checkpoint import load_model
 from coatrt.compensation import Compensator
 from coatrt.contract import contract_for
-from coatrt.examples import Examples
+from coatrt.data.examples import Examples
 from coatrt.fakequant import FakeQuantModel
 from coatrt.features import ConfigEncoder
 from coatrt.formats import WeightFormat

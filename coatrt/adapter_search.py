@@ -11,16 +11,16 @@ from coatrt.adapter_facts import adapter_hash
 from coatrt.archive import ARCHIVE_FILE, Archive, ArchiveEntry
 from coatrt.checkpoint import load_tokenizer
 from coatrt.config import QuantConfig
-from coatrt.data import tokenize_text
+from coatrt.data.documents import tokenize_text
+from coatrt.data.examples import Examples
+from coatrt.data.task_data import TaskData
 from coatrt.errors import ConfigError
 from coatrt.evaluate import mean_loss
-from coatrt.examples import Examples
 from coatrt.fakequant import FakeQuantModel
 from coatrt.search import SearchOptions, search
 from coatrt.system.files import exclusive
 from coatrt.system.resources import compute_device
 from coatrt.system.tensors import hash_tensors
-from coatrt.tasks import TaskData
 
 __all__ = ["search_adapter"]
 

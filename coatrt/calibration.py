@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from coatrt.checkpoint import Checkpoint, load_model
-from coatrt.data import batches
+from coatrt.data.documents import batches
+from coatrt.data.examples import Examples
 from coatrt.errors import CheckpointError, ConfigError
-from coatrt.examples import Examples
 from coatrt.matrices import EMBEDDING, HEAD, ModelMatrices
 from coatrt.system.progress import progress_bar
 from coatrt.system.resources import free_memory

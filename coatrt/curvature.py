@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from coatrt.examples import Examples
+from coatrt.data.examples import Examples
 from coatrt.fakequant import FakeQuantModel
 from coatrt.formats import WeightFormat
 from coatrt.matrices import EMBEDDING, HEAD

@@ -3,10 +3,12 @@
 import torch
 from torch import Tensor
 
-from coatrt.examples import IGNORED, Examples
+from coatrt.data.choice_sets import ChoiceSets
+from coatrt.data.examples import IGNORED, Examples
+from coatrt.data.task_data import TaskData
 from coatrt.fakequant import FakeQuantModel
 
-__all__ = ["log_likelihoods", "mean_loss"]
+__all__ = ["choice_scores", "log_likelihoods", "mean_loss", "measure_held_out"]
 
 
 @torch.no_grad()
@@ -60,3 +62,38 @@ def log_likelihoods(model: FakeQuantModel, examples: Examples, batch: int = 16) 
         found = logits[at, column, token] - logits.logsumexp(-1)[at, column]
         scores.index_add_(0, rows[row], found.double().cpu())
     return scores
+
+
+@torch.no_grad()
+def choice_scores(model: FakeQuantModel, choices: ChoiceSets, batch: int = 16) -> dict[str, float]:
+    """Return {"loss": …, "accuracy": …} over questions.
+
+    The loss is the mean cross-entropy in nats over the tokens of the right choices, the accuracy the share of
+    questions whose right choice scores highest (the first of equal ones counts).
+
+    Args:
+        model: configuration and LoRA already set.
+        choices: the questions.
+        batch: distinct rows at once.
+    """
+    scores = log_likelihoods(model, choices.rows, batch)
+    starts = choices.starts
+    table = torch.full((len(choices), int(choices.owner.bincount().max())), -torch.inf, dtype=torch.float64)
+    table[choices.owner, torch.arange(len(scores)) - starts[choices.owner]] = scores
+    right = starts + choices.answers
+    loss = -float(scores[right].sum()) / int(choices.rows.counts[right].sum())
+    return {"loss": loss, "accuracy": float((table.argmax(1) == choices.answers).double().mean())}
+
+
+def measure_held_out(model: FakeQuantModel, data: TaskData, limit: int | None = None) -> dict[str, float]:
+    """Return {"loss": mean cross-entropy in nats per target}, and for choice tasks "accuracy" (share of questions).
+
+    Args:
+        model: configuration and LoRA already set.
+        data: the task.
+        limit: most held-out examples (questions) to use, the first ones; None: all.
+    """
+    count = len(data.held_out) if limit is None else min(limit, len(data.held_out))
+    if data.choices is not None:
+        return choice_scores(model, data.choices.first(count))
+    return {"loss": mean_loss(model, data.held_out[:count])}

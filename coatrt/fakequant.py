@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from coatrt.checkpoint import Checkpoint, load_model
 from coatrt.config import QuantConfig
 from coatrt.contract import LoraContract
+from coatrt.data.examples import IGNORED, Examples
 from coatrt.errors import CheckpointError
-from coatrt.examples import IGNORED, Examples
 from coatrt.formats import WeightFormat
 from coatrt.matrices import EMBEDDING
 from coatrt.quantize import decode

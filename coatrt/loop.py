@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from coatrt.config import QuantConfig
-from coatrt.data import batches
+from coatrt.data.documents import batches
+from coatrt.data.examples import Examples
 from coatrt.errors import CheckpointError, CoatError
-from coatrt.examples import Examples
 from coatrt.fakequant import FakeQuantModel
 from coatrt.objective import Pass, accumulate_gradients
 from coatrt.system.distributed import Processes

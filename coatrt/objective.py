@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from coatrt.config import QuantConfig
-from coatrt.examples import IGNORED, Examples
+from coatrt.data.examples import IGNORED, Examples
 from coatrt.fakequant import FakeQuantModel
 from coatrt.train_options import TrainOptions
 

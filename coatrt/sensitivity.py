@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from coatrt.config import QuantConfig
 from coatrt.curvature import kfac_costs, token_costs
+from coatrt.data.examples import Examples
 from coatrt.errors import ConfigError
 from coatrt.evaluate import mean_loss
-from coatrt.examples import Examples
 from coatrt.fakequant import FakeQuantModel
 from coatrt.formats import WeightFormat
 from coatrt.quantize import decode

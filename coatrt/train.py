@@ -18,7 +18,10 @@ from coatrt.compensation import Compensator
 from coatrt.config import QuantConfig
 from coatrt.contract import contract_for
 from coatrt.curvature import output_gains
+from coatrt.data.task_data import TaskData
+from coatrt.data.text import text_task
 from coatrt.errors import ConfigError
+from coatrt.evaluate import measure_held_out
 from coatrt.fakequant import FakeQuantModel
 from coatrt.features import ConfigEncoder
 from coatrt.formats import WeightFormat
@@ -33,7 +36,6 @@ from coatrt.system.distributed import Processes
 from coatrt.system.files import cache_directory, check_replaceable
 from coatrt.system.progress import progress_bar, stages
 from coatrt.system.resources import compute_device
-from coatrt.tasks import TaskData, text_task
 from coatrt.train_options import DEFAULT_FORMATS, SENSITIVITY_BLOCKS, TrainOptions
 from coatrt.train_state import check_state, claim_state, has_state
 
@@ -247,7 +249,7 @@ class _Training:
         """Return held-out numbers of a configuration (None: full precision), with its LoRA or without."""
         self.model.set_config(config)
         self.model.set_pairs(self.lora.pairs(config) if adapted and config is not None else None)
-        return self.data.measure(self.model, self.options.evaluation)
+        return measure_held_out(self.model, self.data, self.options.evaluation)
 
     def _hypervolume(self) -> float:
         """Return the hypervolume of (bits, held-out loss) over the budgets.

@@ -18,7 +18,7 @@ from coatrt.adapter import Adapter
 from coatrt.bundle import Bundle
 from coatrt.checkpoint import Checkpoint, load_tokenizer
 from coatrt.config import QuantConfig
-from coatrt.data import tokenize_text
+from coatrt.data.documents import tokenize_text
 from coatrt.devices import device
 from coatrt.engines.builder import EngineShapes
 from coatrt.engines.emit import load_lora

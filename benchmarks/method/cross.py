@@ -36,7 +36,7 @@ def main() -> None:
             setting.base.set_pairs({name: (a.detach(), b.detach()) for name, (a, b) in lora.pairs(config).items()})
             for under, other in planned.items():
                 setting.base.set_config(other)
-                loss = setting.data.measure(setting.base, LIMIT[MODEL])["loss"]
+                loss = measure_held_out(setting.base, setting.data, LIMIT[MODEL])["loss"]
                 rows.append({"arm": arm, "made_for": made_for, "under": under, "loss": loss})
             print(arm, made_for, *(f"{row['loss']:.3f}" for row in rows[-len(planned) :]), flush=True)
             save_result("cross", "python benchmarks/method/cross.py", {"budgets": list(BUDGETS), "rows": rows})

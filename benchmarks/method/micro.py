@@ -14,7 +14,7 @@ import torch
 from tasks import sotu, sotu_documents
 
 from coatrt.checkpoint import Checkpoint, load_model, load_tokenizer
-from coatrt.data import batches
+from coatrt.data.documents import batches
 from coatrt.system.files import atomic_directory, cache_directory
 
 __all__ = ["MicroOptions", "micro_llama"]

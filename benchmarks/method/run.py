@@ -19,6 +19,7 @@ from coatrt.compensation import Compensator
 from coatrt.config import QuantConfig
 from coatrt.contract import contract_for
 from coatrt.engines.environment import environment
+from coatrt.evaluate import measure_held_out
 from coatrt.loop import optimise
 from coatrt.lora import CoaLora
 from coatrt.system.distributed import Processes
@@ -78,7 +79,7 @@ def measure(setting: Setting, lora: Any, entries: list[Measured]) -> list[dict[s
         bits = entry.config.average_bits(setting.checkpoint.matrices)
         rows.append({"budget": entry.budget, "kind": entry.kind, "seen": entry.seen, "configuration": entry.config.hash,
                      "bits": bits, "bits_with_lora": bits + setting.lora_bits(count),
-                     **setting.data.measure(model, limit)})  # fmt: skip
+                     **measure_held_out(model, setting.data, limit)})  # fmt: skip
     return rows
 
 
@@ -116,7 +117,7 @@ def job_result(setting: Setting, name: str, seed: int, steps: int) -> dict[str, 
         setting.base.set_config(None)
         setting.base.set_pairs(None)
         limit = (LIMIT if setting.data.choices is None else CHOICES)[setting.model]
-        facts["full_precision"] = setting.data.measure(setting.base, limit)
+        facts["full_precision"] = measure_held_out(setting.base, setting.data, limit)
     elif arm.kind == "untrained":
         steps, rows = 0, measure(setting, module(setting, arm, seed), entries)
     elif arm.kind == "single":

@@ -20,7 +20,8 @@ from coatrt.calibration import Calibration, InputMoments, calibration_examples
 from coatrt.checkpoint import Checkpoint, load_tokenizer
 from coatrt.config import QuantConfig
 from coatrt.curvature import output_gains
-from coatrt.examples import Examples
+from coatrt.data.examples import Examples
+from coatrt.data.task_data import TaskData
 from coatrt.fakequant import FakeQuantModel
 from coatrt.features import ConfigEncoder
 from coatrt.formats import WeightFormat
@@ -32,7 +33,6 @@ from coatrt.store import CodeStore
 from coatrt.system.files import cache_directory
 from coatrt.system.progress import stages
 from coatrt.system.tensors import read_tensors, write_tensors
-from coatrt.tasks import TaskData
 
 __all__ = ["BUDGETS", "FORMATS", "Draws", "Measured", "Setting"]
 

@@ -13,8 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from coatrt.data.choice import Question, choice_task
+from coatrt.data.task_data import TaskData
+from coatrt.data.text import text_task
 from coatrt.errors import CoatError
-from coatrt.tasks import Question, TaskData, choice_task, text_task
 
 __all__ = ["TASKS", "sentiment", "sotu", "sotu_documents", "trec"]
 
@@ -122,6 +124,7 @@ def main() -> None:
     from common import save_result, smollm2
 
     from coatrt.checkpoint import load_tokenizer
+    from coatrt.evaluate import measure_held_out
     from coatrt.fakequant import FakeQuantModel
     from coatrt.store import CodeStore
 
@@ -134,7 +137,7 @@ def main() -> None:
         row: dict[str, Any] = {
             "task": name, "kind": data.kind, "train": len(data.train), "held_out": len(data.held_out),
             "dropped": data.dropped, "longest": data.train.tokens.shape[1], "train_targets": data.train.predicted,
-            "measured": min(limit, len(data.held_out)), "untrained": data.measure(model, limit),
+            "measured": min(limit, len(data.held_out)), "untrained": measure_held_out(model, data, limit),
         }  # fmt: skip
         if data.choices is not None:
             counts = data.choices.rows.counts

@@ -33,9 +33,10 @@ def command(adapter: Path, data: tuple[str, ...], evaluations: int, blocks: int 
     from coatrt.adapter_search import search_adapter
     from coatrt.archive import ArchiveEntry
     from coatrt.checkpoint import load_tokenizer
-    from coatrt.data import read_documents
+    from coatrt.data.documents import read_documents
+    from coatrt.data.registry import load_task
+    from coatrt.data.task_data import TaskData
     from coatrt.system.progress import progress_bar
-    from coatrt.tasks import TaskData, load_task
 
     tell_of_gpu(compute)
     loaded = Adapter.load(adapter)

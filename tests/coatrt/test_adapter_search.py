@@ -17,11 +17,11 @@ from coatrt.adapter_search import search_adapter
 from coatrt.archive import Archive, adapter_archive
 from coatrt.checkpoint import Checkpoint, load_tokenizer
 from coatrt.cli.main import cli
-from coatrt.data import tokenize_text
+from coatrt.data.documents import tokenize_text
+from coatrt.data.registry import load_task
 from coatrt.errors import ConfigError
 from coatrt.fakequant import FakeQuantModel
 from coatrt.store import CodeStore
-from coatrt.tasks import load_task
 from coatrt.train import train
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

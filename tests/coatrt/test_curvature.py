@@ -7,8 +7,8 @@ import torch
 
 from coatrt.checkpoint import Checkpoint, load_model
 from coatrt.curvature import kfac_costs, output_gains, token_costs
+from coatrt.data.examples import IGNORED, Examples
 from coatrt.errors import ConfigError
-from coatrt.examples import IGNORED, Examples
 from coatrt.fakequant import FakeQuantModel
 from coatrt.formats import WeightFormat
 from coatrt.quantize import decode, encode

@@ -14,8 +14,8 @@ from torch import nn
 
 from coatrt.adapter import Adapter
 from coatrt.checkpoint import Checkpoint, load_model
+from coatrt.data.examples import Examples
 from coatrt.errors import ConfigError
-from coatrt.examples import Examples
 from coatrt.fakequant import FakeQuantModel
 from coatrt.loop import History, optimise
 from coatrt.lora import CoaLora

@@ -20,7 +20,8 @@ from coatrt.adapter import Adapter
 from coatrt.calibration import InputMoments, calibration_examples
 from coatrt.checkpoint import Checkpoint, load_model, load_tokenizer
 from coatrt.config import QuantConfig
-from coatrt.data import batches, read_documents, tokenize_text
+from coatrt.data.documents import batches, read_documents, tokenize_text
+from coatrt.data.text import text_task
 from coatrt.errors import ConfigError
 from coatrt.fakequant import FakeQuantModel
 from coatrt.formats import WeightFormat
@@ -28,7 +29,6 @@ from coatrt.quantize import decode, encode, relative_error
 from coatrt.sampling import TrainingSampler
 from coatrt.sensitivity import measure_sensitivity
 from coatrt.store import CodeStore
-from coatrt.tasks import text_task
 from coatrt.train import TrainOptions, train
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -4,11 +4,9 @@ import hashlib
 from dataclasses import dataclass
 from typing import Literal
 
+from coatrt.data.choice_sets import ChoiceSets
+from coatrt.data.examples import Examples
 from coatrt.errors import ConfigError
-from coatrt.evaluate import mean_loss
-from coatrt.examples import Examples
-from coatrt.fakequant import FakeQuantModel
-from coatrt.tasks.choice_sets import ChoiceSets
 
 __all__ = ["TaskData", "TaskKind"]
 
@@ -46,18 +44,6 @@ class TaskData:
             raise ConfigError(
                 f"{len(self.choices)} held-out questions have {len(self.held_out)} examples; give one each"
             )
-
-    def measure(self, model: FakeQuantModel, limit: int | None = None) -> dict[str, float]:
-        """Return {"loss": mean cross-entropy in nats per target}, and for choice tasks "accuracy" (share of questions).
-
-        Args:
-            model: configuration and LoRA already set.
-            limit: most held-out examples (questions) to use, the first ones; None: all.
-        """
-        count = len(self.held_out) if limit is None else min(limit, len(self.held_out))
-        if self.choices is not None:
-            return self.choices.first(count).measure(model)
-        return {"loss": mean_loss(model, self.held_out[:count])}
 
     @property
     def digest(self) -> str:

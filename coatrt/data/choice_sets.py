@@ -5,10 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from coatrt.data.examples import Examples
 from coatrt.errors import ConfigError
-from coatrt.evaluate import log_likelihoods
-from coatrt.examples import Examples
-from coatrt.fakequant import FakeQuantModel
 
 __all__ = ["ChoiceSets"]
 
@@ -65,21 +63,3 @@ class ChoiceSets:
     def majority(self) -> float:
         """Share of the questions whose answer is the most frequent place: the accuracy of always giving it."""
         return float(self.answers.bincount().max()) / len(self)
-
-    def measure(self, model: FakeQuantModel, batch: int = 16) -> dict[str, float]:
-        """Return {"loss": …, "accuracy": …} over the questions.
-
-        The loss is the mean cross-entropy in nats over the tokens of the right choices, the accuracy the share of
-        questions whose right choice scores highest (the first of equal ones counts).
-
-        Args:
-            model: configuration and LoRA already set.
-            batch: distinct rows at once.
-        """
-        scores = log_likelihoods(model, self.rows, batch)
-        starts = self.starts
-        table = torch.full((len(self), int(self.owner.bincount().max())), -torch.inf, dtype=torch.float64)
-        table[self.owner, torch.arange(len(scores)) - starts[self.owner]] = scores
-        right = starts + self.answers
-        loss = -float(scores[right].sum()) / int(self.rows.counts[right].sum())
-        return {"loss": loss, "accuracy": float((table.argmax(1) == self.answers).double().mean())}

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from coatrt.data.examples import Examples
+from coatrt.data.jsonl import Line
+from coatrt.data.task_data import TaskData
 from coatrt.errors import ConfigError
-from coatrt.examples import Examples
-from coatrt.tasks.data import TaskData
-from coatrt.tasks.jsonl import Line
 
 __all__ = ["Conversation", "chat_task"]
 

@@ -4,13 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
-from coatrt.data import read_documents
+from coatrt.data.chat import Conversation, chat_task
+from coatrt.data.choice import Question, choice_task
+from coatrt.data.documents import read_documents
+from coatrt.data.jsonl import Line, read_lines, split
+from coatrt.data.task_data import TaskData, TaskKind
+from coatrt.data.text import text_task
 from coatrt.errors import ConfigError
-from coatrt.tasks.chat import Conversation, chat_task
-from coatrt.tasks.choice import Question, choice_task
-from coatrt.tasks.data import TaskData, TaskKind
-from coatrt.tasks.jsonl import Line, read_lines, split
-from coatrt.tasks.text import text_task
 
 __all__ = ["TASKS", "load_task"]
 

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from coatrt.data import tokenize_text
-from coatrt.examples import Examples
-from coatrt.tasks.data import TaskData
+from coatrt.data.documents import tokenize_text
+from coatrt.data.examples import Examples
+from coatrt.data.task_data import TaskData
 
 __all__ = ["text_task"]
 
@@ -13,6 +13,6 @@ __all__ = ["text_task"]
 def text_task(
     tokenizer: Any, documents: Sequence[str], length: int, *, held_out: Sequence[str] | None = None, every: int = 10
 ) -> TaskData:
-    """Return documents as blocks of tokens; arguments and errors are those of `coatrt.data.tokenize_text`."""
+    """Return documents as blocks of tokens; arguments and errors are those of `coatrt.data.documents.tokenize_text`."""
     blocks = tokenize_text(tokenizer, documents, length, held_out=held_out, every=every)
     return TaskData("text", Examples.of_blocks(blocks.train), Examples.of_blocks(blocks.held_out))

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from coatrt.checkpoint import Checkpoint, load_model
+from coatrt.data.examples import IGNORED, Examples
 from coatrt.errors import ConfigError
 from coatrt.evaluate import log_likelihoods, mean_loss
-from coatrt.examples import IGNORED, Examples
 from coatrt.fakequant import FakeQuantModel
 from coatrt.formats import WeightFormat
 from coatrt.quantize import decode, encode

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
+from coatrt.data.choice_sets import ChoiceSets
+from coatrt.data.examples import Examples
+from coatrt.data.jsonl import Line
+from coatrt.data.task_data import TaskData
 from coatrt.errors import ConfigError
-from coatrt.examples import Examples
-from coatrt.tasks.choice_sets import ChoiceSets
-from coatrt.tasks.data import TaskData
-from coatrt.tasks.jsonl import Line
 
 __all__ = ["Question", "choice_task"]
 

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from coatrt.checkpoint import Checkpoint, load_model, load_tokenizer
+from coatrt.data.choice import Question, choice_task
+from coatrt.data.choice_sets import ChoiceSets
+from coatrt.data.examples import IGNORED, Examples
 from coatrt.errors import ConfigError
-from coatrt.evaluate import mean_loss
-from coatrt.examples import IGNORED, Examples
+from coatrt.evaluate import choice_scores, mean_loss, measure_held_out
 from coatrt.fakequant import FakeQuantModel
 from coatrt.store import CodeStore
-from coatrt.tasks import ChoiceSets, Question, choice_task
 
 QUESTIONS = [
     Question("Is a cat small?", (" yes", " no"), 0),
@@ -65,17 +66,17 @@ def test_scores_are_those_of_transformers_one_by_one(tiny_llama: Path, tokenizer
     data = choice_task(tokenizer, QUESTIONS, QUESTIONS, 100)
     assert data.choices is not None
     for batch in (1, 2, 16):
-        found = data.choices.measure(ours, batch)
+        found = choice_scores(ours, data.choices, batch)
         assert found["accuracy"] == right / len(QUESTIONS)
         assert found["loss"] == pytest.approx(losses / count, rel=1e-5)
-    assert data.measure(ours)["loss"] == pytest.approx(mean_loss(ours, data.held_out), rel=1e-6)
+    assert measure_held_out(ours, data)["loss"] == pytest.approx(mean_loss(ours, data.held_out), rel=1e-6)
     for count in (1, 2, 3):
-        found = data.measure(ours, limit=count)
+        found = measure_held_out(ours, data, limit=count)
         assert found["accuracy"] == sum(b == q.answer for b, q in zip(best[:count], QUESTIONS, strict=False)) / count
         assert found["loss"] == pytest.approx(mean_loss(ours, data.held_out[:count]), rel=1e-6)
     # With every answer replaced by what scored best, all are right: argmax goes by question.
     moved = ChoiceSets(data.choices.rows, data.choices.owner, torch.tensor(best))
-    assert moved.measure(ours)["accuracy"] == 1.0
+    assert measure_held_out(ours, moved)["accuracy"] == 1.0
 
 
 def test_questions_that_are_too_long_are_dropped_and_counted(tokenizer: Any) -> None:

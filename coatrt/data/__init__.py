@@ -1,0 +1,1 @@
+"""Text, conversations, questions: files to tokens with marked targets."""
