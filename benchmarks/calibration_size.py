@@ -16,7 +16,7 @@ from coatrt.calibration import Calibration, InputMoments
 from coatrt.data.documents import batches
 from coatrt.evaluate import mean_loss
 from coatrt.fakequant import FakeQuantModel
-from coatrt.matrices import EMBEDDING
+from coatrt.models.matrices import EMBEDDING
 from coatrt.quantize import Quantizer, decode, encode
 from coatrt.store import CodeStore
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from coatrt.checkpoint import Checkpoint
 from coatrt.engines.environment import environment
+from coatrt.models.checkpoint import Checkpoint
 from coatrt.system.files import write_json
 
 RESULTS = Path(__file__).parent / "results"

@@ -12,8 +12,8 @@ from common import save_result, smollm2
 from method.tasks import sotu
 
 from coatrt.calibration import Calibration, InputMoments
-from coatrt.checkpoint import cache_directory, load_tokenizer
 from coatrt.data.documents import batches
+from coatrt.models.checkpoint import cache_directory, load_tokenizer
 from coatrt.quantize import Quantizer, decode, encode
 
 LAYERS = (3, 14, 26)

@@ -21,11 +21,11 @@ import numpy as np
 from common import save_result, smollm2
 
 from coatrt.adapter import Adapter
-from coatrt.checkpoint import load_tokenizer
 from coatrt.config import QuantConfig
 from coatrt.data.documents import tokenize_text
 from coatrt.engines.ort import OrtDecoder
 from coatrt.export.decoder import GraphForm, decoder_io, export_decoder
+from coatrt.models.checkpoint import load_tokenizer
 
 CONTEXT, PROMPT, STEPS = 512, 128, 24
 Times = dict[str, list[float]]

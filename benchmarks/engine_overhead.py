@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from common import random_llama, save_result, smollm2
 
-from coatrt.checkpoint import Checkpoint
 from coatrt.config import QuantConfig
 from coatrt.contract import contract_for
 from coatrt.devices import device
@@ -18,6 +17,7 @@ from coatrt.engine_size import engine_overhead
 from coatrt.engines.builder import EngineShapes, build_engine
 from coatrt.export.decoder import GraphForm, export_decoder
 from coatrt.formats import WeightFormat
+from coatrt.models.checkpoint import Checkpoint
 from coatrt.space import ConfigSpace
 from coatrt.store import CodeStore
 

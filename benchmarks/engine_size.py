@@ -10,12 +10,12 @@ from typing import Any
 
 from common import random_llama, save_result, smollm2
 
-from coatrt.checkpoint import Checkpoint
 from coatrt.config import QuantConfig
 from coatrt.contract import contract_for
 from coatrt.devices import device
 from coatrt.engines.builder import BuildRecord, EngineShapes, build_engine
 from coatrt.export.decoder import GraphForm, export_decoder
+from coatrt.models.checkpoint import Checkpoint
 from coatrt.store import CodeStore
 
 DEVICES = ("t4", "rtx-3060", "rtx-4090", "rtx-5090")

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from common import save_result, smollm2
 
-from coatrt.checkpoint import Checkpoint, load_model
 from coatrt.config import QuantConfig
 from coatrt.devices import device
 from coatrt.engines.builder import EngineShapes, build_engine
 from coatrt.export.decoder import GraphForm, export_decoder
+from coatrt.models.checkpoint import Checkpoint, load_model
 
 CONTEXT, PREFILL = 2048, 512
 

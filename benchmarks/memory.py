@@ -13,10 +13,10 @@ from pathlib import Path
 
 from common import random_llama, save_result
 
-from coatrt.checkpoint import Checkpoint
 from coatrt.config import QuantConfig
 from coatrt.contract import contract_for
 from coatrt.export.decoder import GraphForm, export_decoder
+from coatrt.models.checkpoint import Checkpoint
 from coatrt.quantize import encode
 
 

@@ -23,13 +23,13 @@ from tasks import sotu_documents
 
 from coatrt.allocate import cost_matrix
 from coatrt.calibration import Calibration
-from coatrt.checkpoint import load_tokenizer
 from coatrt.config import QuantConfig
 from coatrt.curvature import kfac_costs, token_costs
 from coatrt.data.documents import tokenize_text
 from coatrt.evaluate import mean_loss
 from coatrt.fakequant import FakeQuantModel
 from coatrt.formats import WeightFormat
+from coatrt.models.checkpoint import load_tokenizer
 from coatrt.sampling import TrainingSampler
 from coatrt.sensitivity import fisher_costs, measured_costs, relative_errors
 from coatrt.space import ConfigSpace

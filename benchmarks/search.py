@@ -25,13 +25,13 @@ from micro import MicroOptions, micro_llama
 from tasks import sotu
 
 from coatrt.archive import Archive
-from coatrt.checkpoint import Checkpoint, load_tokenizer
 from coatrt.config import QuantConfig
 from coatrt.evaluate import mean_loss
 from coatrt.fakequant import FakeQuantModel
 from coatrt.formats import WeightFormat
 from coatrt.hypervolume import hypervolume
-from coatrt.matrices import EMBEDDING, ModelMatrices
+from coatrt.models.checkpoint import Checkpoint, load_tokenizer
+from coatrt.models.matrices import EMBEDDING, ModelMatrices
 from coatrt.search import Method, SearchOptions, search
 from coatrt.sensitivity import fisher_costs
 from coatrt.space import ConfigSpace

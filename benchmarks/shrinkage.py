@@ -12,9 +12,9 @@ from common import save_result, smollm2
 from quantizers import LENGTH, output_energy, speeches
 
 from coatrt.calibration import measure_moments
-from coatrt.checkpoint import load_model
 from coatrt.data.documents import batches
 from coatrt.feedback import shrunk
+from coatrt.models.checkpoint import load_model
 from coatrt.quantize import decode, encode
 
 COMMAND = "python benchmarks/shrinkage.py"

@@ -12,11 +12,11 @@ from common import save_result, smollm2
 from tasks import sotu
 
 from coatrt.calibration import Calibration
-from coatrt.checkpoint import load_tokenizer
 from coatrt.data.documents import batches
 from coatrt.evaluate import measure_held_out
 from coatrt.fakequant import FakeQuantModel
-from coatrt.matrices import EMBEDDING
+from coatrt.models.checkpoint import load_tokenizer
+from coatrt.models.matrices import EMBEDDING
 from coatrt.quantize import QUANTIZERS, decode
 from coatrt.store import CodeStore
 

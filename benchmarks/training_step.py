@@ -20,7 +20,6 @@ from common import save_result, smollm2
 from peft import LoraConfig, get_peft_model
 
 from coatrt.calibration import Calibration, InputMoments
-from coatrt.checkpoint import load_model
 from coatrt.compensation import Compensator
 from coatrt.contract import contract_for
 from coatrt.data.examples import Examples
@@ -29,6 +28,7 @@ from coatrt.features import ConfigEncoder
 from coatrt.formats import WeightFormat
 from coatrt.loop import optimise
 from coatrt.lora import CoaLora
+from coatrt.models.checkpoint import load_model
 from coatrt.sampling import TrainingSampler
 from coatrt.space import ConfigSpace
 from coatrt.store import CodeStore

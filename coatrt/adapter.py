@@ -11,14 +11,14 @@ from torch import Tensor
 from coatrt import __version__
 from coatrt.adapter_facts import ADAPTER_FORMAT, adapter_hash, adapter_reading, read_description
 from coatrt.calibration import Calibration
-from coatrt.checkpoint import Checkpoint
 from coatrt.config import QuantConfig
 from coatrt.contract import LoraContract
 from coatrt.errors import CheckpointError, ConfigError
 from coatrt.features import ConfigEncoder
 from coatrt.formats import WeightFormat
 from coatrt.lora import CoaLora
-from coatrt.matrices import ModelMatrices
+from coatrt.models.checkpoint import Checkpoint
+from coatrt.models.matrices import ModelMatrices
 from coatrt.peft_format import write_peft
 from coatrt.quantize import CALIBRATED, QUANTIZERS, Quantizer
 from coatrt.sensitivity import Sensitivity

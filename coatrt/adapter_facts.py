@@ -12,7 +12,7 @@ from coatrt import __version__
 from coatrt.contract import LoraContract
 from coatrt.errors import CheckpointError, ConfigError, FormatError
 from coatrt.formats import WeightFormat
-from coatrt.matrices import ModelMatrices
+from coatrt.models.matrices import ModelMatrices
 from coatrt.sensitivity_table import Sensitivity
 from coatrt.space import ConfigSpace
 from coatrt.system.files import read_json, sha256_file

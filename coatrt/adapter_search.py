@@ -9,7 +9,6 @@ import torch
 from coatrt.adapter import Adapter
 from coatrt.adapter_facts import adapter_hash
 from coatrt.archive import ARCHIVE_FILE, Archive, ArchiveEntry
-from coatrt.checkpoint import load_tokenizer
 from coatrt.config import QuantConfig
 from coatrt.data.documents import tokenize_text
 from coatrt.data.examples import Examples
@@ -17,6 +16,7 @@ from coatrt.data.task_data import TaskData
 from coatrt.errors import ConfigError
 from coatrt.evaluate import mean_loss
 from coatrt.fakequant import FakeQuantModel
+from coatrt.models.checkpoint import load_tokenizer
 from coatrt.search import SearchOptions, search
 from coatrt.system.files import exclusive
 from coatrt.system.resources import compute_device

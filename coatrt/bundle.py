@@ -12,7 +12,7 @@ from coatrt import __version__
 from coatrt.config import QuantConfig
 from coatrt.contract import DecoderIO, LoraContract
 from coatrt.errors import BundleError, ConfigError
-from coatrt.matrices import ModelMatrices
+from coatrt.models.matrices import ModelMatrices
 from coatrt.system.files import read_json, sha256_file, write_json
 
 __all__ = ["BUNDLE_FORMAT", "MANIFEST", "Bundle", "seal"]

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coatrt.checkpoint import Checkpoint, load_model
 from coatrt.data.documents import batches
 from coatrt.data.examples import Examples
 from coatrt.errors import CheckpointError, ConfigError
-from coatrt.matrices import EMBEDDING, HEAD, ModelMatrices
+from coatrt.models.checkpoint import Checkpoint, load_model
+from coatrt.models.matrices import EMBEDDING, HEAD, ModelMatrices
 from coatrt.system.progress import progress_bar
 from coatrt.system.resources import free_memory
 from coatrt.system.tensors import hash_tensors, read_tensors, write_tensors

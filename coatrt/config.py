@@ -13,7 +13,7 @@ from typing import Any
 
 from coatrt.errors import ConfigError, FormatError
 from coatrt.formats import WeightFormat
-from coatrt.matrices import ModelMatrices
+from coatrt.models.matrices import ModelMatrices
 from coatrt.system.files import read_json, write_json
 
 __all__ = ["ConfigPatterns", "QuantConfig"]

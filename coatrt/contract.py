@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from coatrt.errors import ConfigError
-from coatrt.matrices import ModelMatrices
+from coatrt.models.matrices import ModelMatrices
 from coatrt.system.files import read_json, write_json
 
 __all__ = ["ACTIVATIONS", "DecoderIO", "LoraContract", "LoraTensor", "contract_for"]
@@ -22,7 +22,7 @@ class LoraTensor:
     """The two LoRA tensors of one matrix: y = x·W + (x·A)·B.
 
     Args:
-        matrix: name of the matrix, as in `coatrt.matrices`.
+        matrix: name of the matrix, as in `coatrt.models.matrices`.
         A: tensor name of A, shape [K, rank].
         B: tensor name of B, shape [rank, N], times alpha/rank.
         K: input width.

@@ -14,7 +14,7 @@ from torch import Tensor
 from coatrt.data.examples import Examples
 from coatrt.fakequant import FakeQuantModel
 from coatrt.formats import WeightFormat
-from coatrt.matrices import EMBEDDING, HEAD
+from coatrt.models.matrices import EMBEDDING, HEAD
 from coatrt.quantize import decode
 from coatrt.store import CodeStore
 

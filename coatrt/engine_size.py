@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from coatrt.config import QuantConfig
 from coatrt.formats import KINDS, WeightFormat
-from coatrt.matrices import ModelMatrices
+from coatrt.models.matrices import ModelMatrices
 from coatrt.space import ConfigSpace
 
 __all__ = ["engine_overhead", "overhead_of_choices"]

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coatrt.checkpoint import Checkpoint, load_model
 from coatrt.config import QuantConfig
 from coatrt.contract import LoraContract
 from coatrt.data.examples import IGNORED, Examples
 from coatrt.errors import CheckpointError
 from coatrt.formats import WeightFormat
-from coatrt.matrices import EMBEDDING
+from coatrt.models.checkpoint import Checkpoint, load_model
+from coatrt.models.matrices import EMBEDDING
 from coatrt.quantize import decode
 from coatrt.store import CodeStore
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from coatrt.config import QuantConfig
 from coatrt.errors import ConfigError
 from coatrt.formats import BLOCKS, KINDS, SCALE_BITS, SCALE_BLOCKS, SCALE_DTYPES, WeightFormat
-from coatrt.matrices import ModelMatrices
+from coatrt.models.matrices import ModelMatrices
 
 __all__ = ["FEATURES", "FIELD_SIZES", "ConfigEncoder"]
 

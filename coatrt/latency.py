@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from coatrt.devices import DeviceProfile
 from coatrt.formats import WeightFormat
-from coatrt.matrices import ModelMatrices
+from coatrt.models.matrices import ModelMatrices
 from coatrt.space import ConfigSpace
 from coatrt.workload import Workload
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from coatrt.config import QuantConfig
 from coatrt.devices import DeviceProfile
 from coatrt.engine_size import engine_overhead
-from coatrt.matrices import ModelMatrices
+from coatrt.models.matrices import ModelMatrices
 from coatrt.workload import Workload
 
 __all__ = ["CPU_RESERVE", "RUNTIME_RESERVE", "fixed_memory", "memory_of", "scale_bytes"]

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from coatrt.config import ConfigPatterns, QuantConfig
 from coatrt.errors import ConfigError
-from coatrt.matrices import ModelMatrices
+from coatrt.models.matrices import ModelMatrices
 from coatrt.system.files import read_json
 
 __all__ = ["Objective", "Plan", "PlanRequest", "read_choice", "read_config"]

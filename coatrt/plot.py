@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from coatrt.config import QuantConfig
-from coatrt.matrices import ModelMatrices
+from coatrt.models.matrices import ModelMatrices
 from coatrt.system.files import atomic_file
 
 __all__ = ["plot_bits"]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from coatrt.config import QuantConfig
 from coatrt.errors import ConfigError
 from coatrt.formats import WeightFormat
-from coatrt.matrices import ModelMatrices
+from coatrt.models.matrices import ModelMatrices
 
 __all__ = ["ConfigSpace"]
 

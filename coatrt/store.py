@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 from coatrt.calibration import Calibration, InputMoments
-from coatrt.checkpoint import Checkpoint
 from coatrt.errors import ConfigError
 from coatrt.formats import WeightFormat
-from coatrt.matrices import EMBEDDING
+from coatrt.models.checkpoint import Checkpoint
+from coatrt.models.matrices import EMBEDDING
 from coatrt.quantize import CALIBRATED, QUANTIZER_VERSION, QuantizedMatrix, Quantizer, encode
 from coatrt.system.files import cache_directory
 from coatrt.system.resources import free_memory

@@ -13,7 +13,6 @@ import torch
 
 from coatrt.adapter import Adapter
 from coatrt.calibration import Calibration, InputMoments, calibration_examples
-from coatrt.checkpoint import Checkpoint, load_tokenizer
 from coatrt.compensation import Compensator
 from coatrt.config import QuantConfig
 from coatrt.contract import contract_for
@@ -28,6 +27,7 @@ from coatrt.formats import WeightFormat
 from coatrt.hypervolume import hypervolume
 from coatrt.loop import optimise
 from coatrt.lora import CoaLora
+from coatrt.models.checkpoint import Checkpoint, load_tokenizer
 from coatrt.sampling import TrainingSampler
 from coatrt.sensitivity import Sensitivity, measure_sensitivity
 from coatrt.space import ConfigSpace
@@ -59,7 +59,7 @@ def train(
 
     Args:
         source: the model: Hugging Face directory, hub name or GGUF file.
-        documents: training texts, or the data of a task (`coatrt.tasks.load_task`).
+        documents: training texts, or the data of a task (`coatrt.data.registry.load_task`).
         output: directory of the adapter.
         options: how to train.
         held_out: texts to measure on; by default every tenth document. A task holds its own.

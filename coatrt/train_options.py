@@ -8,7 +8,7 @@ from coatrt.calibration import tokens_wanted
 from coatrt.errors import ConfigError
 from coatrt.formats import WeightFormat
 from coatrt.hypernet import Preset
-from coatrt.matrices import ModelMatrices
+from coatrt.models.matrices import ModelMatrices
 from coatrt.quantize import FED_BACK, QUANTIZERS, Quantizer
 
 __all__ = ["DEFAULT_FORMATS", "SENSITIVITY_BLOCKS", "TrainOptions"]

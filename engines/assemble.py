@@ -5,12 +5,12 @@ from pathlib import Path
 
 from coatrt.adapter import Adapter
 from coatrt.bundle import Bundle
-from coatrt.checkpoint import Checkpoint
 from coatrt.config import QuantConfig
 from coatrt.devices import DeviceProfile
 from coatrt.engines.fleet import Target, build_fleet
 from coatrt.engines.options import BundleOptions
 from coatrt.export.decoder import Progress
+from coatrt.models.checkpoint import Checkpoint
 from coatrt.plan import Plan
 from coatrt.store import CodeStore
 

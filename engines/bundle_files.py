@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from coatrt.adapter import Adapter
-from coatrt.checkpoint import Checkpoint, load_tokenizer
 from coatrt.config import QuantConfig
 from coatrt.engines.emit import Emitter, save_lora
 from coatrt.engines.environment import versions
 from coatrt.engines.options import BundleOptions
 from coatrt.export.decoder import WEIGHTS_FILE, Progress, decoder_io, export_decoder
 from coatrt.export.hypernetwork import export_hypernetwork
+from coatrt.models.checkpoint import Checkpoint, load_tokenizer
 from coatrt.store import CodeStore
 from coatrt.system.files import read_json
 

@@ -14,7 +14,6 @@ import torch
 
 from coatrt.adapter import Adapter
 from coatrt.calibrated import Calibrated, Product, Rest, shape_of
-from coatrt.checkpoint import Checkpoint
 from coatrt.config import QuantConfig
 from coatrt.engines.environment import environment
 from coatrt.engines.ort import OrtDecoder, session
@@ -24,6 +23,7 @@ from coatrt.export.graph import GraphBuilder, GraphForm
 from coatrt.export.weight_file import WeightFile
 from coatrt.export.weights import write_matrix
 from coatrt.formats import WeightFormat
+from coatrt.models.checkpoint import Checkpoint
 from coatrt.quantize import encode
 from coatrt.workload import Workload
 

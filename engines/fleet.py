@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from coatrt.adapter import Adapter
 from coatrt.bundle import Bundle, seal
-from coatrt.checkpoint import Checkpoint
 from coatrt.config import QuantConfig
 from coatrt.devices import DeviceProfile
 from coatrt.engines.build_room import BuildRoom, builder_bytes
@@ -24,6 +23,7 @@ from coatrt.engines.output import check_output
 from coatrt.engines.recipe import is_current, recipe_hash
 from coatrt.errors import BuildError, CoatError, ConfigError
 from coatrt.export.decoder import decoder_io
+from coatrt.models.checkpoint import Checkpoint
 from coatrt.plan import Plan
 from coatrt.store import CodeStore
 from coatrt.system.files import atomic_directory, write_json

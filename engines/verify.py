@@ -148,8 +148,8 @@ def _against_torch(
     """
     import torch
 
-    from coatrt.checkpoint import Checkpoint
     from coatrt.fakequant import FakeQuantModel
+    from coatrt.models.checkpoint import Checkpoint
     from coatrt.store import CodeStore
 
     facts = bundle.manifest["model"]

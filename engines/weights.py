@@ -10,7 +10,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from coatrt.errors import BundleError
-from coatrt.matrices import EMBEDDING, Matrix, ModelMatrices
+from coatrt.models.matrices import EMBEDDING, Matrix, ModelMatrices
 
 __all__ = ["held_weights"]
 

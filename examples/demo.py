@@ -16,7 +16,6 @@ import torch
 
 from coatrt.adapter import Adapter
 from coatrt.bundle import Bundle
-from coatrt.checkpoint import Checkpoint, load_tokenizer
 from coatrt.config import QuantConfig
 from coatrt.data.documents import tokenize_text
 from coatrt.devices import device
@@ -32,6 +31,7 @@ from coatrt.engines.verify import verify
 from coatrt.errors import CoatError
 from coatrt.evaluate import mean_loss
 from coatrt.fakequant import FakeQuantModel
+from coatrt.models.checkpoint import Checkpoint, load_tokenizer
 from coatrt.plan import plan_for
 from coatrt.plot import plot_bits
 from coatrt.system.files import write_json, write_text

@@ -6,16 +6,16 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from coatrt.checkpoint import Checkpoint
 from coatrt.config import QuantConfig
 from coatrt.contract import DecoderIO, LoraContract
 from coatrt.errors import CheckpointError, ConfigError
 from coatrt.export.graph import GraphBuilder, GraphForm
 from coatrt.export.network import Network
-from coatrt.export.spec import DecoderSpec
 from coatrt.export.weight_file import WEIGHTS_FILE, WeightFile
 from coatrt.export.weights import Table, write_matrix, write_table
-from coatrt.matrices import EMBEDDING, HEAD
+from coatrt.models.checkpoint import Checkpoint
+from coatrt.models.matrices import EMBEDDING, HEAD
+from coatrt.models.spec import DecoderSpec
 from coatrt.quantize import QuantizedMatrix, encode
 from coatrt.store import CodeStore
 from coatrt.workload import too_long

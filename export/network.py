@@ -8,9 +8,9 @@ import torch
 
 from coatrt.contract import LoraContract
 from coatrt.export.graph import TORCH_DTYPES, GraphBuilder
-from coatrt.export.spec import DecoderSpec
 from coatrt.export.weights import Table
-from coatrt.matrices import HEAD
+from coatrt.models.matrices import HEAD
+from coatrt.models.spec import DecoderSpec
 
 __all__ = ["Network"]
 

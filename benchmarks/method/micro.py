@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from tasks import sotu, sotu_documents
 
-from coatrt.checkpoint import Checkpoint, load_model, load_tokenizer
 from coatrt.data.documents import batches
+from coatrt.models.checkpoint import Checkpoint, load_model, load_tokenizer
 from coatrt.system.files import atomic_directory, cache_directory
 
 __all__ = ["MicroOptions", "micro_llama"]

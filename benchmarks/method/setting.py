@@ -17,7 +17,6 @@ from micro import micro_llama
 from tasks import TASKS
 
 from coatrt.calibration import Calibration, InputMoments, calibration_examples
-from coatrt.checkpoint import Checkpoint, load_tokenizer
 from coatrt.config import QuantConfig
 from coatrt.curvature import output_gains
 from coatrt.data.examples import Examples
@@ -25,6 +24,7 @@ from coatrt.data.task_data import TaskData
 from coatrt.fakequant import FakeQuantModel
 from coatrt.features import ConfigEncoder
 from coatrt.formats import WeightFormat
+from coatrt.models.checkpoint import Checkpoint, load_tokenizer
 from coatrt.quantize import Quantizer
 from coatrt.sampling import TrainingSampler
 from coatrt.sensitivity import Sensitivity, measure_sensitivity

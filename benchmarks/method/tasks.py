@@ -123,9 +123,9 @@ def main() -> None:
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from common import save_result, smollm2
 
-    from coatrt.checkpoint import load_tokenizer
     from coatrt.evaluate import measure_held_out
     from coatrt.fakequant import FakeQuantModel
+    from coatrt.models.checkpoint import load_tokenizer
     from coatrt.store import CodeStore
 
     checkpoint = smollm2()

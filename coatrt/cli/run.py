@@ -29,10 +29,10 @@ def command(bundle: Path, prompts: tuple[str, ...], max_tokens: int, temperature
             threads: int | None, accuracy_level: str) -> None:  # fmt: skip
     """Generate text from BUNDLE."""
     from coatrt.bundle import Bundle
-    from coatrt.checkpoint import load_tokenizer
     from coatrt.engines.emit import load_lora
     from coatrt.engines.generate import Sampling, encode_prompt, generate
     from coatrt.engines.load import load_decoder
+    from coatrt.models.checkpoint import load_tokenizer
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     opened = Bundle.open(bundle)

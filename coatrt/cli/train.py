@@ -108,9 +108,9 @@ def command(model: str, data: tuple[str, ...], task: str, held_out: tuple[str, .
 
     Options left out keep the defaults of coatrt.train.TrainOptions.
     """
-    from coatrt.checkpoint import Checkpoint, load_tokenizer
     from coatrt.data.registry import load_task
-    from coatrt.export.spec import DecoderSpec
+    from coatrt.models.checkpoint import Checkpoint, load_tokenizer
+    from coatrt.models.spec import DecoderSpec
     from coatrt.system.resources import compute_device
     from coatrt.train import TrainOptions, train
 

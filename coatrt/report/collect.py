@@ -11,7 +11,7 @@ from coatrt.bundle import MANIFEST, Bundle
 from coatrt.config import QuantConfig
 from coatrt.devices import device
 from coatrt.errors import ConfigError
-from coatrt.matrices import ModelMatrices
+from coatrt.models.matrices import ModelMatrices
 from coatrt.plan import PlanRequest, plan_fleet
 from coatrt.system.files import read_json, sha256_file
 

@@ -15,12 +15,12 @@ from click.testing import CliRunner
 from coatrt.adapter import Adapter
 from coatrt.adapter_search import search_adapter
 from coatrt.archive import Archive, adapter_archive
-from coatrt.checkpoint import Checkpoint, load_tokenizer
 from coatrt.cli.main import cli
 from coatrt.data.documents import tokenize_text
 from coatrt.data.registry import load_task
 from coatrt.errors import ConfigError
 from coatrt.fakequant import FakeQuantModel
+from coatrt.models.checkpoint import Checkpoint, load_tokenizer
 from coatrt.store import CodeStore
 from coatrt.train import train
 

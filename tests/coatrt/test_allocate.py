@@ -17,7 +17,7 @@ from coatrt.allocate import (
 )
 from coatrt.errors import ConfigError
 from coatrt.formats import WeightFormat
-from coatrt.matrices import ModelMatrices, matrices_of
+from coatrt.models.matrices import ModelMatrices, matrices_of
 from coatrt.space import ConfigSpace
 
 FORMATS = tuple(map(WeightFormat.parse, ("nf2-g64", "nf3-g64", "int4-g64", "int8")))

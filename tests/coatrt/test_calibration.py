@@ -8,10 +8,10 @@ import torch
 
 from coatrt import calibration
 from coatrt.calibration import Calibration, InputMoments, calibration_examples, tokens_wanted
-from coatrt.checkpoint import Checkpoint, load_model
 from coatrt.data.documents import batches
 from coatrt.data.examples import Examples
 from coatrt.errors import CheckpointError, ConfigError
+from coatrt.models.checkpoint import Checkpoint, load_model
 from coatrt.train import TrainOptions
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

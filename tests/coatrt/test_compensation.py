@@ -10,7 +10,6 @@ from torch import Tensor
 
 from coatrt.adapter import Adapter
 from coatrt.calibration import Calibration, InputMoments
-from coatrt.checkpoint import Checkpoint, load_model
 from coatrt.compensation import Compensator
 from coatrt.config import QuantConfig
 from coatrt.contract import LoraContract, contract_for
@@ -19,6 +18,7 @@ from coatrt.fakequant import FakeQuantModel
 from coatrt.features import ConfigEncoder
 from coatrt.formats import WeightFormat
 from coatrt.lora import CoaLora
+from coatrt.models.checkpoint import Checkpoint, load_model
 from coatrt.quantize import decode, encode
 from coatrt.store import CodeStore
 from coatrt.train import train

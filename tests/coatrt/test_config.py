@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from coatrt.config import ConfigPatterns, QuantConfig
 from coatrt.errors import CheckpointError, ConfigError, FormatError
 from coatrt.formats import WeightFormat
-from coatrt.matrices import ModelMatrices, matrices_of
+from coatrt.models.matrices import ModelMatrices, matrices_of
 
 
 def shapes(layers=2, tied=True):

@@ -6,7 +6,7 @@ import pytest
 
 from coatrt.contract import DecoderIO, LoraContract, LoraTensor, contract_for
 from coatrt.errors import ConfigError
-from coatrt.matrices import Matrix, ModelMatrices
+from coatrt.models.matrices import Matrix, ModelMatrices
 
 MODEL = ModelMatrices(
     (

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from coatrt.checkpoint import Checkpoint, load_model
 from coatrt.curvature import kfac_costs, output_gains, token_costs
 from coatrt.data.examples import IGNORED, Examples
 from coatrt.errors import ConfigError
 from coatrt.fakequant import FakeQuantModel
 from coatrt.formats import WeightFormat
+from coatrt.models.checkpoint import Checkpoint, load_model
 from coatrt.quantize import decode, encode
 from coatrt.sensitivity import fisher_costs, measure_sensitivity, measured_costs, relative_errors
 from coatrt.space import ConfigSpace

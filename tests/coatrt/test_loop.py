@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from coatrt.adapter import Adapter
-from coatrt.checkpoint import Checkpoint, load_model
 from coatrt.data.examples import Examples
 from coatrt.errors import ConfigError
 from coatrt.fakequant import FakeQuantModel
 from coatrt.loop import History, optimise
 from coatrt.lora import CoaLora
+from coatrt.models.checkpoint import Checkpoint, load_model
 from coatrt.objective import Pass, accumulate_gradients
 from coatrt.store import CodeStore
 from coatrt.system.distributed import Processes

@@ -17,7 +17,7 @@ from coatrt.fakequant import FakeQuantModel
 from coatrt.features import ConfigEncoder
 from coatrt.formats import WeightFormat
 from coatrt.lora import CoaLora
-from coatrt.matrices import ModelMatrices, matrices_of
+from coatrt.models.matrices import ModelMatrices, matrices_of
 from coatrt.store import CodeStore
 
 FORMATS = tuple(map(WeightFormat.parse, ("nf2-g64", "int4-g64", "nf3-g32-dq4-bf16-256", "int8")))

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from coatrt.checkpoint import Checkpoint, load_model
 from coatrt.contract import contract_for
 from coatrt.curvature import output_gains
 from coatrt.fakequant import FakeQuantModel
 from coatrt.formats import WeightFormat
+from coatrt.models.checkpoint import Checkpoint, load_model
 from coatrt.quantize import decode, encode
 from coatrt.sensitivity import measure_sensitivity
 from coatrt.space import ConfigSpace

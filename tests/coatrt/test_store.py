@@ -8,8 +8,8 @@ import torch
 
 from coatrt import store as module
 from coatrt.calibration import Calibration, InputMoments
-from coatrt.checkpoint import Checkpoint
 from coatrt.errors import ConfigError
+from coatrt.models.checkpoint import Checkpoint
 from coatrt.quantize import QUANTIZERS, decode, encode
 from coatrt.store import CodeStore
 from coatrt.system.tensors import read_tensors

@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 
 from coatrt.adapter import Adapter
 from coatrt.calibration import InputMoments, calibration_examples
-from coatrt.checkpoint import Checkpoint, load_model, load_tokenizer
 from coatrt.config import QuantConfig
 from coatrt.data.documents import batches, read_documents, tokenize_text
 from coatrt.data.text import text_task
 from coatrt.errors import ConfigError
 from coatrt.fakequant import FakeQuantModel
 from coatrt.formats import WeightFormat
+from coatrt.models.checkpoint import Checkpoint, load_model, load_tokenizer
 from coatrt.quantize import decode, encode, relative_error
 from coatrt.sampling import TrainingSampler
 from coatrt.sensitivity import measure_sensitivity
@@ -108,7 +108,7 @@ def test_every_block_is_seen_once_per_epoch() -> None:
 
 
 def test_held_out_documents_are_not_trained_on(tiny_llama: Path) -> None:
-    from coatrt.checkpoint import load_tokenizer
+    from coatrt.models.checkpoint import load_tokenizer
 
     tokenizer = load_tokenizer(tiny_llama)
     documents = [chr(ord("a") + i) * 50 for i in range(20)]
@@ -192,7 +192,7 @@ def test_training_learns_and_emits_by_configuration(tiny_adapter: Path, tiny_lla
     assert config.hash == row["configuration"]
     model.set_config(config)
     model.set_lora(adapter.contract, adapter.emit(config))
-    from coatrt.checkpoint import load_tokenizer
+    from coatrt.models.checkpoint import load_tokenizer
 
     blocks = tokenize_text(load_tokenizer(tiny_llama), TEXTS, 32).held_out[:4]
     with torch.no_grad():

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from coatrt.checkpoint import Checkpoint
 from coatrt.config import QuantConfig
 from coatrt.contract import contract_for
 from coatrt.devices import DeviceProfile, device
@@ -13,6 +12,7 @@ from coatrt.engines import builder
 from coatrt.engines.builder import EngineShapes, build_engine, check_formats
 from coatrt.errors import BuildError, DeviceError, FormatError
 from coatrt.export.decoder import GraphForm, export_decoder
+from coatrt.models.checkpoint import Checkpoint
 
 rtx = pytest.mark.rtx
 DEVICES = {75: "t4", 80: "a100-80gb", 86: "rtx-3060", 89: "rtx-4090", 120: "rtx-5090", 121: "dgx-spark"}

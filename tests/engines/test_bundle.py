@@ -192,7 +192,7 @@ def test_adapt_in_other_formats(tiny_bundle: Path, tmp_path: Path, tiny_llama: P
     from coatrt.store import CodeStore
 
     model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path / "peft").eval()
-    from coatrt.checkpoint import Checkpoint
+    from coatrt.models.checkpoint import Checkpoint
 
     opened = Checkpoint.open(tiny_llama)
     ours = FakeQuantModel(opened, CodeStore(opened))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from coatrt.checkpoint import Checkpoint
+from coatrt.models.checkpoint import Checkpoint
 
 tokenizers = pytest.importorskip("tokenizers")
 

@@ -142,7 +142,7 @@ def test_caches_stay_where_they_are(tiny_bundle: Path) -> None:
 def test_greedy_equals_transformers(tiny_llama: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    from coatrt.checkpoint import Checkpoint
+    from coatrt.models.checkpoint import Checkpoint
 
     checkpoint, form = Checkpoint.open(tiny_llama), GraphForm("cpu", "cpu.onnx", "float32")
     export_decoder(checkpoint, QuantConfig.uniform(checkpoint.matrices, "bf16"), tmp_path, forms=[form])
@@ -258,7 +258,7 @@ def test_sampling_refuses_nonsense(wrong: dict[str, float]) -> None:
 
 
 def test_chat_template_and_plain_prompts(tiny_bundle: Path) -> None:
-    from coatrt.checkpoint import load_tokenizer
+    from coatrt.models.checkpoint import load_tokenizer
 
     tokenizer = load_tokenizer(Bundle.open(tiny_bundle).folder("tokenizer"))
     assert tokenizer.decode(encode_prompt(tokenizer, "hé")) == "hé"

@@ -11,7 +11,6 @@ from coatrt import store
 from coatrt.adapter import Adapter
 from coatrt.bundle import Bundle
 from coatrt.calibration import InputMoments
-from coatrt.checkpoint import Checkpoint
 from coatrt.config import QuantConfig
 from coatrt.devices import device
 from coatrt.engines.assemble import BundleOptions, assemble
@@ -19,7 +18,8 @@ from coatrt.engines.verify import TOLERANCE, verify
 from coatrt.engines.weights import held_weights
 from coatrt.errors import BundleError
 from coatrt.export.decoder import GraphForm, export_decoder
-from coatrt.matrices import ModelMatrices
+from coatrt.models.checkpoint import Checkpoint
+from coatrt.models.matrices import ModelMatrices
 from coatrt.quantize import decode, encode
 from coatrt.train import train
 

@@ -9,10 +9,10 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 
-from coatrt.checkpoint import Checkpoint
 from coatrt.config import QuantConfig
 from coatrt.contract import DecoderIO, LoraContract
 from coatrt.export.decoder import GraphForm, decoder_io, export_decoder
+from coatrt.models.checkpoint import Checkpoint
 
 CPU = GraphForm("cpu", "cpu.onnx", "float32")
 ENGINE = GraphForm("engine", "base.onnx", "float32", 48)

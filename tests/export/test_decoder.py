@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from coatrt.checkpoint import Checkpoint
 from coatrt.config import QuantConfig
 from coatrt.contract import LoraContract, contract_for
 from coatrt.engines.options import BundleOptions
 from coatrt.errors import CheckpointError, ConfigError
 from coatrt.export.decoder import GraphForm, decoder_io, export_decoder
-from coatrt.export.spec import FAMILIES, DecoderSpec
-from coatrt.matrices import Matrix, ModelMatrices
+from coatrt.models.checkpoint import Checkpoint
+from coatrt.models.matrices import Matrix, ModelMatrices
+from coatrt.models.spec import FAMILIES, DecoderSpec
 from coatrt.quantize import decode, encode
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -12,12 +12,12 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from coatrt.checkpoint import Checkpoint
 from coatrt.config import ConfigPatterns, QuantConfig
 from coatrt.contract import contract_for
 from coatrt.export.decoder import WEIGHTS_FILE, GraphForm, export_decoder
 from coatrt.export.weight_file import WeightFile
 from coatrt.formats import WeightFormat
+from coatrt.models.checkpoint import Checkpoint
 from coatrt.store import CodeStore
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -166,7 +166,7 @@ import sys
 from pathlib import Path
 import torch
 import coatrt.export.decoder as decoder
-from coatrt.checkpoint import Checkpoint
+from coatrt.models.checkpoint import Checkpoint
 from coatrt.config import QuantConfig
 torch.set_num_threads(1)
 decoder.encode(torch.ones(64, 64), "nf4-g64")  # imports and thread pools

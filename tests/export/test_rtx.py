@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from coatrt.checkpoint import Checkpoint
 from coatrt.contract import contract_for
 from coatrt.export.decoder import GraphForm
+from coatrt.models.checkpoint import Checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent))
 from families import MODELS, export, save_model

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from coatrt.checkpoint import Checkpoint, load_model, load_tokenizer
 from coatrt.data.choice import Question, choice_task
 from coatrt.data.choice_sets import ChoiceSets
 from coatrt.data.examples import IGNORED, Examples
 from coatrt.errors import ConfigError
 from coatrt.evaluate import choice_scores, mean_loss, measure_held_out
 from coatrt.fakequant import FakeQuantModel
+from coatrt.models.checkpoint import Checkpoint, load_model, load_tokenizer
 from coatrt.store import CodeStore
 
 QUESTIONS = [

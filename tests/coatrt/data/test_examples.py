@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from coatrt.checkpoint import Checkpoint, load_model
 from coatrt.data.examples import IGNORED, Examples
 from coatrt.errors import ConfigError
 from coatrt.evaluate import log_likelihoods, mean_loss
 from coatrt.fakequant import FakeQuantModel
 from coatrt.formats import WeightFormat
+from coatrt.models.checkpoint import Checkpoint, load_model
 from coatrt.quantize import decode, encode
 from coatrt.sensitivity import measure_sensitivity
 from coatrt.store import CodeStore

@@ -10,13 +10,13 @@ import torch
 from click.testing import CliRunner
 
 from coatrt.adapter import Adapter
-from coatrt.checkpoint import load_tokenizer
 from coatrt.cli.main import cli
 from coatrt.data.documents import tokenize_text
 from coatrt.data.examples import Examples
 from coatrt.data.registry import load_task
 from coatrt.data.task_data import TaskData
 from coatrt.errors import ConfigError
+from coatrt.models.checkpoint import load_tokenizer
 from coatrt.train import train
 
 sys.path.insert(0, str(Path(__file__).parents[2]))

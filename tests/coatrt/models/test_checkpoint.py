@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from coatrt.checkpoint import Checkpoint, load_model, load_tokenizer
 from coatrt.errors import CheckpointError
 from coatrt.fakequant import FakeQuantModel
+from coatrt.models.checkpoint import Checkpoint, load_model, load_tokenizer
 from coatrt.store import CodeStore
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from conftest import save_tiny_llama
 
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from coatrt.checkpoint import Checkpoint
 from coatrt.errors import CheckpointError
+from coatrt.models.checkpoint import Checkpoint
 
 __all__ = ["FAMILIES", "DecoderSpec"]
 

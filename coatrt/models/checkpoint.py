@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from coatrt.errors import CheckpointError, ConfigError
-from coatrt.matrices import HEAD, ModelMatrices, matrices_of
+from coatrt.models.matrices import HEAD, ModelMatrices, matrices_of
 from coatrt.system.files import atomic_directory, cache_directory, read_json
 
 __all__ = ["Checkpoint", "load_model", "load_tokenizer"]

@@ -1,0 +1,1 @@
+"""A checkpoint, and what its decoder computes."""
