@@ -14,8 +14,8 @@ import numpy as np
 from common import save_result
 
 from coatrt.allocate import allocate, cost_matrix, lagrangian_choice
-from coatrt.formats import WeightFormat
 from coatrt.models.matrices import ModelMatrices, matrices_of
+from coatrt.quantization.weight_format import WeightFormat
 from coatrt.space import ConfigSpace
 
 FORMATS = ("nf2-g64", "nf2-g32", "nf3-g64", "nf3-g32", "nf4-g64", "nf4-g32", "int4-g64", "int4-g32", "nvfp4", "fp8",

@@ -12,13 +12,13 @@ import torch
 from common import RESULTS, save_result, smollm2
 from quantizers import HELD_OUT, LENGTH, speeches
 
-from coatrt.calibration import Calibration, InputMoments
 from coatrt.data.documents import batches
 from coatrt.evaluate import mean_loss
 from coatrt.fakequant import FakeQuantModel
 from coatrt.models.matrices import EMBEDDING
-from coatrt.quantize import Quantizer, decode, encode
-from coatrt.store import CodeStore
+from coatrt.quantization.code_cache import CodeStore
+from coatrt.quantization.codec import Quantizer, decode, encode
+from coatrt.quantization.input_moments import Calibration, InputMoments
 
 COMMAND = "python benchmarks/calibration_size.py"
 FORMATS = ("nf2-g64", "nf3-g64")

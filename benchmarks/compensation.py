@@ -11,10 +11,10 @@ import torch
 from common import save_result, smollm2
 from method.tasks import sotu
 
-from coatrt.calibration import Calibration, InputMoments
 from coatrt.data.documents import batches
 from coatrt.models.checkpoint import cache_directory, load_tokenizer
-from coatrt.quantize import Quantizer, decode, encode
+from coatrt.quantization.codec import Quantizer, decode, encode
+from coatrt.quantization.input_moments import Calibration, InputMoments
 
 LAYERS = (3, 14, 26)
 FORMATS = ("nf2-g64", "nf3-g64", "nf4-g64")

@@ -16,10 +16,10 @@ from coatrt.devices import device
 from coatrt.engine_size import engine_overhead
 from coatrt.engines.builder import EngineShapes, build_engine
 from coatrt.export.decoder import GraphForm, export_decoder
-from coatrt.formats import WeightFormat
 from coatrt.models.checkpoint import Checkpoint
+from coatrt.quantization.code_cache import CodeStore
+from coatrt.quantization.weight_format import WeightFormat
 from coatrt.space import ConfigSpace
-from coatrt.store import CodeStore
 
 DEVICES = {75: "t4", 86: "rtx-3060", 89: "rtx-4090", 120: "rtx-5090"}
 UNIFORM = (("int8", 86), ("int4-g64", 86), ("nf2-g64", 86), ("nf3-g64", 86), ("nf4-g64", 86), ("nvfp4", 120),

@@ -16,7 +16,7 @@ from coatrt.devices import device
 from coatrt.engines.builder import BuildRecord, EngineShapes, build_engine
 from coatrt.export.decoder import GraphForm, export_decoder
 from coatrt.models.checkpoint import Checkpoint
-from coatrt.store import CodeStore
+from coatrt.quantization.code_cache import CodeStore
 
 DEVICES = ("t4", "rtx-3060", "rtx-4090", "rtx-5090")
 FORMATS = ("int8", "int4-g64", "nf2-g64", "nf3-g64", "nf4-g64", "fp8", "nvfp4", "fp16")

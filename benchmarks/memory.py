@@ -17,7 +17,7 @@ from coatrt.config import QuantConfig
 from coatrt.contract import contract_for
 from coatrt.export.decoder import GraphForm, export_decoder
 from coatrt.models.checkpoint import Checkpoint
-from coatrt.quantize import encode
+from coatrt.quantization.codec import encode
 
 
 def peak_resident_bytes() -> int:

@@ -19,7 +19,7 @@ from coatrt.engines.ort import OrtDecoder
 from coatrt.export.decoder import GraphForm, decoder_io, export_decoder
 from coatrt.fakequant import FakeQuantModel
 from coatrt.models.checkpoint import Checkpoint
-from coatrt.store import CodeStore
+from coatrt.quantization.code_cache import CodeStore
 
 FORMATS = ("fp16", "bf16", "int8", "int8-g64", "int4-g32", "int4-g64", "int4-g128", "fp8", "nvfp4", "nf2-g64",
            "nf3-g64",

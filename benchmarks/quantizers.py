@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from common import RESULTS, save_result, smollm2
 
-from coatrt.calibration import Calibration, InputMoments
 from coatrt.data.documents import TextData, batches, tokenize_text
 from coatrt.evaluate import mean_loss
 from coatrt.fakequant import FakeQuantModel
 from coatrt.models.checkpoint import Checkpoint, load_tokenizer
 from coatrt.models.matrices import EMBEDDING
-from coatrt.quantize import QUANTIZERS, Quantizer, decode, encode
-from coatrt.store import CodeStore
+from coatrt.quantization.code_cache import CodeStore
+from coatrt.quantization.codec import QUANTIZERS, Quantizer, decode, encode
+from coatrt.quantization.input_moments import Calibration, InputMoments
 from coatrt.system.files import cache_directory
 
 COMMAND = "python benchmarks/quantizers.py"

@@ -28,14 +28,14 @@ from coatrt.archive import Archive
 from coatrt.config import QuantConfig
 from coatrt.evaluate import mean_loss
 from coatrt.fakequant import FakeQuantModel
-from coatrt.formats import WeightFormat
 from coatrt.hypervolume import hypervolume
 from coatrt.models.checkpoint import Checkpoint, load_tokenizer
 from coatrt.models.matrices import EMBEDDING, ModelMatrices
+from coatrt.quantization.code_cache import CodeStore
+from coatrt.quantization.weight_format import WeightFormat
 from coatrt.search import Method, SearchOptions, search
 from coatrt.sensitivity import fisher_costs
 from coatrt.space import ConfigSpace
-from coatrt.store import CodeStore
 from coatrt.system.files import atomic_file, read_json, write_json
 
 FORMATS = ("nf2-g32", "nf3-g32", "nf4-g32", "int4-g32", "nvfp4", "fp8", "int8")

@@ -11,11 +11,11 @@ import torch
 from common import save_result, smollm2
 from quantizers import LENGTH, output_energy, speeches
 
-from coatrt.calibration import measure_moments
 from coatrt.data.documents import batches
-from coatrt.feedback import shrunk
 from coatrt.models.checkpoint import load_model
-from coatrt.quantize import decode, encode
+from coatrt.quantization.codec import decode, encode
+from coatrt.quantization.gptq import shrunk
+from coatrt.quantization.input_moments import measure_moments
 
 COMMAND = "python benchmarks/shrinkage.py"
 FORMAT, LAYERS = "nf2-g64", (3, 14, 26)

@@ -11,14 +11,14 @@ sys.path.insert(0, str(Path(__file__).parent / "method"))
 from common import save_result, smollm2
 from tasks import sotu
 
-from coatrt.calibration import Calibration
 from coatrt.data.documents import batches
 from coatrt.evaluate import measure_held_out
 from coatrt.fakequant import FakeQuantModel
 from coatrt.models.checkpoint import load_tokenizer
 from coatrt.models.matrices import EMBEDDING
-from coatrt.quantize import QUANTIZERS, decode
-from coatrt.store import CodeStore
+from coatrt.quantization.code_cache import CodeStore
+from coatrt.quantization.codec import QUANTIZERS, decode
+from coatrt.quantization.input_moments import Calibration
 
 FORMATS = ("nf3-g64", "int4-g64", "nf4-g64", "nvfp4", "int8")
 BLOCKS = 24

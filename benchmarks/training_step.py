@@ -19,19 +19,19 @@ import torch
 from common import save_result, smollm2
 from peft import LoraConfig, get_peft_model
 
-from coatrt.calibration import Calibration, InputMoments
 from coatrt.compensation import Compensator
 from coatrt.contract import contract_for
 from coatrt.data.examples import Examples
 from coatrt.fakequant import FakeQuantModel
 from coatrt.features import ConfigEncoder
-from coatrt.formats import WeightFormat
 from coatrt.loop import optimise
 from coatrt.lora import CoaLora
 from coatrt.models.checkpoint import load_model
+from coatrt.quantization.code_cache import CodeStore
+from coatrt.quantization.input_moments import Calibration, InputMoments
+from coatrt.quantization.weight_format import WeightFormat
 from coatrt.sampling import TrainingSampler
 from coatrt.space import ConfigSpace
-from coatrt.store import CodeStore
 from coatrt.system.distributed import Processes
 from coatrt.system.files import cache_directory
 from coatrt.train_options import TrainOptions

@@ -10,20 +10,20 @@ from torch import Tensor
 
 from coatrt import __version__
 from coatrt.adapter_facts import ADAPTER_FORMAT, adapter_hash, adapter_reading, read_description
-from coatrt.calibration import Calibration
 from coatrt.config import QuantConfig
 from coatrt.contract import LoraContract
 from coatrt.errors import CheckpointError, ConfigError
 from coatrt.features import ConfigEncoder
-from coatrt.formats import WeightFormat
 from coatrt.lora import CoaLora
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.models.matrices import ModelMatrices
 from coatrt.peft_format import write_peft
-from coatrt.quantize import CALIBRATED, QUANTIZERS, Quantizer
+from coatrt.quantization.code_cache import CodeStore
+from coatrt.quantization.codec import CALIBRATED, QUANTIZERS, Quantizer
+from coatrt.quantization.input_moments import Calibration
+from coatrt.quantization.weight_format import WeightFormat
 from coatrt.sensitivity import Sensitivity
 from coatrt.space import ConfigSpace
-from coatrt.store import CodeStore
 from coatrt.system.files import atomic_directory, read_json, sha256_file, write_json
 
 __all__ = ["ADAPTER_FORMAT", "Adapter"]

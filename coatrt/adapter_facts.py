@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from coatrt import __version__
 from coatrt.contract import LoraContract
 from coatrt.errors import CheckpointError, ConfigError, FormatError
-from coatrt.formats import WeightFormat
 from coatrt.models.matrices import ModelMatrices
+from coatrt.quantization.weight_format import WeightFormat
 from coatrt.sensitivity_table import Sensitivity
 from coatrt.space import ConfigSpace
 from coatrt.system.files import read_json, sha256_file

@@ -11,8 +11,8 @@ from typing import Any
 from coatrt.adapter_facts import adapter_hash
 from coatrt.config import QuantConfig
 from coatrt.errors import ConfigError, FormatError
-from coatrt.formats import WeightFormat
 from coatrt.hypervolume import hypervolume, pareto_indices
+from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.files import read_json, write_json
 
 __all__ = ["ARCHIVE_FILE", "Archive", "ArchiveEntry", "adapter_archive"]

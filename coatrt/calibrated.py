@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from coatrt.errors import ConfigError
-from coatrt.formats import WeightFormat
 from coatrt.models.matrices import ModelMatrices
+from coatrt.quantization.weight_format import WeightFormat
 from coatrt.space import ConfigSpace
 from coatrt.system.files import cache_directory, read_json, write_json
 from coatrt.workload import Workload

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coatrt.calibration import InputMoments
 from coatrt.contract import LoraContract, LoraTensor
 from coatrt.fakequant import FakeQuantModel
-from coatrt.formats import WeightFormat
 from coatrt.gram import Gram, collect_inputs, inputs_are_smaller
+from coatrt.quantization.input_moments import InputMoments
+from coatrt.quantization.weight_format import WeightFormat
 
 __all__ = ["Compensator", "Reading"]
 

@@ -12,8 +12,8 @@ from types import MappingProxyType
 from typing import Any
 
 from coatrt.errors import ConfigError, FormatError
-from coatrt.formats import WeightFormat
 from coatrt.models.matrices import ModelMatrices
+from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.files import read_json, write_json
 
 __all__ = ["ConfigPatterns", "QuantConfig"]

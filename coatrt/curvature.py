@@ -13,10 +13,10 @@ from torch import Tensor
 
 from coatrt.data.examples import Examples
 from coatrt.fakequant import FakeQuantModel
-from coatrt.formats import WeightFormat
 from coatrt.models.matrices import EMBEDDING, HEAD
-from coatrt.quantize import decode
-from coatrt.store import CodeStore
+from coatrt.quantization.code_cache import CodeStore
+from coatrt.quantization.codec import decode
+from coatrt.quantization.weight_format import WeightFormat
 
 __all__ = ["kfac_costs", "output_gains", "token_costs", "visit_outputs"]
 

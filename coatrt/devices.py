@@ -8,7 +8,7 @@ from importlib import resources
 from typing import Any, Literal
 
 from coatrt.errors import DeviceError
-from coatrt.formats import KINDS, WeightFormat
+from coatrt.quantization.weight_format import KINDS, WeightFormat
 
 __all__ = ["Builder", "DeviceProfile", "device", "devices", "least_sm"]
 

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coatrt.config import QuantConfig
-from coatrt.formats import KINDS, WeightFormat
 from coatrt.models.matrices import ModelMatrices
+from coatrt.quantization.weight_format import KINDS, WeightFormat
 from coatrt.space import ConfigSpace
 
 __all__ = ["engine_overhead", "overhead_of_choices"]

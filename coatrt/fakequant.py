@@ -11,11 +11,11 @@ from coatrt.config import QuantConfig
 from coatrt.contract import LoraContract
 from coatrt.data.examples import IGNORED, Examples
 from coatrt.errors import CheckpointError
-from coatrt.formats import WeightFormat
 from coatrt.models.checkpoint import Checkpoint, load_model
 from coatrt.models.matrices import EMBEDDING
-from coatrt.quantize import decode
-from coatrt.store import CodeStore
+from coatrt.quantization.code_cache import CodeStore
+from coatrt.quantization.codec import decode
+from coatrt.quantization.weight_format import WeightFormat
 
 __all__ = ["FakeQuantModel"]
 

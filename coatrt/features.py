@@ -9,8 +9,8 @@ from torch import Tensor
 
 from coatrt.config import QuantConfig
 from coatrt.errors import ConfigError
-from coatrt.formats import BLOCKS, KINDS, SCALE_BITS, SCALE_BLOCKS, SCALE_DTYPES, WeightFormat
 from coatrt.models.matrices import ModelMatrices
+from coatrt.quantization.weight_format import BLOCKS, KINDS, SCALE_BITS, SCALE_BLOCKS, SCALE_DTYPES, WeightFormat
 
 __all__ = ["FEATURES", "FIELD_SIZES", "ConfigEncoder"]
 

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coatrt.devices import DeviceProfile
-from coatrt.formats import WeightFormat
 from coatrt.models.matrices import ModelMatrices
+from coatrt.quantization.weight_format import WeightFormat
 from coatrt.space import ConfigSpace
 from coatrt.workload import Workload
 

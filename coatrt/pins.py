@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from coatrt.devices import DeviceProfile
 from coatrt.errors import ConfigError
-from coatrt.formats import WeightFormat
 from coatrt.models.matrices import EMBEDDING, HEAD, ModelMatrices
+from coatrt.quantization.weight_format import WeightFormat
 from coatrt.space import ConfigSpace
 
 __all__ = ["matched", "pinned_costs"]

@@ -13,11 +13,11 @@ from coatrt.data.examples import Examples
 from coatrt.errors import ConfigError
 from coatrt.evaluate import mean_loss
 from coatrt.fakequant import FakeQuantModel
-from coatrt.formats import WeightFormat
-from coatrt.quantize import decode
+from coatrt.quantization.code_cache import CodeStore
+from coatrt.quantization.codec import decode
+from coatrt.quantization.weight_format import WeightFormat
 from coatrt.sensitivity_table import Sensitivity
 from coatrt.space import ConfigSpace
-from coatrt.store import CodeStore
 
 __all__ = ["Predictor", "Sensitivity", "fisher_costs", "measure_sensitivity", "measured_costs", "relative_errors"]
 

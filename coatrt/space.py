@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from coatrt.config import QuantConfig
 from coatrt.errors import ConfigError
-from coatrt.formats import WeightFormat
 from coatrt.models.matrices import ModelMatrices
+from coatrt.quantization.weight_format import WeightFormat
 
 __all__ = ["ConfigSpace"]
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from coatrt.adapter import Adapter
-from coatrt.calibration import Calibration, InputMoments, calibration_examples
 from coatrt.compensation import Compensator
 from coatrt.config import QuantConfig
 from coatrt.contract import contract_for
@@ -23,15 +22,16 @@ from coatrt.errors import ConfigError
 from coatrt.evaluate import measure_held_out
 from coatrt.fakequant import FakeQuantModel
 from coatrt.features import ConfigEncoder
-from coatrt.formats import WeightFormat
 from coatrt.hypervolume import hypervolume
 from coatrt.loop import optimise
 from coatrt.lora import CoaLora
 from coatrt.models.checkpoint import Checkpoint, load_tokenizer
+from coatrt.quantization.code_cache import CodeStore
+from coatrt.quantization.input_moments import Calibration, InputMoments, calibration_examples
+from coatrt.quantization.weight_format import WeightFormat
 from coatrt.sampling import TrainingSampler
 from coatrt.sensitivity import Sensitivity, measure_sensitivity
 from coatrt.space import ConfigSpace
-from coatrt.store import CodeStore
 from coatrt.system.distributed import Processes
 from coatrt.system.files import cache_directory, check_replaceable
 from coatrt.system.progress import progress_bar, stages

@@ -4,12 +4,12 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from coatrt.calibration import tokens_wanted
 from coatrt.errors import ConfigError
-from coatrt.formats import WeightFormat
 from coatrt.hypernet import Preset
 from coatrt.models.matrices import ModelMatrices
-from coatrt.quantize import FED_BACK, QUANTIZERS, Quantizer
+from coatrt.quantization.codec import FED_BACK, QUANTIZERS, Quantizer
+from coatrt.quantization.input_moments import tokens_wanted
+from coatrt.quantization.weight_format import WeightFormat
 
 __all__ = ["DEFAULT_FORMATS", "SENSITIVITY_BLOCKS", "TrainOptions"]
 
@@ -41,7 +41,7 @@ class TrainOptions:
         start: where A begins: with compensation "residual", the directions of what the format of fewest bits takes
             away, "random", random numbers, or "mixed", half of its columns each (docs/method.md compares them); without
             compensation always random.
-        quantizer: how weights are encoded, see `coatrt.quantize.encode`; "absmax" is the paper's.
+        quantizer: how weights are encoded, see `coatrt.quantization.codec.encode`; "absmax" is the paper's.
         fused: whether q/k/v and gate/up share a format.
         steps: optimizer steps.
         batch: blocks (examples) per configuration and step.
@@ -67,7 +67,7 @@ class TrainOptions:
             memory. What is trained, its optimizer, compensation and losses are float32 in any case.
         calibration: blocks (examples) for the sensitivities and for second moments; of examples shorter than `length`
             as many more as make up for it. None: 16, and for the moments of "gptq" and "feedback" as many as have four
-            tokens for each input of the widest matrix (`coatrt.calibration.tokens_wanted`).
+            tokens for each input of the widest matrix (`coatrt.quantization.input_moments.tokens_wanted`).
         evaluation: held-out blocks (examples, questions) for the numbers in metrics.json.
         budgets: average bits at which the held-out loss is measured, after training and for `patience`.
         evaluate_every: steps between measurements of the hypervolume over `budgets`; 0 for none.

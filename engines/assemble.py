@@ -12,7 +12,7 @@ from coatrt.engines.options import BundleOptions
 from coatrt.export.decoder import Progress
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.plan import Plan
-from coatrt.store import CodeStore
+from coatrt.quantization.code_cache import CodeStore
 
 __all__ = ["BundleOptions", "assemble"]
 

@@ -11,7 +11,7 @@ from coatrt.engines.options import BundleOptions
 from coatrt.export.decoder import WEIGHTS_FILE, Progress, decoder_io, export_decoder
 from coatrt.export.hypernetwork import export_hypernetwork
 from coatrt.models.checkpoint import Checkpoint, load_tokenizer
-from coatrt.store import CodeStore
+from coatrt.quantization.code_cache import CodeStore
 from coatrt.system.files import read_json
 
 __all__ = ["export_config", "export_shared"]

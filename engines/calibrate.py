@@ -22,9 +22,9 @@ from coatrt.export.decoder import decoder_io, export_decoder
 from coatrt.export.graph import GraphBuilder, GraphForm
 from coatrt.export.weight_file import WeightFile
 from coatrt.export.weights import write_matrix
-from coatrt.formats import WeightFormat
 from coatrt.models.checkpoint import Checkpoint
-from coatrt.quantize import encode
+from coatrt.quantization.codec import encode
+from coatrt.quantization.weight_format import WeightFormat
 from coatrt.workload import Workload
 
 __all__ = [

@@ -25,7 +25,7 @@ from coatrt.errors import BuildError, CoatError, ConfigError
 from coatrt.export.decoder import decoder_io
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.plan import Plan
-from coatrt.store import CodeStore
+from coatrt.quantization.code_cache import CodeStore
 from coatrt.system.files import atomic_directory, write_json
 
 __all__ = ["Made", "Target", "build_fleet"]

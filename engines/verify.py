@@ -150,7 +150,7 @@ def _against_torch(
 
     from coatrt.fakequant import FakeQuantModel
     from coatrt.models.checkpoint import Checkpoint
-    from coatrt.store import CodeStore
+    from coatrt.quantization.code_cache import CodeStore
 
     facts = bundle.manifest["model"]
     try:

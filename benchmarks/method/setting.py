@@ -16,20 +16,20 @@ from common import smollm2
 from micro import micro_llama
 from tasks import TASKS
 
-from coatrt.calibration import Calibration, InputMoments, calibration_examples
 from coatrt.config import QuantConfig
 from coatrt.curvature import output_gains
 from coatrt.data.examples import Examples
 from coatrt.data.task_data import TaskData
 from coatrt.fakequant import FakeQuantModel
 from coatrt.features import ConfigEncoder
-from coatrt.formats import WeightFormat
 from coatrt.models.checkpoint import Checkpoint, load_tokenizer
-from coatrt.quantize import Quantizer
+from coatrt.quantization.code_cache import CodeStore
+from coatrt.quantization.codec import Quantizer
+from coatrt.quantization.input_moments import Calibration, InputMoments, calibration_examples
+from coatrt.quantization.weight_format import WeightFormat
 from coatrt.sampling import TrainingSampler
 from coatrt.sensitivity import Sensitivity, measure_sensitivity
 from coatrt.space import ConfigSpace
-from coatrt.store import CodeStore
 from coatrt.system.files import cache_directory
 from coatrt.system.progress import stages
 from coatrt.system.tensors import read_tensors, write_tensors

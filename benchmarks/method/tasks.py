@@ -126,7 +126,7 @@ def main() -> None:
     from coatrt.evaluate import measure_held_out
     from coatrt.fakequant import FakeQuantModel
     from coatrt.models.checkpoint import load_tokenizer
-    from coatrt.store import CodeStore
+    from coatrt.quantization.code_cache import CodeStore
 
     checkpoint = smollm2()
     tokenizer, model = load_tokenizer(checkpoint.directory), FakeQuantModel(checkpoint, CodeStore(checkpoint))

@@ -133,8 +133,8 @@ def command(model: str, data: tuple[str, ...], task: str, held_out: tuple[str, .
 
 def _tell_of_few_tokens(options: Any, checkpoint: Any, data: Any) -> None:
     """Say on standard error that error feedback is calibrated on too little."""
-    from coatrt.calibration import tokens_wanted
-    from coatrt.quantize import FED_BACK
+    from coatrt.quantization.codec import FED_BACK
+    from coatrt.quantization.input_moments import tokens_wanted
 
     given = options.calibration_blocks(checkpoint.matrices) * options.length
     tokens, wanted = min(int((data.train.last + 1).sum()), given), tokens_wanted(checkpoint.matrices)

@@ -1,4 +1,4 @@
-"""One file per way to store a weight; `STORAGES` maps the kinds of `coatrt.formats` to them."""
+"""One file per way to store a weight; `STORAGES` maps the kinds of `coatrt.quantization.weight_format` to them."""
 
 from collections.abc import Mapping
 
@@ -11,7 +11,7 @@ from coatrt.export.weights.fp8 import Fp8Storage
 from coatrt.export.weights.integer import IntegerStorage
 from coatrt.export.weights.normal_float import NormalFloatStorage
 from coatrt.export.weights.nvfp4 import NvFp4Storage
-from coatrt.quantize import QuantizedMatrix
+from coatrt.quantization.codec import QuantizedMatrix
 
 __all__ = ["STORAGES", "Storage", "Table", "write_matrix", "write_table"]
 

@@ -5,7 +5,7 @@ import torch
 
 from coatrt.export.graph import GraphBuilder
 from coatrt.export.weights.base import Table, gather_rows, transposed
-from coatrt.quantize import QuantizedMatrix
+from coatrt.quantization.codec import QuantizedMatrix
 
 __all__ = ["FloatStorage"]
 

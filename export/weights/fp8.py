@@ -8,7 +8,7 @@ import torch
 from coatrt.export.graph import GraphBuilder
 from coatrt.export.weights.base import Table, byte_lookup, gather_rows, scaled, scaled_rows, transposed
 from coatrt.export.weights.scales import write_scales
-from coatrt.quantize import QuantizedMatrix
+from coatrt.quantization.codec import QuantizedMatrix
 
 __all__ = ["E4M3_VALUES", "Fp8Storage"]
 

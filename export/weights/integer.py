@@ -15,7 +15,7 @@ from coatrt.export.weights.base import (
     transposed,
 )
 from coatrt.export.weights.scales import write_scales
-from coatrt.quantize import QuantizedMatrix
+from coatrt.quantization.codec import QuantizedMatrix
 
 __all__ = ["IntegerStorage"]
 

@@ -2,12 +2,12 @@
 
 import onnx_ir as ir
 
-from coatrt.codebooks import codebook
 from coatrt.export.graph import GraphBuilder
 from coatrt.export.weights.base import Table, scaled, scaled_rows, transposed
 from coatrt.export.weights.packing import PackedCodes
 from coatrt.export.weights.scales import write_scales
-from coatrt.quantize import QuantizedMatrix
+from coatrt.quantization.codebooks import codebook
+from coatrt.quantization.codec import QuantizedMatrix
 
 __all__ = ["NormalFloatStorage"]
 

@@ -4,7 +4,6 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from coatrt.codebooks import E2M1
 from coatrt.export.graph import GraphBuilder
 from coatrt.export.weights.base import (
     Table,
@@ -17,7 +16,8 @@ from coatrt.export.weights.base import (
     transposed,
 )
 from coatrt.export.weights.fp8 import E4M3_VALUES
-from coatrt.quantize import QuantizedMatrix
+from coatrt.quantization.codebooks import E2M1
+from coatrt.quantization.codec import QuantizedMatrix
 
 __all__ = ["NvFp4Storage"]
 

@@ -5,7 +5,7 @@ import onnx_ir as ir
 from coatrt.export.graph import GraphBuilder
 from coatrt.export.weights.base import transposed
 from coatrt.export.weights.packing import PackedCodes
-from coatrt.quantize import QuantizedMatrix
+from coatrt.quantization.codec import QuantizedMatrix
 
 __all__ = ["SUPER_DTYPES", "write_scales"]
 

@@ -21,11 +21,9 @@ from coatrt.data.registry import load_task
 from coatrt.errors import ConfigError
 from coatrt.fakequant import FakeQuantModel
 from coatrt.models.checkpoint import Checkpoint, load_tokenizer
-from coatrt.store import CodeStore
+from coatrt.quantization.code_cache import CodeStore
 from coatrt.train import train
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import tiny_options
+from support.tiny import tiny_options
 
 TEXT = ["the cat sat on the mat and the owl sat on the hen. " * 30]
 

@@ -16,8 +16,8 @@ from coatrt.allocate import (
     near_optimal_each,
 )
 from coatrt.errors import ConfigError
-from coatrt.formats import WeightFormat
 from coatrt.models.matrices import ModelMatrices, matrices_of
+from coatrt.quantization.weight_format import WeightFormat
 from coatrt.space import ConfigSpace
 
 FORMATS = tuple(map(WeightFormat.parse, ("nf2-g64", "nf3-g64", "int4-g64", "int8")))

@@ -9,7 +9,7 @@ import pytest
 from coatrt.archive import Archive, ArchiveEntry
 from coatrt.config import QuantConfig
 from coatrt.errors import ConfigError
-from coatrt.formats import WeightFormat
+from coatrt.quantization.weight_format import WeightFormat
 
 NAMES = ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj", "model.embed_tokens")
 FORMATS = tuple(map(WeightFormat.parse, ("nf3-g64", "int4-g64", "int8")))

@@ -15,9 +15,7 @@ from coatrt.bundle import Bundle
 from coatrt.cli.common import tell_of_gpu
 from coatrt.cli.main import cli, main
 from coatrt.errors import ConfigError
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import TEXTS
+from support.tiny import TEXTS
 
 COMMANDS = ("devices", "train", "search", "plan", "export", "build", "adapt", "verify", "run", "bench", "report")
 

@@ -9,22 +9,20 @@ import torch
 from torch import Tensor
 
 from coatrt.adapter import Adapter
-from coatrt.calibration import Calibration, InputMoments
 from coatrt.compensation import Compensator
 from coatrt.config import QuantConfig
 from coatrt.contract import LoraContract, contract_for
 from coatrt.curvature import output_gains
 from coatrt.fakequant import FakeQuantModel
 from coatrt.features import ConfigEncoder
-from coatrt.formats import WeightFormat
 from coatrt.lora import CoaLora
 from coatrt.models.checkpoint import Checkpoint, load_model
-from coatrt.quantize import decode, encode
-from coatrt.store import CodeStore
+from coatrt.quantization.code_cache import CodeStore
+from coatrt.quantization.codec import decode, encode
+from coatrt.quantization.input_moments import Calibration, InputMoments
+from coatrt.quantization.weight_format import WeightFormat
 from coatrt.train import train
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import TEXTS, tiny_options
+from support.tiny import TEXTS, tiny_options
 
 LOW, HIGH = WeightFormat.parse("nf2-g32"), WeightFormat.parse("int8")
 

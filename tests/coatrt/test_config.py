@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from coatrt.config import ConfigPatterns, QuantConfig
 from coatrt.errors import CheckpointError, ConfigError, FormatError
-from coatrt.formats import WeightFormat
 from coatrt.models.matrices import ModelMatrices, matrices_of
+from coatrt.quantization.weight_format import WeightFormat
 
 
 def shapes(layers=2, tied=True):

@@ -16,8 +16,8 @@ import json, sys
 import torch
 import coatrt.train, coatrt.adapter_search
 sys.path.append(sys.argv[1])
-import pretend_device
-from conftest import tiny_options
+from support import pretend_device
+from support.tiny import tiny_options
 
 torch.set_num_threads(1)
 for module in (coatrt.train, coatrt.adapter_search):

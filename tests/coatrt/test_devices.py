@@ -7,8 +7,8 @@ import pytest
 
 from coatrt.devices import device, devices, least_sm
 from coatrt.errors import DeviceError
-from coatrt.formats import WeightFormat
 from coatrt.probe import probe
+from coatrt.quantization.weight_format import WeightFormat
 
 RTX_TARGETS = {75, 80, 86, 89, 120, 121}
 

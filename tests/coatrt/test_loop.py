@@ -20,12 +20,10 @@ from coatrt.loop import History, optimise
 from coatrt.lora import CoaLora
 from coatrt.models.checkpoint import Checkpoint, load_model
 from coatrt.objective import Pass, accumulate_gradients
-from coatrt.store import CodeStore
+from coatrt.quantization.code_cache import CodeStore
 from coatrt.system.distributed import Processes
 from coatrt.train import train
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import TEXTS, tiny_options
+from support.tiny import TEXTS, tiny_options
 
 
 def setting(adapter_directory: Path) -> tuple[FakeQuantModel, CoaLora, list[Any], torch.Tensor]:

@@ -15,10 +15,10 @@ from coatrt.contract import contract_for
 from coatrt.errors import CheckpointError, ConfigError
 from coatrt.fakequant import FakeQuantModel
 from coatrt.features import ConfigEncoder
-from coatrt.formats import WeightFormat
 from coatrt.lora import CoaLora
 from coatrt.models.matrices import ModelMatrices, matrices_of
-from coatrt.store import CodeStore
+from coatrt.quantization.code_cache import CodeStore
+from coatrt.quantization.weight_format import WeightFormat
 
 FORMATS = tuple(map(WeightFormat.parse, ("nf2-g64", "int4-g64", "nf3-g32-dq4-bf16-256", "int8")))
 
@@ -149,7 +149,7 @@ def test_an_adapter_without_hashes_is_refused(tiny_adapter: Path, tmp_path: Path
 
 
 def test_an_adapter_refuses_another_model(tiny_adapter: Path, tmp_path: Path) -> None:
-    from conftest import save_tiny_llama
+    from support.tiny import save_tiny_llama
 
     other = save_tiny_llama(tmp_path / "other", seed=9)
     with pytest.raises(CheckpointError, match="the adapter was trained on"):

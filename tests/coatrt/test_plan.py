@@ -12,9 +12,9 @@ from coatrt.archive import Archive, ArchiveEntry
 from coatrt.config import QuantConfig
 from coatrt.devices import device, devices
 from coatrt.errors import ConfigError, DeviceError
-from coatrt.formats import WeightFormat
 from coatrt.memory import RUNTIME_RESERVE
 from coatrt.plan import Plan, Workload, make_plan, plan_for
+from coatrt.quantization.weight_format import WeightFormat
 from coatrt.space import ConfigSpace
 from coatrt.system.files import write_json
 

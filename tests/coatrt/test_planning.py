@@ -16,13 +16,13 @@ from coatrt.devices import device, devices
 from coatrt.engine_size import engine_overhead, overhead_of_choices
 from coatrt.errors import ConfigError, FormatError
 from coatrt.fleet_table import fleet_table
-from coatrt.formats import WeightFormat
 from coatrt.frontier import candidates, least_cost_by_size
 from coatrt.latency import BANDWIDTH_SHARE, FLOPS_SHARE, LAUNCH_SECONDS, DatasheetLatency, group_seconds
 from coatrt.memory import memory_of, scale_bytes
 from coatrt.pins import matched, pinned_costs
 from coatrt.plan import Plan, PlanRequest, Workload, plan_fleet, plan_for
 from coatrt.plan_data import read_config
+from coatrt.quantization.weight_format import WeightFormat
 from coatrt.space import ConfigSpace
 
 GPUS = [profile for profile in devices() if profile.sm]

@@ -10,16 +10,14 @@ import torch
 from coatrt.contract import contract_for
 from coatrt.curvature import output_gains
 from coatrt.fakequant import FakeQuantModel
-from coatrt.formats import WeightFormat
 from coatrt.models.checkpoint import Checkpoint, load_model
-from coatrt.quantize import decode, encode
+from coatrt.quantization.code_cache import CodeStore
+from coatrt.quantization.codec import decode, encode
+from coatrt.quantization.weight_format import WeightFormat
 from coatrt.sensitivity import measure_sensitivity
 from coatrt.space import ConfigSpace
-from coatrt.store import CodeStore
 from coatrt.train import train
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import TEXTS, tiny_options
+from support.tiny import TEXTS, tiny_options
 
 FORMATS = [WeightFormat.parse(text) for text in ("nf2-g32", "int8")]
 TOKENS = torch.randint(0, 256, (3, 17), generator=torch.Generator().manual_seed(0))

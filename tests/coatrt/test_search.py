@@ -9,8 +9,8 @@ import pytest
 from coatrt.archive import Archive, ArchiveEntry
 from coatrt.config import QuantConfig
 from coatrt.errors import ConfigError
-from coatrt.formats import WeightFormat
 from coatrt.models.matrices import matrices_of
+from coatrt.quantization.weight_format import WeightFormat
 from coatrt.search import SearchOptions, search
 from coatrt.space import ConfigSpace
 from coatrt.surrogate import Surrogate, disturbed, fit_multipliers, multiplier_terms, predicted

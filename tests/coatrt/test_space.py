@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from coatrt.allocate import allocate, cost_matrix
 from coatrt.errors import ConfigError
-from coatrt.formats import WeightFormat
 from coatrt.models.matrices import Matrix, ModelMatrices
+from coatrt.quantization.weight_format import WeightFormat
 from coatrt.space import ConfigSpace
 
 FORMATS = tuple(map(WeightFormat.parse, ["int8", "int4-g64", "nf3-g64", "nf2-g64"]))

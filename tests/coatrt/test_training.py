@@ -17,22 +17,20 @@ import torch
 from safetensors.torch import load_file
 
 from coatrt.adapter import Adapter
-from coatrt.calibration import InputMoments, calibration_examples
 from coatrt.config import QuantConfig
 from coatrt.data.documents import batches, read_documents, tokenize_text
 from coatrt.data.text import text_task
 from coatrt.errors import ConfigError
 from coatrt.fakequant import FakeQuantModel
-from coatrt.formats import WeightFormat
 from coatrt.models.checkpoint import Checkpoint, load_model, load_tokenizer
-from coatrt.quantize import decode, encode, relative_error
+from coatrt.quantization.code_cache import CodeStore
+from coatrt.quantization.codec import decode, encode, relative_error
+from coatrt.quantization.input_moments import InputMoments, calibration_examples
+from coatrt.quantization.weight_format import WeightFormat
 from coatrt.sampling import TrainingSampler
 from coatrt.sensitivity import measure_sensitivity
-from coatrt.store import CodeStore
 from coatrt.train import TrainOptions, train
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import TEXTS, tiny_options
+from support.tiny import TEXTS, tiny_options
 
 
 def test_fake_quantized_logits_are_those_of_decoded_weights(tiny_llama: Path) -> None:

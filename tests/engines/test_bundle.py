@@ -152,8 +152,7 @@ def test_weights_that_are_not_the_configuration_are_found(copy: Path) -> None:
 def test_verify_without_the_model_says_so_and_refuses_another(copy: Path, tmp_path: Path) -> None:
     import sys
 
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    from conftest import save_tiny_llama
+    from support.tiny import save_tiny_llama
 
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["model"]["source"] = str(tmp_path / "gone")
@@ -189,7 +188,7 @@ def test_adapt_in_other_formats(tiny_bundle: Path, tmp_path: Path, tiny_llama: P
     from transformers import AutoModelForCausalLM
 
     from coatrt.fakequant import FakeQuantModel
-    from coatrt.store import CodeStore
+    from coatrt.quantization.code_cache import CodeStore
 
     model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path / "peft").eval()
     from coatrt.models.checkpoint import Checkpoint

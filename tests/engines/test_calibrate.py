@@ -14,8 +14,8 @@ from coatrt.engines.options import BundleOptions
 from coatrt.engines.ort import OrtDecoder
 from coatrt.errors import ConfigError
 from coatrt.export.decoder import GraphForm, decoder_io
-from coatrt.formats import WeightFormat
 from coatrt.plan import plan_for
+from coatrt.quantization.weight_format import WeightFormat
 
 
 @pytest.fixture(scope="module")

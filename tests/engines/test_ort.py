@@ -17,9 +17,7 @@ from coatrt.engines.ort import OrtDecoder
 from coatrt.errors import BuildError, ConfigError
 from coatrt.export.decoder import GraphForm, decoder_io, export_decoder
 from coatrt.fakequant import FakeQuantModel
-from coatrt.store import CodeStore
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from coatrt.quantization.code_cache import CodeStore
 
 PROMPT = [5, 77, 130, 9, 41, 200, 13]
 STEPS = 16

@@ -7,10 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from coatrt import store
 from coatrt.adapter import Adapter
 from coatrt.bundle import Bundle
-from coatrt.calibration import InputMoments
 from coatrt.config import QuantConfig
 from coatrt.devices import device
 from coatrt.engines.assemble import BundleOptions, assemble
@@ -20,11 +18,11 @@ from coatrt.errors import BundleError
 from coatrt.export.decoder import GraphForm, export_decoder
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.models.matrices import ModelMatrices
-from coatrt.quantize import decode, encode
+from coatrt.quantization import code_cache as store
+from coatrt.quantization.codec import decode, encode
+from coatrt.quantization.input_moments import InputMoments
 from coatrt.train import train
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import TEXTS, save_tiny_llama, tiny_options
+from support.tiny import TEXTS, save_tiny_llama, tiny_options
 
 FORMATS = ("fp16", "bf16", "int8", "int8-g32", "int4-g32", "int4-g128", "fp8", "nvfp4", "nf2-g16", "nf3-g64", "nf4-g32",
            "nf8-g64", "nf3-g32-dq4-bf16-64")  # fmt: skip

@@ -17,10 +17,8 @@ from coatrt.export.decoder import GraphForm, decoder_io, export_decoder
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.models.matrices import Matrix, ModelMatrices
 from coatrt.models.spec import FAMILIES, DecoderSpec
-from coatrt.quantize import decode, encode
-
-sys.path.insert(0, str(Path(__file__).parent))
-from families import CPU, ENGINE, MODELS, Runner, export, prompts, reference, save_model
+from coatrt.quantization.codec import decode, encode
+from support.families import CPU, ENGINE, MODELS, Runner, export, prompts, reference, save_model
 
 LENGTHS = [7, 12]
 

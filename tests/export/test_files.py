@@ -16,12 +16,10 @@ from coatrt.config import ConfigPatterns, QuantConfig
 from coatrt.contract import contract_for
 from coatrt.export.decoder import WEIGHTS_FILE, GraphForm, export_decoder
 from coatrt.export.weight_file import WeightFile
-from coatrt.formats import WeightFormat
 from coatrt.models.checkpoint import Checkpoint
-from coatrt.store import CodeStore
-
-sys.path.insert(0, str(Path(__file__).parent))
-from families import CPU, ENGINE, export, save_model
+from coatrt.quantization.code_cache import CodeStore
+from coatrt.quantization.weight_format import WeightFormat
+from support.families import CPU, ENGINE, export, save_model
 
 MIXED = ConfigPatterns(
     patterns=(

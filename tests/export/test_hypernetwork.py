@@ -14,9 +14,7 @@ import torch
 from coatrt.adapter import Adapter
 from coatrt.export.hypernetwork import export_hypernetwork
 from coatrt.train import train
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import TEXTS, tiny_options
+from support.tiny import TEXTS, tiny_options
 
 
 @pytest.fixture(scope="module", params=["coatrt", "paper", "none", "ranks", "uncompensated"])

@@ -9,9 +9,7 @@ import pytest
 from coatrt.contract import contract_for
 from coatrt.export.decoder import GraphForm
 from coatrt.models.checkpoint import Checkpoint
-
-sys.path.insert(0, str(Path(__file__).parent))
-from families import MODELS, export, save_model
+from support.families import MODELS, export, save_model
 
 pytestmark = pytest.mark.rtx
 trt = pytest.importorskip("tensorrt_rtx")

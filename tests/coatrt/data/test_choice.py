@@ -13,7 +13,7 @@ from coatrt.errors import ConfigError
 from coatrt.evaluate import choice_scores, mean_loss, measure_held_out
 from coatrt.fakequant import FakeQuantModel
 from coatrt.models.checkpoint import Checkpoint, load_model, load_tokenizer
-from coatrt.store import CodeStore
+from coatrt.quantization.code_cache import CodeStore
 
 QUESTIONS = [
     Question("Is a cat small?", (" yes", " no"), 0),

@@ -9,11 +9,11 @@ from coatrt.data.examples import IGNORED, Examples
 from coatrt.errors import ConfigError
 from coatrt.evaluate import log_likelihoods, mean_loss
 from coatrt.fakequant import FakeQuantModel
-from coatrt.formats import WeightFormat
 from coatrt.models.checkpoint import Checkpoint, load_model
-from coatrt.quantize import decode, encode
+from coatrt.quantization.code_cache import CodeStore
+from coatrt.quantization.codec import decode, encode
+from coatrt.quantization.weight_format import WeightFormat
 from coatrt.sensitivity import measure_sensitivity
-from coatrt.store import CodeStore
 
 # Lengths and targets differ: a whole row, an answer at the end, two answers with a gap, one token.
 ROWS = [

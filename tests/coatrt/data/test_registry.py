@@ -18,9 +18,7 @@ from coatrt.data.task_data import TaskData
 from coatrt.errors import ConfigError
 from coatrt.models.checkpoint import load_tokenizer
 from coatrt.train import train
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from conftest import TEXTS, tiny_options
+from support.tiny import TEXTS, tiny_options
 
 SOUNDS = {"cat": " purrs", "dog": " barks", "hen": " clucks", "owl": " hoots"}
 

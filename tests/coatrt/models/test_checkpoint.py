@@ -12,10 +12,8 @@ import torch
 from coatrt.errors import CheckpointError
 from coatrt.fakequant import FakeQuantModel
 from coatrt.models.checkpoint import Checkpoint, load_model, load_tokenizer
-from coatrt.store import CodeStore
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from conftest import save_tiny_llama
+from coatrt.quantization.code_cache import CodeStore
+from support.tiny import save_tiny_llama
 
 
 def test_tensors_and_matrices_are_those_of_the_model(tiny_llama: Path) -> None:

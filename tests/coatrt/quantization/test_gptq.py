@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 import torch
 
-import coatrt.feedback
-from coatrt.codebooks import codebook
+import coatrt.quantization.gptq
 from coatrt.errors import FormatError
-from coatrt.feedback import DAMPING, feedback_codes, inverse_factor
-from coatrt.levels import Grid
-from coatrt.numpy_decode import decode_numpy
-from coatrt.quantize import decode, decode_scales, encode
+from coatrt.quantization.codebooks import codebook
+from coatrt.quantization.codec import decode, decode_scales, encode
+from coatrt.quantization.gptq import DAMPING, feedback_codes, inverse_factor
+from coatrt.quantization.grid import Grid
+from support.numpy_decode import decode_numpy
 
 FORMATS = ("int4-g32", "int8", "int8-g32", "fp8", "nvfp4", "nf2-g32", "nf3-g32", "nf4-g64", "nf3-g32-dq4-bf16-64",
            "nf2-g16-dq2-fp16-16")  # fmt: skip
@@ -167,7 +167,9 @@ def test_damping_rises_until_the_moment_is_definite():
 def test_a_factor_serves_every_matrix_of_its_moment_and_no_other(monkeypatch):
     factored = []
     monkeypatch.setattr(
-        "coatrt.feedback.inverse_factor", lambda H: factored.append(H.clone()) or inverse_factor(H), raising=True
+        "coatrt.quantization.gptq.inverse_factor",
+        lambda H: factored.append(H.clone()) or inverse_factor(H),
+        raising=True,
     )
     H, other = moment(64), moment(64, seed=7)
     first = encode(weight(8, 64), "nf3-g64", "feedback", H)
@@ -197,5 +199,5 @@ def test_moments_are_checked():
 def test_rows_are_coded_alike_in_pieces(monkeypatch):
     w, H = weight(50, 96), moment(96)
     whole = encode(w, "nf3-g32", "feedback", H)
-    monkeypatch.setattr(coatrt.feedback, "_ROWS", 16)
+    monkeypatch.setattr(coatrt.quantization.gptq, "_ROWS", 16)
     assert (encode(w, "nf3-g32", "feedback", H).codes == whole.codes).float().mean() > 0.999  # sums may round otherwise

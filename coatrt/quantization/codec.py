@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from coatrt.errors import FormatError
-from coatrt.feedback import feedback_codes
-from coatrt.formats import WeightFormat
-from coatrt.levels import Grid
-from coatrt.scales import ScaleRule, choose_scales, quantize_scales, tensor_scale_of
+from coatrt.quantization.gptq import feedback_codes
+from coatrt.quantization.grid import Grid
+from coatrt.quantization.scales import ScaleRule, choose_scales, quantize_scales, tensor_scale_of
+from coatrt.quantization.weight_format import WeightFormat
 
 __all__ = [
     "CALIBRATED",
@@ -106,9 +106,9 @@ def encode(
         quantizer: "mse" picks per block the clipping with the least squared error; "absmax" takes the largest magnitude
             (the NormalFloat preset of arXiv 2509.25214); "weighted" weighs every error with the energy of its input,
             the diagonal of `moment`; "gptq" codes one input after another under those scales, each making up for the
-            errors before it (`coatrt.feedback`); "feedback" does so as far as `tokens` bear out the moment.
+            errors before it (`coatrt.quantization.gptq`); "feedback" does so as far as `tokens` bear out the moment.
         moment: H = E[x xᵀ] of the inputs, [K, K]; needed by "weighted", "gptq" and "feedback", else ignored.
-        tokens: how many tokens the moment is the mean of, for "feedback" (`coatrt.feedback.shrunk`); None: it is exact.
+        tokens: how many tokens the moment is the mean of, for "feedback" (`coatrt.quantization.gptq.shrunk`); None: it is exact.
 
     Raises:
         FormatError: the weight is not a matrix or holds values that are not finite, or the quantizer lacks its moment.
@@ -198,7 +198,7 @@ def decode_scales(matrix: QuantizedMatrix, dtype: torch.dtype = torch.float32) -
 def decode(matrix: QuantizedMatrix, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return the weight [N, K] that the codes stand for: level in `dtype` × scale in `dtype`, rounded once.
 
-    torch, numpy (`coatrt.numpy_decode`) and the exported graphs give the same bits for float32 and float16.
+    torch, numpy (tests/support/numpy_decode.py) and the exported graphs give the same bits for float32 and float16.
     """
     fmt = matrix.format
     if matrix.scales is None:

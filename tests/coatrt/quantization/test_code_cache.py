@@ -6,16 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from coatrt import store as module
-from coatrt.calibration import Calibration, InputMoments
 from coatrt.errors import ConfigError
 from coatrt.models.checkpoint import Checkpoint
-from coatrt.quantize import QUANTIZERS, decode, encode
-from coatrt.store import CodeStore
+from coatrt.quantization import code_cache as module
+from coatrt.quantization.code_cache import CodeStore
+from coatrt.quantization.codec import QUANTIZERS, decode, encode
+from coatrt.quantization.input_moments import Calibration, InputMoments
 from coatrt.system.tensors import read_tensors
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import save_tiny_llama
+from support.tiny import save_tiny_llama
 
 TOKENS = torch.randint(0, 272, (4, 24), generator=torch.Generator().manual_seed(1))
 NAME, TABLE = "model.layers.0.mlp.down_proj", "model.embed_tokens"

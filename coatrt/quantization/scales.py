@@ -5,8 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from coatrt.formats import WeightFormat
-from coatrt.levels import E4M3_MAX, Grid
+from coatrt.quantization.grid import E4M3_MAX, Grid
+from coatrt.quantization.weight_format import WeightFormat
 
 __all__ = ["ScaleRule", "choose_scales", "quantize_scales", "tensor_scale_of"]
 

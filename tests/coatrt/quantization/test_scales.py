@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coatrt.codebooks import normal_float
-from coatrt.quantize import decode, decode_scales, encode
+from coatrt.quantization.codebooks import normal_float
+from coatrt.quantization.codec import decode, decode_scales, encode
 
 FORMATS = ("int4-g32", "int4-g64", "int8", "int8-g64", "fp8", "nvfp4", "nf2-g32", "nf3-g64", "nf4-g16", "nf8-g32")
 

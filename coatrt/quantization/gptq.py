@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from coatrt.errors import FormatError
-from coatrt.levels import Grid
+from coatrt.quantization.grid import Grid
 
 __all__ = ["DAMPING", "feedback_codes", "inverse_factor", "shrunk"]
 

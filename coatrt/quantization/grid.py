@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from coatrt.codebooks import codebook
+from coatrt.quantization.codebooks import codebook
 
 __all__ = ["E4M3_MAX", "Grid"]
 

@@ -1,12 +1,12 @@
-"""The decode arithmetic of `coatrt.quantize` once more in numpy: no torch, same bits."""
+"""The decode arithmetic of `coatrt.quantization.codec` once more in numpy: no torch, same bits."""
 
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from coatrt.codebooks import codebook
-from coatrt.formats import WeightFormat
+from coatrt.quantization.codebooks import codebook
+from coatrt.quantization.weight_format import WeightFormat
 
 __all__ = ["decode_numpy"]
 

@@ -6,16 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from coatrt import calibration
-from coatrt.calibration import Calibration, InputMoments, calibration_examples, tokens_wanted
 from coatrt.data.documents import batches
 from coatrt.data.examples import Examples
 from coatrt.errors import CheckpointError, ConfigError
 from coatrt.models.checkpoint import Checkpoint, load_model
+from coatrt.quantization import input_moments as calibration
+from coatrt.quantization.input_moments import Calibration, InputMoments, calibration_examples, tokens_wanted
 from coatrt.train import TrainOptions
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import save_tiny_llama
+from support.tiny import save_tiny_llama
 
 TOKENS = torch.randint(0, 272, (6, 20), generator=torch.Generator().manual_seed(0))
 

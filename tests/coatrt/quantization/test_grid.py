@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coatrt.levels import Grid
+from coatrt.quantization.grid import Grid
 
 KINDS = ("int8", "int4", "fp8", "nvfp4", "nf2", "nf3", "nf4", "nf8")
 

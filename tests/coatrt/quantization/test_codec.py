@@ -5,11 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coatrt.codebooks import E2M1, normal_float
 from coatrt.errors import FormatError
-from coatrt.formats import WeightFormat
-from coatrt.numpy_decode import decode_numpy
-from coatrt.quantize import QuantizedMatrix, decode, encode, relative_error
+from coatrt.quantization.codebooks import E2M1, normal_float
+from coatrt.quantization.codec import QuantizedMatrix, decode, encode, relative_error
+from coatrt.quantization.weight_format import WeightFormat
+from support.numpy_decode import decode_numpy
 
 # Table of QLoRA (arXiv 2305.14314, appendix E).
 QLORA_NF4 = [

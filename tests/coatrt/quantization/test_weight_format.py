@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coatrt.errors import FormatError
-from coatrt.formats import KINDS, PAPER_FORMATS, WeightFormat
+from coatrt.quantization.weight_format import KINDS, PAPER_FORMATS, WeightFormat
 
 PLAIN = [
     WeightFormat(kind, block)

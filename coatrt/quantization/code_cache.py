@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 
-from coatrt.calibration import Calibration, InputMoments
 from coatrt.errors import ConfigError
-from coatrt.formats import WeightFormat
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.models.matrices import EMBEDDING
-from coatrt.quantize import CALIBRATED, QUANTIZER_VERSION, QuantizedMatrix, Quantizer, encode
+from coatrt.quantization.codec import CALIBRATED, QUANTIZER_VERSION, QuantizedMatrix, Quantizer, encode
+from coatrt.quantization.input_moments import Calibration, InputMoments
+from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.files import cache_directory
 from coatrt.system.resources import free_memory
 from coatrt.system.tensors import read_tensors, write_tensors

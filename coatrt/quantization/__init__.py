@@ -1,0 +1,1 @@
+"""A matrix to its codes and back."""

@@ -1,0 +1,1 @@
+"""What several tests share: tiny models, families, a pretended device, decoding in numpy."""

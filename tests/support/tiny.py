@@ -1,0 +1,53 @@
+"""Tiny random models with a byte tokenizer, texts and options to train on."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TEXTS = [
+    f"{word} the {word} sat on the mat. " * 30 for word in ("cat", "dog", "hen", "owl", "fox", "bee") for _ in "ab"
+]
+
+
+def save_tiny_llama(directory: Path, *, tied: bool = True, seed: int = 0, **changes: object) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    options: dict[str, object] = {
+        "vocab_size": 272, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 8192,
+        "tie_word_embeddings": tied, "initializer_range": 0.1, "bos_token_id": None, "eos_token_id": 256,
+    }  # fmt: skip
+    model = LlamaForCausalLM(LlamaConfig(**{**options, **changes}))
+    model.save_pretrained(directory)
+    save_byte_tokenizer(directory)
+    return directory
+
+
+def save_byte_tokenizer(directory: Path) -> None:
+    """Save a tokenizer with one token a byte, 256 for the end, and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+    fast.chat_template = (
+        "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    fast.save_pretrained(directory)
+
+
+def tiny_options(**changes: Any) -> Any:
+    from coatrt.train import TrainOptions
+
+    options: dict[str, Any] = {
+        "formats": ("nf3-g32", "int4-g32", "nvfp4", "fp8", "int8", "nf4-g32-dq8-fp16-64"),
+        "preset": "coatrt", "quantizer": "mse", "steps": 6, "batch": 4, "length": 32, "learning_rate": 1e-2,
+        "theta_rate": 1e-2, "calibration": 4, "evaluation": 4, "budgets": (5.0,), "checkpoint_every": 2, "warmup": 0.2,
+    }  # fmt: skip
+    return TrainOptions(**{**options, **changes})
