@@ -14,9 +14,9 @@ import numpy as np
 from common import save_result
 
 from coatrt.allocate import allocate, cost_matrix, lagrangian_choice
+from coatrt.configs.space import ConfigSpace
 from coatrt.models.matrices import ModelMatrices, matrices_of
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.space import ConfigSpace
 
 FORMATS = ("nf2-g64", "nf2-g32", "nf3-g64", "nf3-g32", "nf4-g64", "nf4-g32", "int4-g64", "int4-g32", "nvfp4", "fp8",
            "int8", "fp16")  # fmt: skip

@@ -17,7 +17,7 @@ import numpy as np
 from common import save_result, smollm2
 
 from coatrt.adapter import Adapter
-from coatrt.config import QuantConfig
+from coatrt.configs.config import QuantConfig
 from coatrt.engines.calibrate import calibrate_cpu, decode_seconds, export_reference, predicted_decode
 from coatrt.engines.ort import OrtDecoder
 from coatrt.export.decoder import GraphForm, decoder_io

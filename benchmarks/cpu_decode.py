@@ -21,7 +21,7 @@ import numpy as np
 from common import save_result, smollm2
 
 from coatrt.adapter import Adapter
-from coatrt.config import QuantConfig
+from coatrt.configs.config import QuantConfig
 from coatrt.data.documents import tokenize_text
 from coatrt.engines.ort import OrtDecoder
 from coatrt.export.decoder import GraphForm, decoder_io, export_decoder

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from common import random_llama, save_result, smollm2
 
-from coatrt.config import QuantConfig
-from coatrt.contract import contract_for
+from coatrt.configs.config import QuantConfig
+from coatrt.configs.lora_contract import contract_for
+from coatrt.configs.space import ConfigSpace
 from coatrt.devices import device
 from coatrt.engine_size import engine_overhead
 from coatrt.engines.builder import EngineShapes, build_engine
@@ -19,7 +20,6 @@ from coatrt.export.decoder import GraphForm, export_decoder
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.space import ConfigSpace
 
 DEVICES = {75: "t4", 86: "rtx-3060", 89: "rtx-4090", 120: "rtx-5090"}
 UNIFORM = (("int8", 86), ("int4-g64", 86), ("nf2-g64", 86), ("nf3-g64", 86), ("nf4-g64", 86), ("nvfp4", 120),

@@ -10,8 +10,8 @@ from typing import Any
 
 from common import random_llama, save_result, smollm2
 
-from coatrt.config import QuantConfig
-from coatrt.contract import contract_for
+from coatrt.configs.config import QuantConfig
+from coatrt.configs.lora_contract import contract_for
 from coatrt.devices import device
 from coatrt.engines.builder import BuildRecord, EngineShapes, build_engine
 from coatrt.export.decoder import GraphForm, export_decoder

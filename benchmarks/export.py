@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from common import save_result, smollm2
 
-from coatrt.config import QuantConfig
+from coatrt.configs.config import QuantConfig
 from coatrt.devices import device
 from coatrt.engines.builder import EngineShapes, build_engine
 from coatrt.export.decoder import GraphForm, export_decoder

@@ -21,6 +21,7 @@ from markdown_tables import load
 from coatrt.adapter import Adapter
 from coatrt.adapter_facts import AdapterFacts
 from coatrt.bundle import Bundle
+from coatrt.configs.space import ConfigSpace
 from coatrt.devices import device
 from coatrt.engines.build_room import BuildRoom
 from coatrt.engines.builder import build_engine
@@ -31,7 +32,6 @@ from coatrt.engines.switch import SwitchingDecoder
 from coatrt.export.decoder import GraphForm, export_decoder
 from coatrt.memory import memory_of
 from coatrt.plan import PlanRequest, plan_fleet, plan_for
-from coatrt.space import ConfigSpace
 from coatrt.workload import Workload
 
 FLEET = ("rtx-3050-laptop", "rtx-4050-laptop", "t4", "rtx-3060", "rtx-4090", "rtx-5090", "h100", "rtx-pro-6000")

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from common import random_llama, save_result
 
-from coatrt.config import QuantConfig
-from coatrt.contract import contract_for
+from coatrt.configs.config import QuantConfig
+from coatrt.configs.lora_contract import contract_for
 from coatrt.export.decoder import GraphForm, export_decoder
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.quantization.codec import encode

@@ -14,7 +14,7 @@ import torch
 from common import save_result, smollm2
 
 from coatrt.adapter import Adapter
-from coatrt.config import QuantConfig
+from coatrt.configs.config import QuantConfig
 from coatrt.engines.ort import OrtDecoder
 from coatrt.export.decoder import GraphForm, decoder_io, export_decoder
 from coatrt.fakequant import FakeQuantModel

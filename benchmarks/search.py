@@ -25,7 +25,8 @@ from micro import MicroOptions, micro_llama
 from tasks import sotu
 
 from coatrt.archive import Archive
-from coatrt.config import QuantConfig
+from coatrt.configs.config import QuantConfig
+from coatrt.configs.space import ConfigSpace
 from coatrt.evaluate import mean_loss
 from coatrt.fakequant import FakeQuantModel
 from coatrt.hypervolume import hypervolume
@@ -35,7 +36,6 @@ from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.search import Method, SearchOptions, search
 from coatrt.sensitivity import fisher_costs
-from coatrt.space import ConfigSpace
 from coatrt.system.files import atomic_file, read_json, write_json
 
 FORMATS = ("nf2-g32", "nf3-g32", "nf4-g32", "int4-g32", "nvfp4", "fp8", "int8")

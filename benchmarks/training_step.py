@@ -20,7 +20,8 @@ from common import save_result, smollm2
 from peft import LoraConfig, get_peft_model
 
 from coatrt.compensation import Compensator
-from coatrt.contract import contract_for
+from coatrt.configs.lora_contract import contract_for
+from coatrt.configs.space import ConfigSpace
 from coatrt.data.examples import Examples
 from coatrt.fakequant import FakeQuantModel
 from coatrt.features import ConfigEncoder
@@ -31,7 +32,6 @@ from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.input_moments import Calibration, InputMoments
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.sampling import TrainingSampler
-from coatrt.space import ConfigSpace
 from coatrt.system.distributed import Processes
 from coatrt.system.files import cache_directory
 from coatrt.train_options import TrainOptions

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from coatrt import __version__
 from coatrt.adapter_facts import ADAPTER_FORMAT, adapter_hash, adapter_reading, read_description
-from coatrt.config import QuantConfig
-from coatrt.contract import LoraContract
+from coatrt.configs.config import QuantConfig
+from coatrt.configs.lora_contract import LoraContract
+from coatrt.configs.space import ConfigSpace
 from coatrt.errors import CheckpointError, ConfigError
 from coatrt.features import ConfigEncoder
 from coatrt.lora import CoaLora
@@ -23,7 +24,6 @@ from coatrt.quantization.codec import CALIBRATED, QUANTIZERS, Quantizer
 from coatrt.quantization.input_moments import Calibration
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.sensitivity import Sensitivity
-from coatrt.space import ConfigSpace
 from coatrt.system.files import atomic_directory, read_json, sha256_file, write_json
 
 __all__ = ["ADAPTER_FORMAT", "Adapter"]

@@ -9,12 +9,12 @@ from typing import Any
 from safetensors import SafetensorError
 
 from coatrt import __version__
-from coatrt.contract import LoraContract
+from coatrt.configs.lora_contract import LoraContract
+from coatrt.configs.space import ConfigSpace
 from coatrt.errors import CheckpointError, ConfigError, FormatError
 from coatrt.models.matrices import ModelMatrices
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.sensitivity_table import Sensitivity
-from coatrt.space import ConfigSpace
 from coatrt.system.files import read_json, sha256_file
 
 __all__ = ["ADAPTER_FORMAT", "AdapterFacts", "adapter_hash", "adapter_reading", "read_description"]

@@ -9,7 +9,7 @@ import torch
 from coatrt.adapter import Adapter
 from coatrt.adapter_facts import adapter_hash
 from coatrt.archive import ARCHIVE_FILE, Archive, ArchiveEntry
-from coatrt.config import QuantConfig
+from coatrt.configs.config import QuantConfig
 from coatrt.data.documents import tokenize_text
 from coatrt.data.examples import Examples
 from coatrt.data.task_data import TaskData

@@ -13,10 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from coatrt.config import QuantConfig
+from coatrt.configs.config import QuantConfig
+from coatrt.configs.space import ConfigSpace
 from coatrt.errors import ConfigError
 from coatrt.frontier import least_cost_by_size
-from coatrt.space import ConfigSpace
 
 __all__ = ["CostTable", "allocate", "cost_matrix", "lagrangian_choice", "near_optimal", "near_optimal_each"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from coatrt.adapter_facts import adapter_hash
-from coatrt.config import QuantConfig
+from coatrt.configs.config import QuantConfig
 from coatrt.errors import ConfigError, FormatError
 from coatrt.hypervolume import hypervolume, pareto_indices
 from coatrt.quantization.weight_format import WeightFormat

@@ -9,8 +9,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from coatrt import __version__
-from coatrt.config import QuantConfig
-from coatrt.contract import DecoderIO, LoraContract
+from coatrt.configs.config import QuantConfig
+from coatrt.configs.lora_contract import DecoderIO, LoraContract
 from coatrt.errors import BundleError, ConfigError
 from coatrt.models.matrices import ModelMatrices
 from coatrt.system.files import read_json, sha256_file, write_json

@@ -6,10 +6,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from coatrt.configs.space import ConfigSpace
 from coatrt.errors import ConfigError
 from coatrt.models.matrices import ModelMatrices
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.space import ConfigSpace
 from coatrt.system.files import cache_directory, read_json, write_json
 from coatrt.workload import Workload
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coatrt.contract import LoraContract, LoraTensor
+from coatrt.configs.lora_contract import LoraContract, LoraTensor
 from coatrt.fakequant import FakeQuantModel
 from coatrt.gram import Gram, collect_inputs, inputs_are_smaller
 from coatrt.quantization.input_moments import InputMoments

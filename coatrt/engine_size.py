@@ -8,10 +8,10 @@ benchmarks/results/engine_overhead.json (docs/planning.md says how they were bui
 import numpy as np
 from numpy.typing import NDArray
 
-from coatrt.config import QuantConfig
+from coatrt.configs.config import QuantConfig
+from coatrt.configs.space import ConfigSpace
 from coatrt.models.matrices import ModelMatrices
 from coatrt.quantization.weight_format import KINDS, WeightFormat
-from coatrt.space import ConfigSpace
 
 __all__ = ["engine_overhead", "overhead_of_choices"]
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coatrt.config import QuantConfig
-from coatrt.contract import LoraContract
+from coatrt.configs.config import QuantConfig
+from coatrt.configs.lora_contract import LoraContract
 from coatrt.data.examples import IGNORED, Examples
 from coatrt.errors import CheckpointError
 from coatrt.models.checkpoint import Checkpoint, load_model

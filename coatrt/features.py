@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from coatrt.config import QuantConfig
+from coatrt.configs.config import QuantConfig
 from coatrt.errors import ConfigError
 from coatrt.models.matrices import ModelMatrices
 from coatrt.quantization.weight_format import BLOCKS, KINDS, SCALE_BITS, SCALE_BLOCKS, SCALE_DTYPES, WeightFormat

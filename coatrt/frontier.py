@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from coatrt.config import QuantConfig
+from coatrt.configs.config import QuantConfig
+from coatrt.configs.space import ConfigSpace
 from coatrt.errors import ConfigError
-from coatrt.space import ConfigSpace
 
 __all__ = ["Candidates", "candidates", "least_cost_by_size"]
 

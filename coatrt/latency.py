@@ -8,10 +8,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from coatrt.configs.space import ConfigSpace
 from coatrt.devices import DeviceProfile
 from coatrt.models.matrices import ModelMatrices
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.space import ConfigSpace
 from coatrt.workload import Workload
 
 __all__ = ["DatasheetLatency", "LatencyModel", "group_seconds"]

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from coatrt.config import QuantConfig
+from coatrt.configs.config import QuantConfig
 from coatrt.data.documents import batches
 from coatrt.data.examples import Examples
 from coatrt.errors import CheckpointError, CoatError

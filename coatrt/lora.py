@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from coatrt.compensation import Compensator, Reading
-from coatrt.config import QuantConfig
-from coatrt.contract import LoraContract
+from coatrt.configs.config import QuantConfig
+from coatrt.configs.lora_contract import LoraContract
 from coatrt.features import ConfigEncoder
 from coatrt.hypernet import Hypernetwork, HypernetworkOptions, Preset
 from coatrt.train_options import TrainOptions

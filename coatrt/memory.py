@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from coatrt.config import QuantConfig
+from coatrt.configs.config import QuantConfig
 from coatrt.devices import DeviceProfile
 from coatrt.engine_size import engine_overhead
 from coatrt.models.matrices import ModelMatrices

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from coatrt.config import QuantConfig
+from coatrt.configs.config import QuantConfig
 from coatrt.data.examples import IGNORED, Examples
 from coatrt.fakequant import FakeQuantModel
 from coatrt.train_options import TrainOptions

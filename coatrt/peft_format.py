@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from coatrt.contract import LoraContract
+from coatrt.configs.lora_contract import LoraContract
 from coatrt.system.files import atomic_directory, write_json
 
 __all__ = ["write_peft"]

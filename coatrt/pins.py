@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from coatrt.configs.space import ConfigSpace
 from coatrt.devices import DeviceProfile
 from coatrt.errors import ConfigError
 from coatrt.models.matrices import EMBEDDING, HEAD, ModelMatrices
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.space import ConfigSpace
 
 __all__ = ["matched", "pinned_costs"]
 

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from coatrt.allocate import CostTable, cost_matrix
 from coatrt.archive import Archive
 from coatrt.calibrated import find_calibration
-from coatrt.config import QuantConfig
+from coatrt.configs.config import QuantConfig
+from coatrt.configs.space import ConfigSpace
 from coatrt.devices import DeviceProfile
 from coatrt.engine_size import overhead_of_choices
 from coatrt.errors import ConfigError, DeviceError
@@ -22,7 +23,6 @@ from coatrt.memory import fixed_memory, memory_of
 from coatrt.pins import pinned_costs
 from coatrt.plan_data import Objective, Plan, PlanRequest
 from coatrt.plan_limits import Limit, Measures, best, binding, impossible, limits_of
-from coatrt.space import ConfigSpace
 from coatrt.workload import Workload
 
 if TYPE_CHECKING:

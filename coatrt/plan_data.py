@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from coatrt.config import ConfigPatterns, QuantConfig
+from coatrt.configs.config import ConfigPatterns, QuantConfig
 from coatrt.errors import ConfigError
 from coatrt.models.matrices import ModelMatrices
 from coatrt.system.files import read_json

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from coatrt.config import QuantConfig
+from coatrt.configs.config import QuantConfig
 from coatrt.models.matrices import ModelMatrices
 from coatrt.system.files import atomic_file
 

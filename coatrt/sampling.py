@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from coatrt.allocate import CostTable, cost_matrix, near_optimal
-from coatrt.config import QuantConfig
+from coatrt.configs.config import QuantConfig
+from coatrt.configs.space import ConfigSpace
 from coatrt.errors import ConfigError
-from coatrt.space import ConfigSpace
 
 __all__ = ["TrainingSampler"]
 

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from coatrt.allocate import CostTable, cost_matrix, near_optimal_each
 from coatrt.archive import Archive, ArchiveEntry
-from coatrt.config import QuantConfig
+from coatrt.configs.config import QuantConfig
+from coatrt.configs.space import ConfigSpace
 from coatrt.errors import ConfigError
 from coatrt.hypervolume import hypervolume
-from coatrt.space import ConfigSpace
 from coatrt.surrogate import Surrogate, disturbed, fit_multipliers, multiplier_terms, predicted
 
 __all__ = ["Method", "SearchOptions", "propose", "search"]

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from coatrt.config import QuantConfig
+from coatrt.configs.config import QuantConfig
+from coatrt.configs.space import ConfigSpace
 from coatrt.curvature import kfac_costs, token_costs
 from coatrt.data.examples import Examples
 from coatrt.errors import ConfigError
@@ -17,7 +18,6 @@ from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import decode
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.sensitivity_table import Sensitivity
-from coatrt.space import ConfigSpace
 
 __all__ = ["Predictor", "Sensitivity", "fisher_costs", "measure_sensitivity", "measured_costs", "relative_errors"]
 

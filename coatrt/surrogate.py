@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from coatrt.configs.space import ConfigSpace
 from coatrt.errors import ConfigError
-from coatrt.space import ConfigSpace
 
 __all__ = ["Multipliers", "Surrogate", "disturbed", "fit_multipliers", "multiplier_terms", "predicted"]
 

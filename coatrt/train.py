@@ -13,8 +13,9 @@ import torch
 
 from coatrt.adapter import Adapter
 from coatrt.compensation import Compensator
-from coatrt.config import QuantConfig
-from coatrt.contract import contract_for
+from coatrt.configs.config import QuantConfig
+from coatrt.configs.lora_contract import contract_for
+from coatrt.configs.space import ConfigSpace
 from coatrt.curvature import output_gains
 from coatrt.data.task_data import TaskData
 from coatrt.data.text import text_task
@@ -31,7 +32,6 @@ from coatrt.quantization.input_moments import Calibration, InputMoments, calibra
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.sampling import TrainingSampler
 from coatrt.sensitivity import Sensitivity, measure_sensitivity
-from coatrt.space import ConfigSpace
 from coatrt.system.distributed import Processes
 from coatrt.system.files import cache_directory, check_replaceable
 from coatrt.system.progress import progress_bar, stages

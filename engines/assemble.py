@@ -5,7 +5,7 @@ from pathlib import Path
 
 from coatrt.adapter import Adapter
 from coatrt.bundle import Bundle
-from coatrt.config import QuantConfig
+from coatrt.configs.config import QuantConfig
 from coatrt.devices import DeviceProfile
 from coatrt.engines.fleet import Target, build_fleet
 from coatrt.engines.options import BundleOptions

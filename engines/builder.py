@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from coatrt.config import QuantConfig
+from coatrt.configs.config import QuantConfig
 from coatrt.devices import DeviceProfile, least_sm
 from coatrt.errors import BuildError, DeviceError, FormatError
 from coatrt.probe import probe

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from coatrt.adapter import Adapter
-from coatrt.config import QuantConfig
+from coatrt.configs.config import QuantConfig
 from coatrt.engines.emit import Emitter, save_lora
 from coatrt.engines.environment import versions
 from coatrt.engines.options import BundleOptions

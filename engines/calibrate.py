@@ -14,7 +14,7 @@ import torch
 
 from coatrt.adapter import Adapter
 from coatrt.calibrated import Calibrated, Product, Rest, shape_of
-from coatrt.config import QuantConfig
+from coatrt.configs.config import QuantConfig
 from coatrt.engines.environment import environment
 from coatrt.engines.ort import OrtDecoder, session
 from coatrt.errors import ConfigError

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from coatrt.contract import LoraContract
+from coatrt.configs.lora_contract import LoraContract
 from coatrt.system.files import atomic_file
 
 __all__ = ["write_emitted_peft", "write_onnx_adapter"]

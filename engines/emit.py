@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from coatrt.bundle import Bundle
-from coatrt.config import QuantConfig
-from coatrt.contract import LoraContract
+from coatrt.configs.config import QuantConfig
+from coatrt.configs.lora_contract import LoraContract
 from coatrt.engines.ort import session
 from coatrt.engines.runtime import check_lora
 from coatrt.errors import BundleError, ConfigError

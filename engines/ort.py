@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from coatrt.contract import DecoderIO, LoraContract
+from coatrt.configs.lora_contract import DecoderIO, LoraContract
 from coatrt.engines.runtime import LoraTensors, check_lora, check_tokens, next_step, pad_right
 from coatrt.errors import BuildError, ConfigError
 

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from coatrt.bundle import Bundle
-from coatrt.config import QuantConfig
+from coatrt.configs.config import QuantConfig
 from coatrt.devices import DeviceProfile
 from coatrt.engines.builder import installed_builder
 from coatrt.engines.environment import versions

@@ -6,7 +6,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from coatrt.contract import DecoderIO, LoraContract
+from coatrt.configs.lora_contract import DecoderIO, LoraContract
 from coatrt.errors import ConfigError
 
 __all__ = ["Decoder", "LoraTensors", "check_lora", "check_tokens", "next_step", "pad_right"]

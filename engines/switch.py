@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coatrt.bundle import Bundle
-from coatrt.config import QuantConfig
-from coatrt.contract import DecoderIO
+from coatrt.configs.config import QuantConfig
+from coatrt.configs.lora_contract import DecoderIO
 from coatrt.engines.emit import Emitter
 from coatrt.engines.load import check_decoder, load_decoder
 from coatrt.engines.ort import OrtDecoder

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coatrt.bundle import Bundle
-from coatrt.contract import DecoderIO, LoraContract
+from coatrt.configs.lora_contract import DecoderIO, LoraContract
 from coatrt.engines.runtime import LoraTensors, check_lora, check_tokens, next_step, pad_right
 from coatrt.errors import BuildError
 from coatrt.probe import probe

@@ -16,7 +16,7 @@ import torch
 
 from coatrt.adapter import Adapter
 from coatrt.bundle import Bundle
-from coatrt.config import QuantConfig
+from coatrt.configs.config import QuantConfig
 from coatrt.data.documents import tokenize_text
 from coatrt.devices import device
 from coatrt.engines.builder import EngineShapes

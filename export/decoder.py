@@ -6,8 +6,8 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from coatrt.config import QuantConfig
-from coatrt.contract import DecoderIO, LoraContract
+from coatrt.configs.config import QuantConfig
+from coatrt.configs.lora_contract import DecoderIO, LoraContract
 from coatrt.errors import CheckpointError, ConfigError
 from coatrt.export.graph import GraphBuilder, GraphForm
 from coatrt.export.network import Network

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from coatrt.contract import ACTIVATIONS
+from coatrt.configs.lora_contract import ACTIVATIONS
 from coatrt.errors import ConfigError
 from coatrt.export.weight_file import WEIGHTS_FILE, WeightFile
 

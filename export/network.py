@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from coatrt.contract import LoraContract
+from coatrt.configs.lora_contract import LoraContract
 from coatrt.export.graph import TORCH_DTYPES, GraphBuilder
 from coatrt.export.weights import Table
 from coatrt.models.matrices import HEAD

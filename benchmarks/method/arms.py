@@ -9,8 +9,8 @@ import torch
 from setting import Draws
 from torch import Tensor, nn
 
-from coatrt.config import QuantConfig
-from coatrt.contract import LoraContract
+from coatrt.configs.config import QuantConfig
+from coatrt.configs.lora_contract import LoraContract
 from coatrt.features import ConfigEncoder
 from coatrt.hypernet import Hypernetwork, HypernetworkOptions, Preset
 from coatrt.lora import CoaLora

@@ -16,8 +16,8 @@ from arms import ARMS, Arm, Gates, LoraBank, Terms
 from setting import BUDGETS, FORMATS, Measured, Setting
 
 from coatrt.compensation import Compensator
-from coatrt.config import QuantConfig
-from coatrt.contract import contract_for
+from coatrt.configs.config import QuantConfig
+from coatrt.configs.lora_contract import contract_for
 from coatrt.engines.environment import environment
 from coatrt.evaluate import measure_held_out
 from coatrt.loop import optimise

@@ -16,7 +16,8 @@ from common import smollm2
 from micro import micro_llama
 from tasks import TASKS
 
-from coatrt.config import QuantConfig
+from coatrt.configs.config import QuantConfig
+from coatrt.configs.space import ConfigSpace
 from coatrt.curvature import output_gains
 from coatrt.data.examples import Examples
 from coatrt.data.task_data import TaskData
@@ -29,7 +30,6 @@ from coatrt.quantization.input_moments import Calibration, InputMoments, calibra
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.sampling import TrainingSampler
 from coatrt.sensitivity import Sensitivity, measure_sensitivity
-from coatrt.space import ConfigSpace
 from coatrt.system.files import cache_directory
 from coatrt.system.progress import stages
 from coatrt.system.tensors import read_tensors, write_tensors

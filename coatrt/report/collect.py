@@ -8,7 +8,7 @@ from typing import Any
 from coatrt.adapter_facts import AdapterFacts
 from coatrt.archive import Archive, adapter_archive
 from coatrt.bundle import MANIFEST, Bundle
-from coatrt.config import QuantConfig
+from coatrt.configs.config import QuantConfig
 from coatrt.devices import device
 from coatrt.errors import ConfigError
 from coatrt.models.matrices import ModelMatrices

@@ -15,10 +15,10 @@ from coatrt.allocate import (
     near_optimal,
     near_optimal_each,
 )
+from coatrt.configs.space import ConfigSpace
 from coatrt.errors import ConfigError
 from coatrt.models.matrices import ModelMatrices, matrices_of
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.space import ConfigSpace
 
 FORMATS = tuple(map(WeightFormat.parse, ("nf2-g64", "nf3-g64", "int4-g64", "int8")))
 

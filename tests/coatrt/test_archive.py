@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from coatrt.archive import Archive, ArchiveEntry
-from coatrt.config import QuantConfig
+from coatrt.configs.config import QuantConfig
 from coatrt.errors import ConfigError
 from coatrt.quantization.weight_format import WeightFormat
 

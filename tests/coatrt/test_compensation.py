@@ -10,8 +10,8 @@ from torch import Tensor
 
 from coatrt.adapter import Adapter
 from coatrt.compensation import Compensator
-from coatrt.config import QuantConfig
-from coatrt.contract import LoraContract, contract_for
+from coatrt.configs.config import QuantConfig
+from coatrt.configs.lora_contract import LoraContract, contract_for
 from coatrt.curvature import output_gains
 from coatrt.fakequant import FakeQuantModel
 from coatrt.features import ConfigEncoder

@@ -10,8 +10,8 @@ import torch
 
 from coatrt.adapter import Adapter
 from coatrt.adapter_facts import AdapterFacts
-from coatrt.config import QuantConfig
-from coatrt.contract import contract_for
+from coatrt.configs.config import QuantConfig
+from coatrt.configs.lora_contract import contract_for
 from coatrt.errors import CheckpointError, ConfigError
 from coatrt.fakequant import FakeQuantModel
 from coatrt.features import ConfigEncoder

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from coatrt.adapter import Adapter
 from coatrt.archive import Archive, ArchiveEntry
-from coatrt.config import QuantConfig
+from coatrt.configs.config import QuantConfig
+from coatrt.configs.space import ConfigSpace
 from coatrt.devices import device, devices
 from coatrt.errors import ConfigError, DeviceError
 from coatrt.memory import RUNTIME_RESERVE
 from coatrt.plan import Plan, Workload, make_plan, plan_for
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.space import ConfigSpace
 from coatrt.system.files import write_json
 
 MIB = 1 << 20

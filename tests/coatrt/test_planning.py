@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from coatrt.adapter_facts import AdapterFacts
 from coatrt.allocate import allocate, cost_matrix
 from coatrt.calibrated import Calibrated, Product, Rest, calibration_path, find_calibration, shape_of
+from coatrt.configs.space import ConfigSpace
 from coatrt.devices import device, devices
 from coatrt.engine_size import engine_overhead, overhead_of_choices
 from coatrt.errors import ConfigError, FormatError
@@ -23,7 +24,6 @@ from coatrt.pins import matched, pinned_costs
 from coatrt.plan import Plan, PlanRequest, Workload, plan_fleet, plan_for
 from coatrt.plan_data import read_config
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.space import ConfigSpace
 
 GPUS = [profile for profile in devices() if profile.sm]
 NAMES = st.sampled_from([profile.id for profile in GPUS])

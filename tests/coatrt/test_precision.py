@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from coatrt.contract import contract_for
+from coatrt.configs.lora_contract import contract_for
+from coatrt.configs.space import ConfigSpace
 from coatrt.curvature import output_gains
 from coatrt.fakequant import FakeQuantModel
 from coatrt.models.checkpoint import Checkpoint, load_model
@@ -15,7 +16,6 @@ from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import decode, encode
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.sensitivity import measure_sensitivity
-from coatrt.space import ConfigSpace
 from coatrt.train import train
 from support.tiny import TEXTS, tiny_options
 

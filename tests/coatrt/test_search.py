@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from coatrt.archive import Archive, ArchiveEntry
-from coatrt.config import QuantConfig
+from coatrt.configs.config import QuantConfig
+from coatrt.configs.space import ConfigSpace
 from coatrt.errors import ConfigError
 from coatrt.models.matrices import matrices_of
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.search import SearchOptions, search
-from coatrt.space import ConfigSpace
 from coatrt.surrogate import Surrogate, disturbed, fit_multipliers, multiplier_terms, predicted
 
 FORMATS = tuple(map(WeightFormat.parse, ("nf2-g64", "nf3-g64", "int4-g64", "fp8", "int8")))

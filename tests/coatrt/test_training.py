@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from coatrt.adapter import Adapter
-from coatrt.config import QuantConfig
+from coatrt.configs.config import QuantConfig
 from coatrt.data.documents import batches, read_documents, tokenize_text
 from coatrt.data.text import text_task
 from coatrt.errors import ConfigError

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from coatrt.config import QuantConfig
-from coatrt.contract import contract_for
+from coatrt.configs.config import QuantConfig
+from coatrt.configs.lora_contract import contract_for
 from coatrt.devices import DeviceProfile, device
 from coatrt.engines import builder
 from coatrt.engines.builder import EngineShapes, build_engine, check_formats

@@ -14,7 +14,7 @@ import pytest
 
 from coatrt.adapter import Adapter
 from coatrt.bundle import Bundle
-from coatrt.config import QuantConfig
+from coatrt.configs.config import QuantConfig
 from coatrt.devices import device
 from coatrt.engines import builder as builder_module
 from coatrt.engines import fleet

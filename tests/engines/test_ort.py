@@ -9,7 +9,7 @@ import torch
 
 from coatrt.adapter import Adapter
 from coatrt.bundle import Bundle
-from coatrt.config import QuantConfig
+from coatrt.configs.config import QuantConfig
 from coatrt.engines.emit import Emitter, load_lora
 from coatrt.engines.generate import Generated, Sampling, encode_prompt, generate, next_token, probabilities
 from coatrt.engines.load import load_decoder

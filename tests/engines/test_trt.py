@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from coatrt.bundle import Bundle
-from coatrt.contract import DecoderIO
+from coatrt.configs.lora_contract import DecoderIO
 from coatrt.devices import device
 from coatrt.engines import trt
 from coatrt.engines.load import load_decoder

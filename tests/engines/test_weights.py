@@ -9,7 +9,7 @@ import torch
 
 from coatrt.adapter import Adapter
 from coatrt.bundle import Bundle
-from coatrt.config import QuantConfig
+from coatrt.configs.config import QuantConfig
 from coatrt.devices import device
 from coatrt.engines.assemble import BundleOptions, assemble
 from coatrt.engines.verify import TOLERANCE, verify

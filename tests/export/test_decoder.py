@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from coatrt.config import QuantConfig
-from coatrt.contract import LoraContract, contract_for
+from coatrt.configs.config import QuantConfig
+from coatrt.configs.lora_contract import LoraContract, contract_for
 from coatrt.engines.options import BundleOptions
 from coatrt.errors import CheckpointError, ConfigError
 from coatrt.export.decoder import GraphForm, decoder_io, export_decoder

@@ -12,8 +12,8 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from coatrt.config import ConfigPatterns, QuantConfig
-from coatrt.contract import contract_for
+from coatrt.configs.config import ConfigPatterns, QuantConfig
+from coatrt.configs.lora_contract import contract_for
 from coatrt.export.decoder import WEIGHTS_FILE, GraphForm, export_decoder
 from coatrt.export.weight_file import WeightFile
 from coatrt.models.checkpoint import Checkpoint
@@ -165,7 +165,7 @@ from pathlib import Path
 import torch
 import coatrt.export.decoder as decoder
 from coatrt.models.checkpoint import Checkpoint
-from coatrt.config import QuantConfig
+from coatrt.configs.config import QuantConfig
 torch.set_num_threads(1)
 decoder.encode(torch.ones(64, 64), "nf4-g64")  # imports and thread pools
 decoder.DecoderSpec.from_checkpoint(checkpoint := Checkpoint.open(sys.argv[1]))

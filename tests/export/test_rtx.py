@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from coatrt.contract import contract_for
+from coatrt.configs.lora_contract import contract_for
 from coatrt.export.decoder import GraphForm
 from coatrt.models.checkpoint import Checkpoint
 from support.families import MODELS, export, save_model

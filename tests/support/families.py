@@ -9,8 +9,8 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 
-from coatrt.config import QuantConfig
-from coatrt.contract import DecoderIO, LoraContract
+from coatrt.configs.config import QuantConfig
+from coatrt.configs.lora_contract import DecoderIO, LoraContract
 from coatrt.export.decoder import GraphForm, decoder_io, export_decoder
 from coatrt.models.checkpoint import Checkpoint
 

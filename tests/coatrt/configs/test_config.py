@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coatrt.config import ConfigPatterns, QuantConfig
+from coatrt.configs.config import ConfigPatterns, QuantConfig
 from coatrt.errors import CheckpointError, ConfigError, FormatError
 from coatrt.models.matrices import ModelMatrices, matrices_of
 from coatrt.quantization.weight_format import WeightFormat

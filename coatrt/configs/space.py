@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from coatrt.config import QuantConfig
+from coatrt.configs.config import QuantConfig
 from coatrt.errors import ConfigError
 from coatrt.models.matrices import ModelMatrices
 from coatrt.quantization.weight_format import WeightFormat

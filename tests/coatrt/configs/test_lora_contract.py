@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from coatrt.contract import DecoderIO, LoraContract, LoraTensor, contract_for
+from coatrt.configs.lora_contract import DecoderIO, LoraContract, LoraTensor, contract_for
 from coatrt.errors import ConfigError
 from coatrt.models.matrices import Matrix, ModelMatrices
 
