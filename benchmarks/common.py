@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from coatrt.engines.environment import environment
+from coatrt.devices.environment import environment
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.system.files import write_json
 

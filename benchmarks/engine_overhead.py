@@ -13,7 +13,7 @@ from common import random_llama, save_result, smollm2
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import contract_for
 from coatrt.configs.space import ConfigSpace
-from coatrt.devices import device
+from coatrt.devices.profiles import device
 from coatrt.engine_size import engine_overhead
 from coatrt.engines.builder import EngineShapes, build_engine
 from coatrt.export.decoder import GraphForm, export_decoder

@@ -17,7 +17,7 @@ import torch
 from common import save_result, smollm2
 
 from coatrt.configs.config import QuantConfig
-from coatrt.devices import device
+from coatrt.devices.profiles import device
 from coatrt.engines.builder import EngineShapes, build_engine
 from coatrt.export.decoder import GraphForm, export_decoder
 from coatrt.models.checkpoint import Checkpoint, load_model

@@ -22,7 +22,7 @@ from coatrt.adapter import Adapter
 from coatrt.adapter_facts import AdapterFacts
 from coatrt.bundle import Bundle
 from coatrt.configs.space import ConfigSpace
-from coatrt.devices import device
+from coatrt.devices.profiles import device
 from coatrt.engines.build_room import BuildRoom
 from coatrt.engines.builder import build_engine
 from coatrt.engines.engine_cache import EngineCache

@@ -15,7 +15,7 @@ import numpy as np
 from common import save_result, smollm2
 
 from coatrt.adapter import Adapter
-from coatrt.devices import device
+from coatrt.devices.profiles import device
 from coatrt.engines.assemble import BundleOptions, assemble
 from coatrt.engines.bench import percentiles
 from coatrt.engines.emit import Emitter

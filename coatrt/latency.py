@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coatrt.configs.space import ConfigSpace
-from coatrt.devices import DeviceProfile
+from coatrt.devices.profiles import DeviceProfile
 from coatrt.models.matrices import ModelMatrices
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.workload import Workload

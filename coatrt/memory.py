@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from coatrt.configs.config import QuantConfig
-from coatrt.devices import DeviceProfile
+from coatrt.devices.profiles import DeviceProfile
 from coatrt.engine_size import engine_overhead
 from coatrt.models.matrices import ModelMatrices
 from coatrt.workload import Workload

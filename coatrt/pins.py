@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coatrt.configs.space import ConfigSpace
-from coatrt.devices import DeviceProfile
+from coatrt.devices.profiles import DeviceProfile
 from coatrt.errors import ConfigError
 from coatrt.models.matrices import EMBEDDING, HEAD, ModelMatrices
 from coatrt.quantization.weight_format import WeightFormat

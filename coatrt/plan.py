@@ -13,7 +13,7 @@ from coatrt.archive import Archive
 from coatrt.calibrated import find_calibration
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.space import ConfigSpace
-from coatrt.devices import DeviceProfile
+from coatrt.devices.profiles import DeviceProfile
 from coatrt.engine_size import overhead_of_choices
 from coatrt.errors import ConfigError, DeviceError
 from coatrt.frontier import Candidates, candidates

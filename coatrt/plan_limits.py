@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from coatrt.devices import DeviceProfile
+from coatrt.devices.profiles import DeviceProfile
 from coatrt.errors import ConfigError
 from coatrt.plan_data import Objective, PlanRequest
 from coatrt.workload import Workload

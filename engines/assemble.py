@@ -6,7 +6,7 @@ from pathlib import Path
 from coatrt.adapter import Adapter
 from coatrt.bundle import Bundle
 from coatrt.configs.config import QuantConfig
-from coatrt.devices import DeviceProfile
+from coatrt.devices.profiles import DeviceProfile
 from coatrt.engines.fleet import Target, build_fleet
 from coatrt.engines.options import BundleOptions
 from coatrt.export.decoder import Progress

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from coatrt.bundle import Bundle
-from coatrt.devices import DeviceProfile
+from coatrt.devices.environment import environment
+from coatrt.devices.profiles import DeviceProfile
 from coatrt.engines.emit import Emitter, load_lora
-from coatrt.engines.environment import environment
 from coatrt.engines.ort import OrtDecoder
 from coatrt.errors import ConfigError
 

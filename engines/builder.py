@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from coatrt.configs.config import QuantConfig
-from coatrt.devices import DeviceProfile, least_sm
+from coatrt.devices.probe import probe
+from coatrt.devices.profiles import DeviceProfile, least_sm
 from coatrt.errors import BuildError, DeviceError, FormatError
-from coatrt.probe import probe
 from coatrt.system.files import atomic_file
 
 __all__ = ["BuildRecord", "EngineShapes", "build_engine", "check_formats", "installed_builder"]

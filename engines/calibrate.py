@@ -15,7 +15,7 @@ import torch
 from coatrt.adapter import Adapter
 from coatrt.calibrated import Calibrated, Product, Rest, shape_of
 from coatrt.configs.config import QuantConfig
-from coatrt.engines.environment import environment
+from coatrt.devices.environment import environment
 from coatrt.engines.ort import OrtDecoder, session
 from coatrt.errors import ConfigError
 from coatrt.export.decoder import decoder_io, export_decoder

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from coatrt.adapter import Adapter
 from coatrt.bundle import Bundle, seal
 from coatrt.configs.config import QuantConfig
-from coatrt.devices import DeviceProfile
+from coatrt.devices.profiles import DeviceProfile
 from coatrt.engines.build_room import BuildRoom, builder_bytes
 from coatrt.engines.builder import BuildRecord, build_engine, check_formats, installed_builder
 from coatrt.engines.bundle_files import export_config, export_shared

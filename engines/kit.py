@@ -4,7 +4,7 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from coatrt.devices import DeviceProfile
+from coatrt.devices.profiles import DeviceProfile
 from coatrt.engines import build_on_device
 from coatrt.engines.builder import EngineShapes
 from coatrt.system.files import write_json

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from coatrt.bundle import Bundle
 from coatrt.configs.config import QuantConfig
-from coatrt.devices import DeviceProfile
+from coatrt.devices.environment import versions
+from coatrt.devices.profiles import DeviceProfile
 from coatrt.engines.builder import installed_builder
-from coatrt.engines.environment import versions
 from coatrt.engines.options import BundleOptions
 from coatrt.errors import BuildError, BundleError
 from coatrt.plan import Plan

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from coatrt.bundle import Bundle
 from coatrt.configs.lora_contract import DecoderIO, LoraContract
+from coatrt.devices.probe import probe
 from coatrt.engines.runtime import LoraTensors, check_lora, check_tokens, next_step, pad_right
 from coatrt.errors import BuildError
-from coatrt.probe import probe
 
 __all__ = ["TrtDecoder"]
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from coatrt.bundle import Bundle
+from coatrt.devices.environment import versions
 from coatrt.engines.emit import Emitter, load_lora
-from coatrt.engines.environment import versions
 from coatrt.engines.ort import OrtDecoder
 from coatrt.engines.weights import held_weights
 from coatrt.errors import BundleError, CheckpointError, CoatError

@@ -18,11 +18,11 @@ from coatrt.adapter import Adapter
 from coatrt.bundle import Bundle
 from coatrt.configs.config import QuantConfig
 from coatrt.data.documents import tokenize_text
-from coatrt.devices import device
+from coatrt.devices.environment import environment
+from coatrt.devices.profiles import device
 from coatrt.engines.builder import EngineShapes
 from coatrt.engines.emit import load_lora
 from coatrt.engines.engine_cache import EngineCache
-from coatrt.engines.environment import environment
 from coatrt.engines.fleet import Target, build_fleet
 from coatrt.engines.generate import encode_prompt, generate
 from coatrt.engines.load import load_decoder

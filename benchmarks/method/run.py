@@ -18,7 +18,7 @@ from setting import BUDGETS, FORMATS, Measured, Setting
 from coatrt.compensation import Compensator
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import contract_for
-from coatrt.engines.environment import environment
+from coatrt.devices.environment import environment
 from coatrt.evaluate import measure_held_out
 from coatrt.loop import optimise
 from coatrt.lora import CoaLora

@@ -25,7 +25,7 @@ def command(bundle: Path, prompts: tuple[int, ...], tokens: int, repeat: int, ba
             accuracy_level: str, device: str | None, as_json: bool, output: Path | None) -> None:  # fmt: skip
     """Measure BUNDLE on this machine with ONNX Runtime: prefill, decode, LoRA on and off, emission, load."""
     from coatrt.bundle import Bundle
-    from coatrt.devices import device as profile
+    from coatrt.devices.profiles import device as profile
     from coatrt.engines.bench import bench, bench_text
     from coatrt.system.files import write_json
     from coatrt.system.progress import stages

@@ -42,7 +42,7 @@ def command(adapter: Path, devices: tuple[str, ...], output: Path, config_path: 
     """Make a bundle of ADAPTER per device: plan, graphs, hypernetwork, LoRA, engine."""
     from coatrt.adapter_facts import AdapterFacts
     from coatrt.archive import adapter_archive
-    from coatrt.devices import device
+    from coatrt.devices.profiles import device
     from coatrt.engines.build_room import BuildRoom
     from coatrt.engines.builder import EngineShapes, check_formats
     from coatrt.engines.options import BundleOptions

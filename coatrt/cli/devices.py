@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from coatrt.cli.common import echo_json
-from coatrt.devices import DeviceProfile, devices
+from coatrt.devices.profiles import DeviceProfile, devices
 
 __all__ = ["command"]
 
@@ -24,7 +24,7 @@ def command(ctx: click.Context, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def probe(as_json: bool) -> None:
     """Show the GPUs of this machine."""
-    from coatrt.probe import probe as ask
+    from coatrt.devices.probe import probe as ask
 
     found = ask()
     if not found and not as_json:

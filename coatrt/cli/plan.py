@@ -63,7 +63,7 @@ def command(adapter: Path, devices: tuple[str, ...], output: Path | None, as_jso
     """Choose a configuration of ADAPTER per device: least predicted loss, least time per token, or balanced."""
     from coatrt.adapter_facts import AdapterFacts
     from coatrt.archive import adapter_archive
-    from coatrt.devices import device
+    from coatrt.devices.profiles import device
     from coatrt.errors import ConfigError
     from coatrt.fleet_table import fleet_table
     from coatrt.plan import plan_fleet

@@ -9,7 +9,7 @@ from coatrt.adapter_facts import AdapterFacts
 from coatrt.archive import Archive, adapter_archive
 from coatrt.bundle import MANIFEST, Bundle
 from coatrt.configs.config import QuantConfig
-from coatrt.devices import device
+from coatrt.devices.profiles import device
 from coatrt.errors import ConfigError
 from coatrt.models.matrices import ModelMatrices
 from coatrt.plan import PlanRequest, plan_fleet

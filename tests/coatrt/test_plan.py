@@ -11,7 +11,7 @@ from coatrt.adapter import Adapter
 from coatrt.archive import Archive, ArchiveEntry
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.space import ConfigSpace
-from coatrt.devices import device, devices
+from coatrt.devices.profiles import device, devices
 from coatrt.errors import ConfigError, DeviceError
 from coatrt.memory import RUNTIME_RESERVE
 from coatrt.plan import Plan, Workload, make_plan, plan_for

@@ -13,7 +13,7 @@ from coatrt.adapter_facts import AdapterFacts
 from coatrt.allocate import allocate, cost_matrix
 from coatrt.calibrated import Calibrated, Product, Rest, calibration_path, find_calibration, shape_of
 from coatrt.configs.space import ConfigSpace
-from coatrt.devices import device, devices
+from coatrt.devices.profiles import device, devices
 from coatrt.engine_size import engine_overhead, overhead_of_choices
 from coatrt.errors import ConfigError, FormatError
 from coatrt.fleet_table import fleet_table

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from coatrt.adapter import Adapter
-from coatrt.devices import device
+from coatrt.devices.profiles import device
 from coatrt.engines.assemble import BundleOptions, assemble
 from coatrt.engines.headers import fetch
 from coatrt.errors import CoatError

@@ -7,7 +7,7 @@ import pytest
 
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import contract_for
-from coatrt.devices import DeviceProfile, device
+from coatrt.devices.profiles import DeviceProfile, device
 from coatrt.engines import builder
 from coatrt.engines.builder import EngineShapes, build_engine, check_formats
 from coatrt.errors import BuildError, DeviceError, FormatError

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from coatrt.adapter import Adapter
 from coatrt.bundle import Bundle, seal
-from coatrt.devices import device
+from coatrt.devices.profiles import device
 from coatrt.engines.assemble import BundleOptions, assemble
 from coatrt.engines.bench import bench, bench_text, percentiles
 from coatrt.engines.builder import EngineShapes

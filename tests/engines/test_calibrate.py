@@ -7,7 +7,7 @@ import pytest
 
 from coatrt.adapter import Adapter
 from coatrt.calibrated import Calibrated, Product, calibration_path
-from coatrt.devices import device
+from coatrt.devices.profiles import device
 from coatrt.engines.bundle_files import export_config, export_shared
 from coatrt.engines.calibrate import _without_drift, calibrate_cpu, predicted_decode, time_product
 from coatrt.engines.options import BundleOptions

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from coatrt.adapter import Adapter
 from coatrt.bundle import Bundle, seal
 from coatrt.configs.config import ConfigPatterns
-from coatrt.devices import device
+from coatrt.devices.profiles import device
 from coatrt.engines.assemble import BundleOptions, assemble
 from coatrt.engines.emit import Emitter, load_lora
 from coatrt.engines.generate import generate

@@ -15,7 +15,7 @@ import pytest
 from coatrt.adapter import Adapter
 from coatrt.bundle import Bundle
 from coatrt.configs.config import QuantConfig
-from coatrt.devices import device
+from coatrt.devices.profiles import device
 from coatrt.engines import builder as builder_module
 from coatrt.engines import fleet
 from coatrt.engines.build_room import BuildRoom, builder_bytes

@@ -8,7 +8,7 @@ import pytest
 
 from coatrt.adapter import Adapter
 from coatrt.bundle import Bundle
-from coatrt.devices import device
+from coatrt.devices.profiles import device
 from coatrt.engines.emit import load_lora
 from coatrt.engines.fleet import Target, build_fleet
 from coatrt.engines.load import load_decoder

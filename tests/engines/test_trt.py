@@ -11,7 +11,7 @@ import pytest
 
 from coatrt.bundle import Bundle
 from coatrt.configs.lora_contract import DecoderIO
-from coatrt.devices import device
+from coatrt.devices.profiles import device
 from coatrt.engines import trt
 from coatrt.engines.load import load_decoder
 from coatrt.engines.ort import OrtDecoder

@@ -10,7 +10,7 @@ import torch
 from coatrt.adapter import Adapter
 from coatrt.bundle import Bundle
 from coatrt.configs.config import QuantConfig
-from coatrt.devices import device
+from coatrt.devices.profiles import device
 from coatrt.engines.assemble import BundleOptions, assemble
 from coatrt.engines.verify import TOLERANCE, verify
 from coatrt.engines.weights import held_weights

@@ -9,7 +9,7 @@ import pytest
 
 from coatrt.adapter_facts import AdapterFacts
 from coatrt.bundle import Bundle
-from coatrt.devices import device
+from coatrt.devices.profiles import device
 from coatrt.errors import BundleError, ConfigError
 from coatrt.plan import PlanRequest, plan_for
 from coatrt.report.collect import collect

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from coatrt.devices import device, devices, least_sm
+from coatrt.devices.probe import probe
+from coatrt.devices.profiles import device, devices, least_sm
 from coatrt.errors import DeviceError
-from coatrt.probe import probe
 from coatrt.quantization.weight_format import WeightFormat
 
 RTX_TARGETS = {75, 80, 86, 89, 120, 121}

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from coatrt import __version__
+from coatrt.devices.probe import probe
 from coatrt.errors import DeviceError
-from coatrt.probe import probe
 
 __all__ = ["environment", "versions"]
 

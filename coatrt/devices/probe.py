@@ -5,7 +5,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 
-from coatrt.devices import Builder, DeviceProfile, devices
+from coatrt.devices.profiles import Builder, DeviceProfile, devices
 from coatrt.errors import DeviceError
 
 __all__ = ["probe"]
