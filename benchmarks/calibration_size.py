@@ -13,8 +13,8 @@ from common import RESULTS, save_result, smollm2
 from quantizers import HELD_OUT, LENGTH, speeches
 
 from coatrt.data.documents import batches
-from coatrt.evaluate import mean_loss
-from coatrt.fakequant import FakeQuantModel
+from coatrt.evaluation.fake_quant import FakeQuantModel
+from coatrt.evaluation.losses import mean_loss
 from coatrt.models.matrices import EMBEDDING
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import Quantizer, decode, encode

@@ -16,8 +16,8 @@ from common import save_result, smollm2
 from coatrt.adapter import Adapter
 from coatrt.configs.config import QuantConfig
 from coatrt.engines.ort import OrtDecoder
+from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.export.decoder import GraphForm, decoder_io, export_decoder
-from coatrt.fakequant import FakeQuantModel
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.quantization.code_cache import CodeStore
 

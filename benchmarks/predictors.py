@@ -24,16 +24,16 @@ from tasks import sotu_documents
 from coatrt.allocate import cost_matrix
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.space import ConfigSpace
-from coatrt.curvature import kfac_costs, token_costs
 from coatrt.data.documents import tokenize_text
-from coatrt.evaluate import mean_loss
-from coatrt.fakequant import FakeQuantModel
+from coatrt.evaluation.curvature import kfac_costs, token_costs
+from coatrt.evaluation.fake_quant import FakeQuantModel
+from coatrt.evaluation.losses import mean_loss
+from coatrt.evaluation.sensitivity import fisher_costs, measured_costs, relative_errors
 from coatrt.models.checkpoint import load_tokenizer
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.input_moments import Calibration
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.sampling import TrainingSampler
-from coatrt.sensitivity import fisher_costs, measured_costs, relative_errors
 from coatrt.system.files import read_json, write_json
 
 FORMATS = ("nf2-g64", "nf3-g64", "nf4-g64", "int4-g64", "nvfp4", "fp8", "int8")

@@ -15,8 +15,8 @@ import torch
 from common import RESULTS, save_result, smollm2
 
 from coatrt.data.documents import TextData, batches, tokenize_text
-from coatrt.evaluate import mean_loss
-from coatrt.fakequant import FakeQuantModel
+from coatrt.evaluation.fake_quant import FakeQuantModel
+from coatrt.evaluation.losses import mean_loss
 from coatrt.models.checkpoint import Checkpoint, load_tokenizer
 from coatrt.models.matrices import EMBEDDING
 from coatrt.quantization.code_cache import CodeStore

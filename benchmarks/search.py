@@ -27,15 +27,15 @@ from tasks import sotu
 from coatrt.archive import Archive
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.space import ConfigSpace
-from coatrt.evaluate import mean_loss
-from coatrt.fakequant import FakeQuantModel
+from coatrt.evaluation.fake_quant import FakeQuantModel
+from coatrt.evaluation.losses import mean_loss
+from coatrt.evaluation.sensitivity import fisher_costs
 from coatrt.hypervolume import hypervolume
 from coatrt.models.checkpoint import Checkpoint, load_tokenizer
 from coatrt.models.matrices import EMBEDDING, ModelMatrices
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.search import Method, SearchOptions, search
-from coatrt.sensitivity import fisher_costs
 from coatrt.system.files import atomic_file, read_json, write_json
 
 FORMATS = ("nf2-g32", "nf3-g32", "nf4-g32", "int4-g32", "nvfp4", "fp8", "int8")

@@ -12,8 +12,8 @@ from common import save_result, smollm2
 from tasks import sotu
 
 from coatrt.data.documents import batches
-from coatrt.evaluate import measure_held_out
-from coatrt.fakequant import FakeQuantModel
+from coatrt.evaluation.fake_quant import FakeQuantModel
+from coatrt.evaluation.losses import measure_held_out
 from coatrt.models.checkpoint import load_tokenizer
 from coatrt.models.matrices import EMBEDDING
 from coatrt.quantization.code_cache import CodeStore

@@ -23,7 +23,7 @@ from coatrt.compensation import Compensator
 from coatrt.configs.lora_contract import contract_for
 from coatrt.configs.space import ConfigSpace
 from coatrt.data.examples import Examples
-from coatrt.fakequant import FakeQuantModel
+from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.features import ConfigEncoder
 from coatrt.loop import optimise
 from coatrt.lora import CoaLora

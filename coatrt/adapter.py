@@ -14,6 +14,7 @@ from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import LoraContract
 from coatrt.configs.space import ConfigSpace
 from coatrt.errors import CheckpointError, ConfigError
+from coatrt.evaluation.sensitivity import Sensitivity
 from coatrt.features import ConfigEncoder
 from coatrt.lora import CoaLora
 from coatrt.models.checkpoint import Checkpoint
@@ -23,7 +24,6 @@ from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import CALIBRATED, QUANTIZERS, Quantizer
 from coatrt.quantization.input_moments import Calibration
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.sensitivity import Sensitivity
 from coatrt.system.files import atomic_directory, read_json, sha256_file, write_json
 
 __all__ = ["ADAPTER_FORMAT", "Adapter"]

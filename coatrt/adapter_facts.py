@@ -12,9 +12,9 @@ from coatrt import __version__
 from coatrt.configs.lora_contract import LoraContract
 from coatrt.configs.space import ConfigSpace
 from coatrt.errors import CheckpointError, ConfigError, FormatError
+from coatrt.evaluation.sensitivity_table import Sensitivity
 from coatrt.models.matrices import ModelMatrices
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.sensitivity_table import Sensitivity
 from coatrt.system.files import read_json, sha256_file
 
 __all__ = ["ADAPTER_FORMAT", "AdapterFacts", "adapter_hash", "adapter_reading", "read_description"]

@@ -14,8 +14,8 @@ from coatrt.data.documents import tokenize_text
 from coatrt.data.examples import Examples
 from coatrt.data.task_data import TaskData
 from coatrt.errors import ConfigError
-from coatrt.evaluate import mean_loss
-from coatrt.fakequant import FakeQuantModel
+from coatrt.evaluation.fake_quant import FakeQuantModel
+from coatrt.evaluation.losses import mean_loss
 from coatrt.models.checkpoint import load_tokenizer
 from coatrt.search import SearchOptions, search
 from coatrt.system.files import exclusive

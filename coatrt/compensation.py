@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from coatrt.configs.lora_contract import LoraContract, LoraTensor
-from coatrt.fakequant import FakeQuantModel
+from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.gram import Gram, collect_inputs, inputs_are_smaller
 from coatrt.quantization.input_moments import InputMoments
 from coatrt.quantization.weight_format import WeightFormat
@@ -125,7 +125,7 @@ class Compensator:
         Args:
             tensor: the matrix.
             fmt: the format.
-            gains: G, float32 [N], see `coatrt.curvature.output_gains`.
+            gains: G, float32 [N], see `coatrt.evaluation.curvature.output_gains`.
             seed: of the randomized decomposition and of the random columns, which are the same on every device.
             share: of the columns that read such directions; the others are random.
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coatrt.fakequant import FakeQuantModel
+from coatrt.evaluation.fake_quant import FakeQuantModel
 
 __all__ = ["Gram", "collect_inputs", "inputs_are_smaller"]
 

@@ -14,7 +14,7 @@ from coatrt.configs.config import QuantConfig
 from coatrt.data.documents import batches
 from coatrt.data.examples import Examples
 from coatrt.errors import CheckpointError, CoatError
-from coatrt.fakequant import FakeQuantModel
+from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.objective import Pass, accumulate_gradients
 from coatrt.system.distributed import Processes
 from coatrt.system.progress import progress_bar

@@ -70,7 +70,7 @@ class CoaLora(nn.Module):
 
         Args:
             compensator: of the model that the LoRA stands beside.
-            gains: see `coatrt.curvature.output_gains`: A begins with the directions that make up for most in the format
+            gains: see `coatrt.evaluation.curvature.output_gains`: A begins with the directions that make up for most in the format
                 of fewest bits, B with zero. None leaves both as they are.
             share: of A's columns that do so; the others are random.
             progress: called after each matrix.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from coatrt.configs.config import QuantConfig
 from coatrt.data.examples import IGNORED, Examples
-from coatrt.fakequant import FakeQuantModel
+from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.train_options import TrainOptions
 
 if TYPE_CHECKING:

@@ -16,12 +16,13 @@ from coatrt.compensation import Compensator
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import contract_for
 from coatrt.configs.space import ConfigSpace
-from coatrt.curvature import output_gains
 from coatrt.data.task_data import TaskData
 from coatrt.data.text import text_task
 from coatrt.errors import ConfigError
-from coatrt.evaluate import measure_held_out
-from coatrt.fakequant import FakeQuantModel
+from coatrt.evaluation.curvature import output_gains
+from coatrt.evaluation.fake_quant import FakeQuantModel
+from coatrt.evaluation.losses import measure_held_out
+from coatrt.evaluation.sensitivity import Sensitivity, measure_sensitivity
 from coatrt.features import ConfigEncoder
 from coatrt.hypervolume import hypervolume
 from coatrt.loop import optimise
@@ -31,7 +32,6 @@ from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.input_moments import Calibration, InputMoments, calibration_examples
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.sampling import TrainingSampler
-from coatrt.sensitivity import Sensitivity, measure_sensitivity
 from coatrt.system.distributed import Processes
 from coatrt.system.files import cache_directory, check_replaceable
 from coatrt.system.progress import progress_bar, stages

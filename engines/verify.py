@@ -148,7 +148,7 @@ def _against_torch(
     """
     import torch
 
-    from coatrt.fakequant import FakeQuantModel
+    from coatrt.evaluation.fake_quant import FakeQuantModel
     from coatrt.models.checkpoint import Checkpoint
     from coatrt.quantization.code_cache import CodeStore
 

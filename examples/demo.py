@@ -29,8 +29,8 @@ from coatrt.engines.load import load_decoder
 from coatrt.engines.options import BundleOptions
 from coatrt.engines.verify import verify
 from coatrt.errors import CoatError
-from coatrt.evaluate import mean_loss
-from coatrt.fakequant import FakeQuantModel
+from coatrt.evaluation.fake_quant import FakeQuantModel
+from coatrt.evaluation.losses import mean_loss
 from coatrt.models.checkpoint import Checkpoint, load_tokenizer
 from coatrt.plan import plan_for
 from coatrt.plot import plot_bits

@@ -19,7 +19,7 @@ from coatrt.compensation import Compensator
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import contract_for
 from coatrt.devices.environment import environment
-from coatrt.evaluate import measure_held_out
+from coatrt.evaluation.losses import measure_held_out
 from coatrt.loop import optimise
 from coatrt.lora import CoaLora
 from coatrt.system.distributed import Processes

@@ -18,10 +18,11 @@ from tasks import TASKS
 
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.space import ConfigSpace
-from coatrt.curvature import output_gains
 from coatrt.data.examples import Examples
 from coatrt.data.task_data import TaskData
-from coatrt.fakequant import FakeQuantModel
+from coatrt.evaluation.curvature import output_gains
+from coatrt.evaluation.fake_quant import FakeQuantModel
+from coatrt.evaluation.sensitivity import Sensitivity, measure_sensitivity
 from coatrt.features import ConfigEncoder
 from coatrt.models.checkpoint import Checkpoint, load_tokenizer
 from coatrt.quantization.code_cache import CodeStore
@@ -29,7 +30,6 @@ from coatrt.quantization.codec import Quantizer
 from coatrt.quantization.input_moments import Calibration, InputMoments, calibration_examples
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.sampling import TrainingSampler
-from coatrt.sensitivity import Sensitivity, measure_sensitivity
 from coatrt.system.files import cache_directory
 from coatrt.system.progress import stages
 from coatrt.system.tensors import read_tensors, write_tensors

@@ -123,8 +123,8 @@ def main() -> None:
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from common import save_result, smollm2
 
-    from coatrt.evaluate import measure_held_out
-    from coatrt.fakequant import FakeQuantModel
+    from coatrt.evaluation.fake_quant import FakeQuantModel
+    from coatrt.evaluation.losses import measure_held_out
     from coatrt.models.checkpoint import load_tokenizer
     from coatrt.quantization.code_cache import CodeStore
 

@@ -19,7 +19,7 @@ from coatrt.cli.main import cli
 from coatrt.data.documents import tokenize_text
 from coatrt.data.registry import load_task
 from coatrt.errors import ConfigError
-from coatrt.fakequant import FakeQuantModel
+from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.models.checkpoint import Checkpoint, load_tokenizer
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.train import train

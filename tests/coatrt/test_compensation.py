@@ -12,8 +12,8 @@ from coatrt.adapter import Adapter
 from coatrt.compensation import Compensator
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import LoraContract, contract_for
-from coatrt.curvature import output_gains
-from coatrt.fakequant import FakeQuantModel
+from coatrt.evaluation.curvature import output_gains
+from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.features import ConfigEncoder
 from coatrt.lora import CoaLora
 from coatrt.models.checkpoint import Checkpoint, load_model

@@ -15,7 +15,7 @@ from torch import nn
 from coatrt.adapter import Adapter
 from coatrt.data.examples import Examples
 from coatrt.errors import ConfigError
-from coatrt.fakequant import FakeQuantModel
+from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.loop import History, optimise
 from coatrt.lora import CoaLora
 from coatrt.models.checkpoint import Checkpoint, load_model

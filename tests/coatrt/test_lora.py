@@ -13,7 +13,7 @@ from coatrt.adapter_facts import AdapterFacts
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import contract_for
 from coatrt.errors import CheckpointError, ConfigError
-from coatrt.fakequant import FakeQuantModel
+from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.features import ConfigEncoder
 from coatrt.lora import CoaLora
 from coatrt.models.matrices import ModelMatrices, matrices_of

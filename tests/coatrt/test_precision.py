@@ -9,13 +9,13 @@ import torch
 
 from coatrt.configs.lora_contract import contract_for
 from coatrt.configs.space import ConfigSpace
-from coatrt.curvature import output_gains
-from coatrt.fakequant import FakeQuantModel
+from coatrt.evaluation.curvature import output_gains
+from coatrt.evaluation.fake_quant import FakeQuantModel
+from coatrt.evaluation.sensitivity import measure_sensitivity
 from coatrt.models.checkpoint import Checkpoint, load_model
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import decode, encode
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.sensitivity import measure_sensitivity
 from coatrt.train import train
 from support.tiny import TEXTS, tiny_options
 

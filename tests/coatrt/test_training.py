@@ -21,14 +21,14 @@ from coatrt.configs.config import QuantConfig
 from coatrt.data.documents import batches, read_documents, tokenize_text
 from coatrt.data.text import text_task
 from coatrt.errors import ConfigError
-from coatrt.fakequant import FakeQuantModel
+from coatrt.evaluation.fake_quant import FakeQuantModel
+from coatrt.evaluation.sensitivity import measure_sensitivity
 from coatrt.models.checkpoint import Checkpoint, load_model, load_tokenizer
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import decode, encode, relative_error
 from coatrt.quantization.input_moments import InputMoments, calibration_examples
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.sampling import TrainingSampler
-from coatrt.sensitivity import measure_sensitivity
 from coatrt.train import TrainOptions, train
 from support.tiny import TEXTS, tiny_options
 

@@ -187,7 +187,7 @@ def test_adapt_in_other_formats(tiny_bundle: Path, tmp_path: Path, tiny_llama: P
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 
-    from coatrt.fakequant import FakeQuantModel
+    from coatrt.evaluation.fake_quant import FakeQuantModel
     from coatrt.quantization.code_cache import CodeStore
 
     model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path / "peft").eval()

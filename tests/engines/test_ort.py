@@ -15,8 +15,8 @@ from coatrt.engines.generate import Generated, Sampling, encode_prompt, generate
 from coatrt.engines.load import load_decoder
 from coatrt.engines.ort import OrtDecoder
 from coatrt.errors import BuildError, ConfigError
+from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.export.decoder import GraphForm, decoder_io, export_decoder
-from coatrt.fakequant import FakeQuantModel
 from coatrt.quantization.code_cache import CodeStore
 
 PROMPT = [5, 77, 130, 9, 41, 200, 13]

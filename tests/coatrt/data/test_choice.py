@@ -10,8 +10,8 @@ from coatrt.data.choice import Question, choice_task
 from coatrt.data.choice_sets import ChoiceSets
 from coatrt.data.examples import IGNORED, Examples
 from coatrt.errors import ConfigError
-from coatrt.evaluate import choice_scores, mean_loss, measure_held_out
-from coatrt.fakequant import FakeQuantModel
+from coatrt.evaluation.fake_quant import FakeQuantModel
+from coatrt.evaluation.losses import choice_scores, mean_loss, measure_held_out
 from coatrt.models.checkpoint import Checkpoint, load_model, load_tokenizer
 from coatrt.quantization.code_cache import CodeStore
 

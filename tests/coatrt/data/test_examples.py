@@ -7,13 +7,13 @@ import torch
 
 from coatrt.data.examples import IGNORED, Examples
 from coatrt.errors import ConfigError
-from coatrt.evaluate import log_likelihoods, mean_loss
-from coatrt.fakequant import FakeQuantModel
+from coatrt.evaluation.fake_quant import FakeQuantModel
+from coatrt.evaluation.losses import log_likelihoods, mean_loss
+from coatrt.evaluation.sensitivity import measure_sensitivity
 from coatrt.models.checkpoint import Checkpoint, load_model
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import decode, encode
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.sensitivity import measure_sensitivity
 
 # Lengths and targets differ: a whole row, an answer at the end, two answers with a gap, one token.
 ROWS = [

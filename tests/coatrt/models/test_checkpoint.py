@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from coatrt.errors import CheckpointError
-from coatrt.fakequant import FakeQuantModel
+from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.models.checkpoint import Checkpoint, load_model, load_tokenizer
 from coatrt.quantization.code_cache import CodeStore
 from support.tiny import save_tiny_llama

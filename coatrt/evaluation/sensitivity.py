@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.space import ConfigSpace
-from coatrt.curvature import kfac_costs, token_costs
 from coatrt.data.examples import Examples
 from coatrt.errors import ConfigError
-from coatrt.evaluate import mean_loss
-from coatrt.fakequant import FakeQuantModel
+from coatrt.evaluation.curvature import kfac_costs, token_costs
+from coatrt.evaluation.fake_quant import FakeQuantModel
+from coatrt.evaluation.losses import mean_loss
+from coatrt.evaluation.sensitivity_table import Sensitivity
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import decode
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.sensitivity_table import Sensitivity
 
 __all__ = ["Predictor", "Sensitivity", "fisher_costs", "measure_sensitivity", "measured_costs", "relative_errors"]
 
@@ -163,7 +163,7 @@ def measure_sensitivity(
         blocks: calibration examples, or tokens [blocks, length].
         formats: formats to measure.
         progress: called after each block and each matrix.
-        predictor: "fisher" (`fisher_costs`), "kfac" or "tokens" (`coatrt.curvature`).
+        predictor: "fisher" (`fisher_costs`), "kfac" or "tokens" (`coatrt.evaluation.curvature`).
 
     Raises:
         ConfigError: there is no such predictor.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from coatrt.data.examples import Examples
-from coatrt.fakequant import FakeQuantModel
+from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.models.matrices import EMBEDDING, HEAD
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import decode

@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from coatrt.configs.space import ConfigSpace
-from coatrt.curvature import kfac_costs, output_gains, token_costs
 from coatrt.data.examples import IGNORED, Examples
 from coatrt.errors import ConfigError
-from coatrt.fakequant import FakeQuantModel
+from coatrt.evaluation.curvature import kfac_costs, output_gains, token_costs
+from coatrt.evaluation.fake_quant import FakeQuantModel
+from coatrt.evaluation.sensitivity import fisher_costs, measure_sensitivity, measured_costs, relative_errors
 from coatrt.models.checkpoint import Checkpoint, load_model
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import decode, encode
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.sensitivity import fisher_costs, measure_sensitivity, measured_costs, relative_errors
 
 FORMATS = tuple(map(WeightFormat.parse, ("nf2-g32", "int8")))
 LAYERS = ("model.layers.0.self_attn.v_proj", "model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj")

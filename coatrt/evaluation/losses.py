@@ -6,7 +6,7 @@ from torch import Tensor
 from coatrt.data.choice_sets import ChoiceSets
 from coatrt.data.examples import IGNORED, Examples
 from coatrt.data.task_data import TaskData
-from coatrt.fakequant import FakeQuantModel
+from coatrt.evaluation.fake_quant import FakeQuantModel
 
 __all__ = ["choice_scores", "log_likelihoods", "mean_loss", "measure_held_out"]
 
