@@ -19,7 +19,7 @@ import numpy as np
 from common import save_result
 from safetensors.numpy import load_file
 
-from coatrt.adapter import Adapter
+from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle
 from coatrt.configs.config import ConfigPatterns
 from coatrt.devices.profiles import device

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from common import save_result, smollm2
 
-from coatrt.adapter import Adapter
+from coatrt.adapter.adapter import Adapter
 from coatrt.configs.config import QuantConfig
 from coatrt.engines.calibrate import calibrate_cpu, decode_seconds, export_reference, predicted_decode
 from coatrt.engines.ort import OrtDecoder

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from common import save_result, smollm2
 
-from coatrt.adapter import Adapter
+from coatrt.adapter.adapter import Adapter
 from coatrt.configs.config import QuantConfig
 from coatrt.data.documents import tokenize_text
 from coatrt.engines.ort import OrtDecoder

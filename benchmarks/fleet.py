@@ -18,8 +18,8 @@ import numpy as np
 from common import save_result, smollm2
 from markdown_tables import load
 
-from coatrt.adapter import Adapter
-from coatrt.adapter_facts import AdapterFacts
+from coatrt.adapter.adapter import Adapter
+from coatrt.adapter.description import AdapterFacts
 from coatrt.bundle import Bundle
 from coatrt.configs.space import ConfigSpace
 from coatrt.devices.profiles import device

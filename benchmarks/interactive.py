@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from common import save_result, smollm2
 
-from coatrt.adapter import Adapter
+from coatrt.adapter.adapter import Adapter
 from coatrt.devices.profiles import device
 from coatrt.engines.assemble import BundleOptions, assemble
 from coatrt.engines.bench import percentiles

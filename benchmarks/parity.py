@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from common import save_result, smollm2
 
-from coatrt.adapter import Adapter
+from coatrt.adapter.adapter import Adapter
 from coatrt.configs.config import QuantConfig
 from coatrt.engines.ort import OrtDecoder
 from coatrt.evaluation.fake_quant import FakeQuantModel

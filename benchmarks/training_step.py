@@ -19,14 +19,14 @@ import torch
 from common import save_result, smollm2
 from peft import LoraConfig, get_peft_model
 
-from coatrt.compensation import Compensator
+from coatrt.adapter.compensation import Compensator
+from coatrt.adapter.features import ConfigEncoder
+from coatrt.adapter.lora import CoaLora
 from coatrt.configs.lora_contract import contract_for
 from coatrt.configs.space import ConfigSpace
 from coatrt.data.examples import Examples
 from coatrt.evaluation.fake_quant import FakeQuantModel
-from coatrt.features import ConfigEncoder
 from coatrt.loop import optimise
-from coatrt.lora import CoaLora
 from coatrt.models.checkpoint import load_model
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.input_moments import Calibration, InputMoments

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from coatrt.adapter import Adapter
-from coatrt.adapter_facts import adapter_hash
+from coatrt.adapter.adapter import Adapter
+from coatrt.adapter.description import adapter_hash
 from coatrt.archive import ARCHIVE_FILE, Archive, ArchiveEntry
 from coatrt.configs.config import QuantConfig
 from coatrt.data.documents import tokenize_text

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coatrt.adapter_facts import adapter_hash
+from coatrt.adapter.description import adapter_hash
 from coatrt.configs.config import QuantConfig
 from coatrt.errors import ConfigError, FormatError
 from coatrt.hypervolume import hypervolume, pareto_indices

@@ -33,8 +33,8 @@ class LoraModule(Protocol):
     def pairs(self, config: QuantConfig) -> Mapping[str, tuple[Tensor, Tensor]]:
         """Return matrix name → (A [K, r], scaled B [r, N])."""
 
-    def rates(self, options: TrainOptions) -> list[tuple[list[nn.Parameter], float]]:
-        """Return groups of parameters with their peak learning rates."""
+    def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:
+        """Return the parameters that learn, by the name of their rate (`TrainOptions.rates`)."""
 
     def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         """Return every parameter by name."""
@@ -96,7 +96,10 @@ def optimise(
         CheckpointError: a checkpoint is damaged.
     """
     started = time.monotonic()
-    groups = [{"params": members, "lr": peak, "peak": peak} for members, peak in lora.rates(options)]
+    peaks = options.rates
+    groups = [
+        {"params": members, "lr": peaks[name], "peak": peaks[name]} for name, members in lora.parameter_groups().items()
+    ]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     done = load_state(state, lora, optimizer, run)
     history = _history(done) if done else History()

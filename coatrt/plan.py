@@ -26,8 +26,8 @@ from coatrt.plan_limits import Limit, Measures, best, binding, impossible, limit
 from coatrt.workload import Workload
 
 if TYPE_CHECKING:
-    from coatrt.adapter import Adapter
-    from coatrt.adapter_facts import AdapterFacts
+    from coatrt.adapter.adapter import Adapter
+    from coatrt.adapter.description import AdapterFacts
 
 __all__ = ["Objective", "Plan", "PlanRequest", "Workload", "latency_of", "make_plan", "plan_fleet", "plan_for"]
 

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
-from coatrt.adapter import Adapter
-from coatrt.compensation import Compensator
+from coatrt.adapter.adapter import Adapter
+from coatrt.adapter.compensation import Compensator
+from coatrt.adapter.features import ConfigEncoder
+from coatrt.adapter.lora import CoaLora
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import contract_for
 from coatrt.configs.space import ConfigSpace
@@ -23,10 +25,8 @@ from coatrt.evaluation.curvature import output_gains
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.evaluation.losses import measure_held_out
 from coatrt.evaluation.sensitivity import Sensitivity, measure_sensitivity
-from coatrt.features import ConfigEncoder
 from coatrt.hypervolume import hypervolume
 from coatrt.loop import optimise
-from coatrt.lora import CoaLora
 from coatrt.models.checkpoint import Checkpoint, load_tokenizer
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.input_moments import Calibration, InputMoments, calibration_examples

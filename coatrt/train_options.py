@@ -1,11 +1,12 @@
 """How an adapter is trained: every option, checked."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from coatrt.adapter.hypernetwork import Preset
 from coatrt.errors import ConfigError
-from coatrt.hypernet import Preset
 from coatrt.models.matrices import ModelMatrices
 from coatrt.quantization.codec import FED_BACK, QUANTIZERS, Quantizer
 from coatrt.quantization.input_moments import tokens_wanted
@@ -37,7 +38,7 @@ class TrainOptions:
         alpha: LoRA scale numerator.
         ranks: (module kind, rank) where it differs from `rank`, as in (("down_proj", 32),).
         preset: form of θ, "coatrt" or "paper"; "none" leaves it out: only the compensation tells configurations apart.
-        compensation: whether B has a term per format that makes up for quantization, see `coatrt.compensation`.
+        compensation: whether B has a term per format that makes up for quantization, see `coatrt.adapter.compensation`.
         start: where A begins: with compensation "residual", the directions of what the format of fewest bits takes
             away, "random", random numbers, or "mixed", half of its columns each (docs/method.md compares them); without
             compensation always random.
@@ -148,10 +149,10 @@ class TrainOptions:
         return max(SENSITIVITY_BLOCKS, math.ceil(wanted / self.length))
 
     @property
-    def b_rate(self) -> float:
-        """Peak learning rate of B."""
+    def rates(self) -> Mapping[str, float]:
+        """Peak learning rate of each group of parameters: "A", "B", "theta"."""
         ratio = self.rate_ratio if self.rate_ratio is not None else 4.0 if self.compensation else 1.0
-        return ratio * self.learning_rate
+        return {"A": self.learning_rate, "B": ratio * self.learning_rate, "theta": self.theta_rate}
 
     def rate(self, step: int) -> float:
         """Return the share of the peak learning rate at a step."""

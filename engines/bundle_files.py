@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from coatrt.adapter import Adapter
+from coatrt.adapter.adapter import Adapter
 from coatrt.configs.config import QuantConfig
 from coatrt.devices.environment import versions
 from coatrt.engines.emit import Emitter, save_lora

@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 import torch
 
-from coatrt.adapter import Adapter
+from coatrt.adapter.adapter import Adapter
 from coatrt.calibrated import Calibrated, Product, Rest, shape_of
 from coatrt.configs.config import QuantConfig
 from coatrt.devices.environment import environment

@@ -25,7 +25,7 @@ def write_emitted_peft(
     """
     import torch
 
-    from coatrt.peft_format import write_peft
+    from coatrt.adapter.peft_format import write_peft
 
     pairs = {
         t.matrix: (

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from coatrt.adapter import Adapter
+from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle
 from coatrt.configs.config import QuantConfig
 from coatrt.data.documents import tokenize_text

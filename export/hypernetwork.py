@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from coatrt.adapter import Adapter
+from coatrt.adapter.adapter import Adapter
 from coatrt.export.graph import IR_VERSION, OPSET
 from coatrt.system.files import write_json
 
@@ -108,7 +108,7 @@ def _write_theta(graph: _Graph, adapter: Adapter, formats: ir.Value) -> ir.Value
 
 
 def _write_features(graph: _Graph, adapter: Adapter, formats: ir.Value) -> ir.Value:
-    """Write the features of `coatrt.features`, float32 [M, 4]."""
+    """Write the features of `coatrt.adapter.features`, float32 [M, 4]."""
     encoder = adapter.encoder
     count, choices, _ = encoder.own.shape
     table = graph.constant(encoder.own.reshape(count * choices, 2), "format_features")

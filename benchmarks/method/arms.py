@@ -9,12 +9,11 @@ import torch
 from setting import Draws
 from torch import Tensor, nn
 
+from coatrt.adapter.features import ConfigEncoder
+from coatrt.adapter.hypernetwork import Hypernetwork, HypernetworkOptions, Preset
+from coatrt.adapter.lora import CoaLora
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import LoraContract
-from coatrt.features import ConfigEncoder
-from coatrt.hypernet import Hypernetwork, HypernetworkOptions, Preset
-from coatrt.lora import CoaLora
-from coatrt.train_options import TrainOptions
 
 __all__ = ["ARMS", "Arm", "Gates", "LoraBank", "Terms"]
 
@@ -35,7 +34,7 @@ class Arm:
             steps of three the lowest three budgets, the lowest most often, the third the highest three; "ends": the
             lowest and the highest budget in turn; "sides": the lowest three and the highest three in turn; "low": the
             lowest three; "even": the whole pool.
-        compensated: whether B has a term per format in closed form (`coatrt.compensation`).
+        compensated: whether B has a term per format in closed form (`coatrt.adapter.compensation`).
         started: with compensation, the share of A's columns that start from what the lowest format takes away; the
             others start from random numbers.
         share: of the steps of the other arms, for "single" per configuration.
@@ -159,9 +158,9 @@ class LoraBank(nn.Module):
             for t, i, a, b in zip(self.contract.tensors, ids, self.A, self.B, strict=True)
         }
 
-    def rates(self, options: TrainOptions) -> list[tuple[list[nn.Parameter], float]]:
-        """Return A and B with their peak learning rates."""
-        return [(list(self.A), options.learning_rate), (list(self.B), options.b_rate)]
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Return A and B."""
+        return {"A": list(self.A), "B": list(self.B)}
 
 
 class Terms(nn.Module):
@@ -186,9 +185,10 @@ class Terms(nn.Module):
             for t, i, d in zip(contract.tensors, which, self.D, strict=True)
         }
 
-    def rates(self, options: TrainOptions) -> list[tuple[list[nn.Parameter], float]]:
-        """Return the LoRA's groups and the terms, these at the rate of A and B."""
-        return [*self.lora.rates(options), ([*self.D], options.b_rate)]
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Return the LoRA's groups, the terms with B."""
+        groups = self.lora.parameter_groups()
+        return {**groups, "B": [*groups["B"], *self.D]}
 
 
 class Gates(nn.Module):
@@ -221,6 +221,6 @@ class Gates(nn.Module):
                 found[tensor.matrix] = (A, whole + contract.scale(tensor) * gates[row][:, None] * b)
         return found
 
-    def rates(self, options: TrainOptions) -> list[tuple[list[nn.Parameter], float]]:
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Return the LoRA's groups and θ."""
-        return [*self.lora.rates(options), (list(self.theta.parameters()), options.theta_rate)]
+        return {**self.lora.parameter_groups(), "theta": list(self.theta.parameters())}

@@ -17,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common import RESULTS, save_result
 
+from coatrt.evaluation.losses import measure_held_out
+
 MODEL, TASK = "smollm2", "sotu"
 
 

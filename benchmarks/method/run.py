@@ -15,13 +15,13 @@ import torch
 from arms import ARMS, Arm, Gates, LoraBank, Terms
 from setting import BUDGETS, FORMATS, Measured, Setting
 
-from coatrt.compensation import Compensator
+from coatrt.adapter.compensation import Compensator
+from coatrt.adapter.lora import CoaLora
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import contract_for
 from coatrt.devices.environment import environment
 from coatrt.evaluation.losses import measure_held_out
 from coatrt.loop import optimise
-from coatrt.lora import CoaLora
 from coatrt.system.distributed import Processes
 from coatrt.system.files import write_json
 from coatrt.train_options import TrainOptions

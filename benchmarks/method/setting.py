@@ -16,6 +16,7 @@ from common import smollm2
 from micro import micro_llama
 from tasks import TASKS
 
+from coatrt.adapter.features import ConfigEncoder
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.space import ConfigSpace
 from coatrt.data.examples import Examples
@@ -23,7 +24,6 @@ from coatrt.data.task_data import TaskData
 from coatrt.evaluation.curvature import output_gains
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.evaluation.sensitivity import Sensitivity, measure_sensitivity
-from coatrt.features import ConfigEncoder
 from coatrt.models.checkpoint import Checkpoint, load_tokenizer
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import Quantizer

@@ -40,7 +40,7 @@ def command(adapter: Path, devices: tuple[str, ...], output: Path, config_path: 
             cpu_activations: str, no_engine: bool, jobs: int | None, build_memory: int | None, dry_run: bool,
             **choices: Any) -> None:  # fmt: skip
     """Make a bundle of ADAPTER per device: plan, graphs, hypernetwork, LoRA, engine."""
-    from coatrt.adapter_facts import AdapterFacts
+    from coatrt.adapter.description import AdapterFacts
     from coatrt.archive import adapter_archive
     from coatrt.devices.profiles import device
     from coatrt.engines.build_room import BuildRoom
@@ -114,7 +114,7 @@ def _request(asked: "PlanRequest", given: Collection[str], path: str, plan: "Pla
 def _build(
     adapter: Path, targets: list[Any], options: Any, room: Any, *, model: str | None, overwrite: bool, no_cache: bool
 ) -> None:
-    from coatrt.adapter import Adapter
+    from coatrt.adapter.adapter import Adapter
     from coatrt.engines.engine_cache import EngineCache
     from coatrt.engines.fleet import Target, build_fleet
     from coatrt.system.progress import stages

@@ -42,7 +42,7 @@ def probe(as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the calibration as JSON.")
 def calibrate(adapter: Path, model: str | None, threads: int | None, accuracy_level: str, as_json: bool) -> None:
     """Time every product of ADAPTER's model on this CPU; `plan --device cpu` predicts with it from then on."""
-    from coatrt.adapter import Adapter
+    from coatrt.adapter.adapter import Adapter
     from coatrt.calibrated import calibration_path
     from coatrt.engines.calibrate import calibrate_cpu
     from coatrt.system.progress import stages

@@ -19,7 +19,7 @@ __all__ = ["command"]
 def command(adapter: Path, config_path: Path, output: Path, model: str | None, activations: str, cpu_activations: str,
             context: int, overwrite: bool) -> None:  # fmt: skip
     """Write the ONNX graphs, hypernetwork and LoRA of one configuration of ADAPTER: a bundle without an engine."""
-    from coatrt.adapter import Adapter
+    from coatrt.adapter.adapter import Adapter
     from coatrt.devices.profiles import device
     from coatrt.engines.assemble import BundleOptions, assemble
     from coatrt.plan_data import read_config

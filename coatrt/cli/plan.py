@@ -61,7 +61,7 @@ def plan_request(choices: dict[str, Any]) -> Any:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(adapter: Path, devices: tuple[str, ...], output: Path | None, as_json: bool, **choices: Any) -> None:
     """Choose a configuration of ADAPTER per device: least predicted loss, least time per token, or balanced."""
-    from coatrt.adapter_facts import AdapterFacts
+    from coatrt.adapter.description import AdapterFacts
     from coatrt.archive import adapter_archive
     from coatrt.devices.profiles import device
     from coatrt.errors import ConfigError

@@ -29,7 +29,7 @@ def command(adapter: Path, data: tuple[str, ...], evaluations: int, blocks: int 
 
     ADAPTER/archive.json is written after every measurement; an interrupted search goes on.
     """
-    from coatrt.adapter import Adapter
+    from coatrt.adapter.adapter import Adapter
     from coatrt.adapter_search import search_adapter
     from coatrt.archive import ArchiveEntry
     from coatrt.data.documents import read_documents

@@ -73,7 +73,7 @@ class DeviceProfile:
 @cache
 def devices() -> tuple[DeviceProfile, ...]:
     """Return all known devices, by compute capability."""
-    rows = json.loads(resources.files("coatrt").joinpath("devices.json").read_text(encoding="utf-8"))
+    rows = json.loads(resources.files("coatrt.devices").joinpath("devices.json").read_text(encoding="utf-8"))
     return tuple(DeviceProfile(**{**row, "sources": tuple(row["sources"])}) for row in rows)
 
 

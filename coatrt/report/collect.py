@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coatrt.adapter_facts import AdapterFacts
+from coatrt.adapter.description import AdapterFacts
 from coatrt.archive import Archive, adapter_archive
 from coatrt.bundle import MANIFEST, Bundle
 from coatrt.configs.config import QuantConfig

@@ -12,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from coatrt.adapter import Adapter
+from coatrt.adapter.adapter import Adapter
 from coatrt.adapter_search import search_adapter
 from coatrt.archive import Archive, adapter_archive
 from coatrt.cli.main import cli

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from coatrt.adapter import Adapter
+from coatrt.adapter.adapter import Adapter
+from coatrt.adapter.lora import CoaLora
 from coatrt.data.examples import Examples
 from coatrt.errors import ConfigError
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.loop import History, optimise
-from coatrt.lora import CoaLora
 from coatrt.models.checkpoint import Checkpoint, load_model
 from coatrt.objective import Pass, accumulate_gradients
 from coatrt.quantization.code_cache import CodeStore

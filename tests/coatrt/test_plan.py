@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coatrt.adapter import Adapter
+from coatrt.adapter.adapter import Adapter
 from coatrt.archive import Archive, ArchiveEntry
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.space import ConfigSpace

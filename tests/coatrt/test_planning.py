@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coatrt.adapter_facts import AdapterFacts
+from coatrt.adapter.description import AdapterFacts
 from coatrt.allocate import allocate, cost_matrix
 from coatrt.calibrated import Calibrated, Product, Rest, calibration_path, find_calibration, shape_of
 from coatrt.configs.space import ConfigSpace

@@ -1,6 +1,5 @@
 """A base in bfloat16: its weights and products, and what stays float32 beside it."""
 
-import sys
 from pathlib import Path
 
 import numpy as np

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from coatrt.adapter import Adapter
+from coatrt.adapter.adapter import Adapter
 from coatrt.devices.profiles import device
 from coatrt.engines.assemble import BundleOptions, assemble
 from coatrt.engines.headers import fetch

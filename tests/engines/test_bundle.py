@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from coatrt.adapter import Adapter
+from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle, seal
 from coatrt.devices.profiles import device
 from coatrt.engines.assemble import BundleOptions, assemble
@@ -150,7 +150,6 @@ def test_weights_that_are_not_the_configuration_are_found(copy: Path) -> None:
 
 
 def test_verify_without_the_model_says_so_and_refuses_another(copy: Path, tmp_path: Path) -> None:
-    import sys
 
     from support.tiny import save_tiny_llama
 

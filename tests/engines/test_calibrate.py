@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coatrt.adapter import Adapter
+from coatrt.adapter.adapter import Adapter
 from coatrt.calibrated import Calibrated, Product, calibration_path
 from coatrt.devices.profiles import device
 from coatrt.engines.bundle_files import export_config, export_shared

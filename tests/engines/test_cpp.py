@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from coatrt.adapter import Adapter
+from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle, seal
 from coatrt.configs.config import ConfigPatterns
 from coatrt.devices.profiles import device

@@ -1,13 +1,12 @@
 """The ONNX Runtime decoder against torch: LoRA, batches, the caches in place, generation."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from coatrt.adapter import Adapter
+from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle
 from coatrt.configs.config import QuantConfig
 from coatrt.engines.emit import Emitter, load_lora

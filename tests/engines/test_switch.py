@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coatrt.adapter import Adapter
+from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle
 from coatrt.devices.profiles import device
 from coatrt.engines.emit import load_lora

@@ -1,6 +1,5 @@
 """Decoder graphs against transformers: every family, prefill, decode, batches, LoRA, both forms."""
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,6 @@
 """hypernet.onnx against the torch module it was written from."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from coatrt.adapter import Adapter
+from coatrt.adapter.adapter import Adapter
 from coatrt.export.hypernetwork import export_hypernetwork
 from coatrt.train import train
 from support.tiny import TEXTS, tiny_options

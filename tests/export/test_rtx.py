@@ -1,6 +1,5 @@
 """TensorRT-RTX builds the engine form of every weight format, with no GPU present."""
 
-import sys
 from pathlib import Path
 from typing import Any
 

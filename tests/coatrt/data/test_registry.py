@@ -1,7 +1,6 @@
 """Tasks from files: splits, one clear line for every wrong one, training on a choice task, and the command."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from coatrt.adapter import Adapter
+from coatrt.adapter.adapter import Adapter
 from coatrt.cli.main import cli
 from coatrt.data.documents import tokenize_text
 from coatrt.data.examples import Examples

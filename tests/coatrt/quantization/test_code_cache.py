@@ -1,6 +1,5 @@
 """The cache of encoded matrices: its keys, damage, and what is never measured."""
 
-import sys
 from pathlib import Path
 
 import pytest

@@ -1,6 +1,5 @@
 """Second moments against hooks in float64; what is cached, and that damage is noticed."""
 
-import sys
 from pathlib import Path
 
 import pytest

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from coatrt.adapter_facts import AdapterFacts
+from coatrt.adapter.description import AdapterFacts
 from coatrt.bundle import Bundle
 from coatrt.devices.profiles import device
 from coatrt.errors import BundleError, ConfigError
@@ -86,7 +86,7 @@ def test_bundles_show_their_engines_and_hashes(tiny_bundle_copy: Path) -> None:
 
 @pytest.fixture
 def tiny_bundle_copy(tiny_adapter: Path, tmp_path: Path) -> Path:
-    from coatrt.adapter import Adapter
+    from coatrt.adapter.adapter import Adapter
     from coatrt.engines.assemble import BundleOptions, assemble
 
     adapter, profile = Adapter.load(tiny_adapter), device("rtx-4090")

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from coatrt.adapter import Adapter
-from coatrt.adapter_facts import AdapterFacts
+from coatrt.adapter.adapter import Adapter
+from coatrt.adapter.description import AdapterFacts
+from coatrt.adapter.features import ConfigEncoder
+from coatrt.adapter.lora import CoaLora
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import contract_for
 from coatrt.errors import CheckpointError, ConfigError
 from coatrt.evaluation.fake_quant import FakeQuantModel
-from coatrt.features import ConfigEncoder
-from coatrt.lora import CoaLora
 from coatrt.models.matrices import ModelMatrices, matrices_of
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.weight_format import WeightFormat

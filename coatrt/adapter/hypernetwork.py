@@ -6,8 +6,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from coatrt.adapter.features import FEATURES, FIELD_SIZES
 from coatrt.errors import ConfigError
-from coatrt.features import FEATURES, FIELD_SIZES
 
 __all__ = ["Hypernetwork", "HypernetworkOptions", "Preset"]
 
@@ -21,7 +21,7 @@ class HypernetworkOptions:
 
     Args:
         preset: "paper" sees the seven index fields (arXiv 2509.25214); "coatrt" also the numbers of
-            `coatrt.features.FEATURES`.
+            `coatrt.adapter.features.FEATURES`.
         rank: r.
         layers: decoder layers of the model.
         modules: module kinds of the model.

@@ -9,17 +9,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from coatrt import __version__
-from coatrt.adapter_facts import ADAPTER_FORMAT, adapter_hash, adapter_reading, read_description
+from coatrt.adapter.description import ADAPTER_FORMAT, adapter_hash, adapter_reading, read_description
+from coatrt.adapter.features import ConfigEncoder
+from coatrt.adapter.lora import CoaLora
+from coatrt.adapter.peft_format import write_peft
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import LoraContract
 from coatrt.configs.space import ConfigSpace
 from coatrt.errors import CheckpointError, ConfigError
 from coatrt.evaluation.sensitivity import Sensitivity
-from coatrt.features import ConfigEncoder
-from coatrt.lora import CoaLora
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.models.matrices import ModelMatrices
-from coatrt.peft_format import write_peft
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import CALIBRATED, QUANTIZERS, Quantizer
 from coatrt.quantization.input_moments import Calibration

@@ -1,6 +1,5 @@
 """The closed-form term of B against numpy's least squares over the inputs themselves."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from coatrt.adapter import Adapter
-from coatrt.compensation import Compensator
+from coatrt.adapter.adapter import Adapter
+from coatrt.adapter.compensation import Compensator
+from coatrt.adapter.features import ConfigEncoder
+from coatrt.adapter.lora import CoaLora
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import LoraContract, contract_for
 from coatrt.evaluation.curvature import output_gains
 from coatrt.evaluation.fake_quant import FakeQuantModel
-from coatrt.features import ConfigEncoder
-from coatrt.lora import CoaLora
 from coatrt.models.checkpoint import Checkpoint, load_model
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import decode, encode
@@ -91,7 +90,7 @@ def test_the_term_is_least_squares_over_the_inputs(setting: Setting) -> None:
 
 
 def test_of_many_tokens_the_first_are_kept(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coatrt.compensation._MOST_TOKENS", 100)
+    monkeypatch.setattr("coatrt.adapter.compensation._MOST_TOKENS", 100)
     setting = Setting(tiny_llama, 16)
     for tensor in setting.contract.tensors:  # 3 blocks of 32 for inputs of 64 and of 160
         assert setting.compensator._grams[tensor.matrix].nbytes == 2 * 96 * tensor.K

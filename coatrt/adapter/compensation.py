@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from coatrt.adapter.gram import Gram, collect_inputs, inputs_are_smaller
 from coatrt.configs.lora_contract import LoraContract, LoraTensor
 from coatrt.evaluation.fake_quant import FakeQuantModel
-from coatrt.gram import Gram, collect_inputs, inputs_are_smaller
 from coatrt.quantization.input_moments import InputMoments
 from coatrt.quantization.weight_format import WeightFormat
 

@@ -5,12 +5,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from coatrt.compensation import Compensator, Reading
+from coatrt.adapter.compensation import Compensator, Reading
+from coatrt.adapter.features import ConfigEncoder
+from coatrt.adapter.hypernetwork import Hypernetwork, HypernetworkOptions, Preset
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import LoraContract
-from coatrt.features import ConfigEncoder
-from coatrt.hypernet import Hypernetwork, HypernetworkOptions, Preset
-from coatrt.train_options import TrainOptions
 
 __all__ = ["CoaLora"]
 
@@ -18,7 +17,7 @@ __all__ = ["CoaLora"]
 class CoaLora(nn.Module):
     """y = Q(W)x + (s·B(I + U) + C)A x, with U = θ(configuration) and C a term for the format of the matrix.
 
-    C makes up for quantization, see `coatrt.compensation`. While A is trained it comes from a `Compensator`; `settle`
+    C makes up for quantization, see `coatrt.adapter.compensation`. While A is trained it comes from a `Compensator`; `settle`
     turns it into a table. One bmm per matrix shape folds I + U into B: A is the same for every configuration.
 
     Args:
@@ -132,10 +131,10 @@ class CoaLora(nn.Module):
         """Form of θ."""
         return self.theta.options.preset if self.theta is not None else "none"
 
-    def rates(self, options: TrainOptions) -> list[tuple[list[nn.Parameter], float]]:
-        """Return A, B and θ, if there is one, with their peak learning rates."""
-        groups = [(list(self.A), options.learning_rate), (list(self.B), options.b_rate)]
-        return groups if self.theta is None else [*groups, (list(self.theta.parameters()), options.theta_rate)]
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Return the parameters of "A", "B" and, if there is one, "theta": each group learns at a rate of its own."""
+        groups = {"A": list(self.A), "B": list(self.B)}
+        return groups if self.theta is None else {**groups, "theta": list(self.theta.parameters())}
 
     def pairs(self, config: QuantConfig) -> dict[str, tuple[Tensor, Tensor]]:
         """Return matrix name → (A [K, r], B' [r, N]) for a configuration, B' = s·(I + U)ᵀB + C."""
