@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from common import save_result
 
-from coatrt.allocate import allocate, cost_matrix, lagrangian_choice
 from coatrt.configs.space import ConfigSpace
 from coatrt.models.matrices import ModelMatrices, matrices_of
+from coatrt.planning.knapsack import allocate, cost_matrix, lagrangian_choice
 from coatrt.quantization.weight_format import WeightFormat
 
 FORMATS = ("nf2-g64", "nf2-g32", "nf3-g64", "nf3-g32", "nf4-g64", "nf4-g32", "int4-g64", "int4-g32", "nvfp4", "fp8",

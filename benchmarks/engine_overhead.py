@@ -1,4 +1,4 @@
-"""Engine bytes beyond weights, scales and norms, for the model in coatrt/engine_size.py.
+"""Engine bytes beyond weights, scales and norms, for the model in coatrt/planning/engine_size.py.
 
 python benchmarks/engine_overhead.py
 """
@@ -14,10 +14,10 @@ from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import contract_for
 from coatrt.configs.space import ConfigSpace
 from coatrt.devices.profiles import device
-from coatrt.engine_size import engine_overhead
 from coatrt.engines.builder import EngineShapes, build_engine
 from coatrt.export.decoder import GraphForm, export_decoder
 from coatrt.models.checkpoint import Checkpoint
+from coatrt.planning.engine_size import engine_overhead
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.weight_format import WeightFormat
 

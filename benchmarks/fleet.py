@@ -30,9 +30,9 @@ from coatrt.engines.fleet import Target, build_fleet
 from coatrt.engines.options import BundleOptions
 from coatrt.engines.switch import SwitchingDecoder
 from coatrt.export.decoder import GraphForm, export_decoder
-from coatrt.memory import memory_of
-from coatrt.plan import PlanRequest, plan_fleet, plan_for
-from coatrt.workload import Workload
+from coatrt.planning.memory import memory_of
+from coatrt.planning.planner import PlanRequest, plan_fleet, plan_for
+from coatrt.planning.workload import Workload
 
 FLEET = ("rtx-3050-laptop", "rtx-4050-laptop", "t4", "rtx-3060", "rtx-4090", "rtx-5090", "h100", "rtx-pro-6000")
 THREE = {"rtx-3060": 4.5, "rtx-4090": 6.0, "rtx-5090": 5.0}

@@ -19,7 +19,7 @@ from coatrt.devices.profiles import device
 from coatrt.engines.assemble import BundleOptions, assemble
 from coatrt.engines.bench import percentiles
 from coatrt.engines.emit import Emitter
-from coatrt.plan import plan_for
+from coatrt.planning.planner import plan_for
 
 
 def main() -> None:

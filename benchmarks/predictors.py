@@ -21,7 +21,6 @@ from common import save_result, smollm2
 sys.path.insert(0, str(Path(__file__).parent / "method"))
 from tasks import sotu_documents
 
-from coatrt.allocate import cost_matrix
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.space import ConfigSpace
 from coatrt.data.documents import tokenize_text
@@ -30,6 +29,7 @@ from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.evaluation.losses import mean_loss
 from coatrt.evaluation.sensitivity import fisher_costs, measured_costs, relative_errors
 from coatrt.models.checkpoint import load_tokenizer
+from coatrt.planning.knapsack import cost_matrix
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.input_moments import Calibration
 from coatrt.quantization.weight_format import WeightFormat

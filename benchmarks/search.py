@@ -24,15 +24,15 @@ sys.path.insert(0, str(Path(__file__).parent / "method"))
 from micro import MicroOptions, micro_llama
 from tasks import sotu
 
-from coatrt.archive import Archive
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.space import ConfigSpace
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.evaluation.losses import mean_loss
 from coatrt.evaluation.sensitivity import fisher_costs
-from coatrt.hypervolume import hypervolume
 from coatrt.models.checkpoint import Checkpoint, load_tokenizer
 from coatrt.models.matrices import EMBEDDING, ModelMatrices
+from coatrt.planning.archive import Archive
+from coatrt.planning.pareto import hypervolume
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.search import Method, SearchOptions, search

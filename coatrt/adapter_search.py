@@ -8,7 +8,6 @@ import torch
 
 from coatrt.adapter.adapter import Adapter
 from coatrt.adapter.description import adapter_hash
-from coatrt.archive import ARCHIVE_FILE, Archive, ArchiveEntry
 from coatrt.configs.config import QuantConfig
 from coatrt.data.documents import tokenize_text
 from coatrt.data.examples import Examples
@@ -17,6 +16,7 @@ from coatrt.errors import ConfigError
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.evaluation.losses import mean_loss
 from coatrt.models.checkpoint import load_tokenizer
+from coatrt.planning.archive import ARCHIVE_FILE, Archive, ArchiveEntry
 from coatrt.search import SearchOptions, search
 from coatrt.system.files import exclusive
 from coatrt.system.resources import compute_device

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from coatrt.allocate import CostTable, cost_matrix, near_optimal
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.space import ConfigSpace
 from coatrt.errors import ConfigError
+from coatrt.planning.knapsack import CostTable, cost_matrix, near_optimal
 
 __all__ = ["TrainingSampler"]
 

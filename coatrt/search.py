@@ -11,12 +11,12 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from coatrt.allocate import CostTable, cost_matrix, near_optimal_each
-from coatrt.archive import Archive, ArchiveEntry
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.space import ConfigSpace
 from coatrt.errors import ConfigError
-from coatrt.hypervolume import hypervolume
+from coatrt.planning.archive import Archive, ArchiveEntry
+from coatrt.planning.knapsack import CostTable, cost_matrix, near_optimal_each
+from coatrt.planning.pareto import hypervolume
 from coatrt.surrogate import Surrogate, disturbed, fit_multipliers, multiplier_terms, predicted
 
 __all__ = ["Method", "SearchOptions", "propose", "search"]

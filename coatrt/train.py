@@ -25,9 +25,9 @@ from coatrt.evaluation.curvature import output_gains
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.evaluation.losses import measure_held_out
 from coatrt.evaluation.sensitivity import Sensitivity, measure_sensitivity
-from coatrt.hypervolume import hypervolume
 from coatrt.loop import optimise
 from coatrt.models.checkpoint import Checkpoint, load_tokenizer
+from coatrt.planning.pareto import hypervolume
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.input_moments import Calibration, InputMoments, calibration_examples
 from coatrt.quantization.weight_format import WeightFormat

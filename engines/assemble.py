@@ -11,7 +11,7 @@ from coatrt.engines.fleet import Target, build_fleet
 from coatrt.engines.options import BundleOptions
 from coatrt.export.decoder import Progress
 from coatrt.models.checkpoint import Checkpoint
-from coatrt.plan import Plan
+from coatrt.planning.planner import Plan
 from coatrt.quantization.code_cache import CodeStore
 
 __all__ = ["BundleOptions", "assemble"]

@@ -13,7 +13,6 @@ import onnxruntime as ort
 import torch
 
 from coatrt.adapter.adapter import Adapter
-from coatrt.calibrated import Calibrated, Product, Rest, shape_of
 from coatrt.configs.config import QuantConfig
 from coatrt.devices.environment import environment
 from coatrt.engines.ort import OrtDecoder, session
@@ -23,9 +22,10 @@ from coatrt.export.graph import GraphBuilder, GraphForm
 from coatrt.export.weight_file import WeightFile
 from coatrt.export.weights import write_matrix
 from coatrt.models.checkpoint import Checkpoint
+from coatrt.planning.measured_latency import Calibrated, Product, Rest, shape_of
+from coatrt.planning.workload import Workload
 from coatrt.quantization.codec import encode
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.workload import Workload
 
 __all__ = [
     "Clock", "Progress", "calibrate_cpu", "decode_seconds", "export_reference", "predicted_decode", "time_product",

@@ -24,7 +24,7 @@ from coatrt.engines.recipe import is_current, recipe_hash
 from coatrt.errors import BuildError, CoatError, ConfigError
 from coatrt.export.decoder import decoder_io
 from coatrt.models.checkpoint import Checkpoint
-from coatrt.plan import Plan
+from coatrt.planning.planner import Plan
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.system.files import atomic_directory, write_json
 

@@ -15,7 +15,7 @@ from coatrt.devices.profiles import DeviceProfile
 from coatrt.engines.builder import installed_builder
 from coatrt.engines.options import BundleOptions
 from coatrt.errors import BuildError, BundleError
-from coatrt.plan import Plan
+from coatrt.planning.planner import Plan
 
 __all__ = ["is_current", "recipe_hash"]
 

@@ -16,9 +16,9 @@ from coatrt.export.weights import Table, write_matrix, write_table
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.models.matrices import EMBEDDING, HEAD
 from coatrt.models.spec import DecoderSpec
+from coatrt.planning.workload import too_long
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import QuantizedMatrix, encode
-from coatrt.workload import too_long
 
 __all__ = ["WEIGHTS_FILE", "DecoderIO", "GraphForm", "Progress", "decoder_io", "export_decoder"]
 

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from markdown_tables import grid
 
-from coatrt.hypervolume import hypervolume
+from coatrt.planning.pareto import hypervolume
 
 __all__ = ["accuracy_table", "arms_of", "gaps", "main_table", "rivals_table", "unseen_table"]
 

@@ -12,7 +12,7 @@ from coatrt.cli.common import BYTES
 from coatrt.cli.plan import plan_options, plan_request
 
 if TYPE_CHECKING:
-    from coatrt.plan_data import Plan, PlanRequest
+    from coatrt.planning.plan import Plan, PlanRequest
 
 __all__ = ["command"]
 
@@ -41,15 +41,15 @@ def command(adapter: Path, devices: tuple[str, ...], output: Path, config_path: 
             **choices: Any) -> None:  # fmt: skip
     """Make a bundle of ADAPTER per device: plan, graphs, hypernetwork, LoRA, engine."""
     from coatrt.adapter.description import AdapterFacts
-    from coatrt.archive import adapter_archive
     from coatrt.devices.profiles import device
     from coatrt.engines.build_room import BuildRoom
     from coatrt.engines.builder import EngineShapes, check_formats
     from coatrt.engines.options import BundleOptions
     from coatrt.engines.recipe import is_current, recipe_hash
-    from coatrt.fleet_table import fleet_table
-    from coatrt.plan import plan_fleet
-    from coatrt.plan_data import read_choice
+    from coatrt.planning.archive import adapter_archive
+    from coatrt.planning.plan import read_choice
+    from coatrt.planning.planner import plan_fleet
+    from coatrt.planning.table import fleet_table
 
     given = _given(choices)
     request, room = plan_request(choices), BuildRoom(jobs, build_memory)

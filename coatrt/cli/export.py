@@ -22,7 +22,7 @@ def command(adapter: Path, config_path: Path, output: Path, model: str | None, a
     from coatrt.adapter.adapter import Adapter
     from coatrt.devices.profiles import device
     from coatrt.engines.assemble import BundleOptions, assemble
-    from coatrt.plan_data import read_config
+    from coatrt.planning.plan import read_config
     from coatrt.system.progress import stages
 
     loaded = Adapter.load(adapter)

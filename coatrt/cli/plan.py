@@ -47,7 +47,7 @@ def plan_options(function: Any) -> Any:
 
 def plan_request(choices: dict[str, Any]) -> Any:
     """Return the request that the options of `plan_options` mean, taking them out of `choices`."""
-    from coatrt.plan_data import PlanRequest
+    from coatrt.planning.plan import PlanRequest
 
     names = ("objective", "memory", "bits", "max_loss", "min_tokens_per_second", "context", "batch", "prefill", "keep")
     return PlanRequest(**{name: choices.pop(name) for name in names})
@@ -62,11 +62,11 @@ def plan_request(choices: dict[str, Any]) -> Any:
 def command(adapter: Path, devices: tuple[str, ...], output: Path | None, as_json: bool, **choices: Any) -> None:
     """Choose a configuration of ADAPTER per device: least predicted loss, least time per token, or balanced."""
     from coatrt.adapter.description import AdapterFacts
-    from coatrt.archive import adapter_archive
     from coatrt.devices.profiles import device
     from coatrt.errors import ConfigError
-    from coatrt.fleet_table import fleet_table
-    from coatrt.plan import plan_fleet
+    from coatrt.planning.archive import adapter_archive
+    from coatrt.planning.planner import plan_fleet
+    from coatrt.planning.table import fleet_table
 
     if output is not None and len(devices) > 1:
         raise ConfigError(f"-o takes one device, {len(devices)} are given; give one, or --json")

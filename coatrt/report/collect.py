@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from coatrt.adapter.description import AdapterFacts
-from coatrt.archive import Archive, adapter_archive
 from coatrt.bundle import MANIFEST, Bundle
 from coatrt.configs.config import QuantConfig
 from coatrt.devices.profiles import device
 from coatrt.errors import ConfigError
 from coatrt.models.matrices import ModelMatrices
-from coatrt.plan import PlanRequest, plan_fleet
+from coatrt.planning.archive import Archive, adapter_archive
+from coatrt.planning.planner import PlanRequest, plan_fleet
 from coatrt.system.files import read_json, sha256_file
 
 __all__ = ["Entry", "Report", "collect"]

@@ -14,13 +14,13 @@ from click.testing import CliRunner
 
 from coatrt.adapter.adapter import Adapter
 from coatrt.adapter_search import search_adapter
-from coatrt.archive import Archive, adapter_archive
 from coatrt.cli.main import cli
 from coatrt.data.documents import tokenize_text
 from coatrt.data.registry import load_task
 from coatrt.errors import ConfigError
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.models.checkpoint import Checkpoint, load_tokenizer
+from coatrt.planning.archive import Archive, adapter_archive
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.train import train
 from support.tiny import tiny_options

@@ -255,7 +255,7 @@ def test_memory_that_does_not_suffice_is_one_line(
         (torch.OutOfMemoryError("CUDA out of memory"), "give coatrt train --precision bfloat16"),
         (MemoryError("1.2 TiB"), r"memory does not suffice (1.2 TiB)"),
     ):
-        monkeypatch.setattr("coatrt.plan.make_plan", lambda *_, raised=raised, **__: throw(raised))
+        monkeypatch.setattr("coatrt.planning.planner.make_plan", lambda *_, raised=raised, **__: throw(raised))
         assert said in wrong(capsys, monkeypatch, *arguments)
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coatrt.archive import Archive, ArchiveEntry
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.space import ConfigSpace
 from coatrt.errors import ConfigError
 from coatrt.models.matrices import matrices_of
+from coatrt.planning.archive import Archive, ArchiveEntry
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.search import SearchOptions, search
 from coatrt.surrogate import Surrogate, disturbed, fit_multipliers, multiplier_terms, predicted
@@ -109,7 +109,7 @@ def test_a_small_space_is_measured_once_and_no_more() -> None:
 
 def test_the_surrogate_learns_the_biases() -> None:
     space, costs, loss = made_up(3)
-    from coatrt.allocate import cost_matrix
+    from coatrt.planning.knapsack import cost_matrix
 
     rng = np.random.default_rng(0)
     surrogate = Surrogate(cost_matrix(space, costs), *multiplier_terms(space), BASE)

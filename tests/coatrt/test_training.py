@@ -150,7 +150,7 @@ def test_sampler_keeps_budgets_and_draws_few_and_many_bits_in_turn(tiny_adapter:
 
 
 def test_planner_like_draws_are_near_the_knapsack_optimum(tiny_adapter: Path) -> None:
-    from coatrt.allocate import allocate, cost_matrix
+    from coatrt.planning.knapsack import allocate, cost_matrix
 
     adapter = Adapter.load(tiny_adapter)
     space, costs = adapter.space, adapter.sensitivity.costs

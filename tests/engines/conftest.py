@@ -14,7 +14,7 @@ from coatrt.devices.profiles import device
 from coatrt.engines.assemble import BundleOptions, assemble
 from coatrt.engines.headers import fetch
 from coatrt.errors import CoatError
-from coatrt.plan import plan_for
+from coatrt.planning.planner import plan_for
 
 ROOT = Path(__file__).resolve().parents[2]
 

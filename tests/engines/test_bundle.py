@@ -20,7 +20,7 @@ from coatrt.engines.emit import Emitter
 from coatrt.engines.ort import OrtDecoder
 from coatrt.engines.verify import TOLERANCE, verify
 from coatrt.errors import BuildError, BundleError, CheckpointError, ConfigError, FormatError
-from coatrt.plan import plan_for
+from coatrt.planning.planner import plan_for
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from coatrt.adapter.adapter import Adapter
-from coatrt.calibrated import Calibrated, Product, calibration_path
 from coatrt.devices.profiles import device
 from coatrt.engines.bundle_files import export_config, export_shared
 from coatrt.engines.calibrate import _without_drift, calibrate_cpu, predicted_decode, time_product
@@ -14,7 +13,8 @@ from coatrt.engines.options import BundleOptions
 from coatrt.engines.ort import OrtDecoder
 from coatrt.errors import ConfigError
 from coatrt.export.decoder import GraphForm, decoder_io
-from coatrt.plan import plan_for
+from coatrt.planning.measured_latency import Calibrated, Product, calibration_path
+from coatrt.planning.planner import plan_for
 from coatrt.quantization.weight_format import WeightFormat
 
 

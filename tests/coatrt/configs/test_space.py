@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coatrt.allocate import allocate, cost_matrix
 from coatrt.configs.space import ConfigSpace
 from coatrt.errors import ConfigError
 from coatrt.models.matrices import Matrix, ModelMatrices
+from coatrt.planning.knapsack import allocate, cost_matrix
 from coatrt.quantization.weight_format import WeightFormat
 
 FORMATS = tuple(map(WeightFormat.parse, ["int8", "int4-g64", "nf3-g64", "nf2-g64"]))

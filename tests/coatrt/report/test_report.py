@@ -11,7 +11,7 @@ from coatrt.adapter.description import AdapterFacts
 from coatrt.bundle import Bundle
 from coatrt.devices.profiles import device
 from coatrt.errors import BundleError, ConfigError
-from coatrt.plan import PlanRequest, plan_for
+from coatrt.planning.planner import PlanRequest, plan_for
 from coatrt.report.collect import collect
 from coatrt.report.figures import FIGURES, draw
 from coatrt.report.page import page

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coatrt.archive import Archive, ArchiveEntry
 from coatrt.configs.config import QuantConfig
 from coatrt.errors import ConfigError
+from coatrt.planning.archive import Archive, ArchiveEntry
 from coatrt.quantization.weight_format import WeightFormat
 
 NAMES = ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj", "model.embed_tokens")
@@ -73,7 +73,7 @@ def test_damage_is_refused(tmp_path: Path, old: str, new: str, said: str) -> Non
 
 @pytest.mark.parametrize("choice", ["0 0", "0 0 7", "0 0 -1", "x y z"])
 def test_a_signed_but_garbled_archive_is_refused(tmp_path: Path, choice: str) -> None:
-    from coatrt.archive import _digest
+    from coatrt.planning.archive import _digest
 
     archive = Archive(1000, tmp_path / "a.json", "me")
     archive.add(entry(1))

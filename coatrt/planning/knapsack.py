@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.space import ConfigSpace
 from coatrt.errors import ConfigError
-from coatrt.frontier import least_cost_by_size
+from coatrt.planning.candidates import least_cost_by_size
 
 __all__ = ["CostTable", "allocate", "cost_matrix", "lagrangian_choice", "near_optimal", "near_optimal_each"]
 

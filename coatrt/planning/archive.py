@@ -11,7 +11,7 @@ from typing import Any
 from coatrt.adapter.description import adapter_hash
 from coatrt.configs.config import QuantConfig
 from coatrt.errors import ConfigError, FormatError
-from coatrt.hypervolume import hypervolume, pareto_indices
+from coatrt.planning.pareto import hypervolume, pareto_indices
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.files import read_json, write_json
 
@@ -113,7 +113,7 @@ class Archive:
         return tuple(entries[i] for i in pareto_indices(self.points(entries)))
 
     def hypervolume(self, reference: tuple[float, float], round: int | None = None) -> float:
-        """Return the hypervolume over (bits, loss) of a round, see `coatrt.hypervolume`."""
+        """Return the hypervolume over (bits, loss) of a round, see `coatrt.planning.pareto`."""
         return hypervolume(self.points(self.current(round)), reference)
 
     def to_json(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from coatrt.plan_data import Plan
+from coatrt.planning.plan import Plan
 
 __all__ = ["fleet_table"]
 

@@ -95,7 +95,7 @@ class Plan:
         binds: the limits that decided.
         config: the configuration.
         average_bits: bits per weight, scales included.
-        memory: bytes by purpose, see `coatrt.memory.memory_of`.
+        memory: bytes by purpose, see `coatrt.planning.memory.memory_of`.
         limit_bytes: bytes the plan was allowed in all, None where the device's memory is unknown.
         predicted_loss_increase: nats per token without adapter, second-order estimate from the empirical Fisher.
         bytes_per_token: bytes read to decode one token with a full cache.

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from coatrt.hypervolume import hypervolume, pareto_indices
+from coatrt.planning.pareto import hypervolume, pareto_indices
 
 
 def points(seed: int, count: int) -> np.ndarray:

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 from coatrt.configs.config import QuantConfig
 from coatrt.devices.profiles import DeviceProfile
-from coatrt.engine_size import engine_overhead
 from coatrt.models.matrices import ModelMatrices
-from coatrt.workload import Workload
+from coatrt.planning.engine_size import engine_overhead
+from coatrt.planning.workload import Workload
 
 __all__ = ["CPU_RESERVE", "RUNTIME_RESERVE", "fixed_memory", "memory_of", "scale_bytes"]
 

@@ -1,6 +1,6 @@
 """Predicted seconds of decoding and prefill: a device's datasheet, corrected by shares that are assumptions.
 
-A calibration (`coatrt.calibrated`) has the same interface and takes its place where there is one.
+A calibration (`coatrt.planning.measured_latency`) has the same interface and takes its place where there is one.
 """
 
 from typing import Protocol
@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from coatrt.configs.space import ConfigSpace
 from coatrt.devices.profiles import DeviceProfile
 from coatrt.models.matrices import ModelMatrices
+from coatrt.planning.workload import Workload
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.workload import Workload
 
 __all__ = ["DatasheetLatency", "LatencyModel", "group_seconds"]
 

@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coatrt.allocate import CostTable, cost_matrix
-from coatrt.archive import Archive
-from coatrt.calibrated import find_calibration
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.space import ConfigSpace
 from coatrt.devices.profiles import DeviceProfile
-from coatrt.engine_size import overhead_of_choices
 from coatrt.errors import ConfigError, DeviceError
-from coatrt.frontier import Candidates, candidates
-from coatrt.hypervolume import pareto_indices
-from coatrt.latency import DatasheetLatency, LatencyModel, group_seconds
-from coatrt.memory import fixed_memory, memory_of
-from coatrt.pins import pinned_costs
-from coatrt.plan_data import Objective, Plan, PlanRequest
-from coatrt.plan_limits import Limit, Measures, best, binding, impossible, limits_of
-from coatrt.workload import Workload
+from coatrt.planning.archive import Archive
+from coatrt.planning.candidates import Candidates, candidates
+from coatrt.planning.engine_size import overhead_of_choices
+from coatrt.planning.knapsack import CostTable, cost_matrix
+from coatrt.planning.latency import DatasheetLatency, LatencyModel, group_seconds
+from coatrt.planning.limits import Limit, Measures, best, binding, impossible, limits_of
+from coatrt.planning.measured_latency import find_calibration
+from coatrt.planning.memory import fixed_memory, memory_of
+from coatrt.planning.pareto import pareto_indices
+from coatrt.planning.pins import pinned_costs
+from coatrt.planning.plan import Objective, Plan, PlanRequest
+from coatrt.planning.workload import Workload
 
 if TYPE_CHECKING:
     from coatrt.adapter.adapter import Adapter
@@ -121,7 +121,7 @@ def make_plan(
 ) -> Plan:
     """Return the plan that serves the request's objective best.
 
-    It is picked from one fixed set of candidates (`coatrt.frontier`), whatever the limits, so that more memory never
+    It is picked from one fixed set of candidates (`coatrt.planning.candidates`), whatever the limits, so that more memory never
     gives a worse predicted loss and a tighter budget never more bytes.
 
     Args:

@@ -10,19 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coatrt.adapter.description import AdapterFacts
-from coatrt.allocate import allocate, cost_matrix
-from coatrt.calibrated import Calibrated, Product, Rest, calibration_path, find_calibration, shape_of
 from coatrt.configs.space import ConfigSpace
 from coatrt.devices.profiles import device, devices
-from coatrt.engine_size import engine_overhead, overhead_of_choices
 from coatrt.errors import ConfigError, FormatError
-from coatrt.fleet_table import fleet_table
-from coatrt.frontier import candidates, least_cost_by_size
-from coatrt.latency import BANDWIDTH_SHARE, FLOPS_SHARE, LAUNCH_SECONDS, DatasheetLatency, group_seconds
-from coatrt.memory import memory_of, scale_bytes
-from coatrt.pins import matched, pinned_costs
-from coatrt.plan import Plan, PlanRequest, Workload, plan_fleet, plan_for
-from coatrt.plan_data import read_config
+from coatrt.planning.candidates import candidates, least_cost_by_size
+from coatrt.planning.engine_size import engine_overhead, overhead_of_choices
+from coatrt.planning.knapsack import allocate, cost_matrix
+from coatrt.planning.latency import BANDWIDTH_SHARE, FLOPS_SHARE, LAUNCH_SECONDS, DatasheetLatency, group_seconds
+from coatrt.planning.measured_latency import Calibrated, Product, Rest, calibration_path, find_calibration, shape_of
+from coatrt.planning.memory import memory_of, scale_bytes
+from coatrt.planning.pins import matched, pinned_costs
+from coatrt.planning.plan import read_config
+from coatrt.planning.planner import Plan, PlanRequest, Workload, plan_fleet, plan_for
+from coatrt.planning.table import fleet_table
 from coatrt.quantization.weight_format import WeightFormat
 
 GPUS = [profile for profile in devices() if profile.sm]

@@ -9,9 +9,9 @@ from typing import Any
 from coatrt.configs.space import ConfigSpace
 from coatrt.errors import ConfigError
 from coatrt.models.matrices import ModelMatrices
+from coatrt.planning.workload import Workload
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.files import cache_directory, read_json, write_json
-from coatrt.workload import Workload
 
 __all__ = ["CALIBRATION_FORMAT", "Calibrated", "Product", "Rest", "calibration_path", "find_calibration"]
 
@@ -62,7 +62,7 @@ def shape_of(workload: Workload) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """Measured seconds of one device; a `coatrt.latency.LatencyModel`.
+    """Measured seconds of one device; a `coatrt.planning.latency.LatencyModel`.
 
     Args:
         device: id of the profile it belongs to.

@@ -6,7 +6,10 @@ import itertools
 import numpy as np
 import pytest
 
-from coatrt.allocate import (
+from coatrt.configs.space import ConfigSpace
+from coatrt.errors import ConfigError
+from coatrt.models.matrices import ModelMatrices, matrices_of
+from coatrt.planning.knapsack import (
     _silence,
     _undominated,
     allocate,
@@ -15,9 +18,6 @@ from coatrt.allocate import (
     near_optimal,
     near_optimal_each,
 )
-from coatrt.configs.space import ConfigSpace
-from coatrt.errors import ConfigError
-from coatrt.models.matrices import ModelMatrices, matrices_of
 from coatrt.quantization.weight_format import WeightFormat
 
 FORMATS = tuple(map(WeightFormat.parse, ("nf2-g64", "nf3-g64", "int4-g64", "int8")))

@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coatrt.adapter.adapter import Adapter
-from coatrt.archive import Archive, ArchiveEntry
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.space import ConfigSpace
 from coatrt.devices.profiles import device, devices
 from coatrt.errors import ConfigError, DeviceError
-from coatrt.memory import RUNTIME_RESERVE
-from coatrt.plan import Plan, Workload, make_plan, plan_for
+from coatrt.planning.archive import Archive, ArchiveEntry
+from coatrt.planning.memory import RUNTIME_RESERVE
+from coatrt.planning.planner import Plan, Workload, make_plan, plan_for
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.files import write_json
 

@@ -1,0 +1,1 @@
+"""A configuration for a device."""
