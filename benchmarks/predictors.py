@@ -33,8 +33,8 @@ from coatrt.planning.knapsack import cost_matrix
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.input_moments import Calibration
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.sampling import TrainingSampler
 from coatrt.system.files import read_json, write_json
+from coatrt.training.config_sampler import TrainingSampler
 
 FORMATS = ("nf2-g64", "nf3-g64", "nf4-g64", "int4-g64", "nvfp4", "fp8", "int8")
 GRADIENT = ("fisher", "kfac", "tokens")

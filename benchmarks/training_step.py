@@ -26,15 +26,15 @@ from coatrt.configs.lora_contract import contract_for
 from coatrt.configs.space import ConfigSpace
 from coatrt.data.examples import Examples
 from coatrt.evaluation.fake_quant import FakeQuantModel
-from coatrt.loop import optimise
 from coatrt.models.checkpoint import load_model
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.input_moments import Calibration, InputMoments
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.sampling import TrainingSampler
 from coatrt.system.distributed import Processes
 from coatrt.system.files import cache_directory
-from coatrt.train_options import TrainOptions
+from coatrt.training.config_sampler import TrainingSampler
+from coatrt.training.loop import optimise
+from coatrt.training.options import TrainOptions
 
 FORMATS = ("nf3-g64", "int4-g64", "nvfp4", "fp8", "int8")
 LIMIT = 1.15

@@ -36,7 +36,7 @@ from coatrt.planning.planner import plan_for
 from coatrt.plot import plot_bits
 from coatrt.system.files import write_json, write_text
 from coatrt.system.progress import progress_bar, stages
-from coatrt.train import TrainOptions, train
+from coatrt.training.run import TrainOptions, train
 
 # One budget of bits per weight for each GPU, so that three different maps come out of one adapter.
 TARGETS = {"rtx-3060": 4.5, "rtx-4090": 6.0, "rtx-5090": 5.0}

@@ -23,7 +23,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_adapter(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of an adapter of `tiny_llama`, trained for a few steps."""
-    from coatrt.train import train
+    from coatrt.training.run import train
 
     directory = tmp_path_factory.mktemp("adapter") / "adapter"
     with pytest.MonkeyPatch.context() as patch:

@@ -21,10 +21,10 @@ from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import contract_for
 from coatrt.devices.environment import environment
 from coatrt.evaluation.losses import measure_held_out
-from coatrt.loop import optimise
 from coatrt.system.distributed import Processes
 from coatrt.system.files import write_json
-from coatrt.train_options import TrainOptions
+from coatrt.training.loop import optimise
+from coatrt.training.options import TrainOptions
 
 RESULTS = Path(__file__).parents[1] / "results" / "method"
 STEPS = {"micro": 100, "smollm2": 120, "smollm2-feedback": 120, "smollm2-absmax": 120}

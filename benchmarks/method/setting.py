@@ -29,10 +29,10 @@ from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import Quantizer
 from coatrt.quantization.input_moments import Calibration, InputMoments, calibration_examples
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.sampling import TrainingSampler
 from coatrt.system.files import cache_directory
 from coatrt.system.progress import stages
 from coatrt.system.tensors import read_tensors, write_tensors
+from coatrt.training.config_sampler import TrainingSampler
 
 __all__ = ["BUDGETS", "FORMATS", "Draws", "Measured", "Setting"]
 

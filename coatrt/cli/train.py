@@ -106,13 +106,13 @@ def command(model: str, data: tuple[str, ...], task: str, held_out: tuple[str, .
                    or {"prompt": …, "completion": …}; the assistant's answers are learned
     --task choice  a JSON object a line: {"prompt": …, "choices": [" yes", " no"], "answer": 0}
 
-    Options left out keep the defaults of coatrt.train.TrainOptions.
+    Options left out keep the defaults of coatrt.training.run.TrainOptions.
     """
     from coatrt.data.registry import load_task
     from coatrt.models.checkpoint import Checkpoint, load_tokenizer
     from coatrt.models.spec import DecoderSpec
     from coatrt.system.resources import compute_device
-    from coatrt.train import TrainOptions, train
+    from coatrt.training.run import TrainOptions, train
 
     compute_device(compute)
     tell_of_gpu(compute)

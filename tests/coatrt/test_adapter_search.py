@@ -22,7 +22,7 @@ from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.models.checkpoint import Checkpoint, load_tokenizer
 from coatrt.planning.archive import Archive, adapter_archive
 from coatrt.quantization.code_cache import CodeStore
-from coatrt.train import train
+from coatrt.training.run import train
 from support.tiny import tiny_options
 
 TEXT = ["the cat sat on the mat and the owl sat on the hen. " * 30]

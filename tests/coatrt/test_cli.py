@@ -260,7 +260,7 @@ def test_memory_that_does_not_suffice_is_one_line(
 
 
 def test_too_little_to_calibrate_on_is_named(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coatrt.train.train", lambda *_, **__: throw(ConfigError("trained")))
+    monkeypatch.setattr("coatrt.training.run.train", lambda *_, **__: throw(ConfigError("trained")))
     (tmp_path / "a.txt").write_text("word " * 200)  # 1,000 tokens, one each byte, of which a tenth is held out
     (tmp_path / "b.txt").write_text("word " * 60)
     given = "train", tiny_llama, "-o", tmp_path / "adapter", "--length", 16, "--data"

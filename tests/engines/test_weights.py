@@ -20,7 +20,7 @@ from coatrt.models.matrices import ModelMatrices
 from coatrt.quantization import code_cache as store
 from coatrt.quantization.codec import decode, encode
 from coatrt.quantization.input_moments import InputMoments
-from coatrt.train import train
+from coatrt.training.run import train
 from support.tiny import TEXTS, save_tiny_llama, tiny_options
 
 FORMATS = ("fp16", "bf16", "int8", "int8-g32", "int4-g32", "int4-g128", "fp8", "nvfp4", "nf2-g16", "nf3-g64", "nf4-g32",

@@ -12,7 +12,7 @@ import torch
 
 from coatrt.adapter.adapter import Adapter
 from coatrt.export.hypernetwork import export_hypernetwork
-from coatrt.train import train
+from coatrt.training.run import train
 from support.tiny import TEXTS, tiny_options
 
 

@@ -43,7 +43,7 @@ def save_byte_tokenizer(directory: Path) -> None:
 
 
 def tiny_options(**changes: Any) -> Any:
-    from coatrt.train import TrainOptions
+    from coatrt.training.run import TrainOptions
 
     options: dict[str, Any] = {
         "formats": ("nf3-g32", "int4-g32", "nvfp4", "fp8", "int8", "nf4-g32-dq8-fp16-64"),

@@ -20,7 +20,7 @@ from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import decode, encode
 from coatrt.quantization.input_moments import Calibration, InputMoments
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.train import train
+from coatrt.training.run import train
 from support.tiny import TEXTS, tiny_options
 
 LOW, HIGH = WeightFormat.parse("nf2-g32"), WeightFormat.parse("int8")

@@ -16,7 +16,7 @@ from coatrt.data.registry import load_task
 from coatrt.data.task_data import TaskData
 from coatrt.errors import ConfigError
 from coatrt.models.checkpoint import load_tokenizer
-from coatrt.train import train
+from coatrt.training.run import train
 from support.tiny import TEXTS, tiny_options
 
 SOUNDS = {"cat": " purrs", "dog": " barks", "hen": " clucks", "owl": " hoots"}

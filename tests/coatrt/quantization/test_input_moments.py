@@ -11,7 +11,7 @@ from coatrt.errors import CheckpointError, ConfigError
 from coatrt.models.checkpoint import Checkpoint, load_model
 from coatrt.quantization import input_moments as calibration
 from coatrt.quantization.input_moments import Calibration, InputMoments, calibration_examples, tokens_wanted
-from coatrt.train import TrainOptions
+from coatrt.training.run import TrainOptions
 from support.tiny import save_tiny_llama
 
 TOKENS = torch.randint(0, 272, (6, 20), generator=torch.Generator().manual_seed(0))

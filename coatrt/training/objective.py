@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +9,8 @@ from torch import Tensor, nn
 from coatrt.configs.config import QuantConfig
 from coatrt.data.examples import IGNORED, Examples
 from coatrt.evaluation.fake_quant import FakeQuantModel
-from coatrt.train_options import TrainOptions
-
-if TYPE_CHECKING:
-    from coatrt.loop import LoraModule
+from coatrt.training.options import TrainOptions
+from coatrt.training.protocols import LoraModule
 
 __all__ = ["Pass", "accumulate_gradients"]
 
@@ -34,7 +31,7 @@ class Pass:
 
 
 def accumulate_gradients(
-    model: FakeQuantModel, lora: "LoraModule", passes: Sequence[Pass], options: TrainOptions
+    model: FakeQuantModel, lora: LoraModule, passes: Sequence[Pass], options: TrainOptions
 ) -> list[float]:
     """Add to the LoRA's gradients those of the mean over configurations of task loss + distill · divergence.
 

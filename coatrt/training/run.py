@@ -25,19 +25,19 @@ from coatrt.evaluation.curvature import output_gains
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.evaluation.losses import measure_held_out
 from coatrt.evaluation.sensitivity import Sensitivity, measure_sensitivity
-from coatrt.loop import optimise
 from coatrt.models.checkpoint import Checkpoint, load_tokenizer
 from coatrt.planning.pareto import hypervolume
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.input_moments import Calibration, InputMoments, calibration_examples
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.sampling import TrainingSampler
 from coatrt.system.distributed import Processes
 from coatrt.system.files import cache_directory, check_replaceable
 from coatrt.system.progress import progress_bar, stages
 from coatrt.system.resources import compute_device
-from coatrt.train_options import DEFAULT_FORMATS, SENSITIVITY_BLOCKS, TrainOptions
-from coatrt.train_state import check_state, claim_state, has_state
+from coatrt.training.config_sampler import TrainingSampler
+from coatrt.training.loop import optimise
+from coatrt.training.options import DEFAULT_FORMATS, SENSITIVITY_BLOCKS, TrainOptions
+from coatrt.training.resume_state import check_state, claim_state, has_state
 
 __all__ = ["DEFAULT_FORMATS", "TrainOptions", "train"]
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,29 +15,17 @@ from coatrt.data.documents import batches
 from coatrt.data.examples import Examples
 from coatrt.errors import CheckpointError, CoatError
 from coatrt.evaluation.fake_quant import FakeQuantModel
-from coatrt.objective import Pass, accumulate_gradients
 from coatrt.system.distributed import Processes
 from coatrt.system.progress import progress_bar
 from coatrt.system.tensors import read_tensors, write_tensors
-from coatrt.train_options import TrainOptions
-from coatrt.train_state import load_state, save_state
+from coatrt.training.objective import Pass, accumulate_gradients
+from coatrt.training.options import TrainOptions
+from coatrt.training.protocols import LoraModule
+from coatrt.training.resume_state import load_state, save_state
 
-__all__ = ["History", "LoraModule", "optimise"]
+__all__ = ["History", "optimise"]
 
 _BEST = "best.safetensors"
-
-
-class LoraModule(Protocol):
-    """What the loop trains: a module that gives each matrix its pair for a configuration."""
-
-    def pairs(self, config: QuantConfig) -> Mapping[str, tuple[Tensor, Tensor]]:
-        """Return matrix name → (A [K, r], scaled B [r, N])."""
-
-    def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:
-        """Return the parameters that learn, by the name of their rate (`TrainOptions.rates`)."""
-
-    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
-        """Return every parameter by name."""
 
 
 @dataclass

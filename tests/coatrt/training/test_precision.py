@@ -15,7 +15,7 @@ from coatrt.models.checkpoint import Checkpoint, load_model
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import decode, encode
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.train import train
+from coatrt.training.run import train
 from support.tiny import TEXTS, tiny_options
 
 FORMATS = [WeightFormat.parse(text) for text in ("nf2-g32", "int8")]

@@ -8,25 +8,25 @@ from typing import Any
 
 import pytest
 
-TESTS = Path(__file__).parents[1]
+TESTS = Path(__file__).parents[2]
 TEXTS = [f"the {word} sat on the mat and the {word} saw the hen. " * 30 for word in ("cat", "owl", "fox")]
 
 _PROGRAM = """
 import json, sys
 import torch
-import coatrt.train, coatrt.adapter_search
+import coatrt.training.run, coatrt.adapter_search
 sys.path.append(sys.argv[1])
 from support import pretend_device
 from support.tiny import tiny_options
 
 torch.set_num_threads(1)
-for module in (coatrt.train, coatrt.adapter_search):
+for module in (coatrt.training.run, coatrt.adapter_search):
     module.compute_device = torch.device
 llama, directory, texts, changes = sys.argv[2], sys.argv[3], *map(json.loads, sys.argv[4:])
 said = {}
 for device in ("cpu", pretend_device.NAME):
     place = f"{directory}/{device}"
-    adapter = coatrt.train.train(llama, texts, place, tiny_options(**changes), compute=device)
+    adapter = coatrt.training.run.train(llama, texts, place, tiny_options(**changes), compute=device)
     found, _ = coatrt.adapter_search.search_adapter(
         place, texts, evaluations=2, blocks=2, length=32, compute=device
     )

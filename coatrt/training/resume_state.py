@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -10,9 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from coatrt.errors import CheckpointError, ConfigError
 from coatrt.system.files import atomic_file, read_json, sha256_file, write_json
-
-if TYPE_CHECKING:
-    from coatrt.loop import LoraModule
+from coatrt.training.protocols import LoraModule
 
 __all__ = ["check_state", "claim_state", "has_state", "load_state", "save_state"]
 
@@ -22,7 +20,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def save_state(
-    directory: Path, module: "LoraModule", optimizer: torch.optim.Optimizer, run: str, progress: Mapping[str, Any]
+    directory: Path, module: LoraModule, optimizer: torch.optim.Optimizer, run: str, progress: Mapping[str, Any]
 ) -> None:
     """Write a checkpoint; the one before it stays valid until this one is complete.
 
@@ -88,7 +86,7 @@ def has_state(directory: Path) -> bool:
 
 
 def load_state(
-    directory: Path, module: "LoraModule", optimizer: torch.optim.Optimizer, run: str
+    directory: Path, module: LoraModule, optimizer: torch.optim.Optimizer, run: str
 ) -> dict[str, Any] | None:
     """Read the last checkpoint into `module` and `optimizer` and return its progress; None where there is none.
 

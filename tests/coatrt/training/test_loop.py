@@ -17,12 +17,12 @@ from coatrt.adapter.lora import CoaLora
 from coatrt.data.examples import Examples
 from coatrt.errors import ConfigError
 from coatrt.evaluation.fake_quant import FakeQuantModel
-from coatrt.loop import History, optimise
 from coatrt.models.checkpoint import Checkpoint, load_model
-from coatrt.objective import Pass, accumulate_gradients
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.system.distributed import Processes
-from coatrt.train import train
+from coatrt.training.loop import History, optimise
+from coatrt.training.objective import Pass, accumulate_gradients
+from coatrt.training.run import train
 from support.tiny import TEXTS, tiny_options
 
 

@@ -28,8 +28,8 @@ from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import decode, encode, relative_error
 from coatrt.quantization.input_moments import InputMoments, calibration_examples
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.sampling import TrainingSampler
-from coatrt.train import TrainOptions, train
+from coatrt.training.config_sampler import TrainingSampler
+from coatrt.training.run import TrainOptions, train
 from support.tiny import TEXTS, tiny_options
 
 
@@ -327,7 +327,7 @@ def test_resuming_takes_no_sensitivities_of_another_run(tiny_llama: Path, tmp_pa
 
     def interrupted(options: TrainOptions) -> None:
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr("coatrt.train.optimise", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr("coatrt.training.run.optimise", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             train(tiny_llama, TEXTS, output, options)
 
     interrupted(options)
