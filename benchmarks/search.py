@@ -35,7 +35,7 @@ from coatrt.planning.archive import Archive
 from coatrt.planning.pareto import hypervolume
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.search import Method, SearchOptions, search
+from coatrt.search.loop import Method, SearchOptions, search
 from coatrt.system.files import atomic_file, read_json, write_json
 
 FORMATS = ("nf2-g32", "nf3-g32", "nf4-g32", "int4-g32", "nvfp4", "fp8", "int8")

@@ -30,12 +30,12 @@ def command(adapter: Path, data: tuple[str, ...], evaluations: int, blocks: int 
     ADAPTER/archive.json is written after every measurement; an interrupted search goes on.
     """
     from coatrt.adapter.adapter import Adapter
-    from coatrt.adapter_search import search_adapter
     from coatrt.data.documents import read_documents
     from coatrt.data.registry import load_task
     from coatrt.data.task_data import TaskData
     from coatrt.models.checkpoint import load_tokenizer
     from coatrt.planning.archive import ArchiveEntry
+    from coatrt.search.run import search_adapter
     from coatrt.system.progress import progress_bar
 
     tell_of_gpu(compute)

@@ -14,20 +14,20 @@ TEXTS = [f"the {word} sat on the mat and the {word} saw the hen. " * 30 for word
 _PROGRAM = """
 import json, sys
 import torch
-import coatrt.training.run, coatrt.adapter_search
+import coatrt.training.run, coatrt.search.run
 sys.path.append(sys.argv[1])
 from support import pretend_device
 from support.tiny import tiny_options
 
 torch.set_num_threads(1)
-for module in (coatrt.training.run, coatrt.adapter_search):
+for module in (coatrt.training.run, coatrt.search.run):
     module.compute_device = torch.device
 llama, directory, texts, changes = sys.argv[2], sys.argv[3], *map(json.loads, sys.argv[4:])
 said = {}
 for device in ("cpu", pretend_device.NAME):
     place = f"{directory}/{device}"
     adapter = coatrt.training.run.train(llama, texts, place, tiny_options(**changes), compute=device)
-    found, _ = coatrt.adapter_search.search_adapter(
+    found, _ = coatrt.search.run.search_adapter(
         place, texts, evaluations=2, blocks=2, length=32, compute=device
     )
     said[device] = {"losses": adapter.metrics["losses"], "measured": [entry.loss for entry in found]}

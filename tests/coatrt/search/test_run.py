@@ -13,7 +13,6 @@ import torch
 from click.testing import CliRunner
 
 from coatrt.adapter.adapter import Adapter
-from coatrt.adapter_search import search_adapter
 from coatrt.cli.main import cli
 from coatrt.data.documents import tokenize_text
 from coatrt.data.registry import load_task
@@ -22,6 +21,7 @@ from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.models.checkpoint import Checkpoint, load_tokenizer
 from coatrt.planning.archive import Archive, adapter_archive
 from coatrt.quantization.code_cache import CodeStore
+from coatrt.search.run import search_adapter
 from coatrt.training.run import train
 from support.tiny import tiny_options
 
@@ -117,7 +117,7 @@ def test_a_second_search_at_once_is_refused(directory: Path) -> None:
 
 _SEARCH = """
 import json, sys
-from coatrt.adapter_search import search_adapter
+from coatrt.search.run import search_adapter
 from coatrt.errors import ConfigError
 try:
     search_adapter(sys.argv[1], json.loads(sys.argv[2]), evaluations=5, blocks=2, length=32)

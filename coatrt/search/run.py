@@ -17,7 +17,7 @@ from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.evaluation.losses import mean_loss
 from coatrt.models.checkpoint import load_tokenizer
 from coatrt.planning.archive import ARCHIVE_FILE, Archive, ArchiveEntry
-from coatrt.search import SearchOptions, search
+from coatrt.search.loop import SearchOptions, search
 from coatrt.system.files import exclusive
 from coatrt.system.resources import compute_device
 from coatrt.system.tensors import hash_tensors

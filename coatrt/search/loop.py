@@ -17,7 +17,7 @@ from coatrt.errors import ConfigError
 from coatrt.planning.archive import Archive, ArchiveEntry
 from coatrt.planning.knapsack import CostTable, cost_matrix, near_optimal_each
 from coatrt.planning.pareto import hypervolume
-from coatrt.surrogate import Surrogate, disturbed, fit_multipliers, multiplier_terms, predicted
+from coatrt.search.surrogate import Surrogate, disturbed, fit_multipliers, multiplier_terms, predicted
 
 __all__ = ["Method", "SearchOptions", "propose", "search"]
 

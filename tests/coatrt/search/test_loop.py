@@ -12,8 +12,8 @@ from coatrt.errors import ConfigError
 from coatrt.models.matrices import matrices_of
 from coatrt.planning.archive import Archive, ArchiveEntry
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.search import SearchOptions, search
-from coatrt.surrogate import Surrogate, disturbed, fit_multipliers, multiplier_terms, predicted
+from coatrt.search.loop import SearchOptions, search
+from coatrt.search.surrogate import Surrogate, disturbed, fit_multipliers, multiplier_terms, predicted
 
 FORMATS = tuple(map(WeightFormat.parse, ("nf2-g64", "nf3-g64", "int4-g64", "fp8", "int8")))
 BASE = 3.0

@@ -1,0 +1,1 @@
+"""Measured configurations of an adapter."""
