@@ -33,7 +33,7 @@ from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.evaluation.losses import mean_loss
 from coatrt.models.checkpoint import Checkpoint, load_tokenizer
 from coatrt.planning.planner import plan_for
-from coatrt.plot import plot_bits
+from coatrt.report.plot import plot_bits
 from coatrt.system.files import write_json, write_text
 from coatrt.system.progress import progress_bar, stages
 from coatrt.training.run import TrainOptions, train
