@@ -24,9 +24,9 @@ from coatrt.bundle import Bundle
 from coatrt.configs.config import ConfigPatterns
 from coatrt.devices.profiles import device
 from coatrt.engines.assemble import BundleOptions, assemble
-from coatrt.engines.emit import Emitter, load_lora
-from coatrt.engines.load import load_decoder
-from coatrt.engines.ort import OrtDecoder
+from coatrt.engines.runtime.emitter import Emitter, load_lora
+from coatrt.engines.runtime.load import load_decoder
+from coatrt.engines.runtime.ort import OrtDecoder
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = "Once upon a time there was a king who had three daughters, and"

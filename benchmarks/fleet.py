@@ -28,7 +28,7 @@ from coatrt.engines.builder import build_engine
 from coatrt.engines.engine_cache import EngineCache
 from coatrt.engines.fleet import Target, build_fleet
 from coatrt.engines.options import BundleOptions
-from coatrt.engines.switch import SwitchingDecoder
+from coatrt.engines.runtime.switch import SwitchingDecoder
 from coatrt.export.decoder import GraphForm, export_decoder
 from coatrt.planning.memory import memory_of
 from coatrt.planning.planner import PlanRequest, plan_fleet, plan_for
@@ -126,8 +126,8 @@ def engine_bytes(adapter: Adapter, checkpoint: Any, scratch: Path) -> list[dict[
 _PEAK = """
 import json, sys
 from coatrt.bundle import Bundle
-from coatrt.engines.emit import load_lora
-from coatrt.engines.load import load_decoder
+from coatrt.engines.runtime.emitter import load_lora
+from coatrt.engines.runtime.load import load_decoder
 bundle = Bundle.open(sys.argv[1])
 def line(name):  # not ru_maxrss, which begins with the parent's
     return int(open("/proc/self/status").read().split(name + ":")[1].split()[0])

@@ -18,7 +18,7 @@ from coatrt.adapter.adapter import Adapter
 from coatrt.devices.profiles import device
 from coatrt.engines.assemble import BundleOptions, assemble
 from coatrt.engines.bench import percentiles
-from coatrt.engines.emit import Emitter
+from coatrt.engines.runtime.emitter import Emitter
 from coatrt.planning.planner import plan_for
 
 

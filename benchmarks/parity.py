@@ -15,7 +15,7 @@ from common import save_result, smollm2
 
 from coatrt.adapter.adapter import Adapter
 from coatrt.configs.config import QuantConfig
-from coatrt.engines.ort import OrtDecoder
+from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.export.decoder import GraphForm, decoder_io, export_decoder
 from coatrt.models.checkpoint import Checkpoint

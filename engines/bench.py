@@ -9,8 +9,8 @@ import numpy as np
 from coatrt.bundle import Bundle
 from coatrt.devices.environment import environment
 from coatrt.devices.profiles import DeviceProfile
-from coatrt.engines.emit import Emitter, load_lora
-from coatrt.engines.ort import OrtDecoder
+from coatrt.engines.runtime.emitter import Emitter, load_lora
+from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.errors import ConfigError
 
 __all__ = ["bench", "bench_text", "percentiles"]
@@ -52,7 +52,7 @@ def bench(
         repeat: repetitions.
         batch: sequences at once.
         threads: of the session.
-        accuracy_level: see `coatrt.engines.ort.session`.
+        accuracy_level: see `coatrt.engines.runtime.ort.session`.
         device: profile of the machine, for the bandwidth bound; None leaves it out.
         progress: called with (repetitions done, in all).
 

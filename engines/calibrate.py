@@ -15,7 +15,7 @@ import torch
 from coatrt.adapter.adapter import Adapter
 from coatrt.configs.config import QuantConfig
 from coatrt.devices.environment import environment
-from coatrt.engines.ort import OrtDecoder, session
+from coatrt.engines.runtime.ort import OrtDecoder, session
 from coatrt.errors import ConfigError
 from coatrt.export.decoder import decoder_io, export_decoder
 from coatrt.export.graph import GraphBuilder, GraphForm
@@ -86,7 +86,7 @@ def time_product(
         fmt: the weight's format.
         tokens: rows.
         threads: of the session.
-        accuracy_level: see `coatrt.engines.ort.session`.
+        accuracy_level: see `coatrt.engines.runtime.ort.session`.
         activations: float32 or float16.
         clock: seconds; `time.thread_time` leaves out what other processes took from one thread.
     """  # fmt: skip
@@ -169,7 +169,7 @@ def calibrate_cpu(
         tokens: rows of the products: 1, and more than one for prefill.
         contexts: slots of the caches.
         threads: of the sessions.
-        accuracy_level: see `coatrt.engines.ort.session`.
+        accuracy_level: see `coatrt.engines.runtime.ort.session`.
         activations: float32 or float16.
         clock: see `time_product`.
         progress: called after each measurement.

@@ -10,8 +10,8 @@ import numpy as np
 
 from coatrt.bundle import Bundle
 from coatrt.devices.environment import versions
-from coatrt.engines.emit import Emitter, load_lora
-from coatrt.engines.ort import OrtDecoder
+from coatrt.engines.runtime.emitter import Emitter, load_lora
+from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.engines.weights import held_weights
 from coatrt.errors import BundleError, CheckpointError, CoatError
 

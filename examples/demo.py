@@ -21,12 +21,12 @@ from coatrt.data.documents import tokenize_text
 from coatrt.devices.environment import environment
 from coatrt.devices.profiles import device
 from coatrt.engines.builder import EngineShapes
-from coatrt.engines.emit import load_lora
 from coatrt.engines.engine_cache import EngineCache
 from coatrt.engines.fleet import Target, build_fleet
-from coatrt.engines.generate import encode_prompt, generate
-from coatrt.engines.load import load_decoder
 from coatrt.engines.options import BundleOptions
+from coatrt.engines.runtime.emitter import load_lora
+from coatrt.engines.runtime.generate import encode_prompt, generate
+from coatrt.engines.runtime.load import load_decoder
 from coatrt.engines.verify import verify
 from coatrt.errors import CoatError
 from coatrt.evaluation.fake_quant import FakeQuantModel

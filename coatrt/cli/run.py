@@ -29,9 +29,9 @@ def command(bundle: Path, prompts: tuple[str, ...], max_tokens: int, temperature
             threads: int | None, accuracy_level: str) -> None:  # fmt: skip
     """Generate text from BUNDLE."""
     from coatrt.bundle import Bundle
-    from coatrt.engines.emit import load_lora
-    from coatrt.engines.generate import Sampling, encode_prompt, generate
-    from coatrt.engines.load import load_decoder
+    from coatrt.engines.runtime.emitter import load_lora
+    from coatrt.engines.runtime.generate import Sampling, encode_prompt, generate
+    from coatrt.engines.runtime.load import load_decoder
     from coatrt.models.checkpoint import load_tokenizer
 
     sampling = Sampling(temperature, top_k, top_p, seed)

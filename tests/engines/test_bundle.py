@@ -16,8 +16,8 @@ from coatrt.devices.profiles import device
 from coatrt.engines.assemble import BundleOptions, assemble
 from coatrt.engines.bench import bench, bench_text, percentiles
 from coatrt.engines.builder import EngineShapes
-from coatrt.engines.emit import Emitter
-from coatrt.engines.ort import OrtDecoder
+from coatrt.engines.runtime.emitter import Emitter
+from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.engines.verify import TOLERANCE, verify
 from coatrt.errors import BuildError, BundleError, CheckpointError, ConfigError, FormatError
 from coatrt.planning.planner import plan_for
@@ -130,7 +130,7 @@ def reseal(directory: Path) -> None:
 
 
 def test_a_lora_of_another_configuration_is_found(copy: Path, tiny_adapter: Path) -> None:
-    from coatrt.engines.emit import save_lora
+    from coatrt.engines.runtime.emitter import save_lora
 
     adapter = Adapter.load(tiny_adapter)
     other = adapter.space.uniform("nf3-g32")

@@ -10,7 +10,7 @@ from coatrt.devices.profiles import device
 from coatrt.engines.bundle_files import export_config, export_shared
 from coatrt.engines.calibrate import _without_drift, calibrate_cpu, predicted_decode, time_product
 from coatrt.engines.options import BundleOptions
-from coatrt.engines.ort import OrtDecoder
+from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.errors import ConfigError
 from coatrt.export.decoder import GraphForm, decoder_io
 from coatrt.planning.measured_latency import Calibrated, Product, calibration_path

@@ -16,9 +16,9 @@ from coatrt.bundle import Bundle, seal
 from coatrt.configs.config import ConfigPatterns
 from coatrt.devices.profiles import device
 from coatrt.engines.assemble import BundleOptions, assemble
-from coatrt.engines.emit import Emitter, load_lora
-from coatrt.engines.generate import generate
-from coatrt.engines.load import load_decoder
+from coatrt.engines.runtime.emitter import Emitter, load_lora
+from coatrt.engines.runtime.generate import generate
+from coatrt.engines.runtime.load import load_decoder
 from coatrt.errors import CoatError
 
 PROMPT = [10, 200, 30, 44, 5, 66, 77]

@@ -12,7 +12,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from coatrt.configs.lora_contract import DecoderIO, LoraContract
-from coatrt.engines.runtime import LoraTensors, check_lora, check_tokens, next_step, pad_right
+from coatrt.engines.runtime.decoder import LoraTensors, check_lora, check_tokens, next_step, pad_right
 from coatrt.errors import BuildError, ConfigError
 
 __all__ = ["OrtDecoder", "session"]

@@ -1,8 +1,8 @@
 """Bundle → decoder: which runtime, which file of the bundle."""
 
 from coatrt.bundle import Bundle
-from coatrt.engines.ort import OrtDecoder
-from coatrt.engines.runtime import Decoder
+from coatrt.engines.runtime.decoder import Decoder
+from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.errors import BuildError
 
 __all__ = ["check_decoder", "load_decoder"]
@@ -25,7 +25,7 @@ def load_decoder(
         batch: sequences at once.
         context: slots of the caches (ort; an engine's are fixed).
         threads: of the session (ort).
-        accuracy_level: see `coatrt.engines.ort.session` (ort); 4 is what plans for the CPU hold for, 0 is exact.
+        accuracy_level: see `coatrt.engines.runtime.ort.session` (ort); 4 is what plans for the CPU hold for, 0 is exact.
 
     Raises:
         BuildError: the backend is unknown, cannot run here, or the bundle has nothing for it.
@@ -36,7 +36,7 @@ def load_decoder(
             graph, io, bundle.contract, batch=batch, context=context, threads=threads, accuracy_level=accuracy_level
         )
     if backend == "trt":
-        from coatrt.engines.trt import TrtDecoder
+        from coatrt.engines.runtime.trt import TrtDecoder
 
         return TrtDecoder.of(bundle, batch=batch)
     raise BuildError(f"backend {backend!r} is given; allowed: ort, trt")

@@ -12,10 +12,10 @@ import pytest
 from coatrt.bundle import Bundle
 from coatrt.configs.lora_contract import DecoderIO
 from coatrt.devices.profiles import device
-from coatrt.engines import trt
-from coatrt.engines.load import load_decoder
-from coatrt.engines.ort import OrtDecoder
-from coatrt.engines.trt import TrtDecoder
+from coatrt.engines.runtime import trt
+from coatrt.engines.runtime.load import load_decoder
+from coatrt.engines.runtime.ort import OrtDecoder
+from coatrt.engines.runtime.trt import TrtDecoder
 from coatrt.errors import BuildError, ConfigError
 
 MEMORY: dict[int, bytearray] = {}
@@ -119,7 +119,7 @@ def test_addresses_are_fixed_and_caches_in_place(decoder: TrtDecoder) -> None:
 
 
 def test_pieces_of_a_prompt_give_the_logits_of_the_whole(decoder: TrtDecoder, tiny_bundle: Path) -> None:
-    from coatrt.engines.emit import Emitter
+    from coatrt.engines.runtime.emitter import Emitter
 
     bundle = Bundle.open(tiny_bundle)
     lora = Emitter.of(bundle, threads=1).emit(bundle.config)

@@ -9,12 +9,12 @@ import pytest
 from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle
 from coatrt.devices.profiles import device
-from coatrt.engines.emit import load_lora
 from coatrt.engines.fleet import Target, build_fleet
-from coatrt.engines.load import load_decoder
 from coatrt.engines.options import BundleOptions
-from coatrt.engines.runtime import Decoder
-from coatrt.engines.switch import SwitchingDecoder
+from coatrt.engines.runtime.decoder import Decoder
+from coatrt.engines.runtime.emitter import load_lora
+from coatrt.engines.runtime.load import load_decoder
+from coatrt.engines.runtime.switch import SwitchingDecoder
 from coatrt.errors import BuildError, BundleError, ConfigError
 
 
@@ -97,7 +97,7 @@ def test_a_failed_switch_leaves_the_session_as_it_was(
             raise BuildError("ONNX Runtime refuses it")
         return load_decoder(bundle, backend, **(options | {"context": 4} if bundle is other else options))
 
-    monkeypatch.setattr("coatrt.engines.switch.load_decoder", load)
+    monkeypatch.setattr("coatrt.engines.runtime.switch.load_decoder", load)
     session, calm = (
         SwitchingDecoder({"int8": bundles["int8"], "other": other}, "int8", held=held, context=64) for _ in "ab"
     )
@@ -121,7 +121,7 @@ def test_a_session_whose_decoder_does_not_come_back_says_so(
         raise BuildError("no memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr("coatrt.engines.switch.load_decoder", load)
+        patch.setattr("coatrt.engines.runtime.switch.load_decoder", load)
         with pytest.raises(BuildError, match="no memory"):
             session.switch("nf3-g32")
     with pytest.raises(ConfigError, match="int8 could not be loaded again after a failed switch; switch to a bundle"):

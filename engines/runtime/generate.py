@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from coatrt.engines.runtime import Decoder
+from coatrt.engines.runtime.decoder import Decoder
 from coatrt.errors import ConfigError
 
 __all__ = ["Generated", "Sampling", "encode_prompt", "generate", "next_token"]

@@ -13,8 +13,8 @@ from safetensors.numpy import load_file, save_file
 from coatrt.bundle import Bundle
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import LoraContract
-from coatrt.engines.ort import session
-from coatrt.engines.runtime import check_lora
+from coatrt.engines.runtime.decoder import check_lora
+from coatrt.engines.runtime.ort import session
 from coatrt.errors import BundleError, ConfigError
 from coatrt.system.files import atomic_file
 

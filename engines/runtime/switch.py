@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from coatrt.bundle import Bundle
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import DecoderIO
-from coatrt.engines.emit import Emitter
-from coatrt.engines.load import check_decoder, load_decoder
-from coatrt.engines.ort import OrtDecoder
-from coatrt.engines.runtime import Decoder, LoraTensors
+from coatrt.engines.runtime.decoder import Decoder, LoraTensors
+from coatrt.engines.runtime.emitter import Emitter
+from coatrt.engines.runtime.load import check_decoder, load_decoder
+from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.errors import BundleError, ConfigError
 
 __all__ = ["Switched", "SwitchingDecoder"]
@@ -48,14 +48,14 @@ class Switched:
 
 
 class SwitchingDecoder:
-    """A decoder over several bundles of one adapter, one of them current; a `coatrt.engines.runtime.Decoder`.
+    """A decoder over several bundles of one adapter, one of them current; a `coatrt.engines.runtime.decoder.Decoder`.
 
     The hypernetwork is the same in all bundles of an adapter, so one emitter serves every configuration.
 
     Args:
         bundles: name → opened bundle, at least one.
         start: the first one's name; by default the first given.
-        backend: see `coatrt.engines.load.load_decoder`.
+        backend: see `coatrt.engines.runtime.load.load_decoder`.
         held: decoders kept in memory; 1 frees the old one before the next is loaded.
         options: batch, context, threads, accuracy_level of `load_decoder`.
 

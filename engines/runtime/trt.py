@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from coatrt.bundle import Bundle
 from coatrt.configs.lora_contract import DecoderIO, LoraContract
 from coatrt.devices.probe import probe
-from coatrt.engines.runtime import LoraTensors, check_lora, check_tokens, next_step, pad_right
+from coatrt.engines.runtime.decoder import LoraTensors, check_lora, check_tokens, next_step, pad_right
 from coatrt.errors import BuildError
 
 __all__ = ["TrtDecoder"]

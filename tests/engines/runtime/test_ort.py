@@ -9,10 +9,10 @@ import torch
 from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle
 from coatrt.configs.config import QuantConfig
-from coatrt.engines.emit import Emitter, load_lora
-from coatrt.engines.generate import Generated, Sampling, encode_prompt, generate, next_token, probabilities
-from coatrt.engines.load import load_decoder
-from coatrt.engines.ort import OrtDecoder
+from coatrt.engines.runtime.emitter import Emitter, load_lora
+from coatrt.engines.runtime.generate import Generated, Sampling, encode_prompt, generate, next_token, probabilities
+from coatrt.engines.runtime.load import load_decoder
+from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.errors import BuildError, ConfigError
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.export.decoder import GraphForm, decoder_io, export_decoder

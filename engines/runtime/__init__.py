@@ -1,0 +1,1 @@
+"""Running a decoder graph or an engine."""
