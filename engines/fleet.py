@@ -13,11 +13,11 @@ from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle, seal
 from coatrt.configs.config import QuantConfig
 from coatrt.devices.profiles import DeviceProfile
-from coatrt.engines.build_room import BuildRoom, builder_bytes
-from coatrt.engines.builder import BuildRecord, build_engine, check_formats, installed_builder
+from coatrt.engines.build.builder import BuildRecord, build_engine, check_formats, installed_builder
+from coatrt.engines.build.builder_slots import BuildRoom, builder_bytes
+from coatrt.engines.build.engine_cache import EngineCache, engine_key
+from coatrt.engines.build.kit import KIT_COMMAND, write_kit
 from coatrt.engines.bundle_files import export_config, export_shared
-from coatrt.engines.engine_cache import EngineCache, engine_key
-from coatrt.engines.kit import KIT_COMMAND, write_kit
 from coatrt.engines.options import BundleOptions
 from coatrt.engines.output import check_output
 from coatrt.engines.recipe import is_current, recipe_hash

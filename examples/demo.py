@@ -20,8 +20,8 @@ from coatrt.configs.config import QuantConfig
 from coatrt.data.documents import tokenize_text
 from coatrt.devices.environment import environment
 from coatrt.devices.profiles import device
-from coatrt.engines.builder import EngineShapes
-from coatrt.engines.engine_cache import EngineCache
+from coatrt.engines.build.builder import EngineShapes
+from coatrt.engines.build.engine_cache import EngineCache
 from coatrt.engines.fleet import Target, build_fleet
 from coatrt.engines.options import BundleOptions
 from coatrt.engines.runtime.emitter import load_lora

@@ -15,7 +15,7 @@ from coatrt.bundle import Bundle, seal
 from coatrt.devices.profiles import device
 from coatrt.engines.assemble import BundleOptions, assemble
 from coatrt.engines.bench import bench, bench_text, percentiles
-from coatrt.engines.builder import EngineShapes
+from coatrt.engines.build.builder import EngineShapes
 from coatrt.engines.runtime.emitter import Emitter
 from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.engines.verify import TOLERANCE, verify

@@ -1,4 +1,4 @@
-"""The builder process: `python -m coatrt.engines.build_worker request.json`."""
+"""The builder process: `python -m coatrt.engines.build.worker request.json`."""
 
 import json
 import sys
