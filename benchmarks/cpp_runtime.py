@@ -23,7 +23,7 @@ from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle
 from coatrt.configs.config import ConfigPatterns
 from coatrt.devices.profiles import device
-from coatrt.engines.assemble import BundleOptions, assemble
+from coatrt.engines.bundles.assemble import BundleOptions, assemble
 from coatrt.engines.runtime.emitter import Emitter, load_lora
 from coatrt.engines.runtime.load import load_decoder
 from coatrt.engines.runtime.ort import OrtDecoder

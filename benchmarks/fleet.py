@@ -26,8 +26,8 @@ from coatrt.devices.profiles import device
 from coatrt.engines.build.builder import build_engine
 from coatrt.engines.build.builder_slots import BuildRoom
 from coatrt.engines.build.engine_cache import EngineCache
-from coatrt.engines.fleet import Target, build_fleet
-from coatrt.engines.options import BundleOptions
+from coatrt.engines.bundles.build import Target, build_fleet
+from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.runtime.switch import SwitchingDecoder
 from coatrt.export.decoder import GraphForm, export_decoder
 from coatrt.planning.memory import memory_of

@@ -22,12 +22,12 @@ from coatrt.devices.environment import environment
 from coatrt.devices.profiles import device
 from coatrt.engines.build.builder import EngineShapes
 from coatrt.engines.build.engine_cache import EngineCache
-from coatrt.engines.fleet import Target, build_fleet
-from coatrt.engines.options import BundleOptions
+from coatrt.engines.bundles.build import Target, build_fleet
+from coatrt.engines.bundles.options import BundleOptions
+from coatrt.engines.bundles.verify import verify
 from coatrt.engines.runtime.emitter import load_lora
 from coatrt.engines.runtime.generate import encode_prompt, generate
 from coatrt.engines.runtime.load import load_decoder
-from coatrt.engines.verify import verify
 from coatrt.errors import CoatError
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.evaluation.losses import mean_loss

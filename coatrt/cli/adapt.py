@@ -21,7 +21,7 @@ def command(bundle: Path, config_path: Path | None, output: Path, kind: str) -> 
 
     from coatrt.bundle import Bundle
     from coatrt.configs.config import QuantConfig
-    from coatrt.engines.convert import write_emitted_peft, write_onnx_adapter
+    from coatrt.engines.bundles.lora_formats import write_emitted_peft, write_onnx_adapter
     from coatrt.engines.runtime.emitter import Emitter, save_lora
     from coatrt.errors import ConfigError
 

@@ -44,8 +44,8 @@ def command(adapter: Path, devices: tuple[str, ...], output: Path, config_path: 
     from coatrt.devices.profiles import device
     from coatrt.engines.build.builder import EngineShapes, check_formats
     from coatrt.engines.build.builder_slots import BuildRoom
-    from coatrt.engines.options import BundleOptions
-    from coatrt.engines.recipe import is_current, recipe_hash
+    from coatrt.engines.bundles.fingerprint import is_current, recipe_hash
+    from coatrt.engines.bundles.options import BundleOptions
     from coatrt.planning.archive import adapter_archive
     from coatrt.planning.plan import read_choice
     from coatrt.planning.planner import plan_fleet
@@ -116,7 +116,7 @@ def _build(
 ) -> None:
     from coatrt.adapter.adapter import Adapter
     from coatrt.engines.build.engine_cache import EngineCache
-    from coatrt.engines.fleet import Target, build_fleet
+    from coatrt.engines.bundles.build import Target, build_fleet
     from coatrt.system.progress import stages
 
     loaded = Adapter.load(adapter)

@@ -21,7 +21,7 @@ def command(adapter: Path, config_path: Path, output: Path, model: str | None, a
     """Write the ONNX graphs, hypernetwork and LoRA of one configuration of ADAPTER: a bundle without an engine."""
     from coatrt.adapter.adapter import Adapter
     from coatrt.devices.profiles import device
-    from coatrt.engines.assemble import BundleOptions, assemble
+    from coatrt.engines.bundles.assemble import BundleOptions, assemble
     from coatrt.planning.plan import read_config
     from coatrt.system.progress import stages
 

@@ -16,7 +16,7 @@ __all__ = ["command"]
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(bundle: Path, model: str | None, no_torch: bool, as_json: bool) -> None:
     """Check BUNDLE: hashes, versions, its LoRA, and its logits against torch."""
-    from coatrt.engines.verify import verify
+    from coatrt.engines.bundles.verify import verify
 
     report = verify(bundle, model=model, numbers=not no_torch)
     if as_json:

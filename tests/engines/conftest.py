@@ -11,7 +11,7 @@ import pytest
 
 from coatrt.adapter.adapter import Adapter
 from coatrt.devices.profiles import device
-from coatrt.engines.assemble import BundleOptions, assemble
+from coatrt.engines.bundles.assemble import BundleOptions, assemble
 from coatrt.engines.headers import fetch
 from coatrt.errors import CoatError
 from coatrt.planning.planner import plan_for

@@ -7,9 +7,9 @@ import pytest
 
 from coatrt.adapter.adapter import Adapter
 from coatrt.devices.profiles import device
-from coatrt.engines.bundle_files import export_config, export_shared
+from coatrt.engines.bundles.contents import export_config, export_shared
+from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.calibrate import _without_drift, calibrate_cpu, predicted_decode, time_product
-from coatrt.engines.options import BundleOptions
 from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.errors import ConfigError
 from coatrt.export.decoder import GraphForm, decoder_io

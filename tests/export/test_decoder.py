@@ -10,7 +10,7 @@ import torch
 
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import LoraContract, contract_for
-from coatrt.engines.options import BundleOptions
+from coatrt.engines.bundles.options import BundleOptions
 from coatrt.errors import CheckpointError, ConfigError
 from coatrt.export.decoder import GraphForm, decoder_io, export_decoder
 from coatrt.models.checkpoint import Checkpoint

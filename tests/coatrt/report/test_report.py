@@ -87,7 +87,7 @@ def test_bundles_show_their_engines_and_hashes(tiny_bundle_copy: Path) -> None:
 @pytest.fixture
 def tiny_bundle_copy(tiny_adapter: Path, tmp_path: Path) -> Path:
     from coatrt.adapter.adapter import Adapter
-    from coatrt.engines.assemble import BundleOptions, assemble
+    from coatrt.engines.bundles.assemble import BundleOptions, assemble
 
     adapter, profile = Adapter.load(tiny_adapter), device("rtx-4090")
     plan = plan_for(adapter, profile, bits=5.2, context=64)

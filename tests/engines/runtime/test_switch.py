@@ -9,8 +9,8 @@ import pytest
 from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle
 from coatrt.devices.profiles import device
-from coatrt.engines.fleet import Target, build_fleet
-from coatrt.engines.options import BundleOptions
+from coatrt.engines.bundles.build import Target, build_fleet
+from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.runtime.decoder import Decoder
 from coatrt.engines.runtime.emitter import load_lora
 from coatrt.engines.runtime.load import load_decoder

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from coatrt.bundle import MANIFEST, seal
-from coatrt.engines.output import check_output
+from coatrt.engines.bundles.destination import check_output
 from coatrt.errors import ConfigError
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from coatrt.adapter.adapter import Adapter
 from coatrt.configs.config import QuantConfig
 from coatrt.devices.environment import versions
-from coatrt.engines.options import BundleOptions
+from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.runtime.emitter import Emitter, save_lora
 from coatrt.export.decoder import WEIGHTS_FILE, Progress, decoder_io, export_decoder
 from coatrt.export.hypernetwork import export_hypernetwork

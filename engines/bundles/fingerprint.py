@@ -13,7 +13,7 @@ from coatrt.configs.config import QuantConfig
 from coatrt.devices.environment import versions
 from coatrt.devices.profiles import DeviceProfile
 from coatrt.engines.build.builder import installed_builder
-from coatrt.engines.options import BundleOptions
+from coatrt.engines.bundles.options import BundleOptions
 from coatrt.errors import BuildError, BundleError
 from coatrt.planning.planner import Plan
 

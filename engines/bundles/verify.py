@@ -10,9 +10,9 @@ import numpy as np
 
 from coatrt.bundle import Bundle
 from coatrt.devices.environment import versions
+from coatrt.engines.bundles.stored_weights import held_weights
 from coatrt.engines.runtime.emitter import Emitter, load_lora
 from coatrt.engines.runtime.ort import OrtDecoder
-from coatrt.engines.weights import held_weights
 from coatrt.errors import BundleError, CheckpointError, CoatError
 
 __all__ = ["TOLERANCE", "Report", "verify"]

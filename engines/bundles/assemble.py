@@ -7,8 +7,8 @@ from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle
 from coatrt.configs.config import QuantConfig
 from coatrt.devices.profiles import DeviceProfile
-from coatrt.engines.fleet import Target, build_fleet
-from coatrt.engines.options import BundleOptions
+from coatrt.engines.bundles.build import Target, build_fleet
+from coatrt.engines.bundles.options import BundleOptions
 from coatrt.export.decoder import Progress
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.planning.planner import Plan
@@ -32,7 +32,7 @@ def assemble(
     tell: Callable[[str], None] | None = None,
     overwrite: bool = False,
 ) -> Bundle:
-    """Make the bundle of one configuration for a device, see `coatrt.engines.fleet.build_fleet` for several.
+    """Make the bundle of one configuration for a device, see `coatrt.engines.bundles.build.build_fleet` for several.
 
     Args:
         adapter: the trained adapter.

@@ -16,13 +16,13 @@ from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle
 from coatrt.configs.config import QuantConfig
 from coatrt.devices.profiles import device
-from coatrt.engines import fleet
 from coatrt.engines.build import builder as builder_module
 from coatrt.engines.build.builder import BuildRecord, EngineShapes
 from coatrt.engines.build.builder_slots import BuildRoom, builder_bytes
 from coatrt.engines.build.engine_cache import EngineCache, engine_key
-from coatrt.engines.fleet import Target, build_fleet
-from coatrt.engines.options import BundleOptions
+from coatrt.engines.bundles import build as fleet
+from coatrt.engines.bundles.build import Target, build_fleet
+from coatrt.engines.bundles.options import BundleOptions
 from coatrt.errors import BuildError, ConfigError
 from coatrt.system.files import sha256_file
 

@@ -17,10 +17,10 @@ from coatrt.engines.build.builder import BuildRecord, build_engine, check_format
 from coatrt.engines.build.builder_slots import BuildRoom, builder_bytes
 from coatrt.engines.build.engine_cache import EngineCache, engine_key
 from coatrt.engines.build.kit import KIT_COMMAND, write_kit
-from coatrt.engines.bundle_files import export_config, export_shared
-from coatrt.engines.options import BundleOptions
-from coatrt.engines.output import check_output
-from coatrt.engines.recipe import is_current, recipe_hash
+from coatrt.engines.bundles.contents import export_config, export_shared
+from coatrt.engines.bundles.destination import check_output
+from coatrt.engines.bundles.fingerprint import is_current, recipe_hash
+from coatrt.engines.bundles.options import BundleOptions
 from coatrt.errors import BuildError, CoatError, ConfigError
 from coatrt.export.decoder import decoder_io
 from coatrt.models.checkpoint import Checkpoint

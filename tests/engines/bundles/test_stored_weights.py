@@ -10,9 +10,9 @@ from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle
 from coatrt.configs.config import QuantConfig
 from coatrt.devices.profiles import device
-from coatrt.engines.assemble import BundleOptions, assemble
-from coatrt.engines.verify import TOLERANCE, verify
-from coatrt.engines.weights import held_weights
+from coatrt.engines.bundles.assemble import BundleOptions, assemble
+from coatrt.engines.bundles.stored_weights import held_weights
+from coatrt.engines.bundles.verify import TOLERANCE, verify
 from coatrt.errors import BundleError
 from coatrt.export.decoder import GraphForm, export_decoder
 from coatrt.models.checkpoint import Checkpoint

@@ -13,12 +13,12 @@ from safetensors.numpy import load_file
 from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle, seal
 from coatrt.devices.profiles import device
-from coatrt.engines.assemble import BundleOptions, assemble
 from coatrt.engines.bench import bench, bench_text, percentiles
 from coatrt.engines.build.builder import EngineShapes
+from coatrt.engines.bundles.assemble import BundleOptions, assemble
+from coatrt.engines.bundles.verify import TOLERANCE, verify
 from coatrt.engines.runtime.emitter import Emitter
 from coatrt.engines.runtime.ort import OrtDecoder
-from coatrt.engines.verify import TOLERANCE, verify
 from coatrt.errors import BuildError, BundleError, CheckpointError, ConfigError, FormatError
 from coatrt.planning.planner import plan_for
 
@@ -164,7 +164,7 @@ def test_verify_without_the_model_says_so_and_refuses_another(copy: Path, tmp_pa
 def test_adapt_in_other_formats(tiny_bundle: Path, tmp_path: Path, tiny_llama: Path) -> None:
     import torch
 
-    from coatrt.engines.convert import write_emitted_peft, write_onnx_adapter
+    from coatrt.engines.bundles.lora_formats import write_emitted_peft, write_onnx_adapter
 
     ort = pytest.importorskip("onnxruntime")
     bundle = Bundle.open(tiny_bundle)
@@ -254,8 +254,8 @@ def test_assembling_refuses_before_it_writes(
     def fails(*_: object, **__: object) -> None:
         raise BuildError("no")
 
-    monkeypatch.setattr("coatrt.engines.fleet.build_engine", fails)
-    monkeypatch.setattr("coatrt.engines.fleet.installed_builder", lambda _: "1")
+    monkeypatch.setattr("coatrt.engines.bundles.build.build_engine", fails)
+    monkeypatch.setattr("coatrt.engines.bundles.build.installed_builder", lambda _: "1")
     with pytest.raises(BuildError):
         assemble(adapter, checkpoint, config, device("rtx-3060"), tmp_path / "b", BundleOptions(context=64))
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]

@@ -1,0 +1,1 @@
+"""Bundles: making and checking them."""
