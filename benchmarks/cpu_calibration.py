@@ -18,7 +18,7 @@ from common import save_result, smollm2
 
 from coatrt.adapter.adapter import Adapter
 from coatrt.configs.config import QuantConfig
-from coatrt.engines.calibrate import calibrate_cpu, decode_seconds, export_reference, predicted_decode
+from coatrt.engines.measure.cpu_timings import calibrate_cpu, decode_seconds, export_reference, predicted_decode
 from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.export.decoder import GraphForm, decoder_io
 

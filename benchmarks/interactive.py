@@ -16,8 +16,8 @@ from common import save_result, smollm2
 
 from coatrt.adapter.adapter import Adapter
 from coatrt.devices.profiles import device
-from coatrt.engines.bench import percentiles
 from coatrt.engines.bundles.assemble import BundleOptions, assemble
+from coatrt.engines.measure.bench import percentiles
 from coatrt.engines.runtime.emitter import Emitter
 from coatrt.planning.planner import plan_for
 

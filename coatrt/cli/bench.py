@@ -26,7 +26,7 @@ def command(bundle: Path, prompts: tuple[int, ...], tokens: int, repeat: int, ba
     """Measure BUNDLE on this machine with ONNX Runtime: prefill, decode, LoRA on and off, emission, load."""
     from coatrt.bundle import Bundle
     from coatrt.devices.profiles import device as profile
-    from coatrt.engines.bench import bench, bench_text
+    from coatrt.engines.measure.bench import bench, bench_text
     from coatrt.system.files import write_json
     from coatrt.system.progress import stages
 

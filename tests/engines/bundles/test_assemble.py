@@ -13,10 +13,10 @@ from safetensors.numpy import load_file
 from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle, seal
 from coatrt.devices.profiles import device
-from coatrt.engines.bench import bench, bench_text, percentiles
 from coatrt.engines.build.builder import EngineShapes
 from coatrt.engines.bundles.assemble import BundleOptions, assemble
 from coatrt.engines.bundles.verify import TOLERANCE, verify
+from coatrt.engines.measure.bench import bench, bench_text, percentiles
 from coatrt.engines.runtime.emitter import Emitter
 from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.errors import BuildError, BundleError, CheckpointError, ConfigError, FormatError

@@ -9,7 +9,7 @@ from coatrt.adapter.adapter import Adapter
 from coatrt.devices.profiles import device
 from coatrt.engines.bundles.contents import export_config, export_shared
 from coatrt.engines.bundles.options import BundleOptions
-from coatrt.engines.calibrate import _without_drift, calibrate_cpu, predicted_decode, time_product
+from coatrt.engines.measure.cpu_timings import _without_drift, calibrate_cpu, predicted_decode, time_product
 from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.errors import ConfigError
 from coatrt.export.decoder import GraphForm, decoder_io
@@ -24,7 +24,7 @@ def adapter(tiny_adapter: Path) -> Adapter:
 
 
 def test_a_larger_product_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coatrt.engines.calibrate._WORKING_SET", 1 << 20)
+    monkeypatch.setattr("coatrt.engines.measure.cpu_timings._WORKING_SET", 1 << 20)
     fmt = WeightFormat.parse("int8")
     (small,) = time_product(64, 64, fmt, [1], threads=1, accuracy_level=4)
     one, many = time_product(1024, 1024, fmt, [1, 64], threads=1, accuracy_level=4)
@@ -42,8 +42,8 @@ def test_products_timed_on_a_slow_machine_are_scaled_to_its_median_speed() -> No
 def test_a_calibration_covers_its_model_and_the_planner_takes_it(
     adapter: Adapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coatrt.engines.calibrate._WORKING_SET", 1 << 16)
-    monkeypatch.setattr("coatrt.engines.calibrate._BUDGET", 0.005)
+    monkeypatch.setattr("coatrt.engines.measure.cpu_timings._WORKING_SET", 1 << 16)
+    monkeypatch.setattr("coatrt.engines.measure.cpu_timings._BUDGET", 0.005)
     seen: list[int] = []
     made = calibrate_cpu(adapter, adapter.checkpoint(), tokens=(1, 8), contexts=(32, 64), threads=1, accuracy_level=4,
                          progress=lambda done, total, _: seen.append(total - done))  # fmt: skip
