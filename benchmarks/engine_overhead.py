@@ -14,7 +14,7 @@ from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import contract_for
 from coatrt.configs.space import ConfigSpace
 from coatrt.devices.profiles import device
-from coatrt.engines.build.builder import EngineShapes, build_engine
+from coatrt.engines.builders.builder import EngineShapes, build_engine
 from coatrt.export.decoder import GraphForm, export_decoder
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.planning.engine_size import engine_overhead

@@ -13,7 +13,7 @@ from common import random_llama, save_result, smollm2
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import contract_for
 from coatrt.devices.profiles import device
-from coatrt.engines.build.builder import BuildRecord, EngineShapes, build_engine
+from coatrt.engines.builders.builder import BuildRecord, EngineShapes, build_engine
 from coatrt.export.decoder import GraphForm, export_decoder
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.quantization.code_cache import CodeStore

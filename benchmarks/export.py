@@ -18,7 +18,7 @@ from common import save_result, smollm2
 
 from coatrt.configs.config import QuantConfig
 from coatrt.devices.profiles import device
-from coatrt.engines.build.builder import EngineShapes, build_engine
+from coatrt.engines.builders.builder import EngineShapes, build_engine
 from coatrt.export.decoder import GraphForm, export_decoder
 from coatrt.models.checkpoint import Checkpoint, load_model
 

@@ -23,9 +23,9 @@ from coatrt.adapter.description import AdapterFacts
 from coatrt.bundle import Bundle
 from coatrt.configs.space import ConfigSpace
 from coatrt.devices.profiles import device
-from coatrt.engines.build.builder import build_engine
-from coatrt.engines.build.builder_slots import BuildRoom
-from coatrt.engines.build.engine_cache import EngineCache
+from coatrt.engines.builders.builder import build_engine
+from coatrt.engines.builders.builder_slots import BuildRoom
+from coatrt.engines.builders.engine_cache import EngineCache
 from coatrt.engines.bundles.build import Target, build_fleet
 from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.runtime.switch import SwitchingDecoder

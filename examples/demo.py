@@ -20,8 +20,8 @@ from coatrt.configs.config import QuantConfig
 from coatrt.data.documents import tokenize_text
 from coatrt.devices.environment import environment
 from coatrt.devices.profiles import device
-from coatrt.engines.build.builder import EngineShapes
-from coatrt.engines.build.engine_cache import EngineCache
+from coatrt.engines.builders.builder import EngineShapes
+from coatrt.engines.builders.engine_cache import EngineCache
 from coatrt.engines.bundles.build import Target, build_fleet
 from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.bundles.verify import verify

@@ -42,8 +42,8 @@ def command(adapter: Path, devices: tuple[str, ...], output: Path, config_path: 
     """Make a bundle of ADAPTER per device: plan, graphs, hypernetwork, LoRA, engine."""
     from coatrt.adapter.description import AdapterFacts
     from coatrt.devices.profiles import device
-    from coatrt.engines.build.builder import EngineShapes, check_formats
-    from coatrt.engines.build.builder_slots import BuildRoom
+    from coatrt.engines.builders.builder import EngineShapes, check_formats
+    from coatrt.engines.builders.builder_slots import BuildRoom
     from coatrt.engines.bundles.fingerprint import is_current, recipe_hash
     from coatrt.engines.bundles.options import BundleOptions
     from coatrt.planning.archive import adapter_archive
@@ -115,7 +115,7 @@ def _build(
     adapter: Path, targets: list[Any], options: Any, room: Any, *, model: str | None, overwrite: bool, no_cache: bool
 ) -> None:
     from coatrt.adapter.adapter import Adapter
-    from coatrt.engines.build.engine_cache import EngineCache
+    from coatrt.engines.builders.engine_cache import EngineCache
     from coatrt.engines.bundles.build import Target, build_fleet
     from coatrt.system.progress import stages
 

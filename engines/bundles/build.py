@@ -13,10 +13,10 @@ from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle, seal
 from coatrt.configs.config import QuantConfig
 from coatrt.devices.profiles import DeviceProfile
-from coatrt.engines.build.builder import BuildRecord, build_engine, check_formats, installed_builder
-from coatrt.engines.build.builder_slots import BuildRoom, builder_bytes
-from coatrt.engines.build.engine_cache import EngineCache, engine_key
-from coatrt.engines.build.kit import KIT_COMMAND, write_kit
+from coatrt.engines.builders.builder import BuildRecord, build_engine, check_formats, installed_builder
+from coatrt.engines.builders.builder_slots import BuildRoom, builder_bytes
+from coatrt.engines.builders.engine_cache import EngineCache, engine_key
+from coatrt.engines.builders.kit import KIT_COMMAND, write_kit
 from coatrt.engines.bundles.contents import export_config, export_shared
 from coatrt.engines.bundles.destination import check_output
 from coatrt.engines.bundles.fingerprint import is_current, recipe_hash

@@ -12,7 +12,7 @@ from coatrt.bundle import Bundle
 from coatrt.configs.config import QuantConfig
 from coatrt.devices.environment import versions
 from coatrt.devices.profiles import DeviceProfile
-from coatrt.engines.build.builder import installed_builder
+from coatrt.engines.builders.builder import installed_builder
 from coatrt.engines.bundles.options import BundleOptions
 from coatrt.errors import BuildError, BundleError
 from coatrt.planning.planner import Plan

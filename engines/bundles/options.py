@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from coatrt.engines.build.builder import EngineShapes
+from coatrt.engines.builders.builder import EngineShapes
 
 if TYPE_CHECKING:
     from coatrt.export.graph import GraphForm

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle, seal
 from coatrt.devices.profiles import device
-from coatrt.engines.build.builder import EngineShapes
+from coatrt.engines.builders.builder import EngineShapes
 from coatrt.engines.bundles.assemble import BundleOptions, assemble
 from coatrt.engines.bundles.verify import TOLERANCE, verify
 from coatrt.engines.measure.bench import bench, bench_text, percentiles

@@ -16,10 +16,10 @@ from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle
 from coatrt.configs.config import QuantConfig
 from coatrt.devices.profiles import device
-from coatrt.engines.build import builder as builder_module
-from coatrt.engines.build.builder import BuildRecord, EngineShapes
-from coatrt.engines.build.builder_slots import BuildRoom, builder_bytes
-from coatrt.engines.build.engine_cache import EngineCache, engine_key
+from coatrt.engines.builders import builder as builder_module
+from coatrt.engines.builders.builder import BuildRecord, EngineShapes
+from coatrt.engines.builders.builder_slots import BuildRoom, builder_bytes
+from coatrt.engines.builders.engine_cache import EngineCache, engine_key
 from coatrt.engines.bundles import build as fleet
 from coatrt.engines.bundles.build import Target, build_fleet
 from coatrt.engines.bundles.options import BundleOptions
@@ -159,7 +159,7 @@ def test_the_cache_forgets_the_least_recently_used(tmp_path: Path) -> None:
 
 def test_a_key_follows_graph_weights_builder_and_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     version = "1"
-    monkeypatch.setattr("coatrt.engines.build.engine_cache.installed_builder", lambda _: version)
+    monkeypatch.setattr("coatrt.engines.builders.engine_cache.installed_builder", lambda _: version)
     for name in ("base.onnx", "weights.bin"):
         (tmp_path / name).write_bytes(b"a")
     keys = [engine_key(tmp_path, "tensorrt-rtx", EngineShapes())]

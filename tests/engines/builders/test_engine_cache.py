@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from coatrt.engines.build import engine_cache
-from coatrt.engines.build.builder import BuildRecord, EngineShapes
-from coatrt.engines.build.engine_cache import EngineCache
+from coatrt.engines.builders import engine_cache
+from coatrt.engines.builders.builder import BuildRecord, EngineShapes
+from coatrt.engines.builders.engine_cache import EngineCache
 
 RECORD = BuildRecord("e", (86,), "tensorrt-rtx", "1", 1.0, 100, EngineShapes())
 DAY = 24 * 3600
@@ -36,7 +36,7 @@ def test_a_full_disk_keeps_nothing_and_fails_nothing(
 ) -> None:
     cache, built = EngineCache(tmp_path / "c"), engine_of(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(f"coatrt.engines.build.engine_cache.{what}", full)
+        patch.setattr(f"coatrt.engines.builders.engine_cache.{what}", full)
         cache.keep("key", built, RECORD)
     assert cache.fetch("key", [86], tmp_path / "got") is None
     cache.keep("key", built, RECORD)

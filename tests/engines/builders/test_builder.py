@@ -8,8 +8,8 @@ import pytest
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import contract_for
 from coatrt.devices.profiles import DeviceProfile, device
-from coatrt.engines.build import builder
-from coatrt.engines.build.builder import EngineShapes, build_engine, check_formats
+from coatrt.engines.builders import builder
+from coatrt.engines.builders.builder import EngineShapes, build_engine, check_formats
 from coatrt.errors import BuildError, DeviceError, FormatError
 from coatrt.export.decoder import GraphForm, export_decoder
 from coatrt.models.checkpoint import Checkpoint

@@ -1,4 +1,4 @@
-"""The builder process: `python -m coatrt.engines.build.worker request.json`."""
+"""The builder process: `python -m coatrt.engines.builders.worker request.json`."""
 
 import json
 import sys

@@ -8,8 +8,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from coatrt.engines.build import worker as build_worker
-from coatrt.engines.build.builder import BuildRecord, EngineShapes, installed_builder
+from coatrt.engines.builders import worker as build_worker
+from coatrt.engines.builders.builder import BuildRecord, EngineShapes, installed_builder
 from coatrt.errors import BuildError
 from coatrt.system.files import atomic_file, cache_directory, sha256_file, write_json
 

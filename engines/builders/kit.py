@@ -5,8 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from coatrt.devices.profiles import DeviceProfile
-from coatrt.engines.build import kit_script as build_on_device
-from coatrt.engines.build.builder import EngineShapes
+from coatrt.engines.builders import kit_script as build_on_device
+from coatrt.engines.builders.builder import EngineShapes
 from coatrt.system.files import write_json
 
 __all__ = ["KIT_COMMAND", "write_kit"]

@@ -188,7 +188,7 @@ def _run_worker(request: dict[str, Any], what: str, chosen: Mapping[str, str]) -
     with tempfile.TemporaryDirectory(prefix="coatrt-build-") as directory:
         path = Path(directory) / "request.json"
         path.write_text(json.dumps(request), encoding="utf-8")
-        command = [sys.executable, "-m", "coatrt.engines.build.worker", str(path)]
+        command = [sys.executable, "-m", "coatrt.engines.builders.worker", str(path)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     size = Path(request["engine"]).stat().st_size
     if done.returncode or not size:
