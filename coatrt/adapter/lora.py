@@ -17,8 +17,8 @@ __all__ = ["CoaLora"]
 class CoaLora(nn.Module):
     """y = Q(W)x + (s·B(I + U) + C)A x, with U = θ(configuration) and C a term for the format of the matrix.
 
-    C makes up for quantization, see `coatrt.adapter.compensation`. While A is trained it comes from a `Compensator`; `settle`
-    turns it into a table. One bmm per matrix shape folds I + U into B: A is the same for every configuration.
+    C makes up for quantization, see `coatrt.adapter.compensation`. While A is trained it comes from a `Compensator`;
+    `settle` turns it into a table. One bmm per matrix shape folds I + U into B: A is the same for every configuration.
 
     Args:
         contract: names, shapes, ranks and scale.
@@ -69,8 +69,8 @@ class CoaLora(nn.Module):
 
         Args:
             compensator: of the model that the LoRA stands beside.
-            gains: see `coatrt.evaluation.curvature.output_gains`: A begins with the directions that make up for most in the format
-                of fewest bits, B with zero. None leaves both as they are.
+            gains: see `coatrt.evaluation.curvature.output_gains`: A begins with the directions that make up for most
+                in the format of fewest bits, B with zero. None leaves both as they are.
             share: of A's columns that do so; the others are random.
             progress: called after each matrix.
         """

@@ -121,8 +121,8 @@ def make_plan(
 ) -> Plan:
     """Return the plan that serves the request's objective best.
 
-    It is picked from one fixed set of candidates (`coatrt.planning.candidates`), whatever the limits, so that more memory never
-    gives a worse predicted loss and a tighter budget never more bytes.
+    It is picked from one fixed set of candidates (`coatrt.planning.candidates`), whatever the limits, so that more
+    memory never gives a worse predicted loss and a tighter budget never more bytes.
 
     Args:
         space: the adapter's space; formats the device lacks are left out.

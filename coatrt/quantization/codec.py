@@ -108,7 +108,8 @@ def encode(
             the diagonal of `moment`; "gptq" codes one input after another under those scales, each making up for the
             errors before it (`coatrt.quantization.gptq`); "feedback" does so as far as `tokens` bear out the moment.
         moment: H = E[x xᵀ] of the inputs, [K, K]; needed by "weighted", "gptq" and "feedback", else ignored.
-        tokens: how many tokens the moment is the mean of, for "feedback" (`coatrt.quantization.gptq.shrunk`); None: it is exact.
+        tokens: how many tokens the moment is the mean of, for "feedback" (`coatrt.quantization.gptq.shrunk`); None: it
+            is exact.
 
     Raises:
         FormatError: the weight is not a matrix or holds values that are not finite, or the quantizer lacks its moment.

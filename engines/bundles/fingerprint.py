@@ -17,20 +17,42 @@ from coatrt.engines.bundles.options import BundleOptions
 from coatrt.errors import BuildError, BundleError
 from coatrt.planning.planner import Plan
 
-__all__ = ["is_current", "recipe_hash"]
+__all__ = ["WRITERS", "code_hash", "is_current", "recipe_hash"]
 
-_PACKAGES = ("coatrt", "coatrt.export", "coatrt.export.weights", "coatrt.engines")
+WRITERS = (
+    "coatrt.bundle",
+    "coatrt.system",
+    "coatrt.models",
+    "coatrt.quantization",
+    "coatrt.configs",
+    "coatrt.devices",
+    "coatrt.adapter",
+    "coatrt.export",
+    "coatrt.engines.runtime",
+    "coatrt.engines.builders",
+    "coatrt.engines.bundles",
+)
+"""Modules and rooms whose code decides what is in a bundle, subfolders included; a test holds them against imports."""
 
 
 @cache
 def _code_hash() -> str:
     """Return the hash of the source files that write bundles: a changed exporter makes other bundles."""
+    specs = [spec for name in WRITERS if (spec := importlib.util.find_spec(name)) is not None]
+    return code_hash(Path(spec.origin) for spec in specs if spec.origin is not None)
+
+
+def code_hash(origins: Iterable[Path]) -> str:
+    """Return the SHA-256 over the names and bytes of source files, those of a package with all below it.
+
+    Args:
+        origins: modules; an `__init__.py` stands for its whole folder.
+    """
     digest = hashlib.sha256()
-    for package in _PACKAGES:
-        spec = importlib.util.find_spec(package)
-        for folder in spec.submodule_search_locations or () if spec is not None else ():
-            for path in sorted(Path(folder).glob("*.py")):
-                digest.update(path.read_bytes())
+    for origin in origins:
+        folder = origin.parent
+        for path in sorted(folder.rglob("*.py")) if origin.name == "__init__.py" else [origin]:
+            digest.update(path.relative_to(folder.parent).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 

@@ -25,7 +25,7 @@ def load_decoder(
         batch: sequences at once.
         context: slots of the caches (ort; an engine's are fixed).
         threads: of the session (ort).
-        accuracy_level: see `coatrt.engines.runtime.ort.session` (ort); 4 is what plans for the CPU hold for, 0 is exact.
+        accuracy_level: see `coatrt.engines.runtime.ort.session` (ort); 4 is what plans for the CPU assume, 0 is exact.
 
     Raises:
         BuildError: the backend is unknown, cannot run here, or the bundle has nothing for it.

@@ -39,7 +39,7 @@ class Table:
 
 
 class Storage(Protocol):
-    """How the formats of some kinds are written into a graph; the decoded weight equals `coatrt.quantization.codec.decode`."""
+    """How formats are written into a graph; the decoded weight equals `coatrt.quantization.codec.decode`."""
 
     def matrix(self, graph: GraphBuilder, name: str, matrix: QuantizedMatrix) -> ir.Value:
         """Return the weight [K, N] for MatMul, in the activations' dtype."""

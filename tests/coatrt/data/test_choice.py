@@ -76,7 +76,7 @@ def test_scores_are_those_of_transformers_one_by_one(tiny_llama: Path, tokenizer
         assert found["loss"] == pytest.approx(mean_loss(ours, data.held_out[:count]), rel=1e-6)
     # With every answer replaced by what scored best, all are right: argmax goes by question.
     moved = ChoiceSets(data.choices.rows, data.choices.owner, torch.tensor(best))
-    assert measure_held_out(ours, moved)["accuracy"] == 1.0
+    assert choice_scores(ours, moved)["accuracy"] == 1.0
 
 
 def test_questions_that_are_too_long_are_dropped_and_counted(tokenizer: Any) -> None:

@@ -68,7 +68,7 @@ def builder(monkeypatch: pytest.MonkeyPatch) -> FakeBuilder:
 
 def use(made: FakeBuilder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fleet, "build_engine", made)
-    for module in ("fleet", "recipe", "engine_cache"):
+    for module in ("bundles.build", "bundles.fingerprint", "builders.engine_cache"):
         monkeypatch.setattr(f"coatrt.engines.{module}.installed_builder", lambda _: "1.0")
 
 
