@@ -18,8 +18,20 @@ from coatrt.models.matrices import ModelMatrices, matrices_of
 from coatrt.planning.knapsack import allocate, cost_matrix, lagrangian_choice
 from coatrt.quantization.weight_format import WeightFormat
 
-FORMATS = ("nf2-g64", "nf2-g32", "nf3-g64", "nf3-g32", "nf4-g64", "nf4-g32", "int4-g64", "int4-g32", "nvfp4", "fp8",
-           "int8", "fp16")  # fmt: skip
+FORMATS = (
+    "nf2-g64",
+    "nf2-g32",
+    "nf3-g64",
+    "nf3-g32",
+    "nf4-g64",
+    "nf4-g32",
+    "int4-g64",
+    "int4-g32",
+    "nvfp4",
+    "fp8",
+    "int8",
+    "fp16",
+)
 BUDGETS, SEEDS = 40, 3
 
 
@@ -28,8 +40,10 @@ def shapes() -> ModelMatrices:
     found = {"model.embed_tokens.weight": (64, 64)}
     for layer in range(30):
         at = f"model.layers.{layer}"
-        found |= {f"{at}.self_attn.{kind}_proj.weight": (rows, 576) for kind, rows in
-                  (("q", 576), ("k", 192), ("v", 192), ("o", 576))}  # fmt: skip
+        found |= {
+            f"{at}.self_attn.{kind}_proj.weight": (rows, 576)
+            for kind, rows in (("q", 576), ("k", 192), ("v", 192), ("o", 576))
+        }
         found |= {f"{at}.mlp.gate_proj.weight": (1536, 576), f"{at}.mlp.up_proj.weight": (1536, 576)}
         found |= {f"{at}.mlp.down_proj.weight": (576, 1536)}
     whole = matrices_of(found, tied=True)
@@ -71,17 +85,27 @@ def main() -> None:
                 floor = lagrangian_choice(price, size, np.floor(budget) + 0.5)[2]
                 started = time.perf_counter()
                 allocate(space, costs, max_cost=value)
-                rows.append({"costs": kind, "seed": seed, "bits": 8 * budget / space.model.parameters,
-                             "bytes_bound_s": seconds, "cost_bound_s": time.perf_counter() - started,
-                             "above_lower_bound": (value - floor) / value})  # fmt: skip
+                rows.append(
+                    {
+                        "costs": kind,
+                        "seed": seed,
+                        "bits": 8 * budget / space.model.parameters,
+                        "bytes_bound_s": seconds,
+                        "cost_bound_s": time.perf_counter() - started,
+                        "above_lower_bound": (value - floor) / value,
+                    }
+                )
     every = [row[key] for row in rows for key in ("bytes_bound_s", "cost_bound_s")]
     result = {
-        "groups": len(space.groups), "formats": len(FORMATS), "allocations": len(every), "worst_s": max(every),
+        "groups": len(space.groups),
+        "formats": len(FORMATS),
+        "allocations": len(every),
+        "worst_s": max(every),
         "median_s": statistics.median(every),
         "median_above_lower_bound": statistics.median(row["above_lower_bound"] for row in rows),
         "worst_above_lower_bound": max(row["above_lower_bound"] for row in rows),
         "worst_rows": sorted(rows, key=lambda row: -max(row["bytes_bound_s"], row["cost_bound_s"]))[:5],
-    }  # fmt: skip
+    }
     save_result("allocation", "python benchmarks/allocation.py", result)
 
 

@@ -50,8 +50,14 @@ def main() -> None:
     rows: list[dict[str, Any]] = found.get("rows", [])
     full = found.get("full_precision") or math.exp(mean_loss(model, blocks))
     model.set_weights([(EMBEDDING, decode(encode(checkpoint.tensor(f"{EMBEDDING}.weight"), "int8")))])
-    facts = {"model": "SmolLM2-135M", "length": LENGTH, "K": sorted({m.K for m in checkpoint.matrices.targets}),
-             "held_out_tokens": blocks.numel(), "full_precision": full, "threads": 1}  # fmt: skip
+    facts = {
+        "model": "SmolLM2-135M",
+        "length": LENGTH,
+        "K": sorted({m.K for m in checkpoint.matrices.targets}),
+        "held_out_tokens": blocks.numel(),
+        "full_precision": full,
+        "threads": 1,
+    }
     for count in BLOCKS:
         moments = InputMoments(checkpoint, Calibration(data.train[order[:count]]))
         for text in FORMATS:

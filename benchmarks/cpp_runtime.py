@@ -33,9 +33,12 @@ TEXT = "Once upon a time there was a king who had three daughters, and"
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "int8": {"default": "int8"},
     "int4": {"default": "int4-g64"},
-    "nf3 mixed": {"patterns": {r".*\.(v_proj|down_proj)": "int8"}, "matrices": {"model.embed_tokens": "int8"},
-                  "default": "nf3-g64"},
-}  # fmt: skip
+    "nf3 mixed": {
+        "patterns": {r".*\.(v_proj|down_proj)": "int8"},
+        "matrices": {"model.embed_tokens": "int8"},
+        "default": "nf3-g64",
+    },
+}
 CONTEXT = 256
 
 
@@ -51,8 +54,18 @@ def call(*command: object, **environment: str) -> str:
 
 def build(work: Path, *programs: str) -> dict[str, Path]:
     """Install the package into `work` with pip and build programs (folders of this repository) against it."""
-    call(sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps",
-         "--target", work / "installed", ROOT)  # fmt: skip
+    call(
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--target",
+        work / "installed",
+        ROOT,
+    )
     headers = ROOT / "build" / "deps"
     call(sys.executable, "-m", "coatrt.engines.headers", headers)
     found = call(sys.executable, "-m", "coatrt", "cmake-dir", PYTHONPATH=str(work / "installed")).strip()
@@ -72,9 +85,12 @@ class Process:
     def __init__(self, program: Path, bundle: Path, threads: int) -> None:
         library = call(sys.executable, "-m", "coatrt", "cmake-dir", "--onnxruntime").strip()
         self.process = subprocess.Popen(
-            [str(program), str(bundle), str(threads), str(CONTEXT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            text=True, env={**os.environ, "COATRT_ONNXRUNTIME": library},
-        )  # fmt: skip
+            [str(program), str(bundle), str(threads), str(CONTEXT)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "COATRT_ONNXRUNTIME": library},
+        )
         self.load_s = self.answer()["load_s"]
 
     def answer(self) -> Any:
@@ -114,10 +130,12 @@ def measure(bundle: Bundle, process: Process, decoder: OrtDecoder, prompt: list[
                 rows[name].append(float(np.median(seconds)))
     ratios = np.array(rows["cpp"]) / np.array(rows["python"])
     return {
-        "rounds": rounds, "python_ms": 1e3 * float(np.median(rows["python"])),
-        "cpp_ms": 1e3 * float(np.median(rows["cpp"])), "ratio": float(np.median(ratios)),
+        "rounds": rounds,
+        "python_ms": 1e3 * float(np.median(rows["python"])),
+        "cpp_ms": 1e3 * float(np.median(rows["cpp"])),
+        "ratio": float(np.median(ratios)),
         "ratio_quartiles": [float(np.percentile(ratios, q)) for q in (25, 75)],
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
@@ -172,13 +190,22 @@ def compare(bundle: Bundle, programs: dict[str, Path], work: Path, threads: int,
     assert load["differ"], "configurations that say the same show nothing"
     return {
         "text_equals_coatrt_run": written == call(sys.executable, "-m", "coatrt", "run", bundle.directory, "-p", TEXT),
-        "tokens_equal": answer["tokens"] == tokens, "logits_difference": difference, "load_s": process.load_s,
-        "decode": speed, "lora_tensors": tensors, "lora_equal": equal,
-        "emit_ms": 1e3 * times["emit_s"], "bind_ms": 1e3 * times["swap_s"],
-        "under_load": {"workers": 4, "generations": load["generations"], "wrong": load["wrong"],
-                       "swap_p50_ms": 1e3 * float(np.median(load["swap_s"])),
-                       "swap_p99_ms": 1e3 * float(np.percentile(load["swap_s"], 99))},
-    }  # fmt: skip
+        "tokens_equal": answer["tokens"] == tokens,
+        "logits_difference": difference,
+        "load_s": process.load_s,
+        "decode": speed,
+        "lora_tensors": tensors,
+        "lora_equal": equal,
+        "emit_ms": 1e3 * times["emit_s"],
+        "bind_ms": 1e3 * times["swap_s"],
+        "under_load": {
+            "workers": 4,
+            "generations": load["generations"],
+            "wrong": load["wrong"],
+            "swap_p50_ms": 1e3 * float(np.median(load["swap_s"])),
+            "swap_p99_ms": 1e3 * float(np.percentile(load["swap_s"], 99)),
+        },
+    }
 
 
 if __name__ == "__main__":

@@ -132,8 +132,13 @@ def load(pid: int, clients: int, seconds: float) -> dict[str, Any]:
     said = [{tuple(expected[prompt, which]) for which in range(len(CONFIGURATIONS))} for prompt in PROMPTS]
     differ = sum(len(answers) > 1 for answers in said)
     assert differ, "configurations that say the same show nothing"
-    for path, value in (("/generate", "{"), ("/generate", {}), ("/generate", {"prompt": "a", "max_tokens": 0}),
-                        ("/configuration", {"default": "int5"}), ("/generate", {"tokens": [10**9]})):  # fmt: skip
+    for path, value in (
+        ("/generate", "{"),
+        ("/generate", {}),
+        ("/generate", {"prompt": "a", "max_tokens": 0}),
+        ("/configuration", {"default": "int5"}),
+        ("/generate", {"tokens": [10**9]}),
+    ):
         status, body = post(connection, path, value)
         assert status == 400 and "error" in json.loads(body), body
     swaps = [json.loads(post(connection, "/configuration", value)[1]) for value in CONFIGURATIONS]
@@ -157,13 +162,20 @@ def load(pid: int, clients: int, seconds: float) -> dict[str, Any]:
     times = {f"p{q}_ms": 1e3 * float(np.percentile(running.seconds, q)) for q in (50, 90, 99)}
     first = {f"p{q}_ms": 1e3 * float(np.percentile(running.first, q)) for q in (50, 90, 99)}
     return {
-        "clients": clients, "seconds": took, "sessions": 2, "tokens_per_request": TOKENS,
-        "requests": len(running.seconds), "requests_counted_by_metrics": counted, "errors": running.errors,
-        "wrong": running.wrong, "prompts_whose_tokens_tell_configurations_apart": differ,
-        "request": times, "first_token": first,
+        "clients": clients,
+        "seconds": took,
+        "sessions": 2,
+        "tokens_per_request": TOKENS,
+        "requests": len(running.seconds),
+        "requests_counted_by_metrics": counted,
+        "errors": running.errors,
+        "wrong": running.wrong,
+        "prompts_whose_tokens_tell_configurations_apart": differ,
+        "request": times,
+        "first_token": first,
         "tokens_per_s": len(running.seconds) * TOKENS / took,
         "rss_mb": {"after_a_quarter": max(memory[:quarter]), "at_the_end": memory[-1], "most": max(memory)},
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

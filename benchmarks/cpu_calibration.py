@@ -48,9 +48,15 @@ def main() -> None:
         same = QuantConfig.uniform(adapter.model, adapter.formats[0])  # what the calibration times beside its products
         started = time.monotonic()
         calibration = calibrate_cpu(
-            adapter, checkpoint, tokens=(1,), contexts=(CONTEXT,), threads=1, accuracy_level=LEVEL,
-            clock=time.thread_time, progress=lambda done, total, _: print(f"{done}/{total}", flush=True),
-        )  # fmt: skip
+            adapter,
+            checkpoint,
+            tokens=(1,),
+            contexts=(CONTEXT,),
+            threads=1,
+            accuracy_level=LEVEL,
+            clock=time.thread_time,
+            progress=lambda done, total, _: print(f"{done}/{total}", flush=True),
+        )
         seconds, rng = time.monotonic() - started, np.random.default_rng(3)
         reference, then = decoder(same), predicted_decode(calibration, adapter, same, CONTEXT)
         for number in range(options.count):
@@ -64,19 +70,29 @@ def main() -> None:
             predicted = predicted_decode(calibration, adapter, config, CONTEXT)
             found = statistics.median(real)
             drift = found / statistics.median(one / beside for one, beside in zip(real, now, strict=True)) / then
-            rows.append({
-                "bits": config.average_bits(adapter.model), "formats": dict(config.counts), "real_ms": found * 1e3,
-                "predicted_ms": predicted * 1e3, "error": predicted / found - 1, "drift": drift,
-                "error_without_drift": predicted * drift / found - 1,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "bits": config.average_bits(adapter.model),
+                    "formats": dict(config.counts),
+                    "real_ms": found * 1e3,
+                    "predicted_ms": predicted * 1e3,
+                    "error": predicted / found - 1,
+                    "drift": drift,
+                    "error_without_drift": predicted * drift / found - 1,
+                }
+            )
             print(rows[-1], flush=True)
     result = {
-        "context": CONTEXT, "accuracy_level": LEVEL, "threads": 1, "calibration_s": seconds,
+        "context": CONTEXT,
+        "accuracy_level": LEVEL,
+        "threads": 1,
+        "calibration_s": seconds,
         "products": [[p.K, p.N, p.format, p.tokens, p.seconds] for p in calibration.products],
-        "rest_ms": [rest.seconds * 1e3 for rest in calibration.rests], "rows": rows,
+        "rest_ms": [rest.seconds * 1e3 for rest in calibration.rests],
+        "rows": rows,
         "worst_error": max(abs(row["error"]) for row in rows),
         "worst_error_without_drift": max(abs(row["error_without_drift"]) for row in rows),
-    }  # fmt: skip
+    }
     save_result("cpu_calibration", "python benchmarks/cpu_calibration.py", result)
     if result["worst_error_without_drift"] > 0.15:
         sys.exit(f"over the limit: {result['worst_error_without_drift']:.3f}")

@@ -43,8 +43,15 @@ def write_gguf_lora(path: Path, adapter: Adapter, config: QuantConfig) -> None:
     """Write the emitted LoRA in llama.cpp's adapter format; alpha / rank is in B already, so alpha is the rank."""
     import gguf
 
-    names = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
-             "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}  # fmt: skip
+    names = {
+        "q_proj": "attn_q",
+        "k_proj": "attn_k",
+        "v_proj": "attn_v",
+        "o_proj": "attn_output",
+        "gate_proj": "ffn_gate",
+        "up_proj": "ffn_up",
+        "down_proj": "ffn_down",
+    }
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_string("general.type", "adapter")
     writer.add_string("adapter.type", "lora")
@@ -86,9 +93,14 @@ def llama_side(threads: int, lora: Path | None) -> tuple[Callable[[], Any], Call
 
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):
         model = Llama(
-            str(gguf_file()), n_ctx=CONTEXT, n_threads=threads, n_threads_batch=threads, n_batch=PROMPT,
-            lora_path=str(lora) if lora is not None else None, verbose=False,
-        )  # fmt: skip
+            str(gguf_file()),
+            n_ctx=CONTEXT,
+            n_threads=threads,
+            n_threads_batch=threads,
+            n_batch=PROMPT,
+            lora_path=str(lora) if lora is not None else None,
+            verbose=False,
+        )
 
     def prefill() -> None:
         model.reset()
@@ -142,8 +154,14 @@ def main() -> None:
             (scratch / label).mkdir()
             export_decoder(checkpoint, config, scratch / label, forms=[form], contract=contract, codes=codes)
             for level in (4, 0):
-                made = OrtDecoder(scratch / label / form.file, io, contract, context=CONTEXT,
-                                  threads=options.threads, accuracy_level=level)  # fmt: skip
+                made = OrtDecoder(
+                    scratch / label / form.file,
+                    io,
+                    contract,
+                    context=CONTEXT,
+                    threads=options.threads,
+                    accuracy_level=level,
+                )
                 if contract is not None:
                     made.set_lora(lora)
                 decoders[f"coatrt int4-g64, level {level}" + (", LoRA" if contract is not None else "")] = made
@@ -171,11 +189,15 @@ def main() -> None:
         blocks = held_out_blocks(8)
         losses = {label: quality(made, blocks) for label, made in decoders.items() if "LoRA" in label}
     rows = [
-        {"what": label, "decode_ms": statistics.median(decode[label]) * 1e3,
-         "decode_tokens_per_s": 1 / statistics.median(decode[label]),
-         "prefill_tokens_per_s": PROMPT / statistics.median(prefill[label]), "samples": options.rounds}
+        {
+            "what": label,
+            "decode_ms": statistics.median(decode[label]) * 1e3,
+            "decode_tokens_per_s": 1 / statistics.median(decode[label]),
+            "prefill_tokens_per_s": PROMPT / statistics.median(prefill[label]),
+            "samples": options.rounds,
+        }
         for label in sides
-    ]  # fmt: skip
+    ]
 
     def ratio(numerator: str, denominator: str, times: Times) -> float:
         """Return the median over rounds: both were timed within seconds of each other."""
@@ -184,17 +206,21 @@ def main() -> None:
     ours, theirs = "coatrt int4-g64, level 4", "llama.cpp Q4_1"
     size = gguf_file().stat().st_size
     result: dict[str, Any] = {
-        "threads": options.threads, "clock": "thread" if options.threads == 1 else "wall", "context": CONTEXT,
-        "prompt": PROMPT, "rows": rows,
+        "threads": options.threads,
+        "clock": "thread" if options.threads == 1 else "wall",
+        "context": CONTEXT,
+        "prompt": PROMPT,
+        "rows": rows,
         "bits": {"coatrt": config.average_bits(adapter.model), "llama.cpp": 8 * size / adapter.model.parameters},
         "lora_overhead": {"coatrt": ratio(f"{ours}, LoRA", ours, decode) - 1},
         "held_out_loss": losses,
-    }  # fmt: skip
+    }
     if rival:
         result |= {
-            "decode_speedup": ratio(theirs, ours, decode), "prefill_speedup": ratio(theirs, ours, prefill),
+            "decode_speedup": ratio(theirs, ours, decode),
+            "prefill_speedup": ratio(theirs, ours, prefill),
             "decode_speedup_lora": ratio(f"{theirs}, LoRA", f"{ours}, LoRA", decode),
-        }  # fmt: skip
+        }
         result["lora_overhead"]["llama.cpp"] = ratio(f"{theirs}, LoRA", theirs, decode) - 1
     save_result("cpu_decode", "python benchmarks/cpu_decode.py", result)
 

@@ -22,8 +22,17 @@ from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.weight_format import WeightFormat
 
 DEVICES = {75: "t4", 86: "rtx-3060", 89: "rtx-4090", 120: "rtx-5090"}
-UNIFORM = (("int8", 86), ("int4-g64", 86), ("nf2-g64", 86), ("nf3-g64", 86), ("nf4-g64", 86), ("nvfp4", 120),
-           ("fp8", 89), ("int8", 75), ("nf3-g64", 75))  # fmt: skip
+UNIFORM = (
+    ("int8", 86),
+    ("int4-g64", 86),
+    ("nf2-g64", 86),
+    ("nf3-g64", 86),
+    ("nf4-g64", 86),
+    ("nvfp4", 120),
+    ("fp8", 89),
+    ("int8", 75),
+    ("nf3-g64", 75),
+)
 MIXED = ((("nf3-g64", "int4-g64", "int8"), 86), (("nf3-g64", "int4-g64", "int8", "nvfp4"), 120))
 
 
@@ -38,8 +47,15 @@ def row(checkpoint: Checkpoint, name: str, config: QuantConfig, sm: int, codes: 
         record = build_engine(graph, engine, device(DEVICES[sm]), shapes=EngineShapes(1, 512))
     ideal, predicted = config.nbytes(model) + model.other_bytes, engine_overhead(config, model, sm)
     layers = 1 + max(matrix.layer for matrix in model.matrices)
-    found = {"what": name, "layers": layers, "sm": sm, "engine_bytes": record.bytes, "ideal_bytes": ideal,
-             "overhead_bytes": record.bytes - ideal, "predicted_overhead_bytes": predicted}  # fmt: skip
+    found = {
+        "what": name,
+        "layers": layers,
+        "sm": sm,
+        "engine_bytes": record.bytes,
+        "ideal_bytes": ideal,
+        "overhead_bytes": record.bytes - ideal,
+        "predicted_overhead_bytes": predicted,
+    }
     print(found, flush=True)
     return found
 
@@ -56,9 +72,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for layers in (10, 20):
             small = random_llama(
-                Path(scratch) / str(layers), hidden=512, inner=1536, layers=layers, heads=8, kv_heads=4,
-                vocabulary=16384, tied=False,
-            )  # fmt: skip
+                Path(scratch) / str(layers),
+                hidden=512,
+                inner=1536,
+                layers=layers,
+                heads=8,
+                kv_heads=4,
+                vocabulary=16384,
+                tied=False,
+            )
             for text, sm in (("int8", 86), ("nvfp4", 120)):
                 rows.append(row(small, text, QuantConfig.uniform(small.matrices, text), sm, None))
     save_result("engine_overhead", "python benchmarks/engine_overhead.py", {"rows": rows})

@@ -38,8 +38,15 @@ def row(checkpoint: Checkpoint, text: str, name: str, record: BuildRecord) -> di
     """Return one line of the result."""
     model = checkpoint.matrices
     ideal = QuantConfig.uniform(model, text).nbytes(model) + model.other_bytes
-    found = {"format": text, "device": name, "engine_bytes": record.bytes, "ideal_bytes": ideal,
-             "ratio": record.bytes / ideal, "rest_bytes": record.bytes - ideal, "seconds": record.seconds}  # fmt: skip
+    found = {
+        "format": text,
+        "device": name,
+        "engine_bytes": record.bytes,
+        "ideal_bytes": ideal,
+        "ratio": record.bytes / ideal,
+        "rest_bytes": record.bytes - ideal,
+        "seconds": record.seconds,
+    }
     print(
         f"{text:<10} {name:<10} {record.bytes / 1e6:8.1f} MB, ideal {ideal / 1e6:8.1f}: {found['ratio']:.3f}",
         flush=True,

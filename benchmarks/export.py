@@ -66,10 +66,16 @@ def traced(checkpoint: Checkpoint, directory: Path) -> dict[str, float]:
     shapes = ({1: sequence}, {1: sequence}, tuple({2: total} for _ in past))
     with torch.no_grad():
         torch.onnx.export(
-            _WithCache(model).eval(), arguments, str(directory / "traced.onnx"), dynamo=True, opset_version=20,
-            input_names=["input_ids", "position_ids", *names], dynamic_shapes=shapes, external_data=True,
+            _WithCache(model).eval(),
+            arguments,
+            str(directory / "traced.onnx"),
+            dynamo=True,
+            opset_version=20,
+            input_names=["input_ids", "position_ids", *names],
+            dynamic_shapes=shapes,
+            external_data=True,
             output_names=["logits", *(f"present.{i}" for i in range(len(past)))],
-        )  # fmt: skip
+        )
     written = time.monotonic()
     environment = {**os.environ, "POLYGRAPHY_USE_TENSORRT_RTX": "1"}
     subprocess.run([sys.executable, __file__, "--build", str(directory)], check=True, env=environment)

@@ -55,9 +55,12 @@ def planning(adapter: Path) -> dict[str, Any]:
     alone = time.perf_counter() - started
     same = [row["configuration_hash"] for row in json.loads(done.stdout)] == [plan.config.hash for plan in plans]
     return {
-        "devices": [{"id": p.id, "memory_bytes": p.memory_bytes} for p in profiles], "command_s": seconds,
-        "command_median_s": statistics.median(seconds), "function_s": alone, "same_hashes": same,
-    }  # fmt: skip
+        "devices": [{"id": p.id, "memory_bytes": p.memory_bytes} for p in profiles],
+        "command_s": seconds,
+        "command_median_s": statistics.median(seconds),
+        "function_s": alone,
+        "same_hashes": same,
+    }
 
 
 def building(adapter: Adapter, checkpoint: Any, scratch: Path) -> tuple[dict[str, Any], dict[str, Bundle]]:
@@ -86,8 +89,16 @@ def building(adapter: Adapter, checkpoint: Any, scratch: Path) -> tuple[dict[str
 
 def second_command(adapter: Path, scratch: Path) -> dict[str, Any]:
     """Time `coatrt build` for three devices where everything is there already, process start included."""
-    command = [str(Path(sys.executable).parent / "coatrt"), "build", str(adapter), "-o", str(scratch / "cli"),
-               "--bits", "5", "--no-engine"]  # fmt: skip
+    command = [
+        str(Path(sys.executable).parent / "coatrt"),
+        "build",
+        str(adapter),
+        "-o",
+        str(scratch / "cli"),
+        "--bits",
+        "5",
+        "--no-engine",
+    ]
     for name in THREE:
         command += ["--device", name]
     subprocess.run(command, check=True, capture_output=True)
@@ -117,8 +128,15 @@ def engine_bytes(adapter: Adapter, checkpoint: Any, scratch: Path) -> list[dict[
         lora = sum(rows * columns for rows, columns in adapter.contract.shapes.values())
         lines = memory_of(config, adapter.model, profile, Workload.of(adapter.model_config, 2048, 1, 512, lora))
         predicted = sum(lines[name] for name in ("weights", "scales", "other tensors", "engine"))
-        rows.append({"device": profile.id, "bits": config.average_bits(adapter.model), "engine_bytes": record.bytes,
-                     "predicted_bytes": predicted, "error": predicted / record.bytes - 1})  # fmt: skip
+        rows.append(
+            {
+                "device": profile.id,
+                "bits": config.average_bits(adapter.model),
+                "engine_bytes": record.bytes,
+                "predicted_bytes": predicted,
+                "error": predicted / record.bytes - 1,
+            }
+        )
         print(rows[-1], flush=True)
     return rows
 
@@ -151,8 +169,16 @@ def cpu_memory(adapter: Adapter, bundles: dict[str, Bundle]) -> list[dict[str, A
         command = [sys.executable, "-c", _PEAK, str(bundle.directory), "4"]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         before, peak, resident = (kib << 10 for kib in json.loads(done.stdout))
-        rows.append({"bundle": name, "predicted_bytes": sum(lines.values()), "peak_bytes": peak,
-                     "resident_bytes": resident, "imports_bytes": before, "lines": dict(lines)})  # fmt: skip
+        rows.append(
+            {
+                "bundle": name,
+                "predicted_bytes": sum(lines.values()),
+                "peak_bytes": peak,
+                "resident_bytes": resident,
+                "imports_bytes": before,
+                "lines": dict(lines),
+            }
+        )
         print(rows[-1], flush=True)
     return rows
 
@@ -167,8 +193,16 @@ def switching(bundles: dict[str, Bundle]) -> list[dict[str, Any]]:
             for name in bundles:
                 row = session.switch(name)
                 session.decode([5])
-                rows.append({"held": held, "to": name, "load_s": row.load_seconds, "emit_s": row.emit_seconds,
-                             "bind_s": row.bind_seconds, "kept": row.kept})  # fmt: skip
+                rows.append(
+                    {
+                        "held": held,
+                        "to": name,
+                        "load_s": row.load_seconds,
+                        "emit_s": row.emit_seconds,
+                        "bind_s": row.bind_seconds,
+                        "kept": row.kept,
+                    }
+                )
         del session
         gc.collect()
     return rows
@@ -189,15 +223,19 @@ def main() -> None:
         print(built, flush=True)
         built |= second_command(options.adapter, scratch)
         result = {
-            "planning": plans, "building": built, "switching": switching(bundles),
+            "planning": plans,
+            "building": built,
+            "switching": switching(bundles),
             "cpu_memory": cpu_memory(adapter, bundles),
             "engines": load("fleet")["engines"] if options.again else engine_bytes(adapter, checkpoint, scratch),
-        }  # fmt: skip
+        }
     save_result("fleet", "python benchmarks/fleet.py", result)
     worst = max(abs(row["error"]) for row in result["engines"])
     if plans["command_median_s"] > 2 or built["second_build_median_s"] > 2 or worst > 0.03:
-        sys.exit(f"over a limit: plans {plans['command_median_s']:.2f} s, second build "
-                 f"{built['second_build_median_s']:.2f} s, engine bytes {worst:.3f}")  # fmt: skip
+        sys.exit(
+            f"over a limit: plans {plans['command_median_s']:.2f} s, second build "
+            f"{built['second_build_median_s']:.2f} s, engine bytes {worst:.3f}"
+        )
 
 
 if __name__ == "__main__":

@@ -25,10 +25,15 @@ def fleet_engines() -> str:
     """Engine bytes against their prediction."""
     rows = load("fleet")["engines"]
     lines = [
-        [row["device"], f"{row['bits']:.2f}", f"{row['engine_bytes'] / 1e6:.1f}", f"{row['predicted_bytes'] / 1e6:.1f}",
-         f"{row['error']:+.2%}"]
+        [
+            row["device"],
+            f"{row['bits']:.2f}",
+            f"{row['engine_bytes'] / 1e6:.1f}",
+            f"{row['predicted_bytes'] / 1e6:.1f}",
+            f"{row['error']:+.2%}",
+        ]
         for row in rows
-    ]  # fmt: skip
+    ]
     worst = max(abs(row["error"]) for row in rows)
     return grid(["GPU", "bits per weight", "engine MB", "predicted MB", "error"], lines) + f"\n\n{worst:.2%} at worst."
 
@@ -36,10 +41,14 @@ def fleet_engines() -> str:
 def fleet_memory() -> str:
     """Memory of ONNX Runtime against its prediction."""
     lines = [
-        [row["bundle"], f"{row['predicted_bytes'] / 2**20:.0f}", f"{row['resident_bytes'] / 2**20:.0f}",
-         f"{row['peak_bytes'] / 2**20:.0f}"]
+        [
+            row["bundle"],
+            f"{row['predicted_bytes'] / 2**20:.0f}",
+            f"{row['resident_bytes'] / 2**20:.0f}",
+            f"{row['peak_bytes'] / 2**20:.0f}",
+        ]
         for row in load("fleet")["cpu_memory"]
-    ]  # fmt: skip
+    ]
     head = ["configuration on the CPU", "predicted MiB", "resident MiB", "peak MiB"]
     return (
         grid(head, lines)
@@ -65,10 +74,16 @@ def cpu_calibration() -> str:
     """Predicted decode against the real one."""
     found = load("cpu_calibration")
     lines = [
-        [f"{row['bits']:.2f}", f"{row['real_ms']:.2f}", f"{row['predicted_ms']:.2f}", f"{row['error']:+.1%}",
-         f"{row['drift']:.2f}", f"{row['error_without_drift']:+.1%}"]
+        [
+            f"{row['bits']:.2f}",
+            f"{row['real_ms']:.2f}",
+            f"{row['predicted_ms']:.2f}",
+            f"{row['error']:+.1%}",
+            f"{row['drift']:.2f}",
+            f"{row['error_without_drift']:+.1%}",
+        ]
         for row in found["rows"]
-    ]  # fmt: skip
+    ]
     head = ["bits per weight", "real ms", "predicted ms", "error", "drift", "error, drift out"]
     worst, corrected = found["worst_error"], found["worst_error_without_drift"]
     return (
@@ -83,10 +98,15 @@ def cpu_decode() -> str:
     """Decode on the CPU against llama.cpp."""
     found = load("cpu_decode")
     lines = [
-        [row["what"], *(f"{row[key]:.{digits}f}" for key, digits in (
-            ("decode_ms", 1), ("decode_tokens_per_s", 0), ("prefill_tokens_per_s", 0)))]
+        [
+            row["what"],
+            *(
+                f"{row[key]:.{digits}f}"
+                for key, digits in (("decode_ms", 1), ("decode_tokens_per_s", 0), ("prefill_tokens_per_s", 0))
+            ),
+        ]
         for row in found["rows"]
-    ]  # fmt: skip
+    ]
     overhead = found["lora_overhead"]
     rival = "Not compared with llama.cpp yet."
     if "decode_speedup" in found:

@@ -43,8 +43,14 @@ def main() -> None:
             started = time.monotonic()
             plan = plan_for(adapter, profile, bits=bits)
             made = assemble(adapter, checkpoint, plan.config, profile, Path(scratch) / name, BundleOptions(), plan=plan)
-            rows.append({"device": name, "bits": bits, "seconds": time.monotonic() - started,
-                         "build_s": made.manifest["engines"][0]["seconds"]})  # fmt: skip
+            rows.append(
+                {
+                    "device": name,
+                    "bits": bits,
+                    "seconds": time.monotonic() - started,
+                    "build_s": made.manifest["engines"][0]["seconds"],
+                }
+            )
             print(rows[-1], flush=True)
         emitter, rng, seconds = Emitter.of(made), np.random.default_rng(0), []
         for _ in range(50):

@@ -21,9 +21,23 @@ from coatrt.export.decoder import GraphForm, decoder_io, export_decoder
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.quantization.code_cache import CodeStore
 
-FORMATS = ("fp16", "bf16", "int8", "int8-g64", "int4-g32", "int4-g64", "int4-g128", "fp8", "nvfp4", "nf2-g64",
-           "nf3-g64",
-           "nf4-g64", "nf8-g64", "nf3-g64-dq4-bf16-256", "nf2-g16-dq2-fp32-16")  # fmt: skip
+FORMATS = (
+    "fp16",
+    "bf16",
+    "int8",
+    "int8-g64",
+    "int4-g32",
+    "int4-g64",
+    "int4-g128",
+    "fp8",
+    "nvfp4",
+    "nf2-g64",
+    "nf3-g64",
+    "nf4-g64",
+    "nf8-g64",
+    "nf3-g64-dq4-bf16-256",
+    "nf2-g16-dq2-fp32-16",
+)
 PROMPT = [504, 3575, 282, 4649, 314]
 OTHER = [9707, 28, 506, 1462, 314, 260, 253, 3013, 29]
 STEPS = 16

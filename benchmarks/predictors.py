@@ -147,11 +147,20 @@ def main() -> None:
         {"drawn": kind, "bits": config.average_bits(space.model), "configuration": config.hash, "loss": loss}
         for (kind, config), loss in zip(drawn, losses, strict=True)
     ]
-    save_result(f"predictors_{given.quantizer}", f"python benchmarks/predictors.py --quantizer {given.quantizer}", {
-        "formats": list(FORMATS), "calibration_tokens": CALIBRATION * LENGTH, "measured_tokens": MEASURED * LENGTH,
-        "held_out_tokens": HELD_OUT * LENGTH, "base_loss": base, "spearman": correlations(space, costs, drawn, losses),
-        "seconds": {name: step["seconds"] for name, step in steps.items()}, "rows": rows,
-    })  # fmt: skip
+    save_result(
+        f"predictors_{given.quantizer}",
+        f"python benchmarks/predictors.py --quantizer {given.quantizer}",
+        {
+            "formats": list(FORMATS),
+            "calibration_tokens": CALIBRATION * LENGTH,
+            "measured_tokens": MEASURED * LENGTH,
+            "held_out_tokens": HELD_OUT * LENGTH,
+            "base_loss": base,
+            "spearman": correlations(space, costs, drawn, losses),
+            "seconds": {name: step["seconds"] for name, step in steps.items()},
+            "rows": rows,
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -40,8 +40,12 @@ from coatrt.system.files import atomic_file, read_json, write_json
 
 FORMATS = ("nf2-g32", "nf3-g32", "nf4-g32", "int4-g32", "nvfp4", "fp8", "int8")
 METHODS: tuple[Method, ...] = ("mutation", "allocation", "budgets", "surrogate")
-NAMES = {"mutation": "random mutation", "allocation": "prior allocation", "budgets": "prior, chosen budgets",
-         "surrogate": "surrogate"}  # fmt: skip
+NAMES = {
+    "mutation": "random mutation",
+    "allocation": "prior allocation",
+    "budgets": "prior, chosen budgets",
+    "surrogate": "surrogate",
+}
 SEEDS, EVALUATIONS = 3, 60
 MODEL = MicroOptions(hidden=96, inner=256, layers=8, steps=400)
 PLOT = Path(__file__).resolve().parents[1] / "docs" / "search.png"
@@ -83,11 +87,19 @@ def run(problem: Callable[[], Problem], work: Path, method: Method, seed: int) -
         for entry in archive:
             partial.add(entry)
             volumes.append(partial.hypervolume(here.reference))
-        write_json(path, {
-            "method": method, "seed": seed, "reference": here.reference, "base_loss": here.base, "hypervolume": volumes,
-            "points": archive.points(archive.entries), "front": archive.points(archive.front()),
-            "seconds": time.monotonic() - started,
-        })  # fmt: skip
+        write_json(
+            path,
+            {
+                "method": method,
+                "seed": seed,
+                "reference": here.reference,
+                "base_loss": here.base,
+                "hypervolume": volumes,
+                "points": archive.points(archive.entries),
+                "front": archive.points(archive.front()),
+                "seconds": time.monotonic() - started,
+            },
+        )
         print(f"{method} {seed}: hypervolume {volumes[-1]:.4f}, {len(archive.front())} on the front", flush=True)
     return dict(read_json(path, "run"))
 
@@ -143,12 +155,25 @@ def main() -> None:
     union = hypervolume([point for found in runs for point in found["points"]], tuple(runs[0]["reference"]))
     for method in METHODS:
         ends = [found["hypervolume"][-1] for found in runs if found["method"] == method]
-        table[method] = {"mean": statistics.mean(ends), "std": statistics.stdev(ends), "runs": ends,
-                         "short_of_all": union - statistics.mean(ends)}  # fmt: skip
-    save_result("search", "python benchmarks/search.py", {
-        "groups": 56, "formats": list(FORMATS), "evaluations": EVALUATIONS, "reference": runs[0]["reference"],
-        "base_loss": runs[0]["base_loss"], "hypervolume": table, "runs": runs,
-    })  # fmt: skip
+        table[method] = {
+            "mean": statistics.mean(ends),
+            "std": statistics.stdev(ends),
+            "runs": ends,
+            "short_of_all": union - statistics.mean(ends),
+        }
+    save_result(
+        "search",
+        "python benchmarks/search.py",
+        {
+            "groups": 56,
+            "formats": list(FORMATS),
+            "evaluations": EVALUATIONS,
+            "reference": runs[0]["reference"],
+            "base_loss": runs[0]["base_loss"],
+            "hypervolume": table,
+            "runs": runs,
+        },
+    )
     plot(runs)
 
 

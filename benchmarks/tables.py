@@ -28,11 +28,17 @@ def demo() -> str:
     """README: three GPUs, one adapter."""
     found = load("demo")
     rows = [
-        [row["device"], f"{row['bits']:.2f}", ", ".join(f"{n} × {text}" for text, n in row["formats"].items()),
-         f"{row['engine_bytes'] / 1e6:.1f}", f"{row['ideal_bytes'] / 1e6:.1f}", f"{row['without']:.1f}",
-         f"**{row['with']:.1f}**"]
+        [
+            row["device"],
+            f"{row['bits']:.2f}",
+            ", ".join(f"{n} × {text}" for text, n in row["formats"].items()),
+            f"{row['engine_bytes'] / 1e6:.1f}",
+            f"{row['ideal_bytes'] / 1e6:.1f}",
+            f"{row['without']:.1f}",
+            f"**{row['with']:.1f}**",
+        ]
         for row in found["rows"]
-    ]  # fmt: skip
+    ]
     rows.append(["fp16 base", "16.00", "", "", "", f"{found['fp16_perplexity']:.1f}", ""])
     head = ["GPU", "bits per weight", "matrices", "engine MB", "ideal MB", "perplexity, quantized", "with its LoRA"]
     return f"{grid(head, rows)}\n\n`make demo`, {found['seconds']:.0f} s on two CPU cores after installing."
@@ -69,10 +75,15 @@ def export() -> str:
     rows = []
     for name, runs in found["runs"].items():
         middle = sorted(runs, key=lambda run: run["export_s"] + run["build_s"])[len(runs) // 2]
-        rows.append([
-            name, f"{middle['export_s']:.1f}", f"{middle['build_s']:.1f}", f"{found['median_total_s'][name]:.1f}",
-            f"{middle['engine_bytes'] / 1e6:.1f}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                name,
+                f"{middle['export_s']:.1f}",
+                f"{middle['build_s']:.1f}",
+                f"{found['median_total_s'][name]:.1f}",
+                f"{middle['engine_bytes'] / 1e6:.1f}",
+            ]
+        )
     head = ["median of three", "graph s", "build s", "together s", "engine MB"]
     return f"{grid(head, rows)}\n\n{found['ratio']:.1f} × faster than torch.onnx trace and build."
 
@@ -98,10 +109,9 @@ def memory() -> str:
         [row["format"], f"{row['peak_bytes'] / 1e9:.2f}", f"{row['share']:.2f}", f"{row['seconds']:.0f}"]
         for row in found["rows"]
     ]
-    return (
-        f"A {found['checkpoint_bytes'] / 1e9:.2f} GB checkpoint of 7B-shaped layers.\n\n"
-        + grid(["format", "peak GB", "share of the checkpoint", "seconds"], rows)
-    )  # fmt: skip
+    return f"A {found['checkpoint_bytes'] / 1e9:.2f} GB checkpoint of 7B-shaped layers.\n\n" + grid(
+        ["format", "peak GB", "share of the checkpoint", "seconds"], rows
+    )
 
 
 def parity() -> str:
@@ -120,9 +130,9 @@ def parity() -> str:
 def cpu() -> str:
     """A bundle in ONNX Runtime."""
     found = load("cpu_bundle")
-    rows = [
-        [f"prefill of {row['tokens']}, LoRA {'on' if row['lora'] else 'off'}", row] for row in found["prefill"]
-    ] + [[f"decode, LoRA {'on' if row['lora'] else 'off'}", row] for row in found["decode"]]  # fmt: skip
+    rows = [[f"prefill of {row['tokens']}, LoRA {'on' if row['lora'] else 'off'}", row] for row in found["prefill"]] + [
+        [f"decode, LoRA {'on' if row['lora'] else 'off'}", row] for row in found["decode"]
+    ]
     lines = [
         [name, f"{row['p50_ms']:.1f}", f"{row['p90_ms']:.1f}", f"{row['p99_ms']:.1f}", f"{row['tokens_per_s']:.0f}"]
         for name, row in rows
@@ -150,16 +160,24 @@ def allocation() -> str:
 def predictors(quantizer: str) -> str:
     """Rank correlation of predicted with measured loss."""
     found = load(f"predictors_{quantizer}")
-    names = {"bits": "average bits alone", "fisher": "½ Σ F∘ΔW²", "kfac": "½ Σ G ΔW H ΔWᵀ", "tokens": "½ E (gᵀ ΔW x)²",
-             "measured": "measured, one group at a time",
-             "kfac, down_proj fisher": "kfac, but down_proj by fisher",
-             "kfac × measured": "geometric mean of kfac and measured"}  # fmt: skip
+    names = {
+        "bits": "average bits alone",
+        "fisher": "½ Σ F∘ΔW²",
+        "kfac": "½ Σ G ΔW H ΔWᵀ",
+        "tokens": "½ E (gᵀ ΔW x)²",
+        "measured": "measured, one group at a time",
+        "kfac, down_proj fisher": "kfac, but down_proj by fisher",
+        "kfac × measured": "geometric mean of kfac and measured",
+    }
     rows = [
-        [names[name], f"`{name}`" if name in ("fisher", "kfac", "tokens") else "",
-         *(f"{row[kind]:.3f}" for kind in ("all", "allocated", "random")),
-         f"{found['seconds'][name]:.0f}" if name in found["seconds"] else ""]
+        [
+            names[name],
+            f"`{name}`" if name in ("fisher", "kfac", "tokens") else "",
+            *(f"{row[kind]:.3f}" for kind in ("all", "allocated", "random")),
+            f"{found['seconds'][name]:.0f}" if name in found["seconds"] else "",
+        ]
         for name, row in found["spearman"].items()
-    ]  # fmt: skip
+    ]
     head = ["cost", "name", "all", "allocated", "random", "seconds"]
     return (
         f"{grid(head, rows)}\n\nSpearman's rank correlation with the held-out loss of {len(found['rows'])} "
@@ -185,8 +203,12 @@ def cross() -> str:
 def search() -> str:
     """Hypervolume of the search and its rivals."""
     found = load("search")
-    names = {"mutation": "random mutation of front members", "allocation": "prior costs, spread budgets",
-             "budgets": "prior costs, chosen budgets", "surrogate": "surrogate"}  # fmt: skip
+    names = {
+        "mutation": "random mutation of front members",
+        "allocation": "prior costs, spread budgets",
+        "budgets": "prior costs, chosen budgets",
+        "surrogate": "surrogate",
+    }
     rows = [
         [names[method], f"{row['mean']:.4f} ± {row['std']:.4f}", f"{row['short_of_all']:.4f}"]
         for method, row in found["hypervolume"].items()
@@ -211,8 +233,18 @@ def tasks() -> str:
             else f"perplexity {math.exp(untrained['loss']):.1f} over {row['measured']} blocks"
         )
         majority = f"{row['majority']:.3f}" if "majority" in row else "–"
-        rows.append([row["task"], row["kind"], f"{row['train']:,}", f"{row['held_out']:,}", str(row["dropped"]),
-                     str(row["longest"]), majority, known])  # fmt: skip
+        rows.append(
+            [
+                row["task"],
+                row["kind"],
+                f"{row['train']:,}",
+                f"{row['held_out']:,}",
+                str(row["dropped"]),
+                str(row["longest"]),
+                majority,
+                known,
+            ]
+        )
     head = [
         "task",
         "kind",
@@ -230,11 +262,16 @@ def quantizers() -> str:
     """The five quantizers by format."""
     found = load("quantizers")
     rows = [
-        [row["format"], row["quantizer"], f"{row['weight_error']:.3f}", f"{row['output_error']:.3f}",
-         f"{row['perplexity']:,.1f}" if row["perplexity"] < 1e5 else f"{row['perplexity']:.0e}",
-         f"{row['encode_cpu_s']:.0f}"]
+        [
+            row["format"],
+            row["quantizer"],
+            f"{row['weight_error']:.3f}",
+            f"{row['output_error']:.3f}",
+            f"{row['perplexity']:,.1f}" if row["perplexity"] < 1e5 else f"{row['perplexity']:.0e}",
+            f"{row['encode_cpu_s']:.0f}",
+        ]
         for row in found["rows"]
-    ]  # fmt: skip
+    ]
     head = ["format", "quantizer", "weight error", "output error", "perplexity", "CPU s"]
     return (
         f"{found['model']}, all linear matrices in the format, embedding in int8; {found['calibration_tokens']:,} "
@@ -280,16 +317,28 @@ def cpp_runtime() -> str:
     for row in load("cpp_runtime")["rows"]:
         speed, under = row["decode"], row["under_load"]
         same = row["tokens_equal"] and row["text_equals_coatrt_run"]
-        rows.append([
-            row["bundle"], "equal" if same else "**differ**", f"{row['logits_difference']:.1e}",
-            f"{row['lora_equal']} of {row['lora_tensors']}", f"{speed['cpp_ms']:.1f} / {speed['python_ms']:.1f}",
-            f"{speed['ratio']:.3f} ({speed['ratio_quartiles'][0]:.3f} – {speed['ratio_quartiles'][1]:.3f})",
-            f"{row['emit_ms']:.0f} + {row['bind_ms']:.2f}",
-            f"{under['wrong']} wrong of {under['generations']}, p50 {under['swap_p50_ms']:.0f} ms",
-        ])  # fmt: skip
-    head = ["bundle", "tokens, text", "logits differ by", "LoRA tensors equal bit for bit",
-            "decode ms/token C++ / Python",
-            "ratio (quartiles)", "emit + bind ms", "changed before every generation, 4 threads"]  # fmt: skip
+        rows.append(
+            [
+                row["bundle"],
+                "equal" if same else "**differ**",
+                f"{row['logits_difference']:.1e}",
+                f"{row['lora_equal']} of {row['lora_tensors']}",
+                f"{speed['cpp_ms']:.1f} / {speed['python_ms']:.1f}",
+                f"{speed['ratio']:.3f} ({speed['ratio_quartiles'][0]:.3f} – {speed['ratio_quartiles'][1]:.3f})",
+                f"{row['emit_ms']:.0f} + {row['bind_ms']:.2f}",
+                f"{under['wrong']} wrong of {under['generations']}, p50 {under['swap_p50_ms']:.0f} ms",
+            ]
+        )
+    head = [
+        "bundle",
+        "tokens, text",
+        "logits differ by",
+        "LoRA tensors equal bit for bit",
+        "decode ms/token C++ / Python",
+        "ratio (quartiles)",
+        "emit + bind ms",
+        "changed before every generation, 4 threads",
+    ]
     return grid(head, rows)
 
 
@@ -333,8 +382,17 @@ def shrinkage() -> str:
         at = {row["taken"]: row["error"] for row in found["rows"] if row["tokens"] == tokens}
         for K in at[None]:
             best = min((taken for taken in at if taken is not None), key=lambda taken: at[taken][K])
-            rows.append([f"{tokens:,}", K, f"{at[0][K]:.3f}", f"{at[best][K]:.3f}", f"{1 - best:.2f}",
-                         f"{at[None][K]:.3f}", f"{tokens / (tokens + int(K)):.2f}"])  # fmt: skip
+            rows.append(
+                [
+                    f"{tokens:,}",
+                    K,
+                    f"{at[0][K]:.3f}",
+                    f"{at[best][K]:.3f}",
+                    f"{1 - best:.2f}",
+                    f"{at[None][K]:.3f}",
+                    f"{tokens / (tokens + int(K)):.2f}",
+                ]
+            )
     head = ["tokens", "inputs", "error, GPTQ", "least error", "kept for it", "error, `feedback`", "kept, T / (T + K)"]
     return (
         f"{grid(head, rows)}\n\n{found['model']}, layers {', '.join(map(str, found['layers']))}, {found['format']}; "
@@ -343,9 +401,27 @@ def shrinkage() -> str:
 
 
 _MAKERS = (
-    demo, sizes, billion, export, interactive, memory, parity, cpu, tasks, quantizers, calibration_size, shrinkage,
-    allocation, search, cross, training_step, tied_table, compensation, cpp_runtime, cpp_service,
-)  # fmt: skip
+    demo,
+    sizes,
+    billion,
+    export,
+    interactive,
+    memory,
+    parity,
+    cpu,
+    tasks,
+    quantizers,
+    calibration_size,
+    shrinkage,
+    allocation,
+    search,
+    cross,
+    training_step,
+    tied_table,
+    compensation,
+    cpp_runtime,
+    cpp_service,
+)
 TABLES: dict[str, Callable[[], str]] = {maker.__name__: maker for maker in _MAKERS} | FLEET_TABLES
 for _task in ("sotu", "trec"):
     TABLES[f"method_{_task}"] = partial(report.main_table, "smollm2", _task)

@@ -41,9 +41,18 @@ from coatrt.training.run import TrainOptions, train
 # One budget of bits per weight for each GPU, so that three different maps come out of one adapter.
 TARGETS = {"rtx-3060": 4.5, "rtx-4090": 6.0, "rtx-5090": 5.0}
 OPTIONS = TrainOptions(
-    formats=("nf3-g64", "int4-g64", "nvfp4", "int8"), quantizer="feedback", steps=70, batch=2, length=128,
-    learning_rate=1e-3, low_bits=3.8, high_bits=6.5, evaluation=1, budgets=(), checkpoint_every=10,
-)  # fmt: skip
+    formats=("nf3-g64", "int4-g64", "nvfp4", "int8"),
+    quantizer="feedback",
+    steps=70,
+    batch=2,
+    length=128,
+    learning_rate=1e-3,
+    low_bits=3.8,
+    high_bits=6.5,
+    evaluation=1,
+    budgets=(),
+    checkpoint_every=10,
+)
 CONTEXT, PREFILL, HELD_OUT_BLOCKS = 2048, 512, 24
 PROMPT = "The state of our finances"
 
@@ -74,9 +83,15 @@ def bundles(adapter: Adapter, checkpoint: Checkpoint, output: Path) -> dict[str,
     options = BundleOptions(context=CONTEXT, shapes=EngineShapes(prefill=PREFILL))
     with stages("bundles") as progress:
         made = build_fleet(
-            adapter, checkpoint, targets, options, cache=EngineCache.default(), overwrite=True, progress=progress,
+            adapter,
+            checkpoint,
+            targets,
+            options,
+            cache=EngineCache.default(),
+            overwrite=True,
+            progress=progress,
             tell=lambda line: print(line, flush=True),
-        )  # fmt: skip
+        )
     return {row.target.device.id: row.bundle for row in made}
 
 
@@ -111,14 +126,16 @@ def results(made: dict[str, Bundle], found: dict[str, Any]) -> list[dict[str, An
     rows = []
     for name, bundle in made.items():
         config, model = bundle.config, bundle.model_matrices
-        rows.append({
-            "device": name,
-            "bits": config.average_bits(model),
-            "formats": dict(config.counts),
-            "engine_bytes": bundle.manifest["engines"][0]["bytes"],
-            "ideal_bytes": config.nbytes(model) + model.other_bytes,
-            **found[name],
-        })  # fmt: skip
+        rows.append(
+            {
+                "device": name,
+                "bits": config.average_bits(model),
+                "formats": dict(config.counts),
+                "engine_bytes": bundle.manifest["engines"][0]["bytes"],
+                "ideal_bytes": config.nbytes(model) + model.other_bytes,
+                **found[name],
+            }
+        )
     return rows
 
 
@@ -183,8 +200,14 @@ def main() -> None:
     rows = results(made, found)
     result, text = table(rows, found["fp16"]), sample(made["rtx-3060"])
     write_text(output / "table.txt", result + "\n\n" + text + "\n")
-    whole = {"command": "make demo", "rows": rows, "fp16_perplexity": found["fp16"], "sample": text.splitlines(),
-             "seconds": time.monotonic() - started, "environment": environment()}  # fmt: skip
+    whole = {
+        "command": "make demo",
+        "rows": rows,
+        "fp16_perplexity": found["fp16"],
+        "sample": text.splitlines(),
+        "seconds": time.monotonic() - started,
+        "environment": environment(),
+    }
     write_json(output / "result.json", whole)
     tell("done")
     print(f"\n{result}\n\n{text}\n\nbits per layer: {output / 'bits.png'}")

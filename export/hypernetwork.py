@@ -65,11 +65,16 @@ def export_hypernetwork(adapter: Adapter, directory: str | Path) -> None:
     outputs = _write_lora(graph, adapter, formats, updates)
     model = ir.Model(
         ir.Graph(
-            [formats], outputs, nodes=graph.nodes, initializers=graph.initializers,
-            opset_imports={"": OPSET}, name="hypernetwork",
+            [formats],
+            outputs,
+            nodes=graph.nodes,
+            initializers=graph.initializers,
+            opset_imports={"": OPSET},
+            name="hypernetwork",
         ),
-        ir_version=IR_VERSION, producer_name="coatrt",
-    )  # fmt: skip
+        ir_version=IR_VERSION,
+        producer_name="coatrt",
+    )
     size = sum(value.const_value.nbytes for value in graph.initializers if value.const_value is not None)
     external = Path(HYPERNETWORK_FILE).with_suffix(".bin").name if size > _LARGE else None
     ir.save(model, directory / HYPERNETWORK_FILE, external_data=external)

@@ -181,10 +181,14 @@ class Network:
             key = self._rotated(key, f"{prefix}.k", num_heads=spec.kv_heads)
         limited = {} if window is None else {"local_window_size": window}
         mixed, *presents = graph.runtime_op(
-            "GroupQueryAttention", [query, key, value, *self._past[layer], *self._ends],
+            "GroupQueryAttention",
+            [query, key, value, *self._past[layer], *self._ends],
             [f"{prefix}.attention", f"present.{layer}.key", f"present.{layer}.value"],
-            num_heads=spec.heads, kv_num_heads=spec.kv_heads, scale=spec.attention_multiplier, **limited,
-        )  # fmt: skip
+            num_heads=spec.heads,
+            kv_num_heads=spec.kv_heads,
+            scale=spec.attention_multiplier,
+            **limited,
+        )
         return mixed, presents
 
     def _engine_attention(self, x: ir.Value, layer: int, prefix: str) -> tuple[ir.Value, list[ir.Value]]:

@@ -221,7 +221,11 @@ def test_the_wheel_holds_every_room(wheel: list[str]) -> None:
     for package, folder in PACKAGES.items():
         place = Path(*package.split("."))
         names = subprocess.run(
-            ["git", "ls-files", "-co", "--exclude-standard", "."], cwd=folder, capture_output=True, text=True, check=True
+            ["git", "ls-files", "-co", "--exclude-standard", "."],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         expected |= {(place / name).as_posix() for name in names.stdout.split("\n") if name}
     left_out = {name for name in expected if name.startswith("coatrt/engines/cpp/") and name.endswith((".py", ".md"))}

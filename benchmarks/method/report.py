@@ -28,8 +28,16 @@ MODELS = {
 _PLOTTED = ("smollm2-feedback", "micro")
 _REFERENCE_BITS, _REFERENCE_NATS = 10.0, 1.0
 _RIVALS = (
-    "none", "single", "single-shared-compute", "shared", "shared-rates", "shared-rank", "bank", "paper", "coatrt",
-)  # fmt: skip
+    "none",
+    "single",
+    "single-shared-compute",
+    "shared",
+    "shared-rates",
+    "shared-rank",
+    "bank",
+    "paper",
+    "coatrt",
+)
 _AGAINST = {
     "coatrt-rank": ["coatrt", "shared-rank"],
     "coatrt-random": ["coatrt", "shared-rates"],
@@ -107,12 +115,17 @@ def main_table(model: str, task: str, rivals: bool = True) -> str:
             continue
         volumes = [_volume(result, base) for result in results]
         minutes = statistics.mean(result["training_s"] for result in results) / 60
-        rows.append([
-            results[0]["what"], str(len(results)),
-            *(_text(_means(results, "planned", True, budget)) for budget in budgets),
-            _text(volumes), f"{results[0]['trained_parameters'] / 1e6:.2f}", str(results[0]["passes"]),
-            f"{minutes:.0f}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                results[0]["what"],
+                str(len(results)),
+                *(_text(_means(results, "planned", True, budget)) for budget in budgets),
+                _text(volumes),
+                f"{results[0]['trained_parameters'] / 1e6:.2f}",
+                str(results[0]["passes"]),
+                f"{minutes:.0f}",
+            ]
+        )
     columns = ["hypervolume", "M parameters", "passes", "minutes"]
     head = ["arm", "seeds", *(f"{budget:g} bits" for budget in budgets), *columns]
     accuracy = none["full_precision"].get("accuracy")
@@ -174,9 +187,7 @@ def _references(name: str) -> list[str]:
 
 def _gaps(found: dict[str, list[dict[str, Any]]], left: str, right: str) -> tuple[int, list[str]]:
     """Return in how many seeds two arms were run, and the first less the second by budget, paired by seed."""
-    pairs = [
-        (ours, theirs) for ours in found[left] for theirs in found[right] if ours["seed"] == theirs["seed"]
-    ]  # fmt: skip
+    pairs = [(ours, theirs) for ours in found[left] for theirs in found[right] if ours["seed"] == theirs["seed"]]
     cells = []
     for budget in dict.fromkeys(row["budget"] for row in found[left][0]["rows"]):
         losses = [[_means([result], "planned", True, budget)[0] for result in pair] for pair in pairs]
@@ -228,8 +239,15 @@ def main() -> None:
             rows = [row for row in results[0]["rows"] if row["kind"] == "planned" and row["seen"]]
             means = [statistics.mean(_means(results, "planned", True, row["budget"])) for row in rows]
             colour, width = ("black", 2.0) if name == "coatrt" else (f"C{_RIVALS.index(name)}", 1.2)
-            axis.plot([row["bits"] for row in rows], means, marker="o", markersize=3, color=colour, linewidth=width,
-                      label=results[0]["what"])  # fmt: skip
+            axis.plot(
+                [row["bits"] for row in rows],
+                means,
+                marker="o",
+                markersize=3,
+                color=colour,
+                linewidth=width,
+                label=results[0]["what"],
+            )
         axis.set(title=f"{MODELS[model]}, {task}", xlabel="bits per weight", ylabel="held-out loss, nats")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)

@@ -39,11 +39,23 @@ def options_of(arm: Arm, setting: Setting, steps: int, seed: int) -> TrainOption
     """Return the loop's options of an arm."""
     batch = 8 if setting.model == "micro" else BATCH[setting.task]
     return TrainOptions(
-        formats=FORMATS, rank=arm.rank, alpha=2.0 * arm.rank, preset=arm.preset, compensation=arm.compensated,
-        steps=steps, batch=batch, accumulate=PARTS[setting.task], same_examples=arm.same_examples,
-        learning_rate=arm.rate, rate_ratio=arm.rate_ratio, theta_rate=arm.theta_rate, distill=arm.distill,
-        teacher=arm.teacher, checkpoint_every=50, seed=seed,
-    )  # fmt: skip
+        formats=FORMATS,
+        rank=arm.rank,
+        alpha=2.0 * arm.rank,
+        preset=arm.preset,
+        compensation=arm.compensated,
+        steps=steps,
+        batch=batch,
+        accumulate=PARTS[setting.task],
+        same_examples=arm.same_examples,
+        learning_rate=arm.rate,
+        rate_ratio=arm.rate_ratio,
+        theta_rate=arm.theta_rate,
+        distill=arm.distill,
+        teacher=arm.teacher,
+        checkpoint_every=50,
+        seed=seed,
+    )
 
 
 def module(setting: Setting, arm: Arm, seed: int) -> Any:
@@ -53,8 +65,9 @@ def module(setting: Setting, arm: Arm, seed: int) -> Any:
         return LoraBank(contract, setting.encoder, seed).to(setting.compute)
     lora = CoaLora(contract, setting.encoder, arm.preset, seed).to(setting.compute)
     if arm.compensated:
-        lora.compensate(Compensator(setting.base, setting.moments, contract), setting.gains if arm.started else None,
-                        arm.started)  # fmt: skip
+        lora.compensate(
+            Compensator(setting.base, setting.moments, contract), setting.gains if arm.started else None, arm.started
+        )
     whole: Any = lora
     if arm.kind == "terms":
         encoder = setting.encoder
@@ -77,9 +90,17 @@ def measure(setting: Setting, lora: Any, entries: list[Measured]) -> list[dict[s
         model.set_config(entry.config)
         model.set_pairs(lora.pairs(entry.config) if lora is not None else None)
         bits = entry.config.average_bits(setting.checkpoint.matrices)
-        rows.append({"budget": entry.budget, "kind": entry.kind, "seen": entry.seen, "configuration": entry.config.hash,
-                     "bits": bits, "bits_with_lora": bits + setting.lora_bits(count),
-                     **measure_held_out(model, setting.data, limit)})  # fmt: skip
+        rows.append(
+            {
+                "budget": entry.budget,
+                "kind": entry.kind,
+                "seen": entry.seen,
+                "configuration": entry.config.hash,
+                "bits": bits,
+                "bits_with_lora": bits + setting.lora_bits(count),
+                **measure_held_out(model, setting.data, limit),
+            }
+        )
     return rows
 
 
@@ -134,9 +155,18 @@ def job_result(setting: Setting, name: str, seed: int, steps: int) -> dict[str, 
         rows = measure(setting, lora, entries)
         seconds, passes, steps = history.seconds, 2 * steps, history.step
         parameters = sum(p.numel() for _, p in lora.named_parameters())
-    return {**facts, "what": arm.what, "steps": steps, "passes": passes, "trained_parameters": parameters,
-            "compute": setting.compute, "training_s": seconds, "wall_s": time.monotonic() - started, "rows": rows,
-            "environment": environment()}  # fmt: skip
+    return {
+        **facts,
+        "what": arm.what,
+        "steps": steps,
+        "passes": passes,
+        "trained_parameters": parameters,
+        "compute": setting.compute,
+        "training_s": seconds,
+        "wall_s": time.monotonic() - started,
+        "rows": rows,
+        "environment": environment(),
+    }
 
 
 def main() -> None:

@@ -38,8 +38,12 @@ __all__ = ["BUDGETS", "FORMATS", "Draws", "Measured", "Setting"]
 
 Draws = Literal["lowest", "ends", "sides", "low", "even"]
 FORMATS = ("nf2-g64", "nf3-g64", "nf4-g64", "int4-g64", "nvfp4", "int8")
-QUANTIZERS: dict[str, Quantizer] = {"micro": "gptq", "smollm2": "gptq", "smollm2-feedback": "feedback",
-                                    "smollm2-absmax": "absmax"}  # fmt: skip
+QUANTIZERS: dict[str, Quantizer] = {
+    "micro": "gptq",
+    "smollm2": "gptq",
+    "smollm2-feedback": "feedback",
+    "smollm2-absmax": "absmax",
+}
 TRAINED = tuple(2.5 + 0.5 * i for i in range(11))  # bits per weight of the configurations trained on
 BUDGETS = (2.5, 3.0, 3.5, 4.5, 5.5, 7.5)  # those measured
 _EACH = 5  # configurations of each
@@ -142,9 +146,13 @@ class Setting:
         if not path.is_file():
             with stages("sensitivity") as progress:
                 found = measure_sensitivity(
-                    self.base, self.codes, self._calibration, self.space.formats, progress,
+                    self.base,
+                    self.codes,
+                    self._calibration,
+                    self.space.formats,
+                    progress,
                     "fisher" if QUANTIZERS[self.model] == "absmax" else "tokens",
-                )  # fmt: skip
+                )
             found.save(path)
         return Sensitivity.load(path)
 

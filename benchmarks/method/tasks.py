@@ -135,10 +135,16 @@ def main() -> None:
         data = make(tokenizer)
         limit = _QUESTIONS if data.choices is not None else _BLOCKS
         row: dict[str, Any] = {
-            "task": name, "kind": data.kind, "train": len(data.train), "held_out": len(data.held_out),
-            "dropped": data.dropped, "longest": data.train.tokens.shape[1], "train_targets": data.train.predicted,
-            "measured": min(limit, len(data.held_out)), "untrained": measure_held_out(model, data, limit),
-        }  # fmt: skip
+            "task": name,
+            "kind": data.kind,
+            "train": len(data.train),
+            "held_out": len(data.held_out),
+            "dropped": data.dropped,
+            "longest": data.train.tokens.shape[1],
+            "train_targets": data.train.predicted,
+            "measured": min(limit, len(data.held_out)),
+            "untrained": measure_held_out(model, data, limit),
+        }
         if data.choices is not None:
             counts = data.choices.rows.counts
             row |= {"majority": data.choices.majority, "choice_tokens": [int(counts.min()), int(counts.max())]}

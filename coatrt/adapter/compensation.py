@@ -72,10 +72,11 @@ class Compensator:
         small = [name for name, K in leaders.items() if inputs_are_smaller(tokens.numel(), K)]
         inputs = collect_inputs(model, tokens, small, progress) if small else {}
         grams = {
-            name: Gram(inputs=inputs[name]) if name in inputs
+            name: Gram(inputs=inputs[name])
+            if name in inputs
             else Gram(moments.get(name).to(model.compute, torch.float32, copy=True))
             for name in leaders
-        }  # fmt: skip
+        }
         self._grams = {tensor.matrix: grams[moments.leader(tensor.matrix)] for tensor in contract.tensors}
 
     @torch.no_grad()
@@ -106,10 +107,12 @@ class Compensator:
             reading: see `reading`.
             exact: see `FakeQuantModel.weight`.
         """
-        lost = torch.stack([
-            kept - self._model.weight(name, fmt, exact).float() @ moved
-            for name, fmt, kept, moved in zip(matrices, formats, reading.kept, reading.moved, strict=True)
-        ])  # fmt: skip
+        lost = torch.stack(
+            [
+                kept - self._model.weight(name, fmt, exact).float() @ moved
+                for name, fmt, kept, moved in zip(matrices, formats, reading.kept, reading.moved, strict=True)
+            ]
+        )
         term: Tensor = torch.linalg.lu_solve(reading.factors, reading.pivots, lost.mT.double())
         return term.float()
 

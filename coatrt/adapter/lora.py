@@ -55,8 +55,12 @@ class CoaLora(nn.Module):
         self._compensator: Compensator | None = None
         self._readings: dict[int, tuple[Tensor, Reading]] = {}
         if compensated:
-            self._keep([torch.zeros(len(rows), len(encoder.formats), r, N, dtype=torch.float16)
-                        for (_, N, r), rows in shapes.items()])  # fmt: skip
+            self._keep(
+                [
+                    torch.zeros(len(rows), len(encoder.formats), r, N, dtype=torch.float16)
+                    for (_, N, r), rows in shapes.items()
+                ]
+            )
 
     def compensate(
         self,
@@ -97,8 +101,9 @@ class CoaLora(nn.Module):
             return
         contract, formats = self.contract, len(self.encoder.formats)
         readings = [self._read(compensator, i, rows, A) for i, (rows, A, _) in enumerate(self.stacks())]
-        tables = [A.new_zeros(len(rows), formats, B.shape[1], B.shape[2], dtype=torch.float16)
-                  for rows, A, B in self.stacks()]  # fmt: skip
+        tables = [
+            A.new_zeros(len(rows), formats, B.shape[1], B.shape[2], dtype=torch.float16) for rows, A, B in self.stacks()
+        ]
         for f, fmt in enumerate(self.encoder.formats):  # one format after the other: no weight is decoded twice
             for (rows, _, _), reading, table in zip(self.stacks(), readings, tables, strict=True):
                 names = [contract.tensors[row].matrix for row in rows]

@@ -13,8 +13,13 @@ __all__ = ["command"]
     "--config", "config_path", type=click.Path(path_type=Path), help="Configuration; default: the bundle's own."
 )
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="File (peft: directory) to write.")
-@click.option("--format", "kind", type=click.Choice(["safetensors", "peft", "onnx-adapter"]), default="safetensors",
-              show_default=True)  # fmt: skip
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["safetensors", "peft", "onnx-adapter"]),
+    default="safetensors",
+    show_default=True,
+)
 def command(bundle: Path, config_path: Path | None, output: Path, kind: str) -> None:
     """Emit the LoRA of a configuration with BUNDLE's hypernetwork: no torch, no base model."""
     import time

@@ -16,13 +16,28 @@ __all__ = ["command"]
 @click.option("--repeat", type=int, default=5, show_default=True)
 @click.option("--batch", type=int, default=1, show_default=True)
 @click.option("--threads", type=int, help="Threads; default: all usable cores.")
-@click.option("--accuracy-level", type=click.Choice(["0", "1", "4"]), default="4", show_default=True,
-              help="Of int4 and int8 products: 0 decoded at load, 1 packed, 4 packed, inexact.")  # fmt: skip
+@click.option(
+    "--accuracy-level",
+    type=click.Choice(["0", "1", "4"]),
+    default="4",
+    show_default=True,
+    help="Of int4 and int8 products: 0 decoded at load, 1 packed, 4 packed, inexact.",
+)
 @click.option("--device", help="Profile of this machine, for its bandwidth.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the JSON here too.")
-def command(bundle: Path, prompts: tuple[int, ...], tokens: int, repeat: int, batch: int, threads: int | None,
-            accuracy_level: str, device: str | None, as_json: bool, output: Path | None) -> None:  # fmt: skip
+def command(
+    bundle: Path,
+    prompts: tuple[int, ...],
+    tokens: int,
+    repeat: int,
+    batch: int,
+    threads: int | None,
+    accuracy_level: str,
+    device: str | None,
+    as_json: bool,
+    output: Path | None,
+) -> None:
     """Measure BUNDLE on this machine with ONNX Runtime: prefill, decode, LoRA on and off, emission, load."""
     from coatrt.bundle import Bundle
     from coatrt.devices.profiles import device as profile
@@ -35,10 +50,16 @@ def command(bundle: Path, prompts: tuple[int, ...], tokens: int, repeat: int, ba
     known = profile(device) if device is not None else None
     with stages("bench") as progress:
         result = bench(
-            Bundle.open(bundle), prompts=prompts or (16, 128), tokens=tokens, repeat=repeat, batch=batch,
-            threads=threads, accuracy_level=int(accuracy_level), device=known,
+            Bundle.open(bundle),
+            prompts=prompts or (16, 128),
+            tokens=tokens,
+            repeat=repeat,
+            batch=batch,
+            threads=threads,
+            accuracy_level=int(accuracy_level),
+            device=known,
             progress=lambda done, total: progress(done, total, "repetitions"),
-        )  # fmt: skip
+        )
     if output is not None:
         write_json(output, result)
     if as_json:

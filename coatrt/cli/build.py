@@ -22,10 +22,19 @@ _SIZES = ("context", "batch", "prefill")
 @click.command()
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option("--device", "devices", multiple=True, required=True, help="Device id (coatrt devices); repeatable.")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path),
-              help="The bundle's directory; with several devices, the directory of their bundles.")  # fmt: skip
-@click.option("--config", "config_path", type=click.Path(path_type=Path),
-              help="This configuration, or plan of one device, instead of planning.")  # fmt: skip
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The bundle's directory; with several devices, the directory of their bundles.",
+)
+@click.option(
+    "--config",
+    "config_path",
+    type=click.Path(path_type=Path),
+    help="This configuration, or plan of one device, instead of planning.",
+)
 @plan_options
 @click.option("--model", help="The adapter's model, where it has moved.")
 @click.option("--activations", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True)
@@ -36,9 +45,19 @@ _SIZES = ("context", "batch", "prefill")
 @click.option("--no-cache", is_flag=True, help="Build engines that an earlier build has left in the cache, too.")
 @click.option("--dry-run", is_flag=True, help="Only show the plans, and what would be built.")
 @click.option("--overwrite", is_flag=True, help="Replace bundles that are there and not up to date.")
-def command(adapter: Path, devices: tuple[str, ...], output: Path, config_path: Path | None, activations: str,
-            cpu_activations: str, no_engine: bool, jobs: int | None, build_memory: int | None, dry_run: bool,
-            **choices: Any) -> None:  # fmt: skip
+def command(
+    adapter: Path,
+    devices: tuple[str, ...],
+    output: Path,
+    config_path: Path | None,
+    activations: str,
+    cpu_activations: str,
+    no_engine: bool,
+    jobs: int | None,
+    build_memory: int | None,
+    dry_run: bool,
+    **choices: Any,
+) -> None:
     """Make a bundle of ADAPTER per device: plan, graphs, hypernetwork, LoRA, engine."""
     from coatrt.adapter.description import AdapterFacts
     from coatrt.devices.profiles import device
@@ -59,9 +78,12 @@ def command(adapter: Path, devices: tuple[str, ...], output: Path, config_path: 
     if choice is not None:
         request = _request(request, given, str(config_path), choice[1])
     options = BundleOptions(
-        activations, cpu_activations, request.context,
-        EngineShapes(request.batch, min(request.prefill, request.context)), engine=not no_engine,
-    )  # fmt: skip
+        activations,
+        cpu_activations,
+        request.context,
+        EngineShapes(request.batch, min(request.prefill, request.context)),
+        engine=not no_engine,
+    )
     places = [output if len(profiles) == 1 else output / profile.id for profile in profiles]
     if choice is None:
         plans: list[Any] = list(plan_fleet(facts, profiles, request, archive=adapter_archive(adapter)))
@@ -122,10 +144,16 @@ def _build(
     loaded = Adapter.load(adapter)
     with stages("build") as progress:
         made = build_fleet(
-            loaded, loaded.checkpoint(model), [Target(*target) for target in targets], options,
-            cache=None if no_cache else EngineCache.default(), room=room,
-            overwrite=overwrite, progress=progress, tell=lambda line: click.echo(line, err=True),
-        )  # fmt: skip
+            loaded,
+            loaded.checkpoint(model),
+            [Target(*target) for target in targets],
+            options,
+            cache=None if no_cache else EngineCache.default(),
+            room=room,
+            overwrite=overwrite,
+            progress=progress,
+            tell=lambda line: click.echo(line, err=True),
+        )
     for row in made:
         engines = ", ".join(
             f"{engine['file']} {engine['bytes'] / 1e6:.1f} MB "

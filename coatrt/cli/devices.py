@@ -37,8 +37,13 @@ def probe(as_json: bool) -> None:
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option("--model", help="The adapter's model, where it has moved.")
 @click.option("--threads", type=int, help="Threads; default: all usable cores.")
-@click.option("--accuracy-level", type=click.Choice(["0", "1", "4"]), default="4", show_default=True,
-              help="Of int4 and int8 products; 4 is what run and bench have too.")  # fmt: skip
+@click.option(
+    "--accuracy-level",
+    type=click.Choice(["0", "1", "4"]),
+    default="4",
+    show_default=True,
+    help="Of int4 and int8 products; 4 is what run and bench have too.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the calibration as JSON.")
 def calibrate(adapter: Path, model: str | None, threads: int | None, accuracy_level: str, as_json: bool) -> None:
     """Time every product of ADAPTER's model on this CPU; `plan --device cpu` predicts with it from then on."""
@@ -49,8 +54,9 @@ def calibrate(adapter: Path, model: str | None, threads: int | None, accuracy_le
 
     loaded = Adapter.load(adapter)
     with stages("calibrate") as progress:
-        made = calibrate_cpu(loaded, loaded.checkpoint(model), threads=threads, accuracy_level=int(accuracy_level),
-                             progress=progress)  # fmt: skip
+        made = calibrate_cpu(
+            loaded, loaded.checkpoint(model), threads=threads, accuracy_level=int(accuracy_level), progress=progress
+        )
     path = calibration_path("cpu")
     made.save(path)
     if as_json:
@@ -71,10 +77,17 @@ def _show(profiles: Iterable[DeviceProfile], as_json: bool) -> None:
     lines = [("id", "name", "SM", "GiB", "GB/s", "TFLOPS", "builder", "formats")]
     for p in profiles:
         lines.append(
-            (p.id, p.name, str(p.sm or "-"), f"{p.memory_bytes / 2**30:.0f}" if p.memory_bytes else "?",
-             f"{p.bandwidth / 1e9:.0f}" if p.bandwidth else "?", f"{p.fp16_flops / 1e12:.1f}" if p.fp16_flops else "?",
-             p.builder, " ".join(kind for kind in p.kinds if not kind.startswith("nf")) + " nf2-8")
-        )  # fmt: skip
+            (
+                p.id,
+                p.name,
+                str(p.sm or "-"),
+                f"{p.memory_bytes / 2**30:.0f}" if p.memory_bytes else "?",
+                f"{p.bandwidth / 1e9:.0f}" if p.bandwidth else "?",
+                f"{p.fp16_flops / 1e12:.1f}" if p.fp16_flops else "?",
+                p.builder,
+                " ".join(kind for kind in p.kinds if not kind.startswith("nf")) + " nf2-8",
+            )
+        )
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     right = {2, 3, 4, 5}
     for line in lines:

@@ -16,8 +16,16 @@ __all__ = ["command"]
 @click.option("--cpu-activations", type=click.Choice(["float32", "float16"]), default="float32", show_default=True)
 @click.option("--context", type=int, default=2048, show_default=True, help="Slots of the KV cache per sequence.")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
-def command(adapter: Path, config_path: Path, output: Path, model: str | None, activations: str, cpu_activations: str,
-            context: int, overwrite: bool) -> None:  # fmt: skip
+def command(
+    adapter: Path,
+    config_path: Path,
+    output: Path,
+    model: str | None,
+    activations: str,
+    cpu_activations: str,
+    context: int,
+    overwrite: bool,
+) -> None:
     """Write the ONNX graphs, hypernetwork and LoRA of one configuration of ADAPTER: a bundle without an engine."""
     from coatrt.adapter.adapter import Adapter
     from coatrt.devices.profiles import device
@@ -30,8 +38,14 @@ def command(adapter: Path, config_path: Path, output: Path, model: str | None, a
     options = BundleOptions(activations, cpu_activations, context, engine=False)
     with stages("export") as progress:
         bundle = assemble(
-            loaded, loaded.checkpoint(model), config, device("cpu"), output, options,
-            progress=lambda done, total, _: progress(done, total, "matrices"), overwrite=overwrite,
-        )  # fmt: skip
+            loaded,
+            loaded.checkpoint(model),
+            config,
+            device("cpu"),
+            output,
+            options,
+            progress=lambda done, total, _: progress(done, total, "matrices"),
+            overwrite=overwrite,
+        )
     size = sum(facts["bytes"] for facts in bundle.manifest["files"].values())
     click.echo(f"{output}: {config.average_bits(loaded.model):.3f} bits per weight, {size / 1e6:.1f} MB in all")

@@ -25,17 +25,25 @@ class _Pin(click.ParamType[tuple[str, str]]):
 _OPTIONS = (
     click.option("--memory", type=BYTES, help="Bytes the engine may use, like 6GiB; default: the device's memory."),
     click.option("--bits", type=float, help="Cap on average bits per weight."),
-    click.option("--objective", type=click.Choice(["quality", "latency", "balanced"]), default="quality",
-                 show_default=True),
-    click.option("--max-loss", type=float,
-                 help="Cap on the predicted loss increase, nats per token; default: none, 0.05 for latency."),
+    click.option(
+        "--objective", type=click.Choice(["quality", "latency", "balanced"]), default="quality", show_default=True
+    ),
+    click.option(
+        "--max-loss",
+        type=float,
+        help="Cap on the predicted loss increase, nats per token; default: none, 0.05 for latency.",
+    ),
     click.option("--min-tokens-per-second", type=float, help="Of a sequence at decode, predicted."),
-    click.option("--keep", type=_Pin(), multiple=True,
-                 help="MATRIX=FORMAT: a name, a kind like down_proj, or a regular expression; repeatable."),
+    click.option(
+        "--keep",
+        type=_Pin(),
+        multiple=True,
+        help="MATRIX=FORMAT: a name, a kind like down_proj, or a regular expression; repeatable.",
+    ),
     click.option("--context", type=int, default=2048, show_default=True, help="Slots of the KV cache per sequence."),
     click.option("--batch", type=int, default=1, show_default=True, help="Sequences at once."),
     click.option("--prefill", type=int, default=512, show_default=True, help="Most prompt tokens in one call."),
-)  # fmt: skip
+)
 
 
 def plan_options(function: Any) -> Any:

@@ -22,11 +22,30 @@ __all__ = ["command"]
 @click.option("--backend", type=click.Choice(["ort", "trt"]), default="ort", show_default=True)
 @click.option("--context", type=int, default=2048, show_default=True, help="Slots of the KV cache (ort).")
 @click.option("--threads", type=int, help="Threads (ort); default: all usable cores.")
-@click.option("--accuracy-level", type=click.Choice(["0", "1", "4"]), default="4", show_default=True,
-              help="Of int4 and int8 products (ort): 0 decoded at load, 1 packed, 4 packed, inexact.")  # fmt: skip
-def command(bundle: Path, prompts: tuple[str, ...], max_tokens: int, temperature: float, top_k: int, top_p: float,
-            seed: int, chat: bool, system: str | None, lora: Path | None, no_lora: bool, backend: str, context: int,
-            threads: int | None, accuracy_level: str) -> None:  # fmt: skip
+@click.option(
+    "--accuracy-level",
+    type=click.Choice(["0", "1", "4"]),
+    default="4",
+    show_default=True,
+    help="Of int4 and int8 products (ort): 0 decoded at load, 1 packed, 4 packed, inexact.",
+)
+def command(
+    bundle: Path,
+    prompts: tuple[str, ...],
+    max_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    chat: bool,
+    system: str | None,
+    lora: Path | None,
+    no_lora: bool,
+    backend: str,
+    context: int,
+    threads: int | None,
+    accuracy_level: str,
+) -> None:
     """Generate text from BUNDLE."""
     from coatrt.bundle import Bundle
     from coatrt.engines.runtime.emitter import load_lora
@@ -56,8 +75,9 @@ def command(bundle: Path, prompts: tuple[str, ...], max_tokens: int, temperature
             shown = text
 
     stop = opened.manifest["model"]["stop_tokens"]
-    results = generate(decoder, ids, max_tokens=max_tokens, sampling=sampling, stop=stop,
-                       on_token=stream if len(ids) == 1 else None)  # fmt: skip
+    results = generate(
+        decoder, ids, max_tokens=max_tokens, sampling=sampling, stop=stop, on_token=stream if len(ids) == 1 else None
+    )
     if len(ids) == 1:
         click.echo()
         return

@@ -13,9 +13,13 @@ __all__ = ["command"]
 @click.command()
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option(
-    "--data", "data", multiple=True, required=True, metavar="PATH",
+    "--data",
+    "data",
+    multiple=True,
+    required=True,
+    metavar="PATH",
     help="Held-out text file or directory of *.txt (adapters of chat, choice: JSONL file, *.jsonl); repeatable.",
-)  # fmt: skip
+)
 @click.option("--evaluations", type=int, default=60, show_default=True, help="Configurations to measure in all.")
 @click.option("--blocks", type=int, help="Blocks of text for each loss, 8; of chat and choice 64 lines.")
 @click.option("--length", type=int, help="Tokens per block, 128; of chat and choice the adapter's, and most of a line.")
@@ -23,8 +27,17 @@ __all__ = ["command"]
 @click.option("--model", help="The adapter's model, where it has moved.")
 @click.option("--compute", default="cpu", show_default=True, help="torch device: cpu, cuda.")
 @click.option("--json", "as_json", is_flag=True, help="Print the front as JSON.")
-def command(adapter: Path, data: tuple[str, ...], evaluations: int, blocks: int | None, length: int | None, seed: int,
-            model: str | None, compute: str, as_json: bool) -> None:  # fmt: skip
+def command(
+    adapter: Path,
+    data: tuple[str, ...],
+    evaluations: int,
+    blocks: int | None,
+    length: int | None,
+    seed: int,
+    model: str | None,
+    compute: str,
+    as_json: bool,
+) -> None:
     """Measure configurations of ADAPTER on held-out text, and keep them where `coatrt plan` finds them.
 
     ADAPTER/archive.json is written after every measurement; an interrupted search goes on.
@@ -46,8 +59,9 @@ def command(adapter: Path, data: tuple[str, ...], evaluations: int, blocks: int 
         documents, usual = read_documents(data), (8, 128)
     else:
         usual = (64, int(loaded.metrics["options"]["length"]))
-        documents = load_task(task, data, load_tokenizer(loaded.checkpoint(model).directory), length or usual[1],
-                              held_out=data)  # fmt: skip
+        documents = load_task(
+            task, data, load_tokenizer(loaded.checkpoint(model).directory), length or usual[1], held_out=data
+        )
     blocks, length = usual[0] if blocks is None else blocks, usual[1] if length is None else length
     with progress_bar("search", evaluations) as bar:
 
@@ -56,22 +70,33 @@ def command(adapter: Path, data: tuple[str, ...], evaluations: int, blocks: int 
             bar.set_postfix_str(f"loss {entry.loss:.3f}")
 
         archive, options = search_adapter(
-            adapter, documents, evaluations=evaluations, blocks=blocks, length=length, seed=seed, model=model,
-            compute=compute, progress=progress,
-        )  # fmt: skip
+            adapter,
+            documents,
+            evaluations=evaluations,
+            blocks=blocks,
+            length=length,
+            seed=seed,
+            model=model,
+            compute=compute,
+            progress=progress,
+        )
     front, volume = archive.front(), archive.hypervolume(options.reference)
     if as_json:
-        echo_json({
-            "evaluations": len(archive.current()),
-            "reference": options.reference,
-            "hypervolume": volume,
-            "front": [
-                {"bits": archive.bits(e), "nbytes": e.nbytes, "loss": e.loss, "configuration_hash": e.config.hash}
-                for e in front
-            ],
-        })  # fmt: skip
+        echo_json(
+            {
+                "evaluations": len(archive.current()),
+                "reference": options.reference,
+                "hypervolume": volume,
+                "front": [
+                    {"bits": archive.bits(e), "nbytes": e.nbytes, "loss": e.loss, "configuration_hash": e.config.hash}
+                    for e in front
+                ],
+            }
+        )
         return
-    click.echo(f"{len(archive.current())} configurations measured, {len(front)} on the front, hypervolume {volume:.4f} "
-               f"below ({options.reference[0]:.3f} bits, loss {options.reference[1]:.3f})")  # fmt: skip
+    click.echo(
+        f"{len(archive.current())} configurations measured, {len(front)} on the front, hypervolume {volume:.4f} "
+        f"below ({options.reference[0]:.3f} bits, loss {options.reference[1]:.3f})"
+    )
     for entry in front:
         click.echo(f"  {archive.bits(entry):6.3f} bits with the LoRA   loss {entry.loss:8.4f}   {entry.config.hash}")

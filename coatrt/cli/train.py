@@ -46,8 +46,9 @@ def _ranks(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
     show_default=True,
     help="What the data are: text, conversations, or questions with choices.",
 )
-@click.option("--held-out", multiple=True, metavar="PATH",
-              help="Data to measure on; default: every tenth document or line.")  # fmt: skip
+@click.option(
+    "--held-out", multiple=True, metavar="PATH", help="Data to measure on; default: every tenth document or line."
+)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory of the adapter.")
 @click.option("--formats", metavar="F,F,…", help="Weight formats a configuration may use.")
 @click.option("--rank", type=int, help="LoRA rank, a multiple of 16.")
@@ -96,8 +97,17 @@ def _ranks(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 @click.option("--compute", default="cpu", show_default=True, help="torch device that trains: cpu, cuda.")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint.")
 @click.option("--overwrite", is_flag=True, help="Replace a finished adapter, forget an unfinished one.")
-def command(model: str, data: tuple[str, ...], task: str, held_out: tuple[str, ...], output: Path, compute: str,
-            resume: bool, overwrite: bool, **given: Any) -> None:  # fmt: skip
+def command(
+    model: str,
+    data: tuple[str, ...],
+    task: str,
+    held_out: tuple[str, ...],
+    output: Path,
+    compute: str,
+    resume: bool,
+    overwrite: bool,
+    **given: Any,
+) -> None:
     r"""Train a configuration-aware LoRA for MODEL (Hugging Face directory, hub name or GGUF file).
 
     \b

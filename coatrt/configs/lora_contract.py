@@ -163,11 +163,15 @@ def contract_for(model: ModelMatrices, rank: int, alpha: float, ranks: Mapping[s
         raise ConfigError(f"a rank of {', '.join(sorted(unknown))} is given; the model has {', '.join(sorted(kinds))}")
     tensors = tuple(
         LoraTensor(
-            matrix.name, f"lora_A.{matrix.name}", f"lora_B.{matrix.name}", matrix.K, matrix.N,
+            matrix.name,
+            f"lora_A.{matrix.name}",
+            f"lora_B.{matrix.name}",
+            matrix.K,
+            matrix.N,
             ranks.get(matrix.kind, rank),
         )
         for matrix in model.targets
-    )  # fmt: skip
+    )
     return LoraContract(float(alpha), "float32", tensors)
 
 

@@ -42,10 +42,12 @@ class ConfigSpace:
     def sizes(self) -> NDArray[np.int64]:
         """Bytes of every group in every format, [groups, formats]."""
         by_name = self.model.by_name
-        return np.array([
-            [sum(fmt.nbytes(by_name[name].N, by_name[name].K) for name in group) for fmt in self.formats]
-            for group in self.groups
-        ])  # fmt: skip
+        return np.array(
+            [
+                [sum(fmt.nbytes(by_name[name].N, by_name[name].K) for name in group) for fmt in self.formats]
+                for group in self.groups
+            ]
+        )
 
     @property
     def min_bits(self) -> float:
@@ -63,9 +65,9 @@ class ConfigSpace:
 
     def config(self, choice: Sequence[int] | NDArray[np.int64]) -> QuantConfig:
         """Return the configuration that gives group i the format number `choice[i]`."""
-        return QuantConfig({
-            name: self.formats[int(index)] for group, index in zip(self.groups, choice, strict=True) for name in group
-        })  # fmt: skip
+        return QuantConfig(
+            {name: self.formats[int(index)] for group, index in zip(self.groups, choice, strict=True) for name in group}
+        )
 
     def contains(self, config: QuantConfig) -> bool:
         """Return whether every format of `config` is one of the space's."""

@@ -12,8 +12,18 @@ from coatrt.errors import DeviceError
 
 __all__ = ["environment", "versions"]
 
-_PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "tensorrt-rtx", "tensorrt",
-             "polygraphy", "numpy")  # fmt: skip
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "onnx",
+    "onnx-ir",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt-rtx",
+    "tensorrt",
+    "polygraphy",
+    "numpy",
+)
 
 
 def versions() -> dict[str, str]:
@@ -45,5 +55,11 @@ def environment() -> dict[str, Any]:
         gpus = [profile.name for profile in probe()]
     except DeviceError as error:
         gpus = [f"not readable: {error}"]
-    return {"cpu": _cpu_name(), "cores": cores, "memory_bytes": memory, "gpus": gpus,
-            "system": f"{platform.system()} {platform.machine()}", "versions": versions()}  # fmt: skip
+    return {
+        "cpu": _cpu_name(),
+        "cores": cores,
+        "memory_bytes": memory,
+        "gpus": gpus,
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": versions(),
+    }

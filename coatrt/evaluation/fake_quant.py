@@ -148,9 +148,9 @@ class FakeQuantModel:
         if tensors is None:
             self.set_pairs(None)
             return
-        self.set_pairs({
-            t.matrix: (tensors[t.A].to(self.compute), tensors[t.B].to(self.compute)) for t in contract.tensors
-        })  # fmt: skip
+        self.set_pairs(
+            {t.matrix: (tensors[t.A].to(self.compute), tensors[t.B].to(self.compute)) for t in contract.tensors}
+        )
 
     def logits(self, tokens: Tensor, places: Tensor | None = None) -> Tensor:
         """Return logits [B, S, V] of token ids [B, S], or [B, P, V] at some places only.

@@ -18,8 +18,18 @@ __all__ = ["engine_overhead", "overhead_of_choices"]
 BASE = 2_160_000
 PER_LAYER = 276_000
 PER_LAYER_SM75 = 266_000
-PER_FORMAT = {"fp16": 0, "bf16": 0, "int8": 840_000, "int4": 330_000, "fp8": 1_040_000, "nvfp4": 1_100_000,
-              "nf2": 1_270_000, "nf3": 1_620_000, "nf4": 1_270_000, "nf8": 1_270_000}  # fmt: skip
+PER_FORMAT = {
+    "fp16": 0,
+    "bf16": 0,
+    "int8": 840_000,
+    "int4": 330_000,
+    "fp8": 1_040_000,
+    "nvfp4": 1_100_000,
+    "nf2": 1_270_000,
+    "nf3": 1_620_000,
+    "nf4": 1_270_000,
+    "nf8": 1_270_000,
+}
 """Kernels of a format, once an engine; nf8 was not built and counts as nf4."""
 
 NVFP4_PADDING = 0.07
@@ -68,10 +78,12 @@ def overhead_of_choices(space: ConfigSpace, choices: NDArray[np.int16], sm: int)
         if sm and of_kind.any() and PER_FORMAT[kind]:
             total += PER_FORMAT[kind] * of_kind[choices].any(1)
     by_name = space.model.by_name
-    added = np.array([
-        [sum(_added(fmt, by_name[name].N, by_name[name].K, sm) for name in group) for fmt in space.formats]
-        for group in space.groups
-    ])  # fmt: skip
+    added = np.array(
+        [
+            [sum(_added(fmt, by_name[name].N, by_name[name].K, sm) for name in group) for fmt in space.formats]
+            for group in space.groups
+        ]
+    )
     if added.any():
         total += added[np.arange(len(added)), choices].sum(1)
     return total

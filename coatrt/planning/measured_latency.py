@@ -56,8 +56,15 @@ class Rest:
 
 def shape_of(workload: Workload) -> tuple[int, ...]:
     """Return what `Rest.shape` holds."""
-    return (workload.layers, workload.hidden, workload.intermediate, workload.heads, workload.kv_heads,
-            workload.head_dim, workload.lora_parameters)  # fmt: skip
+    return (
+        workload.layers,
+        workload.hidden,
+        workload.intermediate,
+        workload.heads,
+        workload.kv_heads,
+        workload.head_dim,
+        workload.lora_parameters,
+    )
 
 
 @dataclass(frozen=True)
@@ -96,9 +103,11 @@ class Calibrated:
     def covers(self, space: ConfigSpace, workload: Workload) -> bool:
         """Return whether every product of a space and the rest of its model were measured."""
         shapes = {
-            (matrix.N, matrix.K, str(fmt.effective(matrix.K))) for matrix in space.model.matrices
-            for fmt in space.formats if space.model.tied or matrix.name != space.model.names[0]
-        }  # fmt: skip
+            (matrix.N, matrix.K, str(fmt.effective(matrix.K)))
+            for matrix in space.model.matrices
+            for fmt in space.formats
+            if space.model.tied or matrix.name != space.model.names[0]
+        }
         return shapes <= set(self._known) and any(rest.shape == shape_of(workload) for rest in self.rests)
 
     def matrix_seconds(self, N: int, K: int, fmt: WeightFormat, tokens: int) -> float:

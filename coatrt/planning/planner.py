@@ -47,9 +47,14 @@ class _Problem:
     """One device's candidates, and what any configuration comes to there."""
 
     def __init__(
-        self, space: ConfigSpace, cost: NDArray[np.float64], device: DeviceProfile, workload: Workload,
-        request: PlanRequest, latency: LatencyModel | None,
-    ) -> None:  # fmt: skip
+        self,
+        space: ConfigSpace,
+        cost: NDArray[np.float64],
+        device: DeviceProfile,
+        workload: Workload,
+        request: PlanRequest,
+        latency: LatencyModel | None,
+    ) -> None:
         self.space, self.cost, self.device, self.workload, self.latency = space, cost, device, workload, latency
         timed = latency is not None
         self.seconds = group_seconds(space, latency, request.batch) if latency is not None else None
@@ -164,9 +169,14 @@ def make_plan(
 
 
 def _described(
-    config: QuantConfig, problem: _Problem, request: PlanRequest, binds: str, steps: tuple[str, ...],
-    archive: Archive | None, adapter: str,
-) -> Plan:  # fmt: skip
+    config: QuantConfig,
+    problem: _Problem,
+    request: PlanRequest,
+    binds: str,
+    steps: tuple[str, ...],
+    archive: Archive | None,
+    adapter: str,
+) -> Plan:
     device, workload, latency, model = problem.device, problem.workload, problem.latency, problem.space.model
     memory = memory_of(config, model, device, workload)
     _, measures, _ = problem.measured(config)
@@ -223,9 +233,10 @@ def _better_measured(config: QuantConfig, archive: Archive, problem: _Problem) -
     sizes = {
         entry: entry.config.nbytes(model)
         for entry in archive.current()
-        if problem.space.contains(entry.config) and _grouped(entry.config, problem.space)
+        if problem.space.contains(entry.config)
+        and _grouped(entry.config, problem.space)
         and problem.measured(entry.config)[2]
-    }  # fmt: skip
+    }
     if not sizes:
         return config
     wanted = config.nbytes(model)
@@ -268,9 +279,15 @@ def plan_for(
         adapter.model_config, request.context, request.batch, request.prefill, lora, 2 if device.sm else 4
     )
     return make_plan(
-        adapter.space, adapter.sensitivity.costs, device, workload, request,
-        archive=archive, latency=latency, adapter=adapter.hash,
-    )  # fmt: skip
+        adapter.space,
+        adapter.sensitivity.costs,
+        device,
+        workload,
+        request,
+        archive=archive,
+        latency=latency,
+        adapter=adapter.hash,
+    )
 
 
 def plan_fleet(

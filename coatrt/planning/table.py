@@ -13,12 +13,20 @@ def fleet_table(plans: Sequence[Plan]) -> str:
     lines = [head]
     for plan in plans:
         decode = plan.decode_seconds
-        lines.append((
-            plan.device, plan.config.hash, f"{plan.average_bits:.2f}", f"{plan.total_bytes / 2**20:.0f}",
-            f"{plan.limit_bytes / 2**20:.0f}" if plan.limit_bytes else "?", f"+{plan.predicted_loss_increase:.4f}",
-            f"{decode * 1e3:.2f}" if decode else "?", f"{1 / decode:.0f}" if decode else "?", plan.binds,
-            ", ".join(f"{count} {text}" for text, count in plan.config.counts.items()),
-        ))  # fmt: skip
+        lines.append(
+            (
+                plan.device,
+                plan.config.hash,
+                f"{plan.average_bits:.2f}",
+                f"{plan.total_bytes / 2**20:.0f}",
+                f"{plan.limit_bytes / 2**20:.0f}" if plan.limit_bytes else "?",
+                f"+{plan.predicted_loss_increase:.4f}",
+                f"{decode * 1e3:.2f}" if decode else "?",
+                f"{1 / decode:.0f}" if decode else "?",
+                plan.binds,
+                ", ".join(f"{count} {text}" for text, count in plan.config.counts.items()),
+            )
+        )
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     right = {2, 3, 4, 5, 6, 7}
     shown = [

@@ -64,8 +64,9 @@ class Workload:
         return self.element * self.batch * (self.prefill * (6 * self.hidden + 3 * self.intermediate) + self.vocabulary)
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], context: int, batch: int, prefill: int, lora_parameters: int,
-           element: int = 2) -> "Workload":  # fmt: skip
+    def of(
+        cls, config: Mapping[str, Any], context: int, batch: int, prefill: int, lora_parameters: int, element: int = 2
+    ) -> "Workload":
         """Return the workload of a model given its config.json content.
 
         Raises:

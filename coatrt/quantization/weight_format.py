@@ -24,9 +24,17 @@ _KIND_BITS = {
     "nf8": 8,
 }
 _KIND_BLOCKS = {
-    "fp16": (0,), "bf16": (0,), "int8": (0, 32, 64, 128), "int4": (32, 64, 128), "fp8": (0,), "nvfp4": (16,),
-    "nf2": (16, 32, 64), "nf3": (16, 32, 64), "nf4": (16, 32, 64), "nf8": (16, 32, 64),
-}  # fmt: skip
+    "fp16": (0,),
+    "bf16": (0,),
+    "int8": (0, 32, 64, 128),
+    "int4": (32, 64, 128),
+    "fp8": (0,),
+    "nvfp4": (16,),
+    "nf2": (16, 32, 64),
+    "nf3": (16, 32, 64),
+    "nf4": (16, 32, 64),
+    "nf8": (16, 32, 64),
+}
 KINDS = tuple(_KIND_BITS)
 BLOCKS = (0, 16, 32, 64, 128)
 SCALE_BITS = (0, 2, 3, 4, 8)  # b0 of the paper; 0: scales stay fp16
@@ -171,7 +179,10 @@ class WeightFormat:
 
 PAPER_FORMATS = tuple(
     WeightFormat(f"nf{b}", B0, b0, b1, B1)
-    for b in (2, 3, 4, 8) for b0 in (2, 3, 4, 8) for b1 in SCALE_DTYPES[1:] for B0 in (16, 32, 64)
+    for b in (2, 3, 4, 8)
+    for b0 in (2, 3, 4, 8)
+    for b1 in SCALE_DTYPES[1:]
+    for B0 in (16, 32, 64)
     for B1 in SCALE_BLOCKS[1:]
-)  # fmt: skip
+)
 """The 432 choices of arXiv 2509.25214."""

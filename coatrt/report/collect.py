@@ -108,16 +108,20 @@ def collect(paths: Sequence[Path], devices: Sequence[str], request: PlanRequest)
     return Report(source, tuple(entries), archives, tuple(quality), tuple(training), versions)
 
 
-def _planned(
-    facts: AdapterFacts, archive: Archive | None, devices: Sequence[str], request: PlanRequest
-) -> list[Entry]:  # fmt: skip
+def _planned(facts: AdapterFacts, archive: Archive | None, devices: Sequence[str], request: PlanRequest) -> list[Entry]:
     profiles = [device(name) for name in devices]
     plans = plan_fleet(facts, profiles, request, archive=archive)
     return [
-        Entry(plan.device, profile.to_json(), facts.model, plan.config, plan.to_json(),
-              provenance=(("adapter", facts.hash), ("configuration", plan.config.hash)))
+        Entry(
+            plan.device,
+            profile.to_json(),
+            facts.model,
+            plan.config,
+            plan.to_json(),
+            provenance=(("adapter", facts.hash), ("configuration", plan.config.hash)),
+        )
         for profile, plan in zip(profiles, plans, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def _bundled(place: Path, bundle: Bundle) -> Entry:

@@ -13,19 +13,37 @@ __all__ = ["FIGURES", "bits_figure", "draw", "latency_figure", "memory_figure", 
 COLOURS = ("#3b6fb6", "#d1495b", "#2a9d8f", "#e09f3e", "#7b5ea7", "#4f6d7a", "#b5651d", "#5c8a3a", "#a23e8c", "#1b98a6")
 _INK, _FAINT, _GRID = "#1f2933", "#616e7c", "#e4e7eb"
 MEMORY_COLOURS = {
-    "weights": "#3b6fb6", "scales": "#7fa8d9", "other tensors": "#b8c4d6", "engine": "#e09f3e", "LoRA": "#d1495b",
-    "KV cache": "#2a9d8f", "activations": "#7b5ea7", "runtime": "#cbd2d9",
-}  # fmt: skip
+    "weights": "#3b6fb6",
+    "scales": "#7fa8d9",
+    "other tensors": "#b8c4d6",
+    "engine": "#e09f3e",
+    "LoRA": "#d1495b",
+    "KV cache": "#2a9d8f",
+    "activations": "#7b5ea7",
+    "runtime": "#cbd2d9",
+}
 
 
 def _style() -> dict[str, Any]:
     return {
-        "font.family": "DejaVu Sans", "font.size": 9.5, "axes.edgecolor": _GRID, "axes.labelcolor": _FAINT,
-        "axes.titlecolor": _INK, "text.color": _INK, "xtick.color": _FAINT, "ytick.color": _FAINT,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": _GRID,
-        "grid.linewidth": 0.8, "axes.axisbelow": True, "svg.fonttype": "path", "figure.facecolor": "white",
+        "font.family": "DejaVu Sans",
+        "font.size": 9.5,
+        "axes.edgecolor": _GRID,
+        "axes.labelcolor": _FAINT,
+        "axes.titlecolor": _INK,
+        "text.color": _INK,
+        "xtick.color": _FAINT,
+        "ytick.color": _FAINT,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.color": _GRID,
+        "grid.linewidth": 0.8,
+        "axes.axisbelow": True,
+        "svg.fonttype": "path",
+        "figure.facecolor": "white",
         "svg.hashsalt": "coatrt",
-    }  # fmt: skip
+    }
 
 
 def colour(entries: Sequence[Entry], entry: Entry) -> str:
@@ -76,10 +94,16 @@ def pareto_figure(plt: Any, report: Report) -> Any:
         )
         names = ", ".join(entry.title for entry in members)
         axis.annotate(
-            names, (size, loss), xytext=(10, 12 if number % 2 == 0 else -18), textcoords="offset points", fontsize=8.5,
-            color=colour(report.entries, members[0]), weight="bold",
-            path_effects=[withStroke(linewidth=3, foreground="white")], zorder=6,
-        )  # fmt: skip
+            names,
+            (size, loss),
+            xytext=(10, 12 if number % 2 == 0 else -18),
+            textcoords="offset points",
+            fontsize=8.5,
+            color=colour(report.entries, members[0]),
+            weight="bold",
+            path_effects=[withStroke(linewidth=3, foreground="white")],
+            zorder=6,
+        )
     axis.set_xlabel("engine, MB (predicted)")
     axis.set_ylabel("predicted loss increase, nats per token (before the adapter)")
     axis.set_yscale("symlog", linthresh=0.01)
@@ -125,8 +149,9 @@ def bits_figure(plt: Any, report: Report) -> Any:
         axis.set_xticks(np.arange(-0.5, layers), minor=True)
         axis.grid(which="minor", color="white", lw=0.9)
         axis.tick_params(which="both", length=0)
-        tables = ", ".join(f"{matrix.kind} {entry.config[matrix.name]}" for matrix in entry.model.matrices
-                           if matrix.is_table)  # fmt: skip
+        tables = ", ".join(
+            f"{matrix.kind} {entry.config[matrix.name]}" for matrix in entry.model.matrices if matrix.is_table
+        )
         names = ", ".join(member.title for member in members)
         title = f"{names}   {entry.config.average_bits(entry.model):.2f} bits   ({tables})"
         axis.set_title(title, loc="left", fontsize=9, weight="bold")
@@ -146,8 +171,14 @@ def memory_figure(plt: Any, report: Report) -> Any:
         start = 0.0
         for name, size in entry.plan["memory_bytes"].items():
             width = size / 2**20
-            axis.barh(row, width, left=start, height=0.62, color=MEMORY_COLOURS.get(name, "#9aa5b1"),
-                      label=name if row == 0 else None)  # fmt: skip
+            axis.barh(
+                row,
+                width,
+                left=start,
+                height=0.62,
+                color=MEMORY_COLOURS.get(name, "#9aa5b1"),
+                label=name if row == 0 else None,
+            )
             start += width
         limit = entry.plan.get("limit_bytes")
         room = f"of {limit / 2**30:.3g} GiB" if limit else ""
@@ -170,10 +201,21 @@ def latency_figure(plt: Any, report: Report) -> Any:
         bound = entry.plan.get("tokens_per_second_bound")
         axis.barh(row, predicted, height=0.62, color="#b8c4d6", label="predicted" if row == 0 else None)
         if bound:
-            axis.barh(row, 1e3 / bound, height=0.62, color="#3b6fb6",
-                      label="bound: bytes over peak bandwidth" if row == 0 else None)  # fmt: skip
-        axis.text(predicted, row, f"  {predicted:.2f} ms, {1e3 / predicted:,.0f} tokens/s", va="center", fontsize=8.5,
-                  color=_FAINT)  # fmt: skip
+            axis.barh(
+                row,
+                1e3 / bound,
+                height=0.62,
+                color="#3b6fb6",
+                label="bound: bytes over peak bandwidth" if row == 0 else None,
+            )
+        axis.text(
+            predicted,
+            row,
+            f"  {predicted:.2f} ms, {1e3 / predicted:,.0f} tokens/s",
+            va="center",
+            fontsize=8.5,
+            color=_FAINT,
+        )
     axis.set_yticks(range(len(shown)), [entry.title for entry in shown], color=_INK)
     axis.invert_yaxis()
     axis.margins(x=0.2)

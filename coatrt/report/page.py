@@ -42,14 +42,19 @@ footer{color:var(--faint);font-size:13px;text-align:center}
 """
 
 _TEXTS = {
-    "pareto": ("Bytes against loss", "Every line is the front of what a device's formats allow; a point is the "
-               "configuration chosen for a device. Losses are second-order estimates without the adapter: a ranking, "
-               "not a forecast."),
+    "pareto": (
+        "Bytes against loss",
+        "Every line is the front of what a device's formats allow; a point is the "
+        "configuration chosen for a device. Losses are second-order estimates without the adapter: a ranking, "
+        "not a forecast.",
+    ),
     "bits": ("Bits per layer", "Where the bits went: one panel per distinct configuration."),
     "memory": ("Memory", "Everything a device holds, the reserve for its runtime included."),
-    "latency": ("Latency against the bound", "Predicted time per token, and what reading the bytes at peak bandwidth "
-                "alone would take."),
-}  # fmt: skip
+    "latency": (
+        "Latency against the bound",
+        "Predicted time per token, and what reading the bytes at peak bandwidth alone would take.",
+    ),
+}
 
 
 def page(report: Report, command: str) -> str:
@@ -116,10 +121,15 @@ def _plans(entries: Sequence[Entry]) -> str:
         plan = entry.plan
         counts = ", ".join(f"{count} × {text}" for text, count in entry.config.counts.items())
         steps = "<br>".join(escape(step) for step in plan.get("next_steps", ()))
-        rows.append([
-            escape(entry.title), f"<code>{entry.config.hash}</code>", escape(counts),
-            escape(str(plan.get("binds", ""))), steps or "–",
-        ])  # fmt: skip
+        rows.append(
+            [
+                escape(entry.title),
+                f"<code>{entry.config.hash}</code>",
+                escape(counts),
+                escape(str(plan.get("binds", ""))),
+                steps or "–",
+            ]
+        )
     return (
         "<section id=plans><h2>Why these</h2><p>What limited each choice, and what the next step of that limit would "
         f"buy.</p>{_table(['device', 'configuration', 'matrices', 'binds', 'next step'], rows)}</section>"
@@ -129,17 +139,30 @@ def _plans(entries: Sequence[Entry]) -> str:
 def _quality(report: Report) -> str:
     rows = [
         [escape(what), f"{bits:.2f}" if bits is not None else "–", f"{loss:.4f}", f"{math.exp(loss):.2f}"]
-        for what, bits, loss in report.quality if loss < 50
-    ]  # fmt: skip
+        for what, bits, loss in report.quality
+        if loss < 50
+    ]
     for name, archive in report.archives.items():
         for point in archive.front():
-            rows.append([f"{escape(name)}: searched, <code>{point.config.hash}</code>", f"{archive.bits(point):.2f}",
-                         f"{point.loss:.4f}", f"{math.exp(point.loss):.2f}"])  # fmt: skip
+            rows.append(
+                [
+                    f"{escape(name)}: searched, <code>{point.config.hash}</code>",
+                    f"{archive.bits(point):.2f}",
+                    f"{point.loss:.4f}",
+                    f"{math.exp(point.loss):.2f}",
+                ]
+            )
     for entry in report.entries:
         measured = entry.plan.get("measured_loss")
         if measured is not None:
-            rows.append([f"{escape(entry.title)}: with its LoRA", f"{entry.config.average_bits(entry.model):.2f}",
-                         f"{measured:.4f}", f"{math.exp(measured):.2f}"])  # fmt: skip
+            rows.append(
+                [
+                    f"{escape(entry.title)}: with its LoRA",
+                    f"{entry.config.average_bits(entry.model):.2f}",
+                    f"{measured:.4f}",
+                    f"{math.exp(measured):.2f}",
+                ]
+            )
     if not rows:
         return ""
     table = _table(["held out", "bits per weight", "nats per token", "perplexity"], rows, frozenset({1, 2, 3}))

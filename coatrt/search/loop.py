@@ -215,9 +215,7 @@ def _mutant(problem: _Problem, archive: Archive, rng: np.random.Generator) -> ND
     return choice
 
 
-def _learned(
-    problem: _Problem, archive: Archive, rng: np.random.Generator, known: set[str]
-) -> NDArray[np.int64]:  # fmt: skip
+def _learned(problem: _Problem, archive: Archive, rng: np.random.Generator, known: set[str]) -> NDArray[np.int64]:
     """Return the allocation, under multipliers fitted to the archive, that would add most hypervolume.
 
     Even proposals take the multipliers' mean, odd ones a sample (Thompson): its allocations at many budgets, the losses

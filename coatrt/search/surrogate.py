@@ -45,8 +45,10 @@ class Surrogate:
 
     def __post_init__(self) -> None:
         if self.cost.shape != self.terms.shape[:2] or self.terms.shape[2:] != self.spread.shape:
-            raise ConfigError(f"a surrogate of costs {self.cost.shape} and terms {self.terms.shape}; give one term row "
-                              "per group and format")  # fmt: skip
+            raise ConfigError(
+                f"a surrogate of costs {self.cost.shape} and terms {self.terms.shape}; give one term row "
+                "per group and format"
+            )
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,14 @@ def multiplier_terms(space: ConfigSpace) -> tuple[NDArray[np.float64], NDArray[n
     rows = []
     for i, matrix in enumerate(first):
         for j, _ in enumerate(space.formats):
-            own = {"kind": matrix.kind, "depth": depths[i], "format": j, "kind, format": (matrix.kind, j),
-                   "kind, depth": (matrix.kind, depths[i]), "group": i}  # fmt: skip
+            own = {
+                "kind": matrix.kind,
+                "depth": depths[i],
+                "format": j,
+                "kind, format": (matrix.kind, j),
+                "kind, depth": (matrix.kind, depths[i]),
+                "group": i,
+            }
             rows.append([labels.setdefault(label, len(labels)) for label in own.items()])
     terms = np.zeros((len(first), len(space.formats), len(labels)))
     for place, columns in enumerate(rows):
@@ -147,8 +155,10 @@ def fit_multipliers(surrogate: Surrogate, choices: Sequence[NDArray[np.int64]], 
         lower = np.linalg.cholesky(hessian)
         evidence = (
             -0.5 * _misfit(y - value, weight, theta - mean, precision)
-            + 0.5 * np.log(weight).sum() + 0.5 * np.log(precision).sum() - np.log(np.diag(lower)).sum()
-        )  # fmt: skip
+            + 0.5 * np.log(weight).sum()
+            + 0.5 * np.log(precision).sum()
+            - np.log(np.diag(lower)).sum()
+        )
         if best is None or evidence > best[0]:
             best = float(evidence), Multipliers(theta, np.linalg.inv(lower).T, noise)
     assert best is not None
@@ -156,9 +166,11 @@ def fit_multipliers(surrogate: Surrogate, choices: Sequence[NDArray[np.int64]], 
 
 
 def _misfit(
-    residual: NDArray[np.float64], weight: NDArray[np.float64], moved: NDArray[np.float64],
+    residual: NDArray[np.float64],
+    weight: NDArray[np.float64],
+    moved: NDArray[np.float64],
     precision: NDArray[np.float64],
-) -> float:  # fmt: skip
+) -> float:
     return float((weight * residual**2).sum() + (precision * moved**2).sum())
 
 

@@ -121,8 +121,20 @@ class TrainOptions:
             WeightFormat.parse(text)
         if self.quantizer not in QUANTIZERS:
             raise ConfigError(f"no quantizer {self.quantizer!r}; allowed: {', '.join(QUANTIZERS)}")
-        least = {"steps": 1, "batch": 1, "accumulate": 1, "length": 2, "configs": 1, "calibration": 1, "evaluation": 1,
-                 "checkpoint_every": 1, "evaluate_every": 0, "patience": 0, "distill": 0, "seed": 0}  # fmt: skip
+        least = {
+            "steps": 1,
+            "batch": 1,
+            "accumulate": 1,
+            "length": 2,
+            "configs": 1,
+            "calibration": 1,
+            "evaluation": 1,
+            "checkpoint_every": 1,
+            "evaluate_every": 0,
+            "patience": 0,
+            "distill": 0,
+            "seed": 0,
+        }
         for name, minimum in least.items():
             value = getattr(self, name)
             if value is not None and value < minimum:

@@ -212,9 +212,16 @@ class _Training:
         options, train = self.options, self.data.train
         measure = self._hypervolume if options.evaluate_every and options.budgets else None
         history = optimise(
-            self.model, self.lora, train, lambda step: self.sampler.draw(step, options.configs), options,
-            self.state, self.identity, self.processes, measure,
-        )  # fmt: skip
+            self.model,
+            self.lora,
+            train,
+            lambda step: self.sampler.draw(step, options.configs),
+            options,
+            self.state,
+            self.identity,
+            self.processes,
+            measure,
+        )
         self.lora.settle()
         adapter = Adapter(
             source=self.source,

@@ -148,9 +148,12 @@ def build_engine(
     chosen = _gpu(sms) if device.builder == "tensorrt" else {}
     with atomic_file(engine) as temporary:
         request = {
-            "graph": str(graph.resolve()), "engine": str(temporary.resolve()), "builder": device.builder,
-            "sms": sms, "shapes": asdict(shapes),
-        }  # fmt: skip
+            "graph": str(graph.resolve()),
+            "engine": str(temporary.resolve()),
+            "builder": device.builder,
+            "sms": sms,
+            "shapes": asdict(shapes),
+        }
         started = time.monotonic()
         _run_worker(request, f"{engine.name} for {_said(sms)}", chosen)
         seconds = time.monotonic() - started

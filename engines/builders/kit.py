@@ -24,8 +24,13 @@ def write_kit(directory: Path, device: DeviceProfile, shapes: EngineShapes) -> N
         shapes: ranges of the engine's dynamic dimensions.
     """
     recipe = {
-        "graph": "base.onnx", "weights": "weights.bin", "engine": f"sm{device.sm}.engine", "sm": device.sm,
-        "device": device.id, "builder": device.builder, "shapes": asdict(shapes),
-    }  # fmt: skip
+        "graph": "base.onnx",
+        "weights": "weights.bin",
+        "engine": f"sm{device.sm}.engine",
+        "sm": device.sm,
+        "device": device.id,
+        "builder": device.builder,
+        "shapes": asdict(shapes),
+    }
     write_json(directory / "build.json", recipe)
     shutil.copyfile(build_on_device.__file__, directory / "build_engine.py")

@@ -85,8 +85,15 @@ def main() -> None:
     path, name = HERE / recipe["engine"], recipe["engine"]
     path.with_suffix(".part").write_bytes(data)
     path.with_suffix(".part").replace(path)
-    record = {"file": name, "sms": [recipe["sm"]], "builder": "tensorrt", "version": trt.__version__,
-              "seconds": seconds, "bytes": len(data), "shapes": recipe["shapes"]}  # fmt: skip
+    record = {
+        "file": name,
+        "sms": [recipe["sm"]],
+        "builder": "tensorrt",
+        "version": trt.__version__,
+        "seconds": seconds,
+        "bytes": len(data),
+        "shapes": recipe["shapes"],
+    }
     manifest["engines"] = [engine for engine in manifest["engines"] if engine["file"] != name] + [record]
     manifest["files"][name] = {"sha256": digest(path), "bytes": len(data)}
     part = HERE / "manifest.json.part"

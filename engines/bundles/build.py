@@ -240,9 +240,15 @@ def _engine(
 
 
 def _seal(
-    target: Target, job: _Job, shared: Path, shared_facts: Mapping[str, Any], recipe: str,
-    built: tuple[BuildRecord, bool] | None, options: BundleOptions, say: Tell,
-) -> None:  # fmt: skip
+    target: Target,
+    job: _Job,
+    shared: Path,
+    shared_facts: Mapping[str, Any],
+    recipe: str,
+    built: tuple[BuildRecord, bool] | None,
+    options: BundleOptions,
+    say: Tell,
+) -> None:
     """Put a bundle together and make it visible."""
     device = target.device
     with atomic_directory(target.output) as temporary:
@@ -265,9 +271,12 @@ def _local_engine(directory: Path, target: Target, options: BundleOptions, say: 
     device = target.device
     try:
         record = build_engine(
-            directory / "base.onnx", directory / f"sm{device.sm}.engine", device, also=target.also,
+            directory / "base.onnx",
+            directory / f"sm{device.sm}.engine",
+            device,
+            also=target.also,
             shapes=options.shapes,
-        )  # fmt: skip
+        )
         return [record.to_json()]
     except BuildError as error:
         write_kit(directory, device, options.shapes)

@@ -29,10 +29,11 @@ def write_emitted_peft(
 
     pairs = {
         t.matrix: (
-            torch.from_numpy(tensors[t.A].copy()), torch.from_numpy(tensors[t.B] / np.float32(contract.scale(t)))
+            torch.from_numpy(tensors[t.A].copy()),
+            torch.from_numpy(tensors[t.B] / np.float32(contract.scale(t))),
         )
         for t in contract.tensors
-    }  # fmt: skip
+    }
     write_peft(directory, pairs, contract, base_model)
 
 

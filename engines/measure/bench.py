@@ -98,13 +98,23 @@ def bench(
     per_token = weights + lora_bytes + kv_bytes
     result: dict[str, Any] = {
         "bundle": {"configuration": config.hash, "average_bits": bundle.manifest["configuration"]["average_bits"]},
-        "backend": {"name": "onnxruntime", "form": "cpu", "activations": io.activations, "threads": threads,
-                    "accuracy_level": accuracy_level, "batch": batch},
+        "backend": {
+            "name": "onnxruntime",
+            "form": "cpu",
+            "activations": io.activations,
+            "threads": threads,
+            "accuracy_level": accuracy_level,
+            "batch": batch,
+        },
         "load_s": load_seconds,
         "emission": percentiles(emission),
         "prefill": [
-            {"tokens": length, "lora": on, **percentiles(samples),
-             "tokens_per_s": batch * length / float(np.median(samples))}
+            {
+                "tokens": length,
+                "lora": on,
+                **percentiles(samples),
+                "tokens_per_s": batch * length / float(np.median(samples)),
+            }
             for (length, on), samples in prefill.items()
         ],
         "decode": [
@@ -114,7 +124,7 @@ def bench(
         "lora_overhead": float(np.median(decode[True]) / np.median(decode[False])) - 1,
         "bytes_per_token": {"weights": weights, "lora": lora_bytes, "kv_cache": kv_bytes, "total": per_token},
         "environment": environment(),
-    }  # fmt: skip
+    }
     rate = per_token / float(np.median(decode[True]))
     result["bytes_per_s"] = rate
     result["bandwidth_share"] = rate / device.bandwidth if device is not None and device.bandwidth else None

@@ -28,8 +28,14 @@ from coatrt.quantization.codec import encode
 from coatrt.quantization.weight_format import WeightFormat
 
 __all__ = [
-    "Clock", "Progress", "calibrate_cpu", "decode_seconds", "export_reference", "predicted_decode", "time_product",
-]  # fmt: skip
+    "Clock",
+    "Progress",
+    "calibrate_cpu",
+    "decode_seconds",
+    "export_reference",
+    "predicted_decode",
+    "time_product",
+]
 
 Progress = Callable[[int, int, str], None]
 Clock = Callable[[], float]
@@ -89,7 +95,7 @@ def time_product(
         accuracy_level: see `coatrt.engines.runtime.ort.session`.
         activations: float32 or float16.
         clock: seconds; `time.thread_time` leaves out what other processes took from one thread.
-    """  # fmt: skip
+    """
     found = []
     with tempfile.TemporaryDirectory(prefix="coatrt-calibrate-") as scratch:
         path, copies = _product_graph(Path(scratch), K, N, fmt, activations)
@@ -181,9 +187,10 @@ def calibrate_cpu(
         raise ConfigError(f"tokens {list(tokens)} and contexts {list(contexts)} are given; give positive numbers")
     formats, model = tuple(formats or adapter.formats), adapter.model
     shapes = {
-        (matrix.K, matrix.N): matrix.is_table for matrix in model.matrices
+        (matrix.K, matrix.N): matrix.is_table
+        for matrix in model.matrices
         if model.tied or matrix.name != model.names[0]
-    }  # fmt: skip
+    }
     reference = QuantConfig.uniform(model, formats[0])
     total = len(shapes) * len(formats) + len(contexts) + 1
     timed: list[list[Product]] = []
@@ -193,10 +200,11 @@ def calibrate_cpu(
         graph = export_reference(adapter, checkpoint, reference, Path(scratch), activations)
         io = decoder_io(checkpoint, GraphForm("cpu", "cpu.onnx", activations))
         decoders = {
-            context: OrtDecoder(graph, io, adapter.contract, context=context, threads=threads,
-                                accuracy_level=accuracy_level)
+            context: OrtDecoder(
+                graph, io, adapter.contract, context=context, threads=threads, accuracy_level=accuracy_level
+            )
             for context in dict.fromkeys(min(context, io.max_positions) for context in contexts)
-        }  # fmt: skip
+        }
         lora = {name: value.numpy() for name, value in adapter.emit(reference).items()}
         whole: dict[tuple[int, int], list[float]] = {}
         for decoder in decoders.values():
@@ -222,16 +230,20 @@ def calibrate_cpu(
     lora_size = sum(rows * columns for rows, columns in adapter.contract.shapes.values())
     facts = environment()
     made = Calibrated(
-        "cpu", f"onnxruntime {ort.__version__}",
-        {**settings, "threads": threads or facts["cores"], "processor": facts["cpu"]}, tuple(products), (),
-    )  # fmt: skip
+        "cpu",
+        f"onnxruntime {ort.__version__}",
+        {**settings, "threads": threads or facts["cores"], "processor": facts["cpu"]},
+        tuple(products),
+        (),
+    )
     rests = []
     for (count, context), samples in whole.items():
         work = Workload.of(adapter.model_config, context, 1, count, lora_size, np.dtype(activations).itemsize)
         known = sum(
             made.matrix_seconds(matrix.N, matrix.K, reference[matrix.name], 1 if matrix.is_table else count)
-            for matrix in model.matrices if model.tied or matrix.name != model.names[0]
-        )  # fmt: skip
+            for matrix in model.matrices
+            if model.tied or matrix.name != model.names[0]
+        )
         rests.append(Rest(shape_of(work), count, context, statistics.median(samples) - known))
     if progress is not None:
         progress(total, total, "products")

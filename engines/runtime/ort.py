@@ -197,9 +197,11 @@ class OrtDecoder:
         positions = starts[:, None] + np.arange(tokens.shape[1], dtype=np.int64)
         # Positions of padding may pass the rotary table; what they write is masked, then overwritten.
         inputs = {
-            "input_ids": tokens, "position_ids": np.minimum(positions, self.io.max_positions - 1),
-            "write_index": starts, "logits_index": index,
-        }  # fmt: skip
+            "input_ids": tokens,
+            "position_ids": np.minimum(positions, self.io.max_positions - 1),
+            "write_index": starts,
+            "logits_index": index,
+        }
         for name, value in inputs.items():
             self._binding.bind_cpu_input(name, np.ascontiguousarray(value))
         self._binding.bind_output("logits")

@@ -65,9 +65,14 @@ class SwitchingDecoder:
     """
 
     def __init__(
-        self, bundles: Mapping[str, Bundle], start: str | None = None, *, backend: str = "ort", held: int = 1,
+        self,
+        bundles: Mapping[str, Bundle],
+        start: str | None = None,
+        *,
+        backend: str = "ort",
+        held: int = 1,
         **options: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if not bundles or held < 1:
             raise ConfigError(f"{len(bundles)} bundles and room for {held} decoders are given; give at least 1 each")
         self.bundles, self._backend, self._held, self._options = dict(bundles), backend, held, options

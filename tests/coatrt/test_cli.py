@@ -143,8 +143,16 @@ def places(tiny_llama: Path, tiny_adapter: Path, tiny_cli_bundle: Path, tmp_path
     (tmp_path / "int8.json").write_text('{"default": "int8"}')
     (tmp_path / "webapp").mkdir()
     (tmp_path / "webapp" / "manifest.json").write_text('{"name": "an app"}')
-    return {"model": tiny_llama, "adapter": tiny_adapter, "bundle": tiny_cli_bundle, "truncated": truncated,
-            "flipped": flipped, "planted": planted, "here": tmp_path, "out": tmp_path / "out"}  # fmt: skip
+    return {
+        "model": tiny_llama,
+        "adapter": tiny_adapter,
+        "bundle": tiny_cli_bundle,
+        "truncated": truncated,
+        "flipped": flipped,
+        "planted": planted,
+        "here": tmp_path,
+        "out": tmp_path / "out",
+    }
 
 
 @pytest.fixture(scope="session")
@@ -180,12 +188,18 @@ WRONG = {
     "unknown format": ("export {adapter} --config {here}/unknown-format.json -o {out}", "no weight format int5"),
     "pattern": ("export {adapter} --config {here}/no-pattern.json -o {out}", "matches none"),
     "no configuration": ("export {adapter} --config {here}/none.json -o {out}", "does not exist"),
-    "configuration and its limits": ("build {adapter} --device t4 --config {here}/illegal.json --bits 5 -o {out}",
-                                     "--bits is given and {here}/illegal.json is a configuration already"),
-    "plan and another context": ("build {adapter} --device rtx-4090 --config {bundle}/plan.json --context 65 -o {out}",
-                                 "--context is given and {bundle}/plan.json was planned with 64; leave it out"),
-    "plan and another limit": ("build {adapter} --device rtx-4090 --config {bundle}/plan.json --memory 1GiB -o {out}",
-                               "--memory is given and {bundle}/plan.json was planned without; leave it out"),
+    "configuration and its limits": (
+        "build {adapter} --device t4 --config {here}/illegal.json --bits 5 -o {out}",
+        "--bits is given and {here}/illegal.json is a configuration already",
+    ),
+    "plan and another context": (
+        "build {adapter} --device rtx-4090 --config {bundle}/plan.json --context 65 -o {out}",
+        "--context is given and {bundle}/plan.json was planned with 64; leave it out",
+    ),
+    "plan and another limit": (
+        "build {adapter} --device rtx-4090 --config {bundle}/plan.json --memory 1GiB -o {out}",
+        "--memory is given and {bundle}/plan.json was planned without; leave it out",
+    ),
     "context of a plan": ("plan {adapter} --device t4 --context 8193", "the model has 8192 positions"),
     "context of a bundle": ("export {adapter} --config {here}/int8.json -o {out} --context 8193", "has 8192 positions"),
     "app in the place": ("export {adapter} --config {here}/int8.json -o {here}/webapp --overwrite", "other files ("),
@@ -207,7 +221,7 @@ WRONG = {
     "bench": ("bench {bundle} --repeat 0", "give at least 1"),
     "bench into a directory": ("bench {bundle} --repeat 0 -o {here}", "is a directory; give the name of a file"),
     "bench below a file": ("bench {bundle} --repeat 0 -o {here}/text.txt/b", "cannot be written"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -237,11 +251,14 @@ def test_a_plan_is_built_again_as_it_was_asked(tiny_adapter: Path, tiny_cli_bund
 
 def test_wrong_options_are_clicks_own_errors(tiny_adapter: Path) -> None:
     for arguments in (
-        ("plan", tiny_adapter), ("plan", tiny_adapter, "--device", "t4", "--memory", "6 elephants"),
-        ("plan", tiny_adapter, "--device", "t4", "--keep", "lm_head"), ("report",),
-        ("run", "x"), ("train", "m", "--data", "d", "-o", "o", "--budgets", "four"),
+        ("plan", tiny_adapter),
+        ("plan", tiny_adapter, "--device", "t4", "--memory", "6 elephants"),
+        ("plan", tiny_adapter, "--device", "t4", "--keep", "lm_head"),
+        ("report",),
+        ("run", "x"),
+        ("train", "m", "--data", "d", "-o", "o", "--budgets", "four"),
         ("train", "m", "--data", "d", "-o", "o", "--quantizer", "best"),
-    ):  # fmt: skip
+    ):
         result = run(*arguments)
         assert result.exit_code == 2
         assert "Traceback" not in result.output

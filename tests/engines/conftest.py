@@ -40,8 +40,10 @@ class Built:
         suppressions.write_text("leak:libonnxruntime\n")  # ONNX Runtime keeps what it made at start
         self.directory = directory
         self.environment = {
-            **os.environ, "COATRT_ONNXRUNTIME": str(library), "LSAN_OPTIONS": f"suppressions={suppressions}",
-        }  # fmt: skip
+            **os.environ,
+            "COATRT_ONNXRUNTIME": str(library),
+            "LSAN_OPTIONS": f"suppressions={suppressions}",
+        }
 
     def run(self, program: str, *arguments: object, **environment: str) -> "subprocess.CompletedProcess[str]":
         command = [str(self.directory / program), *map(str, arguments)]

@@ -45,16 +45,23 @@ def engine_bundle(source: Path, target: Path) -> Path:
     """A copy whose engine is one that the stub of TensorRT takes."""
     shutil.copytree(source, target)
     (target / "sm89.engine").write_bytes(b"engine")
-    engine = {"file": "sm89.engine", "sms": [86, 89], "builder": "tensorrt-rtx", "version": "9.9.0.1",
-              "shapes": {"batch": 1, "prefill": 4, "logits": 1}}  # fmt: skip
+    engine = {
+        "file": "sm89.engine",
+        "sms": [86, 89],
+        "builder": "tensorrt-rtx",
+        "version": "9.9.0.1",
+        "shapes": {"batch": 1, "prefill": 4, "logits": 1},
+    }
     facts = {k: v for k, v in Bundle.open(source).manifest.items() if k not in ("format", "coatrt", "files")}
     seal(target, facts | {"engines": [engine]})
     return target
 
 
 def test_units_sessions_threads_and_the_tensorrt_stub(cpp: Any, tiny_bundle: Path, tmp_path: Path) -> None:
-    environment = {"COATRT_TEST_BUNDLE": str(tiny_bundle),
-                   "COATRT_TEST_ENGINE_BUNDLE": str(engine_bundle(tiny_bundle, tmp_path / "engine"))}  # fmt: skip
+    environment = {
+        "COATRT_TEST_BUNDLE": str(tiny_bundle),
+        "COATRT_TEST_ENGINE_BUNDLE": str(engine_bundle(tiny_bundle, tmp_path / "engine")),
+    }
     command = ["ctest", "--test-dir", str(cpp.directory), "--output-on-failure"]
     done = subprocess.run(command, env=cpp.environment | environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:]
@@ -100,12 +107,22 @@ def test_lora_equals_pythons_bit_for_bit(cpp: Any, tiny_bundle: Path, tmp_path: 
     assert cpp.probe("lora", tiny_bundle, tmp_path / "lora.safetensors")["tensors"] == len(expected)
 
 
-@pytest.mark.parametrize("value", [
-    {"matrices": {"model.layers.9.mlp.up_proj": "int8"}, "default": "int8"},
-    {"patterns": {"nothing": "int8"}, "default": "int8"}, {"default": "int5"}, {"default": "int4"}, {"formats": {}}, {},
-    {"patterns": {".*_proj": "int8"}}, {"default": "int8-g64"},
-    {"patterns": {".*": "nf3-g32-dq9-bf16-16"}}, [1], {"matrices": []},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"matrices": {"model.layers.9.mlp.up_proj": "int8"}, "default": "int8"},
+        {"patterns": {"nothing": "int8"}, "default": "int8"},
+        {"default": "int5"},
+        {"default": "int4"},
+        {"formats": {}},
+        {},
+        {"patterns": {".*_proj": "int8"}},
+        {"default": "int8-g64"},
+        {"patterns": {".*": "nf3-g32-dq9-bf16-16"}},
+        [1],
+        {"matrices": []},
+    ],
+)
 def test_configurations_are_refused_in_pythons_words(cpp: Any, tiny_bundle: Path, tmp_path: Path, value: Any) -> None:
     path = tmp_path / "c.json"
     path.write_text(json.dumps(value))

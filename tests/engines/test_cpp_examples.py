@@ -131,12 +131,17 @@ def test_the_service(cpp: Any, tiny_bundle: Path) -> None:
         assert wrong == []
 
         for value, message in (
-            ("{", "parse error"), ([], "no object"), ({}, "neither prompt nor tokens"), ({"prompt": 3}, "type must be"),
-            ({"prompt": "a", "max_tokens": -1}, "ask for at least 1"), ({"tokens": [99999]}, "outside the vocabulary"),
-            ({"prompt": ""}, "an empty prompt"), ({"prompt": "a" * 200}, "200 positions are needed"),
+            ("{", "parse error"),
+            ([], "no object"),
+            ({}, "neither prompt nor tokens"),
+            ({"prompt": 3}, "type must be"),
+            ({"prompt": "a", "max_tokens": -1}, "ask for at least 1"),
+            ({"tokens": [99999]}, "outside the vocabulary"),
+            ({"prompt": ""}, "an empty prompt"),
+            ({"prompt": "a" * 200}, "200 positions are needed"),
             ({"prompt": "a", "temperature": -1}, "temperature -1 is given"),
             ({"prompt": "a", "configuration": {"default": "int5"}}, "no weight format"),
-        ):  # fmt: skip
+        ):
             status, body = service.ask("POST", "/generate", value)
             assert status == 400 and message in json.loads(body)["error"], (value, body)
         assert service.ask("GET", "/nothing")[0] == 404
@@ -188,9 +193,12 @@ def test_the_service_ends_where_it_is_told_to_while_loading(cpp: Any, tiny_bundl
 
 def test_the_service_refuses_in_one_line(cpp: Any, tmp_path: Path) -> None:
     for arguments, message in (
-        ([tmp_path], "is no bundle"), ([], "usage: service BUNDLE"), ([tmp_path, "--port", "x"], "--port x is given"),
-        ([tmp_path, "--colour", "1"], "--colour is no option"), ([tmp_path, "--port"], "--port has no value"),
-    ):  # fmt: skip
+        ([tmp_path], "is no bundle"),
+        ([], "usage: service BUNDLE"),
+        ([tmp_path, "--port", "x"], "--port x is given"),
+        ([tmp_path, "--colour", "1"], "--colour is no option"),
+        ([tmp_path, "--port"], "--port has no value"),
+    ):
         done = cpp.run("service", *arguments)
         assert done.returncode == 2
         (line,) = done.stderr.splitlines()

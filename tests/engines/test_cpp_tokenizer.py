@@ -14,10 +14,17 @@ from coatrt.models.checkpoint import Checkpoint
 
 tokenizers = pytest.importorskip("tokenizers")
 
-LLAMA3 = "|".join([
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"[^\r\n\p{L}\p{N}]?\p{L}+", r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-    r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+",
-])  # fmt: skip
+LLAMA3 = "|".join(
+    [
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
 QWEN = LLAMA3.replace("{1,3}", "")
 WRITTEN = [
     "",
@@ -97,9 +104,11 @@ def trained(pre_tokenizer: Any, **options: Any) -> Any:
     made.pre_tokenizer = pre_tokenizer
     made.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=900, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+        vocab_size=900,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-    )  # fmt: skip
+    )
     made.train_from_iterator(WRITTEN * 3, trainer)
     return made
 
@@ -118,11 +127,14 @@ def kinds() -> dict[str, Any]:
         pre_tokenizers.Sequence([split(Regex(LLAMA3), "isolated"), level(add_prefix_space=False, use_regex=False)]),
         ignore_merges=True,
     )
-    llama.post_processor = processors.Sequence([
-        processors.ByteLevel(trim_offsets=False),
-        processors.TemplateProcessing(single="<|im_start|> $A <|im_end|>",
-                                      special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]),
-    ])  # fmt: skip
+    llama.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(
+                single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
+            ),
+        ]
+    )
     qwen = trained(
         pre_tokenizers.Sequence([split(Regex(QWEN), "isolated"), level(add_prefix_space=False, use_regex=False)])
     )

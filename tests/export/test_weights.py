@@ -26,8 +26,12 @@ PLAIN = (
     "nf2-g16", "nf3-g32", "nf4-g64", "nf8-g16", "nf4-g32",
 )  # fmt: skip
 DOUBLE = (
-    "nf2-g32-dq2-fp32-64", "nf3-g16-dq3-bf16-16", "nf4-g64-dq8-fp16-256", "nf8-g64-dq4-bf16-16", "nf2-g16-dq3-fp16-256",
-)  # fmt: skip
+    "nf2-g32-dq2-fp32-64",
+    "nf3-g16-dq3-bf16-16",
+    "nf4-g64-dq8-fp16-256",
+    "nf8-g64-dq4-bf16-16",
+    "nf2-g16-dq3-fp16-256",
+)
 # K 100 is padded by every blocked format; 576 takes blocks of 64 where 128 is asked for; 64 is one block.
 SHAPES = ((24, 128), (23, 100), (17, 576), (9, 64))
 IDS = np.array([[3, 1, 2], [0, 8, 1]])

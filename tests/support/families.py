@@ -18,16 +18,29 @@ CPU = GraphForm("cpu", "cpu.onnx", "float32")
 ENGINE = GraphForm("engine", "base.onnx", "float32", 48)
 
 _BASE: dict[str, Any] = {
-    "vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16,
-    "max_position_embeddings": 64, "initializer_range": 0.15, "tie_word_embeddings": False,
-    "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
-}  # fmt: skip
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.15,
+    "tie_word_embeddings": False,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 _LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
-}  # fmt: skip
+}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-tied-biases": ("Llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
@@ -77,9 +90,12 @@ def save_model(directory: Path, name: str, **more: Any) -> Any:
 
 
 def export(
-    checkpoint: Checkpoint, directory: Path, forms: Iterable[GraphForm] = (CPU,), fmt: str = "fp16",
+    checkpoint: Checkpoint,
+    directory: Path,
+    forms: Iterable[GraphForm] = (CPU,),
+    fmt: str = "fp16",
     contract: LoraContract | None = None,
-) -> Path:  # fmt: skip
+) -> Path:
     """Export every matrix in one format."""
     directory.mkdir(exist_ok=True)
     config = QuantConfig.uniform(checkpoint.matrices, fmt)
@@ -111,9 +127,13 @@ class Runner:
     ) -> NDArray[Any]:
         """Run ids [B, S] that start at positions `starts` [B]; return the logits [B, T, V] at `index` [B, T]."""
         feed = {
-            "input_ids": ids, "position_ids": starts[:, None] + np.arange(ids.shape[1]), "write_index": starts,
-            "logits_index": index, **self.cache, **(lora or {}),
-        }  # fmt: skip
+            "input_ids": ids,
+            "position_ids": starts[:, None] + np.arange(ids.shape[1]),
+            "write_index": starts,
+            "logits_index": index,
+            **self.cache,
+            **(lora or {}),
+        }
         logits, *presents = self.session.run(["logits", *self.io.present_names], feed)
         self.cache = dict(zip(self.io.past_names, presents, strict=True))
         return np.asarray(logits)

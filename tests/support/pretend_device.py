@@ -31,9 +31,14 @@ class Pretend(Tensor):
     @staticmethod
     def __new__(cls, held: Tensor) -> "Pretend":
         made: Pretend = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
-            layout=held.layout, device=DEVICE,
-        )  # fmt: skip
+            cls,
+            held.size(),
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            layout=held.layout,
+            device=DEVICE,
+        )
         made.held = held
         return made
 

@@ -15,10 +15,18 @@ def save_tiny_llama(directory: Path, *, tied: bool = True, seed: int = 0, **chan
 
     torch.manual_seed(seed)
     options: dict[str, object] = {
-        "vocab_size": 272, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 8192,
-        "tie_word_embeddings": tied, "initializer_range": 0.1, "bos_token_id": None, "eos_token_id": 256,
-    }  # fmt: skip
+        "vocab_size": 272,
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.1,
+        "bos_token_id": None,
+        "eos_token_id": 256,
+    }
     model = LlamaForCausalLM(LlamaConfig(**{**options, **changes}))
     model.save_pretrained(directory)
     save_byte_tokenizer(directory)
@@ -47,7 +55,17 @@ def tiny_options(**changes: Any) -> Any:
 
     options: dict[str, Any] = {
         "formats": ("nf3-g32", "int4-g32", "nvfp4", "fp8", "int8", "nf4-g32-dq8-fp16-64"),
-        "preset": "coatrt", "quantizer": "mse", "steps": 6, "batch": 4, "length": 32, "learning_rate": 1e-2,
-        "theta_rate": 1e-2, "calibration": 4, "evaluation": 4, "budgets": (5.0,), "checkpoint_every": 2, "warmup": 0.2,
-    }  # fmt: skip
+        "preset": "coatrt",
+        "quantizer": "mse",
+        "steps": 6,
+        "batch": 4,
+        "length": 32,
+        "learning_rate": 1e-2,
+        "theta_rate": 1e-2,
+        "calibration": 4,
+        "evaluation": 4,
+        "budgets": (5.0,),
+        "checkpoint_every": 2,
+        "warmup": 0.2,
+    }
     return TrainOptions(**{**options, **changes})

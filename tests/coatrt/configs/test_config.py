@@ -15,10 +15,14 @@ def shapes(layers=2, tied=True):
     for i in range(layers):
         p = f"model.layers.{i}."
         for name, shape in {
-            "self_attn.q_proj": (64, 64), "self_attn.k_proj": (32, 64), "self_attn.v_proj": (32, 64),
-            "self_attn.o_proj": (64, 64), "mlp.gate_proj": (128, 64), "mlp.up_proj": (128, 64),
+            "self_attn.q_proj": (64, 64),
+            "self_attn.k_proj": (32, 64),
+            "self_attn.v_proj": (32, 64),
+            "self_attn.o_proj": (64, 64),
+            "mlp.gate_proj": (128, 64),
+            "mlp.up_proj": (128, 64),
             "mlp.down_proj": (64, 128),
-        }.items():  # fmt: skip
+        }.items():
             out[f"{p}{name}.weight"] = shape
         out[f"{p}input_layernorm.weight"] = (64,)
     if not tied:
@@ -41,11 +45,13 @@ def test_inventory_of_a_checkpoint():
 
 
 def test_exact_name_beats_first_pattern_beats_default():
-    config = ConfigPatterns.from_json({
-        "default": "int8",
-        "patterns": {r".*\.mlp\..*": "int4-g64", r".*up_proj": "nf2-g64"},
-        "matrices": {"model.layers.1.mlp.up_proj": "fp16"},
-    }).resolve(MODEL)  # fmt: skip
+    config = ConfigPatterns.from_json(
+        {
+            "default": "int8",
+            "patterns": {r".*\.mlp\..*": "int4-g64", r".*up_proj": "nf2-g64"},
+            "matrices": {"model.layers.1.mlp.up_proj": "fp16"},
+        }
+    ).resolve(MODEL)
     assert str(config["model.layers.1.mlp.up_proj"]) == "fp16"
     assert str(config["model.layers.0.mlp.up_proj"]) == "int4-g64"  # the first pattern that matches
     assert str(config["model.layers.0.self_attn.q_proj"]) == "int8"
@@ -73,13 +79,19 @@ def test_json_round_trip(formats):
     assert ConfigPatterns.from_json(json.loads(json.dumps(config.to_json()))).resolve(MODEL) == config
 
 
-@pytest.mark.parametrize("value, message", [
-    ({"default": "int8", "matrices": {"model.layers.9.mlp.up_proj": "int8"}}, "model.layers.9.mlp.up_proj"),
-    ({"default": "int8", "patterns": {"nothing": "int8"}}, "matches none"),
-    ({"default": "int8", "patterns": {"(": "int8"}}, "regular expression"),
-    ({"matrices": {"model.embed_tokens": "int8"}}, "no format"),
-    ({"formats": {}}, "keys"), ([], "keys"), ({}, "keys"), ({"matrices": []}, "object"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        ({"default": "int8", "matrices": {"model.layers.9.mlp.up_proj": "int8"}}, "model.layers.9.mlp.up_proj"),
+        ({"default": "int8", "patterns": {"nothing": "int8"}}, "matches none"),
+        ({"default": "int8", "patterns": {"(": "int8"}}, "regular expression"),
+        ({"matrices": {"model.embed_tokens": "int8"}}, "no format"),
+        ({"formats": {}}, "keys"),
+        ([], "keys"),
+        ({}, "keys"),
+        ({"matrices": []}, "object"),
+    ],
+)
 def test_wrong_configurations_are_refused(value, message):
     with pytest.raises(ConfigError, match=message):
         ConfigPatterns.from_json(value).resolve(MODEL)

@@ -68,8 +68,11 @@ def test_contract_refuses_another_scale_rule() -> None:
 
 def test_decoder_io_names_and_round_trip() -> None:
     assert IO.past_names == (
-        "past_key_values.0.key", "past_key_values.0.value", "past_key_values.1.key", "past_key_values.1.value",
-    )  # fmt: skip
+        "past_key_values.0.key",
+        "past_key_values.0.value",
+        "past_key_values.1.key",
+        "past_key_values.1.value",
+    )
     assert IO.present_names[-1] == "present.1.value"
     assert DecoderIO.from_json(IO.to_json()) == IO
     open_length = DecoderIO(2, 2, 16, 256, None, "float32", 64)

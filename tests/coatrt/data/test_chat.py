@@ -45,8 +45,13 @@ def test_answers_are_those_of_a_rendering_by_hand(tokenizer: Any) -> None:
     assert answers(tokenizer, plain) == ["yes sir\n", "no\n"]
     tokenizer.chat_template = IM
     marked = chat_task(tokenizer, [TALK], [TALK], 200).train
-    turns = ("<|im|>system\nBe kind.", "<|im|>user\nhi", "<|im|>assistant\nyes sir", "<|im|>user\nso?",
-             "<|im|>assistant\nno")  # fmt: skip
+    turns = (
+        "<|im|>system\nBe kind.",
+        "<|im|>user\nhi",
+        "<|im|>assistant\nyes sir",
+        "<|im|>user\nso?",
+        "<|im|>assistant\nno",
+    )
     assert text(tokenizer, marked) == "<|end|>\n".join(turns) + "<|end|>"
     assert answers(tokenizer, marked) == ["yes sir<|end|>", "no<|end|>"]  # the end token is learned, the line break not
     assert marked.predicted == len("yes sir") + len("no") + 2

@@ -103,7 +103,7 @@ WRONG: dict[str, tuple[str, list[Any], str]] = {
     "no role": ("chat", [{"messages": [{"content": "a"}]}], "line 1 has a message without role"),
     "content a number": ("chat", [{"messages": [{"role": "user", "content": 1}]}], "line 1: content is 1"),
     "no assistant": ("chat", [{"messages": [{"role": "user", "content": "a"}]}], "line 1 has no message of"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -154,9 +154,28 @@ def test_training_raises_the_accuracy_of_a_choice_task(files: Path, tiny_llama: 
 
 @pytest.mark.parametrize(("task", "data"), [("text", "text"), ("chat", "chat.jsonl"), ("choice", "choice.jsonl")])
 def test_the_command_trains_on_every_kind(task: str, data: str, files: Path, tiny_llama: Path) -> None:
-    arguments = ["train", tiny_llama, "--task", task, "--data", files / data, "-o", files / "out", "--formats",
-                 "int4-g32,int8", "--steps", 2, "--batch", 2, "--length", 40, "--calibration", 2,
-                 "--budgets", "5"]  # fmt: skip
+    arguments = [
+        "train",
+        tiny_llama,
+        "--task",
+        task,
+        "--data",
+        files / data,
+        "-o",
+        files / "out",
+        "--formats",
+        "int4-g32,int8",
+        "--steps",
+        2,
+        "--batch",
+        2,
+        "--length",
+        40,
+        "--calibration",
+        2,
+        "--budgets",
+        "5",
+    ]
     result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
     assert result.exit_code == 0, (result.output, result.exception)
     metrics = Adapter.load(files / "out").metrics

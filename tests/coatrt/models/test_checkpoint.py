@@ -22,8 +22,10 @@ def test_tensors_and_matrices_are_those_of_the_model(tiny_llama: Path) -> None:
     assert checkpoint.model_type == "llama"
     assert checkpoint.matrices.tied
     assert [m.name for m in checkpoint.matrices.matrices[:3]] == [
-        "model.embed_tokens", "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj",
-    ]  # fmt: skip
+        "model.embed_tokens",
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.0.self_attn.k_proj",
+    ]
     for matrix in checkpoint.matrices.matrices:
         tensor = checkpoint.tensor(f"{matrix.name}.weight")
         assert tuple(tensor.shape) == (matrix.N, matrix.K)
@@ -73,10 +75,14 @@ def test_damage_is_one_clear_line(tiny_llama: Path, tmp_path: Path) -> None:
     nameless = copy("nameless")
     (nameless / "config.json").write_text("{}")
     cases = {
-        truncated: "damaged or truncated", header: "damaged or truncated", pickled: "pickled weights, which are never",
-        garbled: "is not JSON", nameless: "names no model_type", tmp_path / "absent": "does not exist",
+        truncated: "damaged or truncated",
+        header: "damaged or truncated",
+        pickled: "pickled weights, which are never",
+        garbled: "is not JSON",
+        nameless: "names no model_type",
+        tmp_path / "absent": "does not exist",
         weights: "is no model",
-    }  # fmt: skip
+    }
     for path, said in cases.items():
         with pytest.raises(CheckpointError, match=said) as caught:
             Checkpoint.open(path)
@@ -150,8 +156,16 @@ def test_a_quantized_model_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
 def test_experts_are_refused(tmp_path: Path) -> None:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    small = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16,
-             "num_key_value_heads": 1, "num_experts": 2, "moe_intermediate_size": 16}  # fmt: skip
+    small = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 16,
+        "num_key_value_heads": 1,
+        "num_experts": 2,
+        "moe_intermediate_size": 16,
+    }
     Qwen3MoeForCausalLM(Qwen3MoeConfig(**small)).save_pretrained(tmp_path)
     checkpoint = Checkpoint.open(tmp_path)
     with pytest.raises(CheckpointError, match="give a dense model"):

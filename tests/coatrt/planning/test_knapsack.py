@@ -86,10 +86,12 @@ def test_formats_that_others_beat_change_nothing(model: ModelMatrices, seed: int
     for row in rows:
         for i in range(len(FORMATS)):
             beaten = any(
-                price[row, j] <= price[row, i] and size[row, j] <= size[row, i]
+                price[row, j] <= price[row, i]
+                and size[row, j] <= size[row, i]
                 and ((price[row, j], size[row, j]) != (price[row, i], size[row, i]) or j < i)
-                for j in range(len(FORMATS)) if j != i
-            )  # fmt: skip
+                for j in range(len(FORMATS))
+                if j != i
+            )
             assert kept[row, i] == (not beaten)
     choices = np.array(list(itertools.product(range(4), repeat=len(rows))))
     every_price, every_size = price[rows, choices].sum(1), size[rows, choices].sum(1)
@@ -139,11 +141,15 @@ def test_a_table_of_a_fifth_of_the_model_is_no_trap(seed: int, bits: float) -> N
     rows = np.arange(len(size))
     assert size[rows, choice].sum() <= limit
     exact = milp(
-        price.ravel(), integrality=np.ones(price.size), bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(np.kron(np.eye(len(rows)), np.ones(4)), 1, 1),
-                     LinearConstraint(size.ravel()[None], -np.inf, limit)],
+        price.ravel(),
+        integrality=np.ones(price.size),
+        bounds=Bounds(0, 1),
+        constraints=[
+            LinearConstraint(np.kron(np.eye(len(rows)), np.ones(4)), 1, 1),
+            LinearConstraint(size.ravel()[None], -np.inf, limit),
+        ],
         options={"mip_rel_gap": 1e-3},
-    )  # fmt: skip
+    )
     assert price[rows, choice].sum() <= exact.fun * 1.02
     other, roomy = near_optimal_each(price, size, [limit, float(size.max(1).sum())])
     assert size[rows, other].sum() <= limit

@@ -16,9 +16,10 @@ def points(seed: int, count: int) -> np.ndarray:
 def test_the_front_is_what_nothing_beats(seed: int) -> None:
     array = points(seed, 15)
     kept = [
-        i for i, p in enumerate(array)
+        i
+        for i, p in enumerate(array)
         if not any((q <= p).all() and ((q < p).any() or j < i) for j, q in enumerate(array))
-    ]  # fmt: skip
+    ]
     found = pareto_indices(array)
     assert sorted(found.tolist()) == kept
     assert (np.diff(array[found, 0]) > 0).all()

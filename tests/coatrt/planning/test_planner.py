@@ -54,10 +54,14 @@ def test_more_memory_never_gives_a_worse_loss_and_less_never_more_bytes(
         floor = 0.999 * (rich.tokens_per_second + speed * (poor.tokens_per_second - rich.tokens_per_second))
         least = max(least, poor.total_bytes)
     low, high = (
-        plan_for(adapter, device(name), memory=least + int(share * (rich.total_bytes - least) + 1),
-                 min_tokens_per_second=floor)
+        plan_for(
+            adapter,
+            device(name),
+            memory=least + int(share * (rich.total_bytes - least) + 1),
+            min_tokens_per_second=floor,
+        )
         for share in sorted(budgets)
-    )  # fmt: skip
+    )
     assert low.predicted_loss_increase >= high.predicted_loss_increase
     assert low.total_bytes <= high.total_bytes
     for plan in (low, high):
@@ -71,13 +75,21 @@ def test_more_memory_never_gives_a_worse_loss_and_less_never_more_bytes(
 
 @settings(max_examples=20, deadline=None)
 @given(
-    name=st.sampled_from([profile.id for profile in devices()]), objective=st.sampled_from(["quality", "balanced"]),
-    bits=st.floats(4.6, 9), context=st.integers(1, 4096), batch=st.integers(1, 8),
-)  # fmt: skip
+    name=st.sampled_from([profile.id for profile in devices()]),
+    objective=st.sampled_from(["quality", "balanced"]),
+    bits=st.floats(4.6, 9),
+    context=st.integers(1, 4096),
+    batch=st.integers(1, 8),
+)
 def test_every_plan_comes_back_from_its_json(
-    adapter: AdapterFacts, tmp_path_factory: pytest.TempPathFactory, name: str, objective: Any, bits: float,
-    context: int, batch: int,
-) -> None:  # fmt: skip
+    adapter: AdapterFacts,
+    tmp_path_factory: pytest.TempPathFactory,
+    name: str,
+    objective: Any,
+    bits: float,
+    context: int,
+    batch: int,
+) -> None:
     request = PlanRequest(objective, bits=bits, context=context, batch=batch, keep=(("down_proj", "int8"),))
     plan = plan_for(adapter, device(name), request)
     written = json.loads(json.dumps(plan.to_json()))
@@ -203,11 +215,13 @@ def test_limits_say_what_would_do(adapter: AdapterFacts) -> None:
     for asked, said in (
         ({"min_tokens_per_second": 1e9}, r"at most \d+\.\d are predicted; give --min-tokens-per-second"),
         ({"max_loss": 0.0}, "give --max-loss"),
-        ({"memory": plan.total_bytes - 30_000, "max_loss": plan.predicted_loss_increase * 1.0001},
-         r"keeps memory, predicted loss .* together; change one: --memory \d+MiB or --max-loss"),
+        (
+            {"memory": plan.total_bytes - 30_000, "max_loss": plan.predicted_loss_increase * 1.0001},
+            r"keeps memory, predicted loss .* together; change one: --memory \d+MiB or --max-loss",
+        ),
         ({"bits": 1.0}, "the least here is"),
         ({"memory": 513 << 20, "context": 8192}, "lower --context"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ConfigError, match=said):
             plan_for(adapter, profile, **asked)
     for wrong in ({"objective": "speed"}, {"bits": -1}, {"max_loss": -1.0}, {"min_tokens_per_second": 0.0}):
@@ -250,8 +264,9 @@ def test_a_calibration_is_preferred_and_interpolates(adapter: AdapterFacts, tmp_
     shapes = {(m.K, m.N, str(fmt.effective(m.K))) for m in space.model.matrices for fmt in space.formats}
     products = tuple(
         Product(K, N, text, tokens, K * N * (1 + 0.1 * tokens) * (1e-9 if "int8" in text else 2e-9))
-        for K, N, text in shapes for tokens in (1, 16)
-    )  # fmt: skip
+        for K, N, text in shapes
+        for tokens in (1, 16)
+    )
     rests = (Rest(shape_of(work), 1, 64, 1e-3), Rest(shape_of(work), 1, 128, 2e-3), Rest(shape_of(work), 16, 64, 4e-3))
     made = Calibrated("cpu", "onnxruntime 1", {"threads": 2}, products, rests)
     assert find_calibration("cpu", space, work) is None

@@ -57,9 +57,14 @@ def test_numpy_and_torch_decode_to_the_same_bits(text, dtype, K):
     q = encode(weight(K=K), text)
     ours = decode(q, dtype)
     again = decode_numpy(
-        q.format, (q.N, q.K), to_numpy(q.codes), to_numpy(q.scales), to_numpy(q.super_scales), q.constant,
+        q.format,
+        (q.N, q.K),
+        to_numpy(q.codes),
+        to_numpy(q.scales),
+        to_numpy(q.super_scales),
+        q.constant,
         np.float32 if dtype == torch.float32 else np.float16,
-    )  # fmt: skip
+    )
     assert again.shape == (48, K)
     assert ours.numpy().tobytes() == np.ascontiguousarray(again).tobytes()
 
@@ -70,8 +75,11 @@ def test_every_weight_gets_the_nearest_level_under_its_scale(text):
         pytest.skip("no levels")
     w, fmt = weight(N=8, K=128), WeightFormat.parse(text)
     q = encode(w, fmt)
-    scale = (decode(QuantizedMatrix(q.format, q.N, q.K, torch.ones_like(q.codes), q.scales, q.super_scales, q.constant))
-             if text.startswith(("int", "fp8")) else None)  # fmt: skip
+    scale = (
+        decode(QuantizedMatrix(q.format, q.N, q.K, torch.ones_like(q.codes), q.scales, q.super_scales, q.constant))
+        if text.startswith(("int", "fp8"))
+        else None
+    )
     if scale is not None:  # code 1 decodes to the scale itself
         low, high = {"int8": (-128, 127), "int4": (-8, 7)}.get(fmt.kind, (None, None))
         if low is None:

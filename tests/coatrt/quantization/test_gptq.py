@@ -96,9 +96,12 @@ def test_few_tokens_shrink_correlations(text):
     w, H = weight(20, 100, 3), moment(100)
     scale = np.where(np.eye(100, dtype=bool), 1.0, 300 / (300 + 100))
     want = textbook(
-        w.numpy(), decode_scales(encode(w, text, "weighted", H)).numpy(),
-        encode(w, text).format.block or 100, H.numpy() * scale, encode(w, text).format.kind,
-    )  # fmt: skip
+        w.numpy(),
+        decode_scales(encode(w, text, "weighted", H)).numpy(),
+        encode(w, text).format.block or 100,
+        H.numpy() * scale,
+        encode(w, text).format.kind,
+    )
     found = encode(w, text, "feedback", H, tokens=300)
     np.testing.assert_allclose(decode(found).numpy(), want, rtol=1e-6, atol=1e-9)
     exact = encode(w, text, "feedback", H)

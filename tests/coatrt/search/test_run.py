@@ -128,8 +128,18 @@ except ConfigError as error:
 
 def test_the_command_searches_and_the_plan_reads_it(directory: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT[0])
-    arguments = ["search", str(directory), "--data", str(tmp_path / "text.txt"), "--evaluations", "10", "--blocks", "2",
-                 "--length", "32"]  # fmt: skip
+    arguments = [
+        "search",
+        str(directory),
+        "--data",
+        str(tmp_path / "text.txt"),
+        "--evaluations",
+        "10",
+        "--blocks",
+        "2",
+        "--length",
+        "32",
+    ]
     result = CliRunner().invoke(cli, [*arguments, "--json"])
     assert result.exit_code == 0, (result.output, result.exception)
     said = json.loads(result.output)

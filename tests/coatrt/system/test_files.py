@@ -90,8 +90,10 @@ def test_what_a_directory_does_not_own_moves_into_the_new_one(tmp_path: Path) ->
         (temporary / "new").write_text("new")
         (temporary / "both").write_text("newer")
     assert {str(file.relative_to(path)): file.read_text() for file in path.rglob("*") if file.is_file()} == {
-        "new": "new", "notes/mine": "notes/mine", "both": "newer"
-    }  # fmt: skip
+        "new": "new",
+        "notes/mine": "notes/mine",
+        "both": "newer",
+    }
     assert [entry.name for entry in tmp_path.iterdir()] == ["d"]
 
 
@@ -101,8 +103,12 @@ def test_a_directory_that_cannot_be_replaced_is_refused_before_anything_is_made(
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "file").write_text("x")
     monkeypatch.chdir(tmp_path / "a" / "b")
-    for path, said in ((".", "is the current directory"), ("..", "or holds it"), ("../../file", "is a file"),
-                       ("/proc", "is a mount point")):  # fmt: skip
+    for path, said in (
+        (".", "is the current directory"),
+        ("..", "or holds it"),
+        ("../../file", "is a file"),
+        ("/proc", "is a mount point"),
+    ):
         with pytest.raises(ConfigError, match=said), atomic_directory(path):
             raise AssertionError
     assert sorted(str(entry.relative_to(tmp_path)) for entry in tmp_path.rglob("*")) == ["a", "a/b", "file"]

@@ -190,16 +190,38 @@ def test_two_processes_learn_what_one_does(tiny_llama: Path, tmp_path: Path) -> 
     for i, text in enumerate(TEXTS):
         (tmp_path / "text" / f"{i:02}.txt").write_text(text)
     arguments = [
-        "train", str(tiny_llama), "--data", str(tmp_path / "text"), "--formats", "int4-g32,int8", "--steps", "4",
-        "--preset", "coatrt", "--length", "32", "--batch", "4", "--calibration", "8", "--evaluation", "2",
-        "--budgets", "5", "--evaluate-every", "2",
-    ]  # fmt: skip
+        "train",
+        str(tiny_llama),
+        "--data",
+        str(tmp_path / "text"),
+        "--formats",
+        "int4-g32,int8",
+        "--steps",
+        "4",
+        "--preset",
+        "coatrt",
+        "--length",
+        "32",
+        "--batch",
+        "4",
+        "--calibration",
+        "8",
+        "--evaluation",
+        "2",
+        "--budgets",
+        "5",
+        "--evaluate-every",
+        "2",
+    ]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "coatrt"]
     for name, program in (("one", [sys.executable, "-m", "coatrt"]), ("two", launch)):
         done = subprocess.run(
-            [*program, *arguments, "-o", str(tmp_path / name)], capture_output=True, text=True, timeout=300,
+            [*program, *arguments, "-o", str(tmp_path / name)],
+            capture_output=True,
+            text=True,
+            timeout=300,
             env={**os.environ, "OMP_NUM_THREADS": "1"},  # torchrun sets it: sums in one order in both
-        )  # fmt: skip
+        )
         assert done.returncode == 0, done.stderr
     one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
     np.testing.assert_allclose(two["losses"], one["losses"], rtol=1e-5)

@@ -51,10 +51,12 @@ def test_a_float32_lora_beside_it_gets_float32_gradients(checkpoint: Checkpoint,
     whole = FakeQuantModel(checkpoint, CodeStore(checkpoint))
     generator = torch.Generator().manual_seed(1)
     pairs = {
-        t.matrix: (torch.randn(t.K, t.rank, generator=generator) / t.K**0.5,
-                   0.05 * torch.randn(t.rank, t.N, generator=generator))
+        t.matrix: (
+            torch.randn(t.K, t.rank, generator=generator) / t.K**0.5,
+            0.05 * torch.randn(t.rank, t.N, generator=generator),
+        )
         for t in contract_for(checkpoint.matrices, 16, 32).tensors
-    }  # fmt: skip
+    }
     gradients = []
     for model in (half, whole):
         leaves = {name: tuple(x.clone().requires_grad_() for x in pair) for name, pair in pairs.items()}

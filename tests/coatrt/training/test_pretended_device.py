@@ -39,12 +39,21 @@ print(json.dumps(said))
 """
 
 
-@pytest.mark.parametrize("changes", [
-    {"preset": "coatrt", "quantizer": "feedback", "evaluate_every": 2, "patience": 5, "budgets": (4.0, 6.0),
-     "learning_rate": 1e-3},
-    {"preset": "paper", "precision": "bfloat16", "distill": 0.5, "accumulate": 2, "learning_rate": 1e-3},
-    {"preset": "none", "compensation": False, "distill": 0.5, "teacher": "top"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {
+            "preset": "coatrt",
+            "quantizer": "feedback",
+            "evaluate_every": 2,
+            "patience": 5,
+            "budgets": (4.0, 6.0),
+            "learning_rate": 1e-3,
+        },
+        {"preset": "paper", "precision": "bfloat16", "distill": 0.5, "accumulate": 2, "learning_rate": 1e-3},
+        {"preset": "none", "compensation": False, "distill": 0.5, "teacher": "top"},
+    ],
+)
 def test_losses_on_another_device_are_the_cpus(tiny_llama: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     texts, steps = json.dumps(TEXTS), json.dumps({**changes, "steps": 4})
     command = [sys.executable, "-c", _PROGRAM, str(TESTS), str(tiny_llama), str(tmp_path), texts, steps]

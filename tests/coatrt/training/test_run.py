@@ -271,10 +271,30 @@ def test_a_killed_process_resumes(tiny_llama: Path, tmp_path: Path) -> None:
     for i, text in enumerate(TEXTS):
         (tmp_path / "text" / f"{i:02}.txt").write_text(text)
     arguments = [
-        sys.executable, "-m", "coatrt", "train", str(tiny_llama), "--data", str(tmp_path / "text"), "-o",
-        str(tmp_path / "out"), "--formats", "int4-g32,int8", "--steps", "100000", "--length", "32", "--batch", "2",
-        "--evaluation", "2", "--budgets", "5", "--checkpoint-every", "1",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "coatrt",
+        "train",
+        str(tiny_llama),
+        "--data",
+        str(tmp_path / "text"),
+        "-o",
+        str(tmp_path / "out"),
+        "--formats",
+        "int4-g32,int8",
+        "--steps",
+        "100000",
+        "--length",
+        "32",
+        "--batch",
+        "2",
+        "--evaluation",
+        "2",
+        "--budgets",
+        "5",
+        "--checkpoint-every",
+        "1",
+    ]
     state = tmp_path / "out" / "training" / "state.json"
     deadline = time.monotonic() + 240
 

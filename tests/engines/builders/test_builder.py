@@ -57,9 +57,12 @@ def test_profile_and_builder_agree(graphs: Path, tiny_llama: Path, tmp_path: Pat
 def test_one_engine_serves_several_gpus(graphs: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     record = build_engine(
-        graphs / "int4-g32" / "base.onnx", tmp_path / "e.engine", device("rtx-3060"),
-        also=[device("rtx-4090"), device("rtx-5090")], shapes=EngineShapes(batch=2, prefill=32, logits=4),
-    )  # fmt: skip
+        graphs / "int4-g32" / "base.onnx",
+        tmp_path / "e.engine",
+        device("rtx-3060"),
+        also=[device("rtx-4090"), device("rtx-5090")],
+        shapes=EngineShapes(batch=2, prefill=32, logits=4),
+    )
     assert record.sms == (86, 89, 120)
     assert record.bytes == (tmp_path / "e.engine").stat().st_size
     assert record.to_json()["shapes"] == {"batch": 2, "prefill": 32, "logits": 4}

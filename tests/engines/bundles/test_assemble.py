@@ -40,9 +40,17 @@ def test_verify_compares_with_torch_and_shows_a_live_lora(tiny_bundle: Path) -> 
 
 def test_every_file_is_guarded(copy: Path) -> None:
     names = list(json.loads((copy / "manifest.json").read_text())["files"])
-    assert {"base.onnx", "cpu.onnx", "weights.bin", "hypernet.onnx", "hypernet.json", "lora.safetensors",
-            "lora_io.json",
-            "configuration.json", "plan.json"} <= set(names)  # fmt: skip
+    assert {
+        "base.onnx",
+        "cpu.onnx",
+        "weights.bin",
+        "hypernet.onnx",
+        "hypernet.json",
+        "lora.safetensors",
+        "lora_io.json",
+        "configuration.json",
+        "plan.json",
+    } <= set(names)
     for name in names:
         path = copy / name
         data = path.read_bytes()
@@ -204,8 +212,11 @@ def test_bench_measures_and_accounts(tiny_bundle: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
     result = bench(bundle, prompts=(4, 8), tokens=3, repeat=2, threads=1, device=device("rtx-3060"))
     assert [(row["tokens"], row["lora"], row["samples"]) for row in result["prefill"]] == [
-        (4, True, 2), (4, False, 2), (8, True, 2), (8, False, 2),
-    ]  # fmt: skip
+        (4, True, 2),
+        (4, False, 2),
+        (8, True, 2),
+        (8, False, 2),
+    ]
     assert [row["samples"] for row in result["decode"]] == [6, 6]
     size, model = result["bytes_per_token"], bundle.model_matrices
     assert size["weights"] == bundle.config.nbytes(model) + model.other_bytes

@@ -144,8 +144,10 @@ def test_a_damaged_engine_in_the_cache_is_built_again(adapter: Adapter, builder:
 
 
 def test_the_cache_forgets_the_least_recently_used(tmp_path: Path) -> None:
-    cache, record = EngineCache(tmp_path / "c", limit_bytes=250), BuildRecord("e", (86,), "tensorrt-rtx", "1", 1, 100,
-                                                                              EngineShapes())  # fmt: skip
+    cache, record = (
+        EngineCache(tmp_path / "c", limit_bytes=250),
+        BuildRecord("e", (86,), "tensorrt-rtx", "1", 1, 100, EngineShapes()),
+    )
     (tmp_path / "e").write_bytes(bytes(100))
     for key in ("one", "two"):
         cache.keep(key, tmp_path / "e", record)

@@ -42,10 +42,14 @@ def test_a_bundle_is_replaced_when_told_so_damaged_or_not(bundle: Path) -> None:
 @pytest.mark.parametrize(
     "manifest",
     [
-        '{"manifest_version": 3, "name": "an extension"}', '{"format": 1, "files": {"index.html": {}}}', "[]",
-        '{"format": 1, "coatrt": "0.1.0", "files": ["index.html"]}', '{"format": 1, "coatrt": "0.1', "\udcff",
+        '{"manifest_version": 3, "name": "an extension"}',
+        '{"format": 1, "files": {"index.html": {}}}',
+        "[]",
+        '{"format": 1, "coatrt": "0.1.0", "files": ["index.html"]}',
+        '{"format": 1, "coatrt": "0.1',
+        "\udcff",
     ],
-)  # fmt: skip
+)
 def test_a_foreign_manifest_makes_no_bundle(tmp_path: Path, manifest: str) -> None:
     app = tmp_path / "webapp"
     app.mkdir()

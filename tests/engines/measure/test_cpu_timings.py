@@ -45,8 +45,15 @@ def test_a_calibration_covers_its_model_and_the_planner_takes_it(
     monkeypatch.setattr("coatrt.engines.measure.cpu_timings._WORKING_SET", 1 << 16)
     monkeypatch.setattr("coatrt.engines.measure.cpu_timings._BUDGET", 0.005)
     seen: list[int] = []
-    made = calibrate_cpu(adapter, adapter.checkpoint(), tokens=(1, 8), contexts=(32, 64), threads=1, accuracy_level=4,
-                         progress=lambda done, total, _: seen.append(total - done))  # fmt: skip
+    made = calibrate_cpu(
+        adapter,
+        adapter.checkpoint(),
+        tokens=(1, 8),
+        contexts=(32, 64),
+        threads=1,
+        accuracy_level=4,
+        progress=lambda done, total, _: seen.append(total - done),
+    )
     assert seen[-1] == 0
     shapes = {(m.K, m.N) for m in adapter.model.matrices}
     assert {(p.K, p.N) for p in made.products} == shapes

@@ -80,9 +80,13 @@ def test_wrong_switches(bundles: dict[str, Bundle], tmp_path: Path) -> None:
 @pytest.mark.parametrize("held", [1, 2])
 @pytest.mark.parametrize("failure", ["altered", "untrained", "does not load", "longer"])
 def test_a_failed_switch_leaves_the_session_as_it_was(
-    bundles: dict[str, Bundle], tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: int,
+    bundles: dict[str, Bundle],
+    tiny_adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    held: int,
     failure: str,
-) -> None:  # fmt: skip
+) -> None:
     other, config = bundles["nf3-g32"], None
     if failure == "altered":
         other = Bundle.open(shutil.copytree(other.directory, tmp_path / "altered"))

@@ -128,9 +128,11 @@ def test_pieces_of_a_prompt_give_the_logits_of_the_whole(decoder: TrtDecoder, ti
     reference.set_lora(lora)
     prompts = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [9, 8, 100]]
     for found, expected in (
-        (decoder.prefill(prompts), reference.prefill(prompts)), (decoder.decode([5, 6]), reference.decode([5, 6])),
-        (decoder.decode([None, 7]), reference.decode([None, 7])), (decoder.decode([8, 9]), reference.decode([8, 9])),
-    ):  # fmt: skip
+        (decoder.prefill(prompts), reference.prefill(prompts)),
+        (decoder.decode([5, 6]), reference.decode([5, 6])),
+        (decoder.decode([None, 7]), reference.decode([None, 7])),
+        (decoder.decode([8, 9]), reference.decode([8, 9])),
+    ):
         np.testing.assert_allclose(found, expected, atol=0.05)  # logits and LoRA travel as float16
         assert np.abs(found).max() > 1
     assert decoder.lengths.tolist() == [11, 6]
@@ -153,9 +155,15 @@ def test_an_engine_is_chosen_and_refused_with_both_values(
     directory = Path(shutil.copytree(tiny_bundle, tmp_path / "b"))
     (directory / "sm89.engine").write_bytes(b"engine")
     manifest = dict(Bundle.open(tiny_bundle).manifest)
-    engine = {"file": "sm89.engine", "sms": [89], "builder": "tensorrt-rtx", "version": "9.9", "bytes": 6,
-              "seconds": 1.0,
-              "shapes": {"batch": 1, "prefill": 4, "logits": 1}}  # fmt: skip
+    engine = {
+        "file": "sm89.engine",
+        "sms": [89],
+        "builder": "tensorrt-rtx",
+        "version": "9.9",
+        "bytes": 6,
+        "seconds": 1.0,
+        "shapes": {"batch": 1, "prefill": 4, "logits": 1},
+    }
     seal(
         directory, {k: v for k, v in manifest.items() if k not in ("format", "coatrt", "files")} | {"engines": [engine]}
     )
