@@ -55,7 +55,7 @@ def main() -> None:
             threads=1,
             accuracy_level=LEVEL,
             clock=time.thread_time,
-            progress=lambda done, total, _: print(f"{done}/{total}", flush=True),
+            progress=lambda done, total, *_: print(f"{done}/{total}", flush=True),
         )
         seconds, rng = time.monotonic() - started, np.random.default_rng(3)
         reference, then = decoder(same), predicted_decode(calibration, adapter, same, CONTEXT)

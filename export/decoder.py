@@ -1,6 +1,6 @@
 """Checkpoint and configuration → decoder graphs and their one weights file."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -19,10 +19,10 @@ from coatrt.models.spec import DecoderSpec
 from coatrt.planning.workload import too_long
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import QuantizedMatrix, encode
+from coatrt.system.progress import Progress, silent
 
-__all__ = ["WEIGHTS_FILE", "DecoderIO", "GraphForm", "Progress", "decoder_io", "export_decoder"]
+__all__ = ["WEIGHTS_FILE", "DecoderIO", "GraphForm", "decoder_io", "export_decoder"]
 
-Progress = Callable[[int, int, str], None]
 """Called with (matrices done, matrices in all, name of the matrix just written)."""
 
 
@@ -120,7 +120,7 @@ def export_decoder(
     forms: Sequence[GraphForm],
     contract: LoraContract | None = None,
     codes: CodeStore | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> dict[str, str]:
     """Write a model as decoder graphs, all reading one `weights.bin`; every matrix is quantized once.
 
@@ -173,8 +173,7 @@ def export_decoder(
                 if table.weight is not None:
                     written[HEAD] = table.weight
             del matrix  # before the next one is read
-            if progress is not None:
-                progress(done, len(model.names), name)
+            progress(done, len(model.names), "matrices", name)
         for graph, table, written, rows in zip(graphs, tables, weights, positions, strict=True):
             Network(graph, spec, table, written, small, contract, rows).write()
         small.check()

@@ -17,6 +17,7 @@ from micro import micro_llama
 from tasks import TASKS
 
 from coatrt.adapter.features import ConfigEncoder
+from coatrt.cli.progress import drawn
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.space import ConfigSpace
 from coatrt.data.examples import Examples
@@ -30,7 +31,6 @@ from coatrt.quantization.codec import Quantizer
 from coatrt.quantization.input_moments import Calibration, InputMoments, calibration_examples
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.files import cache_directory
-from coatrt.system.progress import stages
 from coatrt.system.tensors import read_tensors, write_tensors
 from coatrt.training.config_sampler import TrainingSampler
 
@@ -128,7 +128,7 @@ class Setting:
         if not path.is_file():
             self.base.set_config(None)
             self.base.set_pairs(None)
-            with stages("gains") as progress:
+            with drawn("gains") as progress:
                 found = output_gains(self.base, self._calibration, progress)
             write_tensors(path, {name: tensor.cpu() for name, tensor in found.items()})
         stored = read_tensors(path)
@@ -144,7 +144,7 @@ class Setting:
         """Costs and errors, measured once on training examples."""
         path = self.scratch / f"sensitivity-{self.model}-{self.task}.json"
         if not path.is_file():
-            with stages("sensitivity") as progress:
+            with drawn("sensitivity") as progress:
                 found = measure_sensitivity(
                     self.base,
                     self.codes,

@@ -25,6 +25,7 @@ from coatrt.quantization.codec import CALIBRATED, QUANTIZERS, Quantizer
 from coatrt.quantization.input_moments import Calibration
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.files import atomic_directory, read_json, sha256_file, write_json
+from coatrt.system.progress import Progress, silent
 
 __all__ = ["ADAPTER_FORMAT", "Adapter"]
 
@@ -115,13 +116,14 @@ class Adapter:
             )
         return checkpoint
 
-    def codes(self, checkpoint: Checkpoint) -> CodeStore:
+    def codes(self, checkpoint: Checkpoint, progress: Progress = silent) -> CodeStore:
         """Return the encoded matrices the adapter was trained on, from the user's cache or encoded as then.
 
         Args:
             checkpoint: its model, see `checkpoint`.
+            progress: called while second moments are measured.
         """
-        return CodeStore.default(checkpoint, self.quantizer, self.calibration)
+        return CodeStore.default(checkpoint, self.quantizer, self.calibration, progress)
 
     def save(self, directory: str | Path) -> None:
         """Write the adapter to `directory`, atomically; A and B also for PEFT, without θ and C, in folder peft.

@@ -1,6 +1,6 @@
 """Compensation: what the LoRA of a matrix can make up for in its quantization, in closed form for every format."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from coatrt.configs.lora_contract import LoraContract, LoraTensor
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.quantization.input_moments import InputMoments
 from coatrt.quantization.weight_format import WeightFormat
+from coatrt.system.progress import Progress, silent
 
 __all__ = ["Compensator", "Reading"]
 
@@ -59,7 +60,7 @@ class Compensator:
         model: FakeQuantModel,
         moments: InputMoments,
         contract: LoraContract,
-        progress: Callable[[int, int, str], None] | None = None,
+        progress: Progress = silent,
     ) -> None:
         self._model = model
         self._weights = {

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from coatrt.evaluation.fake_quant import FakeQuantModel
+from coatrt.system.progress import Progress, silent
 
 __all__ = ["Gram", "collect_inputs", "inputs_are_smaller"]
 
@@ -69,7 +70,7 @@ class Gram:
 
 @torch.no_grad()
 def collect_inputs(
-    model: FakeQuantModel, tokens: Tensor, names: Sequence[str], progress: Callable[[int, int, str], None] | None = None
+    model: FakeQuantModel, tokens: Tensor, names: Sequence[str], progress: Progress = silent
 ) -> dict[str, Tensor]:
     """Return name → what the matrix reads in full precision, bfloat16 [T, K], all tokens in their order.
 
@@ -91,8 +92,7 @@ def collect_inputs(
         for start in range(0, len(tokens), _BATCH):
             rows = tokens[start : start + _BATCH]
             model.logits(rows, torch.tensor([rows.shape[1] - 1]))
-            if progress is not None:
-                progress(start + len(rows), len(tokens), "inputs")
+            progress(start + len(rows), len(tokens), "inputs")
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,6 +1,6 @@
 """The configuration-aware LoRA as one module: A and B of all matrices stacked by shape, U from the hypernetwork, C."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from coatrt.adapter.features import ConfigEncoder
 from coatrt.adapter.hypernetwork import Hypernetwork, HypernetworkOptions, Preset
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import LoraContract
+from coatrt.system.progress import Progress, silent
 
 __all__ = ["CoaLora"]
 
@@ -67,7 +68,7 @@ class CoaLora(nn.Module):
         compensator: Compensator,
         gains: Mapping[str, Tensor] | None = None,
         share: float = 1.0,
-        progress: Callable[[int, int, str], None] | None = None,
+        progress: Progress = silent,
     ) -> None:
         """Take C from a compensator from now on.
 
@@ -91,8 +92,7 @@ class CoaLora(nn.Module):
                     tensor = self.contract.tensors[row]
                     A[i].copy_(compensator.start(tensor, lowest, gains[tensor.matrix], row, share))
                     done += 1
-                    if progress is not None:
-                        progress(done, count, "directions")
+                    progress(done, count, "directions")
 
     def settle(self) -> None:
         """Keep C for every matrix and format as A stands now, and let go of the compensator."""

@@ -40,15 +40,15 @@ def command(
 ) -> None:
     """Measure BUNDLE on this machine with ONNX Runtime: prefill, decode, LoRA on and off, emission, load."""
     from coatrt.bundle import Bundle
+    from coatrt.cli.progress import drawn
     from coatrt.devices.profiles import device as profile
     from coatrt.engines.measure.bench import bench, bench_text
     from coatrt.system.files import write_json
-    from coatrt.system.progress import stages
 
     if output is not None:
         check_writable(output)
     known = profile(device) if device is not None else None
-    with stages("bench") as progress:
+    with drawn("bench") as progress:
         result = bench(
             Bundle.open(bundle),
             prompts=prompts or (16, 128),
@@ -58,7 +58,7 @@ def command(
             threads=threads,
             accuracy_level=int(accuracy_level),
             device=known,
-            progress=lambda done, total: progress(done, total, "repetitions"),
+            progress=progress,
         )
     if output is not None:
         write_json(output, result)

@@ -137,12 +137,12 @@ def _build(
     adapter: Path, targets: list[Any], options: Any, room: Any, *, model: str | None, overwrite: bool, no_cache: bool
 ) -> None:
     from coatrt.adapter.adapter import Adapter
+    from coatrt.cli.progress import drawn
     from coatrt.engines.builders.engine_cache import EngineCache
     from coatrt.engines.bundles.build import Target, build_fleet
-    from coatrt.system.progress import stages
 
     loaded = Adapter.load(adapter)
-    with stages("build") as progress:
+    with drawn("build") as progress:
         made = build_fleet(
             loaded,
             loaded.checkpoint(model),

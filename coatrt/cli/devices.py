@@ -48,12 +48,12 @@ def probe(as_json: bool) -> None:
 def calibrate(adapter: Path, model: str | None, threads: int | None, accuracy_level: str, as_json: bool) -> None:
     """Time every product of ADAPTER's model on this CPU; `plan --device cpu` predicts with it from then on."""
     from coatrt.adapter.adapter import Adapter
+    from coatrt.cli.progress import drawn
     from coatrt.engines.measure.cpu_timings import calibrate_cpu
     from coatrt.planning.measured_latency import calibration_path
-    from coatrt.system.progress import stages
 
     loaded = Adapter.load(adapter)
-    with stages("calibrate") as progress:
+    with drawn("calibrate") as progress:
         made = calibrate_cpu(
             loaded, loaded.checkpoint(model), threads=threads, accuracy_level=int(accuracy_level), progress=progress
         )

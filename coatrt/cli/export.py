@@ -28,15 +28,15 @@ def command(
 ) -> None:
     """Write the ONNX graphs, hypernetwork and LoRA of one configuration of ADAPTER: a bundle without an engine."""
     from coatrt.adapter.adapter import Adapter
+    from coatrt.cli.progress import drawn
     from coatrt.devices.profiles import device
     from coatrt.engines.bundles.assemble import BundleOptions, assemble
     from coatrt.planning.plan import read_config
-    from coatrt.system.progress import stages
 
     loaded = Adapter.load(adapter)
     config = read_config(config_path, loaded.model)
     options = BundleOptions(activations, cpu_activations, context, engine=False)
-    with stages("export") as progress:
+    with drawn("export") as progress:
         bundle = assemble(
             loaded,
             loaded.checkpoint(model),
@@ -44,7 +44,7 @@ def command(
             device("cpu"),
             output,
             options,
-            progress=lambda done, total, _: progress(done, total, "matrices"),
+            progress=progress,
             overwrite=overwrite,
         )
     size = sum(facts["bytes"] for facts in bundle.manifest["files"].values())

@@ -43,13 +43,12 @@ def command(
     ADAPTER/archive.json is written after every measurement; an interrupted search goes on.
     """
     from coatrt.adapter.adapter import Adapter
+    from coatrt.cli.progress import drawn
     from coatrt.data.documents import read_documents
     from coatrt.data.registry import load_task
     from coatrt.data.task_data import TaskData
     from coatrt.models.checkpoint import load_tokenizer
-    from coatrt.planning.archive import ArchiveEntry
     from coatrt.search.run import search_adapter
-    from coatrt.system.progress import progress_bar
 
     tell_of_gpu(compute)
     loaded = Adapter.load(adapter)
@@ -63,12 +62,7 @@ def command(
             task, data, load_tokenizer(loaded.checkpoint(model).directory), length or usual[1], held_out=data
         )
     blocks, length = usual[0] if blocks is None else blocks, usual[1] if length is None else length
-    with progress_bar("search", evaluations) as bar:
-
-        def progress(done: int, _: int, entry: ArchiveEntry) -> None:
-            bar.update(done - bar.n)
-            bar.set_postfix_str(f"loss {entry.loss:.3f}")
-
+    with drawn("search") as progress:
         archive, options = search_adapter(
             adapter,
             documents,

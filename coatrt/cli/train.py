@@ -118,6 +118,7 @@ def command(
 
     Options left out keep the defaults of coatrt.training.run.TrainOptions.
     """
+    from coatrt.cli.progress import drawn
     from coatrt.data.registry import load_task
     from coatrt.models.checkpoint import Checkpoint, load_tokenizer
     from coatrt.models.spec import DecoderSpec
@@ -137,7 +138,10 @@ def command(
     tokenizer = load_tokenizer(checkpoint.directory)
     loaded = load_task(task, data, tokenizer, options.length, held_out=held_out or None)
     _tell_of_few_tokens(options, checkpoint, loaded)
-    adapter = train(model, loaded, output, options, resume=resume, overwrite=overwrite, compute=compute)
+    with drawn("train") as progress:
+        adapter = train(
+            model, loaded, output, options, resume=resume, overwrite=overwrite, compute=compute, progress=progress
+        )
     click.echo(_summary(adapter.metrics, output))
 
 

@@ -17,16 +17,16 @@ from coatrt.models.matrices import EMBEDDING, HEAD
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import decode
 from coatrt.quantization.weight_format import WeightFormat
+from coatrt.system.progress import Progress, silent
 
 __all__ = ["kfac_costs", "output_gains", "token_costs", "visit_outputs"]
 
-Progress = Callable[[int, int, str], None]
 Visitor = Callable[[str, Tensor, Tensor], None]
 _TOKENS = 1024  # of a backward pass, about
 
 
 def visit_outputs(
-    model: FakeQuantModel, examples: Examples | Tensor, visit: Visitor, progress: Progress | None = None
+    model: FakeQuantModel, examples: Examples | Tensor, visit: Visitor, progress: Progress = silent
 ) -> None:
     """Call `visit(matrix name, x, g)` for every matrix and batch of examples.
 
@@ -47,8 +47,7 @@ def visit_outputs(
         with torch.enable_grad(), _tapped(model, visit, batch):
             (model.loss(batch) * batch.predicted).backward()  # type: ignore[no-untyped-call]
         done += len(rows)
-        if progress is not None:
-            progress(done, len(examples), "gradients")
+        progress(done, len(examples), "gradients")
 
 
 @contextmanager
@@ -92,9 +91,7 @@ def _residuals(
         yield str(fmt), weight - decode(codes.get(name, fmt).to(model.compute))
 
 
-def output_gains(
-    model: FakeQuantModel, examples: Examples | Tensor, progress: Progress | None = None
-) -> dict[str, Tensor]:
+def output_gains(model: FakeQuantModel, examples: Examples | Tensor, progress: Progress = silent) -> dict[str, Tensor]:
     """Return linear matrix → Σ g_n² per target, float32 [N], g the gradients of the summed losses at the outputs.
 
     Args:
@@ -150,7 +147,7 @@ def kfac_costs(
     codes: CodeStore,
     examples: Examples | Tensor,
     formats: Sequence[WeightFormat],
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> dict[str, dict[str, float]]:
     """Return matrix → format text → ½ Σ_n G_n ΔW_n H ΔW_nᵀ, nats per target.
 
@@ -182,8 +179,7 @@ def kfac_costs(
                 ids = here.rows[:, 0].long()
                 total += float((here.rows[:, 1:] * residual[ids].square()).sum())
             costs[name][text] = 0.5 * total / examples.predicted
-        if progress is not None:
-            progress(i + 1, len(names), "formats")
+        progress(i + 1, len(names), "formats")
     return costs
 
 
@@ -192,7 +188,7 @@ def token_costs(
     codes: CodeStore,
     examples: Examples | Tensor,
     formats: Sequence[WeightFormat],
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> dict[str, dict[str, float]]:
     """Return matrix → format text → ½ Σ_t (g_tᵀ ΔW x_t)² per target, nats per target.
 

@@ -1,6 +1,6 @@
 """Sensitivity: what each format would cost each matrix, from one pass of gradients and from the encoded weights."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -18,15 +18,14 @@ from coatrt.evaluation.sensitivity_table import Sensitivity
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import decode
 from coatrt.quantization.weight_format import WeightFormat
+from coatrt.system.progress import Progress, silent
 
 __all__ = ["Predictor", "Sensitivity", "fisher_costs", "measure_sensitivity", "measured_costs", "relative_errors"]
 
 Predictor = Literal["fisher", "kfac", "tokens"]
 
-Progress = Callable[[int, int, str], None]
 
-
-def _fisher(model: FakeQuantModel, blocks: Examples, progress: Progress | None) -> dict[str, Tensor]:
+def _fisher(model: FakeQuantModel, blocks: Examples, progress: Progress) -> dict[str, Tensor]:
     """Return matrix → diagonal of the empirical Fisher information per token, float32 [N, K].
 
     The mean loss of a block of T targets has the gradient (1/T)·Σ g_t; with independent targets Σ g_t² is T² times its
@@ -48,8 +47,7 @@ def _fisher(model: FakeQuantModel, blocks: Examples, progress: Progress | None) 
         for current in range(len(blocks)):
             with torch.enable_grad():
                 model.loss(blocks[current : current + 1]).backward()  # type: ignore[no-untyped-call]
-            if progress is not None:
-                progress(current + 1, len(blocks), "gradients")
+            progress(current + 1, len(blocks), "gradients")
     finally:
         for hook, weight in zip(hooks, names, strict=True):
             hook.remove()
@@ -62,7 +60,7 @@ def fisher_costs(
     codes: CodeStore,
     blocks: Examples | Tensor,
     formats: Sequence[WeightFormat],
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> dict[str, dict[str, float]]:
     """Return matrix → format text → ½·Σ F∘(W − Q(W))², F the diagonal empirical Fisher (arXiv 2509.25214).
 
@@ -83,8 +81,7 @@ def fisher_costs(
             * float(importance @ (weight - decode(codes.get(name, fmt).to(model.compute))).square_().view(-1))
             for fmt in formats
         }
-        if progress is not None:
-            progress(i + 1, len(names), "formats")
+        progress(i + 1, len(names), "formats")
     return costs
 
 
@@ -107,7 +104,7 @@ def measured_costs(
     blocks: Tensor,
     space: ConfigSpace,
     errors: Mapping[str, Mapping[str, float]],
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> dict[str, dict[str, float]]:
     """Return matrix → format text → cost from the measured loss with one group at a time in its worst format.
 
@@ -130,8 +127,7 @@ def measured_costs(
         model.set_config(QuantConfig({**uniform.formats, **dict.fromkeys(group, fmt)}))
         rises.append(mean_loss(model, blocks) - base)
         worst.append(str(fmt))
-        if progress is not None:
-            progress(i + 1, len(space.groups), "groups")
+        progress(i + 1, len(space.groups), "groups")
     model.set_config(None)
     least = 0.1 * max(float(np.median(rises)), 1e-6)
     return {
@@ -149,7 +145,7 @@ def measure_sensitivity(
     codes: CodeStore,
     blocks: Examples | Tensor,
     formats: Sequence[WeightFormat],
-    progress: Progress | None = None,
+    progress: Progress = silent,
     predictor: Predictor = "fisher",
 ) -> Sensitivity:
     """Measure every matrix in every format.

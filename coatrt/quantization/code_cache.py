@@ -12,6 +12,7 @@ from coatrt.quantization.codec import CALIBRATED, QUANTIZER_VERSION, QuantizedMa
 from coatrt.quantization.input_moments import Calibration, InputMoments
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.files import cache_directory
+from coatrt.system.progress import Progress, silent
 from coatrt.system.resources import free_memory
 from coatrt.system.tensors import read_tensors, write_tensors
 
@@ -35,6 +36,7 @@ class CodeStore:
             is not in the cache asks for them.
         memory_bytes: most bytes of codes kept in memory; the least recently used go first. None: as many as leave 4 GiB
             of the machine's memory free, 1 GiB at least.
+        progress: called while second moments are measured.
 
     Raises:
         ConfigError: the quantizer needs a calibration and none is given.
@@ -47,6 +49,7 @@ class CodeStore:
         quantizer: Quantizer = "mse",
         calibration: Calibration | None = None,
         memory_bytes: int | None = None,
+        progress: Progress = silent,
     ) -> None:
         if quantizer in CALIBRATED and calibration is None:
             raise ConfigError(f"the quantizer {quantizer} is given without calibration tokens; give some, or use mse")
@@ -58,7 +61,8 @@ class CodeStore:
         self._tokens = calibration.tokens.numel() if calibration is not None else None
         if quantizer in CALIBRATED and calibration is not None:
             self._key += f"-{calibration.hash}"
-            self._moments = InputMoments(checkpoint, calibration, root / "moments" if root is not None else None)
+            place = root / "moments" if root is not None else None
+            self._moments = InputMoments(checkpoint, calibration, place, progress=progress)
         self._limit = memory_bytes
         self._held: OrderedDict[tuple[str, str], QuantizedMatrix] = OrderedDict()
         self._bytes = 0
@@ -69,10 +73,10 @@ class CodeStore:
         checkpoint: Checkpoint,
         quantizer: Quantizer = "mse",
         calibration: Calibration | None = None,
-        memory_bytes: int | None = None,
+        progress: Progress = silent,
     ) -> "CodeStore":
         """Return a store on the user's cache directory."""
-        return cls(checkpoint, cache_directory(), quantizer, calibration, memory_bytes)
+        return cls(checkpoint, cache_directory(), quantizer, calibration, progress=progress)
 
     def get(self, name: str, weight_format: WeightFormat | str) -> QuantizedMatrix:
         """Return matrix `name` in a format, from memory, disk, or by encoding the checkpoint's weight.

@@ -14,7 +14,7 @@ from coatrt.data.examples import Examples
 from coatrt.errors import CheckpointError, ConfigError
 from coatrt.models.checkpoint import Checkpoint, load_model
 from coatrt.models.matrices import EMBEDDING, HEAD, ModelMatrices
-from coatrt.system.progress import progress_bar
+from coatrt.system.progress import Progress, silent
 from coatrt.system.resources import free_memory
 from coatrt.system.tensors import hash_tensors, read_tensors, write_tensors
 
@@ -100,7 +100,7 @@ def tokens_wanted(model: ModelMatrices) -> int:
 
 
 def measure_moments(
-    model: Any, tokens: Tensor, names: Sequence[str], batch: int = 4, progress: Callable[[int], object] | None = None
+    model: Any, tokens: Tensor, names: Sequence[str], batch: int = 4, progress: Progress = silent
 ) -> dict[str, Tensor]:
     """Return name → H = E[x xᵀ] over all tokens, float32 [K, K], of the inputs x of linear modules.
 
@@ -109,7 +109,7 @@ def measure_moments(
         tokens: int64 [blocks, length].
         names: of the modules, the head among them as `HEAD`; all their moments are in memory at once.
         batch: blocks in one forward pass.
-        progress: called with the number of blocks just done.
+        progress: called after each batch.
     """
     moments: dict[str, Tensor] = {}
 
@@ -130,8 +130,7 @@ def measure_moments(
                 out = model.get_decoder()(input_ids=rows, use_cache=False)
                 if HEAD in names:  # its logits are not needed, only what it reads
                     collect(HEAD, out.last_hidden_state)
-                if progress is not None:
-                    progress(len(tokens[start : start + batch]))
+                progress(start + len(rows), len(tokens), "calibration")
     finally:
         for hook in hooks:
             hook.remove()
@@ -150,6 +149,7 @@ class InputMoments:
         calibration: the tokens.
         root: directory of the disk cache, shared between checkpoints; None keeps the moments in memory, all of them.
         memory_bytes: most bytes of moments that are measured at once; None: half of what is free then, 1 GiB at least.
+        progress: called while moments are measured.
     """
 
     def __init__(
@@ -158,8 +158,10 @@ class InputMoments:
         calibration: Calibration,
         root: Path | None = None,
         memory_bytes: int | None = None,
+        progress: Progress = silent,
     ) -> None:
         self._checkpoint, self.calibration, self._limit = checkpoint, calibration, memory_bytes
+        self._progress = progress
         self._root = root / checkpoint.fingerprint / calibration.hash if root is not None else None
         self._leader = {name: group[0] for group in checkpoint.matrices.groups for name in group}
         if checkpoint.matrices.tied:
@@ -216,11 +218,10 @@ class InputMoments:
                 size = 0
             runs[-1].append(leader)
             size += more
-        with progress_bar("calibration", len(runs) * len(tokens)) as bar:
-            for run in runs:
-                for leader, moment in measure_moments(model, tokens, run, progress=bar.update).items():
-                    path = self._path(leader)
-                    if path is not None:
-                        write_tensors(path, {"moment": moment})
-                    if path is None or leader == wanted:
-                        self._held[leader] = moment
+        for run in runs:
+            for leader, moment in measure_moments(model, tokens, run, progress=self._progress).items():
+                path = self._path(leader)
+                if path is not None:
+                    write_tensors(path, {"moment": moment})
+                if path is None or leader == wanted:
+                    self._held[leader] = moment

@@ -18,11 +18,11 @@ from coatrt.planning.archive import Archive, ArchiveEntry
 from coatrt.planning.knapsack import CostTable, cost_matrix, near_optimal_each
 from coatrt.planning.pareto import hypervolume
 from coatrt.search.surrogate import Surrogate, disturbed, fit_multipliers, multiplier_terms, predicted
+from coatrt.system.progress import Progress, silent
 
 __all__ = ["Method", "SearchOptions", "propose", "search"]
 
 Method = Literal["surrogate", "budgets", "allocation", "mutation"]
-Progress = Callable[[int, int, ArchiveEntry], None]
 _BUDGETS = 40  # budgets looked at for each proposal
 _LEARNED_TRIES = 3  # of the surrogate before a random mutation stands in
 _TRIES = 50  # other proposals in place of a configuration measured already
@@ -94,7 +94,7 @@ def search(
     evaluate: Callable[[QuantConfig], float],
     options: SearchOptions,
     archive: Archive | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Archive:
     """Measure configurations until the archive holds as many of this round as asked for.
 
@@ -104,7 +104,7 @@ def search(
         evaluate: configuration → held-out loss, nats per token.
         options: how.
         archive: what was measured before, and where more is written; a new one in memory if not given.
-        progress: called after each measurement with (measured, wanted, entry).
+        progress: called after each measurement.
 
     Raises:
         ConfigError: options do not fit the space, or a loss is not finite.
@@ -118,8 +118,7 @@ def search(
         size = config.nbytes(space.model) + options.lora_bytes
         entry = ArchiveEntry(config, size, float(evaluate(config)), options.round)
         archive.add(entry)
-        if progress is not None:
-            progress(done + 1, options.evaluations, entry)
+        progress(done + 1, options.evaluations, "configurations", f"loss {entry.loss:.3f}")
     return archive
 
 

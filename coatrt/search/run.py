@@ -1,7 +1,7 @@
 """The Pareto search of an adapter: held-out loss with the LoRA it emits, kept in the adapter's directory."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,15 +16,14 @@ from coatrt.errors import ConfigError
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.evaluation.losses import mean_loss
 from coatrt.models.checkpoint import load_tokenizer
-from coatrt.planning.archive import ARCHIVE_FILE, Archive, ArchiveEntry
+from coatrt.planning.archive import ARCHIVE_FILE, Archive
 from coatrt.search.loop import SearchOptions, search
 from coatrt.system.files import exclusive
+from coatrt.system.progress import Progress, silent
 from coatrt.system.resources import compute_device
 from coatrt.system.tensors import hash_tensors
 
 __all__ = ["search_adapter"]
-
-Progress = Callable[[int, int, ArchiveEntry], None]
 
 
 def search_adapter(
@@ -37,7 +36,7 @@ def search_adapter(
     seed: int = 0,
     model: str | Path | None = None,
     compute: str = "cpu",
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> tuple[Archive, SearchOptions]:
     """Measure configurations of an adapter, each with the LoRA that the hypernetwork emits for it.
 
@@ -81,7 +80,7 @@ def search_adapter(
     with exclusive(directory / ARCHIVE_FILE, "search of this adapter"):
         archive = Archive.open(directory / ARCHIVE_FILE, space.model.parameters, f"{adapter_hash(directory)} {text}")
         dtype = getattr(torch, adapter.metrics.get("options", {}).get("precision", "float32"))
-        fake = FakeQuantModel(checkpoint, adapter.codes(checkpoint), compute, dtype=dtype)
+        fake = FakeQuantModel(checkpoint, adapter.codes(checkpoint, progress), compute, dtype=dtype)
         lora = 2 * sum(rows * columns for rows, columns in adapter.contract.shapes.values())
         options = SearchOptions(
             evaluations,

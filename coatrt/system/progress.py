@@ -1,35 +1,23 @@
-"""Progress bars, silent where standard error is no terminal."""
+"""How long work says how far it is; who calls it decides what is drawn (the command line does, see `coatrt.cli`)."""
 
-import contextlib
-from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Protocol
 
-from tqdm import tqdm
-
-__all__ = ["progress_bar", "stages"]
+__all__ = ["Progress", "silent"]
 
 
-def progress_bar(what: str, total: int, done: int = 0, shown: bool = True) -> "tqdm[NoReturn]":
-    """Return a bar on standard error that appears after two seconds; never where it is not to be `shown`."""
-    return tqdm(desc=what, total=total, initial=done, disable=None if shown else True, delay=2, dynamic_ncols=True)
+class Progress(Protocol):
+    """What long work calls as it goes on."""
+
+    def __call__(self, done: int, total: int, stage: str, note: str = "", /) -> None:
+        """Take note of how far a stage is.
+
+        Args:
+            done: units of the stage that are done; the first call of a stage may say any number.
+            total: units of the stage.
+            stage: its name; another name begins another stage.
+            note: a figure to show beside it, such as the loss.
+        """
 
 
-@contextlib.contextmanager
-def stages(what: str) -> Iterator[Callable[[int, int, str], None]]:
-    """Yield a callback (done, total, stage); every new stage gets a bar of its own."""
-    bar: tqdm[NoReturn] | None = None
-    current = None
-
-    def progress(done: int, total: int, stage: str) -> None:
-        nonlocal bar, current
-        if bar is None or stage != current:
-            if bar is not None:
-                bar.close()
-            bar, current = progress_bar(f"{what}: {stage}", total), stage
-        bar.update(done - bar.n)
-
-    try:
-        yield progress
-    finally:
-        if bar is not None:
-            bar.close()
+def silent(done: int, total: int, stage: str, note: str = "", /) -> None:
+    """Show nothing."""

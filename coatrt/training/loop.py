@@ -15,7 +15,7 @@ from coatrt.data.examples import Examples
 from coatrt.errors import CheckpointError, CoatError
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.system.distributed import Processes
-from coatrt.system.progress import progress_bar
+from coatrt.system.progress import Progress, silent
 from coatrt.system.tensors import read_tensors, write_tensors
 from coatrt.training.objective import Pass, accumulate_gradients
 from coatrt.training.options import TrainOptions
@@ -63,6 +63,7 @@ def optimise(
     run: str,
     processes: Processes,
     measure: Callable[[], float] | None = None,
+    progress: Progress = silent,
 ) -> History:
     """Train a LoRA module, from its last checkpoint if there is one.
 
@@ -76,6 +77,7 @@ def optimise(
         run: identifies model, data and options; a checkpoint of another run is refused.
         processes: those that train together, each with its share of every batch.
         measure: figure of merit, higher is better, asked every `options.evaluate_every` steps.
+        progress: called after each step.
 
     Raises:
         CoatError: the loss is not finite.
@@ -91,28 +93,25 @@ def optimise(
     done = load_state(state, lora, optimizer, run)
     history = _history(done) if done else History()
     before = history.seconds
-    with progress_bar("training", options.steps, history.step, shown=processes.is_first) as bar:
-        while history.step < options.steps and not history.exhausted(options.patience):
-            passes = _passes(model, data, draw(history.step), options, history.step, processes)
-            losses = _step(model, lora, optimizer, passes, options, processes, options.rate(history.step))
-            if not all(map(math.isfinite, losses)):
-                raise CoatError(
-                    f"the loss is not finite at step {history.step + 1}; give a lower learning rate or a higher "
-                    "--low-bits"
-                )
-            history.step += 1
-            history.losses.append(losses)
-            bar.update(1)
-            bar.set_postfix_str(f"loss {sum(losses) / len(losses):.3f}")
-            last = history.step == options.steps
-            if measure is not None and options.evaluate_every and (last or not history.step % options.evaluate_every):
-                history.measured.append((history.step, processes.first(measure)))
-                if history.best == history.step and processes.is_first:
-                    _save_best(state, lora)
-            stops = last or history.exhausted(options.patience)
-            if processes.is_first and (stops or not history.step % options.checkpoint_every):
-                history.seconds = before + time.monotonic() - started
-                save_state(state, lora, optimizer, run, {**asdict(history)})
+    while history.step < options.steps and not history.exhausted(options.patience):
+        passes = _passes(model, data, draw(history.step), options, history.step, processes)
+        losses = _step(model, lora, optimizer, passes, options, processes, options.rate(history.step))
+        if not all(map(math.isfinite, losses)):
+            raise CoatError(
+                f"the loss is not finite at step {history.step + 1}; give a lower learning rate or a higher --low-bits"
+            )
+        history.step += 1
+        history.losses.append(losses)
+        progress(history.step, options.steps, "training", f"loss {sum(losses) / len(losses):.3f}")
+        last = history.step == options.steps
+        if measure is not None and options.evaluate_every and (last or not history.step % options.evaluate_every):
+            history.measured.append((history.step, processes.first(measure)))
+            if history.best == history.step and processes.is_first:
+                _save_best(state, lora)
+        stops = last or history.exhausted(options.patience)
+        if processes.is_first and (stops or not history.step % options.checkpoint_every):
+            history.seconds = before + time.monotonic() - started
+            save_state(state, lora, optimizer, run, {**asdict(history)})
     processes.wait()
     if options.patience and history.best not in (-1, history.step):
         _load_best(state, lora)

@@ -32,7 +32,7 @@ from coatrt.quantization.input_moments import Calibration, InputMoments, calibra
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.distributed import Processes
 from coatrt.system.files import cache_directory, check_replaceable
-from coatrt.system.progress import progress_bar, stages
+from coatrt.system.progress import Progress, silent
 from coatrt.system.resources import compute_device
 from coatrt.training.config_sampler import TrainingSampler
 from coatrt.training.loop import optimise
@@ -52,6 +52,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     compute: str = "cpu",
+    progress: Progress = silent,
 ) -> Adapter:
     """Train a configuration-aware LoRA on text or another task and save it.
 
@@ -66,6 +67,7 @@ def train(
         resume: go on from the last checkpoint; a finished adapter is returned as it is.
         overwrite: replace a finished adapter or forget an unfinished one.
         compute: torch device.
+        progress: called as calibration, sensitivities, training and measuring go on, in the first process only.
 
     Raises:
         ConfigError: options or data do not fit, `output` is in use, or there is no such device.
@@ -85,7 +87,9 @@ def train(
         data = documents
     else:
         data = text_task(load_tokenizer(checkpoint.directory), documents, options.length, held_out=held_out)
-    return _Training(checkpoint, str(source), data, options, output / "training", run, compute, processes).run(output)
+    progress = progress if processes.is_first else silent
+    training = _Training(checkpoint, str(source), data, options, output / "training", run, compute, processes, progress)
+    return training.run(output)
 
 
 def _claim(output: Path, run: str, resume: bool, overwrite: bool) -> None:
@@ -144,8 +148,9 @@ class _Training:
         run: str,
         compute: str,
         processes: Processes,
+        progress: Progress,
     ) -> None:
-        self.processes = processes
+        self.processes, self.progress = processes, progress
         self.checkpoint, self.data, self.options, self.state, self.identity = checkpoint, data, options, state, run
         self.source = os.path.abspath(source) if Path(source).exists() else source  # noqa: PTH100 - keeps symbolic links
         formats = tuple(WeightFormat.parse(text) for text in options.formats)
@@ -158,7 +163,7 @@ class _Training:
         self.calibration = Calibration.of(calibration_examples(data.train, blocks, options.length, options.seed))
         blocks = options.calibration or SENSITIVITY_BLOCKS
         self.calibrated_on = calibration_examples(data.train, blocks, options.length, options.seed)
-        self.codes = CodeStore.default(checkpoint, options.quantizer, self.calibration)
+        self.codes = CodeStore.default(checkpoint, options.quantizer, self.calibration, progress)
         self.model = FakeQuantModel(checkpoint, self.codes, compute, dtype=getattr(torch, options.precision))
         self.sensitivity = self._sensitivity()
         self.sampler = TrainingSampler(self.space, self.sensitivity.costs, low, high, options.planned, options.seed)
@@ -184,28 +189,26 @@ class _Training:
         if self.processes.is_first:
             claim_state(self.state, self.identity)
         if self.processes.is_first and not path.is_file():
-            with stages("sensitivity") as progress:
-                # Errors under feedback make up for each other; the diagonal of the Fisher does not see that.
-                measured = measure_sensitivity(
-                    self.model, self.codes, self.calibrated_on, self.space.formats, progress, "tokens"
-                )
+            # Errors under feedback make up for each other; the diagonal of the Fisher does not see that.
+            measured = measure_sensitivity(
+                self.model, self.codes, self.calibrated_on, self.space.formats, self.progress, "tokens"
+            )
             measured.save(path)
         self.processes.wait()
         return Sensitivity.load(path)
 
     def _compensate(self) -> None:
         """Let C make up for quantization and, where training begins, A start from what it can make up for most."""
-        moments = InputMoments(self.checkpoint, self.calibration, cache_directory() / "moments")
-        with stages("compensation") as progress:
-            compensator = Compensator(self.model, moments, self.lora.contract, progress)
-            share = {"residual": 1.0, "mixed": 0.5, "random": 0.0}[self.options.start]
-            if not share or has_state(self.state):
-                self.lora.compensate(compensator)
-                return
-            self.model.set_config(None)
-            self.model.set_pairs(None)
-            gains = output_gains(self.model, self.calibrated_on, progress)
-            self.lora.compensate(compensator, gains, share, progress)
+        moments = InputMoments(self.checkpoint, self.calibration, cache_directory() / "moments", progress=self.progress)
+        compensator = Compensator(self.model, moments, self.lora.contract, self.progress)
+        share = {"residual": 1.0, "mixed": 0.5, "random": 0.0}[self.options.start]
+        if not share or has_state(self.state):
+            self.lora.compensate(compensator)
+            return
+        self.model.set_config(None)
+        self.model.set_pairs(None)
+        gains = output_gains(self.model, self.calibrated_on, self.progress)
+        self.lora.compensate(compensator, gains, share, self.progress)
         self.processes.copy_from_first(self.lora.parameters())
 
     def run(self, output: Path) -> Adapter:
@@ -221,6 +224,7 @@ class _Training:
             self.identity,
             self.processes,
             measure,
+            self.progress,
         )
         self.lora.settle()
         adapter = Adapter(
@@ -276,18 +280,19 @@ class _Training:
 
         Where the task has an accuracy, it stands beside each loss, its key ending in "_accuracy".
         """
-        rows, shown = [], self.processes.is_first
-        with progress_bar("held-out loss", 1 + 2 * len(self.options.budgets), shown=shown) as bar:
+        rows, done, total = [], 0, 1 + 2 * len(self.options.budgets)
 
-            def measure(name: str, config: QuantConfig | None, adapted: bool) -> dict[str, float]:
-                found = self._measure(config, adapted)
-                bar.update(1)
-                return {name if key == "loss" else f"{name}_{key}": value for key, value in found.items()}
+        def measure(name: str, config: QuantConfig | None, adapted: bool) -> dict[str, float]:
+            nonlocal done
+            found = self._measure(config, adapted)
+            done += 1
+            self.progress(done, total, "held-out loss")
+            return {name if key == "loss" else f"{name}_{key}": value for key, value in found.items()}
 
-            base = measure("full_precision", None, False)
-            for bits in self.options.budgets:
-                config = self.sampler.plan_like(None, bits)
-                bits = config.average_bits(self.space.model)
-                without, adapted = measure("without", config, False), measure("adapted", config, True)
-                rows.append({"bits": bits, "configuration": config.hash, **without, **adapted})
+        base = measure("full_precision", None, False)
+        for bits in self.options.budgets:
+            config = self.sampler.plan_like(None, bits)
+            bits = config.average_bits(self.space.model)
+            without, adapted = measure("without", config, False), measure("adapted", config, True)
+            rows.append({"bits": bits, "configuration": config.hash, **without, **adapted})
         return {**base, "budgets": rows}

@@ -9,10 +9,10 @@ from coatrt.configs.config import QuantConfig
 from coatrt.devices.profiles import DeviceProfile
 from coatrt.engines.bundles.build import Target, build_fleet
 from coatrt.engines.bundles.options import BundleOptions
-from coatrt.export.decoder import Progress
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.planning.planner import Plan
 from coatrt.quantization.code_cache import CodeStore
+from coatrt.system.progress import Progress, silent
 
 __all__ = ["BundleOptions", "assemble"]
 
@@ -28,7 +28,7 @@ def assemble(
     also: Iterable[DeviceProfile] = (),
     plan: Plan | None = None,
     codes: CodeStore | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     tell: Callable[[str], None] | None = None,
     overwrite: bool = False,
 ) -> Bundle:

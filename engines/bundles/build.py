@@ -27,11 +27,11 @@ from coatrt.models.checkpoint import Checkpoint
 from coatrt.planning.planner import Plan
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.system.files import atomic_directory, write_json
+from coatrt.system.progress import Progress, silent
 
 __all__ = ["Made", "Target", "build_fleet"]
 
 Tell = Callable[[str], None]
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def build_fleet(
     cache: EngineCache | None = None,
     room: BuildRoom | None = None,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     tell: Tell | None = None,
 ) -> list[Made]:
     """Make a bundle per target; nothing is visible at a target's place before it is complete.
@@ -123,7 +123,7 @@ def build_fleet(
         cache: engines of earlier builds; None builds all.
         room: how many builders run at once.
         overwrite: replace bundles that are there and are not current.
-        progress: called with (matrices written, matrices in all, "matrices").
+        progress: see `coatrt.system.progress`.
         tell: called with a line for the user as things finish.
 
     Returns:
@@ -160,7 +160,7 @@ def build_fleet(
     first = waiting[0].output.parent
     first.mkdir(parents=True, exist_ok=True)
     failures: list[CoatError] = []
-    codes = codes or adapter.codes(checkpoint)
+    codes = codes or adapter.codes(checkpoint, progress)
     with tempfile.TemporaryDirectory(prefix=".coatrt-", dir=first) as scratch, ThreadPoolExecutor(room.jobs) as pool:
         work = Path(scratch)
         shared = work / "shared"
@@ -203,9 +203,8 @@ def build_fleet(
                 shared_facts.update(export_shared(adapter, checkpoint, shared))
             total = len(jobs) * len(adapter.model.names)
 
-            def step(done: int, of: int, _: str, number: int = number, total: int = total) -> None:
-                if progress is not None:
-                    progress(number * of + done, total, "matrices")
+            def step(done: int, of: int, _: str, __: str = "", *, number: int = number, total: int = total) -> None:
+                progress(number * of + done, total, "matrices")
 
             job.facts = export_config(
                 adapter, checkpoint, job.config, shared, job.directory, options, codes=codes, progress=step

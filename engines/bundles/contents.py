@@ -8,11 +8,12 @@ from coatrt.configs.config import QuantConfig
 from coatrt.devices.environment import versions
 from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.runtime.emitter import Emitter, save_lora
-from coatrt.export.decoder import WEIGHTS_FILE, Progress, decoder_io, export_decoder
+from coatrt.export.decoder import WEIGHTS_FILE, decoder_io, export_decoder
 from coatrt.export.hypernetwork import export_hypernetwork
 from coatrt.models.checkpoint import Checkpoint, load_tokenizer
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.system.files import read_json
+from coatrt.system.progress import Progress, silent
 
 __all__ = ["export_config", "export_shared"]
 
@@ -51,7 +52,7 @@ def export_config(
     options: BundleOptions,
     *,
     codes: CodeStore | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write the graphs, weights and LoRA of one configuration, and return the manifest's facts about them.
 
@@ -69,7 +70,7 @@ def export_config(
         ConfigError: the configuration does not fit the model or the adapter.
     """
     forms, contract = options.forms(), adapter.contract
-    codes = codes or adapter.codes(checkpoint)
+    codes = codes or adapter.codes(checkpoint, progress)
     export_decoder(checkpoint, config, directory, forms=forms, contract=contract, codes=codes, progress=progress)
     config.save(directory / "configuration.json")
     side = read_json(shared / "hypernet.json", "hypernetwork description")

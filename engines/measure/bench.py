@@ -12,6 +12,7 @@ from coatrt.devices.profiles import DeviceProfile
 from coatrt.engines.runtime.emitter import Emitter, load_lora
 from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.errors import ConfigError
+from coatrt.system.progress import Progress, silent
 
 __all__ = ["bench", "bench_text", "percentiles"]
 
@@ -38,7 +39,7 @@ def bench(
     threads: int | None = None,
     accuracy_level: int = 4,
     device: DeviceProfile | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Measure a bundle with ONNX Runtime on the CPU.
 
@@ -54,7 +55,7 @@ def bench(
         threads: of the session.
         accuracy_level: see `coatrt.engines.runtime.ort.session`.
         device: profile of the machine, for the bandwidth bound; None leaves it out.
-        progress: called with (repetitions done, in all).
+        progress: see `coatrt.system.progress`.
 
     Raises:
         ConfigError: a number is not positive or does not fit the decoder.
@@ -89,8 +90,8 @@ def bench(
         if repetition == -1:
             for samples in (*prefill.values(), *decode.values()):
                 samples.clear()
-        elif progress is not None:
-            progress(repetition + 1, repeat)
+        else:
+            progress(repetition + 1, repeat, "repetitions")
     weights = int(bundle.manifest["configuration"]["bytes"]) + bundle.model_matrices.other_bytes
     activation = np.dtype(io.activations).itemsize
     lora_bytes = activation * sum(rows * columns for rows, columns in contract.shapes.values())

@@ -26,10 +26,10 @@ from coatrt.planning.measured_latency import Calibrated, Product, Rest, shape_of
 from coatrt.planning.workload import Workload
 from coatrt.quantization.codec import encode
 from coatrt.quantization.weight_format import WeightFormat
+from coatrt.system.progress import Progress, silent
 
 __all__ = [
     "Clock",
-    "Progress",
     "calibrate_cpu",
     "decode_seconds",
     "export_reference",
@@ -37,7 +37,6 @@ __all__ = [
     "time_product",
 ]
 
-Progress = Callable[[int, int, str], None]
 Clock = Callable[[], float]
 
 # A product of the decoder finds its weight outside the cache: copies of it, with other bytes (a weights file stores
@@ -162,7 +161,7 @@ def calibrate_cpu(
     accuracy_level: int = 0,
     activations: str = "float32",
     clock: Clock = time.perf_counter,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Calibrated:
     """Return the calibration of this machine for an adapter's model.
 
@@ -224,8 +223,7 @@ def calibrate_cpu(
                 timed.append(time_product(K, N, fmt, rows, clock=clock, **settings))  # type: ignore[arg-type]
                 time_decoders()
                 done += 1
-                if progress is not None:
-                    progress(done, total, "products")
+                progress(done, total, "products")
     products = _without_drift(timed, whole[1, next(iter(decoders))])
     lora_size = sum(rows * columns for rows, columns in adapter.contract.shapes.values())
     facts = environment()
@@ -245,8 +243,7 @@ def calibrate_cpu(
             if model.tied or matrix.name != model.names[0]
         )
         rests.append(Rest(shape_of(work), count, context, statistics.median(samples) - known))
-    if progress is not None:
-        progress(total, total, "products")
+    progress(total, total, "products")
     return Calibrated(made.device, made.runtime, made.settings, made.products, tuple(rests))
 
 

@@ -1,0 +1,68 @@
+"""Progress on standard error: bars in a terminal, a line every half minute elsewhere."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import NoReturn
+
+import click
+from tqdm import tqdm
+
+from coatrt.system.progress import Progress
+
+__all__ = ["drawn"]
+
+_LINE_SECONDS = 30.0
+_BAR_DELAY = 2.0
+
+
+class _Lines:
+    """One line every half minute, for logs."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._last = what, time.monotonic()
+
+    def __call__(self, done: int, total: int, stage: str, note: str = "", /) -> None:
+        now = time.monotonic()
+        if now - self._last >= _LINE_SECONDS:
+            self._last = now
+            click.echo(f"{self._what}: {stage} {done}/{total}{f', {note}' if note else ''}", err=True)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class _Bars:
+    """A bar for each stage, which appears after two seconds."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._stage = what, ""
+        self._bar: tqdm[NoReturn] | None = None
+
+    def __call__(self, done: int, total: int, stage: str, note: str = "", /) -> None:
+        if self._bar is None or stage != self._stage:
+            self.close()
+            self._stage = stage
+            self._bar = tqdm(
+                desc=f"{self._what}: {stage}", total=total, initial=done, delay=_BAR_DELAY, dynamic_ncols=True
+            )
+        if note:
+            self._bar.set_postfix_str(note, refresh=False)
+        self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        """End the bar of the current stage."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+@contextlib.contextmanager
+def drawn(what: str) -> Iterator[Progress]:
+    """Yield what draws the progress of a piece of work called `what`."""
+    shown = _Bars(what) if sys.stderr.isatty() else _Lines(what)
+    try:
+        yield shown
+    finally:
+        shown.close()
