@@ -24,10 +24,11 @@ from coatrt.bundle import Bundle
 from coatrt.configs.space import ConfigSpace
 from coatrt.devices.profiles import device
 from coatrt.engines.builders.builder import build_engine
-from coatrt.engines.builders.builder_slots import BuildRoom
+from coatrt.engines.builders.builder_slots import BuilderSlots
 from coatrt.engines.builders.engine_cache import EngineCache
-from coatrt.engines.bundles.build import Target, build_fleet
+from coatrt.engines.bundles.build import build_targets
 from coatrt.engines.bundles.options import BundleOptions
+from coatrt.engines.bundles.targets import Target
 from coatrt.engines.runtime.switch import SwitchingDecoder
 from coatrt.export.decoder import GraphForm, export_decoder
 from coatrt.planning.memory import memory_of
@@ -76,12 +77,12 @@ def building(adapter: Adapter, checkpoint: Any, scratch: Path) -> tuple[dict[str
         targets = [Target(device(name), plan.config, place / name, plan) for name, plan in plans.items()]
         cache = EngineCache(scratch / f"cache-{label}")
         started = time.perf_counter()
-        made = build_fleet(
-            adapter, checkpoint, targets, BundleOptions(), codes=codes, cache=cache, room=BuildRoom(jobs)
+        made = build_targets(
+            adapter, checkpoint, targets, BundleOptions(), codes=codes, cache=cache, slots=BuilderSlots(jobs)
         )
         found[label] = time.perf_counter() - started
     started = time.perf_counter()
-    again = build_fleet(adapter, checkpoint, targets, BundleOptions(), codes=codes, cache=cache)
+    again = build_targets(adapter, checkpoint, targets, BundleOptions(), codes=codes, cache=cache)
     found["again_function_s"] = time.perf_counter() - started
     found["again_states"] = [row.state for row in again]
     return found, {row.target.device.id: row.bundle for row in made}

@@ -23,8 +23,9 @@ from coatrt.devices.environment import environment
 from coatrt.devices.profiles import device
 from coatrt.engines.builders.builder import EngineShapes
 from coatrt.engines.builders.engine_cache import EngineCache
-from coatrt.engines.bundles.build import Target, build_fleet
+from coatrt.engines.bundles.build import build_targets
 from coatrt.engines.bundles.options import BundleOptions
+from coatrt.engines.bundles.targets import Target
 from coatrt.engines.bundles.verify import verify
 from coatrt.engines.runtime.emitter import load_lora
 from coatrt.engines.runtime.generate import encode_prompt, generate
@@ -82,7 +83,7 @@ def bundles(adapter: Adapter, checkpoint: Checkpoint, output: Path) -> dict[str,
         targets.append(Target(profile, plan.config, output / name, plan))
     options = BundleOptions(context=CONTEXT, shapes=EngineShapes(prefill=PREFILL))
     with drawn("bundles") as progress:
-        made = build_fleet(
+        made = build_targets(
             adapter,
             checkpoint,
             targets,

@@ -134,15 +134,13 @@ def test_files_are_short_and_few_lie_beside_the_rooms() -> None:
 
 
 OF_NO_ONE_MODULE = {
-    "coatrt/test_cli": "the command line as a whole",
+    "coatrt/report/test_report": "the report as a whole",
     "coatrt/training/test_precision": "bfloat16, from the base to the adapter",
     "coatrt/training/test_pretended_device": "training and search on a device that is not the CPU",
-    "engines/test_cpp": "the C++ library",
     "engines/test_cpp_examples": "the C++ programs of examples/",
     "engines/test_cpp_tokenizer": "the C++ library's tokenizer",
     "export/test_files": "the files that an export leaves",
     "export/test_rtx": "graphs as TensorRT-RTX takes them",
-    "test_docs": "the documents",
     "test_rooms": "the rooms",
 }
 

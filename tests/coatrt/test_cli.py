@@ -181,7 +181,7 @@ WRONG = {
     "speed": ("plan {adapter} --device t4 --min-tokens-per-second 1e9", "are predicted; give"),
     "report of nothing": ("report {model} -o {out}", "no adapter, no bundle"),
     "report into a directory": ("report {adapter} --device t4 -o {here}", "is a directory"),
-    "jobs": ("build {adapter} --device cpu -o {out} --jobs 0", "give at least 1 each"),
+    "jobs": ("build {adapter} --device cpu -o {out} --jobs 0", "must be at least 1"),
     "two outputs": ("plan {adapter} --device t4 --device l4 -o {out}", "give one"),
     "device to build": ("build {adapter} --device nothing -o {out}", "no device 'nothing'"),
     "matrix the model lacks": ("export {adapter} --config {here}/unknown-matrix.json -o {out}", "the model lacks"),

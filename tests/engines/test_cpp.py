@@ -14,12 +14,12 @@ from safetensors.numpy import load_file
 from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle, seal
 from coatrt.configs.config import ConfigPatterns
-from coatrt.devices.profiles import device
-from coatrt.engines.bundles.assemble import BundleOptions, assemble
+from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.runtime.emitter import Emitter, load_lora
 from coatrt.engines.runtime.generate import generate
 from coatrt.engines.runtime.load import load_decoder
 from coatrt.errors import CoatError
+from support.bundles import make_bundle
 
 PROMPT = [10, 200, 30, 44, 5, 66, 77]
 
@@ -28,7 +28,7 @@ PROMPT = [10, 200, 30, 44, 5, 66, 77]
 def bundles(tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """int8, int4, and nf3 with int8 and fp16 activations."""
     adapter = Adapter.load(tiny_adapter)
-    checkpoint, made = adapter.checkpoint(), {}
+    made = {}
     mixed = ConfigPatterns.from_json({"patterns": {r".*(v_proj|embed_tokens)": "int8"}, "default": "nf3-g32"})
     for name, config in {
         "int8": adapter.space.uniform("int8"),
@@ -37,7 +37,7 @@ def bundles(tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     }.items():
         made[name] = tmp_path_factory.mktemp("cpp") / name
         options = BundleOptions(context=96, engine=False)
-        assemble(adapter, checkpoint, config, device("rtx-4090"), made[name], options)
+        make_bundle(adapter, config, "rtx-4090", made[name], options)
     return made
 
 

@@ -9,8 +9,9 @@ import pytest
 from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle
 from coatrt.devices.profiles import device
-from coatrt.engines.bundles.build import Target, build_fleet
+from coatrt.engines.bundles.build import build_targets
 from coatrt.engines.bundles.options import BundleOptions
+from coatrt.engines.bundles.targets import Target
 from coatrt.engines.runtime.decoder import Decoder
 from coatrt.engines.runtime.emitter import load_lora
 from coatrt.engines.runtime.load import load_decoder
@@ -22,7 +23,7 @@ from coatrt.errors import BuildError, BundleError, ConfigError
 def bundles(tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
     adapter, place = Adapter.load(tiny_adapter), tmp_path_factory.mktemp("switch")
     targets = [Target(device("cpu"), adapter.space.uniform(text), place / text) for text in ("int8", "nf3-g32")]
-    made = build_fleet(adapter, adapter.checkpoint(), targets, BundleOptions(context=64))
+    made = build_targets(adapter, adapter.checkpoint(), targets, BundleOptions(context=64))
     return {row.target.output.name: row.bundle for row in made}
 
 
