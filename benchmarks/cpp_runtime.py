@@ -28,6 +28,7 @@ from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.bundles.targets import Target
 from coatrt.engines.runtime.emitter import Emitter, load_lora
 from coatrt.engines.runtime.load import load_decoder
+from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -168,7 +169,7 @@ def compare(bundle: Bundle, programs: dict[str, Path], work: Path, threads: int,
     """Return what C++ and Python say of one bundle."""
     from transformers import AutoTokenizer
 
-    decoder = load_decoder(bundle, context=CONTEXT, threads=threads)
+    decoder = load_decoder(bundle, RuntimeOptions(context=CONTEXT, threads=threads))
     assert isinstance(decoder, OrtDecoder)
     decoder.set_lora(load_lora(bundle.path("lora.safetensors"), bundle.contract))
     tokenizer = AutoTokenizer.from_pretrained(str(bundle.folder("tokenizer")))

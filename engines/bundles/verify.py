@@ -12,6 +12,7 @@ from coatrt.bundle import Bundle
 from coatrt.devices.environment import versions
 from coatrt.engines.bundles.stored_weights import held_weights
 from coatrt.engines.runtime.emitter import Emitter, load_lora
+from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.errors import BundleError, CheckpointError, CoatError
 
@@ -105,7 +106,7 @@ def verify(directory: str | Path, *, model: str | Path | None = None, numbers: b
         if not np.allclose(value, lora[name], rtol=0, atol=1e-5):
             raise BundleError(f"{directory}: {name} is not what the hypernetwork emits; build the bundle again")
     graph, io = bundle.decoder("cpu")
-    decoder = OrtDecoder(graph, io, contract, context=64)
+    decoder = OrtDecoder(graph, io, contract, RuntimeOptions(context=64, accuracy_level=0))
     prompt = [token % io.vocabulary for token in _PROMPT]
     tokens = _greedy(decoder, prompt)
     plain = _teacher_forced(decoder, prompt, tokens)

@@ -18,6 +18,7 @@ from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.runtime.emitter import Emitter, load_lora
 from coatrt.engines.runtime.generate import generate
 from coatrt.engines.runtime.load import load_decoder
+from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.errors import CoatError
 from support.bundles import make_bundle
 
@@ -70,7 +71,7 @@ def test_units_sessions_threads_and_the_tensorrt_stub(cpp: Any, tiny_bundle: Pat
 @pytest.mark.parametrize("kind", ["int8", "int4", "nf3"])
 def test_tokens_and_logits_equal_pythons(cpp: Any, bundles: dict[str, Path], kind: str) -> None:
     bundle = Bundle.open(bundles[kind])
-    decoder = load_decoder(bundle, context=64, threads=1)
+    decoder = load_decoder(bundle, RuntimeOptions(context=64, threads=1))
     for lora in (True, False):
         decoder.set_lora(load_lora(bundle.path("lora.safetensors"), bundle.contract) if lora else None)
         request = {"prompt": PROMPT, "tokens": 40, "steps": 6, "context": 64, "lora": lora}

@@ -18,6 +18,7 @@ from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.bundles.verify import TOLERANCE, verify
 from coatrt.engines.measure.bench import bench, bench_text, percentiles
 from coatrt.engines.runtime.emitter import Emitter
+from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.errors import BuildError, BundleError, CheckpointError, ConfigError, FormatError
 from coatrt.planning.planner import plan_for
@@ -209,7 +210,7 @@ def test_adapt_in_other_formats(tiny_bundle: Path, tmp_path: Path, tiny_llama: P
 
 def test_bench_measures_and_accounts(tiny_bundle: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
-    result = bench(bundle, prompts=(4, 8), tokens=3, repeat=2, threads=1, device=device("rtx-3060"))
+    result = bench(bundle, RuntimeOptions(threads=1), prompts=(4, 8), tokens=3, repeat=2, device=device("rtx-3060"))
     assert [(row["tokens"], row["lora"], row["samples"]) for row in result["prefill"]] == [
         (4, True, 2),
         (4, False, 2),
@@ -227,7 +228,7 @@ def test_bench_measures_and_accounts(tiny_bundle: Path) -> None:
         assert 0 < row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
     assert "decode, LoRA off" in bench_text(result)
     assert percentiles([0.001, 0.002, 0.003])["p50_ms"] == pytest.approx(2)
-    with pytest.raises(ConfigError, match="give at least 1"):
+    with pytest.raises(ConfigError, match="must be at least 1"):
         bench(bundle, repeat=0)
 
 
@@ -240,7 +241,7 @@ def test_bench_decodes_behind_the_longest_prompt(tiny_bundle: Path, monkeypatch:
         return decode(decoder, tokens)
 
     monkeypatch.setattr(OrtDecoder, "decode", spied)
-    result = bench(Bundle.open(tiny_bundle), prompts=(8, 4), tokens=2, repeat=1, threads=1)
+    result = bench(Bundle.open(tiny_bundle), RuntimeOptions(threads=1), prompts=(8, 4), tokens=2, repeat=1)
     assert set(seen) == {8, 9}
     assert {row["context"] for row in result["decode"]} == {10}
 
