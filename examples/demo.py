@@ -35,7 +35,7 @@ from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.evaluation.losses import mean_loss
 from coatrt.models.checkpoint import Checkpoint, load_tokenizer
 from coatrt.planning.planner import plan_for
-from coatrt.report.plot import plot_bits
+from coatrt.reporting.plot import plot_bits
 from coatrt.system.files import write_json, write_text
 from coatrt.training.run import TrainOptions, train
 
@@ -207,7 +207,7 @@ def main() -> None:
     found = perplexities(adapter, checkpoint, made, blocks[::step][:HELD_OUT_BLOCKS])
     tell("verification")
     for name, bundle in made.items():
-        print(f"{name}\n{verify(bundle.directory, model=checkpoint.directory).text()}", flush=True)
+        print(f"{name}\n{verify(bundle, model=checkpoint.directory).text()}", flush=True)
     plot_bits(output / "bits.png", adapter.model, {name: bundle.config for name, bundle in made.items()})
     rows = results(made, found)
     result, text = table(rows, found["fp16"]), sample(made["rtx-3060"])

@@ -16,7 +16,7 @@ from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.errors import BundleError, CheckpointError, CoatError
 
-__all__ = ["TOLERANCE", "Report", "verify"]
+__all__ = ["TOLERANCE", "Verification", "verify"]
 
 TOLERANCE = 1e-3
 """Largest difference of logits allowed, relative to the largest logit, with float32 activations."""
@@ -30,7 +30,7 @@ _PROMPT = (1, 7, 3, 11, 5, 2, 9, 4)
 
 
 @dataclass(frozen=True)
-class Report:
+class Verification:
     """What was found; everything here holds, or `verify` had raised.
 
     Args:
@@ -76,11 +76,11 @@ class Report:
         return "\n".join(lines)
 
 
-def verify(directory: str | Path, *, model: str | Path | None = None, numbers: bool = True) -> Report:
+def verify(bundle: Bundle, *, model: str | Path | None = None, numbers: bool = True) -> Verification:
     """Check a bundle.
 
     Args:
-        directory: the bundle.
+        bundle: an opened bundle.
         model: the checkpoint, where it is not at the place the bundle remembers.
         numbers: compare with torch too; needs the checkpoint and time to load it.
 
@@ -89,7 +89,7 @@ def verify(directory: str | Path, *, model: str | Path | None = None, numbers: b
             configuration's format, or the numbers differ.
         CheckpointError: `model` is given and is not the bundle's model.
     """
-    bundle = Bundle.open(directory)
+    directory = bundle.directory
     files = bundle.check_all()
     here = versions()
     changed = {
@@ -124,7 +124,7 @@ def verify(directory: str | Path, *, model: str | Path | None = None, numbers: b
                 f"{directory}: logits differ from torch by {difference:.2e} of the largest, allowed {tolerance:g}; "
                 "report this with the bundle's manifest"
             )
-    return Report(files, changed, _engine_lines(bundle, here), effect, weights, difference, tolerance, note)
+    return Verification(files, changed, _engine_lines(bundle, here), effect, weights, difference, tolerance, note)
 
 
 def _greedy(decoder: OrtDecoder, prompt: Sequence[int]) -> list[int]:

@@ -32,7 +32,7 @@ def copy(tiny_bundle: Path, tmp_path: Path) -> Path:
 
 
 def test_verify_compares_with_torch_and_shows_a_live_lora(tiny_bundle: Path) -> None:
-    report = verify(tiny_bundle)
+    report = verify(Bundle.open(tiny_bundle))
     assert report.torch_difference is not None
     assert report.torch_difference <= TOLERANCE / 10
     assert report.lora_effect > 0.01
@@ -61,7 +61,7 @@ def test_every_file_is_guarded(copy: Path) -> None:
         flipped[len(data) // 2] ^= 0x10
         path.write_bytes(flipped)
         with pytest.raises(BundleError, match="was altered"):
-            verify(copy)
+            verify(Bundle.open(copy))
         path.write_bytes(data[:-1])
         with pytest.raises(BundleError, match="the manifest says"):
             Bundle.open(copy)
@@ -69,10 +69,10 @@ def test_every_file_is_guarded(copy: Path) -> None:
         with pytest.raises(BundleError, match=f"lacks {name}"):
             Bundle.open(copy)
         path.write_bytes(data)
-    verify(copy, numbers=False)
+    verify(Bundle.open(copy), numbers=False)
     (copy / "extra").write_text("x")
     with pytest.raises(BundleError, match="extra, which the manifest does not name"):
-        verify(copy)
+        verify(Bundle.open(copy))
 
 
 def test_nothing_is_read_that_the_manifest_does_not_name(copy: Path, tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_nothing_is_read_that_the_manifest_does_not_name(copy: Path, tmp_path: P
             (tokenizer / "chat_templates").rmdir()
     (copy / "more").symlink_to(elsewhere)  # outside the tokenizer's folder
     with pytest.raises(BundleError, match=r"holds links \(more\)"):
-        verify(copy)
+        verify(Bundle.open(copy))
     (copy / "more").unlink()
     with pytest.raises(BundleError, match="has no more/"):
         Bundle.open(copy).folder("more")
@@ -148,7 +148,7 @@ def test_a_lora_of_another_configuration_is_found(copy: Path, tiny_adapter: Path
     save_lora(copy / "lora.safetensors", {k: v.numpy() for k, v in adapter.emit(other).items()}, other)
     reseal(copy)
     with pytest.raises(BundleError, match="is not what the hypernetwork emits"):
-        verify(copy)
+        verify(Bundle.open(copy))
 
 
 def test_weights_that_are_not_the_configuration_are_found(copy: Path) -> None:
@@ -157,16 +157,16 @@ def test_weights_that_are_not_the_configuration_are_found(copy: Path) -> None:
     (copy / "weights.bin").write_bytes(weights)
     reseal(copy)
     with pytest.raises(BundleError, match=r"differs from the model.s by .* of its norm, its encoding by"):
-        verify(copy)
+        verify(Bundle.open(copy))
 
 
 def test_verify_without_the_model_says_so_and_refuses_another(copy: Path, tmp_path: Path) -> None:
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["model"]["source"] = str(tmp_path / "gone")
     (copy / "manifest.json").write_text(json.dumps(manifest))
-    assert "not where it was" in verify(copy).note
+    assert "not where it was" in verify(Bundle.open(copy)).note
     with pytest.raises(CheckpointError, match="fingerprint"):
-        verify(copy, model=save_tiny_llama(tmp_path / "other", seed=3))
+        verify(Bundle.open(copy), model=save_tiny_llama(tmp_path / "other", seed=3))
 
 
 def test_adapt_in_other_formats(tiny_bundle: Path, tmp_path: Path, tiny_llama: Path) -> None:
@@ -290,4 +290,4 @@ def test_a_bundle_with_an_engine(tiny_adapter: Path, tmp_path: Path) -> None:
     (engine,) = bundle.manifest["engines"]
     assert engine["sms"] == [120]
     assert engine["bytes"] == bundle.path("sm120.engine").stat().st_size > plan.memory["weights"]
-    assert "loads here" in verify(tmp_path / "b").text()
+    assert "loads here" in verify(Bundle.open(tmp_path / "b")).text()

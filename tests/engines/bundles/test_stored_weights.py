@@ -94,7 +94,7 @@ def test_verify_needs_no_codes_of_its_own(adapter: Adapter, tmp_path: Path, monk
     assert other, "the codes are the same; the test shows nothing"
     monkeypatch.setenv("COATRT_CACHE", str(tmp_path / "empty"))
     monkeypatch.setattr(store, "encode", lambda *_: pytest.fail("verify encodes the model again"))
-    report = verify(tmp_path / "b")
+    report = verify(made)
     assert report.torch_difference is not None
     assert report.torch_difference <= TOLERANCE / 10
     assert report.weights == len(config.formats)

@@ -12,9 +12,9 @@ from coatrt.bundle import Bundle
 from coatrt.devices.profiles import device
 from coatrt.errors import BundleError, ConfigError
 from coatrt.planning.planner import PlanRequest, plan_for
-from coatrt.report.collect import collect
-from coatrt.report.figures import FIGURES, draw
-from coatrt.report.page import page
+from coatrt.reporting.collect import collect
+from coatrt.reporting.figures import FIGURES, draw
+from coatrt.reporting.page import page
 from support.bundles import make_bundle
 
 REQUEST = PlanRequest(bits=5.5, context=64)
