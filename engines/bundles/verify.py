@@ -4,17 +4,22 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from coatrt.bundle import Bundle
 from coatrt.devices.environment import versions
 from coatrt.engines.bundles.stored_weights import held_weights
+from coatrt.engines.runtime.decoder import LoraTensors
 from coatrt.engines.runtime.emitter import Emitter, load_lora
 from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.errors import BundleError, CheckpointError, CoatError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["TOLERANCE", "Verification", "verify"]
 
@@ -134,13 +139,18 @@ def _greedy(decoder: OrtDecoder, prompt: Sequence[int]) -> list[int]:
     return tokens
 
 
-def _teacher_forced(decoder: OrtDecoder, prompt: Sequence[int], tokens: Sequence[int]) -> Any:
+def _teacher_forced(decoder: OrtDecoder, prompt: Sequence[int], tokens: Sequence[int]) -> NDArray[np.float32]:
     """Return the logits after the prompt and after each token, float32 [1 + steps, V]."""
     return np.stack([decoder.prefill([prompt])[0], *(decoder.decode([token])[0] for token in tokens)])
 
 
 def _against_torch(
-    bundle: Bundle, model: str | Path | None, prompt: Sequence[int], tokens: Sequence[int], logits: Any, lora: Any
+    bundle: Bundle,
+    model: str | Path | None,
+    prompt: Sequence[int],
+    tokens: Sequence[int],
+    logits: NDArray[np.float32],
+    lora: LoraTensors,
 ) -> tuple[float | None, int, str]:
     """Return the difference of logits, matrices whose error was compared, and why there is no comparison.
 
@@ -180,7 +190,7 @@ def _against_torch(
     return float(np.abs(expected - logits).max() / np.abs(expected).max()), compared, ""
 
 
-def _check_weight(bundle: Bundle, name: str, weight: Any, held: Any, expected: float) -> None:
+def _check_weight(bundle: Bundle, name: str, weight: "Tensor", held: "Tensor", expected: float) -> None:
     """Refuse a matrix that is farther from the model's, or nearer, than encoding left it."""
     found = float((weight - held).norm() / weight.norm().clamp(min=1e-30))
     relative, absolute = _ERROR_SLACK
