@@ -11,6 +11,8 @@ from coatrt.models.matrices import Matrix, ModelMatrices
 from coatrt.planning.knapsack import allocate, cost_matrix
 from coatrt.quantization.weight_format import WeightFormat
 
+pytestmark = pytest.mark.fast
+
 FORMATS = tuple(map(WeightFormat.parse, ["int8", "int4-g64", "nf3-g64", "nf2-g64"]))
 
 

@@ -20,6 +20,8 @@ from coatrt.planning.knapsack import (
 )
 from coatrt.quantization.weight_format import WeightFormat
 
+pytestmark = pytest.mark.fast
+
 FORMATS = tuple(map(WeightFormat.parse, ("nf2-g64", "nf3-g64", "int4-g64", "int8")))
 
 
