@@ -223,12 +223,22 @@ def _load(run: _Run, codes: CodeStore) -> FakeQuantModel:
     return model
 
 
+def _encode(run: _Run, codes: CodeStore) -> None:
+    """Encode every matrix in every format, so that this long work shows its progress; all of it is needed anyway."""
+    names = run.checkpoint.matrices.names
+    for i, name in enumerate(names):
+        for fmt in run.space.formats:
+            codes.get(name, fmt)
+        run.progress(i + 1, len(names), "encoding")
+
+
 def _measure(run: _Run, model: FakeQuantModel, codes: CodeStore) -> Sensitivity:
     """Return the sensitivities, measured by the first process unless an interrupted training left them."""
     path = run.state / "sensitivity.json"
     if run.processes.is_first:
         claim_state(run.state, run.identity)
         if not path.is_file():
+            _encode(run, codes)
             # Errors under feedback make up for each other; the diagonal of the Fisher does not see that.
             measure_sensitivity(model, codes, run.sensitivity_examples, run.space.formats, run.progress, "tokens").save(
                 path
