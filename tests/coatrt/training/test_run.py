@@ -24,12 +24,14 @@ from coatrt.errors import ConfigError
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.evaluation.sensitivity import measure_sensitivity
 from coatrt.models.checkpoint import Checkpoint, load_model, load_tokenizer
+from coatrt.planning.knapsack import cost_matrix
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import decode, encode, relative_error
 from coatrt.quantization.input_moments import InputMoments, calibration_examples
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.training.config_sampler import TrainingSampler
 from coatrt.training.run import TrainOptions, train
+from support.knapsack import least_price
 from support.tiny import TEXTS, tiny_options
 
 
@@ -150,8 +152,6 @@ def test_sampler_keeps_budgets_and_draws_few_and_many_bits_in_turn(tiny_adapter:
 
 
 def test_planner_like_draws_are_near_the_knapsack_optimum(tiny_adapter: Path) -> None:
-    from coatrt.planning.knapsack import allocate, cost_matrix
-
     adapter = Adapter.load(tiny_adapter)
     space, costs = adapter.space, adapter.sensitivity.costs
     sampler = TrainingSampler(space, costs, 4.5, 7.0)
@@ -161,7 +161,7 @@ def test_planner_like_draws_are_near_the_knapsack_optimum(tiny_adapter: Path) ->
         return float(sum(price[i, space.formats.index(config[group[0]])] for i, group in enumerate(space.groups)))
 
     for bits in (4.6, 5.0, 6.0):
-        best = total(allocate(space, costs, max_bytes=bits * space.model.parameters / 8))
+        best = least_price(price, space.sizes.astype(float), bits * space.model.parameters / 8)
         drawn = sampler.plan_like(None, bits)
         assert drawn.average_bits(space.model) <= bits
         assert best <= total(drawn) * (1 + 1e-3)
