@@ -220,20 +220,23 @@ def search() -> str:
     found = load("search")
     names = {
         "mutation": "random mutation of front members",
-        "allocation": "prior costs, spread budgets",
-        "budgets": "prior costs, chosen budgets",
-        "surrogate": "surrogate",
+        "spread": "allocations at spread budgets",
+        "search": "allocations in the widest gaps of the front (`coatrt search`)",
     }
     rows = [
-        [names[method], f"{row['mean']:.4f} ± {row['std']:.4f}", f"{row['short_of_all']:.4f}"]
+        [
+            names[method],
+            f"{row['mean']:.4f}" + (f" ± {row['std']:.4f}" if row["std"] else ""),
+            f"{row['short_of_all']:.4f}",
+        ]
         for method, row in found["hypervolume"].items()
     ]
     bits, loss = found["reference"]
     return (
         grid(["proposals", "hypervolume", "short of the front of all runs"], rows)
         + f"\n\nA byte-level Llama of {found['groups']} free matrices × {len(found['formats'])} formats, no adapter, "
-        f"{found['evaluations']} evaluations each, mean ± standard deviation of three seeds; reference point "
-        f"{bits:.3f} bits per weight and loss log 256 = {loss:.3f} nats per byte (`python benchmarks/search.py`)."
+        f"{found['evaluations']} evaluations each, mutation with three seeds (mean ± standard deviation); reference "
+        f"point {bits:.3f} bits per weight and loss log 256 = {loss:.3f} nats per byte (`python benchmarks/search.py`)."
     )
 
 

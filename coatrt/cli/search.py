@@ -23,7 +23,6 @@ __all__ = ["command"]
 @click.option("--evaluations", type=int, default=60, show_default=True, help="Configurations to measure in all.")
 @click.option("--blocks", type=int, help="Blocks of text for each loss, 8; of chat and choice 64 lines.")
 @click.option("--length", type=int, help="Tokens per block, 128; of chat and choice the adapter's, and most of a line.")
-@click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--model", help="The adapter's model, where it has moved.")
 @click.option("--compute", default="cpu", show_default=True, help="torch device: cpu, cuda.")
 @click.option("--json", "as_json", is_flag=True, help="Print the front as JSON.")
@@ -33,14 +32,13 @@ def command(
     evaluations: int,
     blocks: int | None,
     length: int | None,
-    seed: int,
     model: str | None,
     compute: str,
     as_json: bool,
 ) -> None:
     """Measure configurations of ADAPTER on held-out text, and keep them where `coatrt plan` finds them.
 
-    ADAPTER/archive.json is written after every measurement; an interrupted search goes on.
+    ADAPTER/archive.json is saved after every measurement; an interrupted search is resumed.
     """
     from coatrt.adapter.adapter import Adapter
     from coatrt.cli.progress import drawn
@@ -63,23 +61,22 @@ def command(
         )
     blocks, length = usual[0] if blocks is None else blocks, usual[1] if length is None else length
     with drawn("search") as progress:
-        archive, options = search_adapter(
+        archive, reference = search_adapter(
             adapter,
             documents,
             evaluations=evaluations,
             blocks=blocks,
             length=length,
-            seed=seed,
             model=model,
             compute=compute,
             progress=progress,
         )
-    front, volume = archive.front(), archive.hypervolume(options.reference)
+    front, volume = archive.front(), archive.hypervolume(reference)
     if as_json:
         echo_json(
             {
-                "evaluations": len(archive.current()),
-                "reference": options.reference,
+                "evaluations": len(archive),
+                "reference": reference,
                 "hypervolume": volume,
                 "front": [
                     {"bits": archive.bits(e), "nbytes": e.nbytes, "loss": e.loss, "configuration_hash": e.config.hash}
@@ -89,8 +86,8 @@ def command(
         )
         return
     click.echo(
-        f"{len(archive.current())} configurations measured, {len(front)} on the front, hypervolume {volume:.4f} "
-        f"below ({options.reference[0]:.3f} bits, loss {options.reference[1]:.3f})"
+        f"{len(archive)} configurations measured, {len(front)} on the front, hypervolume {volume:.4f} "
+        f"below ({reference[0]:.3f} bits, loss {reference[1]:.3f})"
     )
     for entry in front:
         click.echo(f"  {archive.bits(entry):6.3f} bits with the LoRA   loss {entry.loss:8.4f}   {entry.config.hash}")

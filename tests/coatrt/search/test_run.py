@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -37,15 +36,15 @@ def test_losses_are_those_of_the_emitted_lora(directory: Path, tiny_llama: Path)
     assert adapter_archive(directory) is None
     facts = {"blocks": 3, "length": 32}
     search_adapter(directory, TEXT, evaluations=4, **facts)
-    archive, options = search_adapter(directory, TEXT, evaluations=10, **facts)
+    archive, reference = search_adapter(directory, TEXT, evaluations=10, **facts)
     found = adapter_archive(directory)
     assert found is not None
     assert found.entries == archive.entries
     assert len(found) == 10
     adapter, checkpoint = Adapter.load(directory), Checkpoint.open(tiny_llama)
     lora = sum(2 * 16 * (m.K + m.N) for m in adapter.model.targets)
-    assert options.reference[1] == pytest.approx(math.log(272))
-    assert options.reference[0] == pytest.approx(adapter.space.max_bits + 8 * lora / adapter.model.parameters)
+    assert reference[1] == pytest.approx(math.log(272))
+    assert reference[0] == pytest.approx(adapter.space.max_bits + 8 * lora / adapter.model.parameters)
     blocks = tokenize_text(load_tokenizer(tiny_llama), TEXT, 32, held_out=TEXT).held_out
     picked = torch.stack([blocks[0], blocks[round((len(blocks) - 1) / 2)], blocks[-1]])
     model = FakeQuantModel(checkpoint, CodeStore(checkpoint))
@@ -104,7 +103,7 @@ def test_losses_of_another_task_are_those_of_its_marked_tokens(tiny_llama: Path,
 def test_a_second_search_at_once_is_refused(directory: Path) -> None:
     said: list[str] = []
 
-    def begin_another(done: int, total: int, entry: Any) -> None:
+    def begin_another(*_: object) -> None:
         command = [sys.executable, "-c", _SEARCH, str(directory), json.dumps(TEXT)]
         said.append(subprocess.run(command, capture_output=True, text=True, check=False).stdout)
 
