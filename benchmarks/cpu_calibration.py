@@ -19,6 +19,7 @@ from common import save_result, smollm2
 from coatrt.adapter.adapter import Adapter
 from coatrt.configs.config import QuantConfig
 from coatrt.engines.measure.cpu_timings import calibrate_cpu, decode_seconds, export_reference, predicted_decode
+from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.export.decoder import GraphForm, decoder_io
 
@@ -41,7 +42,9 @@ def main() -> None:
             place = scratch / config.hash
             place.mkdir(exist_ok=True)
             graph = export_reference(adapter, checkpoint, config, place)
-            made = OrtDecoder(graph, io, adapter.contract, context=CONTEXT, threads=1, accuracy_level=LEVEL)
+            made = OrtDecoder(
+                graph, io, adapter.contract, RuntimeOptions(context=CONTEXT, threads=1, accuracy_level=LEVEL)
+            )
             made.set_lora({key: value.numpy() for key, value in adapter.emit(config).items()})
             return made
 
@@ -50,10 +53,9 @@ def main() -> None:
         calibration = calibrate_cpu(
             adapter,
             checkpoint,
+            RuntimeOptions(threads=1, accuracy_level=LEVEL),
             tokens=(1,),
             contexts=(CONTEXT,),
-            threads=1,
-            accuracy_level=LEVEL,
             clock=time.thread_time,
             progress=lambda done, total, *_: print(f"{done}/{total}", flush=True),
         )

@@ -23,6 +23,7 @@ from common import save_result, smollm2
 from coatrt.adapter.adapter import Adapter
 from coatrt.configs.config import QuantConfig
 from coatrt.data.documents import tokenize_text
+from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.export.decoder import GraphForm, decoder_io, export_decoder
 from coatrt.models.checkpoint import load_tokenizer
@@ -158,9 +159,7 @@ def main() -> None:
                     scratch / label / form.file,
                     io,
                     contract,
-                    context=CONTEXT,
-                    threads=options.threads,
-                    accuracy_level=level,
+                    RuntimeOptions(context=CONTEXT, threads=options.threads, accuracy_level=level),
                 )
                 if contract is not None:
                     made.set_lora(lora)

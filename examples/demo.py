@@ -23,8 +23,9 @@ from coatrt.devices.environment import environment
 from coatrt.devices.profiles import device
 from coatrt.engines.builders.builder import EngineShapes
 from coatrt.engines.builders.engine_cache import EngineCache
-from coatrt.engines.bundles.build import Target, build_fleet
+from coatrt.engines.bundles.build import build_targets
 from coatrt.engines.bundles.options import BundleOptions
+from coatrt.engines.bundles.targets import Target
 from coatrt.engines.bundles.verify import verify
 from coatrt.engines.runtime.emitter import load_lora
 from coatrt.engines.runtime.generate import encode_prompt, generate
@@ -34,7 +35,7 @@ from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.evaluation.losses import mean_loss
 from coatrt.models.checkpoint import Checkpoint, load_tokenizer
 from coatrt.planning.planner import plan_for
-from coatrt.report.plot import plot_bits
+from coatrt.reporting.plot import plot_bits
 from coatrt.system.files import write_json, write_text
 from coatrt.training.run import TrainOptions, train
 
@@ -82,7 +83,7 @@ def bundles(adapter: Adapter, checkpoint: Checkpoint, output: Path) -> dict[str,
         targets.append(Target(profile, plan.config, output / name, plan))
     options = BundleOptions(context=CONTEXT, shapes=EngineShapes(prefill=PREFILL))
     with drawn("bundles") as progress:
-        made = build_fleet(
+        made = build_targets(
             adapter,
             checkpoint,
             targets,
@@ -206,7 +207,7 @@ def main() -> None:
     found = perplexities(adapter, checkpoint, made, blocks[::step][:HELD_OUT_BLOCKS])
     tell("verification")
     for name, bundle in made.items():
-        print(f"{name}\n{verify(bundle.directory, model=checkpoint.directory).text()}", flush=True)
+        print(f"{name}\n{verify(bundle, model=checkpoint.directory).text()}", flush=True)
     plot_bits(output / "bits.png", adapter.model, {name: bundle.config for name, bundle in made.items()})
     rows = results(made, found)
     result, text = table(rows, found["fp16"]), sample(made["rtx-3060"])

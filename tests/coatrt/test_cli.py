@@ -181,7 +181,7 @@ WRONG = {
     "speed": ("plan {adapter} --device t4 --min-tokens-per-second 1e9", "are predicted; give"),
     "report of nothing": ("report {model} -o {out}", "no adapter, no bundle"),
     "report into a directory": ("report {adapter} --device t4 -o {here}", "is a directory"),
-    "jobs": ("build {adapter} --device cpu -o {out} --jobs 0", "give at least 1 each"),
+    "jobs": ("build {adapter} --device cpu -o {out} --jobs 0", "must be at least 1"),
     "two outputs": ("plan {adapter} --device t4 --device l4 -o {out}", "give one"),
     "device to build": ("build {adapter} --device nothing -o {out}", "no device 'nothing'"),
     "matrix the model lacks": ("export {adapter} --config {here}/unknown-matrix.json -o {out}", "the model lacks"),
@@ -218,7 +218,8 @@ WRONG = {
     "temperature": ("run {bundle} -p x --temperature -1", "temperature -1.0 is given"),
     "seed": ("run {bundle} -p x --seed -1", "seed -1 is given"),
     "planted beside the tokenizer": ("run {planted} -p x", "holds tokenizer/vocab.json, which the manifest does not"),
-    "bench": ("bench {bundle} --repeat 0", "give at least 1"),
+    "bench": ("bench {bundle} --repeat 0", "must be at least 1"),
+    "bench without a gpu": ("bench {bundle} --backend trt", "coatrt: "),
     "bench into a directory": ("bench {bundle} --repeat 0 -o {here}", "is a directory; give the name of a file"),
     "bench below a file": ("bench {bundle} --repeat 0 -o {here}/text.txt/b", "cannot be written"),
 }
