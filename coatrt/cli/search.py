@@ -32,7 +32,6 @@ __all__ = ["command"]
     show_default="128; for chat and choice as in training",
     help="Tokens of a block of text; most tokens of a line of chat or choice.",
 )
-@click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--model", help="The adapter's model, where it has moved.")
 @DEVICE
 @click.option("--json", "as_json", is_flag=True, help="Print the front as JSON.")
@@ -42,7 +41,6 @@ def command(
     evaluations: int,
     blocks: int | None,
     max_length: int | None,
-    seed: int,
     model: str | None,
     device: str,
     as_json: bool,
@@ -65,22 +63,21 @@ def command(
         max_length = 128 if task == "text" else TrainOptions.from_json(loaded.metrics["options"]).max_length
     tokenizer = load_tokenizer(loaded.checkpoint(model).directory)
     with drawn("search") as progress:
-        archive, options = search_adapter(
+        archive, reference = search_adapter(
             adapter,
             load_task(task, data, tokenizer, max_length, held_out=data, progress=progress),
             evaluations=evaluations,
             blocks=blocks or (8 if task == "text" else 64),
-            seed=seed,
             model=model,
             device=device,
             progress=progress,
         )
-    front, volume = archive.front(), archive.hypervolume(options.reference)
+    front, volume = archive.front(), archive.hypervolume(reference)
     if as_json:
         echo_json(
             {
-                "evaluations": len(archive.current()),
-                "reference": options.reference,
+                "evaluations": len(archive),
+                "reference": reference,
                 "hypervolume": volume,
                 "front": [
                     {"bits": archive.bits(e), "nbytes": e.nbytes, "loss": e.loss, "configuration_hash": e.config.hash}
@@ -90,8 +87,8 @@ def command(
         )
         return
     click.echo(
-        f"{len(archive.current())} configurations measured, {len(front)} on the front, hypervolume {volume:.4f} "
-        f"below ({options.reference[0]:.3f} bits, loss {options.reference[1]:.3f})"
+        f"{len(archive)} configurations measured, {len(front)} on the front, hypervolume {volume:.4f} "
+        f"below ({reference[0]:.3f} bits, loss {reference[1]:.3f})"
     )
     for entry in front:
         click.echo(f"  {archive.bits(entry):6.3f} bits with the LoRA   loss {entry.loss:8.4f}   {entry.config.hash}")

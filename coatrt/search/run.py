@@ -13,7 +13,7 @@ from coatrt.errors import ConfigError
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.evaluation.losses import mean_loss
 from coatrt.planning.archive import ARCHIVE_FILE, Archive
-from coatrt.search.loop import SearchOptions, search
+from coatrt.search.loop import search
 from coatrt.system.files import exclusive
 from coatrt.system.progress import Progress, silent
 from coatrt.system.resources import compute_device
@@ -28,26 +28,24 @@ def search_adapter(
     *,
     evaluations: int = 60,
     blocks: int = 8,
-    seed: int = 0,
     model: str | Path | None = None,
     device: str = "cpu",
     progress: Progress = silent,
-) -> tuple[Archive, SearchOptions]:
+) -> tuple[Archive, tuple[float, float]]:
     """Measure configurations of an adapter, each with the LoRA that the hypernetwork emits for it.
 
     Args:
-        directory: of the adapter; its archive.json is written after every measurement, and gone on with.
+        directory: of the adapter; its archive.json is saved after every measurement, an existing one is resumed.
         data: of the task the adapter was trained on; its held-out examples are measured on.
         evaluations: configurations to measure, those in the archive counted.
         blocks: held-out blocks of text (examples, questions) for each loss, spread over all of them.
-        seed: of the proposals.
         model: where the adapter's model is now; by default where it was at training.
         device: torch device, such as "cpu" or "cuda".
         progress: called after each measurement.
 
     Returns:
-        The archive, and the options with the reference point: most bits of the space, and the loss of a model that
-        gives every token the same probability.
+        The archive, and the reference point of its hypervolume: most bits of the space with the LoRA, and the loss of a
+        model that gives every token the same probability.
 
     Raises:
         CheckpointError: adapter or model cannot be read.
@@ -71,17 +69,14 @@ def search_adapter(
         dtype = getattr(torch, adapter.metrics.get("options", {}).get("precision", "float32"))
         fake = FakeQuantModel(checkpoint, adapter.codes(checkpoint, progress), device, dtype=dtype)
         lora = 2 * sum(rows * columns for rows, columns in adapter.contract.shapes.values())
-        options = SearchOptions(
-            evaluations,
-            (space.max_bits + 8 * lora / space.model.parameters, math.log(int(checkpoint.config["vocab_size"]))),
-            base=mean_loss(fake, picked),
-            lora_bytes=lora,
-            seed=seed,
-        )
 
         def evaluate(config: QuantConfig) -> float:
             fake.set_config(config)
             fake.set_lora(adapter.contract, adapter.emit(config))
             return mean_loss(fake, picked)
 
-        return search(space, adapter.sensitivity.costs, evaluate, options, archive, progress), options
+        search(space, adapter.sensitivity.costs, evaluate, evaluations, archive, lora_bytes=lora, progress=progress)
+    return archive, (
+        space.max_bits + 8 * lora / space.model.parameters,
+        math.log(int(checkpoint.config["vocab_size"])),
+    )

@@ -37,15 +37,15 @@ def test_losses_are_those_of_the_emitted_lora(directory: Path, tiny_llama: Path)
     assert adapter_archive(directory) is None
     facts = {"blocks": 3}
     search_adapter(directory, text_data(tiny_llama, TEXT, TEXT), evaluations=4, **facts)
-    archive, options = search_adapter(directory, text_data(tiny_llama, TEXT, TEXT), evaluations=10, **facts)
+    archive, reference = search_adapter(directory, text_data(tiny_llama, TEXT, TEXT), evaluations=10, **facts)
     found = adapter_archive(directory)
     assert found is not None
     assert found.entries == archive.entries
     assert len(found) == 10
     adapter, checkpoint = Adapter.load(directory), Checkpoint.open(tiny_llama)
     lora = sum(2 * 16 * (m.K + m.N) for m in adapter.model.targets)
-    assert options.reference[1] == pytest.approx(math.log(272))
-    assert options.reference[0] == pytest.approx(adapter.space.max_bits + 8 * lora / adapter.model.parameters)
+    assert reference[1] == pytest.approx(math.log(272))
+    assert reference[0] == pytest.approx(adapter.space.max_bits + 8 * lora / adapter.model.parameters)
     blocks = tokenize_text(load_tokenizer(tiny_llama), TEXT, 32, held_out=TEXT).held_out
     picked = torch.stack([blocks[0], blocks[round((len(blocks) - 1) / 2)], blocks[-1]])
     model = FakeQuantModel(checkpoint, CodeStore(checkpoint))

@@ -6,7 +6,9 @@ import numpy as np
 
 from coatrt.adapter.adapter import Adapter
 from coatrt.configs.config import QuantConfig
+from coatrt.planning.knapsack import cost_matrix
 from coatrt.training.config_sampler import TrainingSampler
+from support.knapsack import least_price
 
 
 def test_sampler_keeps_budgets_and_draws_few_and_many_bits_in_turn(tiny_adapter: Path) -> None:
@@ -28,8 +30,6 @@ def test_sampler_keeps_budgets_and_draws_few_and_many_bits_in_turn(tiny_adapter:
 
 
 def test_planner_like_draws_are_near_the_knapsack_optimum(tiny_adapter: Path) -> None:
-    from coatrt.planning.knapsack import allocate, cost_matrix
-
     adapter = Adapter.load(tiny_adapter)
     space, costs = adapter.space, adapter.sensitivity.costs
     sampler = TrainingSampler(space, costs, 4.5, 7.0)
@@ -39,7 +39,7 @@ def test_planner_like_draws_are_near_the_knapsack_optimum(tiny_adapter: Path) ->
         return float(sum(price[i, space.formats.index(config[group[0]])] for i, group in enumerate(space.groups)))
 
     for bits in (4.6, 5.0, 6.0):
-        best = total(allocate(space, costs, max_bytes=bits * space.model.parameters / 8))
+        best = least_price(price, space.sizes.astype(float), bits * space.model.parameters / 8)
         drawn = sampler.plan_like(None, bits)
         assert drawn.average_bits(space.model) <= bits
         assert best <= total(drawn) * (1 + 1e-3)
