@@ -13,8 +13,9 @@ from method.tasks import sotu
 
 from coatrt.data.documents import batches
 from coatrt.models.checkpoint import cache_directory, load_tokenizer
-from coatrt.quantization.codec import Quantizer, decode, encode
+from coatrt.quantization.codec import decode, encode
 from coatrt.quantization.input_moments import Calibration, InputMoments
+from coatrt.quantization.quantizers import Quantizer
 
 LAYERS = (3, 14, 26)
 FORMATS = ("nf2-g64", "nf3-g64", "nf4-g64")

@@ -10,8 +10,9 @@ from setting import Draws
 from torch import Tensor, nn
 
 from coatrt.adapter.features import ConfigEncoder
-from coatrt.adapter.hypernetwork import Hypernetwork, HypernetworkOptions, Preset
+from coatrt.adapter.hypernetwork import Hypernetwork, HypernetworkOptions
 from coatrt.adapter.lora import CoaLora
+from coatrt.adapter.preset import Preset
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import LoraContract
 
@@ -41,8 +42,6 @@ class Arm:
         rate: peak learning rate of A.
         rate_ratio: see `TrainOptions`.
         theta_rate: peak learning rate of θ.
-        distill: see `TrainOptions`.
-        teacher: see `TrainOptions`.
         same_examples: see `TrainOptions`.
         turns: whether the two configurations of a step take turns, each in an optimizer step of its own.
     """
@@ -58,8 +57,6 @@ class Arm:
     rate: float = 2e-3
     rate_ratio: float | None = None
     theta_rate: float = 1e-3
-    distill: float = 0.0
-    teacher: Literal["base", "top"] = "base"
     same_examples: bool = False
     turns: bool = False
 
@@ -108,10 +105,6 @@ ARMS = {
     "same-residual-gates": replace(_SAME, what=f"{_SAME.what}, and θ as a gate per rank", kind="gates"),
     "same-residual-ends": replace(
         _SAME, what=f"{_RESIDUAL.what}, the ends of the range in turn, same examples", draws="ends"
-    ),
-    "same-residual-distill": replace(_SAME, what=f"{_SAME.what}, distilled from the full-precision base", distill=0.5),
-    "same-residual-top": replace(
-        _SAME, what=f"{_SAME.what}, distilled from the step's highest configuration", distill=0.5, teacher="top"
     ),
     "same-shared": replace(_SHARED, what="shared LoRA, same examples", same_examples=True),
     "same-shared-low": replace(_SHARED, what="shared LoRA, low draws, same examples", draws="low", same_examples=True),

@@ -51,8 +51,6 @@ def options_of(arm: Arm, setting: Setting, steps: int, seed: int) -> TrainOption
         learning_rate=arm.rate,
         rate_ratio=arm.rate_ratio,
         theta_rate=arm.theta_rate,
-        distill=arm.distill,
-        teacher=arm.teacher,
         checkpoint_every=50,
         seed=seed,
     )

@@ -86,16 +86,18 @@ def fisher_costs(
 
 
 def relative_errors(
-    model: FakeQuantModel, codes: CodeStore, formats: Sequence[WeightFormat]
+    model: FakeQuantModel, codes: CodeStore, formats: Sequence[WeightFormat], progress: Progress = silent
 ) -> dict[str, dict[str, float]]:
     """Return matrix → format text → ‖W − Q(W)‖ / ‖W‖ of a model at full precision."""
     errors: dict[str, dict[str, float]] = {}
-    for name in model.checkpoint.matrices.names:
+    names = model.checkpoint.matrices.names
+    for i, name in enumerate(names):
         weight = model.weight(name, None)
         norm = float(weight.norm().clamp(min=1e-30))
         errors[name] = {
             str(fmt): float((weight - decode(codes.get(name, fmt).to(model.compute))).norm()) / norm for fmt in formats
         }
+        progress(i + 1, len(names), "errors")
     return errors
 
 
@@ -169,7 +171,7 @@ def measure_sensitivity(
     model.set_config(None)
     model.set_pairs(None)
     costs = _PREDICTORS[predictor](model, codes, blocks, formats, progress)
-    return Sensitivity(costs, relative_errors(model, codes, formats))
+    return Sensitivity(costs, relative_errors(model, codes, formats, progress))
 
 
 _PREDICTORS = {"fisher": fisher_costs, "kfac": kfac_costs, "tokens": token_costs}

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from coatrt.errors import FormatError
 from coatrt.quantization.weight_format import KINDS, PAPER_FORMATS, WeightFormat
 
+pytestmark = pytest.mark.fast
+
 PLAIN = [
     WeightFormat(kind, block)
     for kind in KINDS

@@ -21,7 +21,7 @@ from coatrt.quantization.codec import decode, encode
 from coatrt.quantization.input_moments import InputMoments
 from coatrt.training.run import train
 from support.bundles import make_bundle
-from support.tiny import TEXTS, save_tiny_llama, tiny_options
+from support.tiny import save_tiny_llama, text_data, tiny_options
 
 FORMATS = ("fp16", "bf16", "int8", "int8-g32", "int4-g32", "int4-g128", "fp8", "nvfp4", "nf2-g16", "nf3-g64", "nf4-g32",
            "nf8-g64", "nf3-g32-dq4-bf16-64")  # fmt: skip
@@ -33,7 +33,7 @@ def adapter(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapt
     directory = tmp_path_factory.mktemp("feedback") / "adapter"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COATRT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        return train(tiny_llama, TEXTS, directory, tiny_options(steps=4, quantizer="feedback"))
+        return train(tiny_llama, text_data(tiny_llama), directory, tiny_options(steps=4, quantizer="feedback"))
 
 
 def mixed(adapter: Adapter) -> QuantConfig:
