@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import save_result, smollm2
+from predictor_costs import fisher_costs, kfac_costs, measured_costs
 
 sys.path.insert(0, str(Path(__file__).parent / "method"))
 from tasks import sotu_documents
@@ -24,10 +25,11 @@ from tasks import sotu_documents
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.space import ConfigSpace
 from coatrt.data.documents import tokenize_text
-from coatrt.evaluation.curvature import kfac_costs, token_costs
+from coatrt.data.examples import Examples
+from coatrt.evaluation.curvature import token_costs
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.evaluation.losses import mean_loss
-from coatrt.evaluation.sensitivity import fisher_costs, measured_costs, relative_errors
+from coatrt.evaluation.sensitivity import relative_errors
 from coatrt.models.checkpoint import load_tokenizer
 from coatrt.planning.knapsack import cost_matrix
 from coatrt.quantization.code_cache import CodeStore
@@ -44,9 +46,9 @@ LOW, HIGH = 2.5, 8.0
 Costs = dict[str, dict[str, float]]
 
 
-def spread(blocks: torch.Tensor, count: int) -> torch.Tensor:
+def spread(blocks: torch.Tensor, count: int) -> Examples:
     """Return so many blocks, evenly spread."""
-    return blocks[:: len(blocks) // count][:count]
+    return Examples.of_blocks(blocks[:: len(blocks) // count][:count])
 
 
 def kept(path: Path, make: Callable[[], Any]) -> Any:
@@ -110,7 +112,7 @@ def main() -> None:
     train, held_out = sotu_documents()
     data = tokenize_text(load_tokenizer(checkpoint.directory), train, LENGTH, held_out=held_out)
     calibration, blocks = spread(data.train, CALIBRATION), spread(data.held_out, HELD_OUT)
-    codes = CodeStore.default(checkpoint, given.quantizer, Calibration(spread(data.train, MOMENTS)))
+    codes = CodeStore.default(checkpoint, given.quantizer, Calibration(spread(data.train, MOMENTS).tokens))
     model = FakeQuantModel(checkpoint, codes)
     errors = kept(work / "errors.json", lambda: relative_errors(model, codes, formats))["value"]
     makers: dict[str, Callable[[], Costs]] = {

@@ -19,6 +19,7 @@ from coatrt.bundle import Bundle
 from coatrt.cli.progress import drawn
 from coatrt.configs.config import QuantConfig
 from coatrt.data.documents import tokenize_text
+from coatrt.data.examples import Examples
 from coatrt.devices.environment import environment
 from coatrt.devices.profiles import device
 from coatrt.engines.builders.builder import EngineShapes
@@ -96,7 +97,7 @@ def bundles(adapter: Adapter, checkpoint: Checkpoint, output: Path) -> dict[str,
 
 
 def perplexities(
-    adapter: Adapter, checkpoint: Checkpoint, made: dict[str, Bundle], blocks: torch.Tensor
+    adapter: Adapter, checkpoint: Checkpoint, made: dict[str, Bundle], examples: Examples
 ) -> dict[str, Any]:
     """Return held-out perplexity of the fp16 base, and of each bundle without and with its emitted LoRA."""
     model = FakeQuantModel(checkpoint, adapter.codes(checkpoint))
@@ -106,7 +107,7 @@ def perplexities(
 
         def measure() -> float:
             nonlocal done
-            value, done = math.exp(mean_loss(model, blocks)), done + 1
+            value, done = math.exp(mean_loss(model, examples)), done + 1
             progress(done, total, "held-out perplexity")
             return value
 
@@ -201,9 +202,9 @@ def main() -> None:
     made = bundles(adapter, checkpoint, output)
     tell("held-out perplexity")
     tokenizer = load_tokenizer(checkpoint.directory)
-    blocks = tokenize_text(tokenizer, documents, OPTIONS.length, held_out=held_out).held_out
-    step = max(1, len(blocks) // HELD_OUT_BLOCKS)  # spread over all held-out messages
-    found = perplexities(adapter, checkpoint, made, blocks[::step][:HELD_OUT_BLOCKS])
+    examples = Examples.of_blocks(tokenize_text(tokenizer, documents, OPTIONS.length, held_out=held_out).held_out)
+    step = max(1, len(examples) // HELD_OUT_BLOCKS)  # spread over all held-out messages
+    found = perplexities(adapter, checkpoint, made, examples[::step][:HELD_OUT_BLOCKS])
     tell("verification")
     for name, bundle in made.items():
         print(f"{name}\n{verify(bundle.directory, model=checkpoint.directory).text()}", flush=True)

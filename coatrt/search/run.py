@@ -73,7 +73,7 @@ def search_adapter(
         examples = documents.held_out
     else:  # all of it is measured on: no text to train on is needed
         tokenizer = load_tokenizer(checkpoint.directory)
-        examples = Examples.of(tokenize_text(tokenizer, documents, length, held_out=documents).held_out)
+        examples = Examples.of_blocks(tokenize_text(tokenizer, documents, length, held_out=documents).held_out)
     picked = examples[torch.linspace(0, len(examples) - 1, min(blocks, len(examples))).round().long()]
     text = hash_tensors({"tokens": picked.tokens, "targets": picked.targets})[:16]
     space = adapter.space

