@@ -19,6 +19,7 @@ from coatrt.evaluation.losses import mean_loss
 from coatrt.models.matrices import EMBEDDING
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import Quantizer, decode, encode
+from coatrt.quantization.gptq import InverseFactors
 from coatrt.quantization.input_moments import Calibration, InputMoments
 
 COMMAND = "python benchmarks/calibration_size.py"
@@ -31,9 +32,10 @@ def perplexity(
     model: FakeQuantModel, moments: InputMoments, text: str, quantizer: Quantizer, examples: Examples
 ) -> float:
     """Encode every linear matrix in one format and return the held-out perplexity."""
+    tokens, factors = moments.calibration.tokens.numel(), InverseFactors()
     for matrix in model.checkpoint.matrices.targets:
         weight = model.checkpoint.tensor(f"{matrix.name}.weight").float()
-        encoded = encode(weight, text, quantizer, moments.get(matrix.name), moments.calibration.tokens.numel())
+        encoded = encode(weight, text, quantizer, moments.get(matrix.name), tokens, factors)
         model.set_weights([(matrix.name, decode(encoded))])
     return math.exp(mean_loss(model, examples))
 

@@ -22,6 +22,7 @@ from coatrt.models.checkpoint import Checkpoint, load_tokenizer
 from coatrt.models.matrices import EMBEDDING
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import QUANTIZERS, Quantizer, decode, encode
+from coatrt.quantization.gptq import InverseFactors
 from coatrt.quantization.input_moments import Calibration, InputMoments
 from coatrt.system.files import cache_directory
 
@@ -67,11 +68,11 @@ def measure(
         examples: held-out text.
     """
     tokens = moments.calibration.tokens.numel()
-    errors, outputs, seconds = [], [], 0.0
+    errors, outputs, seconds, factors = [], [], 0.0, InverseFactors()
     for matrix in model.checkpoint.matrices.targets:
         weight, moment = model.checkpoint.tensor(f"{matrix.name}.weight").float(), moments.get(matrix.name)
         started = time.process_time()
-        encoded = encode(weight, text, quantizer, moment, tokens)
+        encoded = encode(weight, text, quantizer, moment, tokens, factors)
         seconds += time.process_time() - started
         quantized = decode(encoded)
         residual = quantized - weight

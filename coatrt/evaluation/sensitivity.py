@@ -7,7 +7,7 @@ from coatrt.evaluation.curvature import token_costs
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.evaluation.sensitivity_table import Sensitivity
 from coatrt.quantization.code_cache import CodeStore
-from coatrt.quantization.codec import decode
+from coatrt.quantization.codec import relative_error
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.progress import Progress, silent
 
@@ -21,10 +21,7 @@ def relative_errors(
     errors: dict[str, dict[str, float]] = {}
     for name in model.checkpoint.matrices.names:
         weight = model.weight(name, None)
-        norm = float(weight.norm().clamp(min=1e-30))
-        errors[name] = {
-            str(fmt): float((weight - decode(codes.get(name, fmt).to(model.compute))).norm()) / norm for fmt in formats
-        }
+        errors[name] = {str(fmt): relative_error(weight, codes.get(name, fmt).to(model.compute)) for fmt in formats}
     return errors
 
 
