@@ -147,7 +147,8 @@ def main() -> None:
         }
         if data.choices is not None:
             counts = data.choices.rows.counts
-            row |= {"majority": data.choices.majority, "choice_tokens": [int(counts.min()), int(counts.max())]}
+            majority = float(data.choices.answers.bincount().max()) / len(data.choices)
+            row |= {"majority": majority, "choice_tokens": [int(counts.min()), int(counts.max())]}
         rows.append(row)
     save_result("tasks", "python benchmarks/method/tasks.py", {"rows": rows})
 

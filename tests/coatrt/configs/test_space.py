@@ -45,12 +45,6 @@ def test_budgeted_samples_differ_and_reach_the_extremes():
     assert SPACE.sample_budgeted(rng, 99) == SPACE.uniform("int8")
 
 
-def test_random_samples_concentrate_at_the_mean_budget():
-    rng = np.random.default_rng(0)
-    bits = [SPACE.sample_random(rng).average_bits(SPACE.model) for _ in range(200)]
-    assert np.std(bits) < 0.6  # why budgets are sampled first
-
-
 def small_space():
     rows = tuple(Matrix(f"model.layers.{i}.self_attn.o_proj", 64 * (i + 1), 64) for i in range(5))
     return ConfigSpace(ModelMatrices(rows, tied=True), FORMATS)

@@ -23,6 +23,7 @@ from coatrt.system.distributed import Processes
 from coatrt.training.loop import History, optimise
 from coatrt.training.objective import Pass, accumulate_gradients
 from coatrt.training.run import train
+from support.formats import random_config
 from support.tiny import TEXTS, tiny_options
 
 
@@ -33,7 +34,7 @@ def setting(adapter_directory: Path) -> tuple[FakeQuantModel, CoaLora, list[Any]
     model = FakeQuantModel(checkpoint, CodeStore(checkpoint))
     lora = adapter.lora.train().requires_grad_(True)
     rng = np.random.default_rng(3)
-    configs = [adapter.space.sample_random(rng) for _ in range(3)]
+    configs = [random_config(adapter.space, rng) for _ in range(3)]
     return model, lora, configs, torch.randint(0, 256, (5, 24), generator=torch.Generator().manual_seed(1))
 
 
