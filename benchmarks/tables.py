@@ -157,9 +157,9 @@ def allocation() -> str:
     )
 
 
-def predictors(quantizer: str) -> str:
+def predictors() -> str:
     """Rank correlation of predicted with measured loss."""
-    found = load(f"predictors_{quantizer}")
+    found = load("predictors")
     names = {
         "bits": "average bits alone",
         "fisher": "½ Σ F∘ΔW²",
@@ -181,23 +181,10 @@ def predictors(quantizer: str) -> str:
     head = ["cost", "name", "all", "allocated", "random", "seconds"]
     return (
         f"{grid(head, rows)}\n\nSpearman's rank correlation with the held-out loss of {len(found['rows'])} "
-        f"configurations of SmolLM2-135M, quantizer {quantizer}, without adapter ({found['held_out_tokens']} held-out "
-        f"tokens; costs from {found['calibration_tokens']} tokens, measured ones from {found['measured_tokens']}; "
-        "seconds on a busy machine)."
+        f"configurations of SmolLM2-135M, quantizer {found['quantizer']}, without adapter ({found['held_out_tokens']} "
+        f"held-out tokens; costs from {found['calibration_tokens']} tokens, measured ones from "
+        f"{found['measured_tokens']}; seconds on a busy machine)."
     )
-
-
-def cross() -> str:
-    """Losses under LoRAs made for other configurations."""
-    found = load("cross")
-    names = {"single": "trained for", "same-theta": "emitted by θ for"}
-    losses = {(row["arm"], row["made_for"], row["under"]): row["loss"] for row in found["rows"]}
-    rows = [
-        [f"{names[arm]} {made:g} bits", *(f"{losses[arm, made, under]:.3f}" for under in found["budgets"])]
-        for arm in names
-        for made in found["budgets"]
-    ]
-    return grid(["LoRA", *(f"under {bits:g} bits" for bits in found["budgets"])], rows)
 
 
 def search() -> str:
@@ -415,7 +402,7 @@ _MAKERS = (
     shrinkage,
     allocation,
     search,
-    cross,
+    predictors,
     training_step,
     tied_table,
     compensation,
@@ -423,24 +410,12 @@ _MAKERS = (
     cpp_service,
 )
 TABLES: dict[str, Callable[[], str]] = {maker.__name__: maker for maker in _MAKERS} | FLEET_TABLES
-for _task in ("sotu", "trec"):
-    TABLES[f"method_{_task}"] = partial(report.main_table, "smollm2", _task)
-    TABLES[f"variants_{_task}"] = partial(report.main_table, "smollm2", _task, rivals=False)
-    TABLES[f"rivals_{_task}"] = partial(report.rivals_table, "smollm2", _task)
-    TABLES[f"gaps_{_task}"] = partial(report.gaps, "smollm2", _task)
-    TABLES[f"unseen_{_task}"] = partial(report.unseen_table, "smollm2", _task)
-TABLES["accuracy_trec"] = partial(report.accuracy_table, "smollm2", "trec")
-for _quantizer in ("mse", "gptq"):
-    TABLES[f"predictors_{_quantizer}"] = partial(predictors, _quantizer)
 for _task, _name in (("sotu", "feedback"), ("trec", "feedback_trec")):
-    TABLES[f"method_{_name}"] = partial(report.main_table, "smollm2-feedback", _task)
-    TABLES[f"rivals_{_name}"] = partial(report.rivals_table, "smollm2-feedback", _task)
-TABLES["gaps_feedback"] = partial(report.gaps, "smollm2-feedback", "sotu")
-TABLES["unseen_feedback"] = partial(report.unseen_table, "smollm2-feedback", "sotu")
-TABLES["accuracy_feedback_trec"] = partial(report.accuracy_table, "smollm2-feedback", "trec")
-TABLES["method_micro"] = partial(report.main_table, "micro", "sotu")
-TABLES["gaps_micro"] = partial(report.gaps, "micro", "sotu")
-TABLES["rivals_micro"] = partial(report.rivals_table, "micro", "sotu")
+    TABLES[f"method_{_name}"] = partial(report.main_table, _task)
+    TABLES[f"rivals_{_name}"] = partial(report.rivals_table, _task)
+TABLES["gaps_feedback"] = partial(report.gaps, "sotu")
+TABLES["unseen_feedback"] = partial(report.unseen_table, "sotu")
+TABLES["accuracy_feedback_trec"] = partial(report.accuracy_table, "trec")
 
 
 def _table(name: str) -> str:
