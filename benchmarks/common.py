@@ -6,9 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from coatrt.configs.config import QuantConfig
+from coatrt.configs.space import ConfigSpace
 from coatrt.devices.environment import environment
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.system.files import write_json
@@ -85,6 +88,11 @@ def random_llama(
         )
     write_json(directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
     return Checkpoint.open(directory)
+
+
+def random_config(space: ConfigSpace, rng: np.random.Generator) -> QuantConfig:
+    """Return a configuration with the format of every group drawn uniformly and independently."""
+    return space.config(rng.integers(len(space.formats), size=len(space.groups)))
 
 
 def save_result(name: str, command: str, result: dict[str, Any]) -> None:

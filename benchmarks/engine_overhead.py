@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import random_llama, save_result, smollm2
+from common import random_config, random_llama, save_result, smollm2
 
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import contract_for
@@ -68,7 +68,7 @@ def main() -> None:
         rows.append(row(checkpoint, text, QuantConfig.uniform(checkpoint.matrices, text), sm, codes))
     for texts, sm in MIXED:
         space = ConfigSpace(checkpoint.matrices, tuple(WeightFormat.parse(text) for text in texts))
-        rows.append(row(checkpoint, "random over " + ", ".join(texts), space.sample_random(rng), sm, codes))
+        rows.append(row(checkpoint, "random over " + ", ".join(texts), random_config(space, rng), sm, codes))
     with tempfile.TemporaryDirectory() as scratch:
         for layers in (10, 20):
             small = random_llama(

@@ -17,7 +17,7 @@ from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import LoraContract
 from coatrt.configs.space import ConfigSpace
 from coatrt.errors import CheckpointError, ConfigError
-from coatrt.evaluation.sensitivity import Sensitivity
+from coatrt.evaluation.sensitivity_table import Sensitivity
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.models.matrices import ModelMatrices
 from coatrt.quantization.code_cache import CodeStore

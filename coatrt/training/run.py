@@ -20,7 +20,8 @@ from coatrt.data.task_data import TaskData
 from coatrt.errors import ConfigError
 from coatrt.evaluation.curvature import output_gains
 from coatrt.evaluation.fake_quant import FakeQuantModel
-from coatrt.evaluation.sensitivity import Sensitivity, measure_sensitivity
+from coatrt.evaluation.sensitivity import measure_sensitivity
+from coatrt.evaluation.sensitivity_table import Sensitivity
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.models.spec import DecoderSpec
 from coatrt.quantization.code_cache import CodeStore
@@ -239,10 +240,8 @@ def _measure(run: _Run, model: FakeQuantModel, codes: CodeStore) -> Sensitivity:
         claim_state(run.state, run.identity)
         if not path.is_file():
             _encode(run, codes)
-            # Errors under feedback make up for each other; the diagonal of the Fisher does not see that.
-            measure_sensitivity(model, codes, run.sensitivity_examples, run.space.formats, run.progress, "tokens").save(
-                path
-            )
+            measured = measure_sensitivity(model, codes, run.sensitivity_examples, run.space.formats, run.progress)
+            measured.save(path)
     run.processes.wait()
     return Sensitivity.load(path)
 

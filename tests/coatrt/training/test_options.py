@@ -76,7 +76,7 @@ def test_options_of_the_command_line_are_those_of_the_class() -> None:
         taken.append(TrainOptions(**choices))
 
     lists = "--ranks down_proj=32,o_proj=48 --budgets 4,5.5 --formats int8"
-    for line in ("", f"{lists} --same-examples --no-compensation --low-bits 4 --evaluation 7"):
+    for line in ("", f"{lists} --no-compensation --low-bits 4 --evaluation 7"):
         assert CliRunner().invoke(command, line.split()).exit_code == 0
     defaults, changed = taken
     assert defaults == TrainOptions()
@@ -84,7 +84,6 @@ def test_options_of_the_command_line_are_those_of_the_class() -> None:
         formats=("int8",),
         ranks=(("down_proj", 32), ("o_proj", 48)),
         budgets=(4.0, 5.5),
-        same_examples=True,
         compensation=False,
         low_bits=4.0,
         evaluation=7,
