@@ -18,9 +18,11 @@ sys.path.insert(0, str(Path(__file__).parent / "method"))
 
 import report
 from fleet_tables import FLEET_TABLES
+from gpu_tables import GPU_TABLES
 from markdown_tables import ROOT, grid, load
 
-DOCUMENTS = ("README.md", "docs/engines.md", "docs/method.md", "docs/formats.md", "docs/planning.md", "docs/cpp.md")
+DOCUMENTS = ("README.md", "docs/engines.md", "docs/method.md", "docs/formats.md", "docs/planning.md", "docs/cpp.md",
+             "docs/gpu.md")  # fmt: skip
 _PLACE = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -346,7 +348,7 @@ _MAKERS = (
     demo, sizes, billion, export, interactive, memory, parity, cpu, tasks, quantizers, calibration_size, shrinkage,
     allocation, search, cross, training_step, tied_table, compensation, cpp_runtime, cpp_service,
 )  # fmt: skip
-TABLES: dict[str, Callable[[], str]] = {maker.__name__: maker for maker in _MAKERS} | FLEET_TABLES
+TABLES: dict[str, Callable[[], str]] = {maker.__name__: maker for maker in _MAKERS} | FLEET_TABLES | GPU_TABLES
 for _task in ("sotu", "trec"):
     TABLES[f"method_{_task}"] = partial(report.main_table, "smollm2", _task)
     TABLES[f"variants_{_task}"] = partial(report.main_table, "smollm2", _task, rivals=False)
