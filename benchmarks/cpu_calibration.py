@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--adapter", type=Path, default=Path("out/demo/adapter"))
     parser.add_argument("--count", type=int, default=10)
     options = parser.parse_args()
-    adapter, checkpoint = Adapter.load(options.adapter), smollm2()
+    adapter, checkpoint = Adapter.from_pretrained(options.adapter), smollm2()
     io = decoder_io(checkpoint, GraphForm("cpu", "cpu.onnx", "float32"))
     rows = []
     with tempfile.TemporaryDirectory() as name:
@@ -43,12 +43,17 @@ def main() -> None:
             place.mkdir(exist_ok=True)
             graph = export_reference(adapter, checkpoint, config, place)
             made = OrtDecoder(
-                graph, io, adapter.contract, RuntimeOptions(context=CONTEXT, threads=1, accuracy_level=LEVEL)
+                graph,
+                io,
+                adapter.description.contract,
+                RuntimeOptions(context=CONTEXT, threads=1, accuracy_level=LEVEL),
             )
             made.set_lora({key: value.numpy() for key, value in adapter.emit(config).items()})
             return made
 
-        same = QuantConfig.uniform(adapter.model, adapter.formats[0])  # what the calibration times beside its products
+        same = QuantConfig.uniform(
+            adapter.description.model, adapter.description.formats[0]
+        )  # what the calibration times beside its products
         started = time.monotonic()
         calibration = calibrate_cpu(
             adapter,
@@ -63,7 +68,7 @@ def main() -> None:
         reference, then = decoder(same), predicted_decode(calibration, adapter, same, CONTEXT)
         for number in range(options.count):
             bits = 3.7 + (7.6 - 3.7) * number / max(options.count - 1, 1)
-            config = adapter.space.sample_budgeted(rng, bits)
+            config = adapter.description.space.sample_budgeted(rng, bits)
             tried, real, now = decoder(config), [], []
             for _ in range(ROUNDS):
                 now.append(decode_seconds(reference, 8, time.thread_time))
@@ -74,7 +79,7 @@ def main() -> None:
             drift = found / statistics.median(one / beside for one, beside in zip(real, now, strict=True)) / then
             rows.append(
                 {
-                    "bits": config.average_bits(adapter.model),
+                    "bits": config.average_bits(adapter.description.model),
                     "formats": dict(config.counts),
                     "real_ms": found * 1e3,
                     "predicted_ms": predicted * 1e3,
