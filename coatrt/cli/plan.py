@@ -1,11 +1,15 @@
 """`coatrt plan`."""
 
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from coatrt.cli.common import BYTES, echo_json
+
+if TYPE_CHECKING:
+    from coatrt.planning.plan import PlanRequest
 
 __all__ = ["command", "plan_options", "plan_request"]
 
@@ -53,12 +57,11 @@ def plan_options(function: Any) -> Any:
     return function
 
 
-def plan_request(choices: dict[str, Any]) -> Any:
+def plan_request(choices: dict[str, Any]) -> "PlanRequest":
     """Return the request that the options of `plan_options` mean, taking them out of `choices`."""
     from coatrt.planning.plan import PlanRequest
 
-    names = ("objective", "memory", "bits", "max_loss", "min_tokens_per_second", "context", "batch", "prefill", "keep")
-    return PlanRequest(**{name: choices.pop(name) for name in names})
+    return PlanRequest(**{field.name: choices.pop(field.name) for field in fields(PlanRequest)})
 
 
 @click.command()

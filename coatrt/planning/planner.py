@@ -137,15 +137,15 @@ class _Problem:
             result &= limit.holds
         return result
 
-    def measured(self, config: QuantConfig) -> tuple[NDArray[np.int16], Measures, bool]:
-        """Return a configuration of the space as a choice, what it comes to, and whether it keeps every limit."""
+    def of_config(self, config: QuantConfig) -> tuple[Measures, bool]:
+        """Return what a configuration of the space comes to, and whether it keeps pins and every limit."""
         column = {fmt: i for i, fmt in enumerate(self.space.formats)}
         choice = np.array([[column[config[group[0]]] for group in self.space.groups]], np.int16)
         measures = self._measures(choice, self.latency is not None)
         values = {"memory": measures.total, "bits": measures.bits, "loss": measures.loss, "speed": measures.seconds}
         allowed = bool(np.isfinite(self.cost[np.arange(len(self.cost)), choice[0]]).all())
         keeps = all(Limit(limit.kind, limit.value, values[limit.kind]).holds[0] for limit in self.limits)
-        return choice, measures, allowed and keeps
+        return measures, allowed and keeps
 
 
 def _device_space(adapter: AdapterDescription, device: DeviceProfile) -> ConfigSpace:
@@ -165,7 +165,7 @@ def _described(
     """Return the plan that a configuration is, with everything that is predicted of it."""
     device, workload, request, model = problem.device, problem.workload, problem.request, problem.space.model
     memory = memory_of(config, model, device, workload)
-    _, measures, _ = problem.measured(config)
+    measures, _ = problem.of_config(config)
     per_token = sum(memory[name] for name in ("weights", "scales", "other tensors", "LoRA", "KV cache"))
     entry = archive.find(config) if archive is not None else None
     return Plan(
@@ -224,7 +224,7 @@ def _better_measured(config: QuantConfig, archive: Archive, problem: _Problem) -
         for entry in archive
         if problem.space.contains(entry.config)
         and _grouped(entry.config, problem.space)
-        and problem.measured(entry.config)[2]
+        and problem.of_config(entry.config)[1]
     }
     if not sizes:
         return config
