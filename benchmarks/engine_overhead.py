@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import RESULTS, random_llama, save_result, smollm2
+from common import RESULTS, random_config, random_llama, save_result, smollm2
 
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import contract_for
@@ -53,7 +53,7 @@ def engines(scratch: Path) -> Iterator[tuple[str, Checkpoint, QuantConfig, int]]
         yield text, checkpoint, QuantConfig.uniform(checkpoint.matrices, text), sm
     for texts, sm in MIXED:
         space = ConfigSpace(checkpoint.matrices, tuple(WeightFormat.parse(text) for text in texts))
-        yield "random over " + ", ".join(texts), checkpoint, space.sample_random(rng), sm
+        yield "random over " + ", ".join(texts), checkpoint, random_config(space, rng), sm
     for layers in (10, 20):
         small = random_llama(
             scratch / str(layers),

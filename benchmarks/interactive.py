@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from common import save_result, smollm2
+from common import random_config, save_result, smollm2
 
 from coatrt.adapter.adapter import Adapter
 from coatrt.devices.profiles import device
@@ -56,7 +56,7 @@ def main() -> None:
             print(rows[-1], flush=True)
         emitter, rng, seconds = Emitter.of(made), np.random.default_rng(0), []
         for _ in range(50):
-            config = adapter.description.space.sample_random(rng)
+            config = random_config(adapter.description.space, rng)
             started = time.perf_counter()
             emitter.emit(config)
             seconds.append(time.perf_counter() - started)

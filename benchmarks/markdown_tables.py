@@ -1,4 +1,4 @@
-"""Results and Markdown tables for `tables.py`."""
+"""What the files of tables share: results and Markdown."""
 
 import json
 from pathlib import Path

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import save_result, smollm2
+from common import random_config, save_result, smollm2
 
 from coatrt.adapter.adapter import Adapter
 from coatrt.configs.config import QuantConfig
@@ -74,7 +74,7 @@ def main() -> None:
     reference = FakeQuantModel(checkpoint, codes)
     rng = np.random.default_rng(5)
     configs = {text: QuantConfig.uniform(checkpoint.matrices, text) for text in FORMATS}
-    configs |= {f"random {i}": adapter.description.space.sample_random(rng) for i in range(5)}
+    configs |= {f"random {i}": random_config(adapter.description.space, rng) for i in range(5)}
     rows: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name, config in configs.items():

@@ -1,6 +1,6 @@
 """Which predictor ranks configurations as the measured loss does: 50 configurations of SmolLM2-135M, held-out loss.
 
-python benchmarks/predictors.py [--quantizer gptq|mse] [--work DIR]
+python benchmarks/predictors.py [--quantizer feedback|gptq] [--work DIR]
 
 Half of the configurations are what a planner could choose (allocations under the disturbed costs of each gradient
 predictor in turn), half are random maps of a budget; budgets from 2.5 to 8 bits. It goes on where it was stopped:
@@ -10,13 +10,15 @@ losses and costs lie in DIR.
 import argparse
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from common import save_result, smollm2
+from predictor_costs import fisher_costs, kfac_costs, measured_costs
 
 sys.path.insert(0, str(Path(__file__).parent / "method"))
 from tasks import sotu_documents
@@ -24,10 +26,11 @@ from tasks import sotu_documents
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.space import ConfigSpace
 from coatrt.data.documents import tokenize_text
-from coatrt.evaluation.curvature import kfac_costs, token_costs
+from coatrt.data.examples import Examples
+from coatrt.evaluation.curvature import token_costs
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.evaluation.losses import mean_loss
-from coatrt.evaluation.sensitivity import fisher_costs, measured_costs, relative_errors
+from coatrt.evaluation.sensitivity import relative_errors
 from coatrt.models.checkpoint import load_tokenizer
 from coatrt.planning.knapsack import cost_matrix
 from coatrt.quantization.code_cache import CodeStore
@@ -44,9 +47,9 @@ LOW, HIGH = 2.5, 8.0
 Costs = dict[str, dict[str, float]]
 
 
-def spread(blocks: torch.Tensor, count: int) -> torch.Tensor:
+def spread(blocks: torch.Tensor, count: int) -> Examples:
     """Return so many blocks, evenly spread."""
-    return blocks[:: len(blocks) // count][:count]
+    return Examples.of_blocks(blocks[:: len(blocks) // count][:count])
 
 
 def kept(path: Path, make: Callable[[], Any]) -> Any:
@@ -96,71 +99,81 @@ def correlations(
     return found
 
 
-def main() -> None:
-    """Measure and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quantizer", choices=("gptq", "mse"), default="gptq")
-    parser.add_argument("--work", type=Path, default=Path("out/predictors"), help="where finished steps lie")
-    given = parser.parse_args()
-    work = given.work / given.quantizer
-    torch.set_num_threads(1)  # a shared machine: two threads would wait for each other
-    checkpoint = smollm2()
-    formats = [WeightFormat.parse(text) for text in FORMATS]
-    space = ConfigSpace(checkpoint.matrices, tuple(formats))
-    train, held_out = sotu_documents()
-    data = tokenize_text(load_tokenizer(checkpoint.directory), train, LENGTH, held_out=held_out)
-    calibration, blocks = spread(data.train, CALIBRATION), spread(data.held_out, HELD_OUT)
-    codes = CodeStore.default(checkpoint, given.quantizer, Calibration(spread(data.train, MOMENTS)))
-    model = FakeQuantModel(checkpoint, codes)
-    errors = kept(work / "errors.json", lambda: relative_errors(model, codes, formats))["value"]
-    makers: dict[str, Callable[[], Costs]] = {
-        "fisher": lambda: fisher_costs(model, codes, calibration, formats),
-        "kfac": lambda: kfac_costs(model, codes, calibration, formats),
-        "tokens": lambda: token_costs(model, codes, calibration, formats),
-    }
-    steps = {name: kept(work / f"{name}.json", make) for name, make in makers.items()}
-    drawn = configurations(space, {name: step["value"] for name, step in steps.items()})
-    path = work / "losses.json"
+def costs_of(
+    model: FakeQuantModel, codes: CodeStore, space: ConfigSpace, calibration: Examples, work: Path
+) -> dict[str, Any]:
+    """Return name → {"value": costs, "seconds": …} of the costs from gradients."""
+    args = (model, codes, calibration, space.formats)
+    makers = {"fisher": fisher_costs, "kfac": kfac_costs, "tokens": token_costs}
+    return {name: kept(work / f"{name}.json", partial(make, *args)) for name, make in makers.items()}
+
+
+def losses_of(model: FakeQuantModel, drawn: Sequence[tuple[str, QuantConfig]], blocks: Examples, path: Path) -> Any:
+    """Return the held-out loss of every configuration; a file keeps those measured before."""
     losses: list[float] = read_json(path, "losses") if path.is_file() else []
     for _, config in drawn[len(losses) :]:
         model.set_config(config)
         losses.append(mean_loss(model, blocks))
         write_json(path, losses)
-        print(
-            f"{len(losses)} of {COUNT}: {config.average_bits(space.model):.2f} bits, loss {losses[-1]:.3f}", flush=True
-        )
+        bits = config.average_bits(model.checkpoint.matrices)
+        print(f"{len(losses)} of {COUNT}: {bits:.2f} bits, loss {losses[-1]:.3f}", flush=True)
     model.set_config(None)
+    return losses
+
+
+def combined(costs: Mapping[str, Costs]) -> dict[str, Costs]:
+    """Return costs made from others."""
+    # Where the first token's activations are massive its gradients are small: E x² · E g² is then no E x² g².
+    return {
+        "kfac, down_proj fisher": {
+            name: costs["fisher" if name.endswith("down_proj") else "kfac"][name] for name in costs["kfac"]
+        },
+        "kfac × measured": {
+            name: {text: (costs["kfac"][name][text] * max(value, 0.0)) ** 0.5 for text, value in row.items()}
+            for name, row in costs["measured"].items()
+        },
+    }
+
+
+def main() -> None:
+    """Measure and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quantizer", choices=("gptq", "feedback"), default="feedback")
+    parser.add_argument("--work", type=Path, default=Path("out/predictors"), help="where finished steps lie")
+    given = parser.parse_args()
+    work = given.work / given.quantizer
+    torch.set_num_threads(1)  # a shared machine: two threads would wait for each other
+    checkpoint = smollm2()
+    space = ConfigSpace(checkpoint.matrices, tuple(map(WeightFormat.parse, FORMATS)))
+    train, held_out = sotu_documents()
+    data = tokenize_text(load_tokenizer(checkpoint.directory), train, LENGTH, held_out=held_out)
+    calibration, blocks = spread(data.train, CALIBRATION), spread(data.held_out, HELD_OUT)
+    codes = CodeStore.default(checkpoint, given.quantizer, Calibration(spread(data.train, MOMENTS).tokens))
+    model = FakeQuantModel(checkpoint, codes)
+    errors = kept(work / "errors.json", lambda: relative_errors(model, codes, space.formats))["value"]
+    steps = costs_of(model, codes, space, calibration, work)
+    drawn = configurations(space, {name: step["value"] for name, step in steps.items()})
+    losses = losses_of(model, drawn, blocks, work / "losses.json")
     base = kept(work / "base.json", lambda: mean_loss(model, blocks))["value"]
     steps["measured"] = kept(
         work / "measured.json", lambda: measured_costs(model, calibration[:MEASURED], space, errors)
     )
     costs = {name: step["value"] for name, step in steps.items()}
-    # Where the first token's activations are massive its gradients are small: E x² · E g² is then no E x² g².
-    costs["kfac, down_proj fisher"] = {
-        name: costs["fisher" if name.endswith("down_proj") else "kfac"][name] for name in costs["kfac"]
+    result = {
+        "quantizer": given.quantizer,
+        "formats": list(FORMATS),
+        "calibration_tokens": CALIBRATION * LENGTH,
+        "measured_tokens": MEASURED * LENGTH,
+        "held_out_tokens": HELD_OUT * LENGTH,
+        "base_loss": base,
+        "spearman": correlations(space, costs | combined(costs), drawn, losses),
+        "seconds": {name: step["seconds"] for name, step in steps.items()},
+        "rows": [
+            {"drawn": kind, "bits": config.average_bits(space.model), "configuration": config.hash, "loss": loss}
+            for (kind, config), loss in zip(drawn, losses, strict=True)
+        ],
     }
-    costs["kfac × measured"] = {
-        name: {text: (costs["kfac"][name][text] * max(value, 0.0)) ** 0.5 for text, value in row.items()}
-        for name, row in costs["measured"].items()
-    }
-    rows = [
-        {"drawn": kind, "bits": config.average_bits(space.model), "configuration": config.hash, "loss": loss}
-        for (kind, config), loss in zip(drawn, losses, strict=True)
-    ]
-    save_result(
-        f"predictors_{given.quantizer}",
-        f"python benchmarks/predictors.py --quantizer {given.quantizer}",
-        {
-            "formats": list(FORMATS),
-            "calibration_tokens": CALIBRATION * LENGTH,
-            "measured_tokens": MEASURED * LENGTH,
-            "held_out_tokens": HELD_OUT * LENGTH,
-            "base_loss": base,
-            "spearman": correlations(space, costs, drawn, losses),
-            "seconds": {name: step["seconds"] for name, step in steps.items()},
-            "rows": rows,
-        },
-    )
+    save_result("predictors", f"python benchmarks/predictors.py --quantizer {given.quantizer}", result)
 
 
 if __name__ == "__main__":

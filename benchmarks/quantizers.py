@@ -15,12 +15,14 @@ import torch
 from common import RESULTS, save_result, smollm2
 
 from coatrt.data.documents import TextData, batches, tokenize_text
+from coatrt.data.examples import Examples
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.evaluation.losses import mean_loss
 from coatrt.models.checkpoint import Checkpoint, load_tokenizer
 from coatrt.models.matrices import EMBEDDING
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import decode, encode
+from coatrt.quantization.gptq import InverseFactors
 from coatrt.quantization.input_moments import Calibration, InputMoments
 from coatrt.quantization.quantizers import QUANTIZERS, Quantizer
 from coatrt.system.files import cache_directory
@@ -53,7 +55,7 @@ def measure(
     energies: dict[str, float],
     text: str,
     quantizer: Quantizer,
-    blocks: torch.Tensor,
+    examples: Examples,
 ) -> dict[str, Any]:
     """Encode every linear matrix of the model in one format and return the row of the result.
 
@@ -64,14 +66,14 @@ def measure(
         energies: of the outputs, filled when first needed.
         text: the format.
         quantizer: the quantizer.
-        blocks: held-out tokens.
+        examples: held-out text.
     """
     tokens = moments.calibration.tokens.numel()
-    errors, outputs, seconds = [], [], 0.0
+    errors, outputs, seconds, factors = [], [], 0.0, InverseFactors()
     for matrix in model.checkpoint.matrices.targets:
         weight, moment = model.checkpoint.tensor(f"{matrix.name}.weight").float(), moments.get(matrix.name)
         started = time.process_time()
-        encoded = encode(weight, text, quantizer, moment, tokens)
+        encoded = encode(weight, text, quantizer, moment, tokens, factors)
         seconds += time.process_time() - started
         quantized = decode(encoded)
         residual = quantized - weight
@@ -86,7 +88,7 @@ def measure(
         "weight_error": sum(errors) / len(errors),
         "output_error": sum(outputs) / len(outputs),
         "encode_cpu_s": seconds,
-        "perplexity": math.exp(mean_loss(model, blocks)),
+        "perplexity": math.exp(mean_loss(model, examples)),
     }
 
 
@@ -98,14 +100,14 @@ def main() -> None:
     order = batches(len(data.train), 2 * CALIBRATION, 0, 0)
     calibration = Calibration(data.train[order[:CALIBRATION]])
     truth = InputMoments(checkpoint, Calibration(data.train[order[CALIBRATION:]]))
-    blocks = data.held_out[:: len(data.held_out) // HELD_OUT][:HELD_OUT]
+    examples = Examples.of_blocks(data.held_out[:: len(data.held_out) // HELD_OUT][:HELD_OUT])
     moments = InputMoments(checkpoint, calibration, cache_directory() / "moments")
     model = FakeQuantModel(checkpoint, CodeStore(checkpoint))
-    facts = {"calibration_tokens": calibration.tokens.numel(), "held_out_tokens": blocks.numel(), "threads": 1}
+    facts = {"calibration_tokens": calibration.tokens.numel(), "held_out_tokens": examples.tokens.numel(), "threads": 1}
     path = RESULTS / "quantizers.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if any(found.get(key) != value for key, value in facts.items()):
-        found = {"full_precision": math.exp(mean_loss(model, blocks)), "rows": []}
+        found = {"full_precision": math.exp(mean_loss(model, examples)), "rows": []}
     rows: list[dict[str, Any]] = found["rows"]
     table = encode(checkpoint.tensor(f"{EMBEDDING}.weight"), "int8")
     model.set_weights([(EMBEDDING, decode(table))])
@@ -113,7 +115,7 @@ def main() -> None:
     for text in FORMATS:
         for quantizer in QUANTIZERS:
             if not any((row["format"], row["quantizer"]) == (text, quantizer) for row in rows):
-                rows.append(measure(model, moments, truth, energies, text, quantizer, blocks))
+                rows.append(measure(model, moments, truth, energies, text, quantizer, examples))
                 print(rows[-1], flush=True)
                 result = {"model": "SmolLM2-135M", **facts, "full_precision": found["full_precision"], "rows": rows}
                 save_result("quantizers", COMMAND, result)

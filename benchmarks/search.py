@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import RESULTS, save_result
+from predictor_costs import fisher_costs
 
 sys.path.insert(0, str(Path(__file__).parent / "method"))
 from micro import MicroOptions, micro_llama
@@ -28,7 +29,6 @@ from coatrt.configs.config import QuantConfig
 from coatrt.configs.space import ConfigSpace
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.evaluation.losses import mean_loss
-from coatrt.evaluation.sensitivity import fisher_costs
 from coatrt.models.checkpoint import Checkpoint, load_tokenizer
 from coatrt.models.matrices import EMBEDDING, ModelMatrices
 from coatrt.planning.archive import Archive, ArchiveEntry
@@ -56,7 +56,7 @@ class Problem:
         # The embedding keeps int8 and is no part of the space.
         self.space = ConfigSpace(ModelMatrices(checkpoint.matrices.targets, tied=True), formats, fused=False)
         data = sotu(load_tokenizer(checkpoint.directory), MODEL.length)
-        train, held_out = data.train.tokens, data.held_out.tokens
+        train, held_out = data.train, data.held_out
         self.blocks = held_out[:: len(held_out) // 16][:16]
         self.model = FakeQuantModel(checkpoint, codes)
         calibration = train[:: len(train) // 16][:16]

@@ -18,6 +18,7 @@ from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle
 from coatrt.cli.progress import drawn
 from coatrt.configs.config import QuantConfig
+from coatrt.data.examples import Examples
 from coatrt.data.registry import load_task
 from coatrt.devices.environment import environment
 from coatrt.devices.profiles import device
@@ -98,7 +99,7 @@ def bundles(adapter: Adapter, checkpoint: Checkpoint, output: Path) -> dict[str,
 
 
 def perplexities(
-    adapter: Adapter, checkpoint: Checkpoint, made: dict[str, Bundle], blocks: torch.Tensor
+    adapter: Adapter, checkpoint: Checkpoint, made: dict[str, Bundle], examples: Examples
 ) -> dict[str, Any]:
     """Return held-out perplexity of the fp16 base, and of each bundle without and with its emitted LoRA."""
     model = FakeQuantModel(checkpoint, adapter.codes(checkpoint))
@@ -108,7 +109,7 @@ def perplexities(
 
         def measure() -> float:
             nonlocal done
-            value, done = math.exp(mean_loss(model, blocks)), done + 1
+            value, done = math.exp(mean_loss(model, examples)), done + 1
             progress(done, total, "held-out perplexity")
             return value
 
@@ -202,9 +203,8 @@ def main() -> None:
     tell("bundles")
     made = bundles(adapter, checkpoint, output)
     tell("held-out perplexity")
-    blocks = data.held_out.tokens
-    step = max(1, len(blocks) // HELD_OUT_BLOCKS)  # spread over all held-out messages
-    found = perplexities(adapter, checkpoint, made, blocks[::step][:HELD_OUT_BLOCKS])
+    step = max(1, len(data.held_out) // HELD_OUT_BLOCKS)  # spread over all held-out messages
+    found = perplexities(adapter, checkpoint, made, data.held_out[::step][:HELD_OUT_BLOCKS])
     tell("verification")
     for name, bundle in made.items():
         print(f"{name}\n{verify(bundle, model=checkpoint.directory).text()}", flush=True)

@@ -1,13 +1,16 @@
 """Shared fixtures: tiny random models with a byte tokenizer, saved as Hugging Face directories, and a tiny adapter."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
-import torch
 
 from support.tiny import save_tiny_llama, text_data, tiny_options
 
-torch.set_num_threads(2)
+if importlib.util.find_spec("torch") is not None:  # the fast tests do without
+    import torch
+
+    torch.set_num_threads(2)
 
 
 @pytest.fixture(autouse=True)

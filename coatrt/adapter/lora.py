@@ -201,12 +201,3 @@ class CoaLora(nn.Module):
             for rows, A, B in self.stacks()
             for i, row in enumerate(rows)
         }
-
-    def load_shared(self, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Set A and B from `pairs`, the inverse of `shared`."""
-        with torch.no_grad():
-            for rows, A, B in self.stacks():
-                for i, row in enumerate(rows):
-                    a, b = pairs[self.contract.tensors[row].matrix]
-                    A[i].copy_(a)
-                    B[i].copy_(b)

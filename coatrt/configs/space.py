@@ -77,10 +77,6 @@ class ConfigSpace:
         """Return the same space with only those of its formats that are in `formats`."""
         return ConfigSpace(self.model, tuple(fmt for fmt in self.formats if fmt in set(formats)), self.fused)
 
-    def sample_random(self, rng: np.random.Generator) -> QuantConfig:
-        """Return a configuration with every group's format drawn uniformly and independently."""
-        return self.config(rng.integers(len(self.formats), size=len(self.groups)))
-
     def sample_budgeted(self, rng: np.random.Generator, bits: float, tolerance: float = 0.02) -> QuantConfig:
         """Return a random configuration whose average bits are as near `bits` as the space and `tolerance` allow.
 

@@ -57,8 +57,3 @@ class ChoiceSets:
         """Return the first `count` questions."""
         rows = int((self.owner < count).sum())
         return ChoiceSets(self.rows[:rows], self.owner[:rows], self.answers[:count])
-
-    @property
-    def majority(self) -> float:
-        """Share of the questions whose answer is the most frequent place: the accuracy of always giving it."""
-        return float(self.answers.bincount().max()) / len(self)

@@ -79,11 +79,6 @@ class Examples:
             targets[i, : len(ids)] = row.masked_fill(~torch.tensor(marks, dtype=torch.bool), IGNORED)
         return cls(tokens, targets)
 
-    @classmethod
-    def of(cls, batch: "Examples | Tensor") -> "Examples":
-        """Return examples as they are, and plain token blocks [n, S] as `of_blocks`."""
-        return batch if isinstance(batch, Examples) else cls.of_blocks(batch)
-
     @property
     def counts(self) -> Tensor:
         """Targets of each row, int64 [n]."""

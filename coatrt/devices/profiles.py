@@ -52,11 +52,6 @@ class DeviceProfile:
     sources: tuple[str, ...]
 
     @property
-    def compute_capability(self) -> tuple[int, int]:
-        """(major, minor): (8, 6), (12, 0)."""
-        return divmod(self.sm, 10)
-
-    @property
     def kinds(self) -> tuple[str, ...]:
         """Kinds of weight formats the device runs."""
         return tuple(kind for kind in KINDS if self.sm == 0 or self.sm >= _LEAST_SM.get(kind, 75))

@@ -163,24 +163,24 @@ class FakeQuantModel:
         result: Tensor = self.model(input_ids=tokens.to(self.compute), use_cache=False, **keep).logits
         return result
 
-    def predictions(self, batch: Examples | Tensor) -> tuple[Tensor, Tensor]:
+    def predictions(self, batch: Examples) -> tuple[Tensor, Tensor]:
         """Return logits [B, P, V] and targets int64 [B, P] at the P places where some row has a target.
 
         Args:
-            batch: examples, or plain token ids [B, S], of which all but the first are targets.
+            batch: examples.
         """
-        examples = Examples.of(batch).trimmed()
+        examples = batch.trimmed()
         targets = examples.targets[:, 1:]
         places = (targets != IGNORED).any(0).nonzero().squeeze(1)
         if len(places) == targets.shape[1]:
             return self.logits(examples.tokens)[:, :-1], targets.to(self.compute)
         return self.logits(examples.tokens[:, :-1], places), targets[:, places].to(self.compute)
 
-    def loss(self, batch: Examples | Tensor) -> Tensor:
+    def loss(self, batch: Examples) -> Tensor:
         """Return the mean cross-entropy in nats over the targets of a batch.
 
         Args:
-            batch: examples, or plain token ids [B, S], of which all but the first are targets.
+            batch: examples.
         """
         logits, targets = self.predictions(batch)
         return nn.functional.cross_entropy(

@@ -12,15 +12,14 @@ __all__ = ["choice_scores", "log_likelihoods", "mean_loss", "measure_held_out"]
 
 
 @torch.no_grad()
-def mean_loss(model: FakeQuantModel, blocks: Examples | Tensor, batch: int = 8) -> float:
+def mean_loss(model: FakeQuantModel, examples: Examples, batch: int = 8) -> float:
     """Return the mean cross-entropy over all targets in nats; its exponential is the perplexity.
 
     Args:
         model: configuration and LoRA already set.
-        blocks: examples, or plain token ids [blocks, length], of which the first of each block is not predicted.
+        examples: the rows.
         batch: rows at once; it changes no number, whatever the rows' targets.
     """
-    examples = Examples.of(blocks)
     total = 0.0
     for start in range(0, len(examples), batch):
         piece = examples[start : start + batch]
@@ -45,7 +44,7 @@ def log_likelihoods(model: FakeQuantModel, examples: Examples, batch: int = 16) 
     seen = examples.tokens.masked_fill(places >= last[:, None], 0)
     distinct, member = torch.unique(seen, dim=0, return_inverse=True)
     length = torch.zeros(len(distinct), dtype=torch.int64).scatter_reduce(0, member, last, "amax")
-    order = length.argsort(stable=True)  # rows of like length together: little padding
+    order = length.argsort(stable=True)  # rows of similar length grouped: little padding
     scores = torch.zeros(len(examples), dtype=torch.float64)
     targets = examples.targets[:, 1:]  # column j is predicted at place j
     for start in range(0, len(order), batch):

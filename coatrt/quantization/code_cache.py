@@ -9,6 +9,7 @@ from coatrt.errors import ConfigError
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.models.matrices import EMBEDDING
 from coatrt.quantization.codec import QuantizedMatrix, encode
+from coatrt.quantization.gptq import InverseFactors
 from coatrt.quantization.input_moments import Calibration, InputMoments
 from coatrt.quantization.quantizers import CALIBRATED, QUANTIZER_VERSION, Quantizer
 from coatrt.quantization.weight_format import WeightFormat
@@ -64,6 +65,7 @@ class CodeStore:
             self._key += f"-{calibration.hash}"
             place = root / "moments" if root is not None else None
             self._moments = InputMoments(checkpoint, calibration, place, progress=progress)
+        self._factors = InverseFactors()
         self._limit = memory_bytes
         self._held: OrderedDict[tuple[str, str], QuantizedMatrix] = OrderedDict()
         self._bytes = 0
@@ -109,7 +111,7 @@ class CodeStore:
         if self._is_plain(name):
             return encode(weight, fmt, "mse")
         moment = self._moments.get(name) if self._moments is not None and fmt.has_scales else None
-        return encode(weight, fmt, self.quantizer, moment, self._tokens)
+        return encode(weight, fmt, self.quantizer, moment, self._tokens, self._factors)
 
     def _is_plain(self, name: str) -> bool:
         """Return whether a matrix is a table that no second moment speaks of."""

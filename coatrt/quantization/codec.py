@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from coatrt.errors import FormatError
-from coatrt.quantization.gptq import feedback_codes
+from coatrt.quantization.gptq import InverseFactors, feedback_codes
 from coatrt.quantization.grid import Grid
 from coatrt.quantization.quantizers import CALIBRATED, FED_BACK, QUANTIZERS, Quantizer
 from coatrt.quantization.scales import ScaleRule, choose_scales, quantize_scales, tensor_scale_of
@@ -64,18 +64,13 @@ class QuantizedMatrix:
         return replace(self, **move)
 
 
-def _pieces(rows: int, width: int) -> Iterator[slice]:
-    step = max(1, _CHUNK // width)
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
-
-
 def encode(
     weight: Tensor,
     weight_format: WeightFormat | str,
     quantizer: Quantizer = "mse",
     moment: Tensor | None = None,
     tokens: int | None = None,
+    factors: InverseFactors | None = None,
 ) -> QuantizedMatrix:
     """Return `weight` encoded in a format.
 
@@ -89,61 +84,78 @@ def encode(
         moment: H = E[x xᵀ] of the inputs, [K, K]; needed by "weighted", "gptq" and "feedback", else ignored.
         tokens: how many tokens the moment is the mean of, for "feedback" (`coatrt.quantization.gptq.shrunk`); None: it
             is exact.
+        factors: for "gptq" and "feedback": where the factor made from the moment is kept for the next matrix; None: it
+            is not kept.
 
     Raises:
         FormatError: the weight is not a matrix or holds values that are not finite, or the quantizer lacks its moment.
     """
     if weight.ndim != 2 or not torch.isfinite(weight).all():
         raise FormatError(f"a weight of shape {tuple(weight.shape)} is no finite matrix; give a finite [N, K] tensor")
-    N, K = weight.shape
+    K = weight.shape[1]
     fmt = WeightFormat.parse(weight_format).effective(K)
     if not fmt.has_scales:
-        dtype = torch.float16 if fmt.kind == "fp16" else torch.bfloat16
-        codes = weight.to(dtype)
-        if not torch.isfinite(codes).all():
-            raise FormatError(f"a weight of magnitude {float(weight.abs().max()):g} overflows fp16; use bf16")
-        return QuantizedMatrix(fmt, N, K, codes.clone() if codes is weight else codes)
+        return _as_stored(weight, fmt)
     _check(quantizer, moment, K)
-    width = fmt.padded(K)
-    block = fmt.block or width
     grid = Grid(fmt.kind)
+    result = _scaled(weight, fmt, grid, quantizer, moment)
+    scales = decode_scales(result)
+    if quantizer in FED_BACK:
+        assert moment is not None
+        trusted = tokens if quantizer == "feedback" else None
+        order, factor = (factors or InverseFactors()).get(moment.float(), trusted)
+        result.codes[:, K:] = grid.nearest(torch.zeros(1)).to(grid.dtype)
+        result.codes[:, :K] = feedback_codes(weight.float(), scales, fmt.block or K, grid, order, factor)
+        return result
+    safe = torch.where(scales != 0, scales, torch.ones_like(scales))
+    for rows, blocks in _pieces(weight, fmt):
+        result.codes[rows] = grid.nearest(blocks / safe[rows, :, None]).flatten(1).to(grid.dtype)
+    return result
 
-    def rows(piece: slice) -> Tensor:
-        part = weight[piece].float()
-        return torch.nn.functional.pad(part, (0, width - K)) if width != K else part
 
+def _as_stored(weight: Tensor, fmt: WeightFormat) -> QuantizedMatrix:
+    """Return a weight in float16 or bfloat16."""
+    codes = weight.to(torch.float16 if fmt.kind == "fp16" else torch.bfloat16)
+    if not torch.isfinite(codes).all():
+        raise FormatError(f"a weight of magnitude {float(weight.abs().max()):g} overflows fp16; use bf16")
+    N, K = weight.shape
+    return QuantizedMatrix(fmt, N, K, codes.clone() if codes is weight else codes)
+
+
+def _pieces(weight: Tensor, fmt: WeightFormat) -> Iterator[tuple[slice, Tensor]]:
+    """Yield (rows, their blocks [rows, blocks, block], float32, the last one padded with zeros)."""
+    N, K = weight.shape
+    width = fmt.padded(K)
+    step = max(1, _CHUNK // width)
+    for start in range(0, N, step):
+        rows = slice(start, min(start + step, N))
+        part = torch.nn.functional.pad(weight[rows].float(), (0, width - K)) if width != K else weight[rows].float()
+        yield rows, part.view(len(part), -1, fmt.block or width)
+
+
+def _scaled(
+    weight: Tensor, fmt: WeightFormat, grid: Grid, quantizer: Quantizer, moment: Tensor | None
+) -> QuantizedMatrix:
+    """Return the matrix with its scales chosen and stored, and codes that are still zero."""
+    N, K = weight.shape
+    width = fmt.padded(K)
     rule: ScaleRule = "weighted" if quantizer == "gptq" or quantizer == "feedback" else quantizer
     importance = None
     if quantizer in CALIBRATED:
         assert moment is not None
-        importance = torch.nn.functional.pad(moment.diagonal().float(), (0, width - K)).view(-1, block)
-    tensor_scale = tensor_scale_of(weight) if fmt.kind == "nvfp4" else 0.0
-    chosen = torch.empty(N, width // block)
-    for piece in _pieces(N, width):
-        blocks = rows(piece).view(-1, width // block, block)
-        chosen[piece] = choose_scales(blocks, fmt, grid, rule, importance, tensor_scale)
-
-    stored: Tensor
-    supers, constant = None, 0.0
+        importance = torch.nn.functional.pad(moment.diagonal().float(), (0, width - K)).view(-1, fmt.block or width)
+    constant = tensor_scale_of(weight) if fmt.kind == "nvfp4" else 0.0
+    chosen = torch.empty(N, width // (fmt.block or width))
+    for rows, blocks in _pieces(weight, fmt):
+        chosen[rows] = choose_scales(blocks, fmt, grid, rule, importance, constant)
+    supers = None
     if fmt.kind == "nvfp4":
-        stored, constant = (chosen / tensor_scale).to(torch.float8_e4m3fn), tensor_scale
+        stored = (chosen / constant).to(torch.float8_e4m3fn)
     elif fmt.scale_bits:
         stored, supers, constant = quantize_scales(chosen, fmt)
     else:
         stored = chosen.half()
-    result = QuantizedMatrix(fmt, N, K, torch.zeros(N, width, dtype=grid.dtype), stored, supers, constant)
-    used = decode_scales(result)
-    if quantizer in FED_BACK:
-        assert moment is not None
-        trusted = tokens if quantizer == "feedback" else None
-        result.codes[:, K:] = grid.nearest(torch.zeros(1)).to(grid.dtype)
-        result.codes[:, :K] = feedback_codes(weight.float(), used, block, grid, moment.float(), trusted)
-        return result
-    safe = torch.where(used != 0, used, torch.ones_like(used))
-    for piece in _pieces(N, width):
-        values = rows(piece).view(-1, width // block, block) / safe[piece, :, None]
-        result.codes[piece] = grid.nearest(values).view(-1, width).to(grid.dtype)
-    return result
+    return QuantizedMatrix(fmt, N, K, torch.zeros(N, width, dtype=grid.dtype), stored, supers, constant)
 
 
 def _check(quantizer: Quantizer, moment: Tensor | None, K: int) -> None:
@@ -196,4 +208,4 @@ def decode(matrix: QuantizedMatrix, dtype: torch.dtype = torch.float32) -> Tenso
 def relative_error(weight: Tensor, matrix: QuantizedMatrix) -> float:
     """Return ‖W − Q(W)‖ / ‖W‖ (Frobenius) of a weight [N, K] and its encoded form."""
     reference = weight.float()
-    return float((reference - decode(matrix)).norm() / reference.norm().clamp(min=1e-30))
+    return float((reference - decode(matrix)).norm()) / float(reference.norm().clamp(min=1e-30))

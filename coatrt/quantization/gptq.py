@@ -4,8 +4,6 @@ GPTQ (Frantar et al., arXiv 2210.17323) with scales fixed beforehand, so that on
 whose input carries the most energy goes first, and blocks of scales need not be contiguous in that order.
 """
 
-import weakref
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,7 +11,7 @@ from torch import Tensor
 from coatrt.errors import FormatError
 from coatrt.quantization.grid import Grid
 
-__all__ = ["DAMPING", "feedback_codes", "inverse_factor", "shrunk"]
+__all__ = ["DAMPING", "InverseFactors", "feedback_codes", "inverse_factor", "shrunk"]
 
 DAMPING = 0.01
 """Share of the mean diagonal added to the diagonal of the second moment, as in GPTQ."""
@@ -40,15 +38,14 @@ def shrunk(moment: Tensor, tokens: int | None) -> Tensor:
     return kept
 
 
-def inverse_factor(moment: Tensor, damping: float = DAMPING) -> Tensor:
-    """Return U, upper triangular [K, K], with UᵀU = (H + λI)⁻¹ and λ = `damping` · mean(diag H).
+def inverse_factor(moment: Tensor) -> Tensor:
+    """Return U, upper triangular [K, K], with UᵀU = (H + λI)⁻¹ and λ = `DAMPING` · mean(diag H).
 
     The inverse is never formed: with H = RRᵀ, R upper triangular (a Cholesky factor of H in reversed order), U = R⁻¹.
     λ grows tenfold as long as float32 finds the matrix indefinite.
 
     Args:
         moment: H, float32 [K, K], symmetric.
-        damping: share of the mean diagonal.
 
     Raises:
         FormatError: the moment holds values that are not finite.
@@ -56,7 +53,7 @@ def inverse_factor(moment: Tensor, damping: float = DAMPING) -> Tensor:
     if not torch.isfinite(moment).all():
         raise FormatError("the second moment of an input is not finite; calibrate with other text")
     identity = torch.eye(len(moment))
-    shift = damping * max(float(moment.diagonal().mean()), 1e-30)
+    shift = DAMPING * max(float(moment.diagonal().mean()), 1e-30)
     while True:
         lower, failed = torch.linalg.cholesky_ex((moment + shift * identity).flip(0, 1))
         if not failed:
@@ -65,32 +62,32 @@ def inverse_factor(moment: Tensor, damping: float = DAMPING) -> Tensor:
         shift *= 10
 
 
-def _prepared(moment: Tensor, tokens: int | None) -> tuple[Tensor, Tensor]:
-    """Return the order of the inputs, most energy first, and the inverse factor in that order.
+class InverseFactors:
+    """Orders of inputs and inverse factors of second moments; the last one is kept.
 
-    The last one is kept for as long as its moment lives: every format of every matrix that reads this input needs it.
+    Whoever encodes matrices holds one of these: every format of every matrix that reads one input needs the same.
     """
-    global _last
-    version = moment._version, tokens
-    if _last is not None and _last[0]() is moment and _last[1] == version:
-        return _last[2]
-    order = moment.diagonal().argsort(descending=True, stable=True)
-    found = order, inverse_factor(shrunk(moment, tokens)[order][:, order])
-    _last = (weakref.ref(moment, _forget), version, found)
-    return found
+
+    def __init__(self) -> None:
+        self._key: tuple[Tensor, int | None] | None = None
+        self._value: tuple[Tensor, Tensor] | None = None
+
+    def get(self, moment: Tensor, tokens: int | None) -> tuple[Tensor, Tensor]:
+        """Return the order of the inputs, most energy first, and the inverse factor [K, K] in that order.
+
+        Args:
+            moment: H, float32 [K, K]; its elements must not change while the factor is kept.
+            tokens: see `shrunk`.
+        """
+        if self._value is None or self._key is None or self._key[0] is not moment or self._key[1] != tokens:
+            self._key = self._value = None  # frees the last one before the next is made
+            order = moment.diagonal().argsort(descending=True, stable=True)
+            self._value = order, inverse_factor(shrunk(moment, tokens)[order][:, order])
+            self._key = moment, tokens
+        return self._value
 
 
-def _forget(_: object) -> None:
-    global _last
-    _last = None
-
-
-_last: tuple[weakref.ref[Tensor], tuple[int, int | None], tuple[Tensor, Tensor]] | None = None
-
-
-def feedback_codes(
-    weight: Tensor, scales: Tensor, block: int, grid: Grid, moment: Tensor, tokens: int | None = None
-) -> Tensor:
+def feedback_codes(weight: Tensor, scales: Tensor, block: int, grid: Grid, order: Tensor, factor: Tensor) -> Tensor:
     """Return codes that keep tr((W − Q) H (W − Q)ᵀ) small instead of every single |w − q|.
 
     Args:
@@ -98,13 +95,12 @@ def feedback_codes(
         scales: as decoding uses them, float32 [N, blocks].
         block: weights along K that share a scale.
         grid: the levels.
-        moment: H = E[x xᵀ], float32 [K, K].
-        tokens: how many it is the mean of, see `shrunk`.
+        order: of the inputs, see `InverseFactors.get`.
+        factor: of the inverse of H = E[x xᵀ], in that order.
 
     Returns:
         [N, K] in the grid's dtype.
     """
-    order, factor = _prepared(moment, tokens)
     blocks = (order // block).tolist()
     codes = torch.empty(weight.shape[1], len(weight), dtype=grid.dtype)
     for start in range(0, len(weight), _ROWS):

@@ -60,45 +60,50 @@ def choose_scales(
     Returns:
         [rows, blocks].
     """
-
-    def storable(scale: Tensor) -> Tensor:
-        if fmt.kind != "nvfp4":
-            return scale.half().float()
-        return (scale / tensor_scale).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float() * tensor_scale
-
-    def levels(scale: Tensor) -> Tensor:
-        safe = torch.where(scale != 0, scale, torch.ones_like(scale))[..., None]
-        return grid.snap(blocks / safe)
-
-    def error(level: Tensor, scale: Tensor) -> Tensor:
-        squared = (level * scale[..., None]).sub_(blocks).square_()
-        return (squared if importance is None else squared.mul_(importance)).sum(-1)
-
     absmax = blocks.abs().amax(-1)
     # Only a plain NormalFloat scale may be negative: it turns the uneven levels round. TensorRT refuses a negative
     # scale of DequantizeLinear, and double quantization stores the distance from the least scale.
     signed = rule == "weighted" and fmt.is_normal_float and not fmt.scale_bits
     ratios = _ratios(fmt.kind, fmt.bits) if rule != "absmax" else (1.0,)
     first, *others = (*ratios, *(-ratio for ratio in ratios)) if signed else ratios
-    best = storable(absmax * (first / grid.reach))
+    best = _storable(absmax * (first / grid.reach), fmt, tensor_scale)
     if not others and rule != "weighted":
         return best
-    least = error(levels(best), best)
+    least = _error(blocks, _levels(blocks, best, grid), best, importance)
 
     def offer(scale: Tensor) -> None:
         nonlocal best, least
-        found = error(levels(scale), scale)
-        best, least = torch.where(found < least, scale, best), torch.minimum(found, least)
+        scale = _storable(scale, fmt, tensor_scale)
+        error = _error(blocks, _levels(blocks, scale, grid), scale, importance)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
 
     for ratio in others:
-        offer(storable(absmax * (ratio / grid.reach)))
+        offer(absmax * (ratio / grid.reach))
     if rule == "weighted":
         assert importance is not None
-        level = levels(best)
+        level = _levels(blocks, best, grid)
         weighted = level * importance
         fitted = (weighted * blocks).sum(-1) / (weighted * level).sum(-1).clamp(min=1e-30)
-        offer(storable(fitted if signed else fitted.clamp(min=0)))
+        offer(fitted if signed else fitted.clamp(min=0))
     return best
+
+
+def _storable(scale: Tensor, fmt: WeightFormat, tensor_scale: float) -> Tensor:
+    """Return the scales [rows, blocks] as the format stores them, float32."""
+    if fmt.kind != "nvfp4":
+        return scale.half().float()
+    return (scale / tensor_scale).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float() * tensor_scale
+
+
+def _levels(blocks: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    """Return the level [rows, blocks, B] nearest to each weight under the scales [rows, blocks]."""
+    return grid.snap(blocks / torch.where(scale != 0, scale, torch.ones_like(scale))[..., None])
+
+
+def _error(blocks: Tensor, level: Tensor, scale: Tensor, importance: Tensor | None) -> Tensor:
+    """Return the squared error [rows, blocks], each weight's counted by its importance; `level` is overwritten."""
+    squared = level.mul_(scale[..., None]).sub_(blocks).square_()
+    return (squared if importance is None else squared.mul_(importance)).sum(-1)
 
 
 def quantize_scales(scales: Tensor, fmt: WeightFormat) -> tuple[Tensor, Tensor, float]:

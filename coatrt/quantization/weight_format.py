@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from coatrt.errors import FormatError
 
-__all__ = ["BLOCKS", "KINDS", "PAPER_FORMATS", "SCALE_BITS", "SCALE_BLOCKS", "SCALE_DTYPES", "WeightFormat"]
+__all__ = ["BLOCKS", "KINDS", "SCALE_BITS", "SCALE_BLOCKS", "SCALE_DTYPES", "WeightFormat"]
 
 _KIND_BITS = {
     "fp16": 16,
@@ -175,14 +175,3 @@ class WeightFormat:
             supers = -(-scales // here.scale_block)
             return total + -(-scales * here.scale_bits // 8) + supers * _DTYPE_BITS[here.scale_dtype] // 8 + 4
         return total + scales * 2
-
-
-PAPER_FORMATS = tuple(
-    WeightFormat(f"nf{b}", B0, b0, b1, B1)
-    for b in (2, 3, 4, 8)
-    for b0 in (2, 3, 4, 8)
-    for b1 in SCALE_DTYPES[1:]
-    for B0 in (16, 32, 64)
-    for B1 in SCALE_BLOCKS[1:]
-)
-"""The 432 choices of arXiv 2509.25214."""

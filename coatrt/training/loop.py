@@ -137,11 +137,10 @@ def _passes(
     data: Examples, configs: Sequence[QuantConfig], options: TrainOptions, step: int, processes: Processes
 ) -> list[Pass]:
     """Return the configurations of a step with this process's rows for each."""
-    count = 1 if options.same_examples else len(configs)
-    rows = batches(len(data), count * options.batch, step, options.seed).chunk(count)
+    rows = batches(len(data), len(configs) * options.batch, step, options.seed).chunk(len(configs))
     passes = []
-    for i, config in enumerate(configs):
-        batch = data[rows[i % count]]
+    for config, own in zip(configs, rows, strict=True):
+        batch = data[own]
         mine = batch[processes.share(torch.arange(len(batch)))].trimmed()
         passes.append(Pass(config, mine, batch.predicted))
     return passes

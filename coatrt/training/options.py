@@ -63,7 +63,6 @@ class TrainOptions:
     quantizer: Quantizer = _option("feedback", "How weights are encoded.")
     steps: int = _option(300, "Optimizer steps.", least=1)
     batch: int = _option(4, "Blocks of text (examples) per configuration and step; a step has two.", least=1)
-    same_examples: bool = _option(False, "Give both configurations of a step the same examples.")
     accumulate: int = _option(
         1,
         "Parts a batch is cut into to save memory, rows of similar length grouped; the gradient is the same.",

@@ -21,7 +21,8 @@ from coatrt.data.task_data import TaskData
 from coatrt.errors import ConfigError
 from coatrt.evaluation.curvature import output_gains
 from coatrt.evaluation.fake_quant import FakeQuantModel
-from coatrt.evaluation.sensitivity import Sensitivity, measure_sensitivity
+from coatrt.evaluation.sensitivity import measure_sensitivity
+from coatrt.evaluation.sensitivity_table import Sensitivity
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.models.spec import DecoderSpec
 from coatrt.quantization.code_cache import CodeStore
@@ -227,16 +228,24 @@ def _load(run: _Run, codes: CodeStore) -> FakeQuantModel:
     return model
 
 
+def _encode(run: _Run, codes: CodeStore) -> None:
+    """Encode every matrix in every format, so that this long work shows its progress; all of it is needed anyway."""
+    names = run.checkpoint.matrices.names
+    for i, name in enumerate(names):
+        for fmt in run.space.formats:
+            codes.get(name, fmt)
+        run.progress(i + 1, len(names), "encoding")
+
+
 def _measure(run: _Run, model: FakeQuantModel, codes: CodeStore) -> Sensitivity:
     """Return the sensitivities, measured by the first process unless an interrupted training left them."""
     path = run.state / "sensitivity.json"
     if run.processes.is_first:
         claim_state(run.state, run.identity)
         if not path.is_file():
-            # Errors under feedback make up for each other; the diagonal of the Fisher does not see that.
-            measure_sensitivity(model, codes, run.sensitivity_examples, run.space.formats, run.progress, "tokens").save(
-                path
-            )
+            _encode(run, codes)
+            measured = measure_sensitivity(model, codes, run.sensitivity_examples, run.space.formats, run.progress)
+            measured.save(path)
     run.processes.wait()
     return Sensitivity.load(path)
 

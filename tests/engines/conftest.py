@@ -12,9 +12,8 @@ import pytest
 from coatrt.adapter.adapter import Adapter
 from coatrt.devices.profiles import device
 from coatrt.engines.bundles.options import BundleOptions
-from coatrt.engines.headers import fetch
-from coatrt.errors import CoatError
 from coatrt.planning import planner
+from fetch_headers import FetchError, fetch
 from support.bundles import make_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,7 +70,7 @@ def headers() -> Path:
             pytest.skip(f"the C++ tests need {program}")
     try:
         return fetch(ROOT / "build" / "deps")
-    except CoatError as error:
+    except FetchError as error:
         pytest.skip(f"the C++ tests need headers: {error}")
 
 

@@ -13,6 +13,7 @@ import torch
 from coatrt.adapter.adapter import Adapter
 from coatrt.export.hypernetwork import export_hypernetwork
 from coatrt.training.run import train
+from support.formats import random_config
 from support.tiny import text_data, tiny_options
 
 
@@ -38,7 +39,7 @@ def test_graph_equals_torch_for_configurations_never_seen(adapter: Adapter, tmp_
     assert list(shapes) == list(adapter.description.contract.shapes)
     rng, seen = np.random.default_rng(11), set()
     for _ in range(20):
-        config = adapter.description.space.sample_random(rng)
+        config = random_config(adapter.description.space, rng)
         ids = np.array([side["formats"].index(str(config[name])) for name in side["matrices"]])
         emitted, expected = session.run(list(shapes), {"formats": ids}), adapter.emit(config)
         for name, value in zip(shapes, emitted, strict=True):
@@ -61,7 +62,7 @@ def test_large_tensors_go_to_a_file_of_their_own(
     export_hypernetwork(adapter, tmp_path)
     assert (tmp_path / "hypernet.bin").stat().st_size > (tmp_path / "hypernet.onnx").stat().st_size
     session = ort.InferenceSession(str(tmp_path / "hypernet.onnx"), providers=["CPUExecutionProvider"])
-    config = adapter.description.space.sample_random(np.random.default_rng(0))
+    config = random_config(adapter.description.space, np.random.default_rng(0))
     ids = adapter.encoder.format_ids(config).numpy()
     (value,) = session.run([adapter.description.contract.tensors[-1].B], {"formats": ids})
     assert torch.allclose(

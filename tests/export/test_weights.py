@@ -19,7 +19,8 @@ from coatrt.export.weights import STORAGES, write_matrix, write_table
 from coatrt.export.weights.base import nibbles
 from coatrt.export.weights.packing import pack_plane
 from coatrt.quantization.codec import QuantizedMatrix, decode, encode
-from coatrt.quantization.weight_format import KINDS, PAPER_FORMATS
+from coatrt.quantization.weight_format import KINDS
+from support.formats import PAPER_FORMATS
 
 PLAIN = (
     "fp16", "bf16", "int8", "int8-g32", "int8-g64", "int8-g128", "int4-g32", "int4-g64", "int4-g128", "fp8", "nvfp4",

@@ -4,14 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 TEXTS = [
     f"{word} the {word} sat on the mat. " * 30 for word in ("cat", "dog", "hen", "owl", "fox", "bee") for _ in "ab"
 ]
 
 
 def save_tiny_llama(directory: Path, *, tied: bool = True, seed: int = 0, **changes: object) -> Path:
+    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)

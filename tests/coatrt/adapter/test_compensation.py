@@ -13,6 +13,7 @@ from coatrt.adapter.features import ConfigEncoder
 from coatrt.adapter.lora import CoaLora
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import LoraContract, contract_for
+from coatrt.data.examples import Examples
 from coatrt.evaluation.curvature import output_gains
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.models.checkpoint import Checkpoint, load_model
@@ -196,7 +197,7 @@ def test_a_starts_from_what_the_lowest_format_takes_away(
     checkpoint = adapter.checkpoint()
     model = FakeQuantModel(checkpoint, CodeStore(checkpoint))
     compensator = Compensator(model, InputMoments(checkpoint, adapter.calibration), adapter.description.contract)
-    gains = output_gains(model, adapter.calibration.tokens)
+    gains = output_gains(model, Examples.of_blocks(adapter.calibration.tokens))
     for i, tensor in enumerate(adapter.description.contract.tensors):
         expected = compensator.start(tensor, LOW, gains[tensor.matrix], i, share)
         np.testing.assert_allclose(adapter.lora.shared()[tensor.matrix][0].numpy(), expected.numpy(), atol=1e-4)

@@ -21,6 +21,7 @@ from coatrt.models.matrices import ModelMatrices, matrices_of
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.input_moments import Calibration
 from coatrt.quantization.weight_format import WeightFormat
+from support.formats import random_config
 
 FORMATS = tuple(map(WeightFormat.parse, ("nf2-g64", "int4-g64", "nf3-g32-dq4-bf16-256", "int8")))
 
@@ -104,7 +105,7 @@ def test_adapter_survives_saving(tiny_adapter: Path, tmp_path: Path) -> None:
     adapter = Adapter.from_pretrained(tiny_adapter)
     adapter.save_pretrained(tmp_path / "copy")
     again = Adapter.from_pretrained(tmp_path / "copy")
-    config = adapter.description.space.sample_random(np.random.default_rng(3))
+    config = random_config(adapter.description.space, np.random.default_rng(3))
     first, second = adapter.emit(config), again.emit(config)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert replace(again.description, hash=adapter.description.hash) == adapter.description

@@ -10,6 +10,8 @@ from coatrt.cli import progress
 from coatrt.cli.progress import drawn
 from coatrt.system.progress import Progress
 
+pytestmark = pytest.mark.fast
+
 
 class Clock:
     """A clock that only the test moves."""

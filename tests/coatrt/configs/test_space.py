@@ -1,10 +1,13 @@
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coatrt.configs.space import ConfigSpace
 from coatrt.models.matrices import Matrix, ModelMatrices
 from coatrt.quantization.weight_format import WeightFormat
+
+pytestmark = pytest.mark.fast
 
 FORMATS = tuple(map(WeightFormat.parse, ["int8", "int4-g64", "nf3-g64", "nf2-g64"]))
 
@@ -38,9 +41,3 @@ def test_budgeted_samples_differ_and_reach_the_extremes():
     assert len({SPACE.sample_budgeted(rng, 4.0).hash for _ in range(20)}) == 20
     assert SPACE.sample_budgeted(rng, 0) == SPACE.uniform("nf2-g64")
     assert SPACE.sample_budgeted(rng, 99) == SPACE.uniform("int8")
-
-
-def test_random_samples_concentrate_at_the_mean_budget():
-    rng = np.random.default_rng(0)
-    bits = [SPACE.sample_random(rng).average_bits(SPACE.model) for _ in range(200)]
-    assert np.std(bits) < 0.6  # why budgets are sampled first

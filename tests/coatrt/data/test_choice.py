@@ -40,7 +40,6 @@ def test_rows_are_prompt_and_right_choice(tokenizer: Any) -> None:
     assert data.choices is not None
     assert data.choices.answers.tolist() == [2, 3, 0]
     assert data.choices.owner.tolist() == [0] * 3 + [1] * 4 + [2] * 2
-    assert data.choices.majority == pytest.approx(1 / 3)
     width = data.train.tokens.shape[1]
     assert torch.equal(data.held_out.tokens[0, :width], data.train.tokens[1])
 

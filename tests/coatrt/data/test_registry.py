@@ -78,7 +78,11 @@ def test_text_and_chat_files(files: Path, tokenizer: Any) -> None:
     blocks = tokenize_text(tokenizer, TEXTS, 32)
     assert torch.equal(text.train.tokens, blocks.train)
     assert torch.equal(text.held_out.targets[:, 1:], blocks.held_out[:, 1:])
-    chat = load_task("chat", [files / "chat.jsonl"], tokenizer, 64)
+    calls: list[tuple[int, int]] = []
+    chat = load_task(
+        "chat", [files / "chat.jsonl"], tokenizer, 64, progress=lambda done, total, *_: calls.append((done, total))
+    )
+    assert calls == [*((i, 12) for i in range(1, 13)), (1, 2), (2, 2)]
     assert (len(chat.train), len(chat.held_out), chat.dropped) == (11, 2, 1)
     assert chat.choices is None
 

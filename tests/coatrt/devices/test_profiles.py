@@ -10,6 +10,8 @@ from coatrt.devices.profiles import device, devices, least_sm
 from coatrt.errors import DeviceError
 from coatrt.quantization.weight_format import WeightFormat
 
+pytestmark = pytest.mark.fast
+
 RTX_TARGETS = {75, 80, 86, 89, 120, 121}
 
 
@@ -36,8 +38,6 @@ def test_known_figures() -> None:
     four, five = device("rtx-4090"), device("rtx-5090")
     assert (four.sm, four.memory_bytes, four.bandwidth) == (89, 24 << 30, 1008e9)
     assert (five.sm, five.memory_bytes, five.bandwidth) == (120, 32 << 30, 1792e9)
-    assert four.compute_capability == (8, 9)
-    assert five.compute_capability == (12, 0)
     assert device("rtx-4050-laptop").memory_bytes == 6 << 30
 
 

@@ -11,6 +11,8 @@ from coatrt.errors import ConfigError
 from coatrt.planning.archive import Archive, ArchiveEntry
 from coatrt.quantization.weight_format import WeightFormat
 
+pytestmark = pytest.mark.fast
+
 NAMES = ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj", "model.embed_tokens")
 FORMATS = tuple(map(WeightFormat.parse, ("nf3-g64", "int4-g64", "int8")))
 

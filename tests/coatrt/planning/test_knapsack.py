@@ -13,6 +13,8 @@ from coatrt.planning.knapsack import cost_matrix, lagrangian_choice, near_optima
 from coatrt.quantization.weight_format import WeightFormat
 from support.knapsack import least_price
 
+pytestmark = pytest.mark.fast
+
 FORMATS = tuple(map(WeightFormat.parse, ("nf2-g64", "nf3-g64", "int4-g64", "int8")))
 
 

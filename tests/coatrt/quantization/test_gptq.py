@@ -9,7 +9,7 @@ import coatrt.quantization.gptq
 from coatrt.errors import FormatError
 from coatrt.quantization.codebooks import codebook
 from coatrt.quantization.codec import decode, decode_scales, encode
-from coatrt.quantization.gptq import DAMPING, feedback_codes, inverse_factor
+from coatrt.quantization.gptq import DAMPING, InverseFactors, inverse_factor
 from coatrt.quantization.grid import Grid
 from support.numpy_decode import decode_numpy
 
@@ -174,16 +174,17 @@ def test_a_factor_serves_every_matrix_of_its_moment_and_no_other(monkeypatch):
         lambda H: factored.append(H.clone()) or inverse_factor(H),
         raising=True,
     )
-    H, other = moment(64), moment(64, seed=7)
-    first = encode(weight(8, 64), "nf3-g64", "feedback", H)
-    encode(weight(4, 64), "int4-g64", "feedback", H)
+    H, other, factors = moment(64), moment(64, seed=7), InverseFactors()
+    first = encode(weight(8, 64), "nf3-g64", "feedback", H, factors=factors)
+    encode(weight(4, 64), "int4-g64", "feedback", H, factors=factors)
+    encode(weight(4, 64), "int4-g64", "gptq", H, 100, factors)
     assert len(factored) == 1
-    changed = encode(weight(8, 64), "nf3-g64", "feedback", other)
+    changed = encode(weight(8, 64), "nf3-g64", "feedback", other, factors=factors)
     assert len(factored) == 2 and not torch.equal(changed.codes, first.codes)
-    H.copy_(other)  # the same tensor, other numbers
-    assert torch.equal(encode(weight(8, 64), "nf3-g64", "feedback", H).codes, changed.codes)
-    assert len(factored) == 3
-    encode(weight(8, 64), "nf3-g64", "feedback", H, tokens=100)
+    assert torch.equal(encode(weight(8, 64), "nf3-g64", "feedback", H).codes, first.codes)
+    encode(weight(8, 64), "nf3-g64", "feedback", other, factors=factors)
+    assert len(factored) == 3  # one without factors keeps none and takes none away
+    encode(weight(8, 64), "nf3-g64", "feedback", other, 100, factors)
     assert len(factored) == 4
 
 
@@ -193,7 +194,7 @@ def test_moments_are_checked():
             with pytest.raises(FormatError, match="needs a finite second moment"):
                 encode(weight(4, 64), "int4-g64", quantizer, bad)
     with pytest.raises(FormatError, match="not finite"):
-        feedback_codes(weight(4, 64), torch.ones(4, 1), 64, Grid("int4"), torch.full((64, 64), float("inf")))
+        inverse_factor(torch.full((64, 64), float("inf")))
     with pytest.raises(FormatError, match="no quantizer 'best'; allowed: absmax, mse, weighted, gptq, feedback"):
         encode(weight(4, 64), "int4-g64", "best")
     assert encode(weight(4, 64), "fp16", "feedback").scales is None  # 16 bits are stored as they are

@@ -5,7 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coatrt.errors import FormatError
-from coatrt.quantization.weight_format import KINDS, PAPER_FORMATS, WeightFormat
+from coatrt.quantization.weight_format import KINDS, WeightFormat
+from support.formats import PAPER_FORMATS
+
+pytestmark = pytest.mark.fast
 
 PLAIN = [
     WeightFormat(kind, block)

@@ -15,6 +15,8 @@ from coatrt.planning.archive import Archive, ArchiveEntry
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.search.loop import search, spread_allocations
 
+pytestmark = pytest.mark.fast
+
 FORMATS = tuple(map(WeightFormat.parse, ("nf2-g64", "nf3-g64", "int4-g64", "fp8", "int8")))
 BASE = 3.0
 Costs = dict[str, dict[str, float]]

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from coatrt.adapter.adapter import Adapter
 from coatrt.cli.main import cli
 from coatrt.data.documents import tokenize_text
+from coatrt.data.examples import Examples
 from coatrt.data.registry import load_task
 from coatrt.errors import ConfigError
 from coatrt.evaluation.fake_quant import FakeQuantModel
@@ -55,7 +56,7 @@ def test_losses_are_those_of_the_emitted_lora(directory: Path, tiny_llama: Path)
         model.set_config(entry.config)
         model.set_lora(adapter.description.contract, adapter.emit(entry.config))
         with torch.no_grad():
-            assert model.loss(picked).item() == pytest.approx(entry.loss, rel=1e-4)
+            assert model.loss(Examples.of_blocks(picked)).item() == pytest.approx(entry.loss, rel=1e-4)
         assert entry.nbytes == entry.config.nbytes(adapter.description.model) + lora
 
 
@@ -73,7 +74,7 @@ def test_losses_are_those_of_the_adapters_own_codes(tiny_llama: Path, tmp_path: 
         model.set_config(entry.config)
         model.set_lora(adapter.description.contract, adapter.emit(entry.config))
         with torch.no_grad():
-            losses.append(model.loss(picked).item())
+            losses.append(model.loss(Examples.of_blocks(picked)).item())
     assert losses[0] == pytest.approx(entry.loss, rel=1e-4)
     assert losses[1] != pytest.approx(entry.loss, rel=1e-3)
 

@@ -4,12 +4,16 @@ import json
 from dataclasses import asdict, fields
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
 
 from coatrt.cli.main import cli
+from coatrt.cli.train_options import train_options
 from coatrt.errors import ConfigError, FormatError
 from coatrt.training.options import TrainOptions
+
+pytestmark = pytest.mark.fast
 
 
 @pytest.mark.parametrize(
@@ -63,35 +67,23 @@ def test_help_shows_every_option_with_its_default() -> None:
     assert "one per format. [default: compensation]" in shown
 
 
-def test_options_of_the_command_line_are_those_of_the_class(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_of_the_command_line_are_those_of_the_class() -> None:
     taken: list[TrainOptions] = []
-    monkeypatch.setattr("coatrt.models.checkpoint.Checkpoint.open", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
-    monkeypatch.setattr(TrainOptions, "__post_init__", lambda options: taken.append(options))
-    for more in (
-        [],
-        [
-            "--ranks",
-            "down_proj=32,o_proj=48",
-            "--budgets",
-            "4,5.5",
-            "--formats",
-            "int8",
-            "--same-examples",
-            "--no-compensation",
-            "--low-bits",
-            "4",
-            "--evaluation",
-            "7",
-        ],
-    ):
-        CliRunner().invoke(cli, ["train", "m", "--data", "d", "-o", "o", *more])
+
+    @click.command()
+    @train_options
+    def command(**choices: Any) -> None:
+        taken.append(TrainOptions(**choices))
+
+    lists = "--ranks down_proj=32,o_proj=48 --budgets 4,5.5 --formats int8"
+    for line in ("", f"{lists} --no-compensation --low-bits 4 --evaluation 7"):
+        assert CliRunner().invoke(command, line.split()).exit_code == 0
     defaults, changed = taken
     assert defaults == TrainOptions()
     assert changed == TrainOptions(
         formats=("int8",),
         ranks=(("down_proj", 32), ("o_proj", 48)),
         budgets=(4.0, 5.5),
-        same_examples=True,
         compensation=False,
         low_bits=4.0,
         evaluation=7,

@@ -50,7 +50,7 @@ print(json.dumps(said))
             "learning_rate": 1e-3,
         },
         {"preset": "paper", "precision": "bfloat16", "accumulate": 2, "learning_rate": 1e-3},
-        {"preset": "none", "compensation": False, "same_examples": True},
+        {"preset": "none", "compensation": False},
     ],
 )
 def test_losses_on_another_device_are_the_cpus(tiny_llama: Path, tmp_path: Path, changes: dict[str, Any]) -> None:

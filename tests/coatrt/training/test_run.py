@@ -1,5 +1,6 @@
 """A training from the model to the adapter: what it learns, what it records, and what it refuses."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,22 +9,57 @@ import pytest
 import torch
 
 from coatrt.adapter.adapter import Adapter
-from coatrt.data.documents import tokenize_text
-from coatrt.errors import ConfigError
+from coatrt.errors import CheckpointError, ConfigError
 from coatrt.evaluation.fake_quant import FakeQuantModel
-from coatrt.models.checkpoint import load_tokenizer
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import encode, relative_error
 from coatrt.quantization.input_moments import InputMoments
 from coatrt.training.config_sampler import TrainingSampler
 from coatrt.training.run import train
-from support.tiny import TEXTS, text_data, tiny_options
+from support.tiny import save_tiny_llama, text_data, tiny_options
 
 
 def test_budgets_outside_the_formats_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"the formats allow 3\.5"):
         train(tiny_llama, text_data(tiny_llama), tmp_path / "a", tiny_options(low_bits=2.0))
     assert not (tmp_path / "a").exists()
+
+
+def test_a_model_that_cannot_be_exported_is_not_trained(tmp_path: Path) -> None:
+    model = save_tiny_llama(tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
+    with pytest.raises(CheckpointError, match="activation 'relu' cannot be exported"):
+        train(model, text_data(model), tmp_path / "a", tiny_options())
+    assert not (tmp_path / "a").exists()
+
+
+def test_every_long_stage_calls_progress_and_nothing_is_printed(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COATRT_CACHE", str(tmp_path / "cache"))  # nothing is calibrated or encoded yet
+    stages: dict[str, list[tuple[int, int]]] = {}
+
+    def note(done: int, total: int, stage: str, note: str = "", /) -> None:
+        stages.setdefault(stage, []).append((done, total))
+
+    options = tiny_options(steps=2, quantizer="feedback", formats=("nf3-g32", "int8"))
+    train(tiny_llama, text_data(tiny_llama), tmp_path / "a", options, progress=note)
+    assert set(stages) == {
+        "loading the model",
+        "gradients",
+        "calibration",
+        "encoding",
+        "errors",
+        "inputs",
+        "directions",
+        "training",
+        "compensation",
+        "held-out loss",
+    }
+    assert all(calls[-1][0] == calls[-1][1] for calls in stages.values())
+    assert stages["training"] == [(1, 2), (2, 2)]
+    assert capsys.readouterr().out == ""
 
 
 def test_training_learns_and_emits_by_configuration(tiny_adapter: Path, tiny_llama: Path) -> None:
@@ -44,9 +80,7 @@ def test_training_learns_and_emits_by_configuration(tiny_adapter: Path, tiny_lla
     assert config.hash == row["configuration"]
     model.set_config(config)
     model.set_lora(adapter.description.contract, adapter.emit(config))
-    from coatrt.models.checkpoint import load_tokenizer
-
-    blocks = tokenize_text(load_tokenizer(tiny_llama), TEXTS, 32).held_out[:4]
+    blocks = text_data(tiny_llama).held_out[:4]
     with torch.no_grad():
         assert model.loss(blocks).item() == pytest.approx(row["adapted"], rel=1e-5)
 
@@ -71,7 +105,7 @@ def test_training_uses_the_codes_of_its_quantizer(tiny_llama: Path, tmp_path: Pa
     config = adapter.description.space.uniform("nf3-g32")
     model = FakeQuantModel(checkpoint, adapter.codes(checkpoint))
     model.set_config(config)
-    blocks = tokenize_text(load_tokenizer(tiny_llama), TEXTS, 32).held_out[:4]
+    blocks = text_data(tiny_llama).held_out[:4]
     without = adapter.description.metrics["held_out"]["budgets"][0]["without"]
     with torch.no_grad():
         assert model.loss(blocks).item() == pytest.approx(without, rel=1e-5)

@@ -21,6 +21,7 @@ from coatrt.quantization.codec import decode, encode
 from coatrt.quantization.input_moments import InputMoments
 from coatrt.training.run import train
 from support.bundles import make_bundle
+from support.formats import random_config
 from support.tiny import save_tiny_llama, text_data, tiny_options
 
 FORMATS = ("fp16", "bf16", "int8", "int8-g32", "int4-g32", "int4-g128", "fp8", "nvfp4", "nf2-g16", "nf3-g64", "nf4-g32",
@@ -37,7 +38,7 @@ def adapter(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapt
 
 
 def mixed(adapter: Adapter) -> QuantConfig:
-    return adapter.description.space.sample_random(np.random.default_rng(3))
+    return random_config(adapter.description.space, np.random.default_rng(3))
 
 
 @pytest.mark.parametrize(("activations", "tied"), [("float32", True), ("float16", False)])

@@ -18,6 +18,7 @@ from coatrt.errors import ConfigError
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.export.decoder import GraphForm, decoder_io, export_decoder
 from coatrt.quantization.code_cache import CodeStore
+from support.formats import random_config
 
 PROMPT = [5, 77, 130, 9, 41, 200, 13]
 STEPS = 16
@@ -51,7 +52,7 @@ def decoder_of(adapter: Adapter, config: QuantConfig, directory: Path, batch: in
 def configs(adapter: Adapter) -> list[QuantConfig]:
     rng = np.random.default_rng(21)
     return [adapter.description.space.uniform(text) for text in UNIFORM] + [
-        adapter.description.space.sample_random(rng) for _ in range(5)
+        random_config(adapter.description.space, rng) for _ in range(5)
     ]
 
 
@@ -83,7 +84,7 @@ def test_logits_equal_torch_with_the_lora(
 
 
 def test_zeros_equal_the_base_bit_for_bit(adapter: Adapter, tmp_path: Path) -> None:
-    config = adapter.description.space.sample_random(np.random.default_rng(4))
+    config = random_config(adapter.description.space, np.random.default_rng(4))
     (tmp_path / "with").mkdir()
     (tmp_path / "without").mkdir()
     decoder = decoder_of(adapter, config, tmp_path / "with")
@@ -298,7 +299,7 @@ def test_chat_template_and_plain_prompts(tiny_bundle: Path) -> None:
 def test_emitter_equals_torch_and_refuses_unknown_formats(tiny_bundle: Path, adapter: Adapter) -> None:
     bundle = Bundle.open(tiny_bundle)
     emitter = Emitter.of(bundle, threads=1)
-    config = adapter.description.space.sample_random(np.random.default_rng(8))
+    config = random_config(adapter.description.space, np.random.default_rng(8))
     emitted, expected = emitter.emit(config), adapter.emit(config)
     assert list(emitted) == list(expected)
     for name, value in emitted.items():

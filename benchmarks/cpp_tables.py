@@ -1,0 +1,59 @@
+"""Tables of docs/cpp.md: the C++ library and the service."""
+
+from collections.abc import Callable
+
+from markdown_tables import grid, load
+
+__all__ = ["CPP_TABLES"]
+
+
+def cpp_runtime() -> str:
+    """The C++ library against Python."""
+    rows = []
+    for row in load("cpp_runtime")["rows"]:
+        speed, under = row["decode"], row["under_load"]
+        same = row["tokens_equal"] and row["text_equals_coatrt_run"]
+        rows.append(
+            [
+                row["bundle"],
+                "equal" if same else "**differ**",
+                f"{row['logits_difference']:.1e}",
+                f"{row['lora_equal']} of {row['lora_tensors']}",
+                f"{speed['cpp_ms']:.1f} / {speed['python_ms']:.1f}",
+                f"{speed['ratio']:.3f} ({speed['ratio_quartiles'][0]:.3f} – {speed['ratio_quartiles'][1]:.3f})",
+                f"{row['emit_ms']:.0f} + {row['bind_ms']:.2f}",
+                f"{under['wrong']} wrong of {under['generations']}, p50 {under['swap_p50_ms']:.0f} ms",
+            ]
+        )
+    head = [
+        "bundle",
+        "tokens, text",
+        "logits differ by",
+        "LoRA tensors equal bit for bit",
+        "decode ms/token C++ / Python",
+        "ratio (quartiles)",
+        "emit + bind ms",
+        "changed before every generation, 4 threads",
+    ]
+    return grid(head, rows)
+
+
+def cpp_service() -> str:
+    """The service under load."""
+    found = load("cpp_service")
+    request, first, memory = found["request"], found["first_token"], found["rss_mb"]
+    return (
+        f"{found['clients']} clients for {found['seconds']:.0f} s on {found['sessions']} sessions: "
+        f"{found['requests']} requests, {len(found['errors'])} errors, {found['wrong']} with a wrong token; "
+        f"p50 {request['p50_ms']:.0f} ms, p99 {request['p99_ms']:.0f} ms for {found['tokens_per_request']} tokens, "
+        f"waiting included, to the first token p50 {first['p50_ms']:.0f} ms, p99 {first['p99_ms']:.0f} ms; "
+        f"{found['tokens_per_s']:.0f} tokens/s; resident memory {memory['after_a_quarter']:.0f} MB after a quarter of "
+        f"the time, {memory['at_the_end']:.0f} MB at the end."
+    )
+
+
+_MAKERS = (
+    cpp_runtime,
+    cpp_service,
+)
+CPP_TABLES: dict[str, Callable[[], str]] = {maker.__name__: maker for maker in _MAKERS}
