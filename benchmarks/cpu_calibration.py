@@ -59,11 +59,13 @@ def compare(
 ) -> Iterator[dict[str, Any]]:
     """Yield real and predicted times of one configuration after another, a reference decoder timed beside each."""
     rng = np.random.default_rng(3)
-    same = QuantConfig.uniform(adapter.model, adapter.formats[0])  # what the calibration times beside its products
+    same = QuantConfig.uniform(
+        adapter.description.model, adapter.description.formats[0]
+    )  # what the calibration times beside its products
     reference, then = decoders.make(same), predict(same)
     for number in range(count):
         bits = 3.7 + (7.6 - 3.7) * number / max(count - 1, 1)
-        config = adapter.space.sample_budgeted(rng, bits)
+        config = adapter.description.space.sample_budgeted(rng, bits)
         tried, real, now = decoders.make(config), [], []
         for _ in range(ROUNDS):
             now.append(decode_seconds(reference, 8, time.thread_time))
@@ -73,7 +75,7 @@ def compare(
         found = statistics.median(real)
         drift = found / statistics.median(one / beside for one, beside in zip(real, now, strict=True)) / then
         yield {
-            "bits": config.average_bits(adapter.model),
+            "bits": config.average_bits(adapter.description.model),
             "formats": dict(config.counts),
             "real_ms": found * 1e3,
             "predicted_ms": predicted * 1e3,
@@ -89,7 +91,7 @@ def main() -> None:
     parser.add_argument("--adapter", type=Path, default=Path("out/demo/adapter"))
     parser.add_argument("--count", type=int, default=10)
     options = parser.parse_args()
-    adapter, checkpoint = Adapter.load(options.adapter), smollm2()
+    adapter, checkpoint = Adapter.from_pretrained(options.adapter), smollm2()
     started = time.monotonic()
     calibration = calibrate_cpu(
         adapter,

@@ -58,14 +58,15 @@ def write_gguf_lora(path: Path, adapter: Adapter, config: QuantConfig) -> None:
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_string("general.type", "adapter")
     writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", float(adapter.contract.rank))
+    writer.add_float32("adapter.lora.alpha", float(adapter.description.contract.rank))
     tensors = {name: value.numpy() for name, value in adapter.emit(config).items()}
-    for tensor in adapter.contract.tensors:
-        matrix = adapter.model.by_name[tensor.matrix]
+    for tensor in adapter.description.contract.tensors:
+        matrix = adapter.description.model.by_name[tensor.matrix]
         stem = f"blk.{matrix.layer}.{names[matrix.kind]}.weight"
         a, b = tensors[tensor.A].T, tensors[tensor.B].T
         if matrix.kind in ("q_proj", "k_proj"):  # llama.cpp pairs neighbouring rows for its rotation
-            heads = int(adapter.model_config["num_attention_heads" if matrix.kind[0] == "q" else "num_key_value_heads"])
+            spec = adapter.description.spec
+            heads = spec.heads if matrix.kind[0] == "q" else spec.kv_heads
             b = b.reshape(heads, 2, b.shape[0] // heads // 2, b.shape[1]).swapaxes(1, 2).reshape(b.shape)
         writer.add_tensor(f"{stem}.lora_a", np.ascontiguousarray(a, np.float32))
         writer.add_tensor(f"{stem}.lora_b", np.ascontiguousarray(b, np.float32))
@@ -144,7 +145,7 @@ def our_decoders(
     io = decoder_io(checkpoint, form)
     lora = {name: value.numpy() for name, value in adapter.emit(config).items()}
     decoders = {}
-    for place, contract in ((scratch / "lora", adapter.contract), (scratch / "plain", None)):
+    for place, contract in ((scratch / "lora", adapter.description.contract), (scratch / "plain", None)):
         place.mkdir()
         export_decoder(checkpoint, config, place, forms=[form], contract=contract, codes=codes)
         for level in (4, 0):
@@ -214,8 +215,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     clock = time.thread_time if options.threads == 1 else time.perf_counter
-    adapter, checkpoint = Adapter.load(options.adapter), smollm2()
-    config = adapter.space.uniform("int4-g64")
+    adapter, checkpoint = Adapter.from_pretrained(options.adapter), smollm2()
+    config = adapter.description.space.uniform("int4-g64")
     with tempfile.TemporaryDirectory() as name:
         decoders = our_decoders(adapter, checkpoint, config, Path(name), options.threads)
         sides = {label: our_side(decoder) for label, decoder in decoders.items()}
@@ -233,7 +234,10 @@ def main() -> None:
         "clock": "thread" if options.threads == 1 else "wall",
         "context": CONTEXT,
         "prompt": PROMPT,
-        "bits": {"coatrt": config.average_bits(adapter.model), "llama.cpp": 8 * size / adapter.model.parameters},
+        "bits": {
+            "coatrt": config.average_bits(adapter.description.model),
+            "llama.cpp": 8 * size / adapter.description.model.parameters,
+        },
         "held_out_loss": losses,
         **summary(prefill, decode),
     }
