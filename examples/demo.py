@@ -21,7 +21,7 @@ from coatrt.configs.config import QuantConfig
 from coatrt.data.examples import Examples
 from coatrt.data.registry import load_task
 from coatrt.devices.environment import environment
-from coatrt.devices.profiles import device
+from coatrt.devices.profiles import device_profile
 from coatrt.engines.builders.builder import EngineShapes
 from coatrt.engines.builders.engine_cache import EngineCache
 from coatrt.engines.bundles.build import build_targets
@@ -79,7 +79,7 @@ def bundles(adapter: Adapter, checkpoint: Checkpoint, output: Path) -> dict[str,
     """Plan and make a bundle per target, the builders side by side."""
     targets = []
     for name, bits in TARGETS.items():
-        profile = device(name)
+        profile = device_profile(name)
         plan = planner.plan(adapter.description, profile, bits=bits, context=CONTEXT, prefill=PREFILL)
         print(f"\n{plan.text()}", flush=True)
         targets.append(Target(profile, plan.config, output / name, plan))

@@ -33,7 +33,7 @@ def command(
     """Measure BUNDLE on this machine: prefill, decode, LoRA on and off, emission, load."""
     from coatrt.bundle import Bundle
     from coatrt.cli.progress import drawn
-    from coatrt.devices.profiles import device as profile
+    from coatrt.devices.profiles import device_profile as profile
     from coatrt.engines.measure.bench import bench, bench_text
     from coatrt.engines.runtime.options import RuntimeOptions
     from coatrt.system.files import write_json

@@ -63,7 +63,7 @@ def command(
 ) -> None:
     """Make a bundle of ADAPTER for each device: plan, graphs, hypernetwork, LoRA, engine."""
     from coatrt.adapter.description import AdapterDescription
-    from coatrt.devices.profiles import device
+    from coatrt.devices.profiles import device_profile
     from coatrt.engines.builders.builder_slots import BuilderSlots
     from coatrt.engines.bundles.options import BundleOptions
     from coatrt.engines.bundles.prepare import prepare
@@ -73,7 +73,7 @@ def command(
 
     given = _given(choices)
     request, slots = plan_request(choices), BuilderSlots(jobs, build_memory)
-    profiles = [device(name) for name in dict.fromkeys(devices)]
+    profiles = [device_profile(name) for name in dict.fromkeys(devices)]
     description = AdapterDescription.load(adapter)
     choice = None if config_path is None else read_choice(config_path, description.model)
     if choice is not None:

@@ -8,7 +8,7 @@ import click
 
 from coatrt.cli.common import echo_json
 from coatrt.cli.runtime import runtime_options
-from coatrt.devices.profiles import DeviceProfile, devices
+from coatrt.devices.profiles import DeviceProfile, device_profiles
 
 __all__ = ["command"]
 
@@ -19,7 +19,7 @@ __all__ = ["command"]
 def command(ctx: click.Context, as_json: bool) -> None:
     """List the device profiles; `probe` asks for this machine's GPUs, `calibrate` times its CPU."""
     if ctx.invoked_subcommand is None:
-        _show(devices(), as_json)
+        _show(device_profiles(), as_json)
 
 
 @command.command()

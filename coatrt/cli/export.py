@@ -30,7 +30,7 @@ def command(
     from coatrt.adapter.adapter import Adapter
     from coatrt.adapter.description import AdapterDescription
     from coatrt.cli.progress import drawn
-    from coatrt.devices.profiles import device
+    from coatrt.devices.profiles import device_profile
     from coatrt.engines.bundles.execute import execute
     from coatrt.engines.bundles.options import BundleOptions
     from coatrt.engines.bundles.prepare import prepare
@@ -40,7 +40,7 @@ def command(
     description = AdapterDescription.load(adapter)
     config = read_config(config_path, description.model)
     options = BundleOptions(activations, cpu_activations, context, engine=False)
-    target = Target(device("cpu"), config, output)
+    target = Target(device_profile("cpu"), config, output)
     preparation = prepare(description, [target], options, overwrite=overwrite)
     loaded = Adapter.from_pretrained(adapter)
     with drawn("export") as progress:

@@ -53,7 +53,7 @@ def command(
     from coatrt.cli.progress import drawn
     from coatrt.data.registry import load_task
     from coatrt.models.checkpoint import load_tokenizer
-    from coatrt.search.run import search_adapter
+    from coatrt.searching.run import search
     from coatrt.training.options import TrainOptions
 
     warn_of_idle_gpu(device)
@@ -63,7 +63,7 @@ def command(
         max_length = 128 if task == "text" else TrainOptions.from_json(loaded.description.metrics["options"]).max_length
     tokenizer = load_tokenizer(loaded.checkpoint(model).directory)
     with drawn("search") as progress:
-        archive, reference = search_adapter(
+        archive, reference = search(
             adapter,
             load_task(task, data, tokenizer, max_length, held_out=data, progress=progress),
             evaluations=evaluations,

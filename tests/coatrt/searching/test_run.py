@@ -21,7 +21,7 @@ from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.models.checkpoint import Checkpoint, load_tokenizer
 from coatrt.planning.archive import Archive, adapter_archive
 from coatrt.quantization.code_cache import CodeStore
-from coatrt.search.run import search_adapter
+from coatrt.searching.run import search
 from coatrt.training.run import train
 from support.tiny import text_data, tiny_options
 
@@ -37,8 +37,8 @@ def directory(tiny_adapter: Path, tmp_path: Path) -> Path:
 def test_losses_are_those_of_the_emitted_lora(directory: Path, tiny_llama: Path) -> None:
     assert adapter_archive(directory) is None
     facts = {"blocks": 3}
-    search_adapter(directory, text_data(tiny_llama, TEXT, TEXT), evaluations=4, **facts)
-    archive, reference = search_adapter(directory, text_data(tiny_llama, TEXT, TEXT), evaluations=10, **facts)
+    search(directory, text_data(tiny_llama, TEXT, TEXT), evaluations=4, **facts)
+    archive, reference = search(directory, text_data(tiny_llama, TEXT, TEXT), evaluations=10, **facts)
     found = adapter_archive(directory)
     assert found is not None
     assert found.entries == archive.entries
@@ -63,7 +63,7 @@ def test_losses_are_those_of_the_emitted_lora(directory: Path, tiny_llama: Path)
 def test_losses_are_those_of_the_adapters_own_codes(tiny_llama: Path, tmp_path: Path) -> None:
     options = tiny_options(formats=("nf2-g32", "int8"), preset="none", quantizer="feedback", budgets=(4.0,), steps=1)
     adapter = train(tiny_llama, text_data(tiny_llama, TEXT), tmp_path / "a", options)
-    archive, _ = search_adapter(tmp_path / "a", text_data(tiny_llama, TEXT, TEXT), evaluations=2, blocks=3)
+    archive, _ = search(tmp_path / "a", text_data(tiny_llama, TEXT, TEXT), evaluations=2, blocks=3)
     blocks = tokenize_text(load_tokenizer(tiny_llama), TEXT, 32, held_out=TEXT).held_out
     picked = torch.stack([blocks[0], blocks[round((len(blocks) - 1) / 2)], blocks[-1]])
     checkpoint = Checkpoint.open(tiny_llama)
@@ -87,7 +87,7 @@ def test_losses_of_another_task_are_those_of_its_marked_tokens(tiny_llama: Path,
     options = tiny_options(formats=("int4-g32", "int8"), preset="none", budgets=(5.0,), steps=1, precision="bfloat16")
     adapter = train(tiny_llama, data, tmp_path / "a", options)
     with pytest.raises(ConfigError, match="trained on the task choice, got data of text"):
-        search_adapter(tmp_path / "a", text_data(tiny_llama, TEXT, TEXT), evaluations=2)
+        search(tmp_path / "a", text_data(tiny_llama, TEXT, TEXT), evaluations=2)
     command = ["search", str(tmp_path / "a"), "--data", str(tmp_path / "q.jsonl"), "--evaluations", "2"]
     said = CliRunner().invoke(cli, command)
     assert said.exit_code == 0, (said.output, said.exception)
@@ -111,23 +111,21 @@ def test_a_second_search_at_once_is_refused(directory: Path, tiny_llama: Path) -
         command = [sys.executable, "-c", _SEARCH, str(directory), str(tiny_llama), str(TESTS)]
         said.append(subprocess.run(command, capture_output=True, text=True, check=False).stdout)
 
-    archive, _ = search_adapter(
-        directory, text_data(tiny_llama, TEXT, TEXT), evaluations=2, blocks=2, progress=begin_another
-    )
+    archive, _ = search(directory, text_data(tiny_llama, TEXT, TEXT), evaluations=2, blocks=2, progress=begin_another)
     assert said == ["archive.json is being written by another search of this adapter; wait for its end\n"] * 2
     assert len(archive) == 2
-    search_adapter(directory, text_data(tiny_llama, TEXT, TEXT), evaluations=3, blocks=2)  # the lock is free again
+    search(directory, text_data(tiny_llama, TEXT, TEXT), evaluations=3, blocks=2)  # the lock is free again
     assert len(Archive.load(directory / "archive.json")) == 3
 
 
 _SEARCH = """
 import sys
 sys.path.append(sys.argv[3])
-from coatrt.search.run import search_adapter
+from coatrt.searching.run import search
 from coatrt.errors import ConfigError
 from support.tiny import text_data
 try:
-    search_adapter(sys.argv[1], text_data(sys.argv[2]), evaluations=5, blocks=2)
+    search(sys.argv[1], text_data(sys.argv[2]), evaluations=5, blocks=2)
 except ConfigError as error:
     print(str(error).rpartition("/")[2])
 """
@@ -168,11 +166,11 @@ def test_the_command_searches_and_the_plan_reads_it(directory: Path, tmp_path: P
 
 def test_another_adapter_or_other_text_is_refused(directory: Path, tiny_llama: Path) -> None:
     facts, other = {"evaluations": 2, "blocks": 2}, ["something else entirely. " * 40]
-    search_adapter(directory, text_data(tiny_llama, TEXT, TEXT), **facts)
+    search(directory, text_data(tiny_llama, TEXT, TEXT), **facts)
     with pytest.raises(ConfigError, match="other text"):
-        search_adapter(directory, text_data(tiny_llama, other, other), **facts)
+        search(directory, text_data(tiny_llama, other, other), **facts)
     with pytest.raises(ConfigError, match="blocks 0 is given"):
-        search_adapter(directory, text_data(tiny_llama, TEXT, TEXT), **{**facts, "blocks": 0})
+        search(directory, text_data(tiny_llama, TEXT, TEXT), **{**facts, "blocks": 0})
     path = directory / "adapter.json"
     path.write_text(path.read_text() + "\n")
     with pytest.raises(ConfigError, match="measured with another adapter"):
