@@ -18,9 +18,10 @@ from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.evaluation.losses import mean_loss
 from coatrt.models.matrices import EMBEDDING
 from coatrt.quantization.code_cache import CodeStore
-from coatrt.quantization.codec import Quantizer, decode, encode
+from coatrt.quantization.codec import decode, encode
 from coatrt.quantization.gptq import InverseFactors
 from coatrt.quantization.input_moments import Calibration, InputMoments
+from coatrt.quantization.quantizers import Quantizer
 
 COMMAND = "python benchmarks/calibration_size.py"
 FORMATS = ("nf2-g64", "nf3-g64")

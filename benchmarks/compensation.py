@@ -13,9 +13,10 @@ from method.tasks import sotu
 
 from coatrt.data.documents import batches
 from coatrt.models.checkpoint import load_tokenizer
-from coatrt.quantization.codec import Quantizer, decode, encode
+from coatrt.quantization.codec import decode, encode
 from coatrt.quantization.gptq import InverseFactors
 from coatrt.quantization.input_moments import Calibration, InputMoments
+from coatrt.quantization.quantizers import Quantizer
 from coatrt.system.files import cache_directory
 
 LAYERS = (3, 14, 26)

@@ -23,9 +23,12 @@ from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle
 from coatrt.configs.config import ConfigPatterns
 from coatrt.devices.profiles import device
-from coatrt.engines.bundles.assemble import BundleOptions, assemble
+from coatrt.engines.bundles.build import build_targets
+from coatrt.engines.bundles.options import BundleOptions
+from coatrt.engines.bundles.targets import Target
 from coatrt.engines.runtime.emitter import Emitter, load_lora
 from coatrt.engines.runtime.load import load_decoder
+from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,7 +70,7 @@ def build(work: Path, *programs: str) -> dict[str, Path]:
         ROOT,
     )
     headers = ROOT / "build" / "deps"
-    call(sys.executable, "-m", "coatrt.engines.headers", headers)
+    call(sys.executable, ROOT / "examples" / "fetch_headers.py", headers)
     found = call(sys.executable, "-m", "coatrt", "cmake-dir", PYTHONPATH=str(work / "installed")).strip()
     made = {}
     for program in programs:
@@ -155,7 +158,7 @@ def main() -> None:
             if not directory.exists():
                 config = ConfigPatterns.from_json(value).resolve(adapter.space.model)
                 options = BundleOptions(context=CONTEXT, engine=False)
-                assemble(adapter, checkpoint, config, device("rtx-4090"), directory, options)
+                build_targets(adapter, checkpoint, [Target(device("rtx-4090"), config, directory)], options)
             bundle = Bundle.open(directory)
             rows.append({"bundle": kind, **compare(bundle, programs, work, threads, arguments.rounds)})
     command = "python benchmarks/cpp_runtime.py ADAPTER"
@@ -166,7 +169,7 @@ def compare(bundle: Bundle, programs: dict[str, Path], work: Path, threads: int,
     """Return what C++ and Python say of one bundle."""
     from transformers import AutoTokenizer
 
-    decoder = load_decoder(bundle, context=CONTEXT, threads=threads)
+    decoder = load_decoder(bundle, RuntimeOptions(context=CONTEXT, threads=threads))
     assert isinstance(decoder, OrtDecoder)
     decoder.set_lora(load_lora(bundle.path("lora.safetensors"), bundle.contract))
     tokenizer = AutoTokenizer.from_pretrained(str(bundle.folder("tokenizer")))

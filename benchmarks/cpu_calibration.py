@@ -22,6 +22,7 @@ from common import save_result, smollm2
 from coatrt.adapter.adapter import Adapter
 from coatrt.configs.config import QuantConfig
 from coatrt.engines.measure.cpu_timings import calibrate_cpu, decode_seconds, export_reference, predicted_decode
+from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.export.decoder import GraphForm, decoder_io
 from coatrt.models.checkpoint import Checkpoint
@@ -48,7 +49,7 @@ class Decoders:
         place.mkdir(exist_ok=True)
         graph = export_reference(self._adapter, self._checkpoint, config, place)
         contract = self._adapter.contract
-        made = OrtDecoder(graph, self._io, contract, context=CONTEXT, threads=1, accuracy_level=LEVEL)
+        made = OrtDecoder(graph, self._io, contract, RuntimeOptions(context=CONTEXT, threads=1, accuracy_level=LEVEL))
         made.set_lora({key: value.numpy() for key, value in self._adapter.emit(config).items()})
         return made
 
@@ -93,10 +94,9 @@ def main() -> None:
     calibration = calibrate_cpu(
         adapter,
         checkpoint,
+        RuntimeOptions(threads=1, accuracy_level=LEVEL),
         tokens=(1,),
         contexts=(CONTEXT,),
-        threads=1,
-        accuracy_level=LEVEL,
         clock=time.thread_time,
         progress=lambda done, total, *_: print(f"{done}/{total}", flush=True),
     )

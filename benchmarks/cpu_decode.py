@@ -23,6 +23,7 @@ from common import save_result, smollm2
 from coatrt.adapter.adapter import Adapter
 from coatrt.configs.config import QuantConfig
 from coatrt.data.documents import tokenize_text
+from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.export.decoder import GraphForm, decoder_io, export_decoder
 from coatrt.models.checkpoint import Checkpoint, load_tokenizer
@@ -147,7 +148,8 @@ def our_decoders(
         place.mkdir()
         export_decoder(checkpoint, config, place, forms=[form], contract=contract, codes=codes)
         for level in (4, 0):
-            made = OrtDecoder(place / form.file, io, contract, context=CONTEXT, threads=threads, accuracy_level=level)
+            runtime = RuntimeOptions(context=CONTEXT, threads=threads, accuracy_level=level)
+            made = OrtDecoder(place / form.file, io, contract, runtime)
             if contract is not None:
                 made.set_lora(lora)
             decoders[f"coatrt int4-g64, level {level}" + (", LoRA" if contract is not None else "")] = made

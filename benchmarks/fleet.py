@@ -24,10 +24,12 @@ from coatrt.bundle import Bundle
 from coatrt.configs.space import ConfigSpace
 from coatrt.devices.profiles import device
 from coatrt.engines.builders.builder import build_engine
-from coatrt.engines.builders.builder_slots import BuildRoom
+from coatrt.engines.builders.builder_slots import BuilderSlots
 from coatrt.engines.builders.engine_cache import EngineCache
-from coatrt.engines.bundles.build import Target, build_fleet
+from coatrt.engines.bundles.build import build_targets
 from coatrt.engines.bundles.options import BundleOptions
+from coatrt.engines.bundles.targets import Target
+from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.switch import SwitchingDecoder
 from coatrt.export.decoder import GraphForm, export_decoder
 from coatrt.planning.memory import memory_of
@@ -76,12 +78,12 @@ def building(adapter: Adapter, checkpoint: Any, scratch: Path) -> tuple[dict[str
         targets = [Target(device(name), plan.config, place / name, plan) for name, plan in plans.items()]
         cache = EngineCache(scratch / f"cache-{label}")
         started = time.perf_counter()
-        made = build_fleet(
-            adapter, checkpoint, targets, BundleOptions(), codes=codes, cache=cache, room=BuildRoom(jobs)
+        made = build_targets(
+            adapter, checkpoint, targets, BundleOptions(), codes=codes, cache=cache, slots=BuilderSlots(jobs)
         )
         found[label] = time.perf_counter() - started
     started = time.perf_counter()
-    again = build_fleet(adapter, checkpoint, targets, BundleOptions(), codes=codes, cache=cache)
+    again = build_targets(adapter, checkpoint, targets, BundleOptions(), codes=codes, cache=cache)
     found["again_function_s"] = time.perf_counter() - started
     found["again_states"] = [row.state for row in again]
     return found, {row.target.device.id: row.bundle for row in made}
@@ -146,11 +148,12 @@ import json, sys
 from coatrt.bundle import Bundle
 from coatrt.engines.runtime.emitter import load_lora
 from coatrt.engines.runtime.load import load_decoder
+from coatrt.engines.runtime.options import RuntimeOptions
 bundle = Bundle.open(sys.argv[1])
 def line(name):  # not ru_maxrss, which begins with the parent's
     return int(open("/proc/self/status").read().split(name + ":")[1].split()[0])
 before = line("VmRSS")
-decoder = load_decoder(bundle, context=2048, accuracy_level=int(sys.argv[2]))
+decoder = load_decoder(bundle, RuntimeOptions(context=2048, accuracy_level=int(sys.argv[2])))
 decoder.set_lora(load_lora(bundle.path("lora.safetensors"), bundle.contract))
 decoder.prefill([[1 + i % 100 for i in range(512)]])
 decoder.decode([5])
@@ -187,7 +190,7 @@ def switching(bundles: dict[str, Bundle]) -> list[dict[str, Any]]:
     """Time switches between configurations of a running session, one decoder held and all held."""
     rows = []
     for held in (1, len(bundles)):
-        session = SwitchingDecoder(bundles, held=held, context=2048)
+        session = SwitchingDecoder(bundles, options=RuntimeOptions(context=2048), held=held)
         session.prefill([[1 + i % 100 for i in range(128)]])
         for _ in range(2):
             for name in bundles:

@@ -16,7 +16,8 @@ from common import random_config, save_result, smollm2
 
 from coatrt.adapter.adapter import Adapter
 from coatrt.devices.profiles import device
-from coatrt.engines.bundles.assemble import BundleOptions, assemble
+from coatrt.engines.bundles.build import build_targets
+from coatrt.engines.bundles.targets import Target
 from coatrt.engines.measure.bench import percentiles
 from coatrt.engines.runtime.emitter import Emitter
 from coatrt.planning.planner import plan_for
@@ -42,7 +43,8 @@ def main() -> None:
             profile = device(name)
             started = time.monotonic()
             plan = plan_for(adapter, profile, bits=bits)
-            made = assemble(adapter, checkpoint, plan.config, profile, Path(scratch) / name, BundleOptions(), plan=plan)
+            target = Target(profile, plan.config, Path(scratch) / name, plan)
+            made = build_targets(adapter, checkpoint, [target])[0].bundle
             rows.append(
                 {
                     "device": name,

@@ -15,6 +15,7 @@ from common import random_config, save_result, smollm2
 
 from coatrt.adapter.adapter import Adapter
 from coatrt.configs.config import QuantConfig
+from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.export.decoder import GraphForm, decoder_io, export_decoder
@@ -51,7 +52,12 @@ def decoder(
     with tempfile.TemporaryDirectory(dir=work) as directory:
         path = Path(directory)
         export_decoder(checkpoint, config, path, forms=[FORM], contract=adapter.contract, codes=codes)
-        return OrtDecoder(path / FORM.file, decoder_io(checkpoint, FORM), adapter.contract, batch=batch, context=64)
+        return OrtDecoder(
+            path / FORM.file,
+            decoder_io(checkpoint, FORM),
+            adapter.contract,
+            RuntimeOptions(batch=batch, context=64, accuracy_level=0),
+        )
 
 
 def teacher_forced(runner: OrtDecoder, tokens: list[int]) -> Any:

@@ -21,9 +21,10 @@ from coatrt.evaluation.losses import mean_loss
 from coatrt.models.checkpoint import Checkpoint, load_tokenizer
 from coatrt.models.matrices import EMBEDDING
 from coatrt.quantization.code_cache import CodeStore
-from coatrt.quantization.codec import QUANTIZERS, Quantizer, decode, encode
+from coatrt.quantization.codec import decode, encode
 from coatrt.quantization.gptq import InverseFactors
 from coatrt.quantization.input_moments import Calibration, InputMoments
+from coatrt.quantization.quantizers import QUANTIZERS, Quantizer
 from coatrt.system.files import cache_directory
 
 COMMAND = "python benchmarks/quantizers.py"

@@ -17,8 +17,9 @@ from coatrt.evaluation.losses import measure_held_out
 from coatrt.models.checkpoint import load_tokenizer
 from coatrt.models.matrices import EMBEDDING
 from coatrt.quantization.code_cache import CodeStore
-from coatrt.quantization.codec import QUANTIZERS, decode
+from coatrt.quantization.codec import decode
 from coatrt.quantization.input_moments import Calibration
+from coatrt.quantization.quantizers import QUANTIZERS
 
 FORMATS = ("nf3-g64", "int4-g64", "nf4-g64", "nvfp4", "int8")
 BLOCKS = 24

@@ -110,9 +110,9 @@ def alternate(checkpoint: Checkpoint, steps: int, compute: str) -> dict[str, lis
         wait()
         seconds["peft"].append(time.perf_counter() - now)
         started = time.perf_counter()
-        return list(sampler.draw(step, 2))
+        return sampler.draw(step)
 
-    options = TrainOptions(formats=FORMATS, steps=steps + 1, batch=2, length=128, checkpoint_every=steps + 1)
+    options = TrainOptions(formats=FORMATS, steps=steps + 1, batch=2, max_length=128, checkpoint_every=steps + 1)
     with tempfile.TemporaryDirectory() as scratch:
         optimise(model, lora, Examples.of_blocks(tokens), draw, options, Path(scratch), "benchmark", Processes())
     return seconds

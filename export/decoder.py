@@ -1,6 +1,6 @@
 """Checkpoint and configuration → decoder graphs and their one weights file."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -22,8 +22,6 @@ from coatrt.quantization.codec import QuantizedMatrix, encode
 from coatrt.system.progress import Progress, silent
 
 __all__ = ["WEIGHTS_FILE", "DecoderIO", "GraphForm", "decoder_io", "export_decoder"]
-
-"""Called with (matrices done, matrices in all, name of the matrix just written)."""
 
 
 class _SmallTensors:
@@ -151,32 +149,46 @@ def export_decoder(
             f"{checkpoint.directory} has heads of {spec.head_dim} dimensions; the cpu form takes multiples of 8, as "
             "ONNX Runtime's attention does; give another model, or write the engine form alone (export_decoder)"
         )
-    model, small = checkpoint.matrices, _SmallTensors(checkpoint)
-
-    def encoded(name: str) -> QuantizedMatrix:
-        if codes is not None:
-            return codes.get(name, config[name])
-        return encode(checkpoint.tensor(f"{name}.weight"), config[name])
-
+    small = _SmallTensors(checkpoint)
     with WeightFile(directory) as weights_file:
         graphs = [GraphBuilder(form, weights_file) for form in forms]
-        tables: list[Table] = []
-        weights: list[dict[str, ir.Value]] = [{} for _ in graphs]
-        for done, name in enumerate(model.names, 1):
-            matrix = encoded(name)
-            for graph, written in zip(graphs, weights, strict=True):
-                if name != EMBEDDING:
-                    written[name] = write_matrix(graph, name, matrix)
-                    continue
-                table = write_table(graph, name, matrix, head=model.tied)
-                tables.append(table)
-                if table.weight is not None:
-                    written[HEAD] = table.weight
-            del matrix  # before the next one is read
-            progress(done, len(model.names), "matrices", name)
+        matrices = _encoded(checkpoint, config, codes, progress)
+        tables, weights = _write_matrices(matrices, graphs, tied=checkpoint.matrices.tied)
         for graph, table, written, rows in zip(graphs, tables, weights, positions, strict=True):
             Network(graph, spec, table, written, small, contract, rows).write()
         small.check()
     for graph in graphs:
         graph.save(directory)
     return {form.name: form.file for form in forms}
+
+
+def _encoded(
+    checkpoint: Checkpoint, config: QuantConfig, codes: CodeStore | None, progress: Progress
+) -> Iterator[tuple[str, QuantizedMatrix]]:
+    """Yield every matrix's name and codes; none is held when the next one is read."""
+    names = checkpoint.matrices.names
+    for done, name in enumerate(names, 1):
+        if codes is not None:
+            yield name, codes.get(name, config[name])
+        else:
+            yield name, encode(checkpoint.tensor(f"{name}.weight"), config[name])
+        progress(done, len(names), "matrices", name)
+
+
+def _write_matrices(
+    matrices: Iterable[tuple[str, QuantizedMatrix]], graphs: Sequence[GraphBuilder], *, tied: bool
+) -> tuple[list[Table], list[dict[str, ir.Value]]]:
+    """Write every matrix into every graph; return each graph's embedding, and its weights by name, the head's too."""
+    tables: list[Table] = []
+    weights: list[dict[str, ir.Value]] = [{} for _ in graphs]
+    for name, matrix in matrices:
+        for graph, written in zip(graphs, weights, strict=True):
+            if name != EMBEDDING:
+                written[name] = write_matrix(graph, name, matrix)
+                continue
+            table = write_table(graph, name, matrix, head=tied)
+            tables.append(table)
+            if table.weight is not None:
+                written[HEAD] = table.weight
+        del matrix  # before the next one is read
+    return tables, weights

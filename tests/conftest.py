@@ -1,13 +1,16 @@
 """Shared fixtures: tiny random models with a byte tokenizer, saved as Hugging Face directories, and a tiny adapter."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
-import torch
 
-from support.tiny import TEXTS, save_tiny_llama, tiny_options
+from support.tiny import save_tiny_llama, text_data, tiny_options
 
-torch.set_num_threads(2)
+if importlib.util.find_spec("torch") is not None:  # the fast tests do without
+    import torch
+
+    torch.set_num_threads(2)
 
 
 @pytest.fixture(autouse=True)
@@ -28,5 +31,5 @@ def tiny_adapter(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     directory = tmp_path_factory.mktemp("adapter") / "adapter"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COATRT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        train(tiny_llama, TEXTS, directory, tiny_options(steps=20))
+        train(tiny_llama, text_data(tiny_llama), directory, tiny_options(steps=20))
     return directory

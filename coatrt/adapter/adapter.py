@@ -21,8 +21,8 @@ from coatrt.evaluation.sensitivity_table import Sensitivity
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.models.matrices import ModelMatrices
 from coatrt.quantization.code_cache import CodeStore
-from coatrt.quantization.codec import CALIBRATED, QUANTIZERS, Quantizer
 from coatrt.quantization.input_moments import Calibration
+from coatrt.quantization.quantizers import CALIBRATED, QUANTIZERS, Quantizer
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.files import atomic_directory, read_json, sha256_file, write_json
 from coatrt.system.progress import Progress, silent

@@ -1,18 +1,15 @@
 """The hypernetwork θ: a configuration → one r × r update U per matrix, all matrices in one batch."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from coatrt.adapter.features import FEATURES, FIELD_SIZES
+from coatrt.adapter.preset import Preset
 from coatrt.errors import ConfigError
 
-__all__ = ["Hypernetwork", "HypernetworkOptions", "Preset"]
-
-Preset = Literal["paper", "coatrt", "none"]
-"""Forms of θ; "none" stands for an adapter without one."""
+__all__ = ["Hypernetwork", "HypernetworkOptions"]
 
 
 @dataclass(frozen=True)
@@ -40,9 +37,8 @@ class HypernetworkOptions:
     hidden: int = 128
 
     def __post_init__(self) -> None:
-        allowed = get_args(Preset)[:2]
-        if self.preset not in allowed:
-            raise ConfigError(f"hypernetwork preset {self.preset!r} is given; allowed: {', '.join(allowed)}")
+        if self.preset not in ("coatrt", "paper"):
+            raise ConfigError(f"unknown hypernetwork preset {self.preset!r}; allowed: coatrt, paper")
 
     @property
     def vocabularies(self) -> tuple[int, ...]:

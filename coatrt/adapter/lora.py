@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from coatrt.adapter.compensation import Compensator, Reading
 from coatrt.adapter.features import ConfigEncoder
-from coatrt.adapter.hypernetwork import Hypernetwork, HypernetworkOptions, Preset
+from coatrt.adapter.hypernetwork import Hypernetwork, HypernetworkOptions
+from coatrt.adapter.preset import Preset
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import LoraContract
 from coatrt.system.progress import Progress, silent
@@ -94,7 +95,7 @@ class CoaLora(nn.Module):
                     done += 1
                     progress(done, count, "directions")
 
-    def settle(self) -> None:
+    def settle(self, progress: Progress = silent) -> None:
         """Keep C for every matrix and format as A stands now, and let go of the compensator."""
         compensator = self._compensator
         if compensator is None:
@@ -108,6 +109,7 @@ class CoaLora(nn.Module):
             for (rows, _, _), reading, table in zip(self.stacks(), readings, tables, strict=True):
                 names = [contract.tensors[row].matrix for row in rows]
                 table[:, f] = compensator.terms(names, [fmt] * len(names), reading)
+            progress(f + 1, formats, "compensation")
         self._keep(tables)
         self._compensator = None
         self._readings.clear()

@@ -1,8 +1,12 @@
 """`coatrt adapt`."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from coatrt.engines.bundles.adapt import LoraFormat
 
 __all__ = ["command"]
 
@@ -20,28 +24,13 @@ __all__ = ["command"]
     default="safetensors",
     show_default=True,
 )
-def command(bundle: Path, config_path: Path | None, output: Path, kind: str) -> None:
+def command(bundle: Path, config_path: Path | None, output: Path, kind: "LoraFormat") -> None:
     """Emit the LoRA of a configuration with BUNDLE's hypernetwork: no torch, no base model."""
-    import time
-
     from coatrt.bundle import Bundle
     from coatrt.configs.config import QuantConfig
-    from coatrt.engines.bundles.lora_formats import write_emitted_peft, write_onnx_adapter
-    from coatrt.engines.runtime.emitter import Emitter, save_lora
-    from coatrt.errors import ConfigError
+    from coatrt.engines.bundles.adapt import adapt
 
     opened = Bundle.open(bundle)
-    config = QuantConfig.load(config_path, opened.model_matrices) if config_path is not None else opened.config
-    if output.is_dir() and any(output.iterdir()):
-        raise ConfigError(f"{output} is a directory that holds files; give a new path")
-    emitter = Emitter.of(opened)
-    started = time.perf_counter()
-    tensors = emitter.emit(config)
-    milliseconds = (time.perf_counter() - started) * 1e3
-    if kind == "peft":
-        write_emitted_peft(output, tensors, emitter.contract, str(opened.manifest["model"]["source"]))
-    elif kind == "onnx-adapter":
-        write_onnx_adapter(output, tensors)
-    else:
-        save_lora(output, tensors, config)
-    click.echo(f"{output}: LoRA of {config.hash}, {len(tensors)} tensors, emitted in {milliseconds:.1f} ms")
+    config = QuantConfig.load(config_path, opened.model_matrices) if config_path is not None else None
+    made = adapt(opened, output, config, format=kind)
+    click.echo(f"{output}: LoRA of {made.config.hash}, {made.tensors} tensors, emitted in {made.seconds * 1e3:.1f} ms")

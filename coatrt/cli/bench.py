@@ -1,10 +1,12 @@
 """`coatrt bench`."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from coatrt.cli.common import check_writable, echo_json
+from coatrt.cli.runtime import runtime_options
 
 __all__ = ["command"]
 
@@ -14,15 +16,7 @@ __all__ = ["command"]
 @click.option("--prompt", "prompts", type=int, multiple=True, help="Prompt length in tokens; repeatable. [16, 128]")
 @click.option("--tokens", type=int, default=32, show_default=True, help="Tokens decoded per repetition.")
 @click.option("--repeat", type=int, default=5, show_default=True)
-@click.option("--batch", type=int, default=1, show_default=True)
-@click.option("--threads", type=int, help="Threads; default: all usable cores.")
-@click.option(
-    "--accuracy-level",
-    type=click.Choice(["0", "1", "4"]),
-    default="4",
-    show_default=True,
-    help="Of int4 and int8 products: 0 decoded at load, 1 packed, 4 packed, inexact.",
-)
+@runtime_options("backend", "batch", "threads", "accuracy_level")
 @click.option("--device", help="Profile of this machine, for its bandwidth.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the JSON here too.")
@@ -31,18 +25,17 @@ def command(
     prompts: tuple[int, ...],
     tokens: int,
     repeat: int,
-    batch: int,
-    threads: int | None,
-    accuracy_level: str,
     device: str | None,
     as_json: bool,
     output: Path | None,
+    **runtime: Any,
 ) -> None:
-    """Measure BUNDLE on this machine with ONNX Runtime: prefill, decode, LoRA on and off, emission, load."""
+    """Measure BUNDLE on this machine: prefill, decode, LoRA on and off, emission, load."""
     from coatrt.bundle import Bundle
     from coatrt.cli.progress import drawn
     from coatrt.devices.profiles import device as profile
     from coatrt.engines.measure.bench import bench, bench_text
+    from coatrt.engines.runtime.options import RuntimeOptions
     from coatrt.system.files import write_json
 
     if output is not None:
@@ -51,12 +44,10 @@ def command(
     with drawn("bench") as progress:
         result = bench(
             Bundle.open(bundle),
+            RuntimeOptions(**runtime),
             prompts=prompts or (16, 128),
             tokens=tokens,
             repeat=repeat,
-            batch=batch,
-            threads=threads,
-            accuracy_level=int(accuracy_level),
             device=known,
             progress=progress,
         )

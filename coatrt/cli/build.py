@@ -1,6 +1,6 @@
 """`coatrt build`."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,9 @@ from coatrt.cli.common import BYTES
 from coatrt.cli.plan import plan_options, plan_request
 
 if TYPE_CHECKING:
+    from coatrt.engines.builders.builder_slots import BuilderSlots
+    from coatrt.engines.bundles.prepare import Preparation
+    from coatrt.engines.bundles.targets import BundleResult
     from coatrt.planning.plan import Plan, PlanRequest
 
 __all__ = ["command"]
@@ -58,54 +61,40 @@ def command(
     dry_run: bool,
     **choices: Any,
 ) -> None:
-    """Make a bundle of ADAPTER per device: plan, graphs, hypernetwork, LoRA, engine."""
+    """Make a bundle of ADAPTER for each device: plan, graphs, hypernetwork, LoRA, engine."""
     from coatrt.adapter.description import AdapterFacts
     from coatrt.devices.profiles import device
-    from coatrt.engines.builders.builder import EngineShapes, check_formats
-    from coatrt.engines.builders.builder_slots import BuildRoom
-    from coatrt.engines.bundles.fingerprint import is_current, recipe_hash
+    from coatrt.engines.builders.builder_slots import BuilderSlots
     from coatrt.engines.bundles.options import BundleOptions
+    from coatrt.engines.bundles.prepare import prepare
+    from coatrt.engines.bundles.targets import plan_targets
     from coatrt.planning.archive import adapter_archive
     from coatrt.planning.plan import read_choice
-    from coatrt.planning.planner import plan_fleet
-    from coatrt.planning.table import fleet_table
 
     given = _given(choices)
-    request, room = plan_request(choices), BuildRoom(jobs, build_memory)
+    request, slots = plan_request(choices), BuilderSlots(jobs, build_memory)
     profiles = [device(name) for name in dict.fromkeys(devices)]
-    facts = AdapterFacts.load(adapter)
-    choice = None if config_path is None else read_choice(config_path, facts.model)
+    description = AdapterFacts.load(adapter)
+    choice = None if config_path is None else read_choice(config_path, description.model)
     if choice is not None:
         request = _request(request, given, str(config_path), choice[1])
-    options = BundleOptions(
-        activations,
-        cpu_activations,
-        request.context,
-        EngineShapes(request.batch, min(request.prefill, request.context)),
-        engine=not no_engine,
-    )
-    places = [output if len(profiles) == 1 else output / profile.id for profile in profiles]
+    options = BundleOptions.of(request, activations=activations, cpu_activations=cpu_activations, engine=not no_engine)
+    targets = plan_targets(description, profiles, output, request, choice=choice, archive=adapter_archive(adapter))
     if choice is None:
-        plans: list[Any] = list(plan_fleet(facts, profiles, request, archive=adapter_archive(adapter)))
-        configs = [plan.config for plan in plans]
-        click.echo((fleet_table(plans) if len(plans) > 2 else "\n\n".join(plan.text() for plan in plans)) + "\n")
-    else:
-        config, plan = choice
-        kept = (plan.device, plan.adapter) if plan is not None else None  # a plan's figures are of these
-        plans = [plan if (profile.id, facts.hash) == kept else None for profile in profiles]
-        configs = [config] * len(profiles)
-    targets = list(zip(profiles, configs, places, plans, strict=True))
-    for profile, config, _, _ in targets:
-        check_formats(config, profile, activations)
-    current = [
-        is_current(place, recipe_hash(facts.hash, config, profile, options, plan=plan))
-        for profile, config, place, plan in targets
-    ]
-    if dry_run or all(current):  # neither torch nor the model is needed to say so
-        for place, there in zip(places, current, strict=True):
-            click.echo(f"{place}: {'up to date' if there else 'to build'}")
-    else:
-        _build(adapter, targets, options, room, **choices)
+        click.echo(_plans_text([target.plan for target in targets if target.plan is not None]) + "\n")
+    preparation = prepare(description, targets, options, overwrite=choices["overwrite"] or dry_run)
+    if dry_run or not preparation.jobs:  # neither torch nor the model is needed to say so
+        for target in targets:
+            click.echo(f"{target.output}: {'up to date' if target.output in preparation.current else 'to build'}")
+        return
+    _execute(adapter, preparation, slots, model=choices["model"], no_cache=choices["no_cache"])
+
+
+def _plans_text(plans: "Sequence[Plan]") -> str:
+    """Return few plans in full, many as a table."""
+    from coatrt.planning.table import fleet_table
+
+    return fleet_table(plans) if len(plans) > 2 else "\n\n".join(plan.text() for plan in plans)
 
 
 def _given(choices: Collection[str]) -> list[str]:
@@ -133,33 +122,36 @@ def _request(asked: "PlanRequest", given: Collection[str], path: str, plan: "Pla
     return asked if plan is None else plan.request
 
 
-def _build(
-    adapter: Path, targets: list[Any], options: Any, room: Any, *, model: str | None, overwrite: bool, no_cache: bool
+def _execute(
+    adapter: Path, preparation: "Preparation", slots: "BuilderSlots", *, model: str | None, no_cache: bool
 ) -> None:
     from coatrt.adapter.adapter import Adapter
     from coatrt.cli.progress import drawn
     from coatrt.engines.builders.engine_cache import EngineCache
-    from coatrt.engines.bundles.build import Target, build_fleet
+    from coatrt.engines.bundles.execute import execute
 
     loaded = Adapter.load(adapter)
     with drawn("build") as progress:
-        made = build_fleet(
+        results = execute(
+            preparation,
             loaded,
             loaded.checkpoint(model),
-            [Target(*target) for target in targets],
-            options,
             cache=None if no_cache else EngineCache.default(),
-            room=room,
-            overwrite=overwrite,
+            slots=slots,
             progress=progress,
             tell=lambda line: click.echo(line, err=True),
         )
-    for row in made:
-        engines = ", ".join(
-            f"{engine['file']} {engine['bytes'] / 1e6:.1f} MB "
-            + ("from the cache" if row.state == "cached" else f"in {engine['seconds']:.1f} s")
-            for engine in row.bundle.manifest["engines"]
-        )
-        ideal = f"weights are {row.target.config.nbytes(loaded.model) / 1e6:.1f} MB ideally"
-        said = "up to date" if row.state == "current" else f"{engines or 'no engine'}; {ideal}"
-        click.echo(f"{row.target.output}: {said}")
+    for result in results:
+        click.echo(f"{result.target.output}: {_outcome(result, result.target.config.nbytes(loaded.model))}")
+
+
+def _outcome(result: "BundleResult", weights: int) -> str:
+    """Return what came of a bundle: its engines, and the bytes that its weights take at least."""
+    if result.state == "current":
+        return "up to date"
+    engines = ", ".join(
+        f"{engine['file']} {engine['bytes'] / 1e6:.1f} MB "
+        + ("from the cache" if result.state == "cached" else f"in {engine['seconds']:.1f} s")
+        for engine in result.bundle.manifest["engines"]
+    )
+    return f"{engines or 'no engine'}; weights are {weights / 1e6:.1f} MB ideally"

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import click
 
 from coatrt.cli.common import echo_json
+from coatrt.cli.runtime import runtime_options
 from coatrt.devices.profiles import DeviceProfile, devices
 
 __all__ = ["command"]
@@ -36,27 +38,19 @@ def probe(as_json: bool) -> None:
 @command.command()
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option("--model", help="The adapter's model, where it has moved.")
-@click.option("--threads", type=int, help="Threads; default: all usable cores.")
-@click.option(
-    "--accuracy-level",
-    type=click.Choice(["0", "1", "4"]),
-    default="4",
-    show_default=True,
-    help="Of int4 and int8 products; 4 is what run and bench have too.",
-)
+@runtime_options("threads", "accuracy_level")
 @click.option("--json", "as_json", is_flag=True, help="Print the calibration as JSON.")
-def calibrate(adapter: Path, model: str | None, threads: int | None, accuracy_level: str, as_json: bool) -> None:
+def calibrate(adapter: Path, model: str | None, as_json: bool, **runtime: Any) -> None:
     """Time every product of ADAPTER's model on this CPU; `plan --device cpu` predicts with it from then on."""
     from coatrt.adapter.adapter import Adapter
     from coatrt.cli.progress import drawn
     from coatrt.engines.measure.cpu_timings import calibrate_cpu
+    from coatrt.engines.runtime.options import RuntimeOptions
     from coatrt.planning.measured_latency import calibration_path
 
     loaded = Adapter.load(adapter)
     with drawn("calibrate") as progress:
-        made = calibrate_cpu(
-            loaded, loaded.checkpoint(model), threads=threads, accuracy_level=int(accuracy_level), progress=progress
-        )
+        made = calibrate_cpu(loaded, loaded.checkpoint(model), RuntimeOptions(**runtime), progress=progress)
     path = calibration_path("cpu")
     made.save(path)
     if as_json:

@@ -28,24 +28,22 @@ def command(
 ) -> None:
     """Write the ONNX graphs, hypernetwork and LoRA of one configuration of ADAPTER: a bundle without an engine."""
     from coatrt.adapter.adapter import Adapter
+    from coatrt.adapter.description import AdapterFacts
     from coatrt.cli.progress import drawn
     from coatrt.devices.profiles import device
-    from coatrt.engines.bundles.assemble import BundleOptions, assemble
+    from coatrt.engines.bundles.execute import execute
+    from coatrt.engines.bundles.options import BundleOptions
+    from coatrt.engines.bundles.prepare import prepare
+    from coatrt.engines.bundles.targets import Target
     from coatrt.planning.plan import read_config
 
-    loaded = Adapter.load(adapter)
-    config = read_config(config_path, loaded.model)
+    description = AdapterFacts.load(adapter)
+    config = read_config(config_path, description.model)
     options = BundleOptions(activations, cpu_activations, context, engine=False)
+    target = Target(device("cpu"), config, output)
+    preparation = prepare(description, [target], options, overwrite=overwrite)
+    loaded = Adapter.load(adapter)
     with drawn("export") as progress:
-        bundle = assemble(
-            loaded,
-            loaded.checkpoint(model),
-            config,
-            device("cpu"),
-            output,
-            options,
-            progress=progress,
-            overwrite=overwrite,
-        )
-    size = sum(facts["bytes"] for facts in bundle.manifest["files"].values())
-    click.echo(f"{output}: {config.average_bits(loaded.model):.3f} bits per weight, {size / 1e6:.1f} MB in all")
+        (result,) = execute(preparation, loaded, loaded.checkpoint(model), progress=progress)
+    size = sum(facts["bytes"] for facts in result.bundle.manifest["files"].values())
+    click.echo(f"{output}: {config.average_bits(description.model):.3f} bits per weight, {size / 1e6:.1f} MB in all")

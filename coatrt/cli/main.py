@@ -61,14 +61,14 @@ def main() -> None:
         sys.exit(1)
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error
-        print(f"coatrt: {what}; check the path, its rights and the room there", file=sys.stderr)
+        print(f"coatrt: {what}; check the path, its permissions and the free disk space", file=sys.stderr)
         sys.exit(2)
     except MemoryError as error:
-        print(f"coatrt: the machine's memory does not suffice ({error}); free some", file=sys.stderr)
+        print(f"coatrt: not enough memory ({error}); close other programs or use a smaller model", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # of torch, which is not imported for it
             raise
-        hint = "give coatrt train --precision bfloat16, more --accumulate, or a shorter --length"
-        print(f"coatrt: the GPU's memory does not suffice; {hint}", file=sys.stderr)
+        hint = "try coatrt train --precision bfloat16, a higher --accumulate or a shorter --max-length"
+        print(f"coatrt: not enough GPU memory: {hint}", file=sys.stderr)
         sys.exit(2)

@@ -2,8 +2,8 @@
 
 import contextlib
 import sys
-import time
 from collections.abc import Iterator
+from time import monotonic
 from typing import NoReturn
 
 import click
@@ -21,10 +21,10 @@ class _Lines:
     """One line every half minute, for logs."""
 
     def __init__(self, what: str) -> None:
-        self._what, self._last = what, time.monotonic()
+        self._what, self._last = what, monotonic()
 
     def __call__(self, done: int, total: int, stage: str, note: str = "", /) -> None:
-        now = time.monotonic()
+        now = monotonic()
         if now - self._last >= _LINE_SECONDS:
             self._last = now
             click.echo(f"{self._what}: {stage} {done}/{total}{f', {note}' if note else ''}", err=True)

@@ -21,19 +21,11 @@ def command(paths: tuple[Path, ...], devices: tuple[str, ...], output: Path, png
     import shlex
     import sys
 
-    from coatrt.errors import ConfigError
-    from coatrt.report.collect import collect
-    from coatrt.report.figures import FIGURES, draw
-    from coatrt.report.page import page
-    from coatrt.system.files import atomic_file, write_text
+    from coatrt.reporting.figures import FIGURES
+    from coatrt.reporting.write import report
 
-    if output.is_dir():
-        raise ConfigError(f"{output} is a directory; give the name of the HTML file")
-    report = collect(paths, tuple(dict.fromkeys(devices)), plan_request(choices))
-    write_text(output, page(report, shlex.join(["coatrt", *sys.argv[1:]])))
-    click.echo(f"{output}: {len(report.entries)} configurations")
+    origin = shlex.join(["coatrt", *sys.argv[1:]])
+    found = report(paths, output, devices=devices, request=plan_request(choices), png=png, command=origin)
+    click.echo(f"{output}: {len(found.entries)} configurations")
     for name in FIGURES if png is not None else ():
-        assert png is not None
-        with atomic_file(png / f"{name}.png") as temporary:
-            temporary.write_bytes(draw(name, report, "png"))
-        click.echo(f"{png / name}.png")
+        click.echo(f"{png}/{name}.png")

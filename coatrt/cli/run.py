@@ -1,8 +1,11 @@
 """`coatrt run`."""
 
 from pathlib import Path
+from typing import Any
 
 import click
+
+from coatrt.cli.runtime import runtime_options
 
 __all__ = ["command"]
 
@@ -19,16 +22,7 @@ __all__ = ["command"]
 @click.option("--system", help="System message of a chat.")
 @click.option("--lora", type=click.Path(path_type=Path), help="Another LoRA file (coatrt adapt) for this bundle.")
 @click.option("--no-lora", is_flag=True, help="The quantized base alone.")
-@click.option("--backend", type=click.Choice(["ort", "trt"]), default="ort", show_default=True)
-@click.option("--context", type=int, default=2048, show_default=True, help="Slots of the KV cache (ort).")
-@click.option("--threads", type=int, help="Threads (ort); default: all usable cores.")
-@click.option(
-    "--accuracy-level",
-    type=click.Choice(["0", "1", "4"]),
-    default="4",
-    show_default=True,
-    help="Of int4 and int8 products (ort): 0 decoded at load, 1 packed, 4 packed, inexact.",
-)
+@runtime_options("backend", "context", "threads", "accuracy_level")
 def command(
     bundle: Path,
     prompts: tuple[str, ...],
@@ -41,25 +35,21 @@ def command(
     system: str | None,
     lora: Path | None,
     no_lora: bool,
-    backend: str,
-    context: int,
-    threads: int | None,
-    accuracy_level: str,
+    **runtime: Any,
 ) -> None:
     """Generate text from BUNDLE."""
     from coatrt.bundle import Bundle
     from coatrt.engines.runtime.emitter import load_lora
     from coatrt.engines.runtime.generate import Sampling, encode_prompt, generate
     from coatrt.engines.runtime.load import load_decoder
+    from coatrt.engines.runtime.options import RuntimeOptions
     from coatrt.models.checkpoint import load_tokenizer
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     opened = Bundle.open(bundle)
     tokenizer = load_tokenizer(opened.folder("tokenizer"))
     ids = [encode_prompt(tokenizer, prompt, chat=chat, system=system) for prompt in prompts]
-    decoder = load_decoder(
-        opened, backend, batch=len(ids), context=context, threads=threads, accuracy_level=int(accuracy_level)
-    )
+    decoder = load_decoder(opened, RuntimeOptions(batch=len(ids), **runtime))
     if not no_lora:
         path = lora if lora is not None else opened.path(opened.manifest["lora"])
         decoder.set_lora(load_lora(path, opened.contract))

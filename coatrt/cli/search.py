@@ -1,11 +1,10 @@
 """`coatrt search`."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
-from coatrt.cli.common import echo_json, tell_of_gpu
+from coatrt.cli.common import DEVICE, echo_json, warn_of_idle_gpu
 
 __all__ = ["command"]
 
@@ -21,65 +20,64 @@ __all__ = ["command"]
     help="Held-out text file or directory of *.txt (adapters of chat, choice: JSONL file, *.jsonl); repeatable.",
 )
 @click.option("--evaluations", type=int, default=60, show_default=True, help="Configurations to measure in all.")
-@click.option("--blocks", type=int, help="Blocks of text for each loss, 8; of chat and choice 64 lines.")
-@click.option("--length", type=int, help="Tokens per block, 128; of chat and choice the adapter's, and most of a line.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--blocks",
+    type=click.IntRange(min=1),
+    show_default="8; for chat and choice 64",
+    help="Blocks of text (lines of chat or choice) for each loss.",
+)
+@click.option(
+    "--max-length",
+    type=click.IntRange(min=2),
+    show_default="128; for chat and choice as in training",
+    help="Tokens of a block of text; most tokens of a line of chat or choice.",
+)
 @click.option("--model", help="The adapter's model, where it has moved.")
-@click.option("--compute", default="cpu", show_default=True, help="torch device: cpu, cuda.")
+@DEVICE
 @click.option("--json", "as_json", is_flag=True, help="Print the front as JSON.")
 def command(
     adapter: Path,
     data: tuple[str, ...],
     evaluations: int,
     blocks: int | None,
-    length: int | None,
-    seed: int,
+    max_length: int | None,
     model: str | None,
-    compute: str,
+    device: str,
     as_json: bool,
 ) -> None:
     """Measure configurations of ADAPTER on held-out text, and keep them where `coatrt plan` finds them.
 
-    ADAPTER/archive.json is written after every measurement; an interrupted search goes on.
+    ADAPTER/archive.json is saved after every measurement; an interrupted search is resumed.
     """
     from coatrt.adapter.adapter import Adapter
     from coatrt.cli.progress import drawn
-    from coatrt.data.documents import read_documents
     from coatrt.data.registry import load_task
-    from coatrt.data.task_data import TaskData
     from coatrt.models.checkpoint import load_tokenizer
     from coatrt.search.run import search_adapter
+    from coatrt.training.options import TrainOptions
 
-    tell_of_gpu(compute)
+    warn_of_idle_gpu(device)
     loaded = Adapter.load(adapter)
-    task = loaded.metrics.get("task", "text")
-    documents: Sequence[str] | TaskData
-    if task == "text":
-        documents, usual = read_documents(data), (8, 128)
-    else:
-        usual = (64, int(loaded.metrics["options"]["length"]))
-        documents = load_task(
-            task, data, load_tokenizer(loaded.checkpoint(model).directory), length or usual[1], held_out=data
-        )
-    blocks, length = usual[0] if blocks is None else blocks, usual[1] if length is None else length
+    task = loaded.metrics["task"]
+    if max_length is None:
+        max_length = 128 if task == "text" else TrainOptions.from_json(loaded.metrics["options"]).max_length
+    tokenizer = load_tokenizer(loaded.checkpoint(model).directory)
     with drawn("search") as progress:
-        archive, options = search_adapter(
+        archive, reference = search_adapter(
             adapter,
-            documents,
+            load_task(task, data, tokenizer, max_length, held_out=data, progress=progress),
             evaluations=evaluations,
-            blocks=blocks,
-            length=length,
-            seed=seed,
+            blocks=blocks or (8 if task == "text" else 64),
             model=model,
-            compute=compute,
+            device=device,
             progress=progress,
         )
-    front, volume = archive.front(), archive.hypervolume(options.reference)
+    front, volume = archive.front(), archive.hypervolume(reference)
     if as_json:
         echo_json(
             {
-                "evaluations": len(archive.current()),
-                "reference": options.reference,
+                "evaluations": len(archive),
+                "reference": reference,
                 "hypervolume": volume,
                 "front": [
                     {"bits": archive.bits(e), "nbytes": e.nbytes, "loss": e.loss, "configuration_hash": e.config.hash}
@@ -89,8 +87,8 @@ def command(
         )
         return
     click.echo(
-        f"{len(archive.current())} configurations measured, {len(front)} on the front, hypervolume {volume:.4f} "
-        f"below ({options.reference[0]:.3f} bits, loss {options.reference[1]:.3f})"
+        f"{len(archive)} configurations measured, {len(front)} on the front, hypervolume {volume:.4f} "
+        f"below ({reference[0]:.3f} bits, loss {reference[1]:.3f})"
     )
     for entry in front:
         click.echo(f"  {archive.bits(entry):6.3f} bits with the LoRA   loss {entry.loss:8.4f}   {entry.config.hash}")

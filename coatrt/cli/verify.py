@@ -16,9 +16,10 @@ __all__ = ["command"]
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(bundle: Path, model: str | None, no_torch: bool, as_json: bool) -> None:
     """Check BUNDLE: hashes, versions, its LoRA, and its logits against torch."""
+    from coatrt.bundle import Bundle
     from coatrt.engines.bundles.verify import verify
 
-    report = verify(bundle, model=model, numbers=not no_torch)
+    report = verify(Bundle.open(bundle), model=model, numbers=not no_torch)
     if as_json:
         echo_json(report.to_json())
     else:

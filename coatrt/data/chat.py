@@ -8,6 +8,7 @@ from coatrt.data.examples import Examples
 from coatrt.data.jsonl import Line
 from coatrt.data.task_data import TaskData
 from coatrt.errors import ConfigError
+from coatrt.system.progress import Progress, silent
 
 __all__ = ["Conversation", "chat_task"]
 
@@ -136,24 +137,31 @@ def _plain(tokenizer: Any, conversation: Conversation) -> tuple[_Row, list[int]]
     return ([*head, *tail], [False] * len(head) + [True] * len(tail)), [len(head) + len(tail)]
 
 
-def _rows(tokenizer: Any, conversations: Sequence[Conversation], length: int) -> list[_Row]:
+def _rows(tokenizer: Any, conversations: Sequence[Conversation], max_length: int, progress: Progress) -> list[_Row]:
     """Return a row for each conversation of which an answer fits, cut after the last answer that fits whole."""
     templated = bool(getattr(tokenizer, "chat_template", None))
     rows = []
-    for conversation in conversations:
+    for i, conversation in enumerate(conversations):
         if not templated and not conversation.plain:
             raise ConfigError(
                 f"{conversation.where} holds messages, and the model's tokenizer has no chat template; give prompt and "
                 "completion, or a model with a template"
             )
         (tokens, marks), ends = (_templated if templated else _plain)(tokenizer, conversation)
-        end = max((end for end in ends if end <= length), default=0)
+        end = max((end for end in ends if end <= max_length), default=0)
         if any(marks[:end]):
             rows.append((tokens[:end], marks[:end]))
+        progress(i + 1, len(conversations), "tokenizing")
     return rows
 
 
-def chat_task(tokenizer: Any, train: Sequence[Conversation], held_out: Sequence[Conversation], length: int) -> TaskData:
+def chat_task(
+    tokenizer: Any,
+    train: Sequence[Conversation],
+    held_out: Sequence[Conversation],
+    max_length: int,
+    progress: Progress = silent,
+) -> TaskData:
     """Return conversations as examples in which the assistant's answers, with their end-of-turn token, are predicted.
 
     With a chat template, a prompt and its completion are a message of the user and one of the assistant; without one
@@ -163,18 +171,19 @@ def chat_task(tokenizer: Any, train: Sequence[Conversation], held_out: Sequence[
         tokenizer: a transformers tokenizer.
         train: conversations to train on.
         held_out: conversations to measure the loss on.
-        length: most tokens of a row; a longer conversation is cut after the last answer that fits whole, and dropped
-            and counted where none does.
+        max_length: most tokens of a row; a longer conversation is cut after the last answer that fits whole, and
+            dropped and counted where none does.
+        progress: called after each conversation.
 
     Raises:
         ConfigError: the template has no fixed place for an answer, or no conversation fits.
     """
-    rows = [_rows(tokenizer, conversations, length) for conversations in (train, held_out)]
+    rows = [_rows(tokenizer, conversations, max_length, progress) for conversations in (train, held_out)]
     for kept, conversations, what in zip(rows, (train, held_out), ("train", "measure"), strict=True):
         if not kept:
             raise ConfigError(
-                f"none of {len(conversations)} conversations to {what} on has an answer within {length} tokens; "
-                "give more or a greater length"
+                f"none of {len(conversations)} conversations to {what} on has an answer within {max_length} "
+                "tokens; give more of them, or a greater max length"
             )
     dropped = len(train) + len(held_out) - sum(map(len, rows))
     return TaskData("chat", Examples.of_rows(rows[0]), Examples.of_rows(rows[1]), dropped=dropped)

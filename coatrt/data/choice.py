@@ -7,10 +7,12 @@ from typing import Any
 import torch
 
 from coatrt.data.choice_sets import ChoiceSets
+from coatrt.data.documents import token_ids
 from coatrt.data.examples import Examples
 from coatrt.data.jsonl import Line
 from coatrt.data.task_data import TaskData
 from coatrt.errors import ConfigError
+from coatrt.system.progress import Progress, silent
 
 __all__ = ["Question", "choice_task"]
 
@@ -67,7 +69,7 @@ class Question:
         return cls(line.text("prompt", prompt), texts, answer, line.where)
 
 
-def _encode(tokenizer: Any, questions: Sequence[Question]) -> list[list[_Row]]:
+def _encode(tokenizer: Any, questions: Sequence[Question], progress: Progress) -> list[list[_Row]]:
     """Return, for every question, a row per choice.
 
     Prompt and choice are tokenized apart, so that the prompt's tokens are those that a runtime would be given.
@@ -75,8 +77,8 @@ def _encode(tokenizer: Any, questions: Sequence[Question]) -> list[list[_Row]]:
     prompts = [question.prompt.rstrip(" ") for question in questions]
     spaces = [question.prompt[len(prompt) :] for question, prompt in zip(questions, prompts, strict=True)]
     texts = [space + text for question, space in zip(questions, spaces, strict=True) for text in question.choices]
-    heads = tokenizer(prompts, verbose=False)["input_ids"] if prompts else []
-    tails = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
+    heads = token_ids(tokenizer, prompts, progress, special_tokens=True)
+    tails = iter(token_ids(tokenizer, texts, progress))
     rows = []
     for question, head in zip(questions, heads, strict=True):
         own = [list(next(tails)) for _ in question.choices]
@@ -93,35 +95,44 @@ def _encode(tokenizer: Any, questions: Sequence[Question]) -> list[list[_Row]]:
     return rows
 
 
-def _fitting(tokenizer: Any, questions: Sequence[Question], length: int) -> tuple[list[Question], list[list[_Row]]]:
-    """Return the questions of which every choice fits into `length` tokens, and their rows."""
+def _fitting(
+    tokenizer: Any, questions: Sequence[Question], max_length: int, progress: Progress
+) -> tuple[list[Question], list[list[_Row]]]:
+    """Return the questions of which every choice fits into `max_length` tokens, and their rows."""
     pairs = [
         (question, rows)
-        for question, rows in zip(questions, _encode(tokenizer, questions), strict=True)
-        if max(len(tokens) for tokens, _ in rows) <= length
+        for question, rows in zip(questions, _encode(tokenizer, questions, progress), strict=True)
+        if max(len(tokens) for tokens, _ in rows) <= max_length
     ]
     return [question for question, _ in pairs], [rows for _, rows in pairs]
 
 
-def choice_task(tokenizer: Any, train: Sequence[Question], held_out: Sequence[Question], length: int) -> TaskData:
+def choice_task(
+    tokenizer: Any,
+    train: Sequence[Question],
+    held_out: Sequence[Question],
+    max_length: int,
+    progress: Progress = silent,
+) -> TaskData:
     """Return questions as examples and choice sets.
 
     Args:
         tokenizer: a transformers tokenizer; the prompt gets its special tokens (such as one for the start).
         train: questions to train on, for the loss of the right choice.
         held_out: questions to measure loss and accuracy on.
-        length: most tokens of prompt and choice; a longer question is dropped and counted, never cut.
+        max_length: most tokens of prompt and choice; a longer question is dropped and counted, never cut.
+        progress: called as prompts and choices are tokenized.
 
     Raises:
         ConfigError: a question cannot be scored, or none fits.
     """
-    parts = [_fitting(tokenizer, questions, length) for questions in (train, held_out)]
+    parts = [_fitting(tokenizer, questions, max_length, progress) for questions in (train, held_out)]
     dropped = len(train) + len(held_out) - sum(len(kept) for kept, _ in parts)
     for (kept, _), questions, what in zip(parts, (train, held_out), ("train", "measure"), strict=True):
         if not kept:
             raise ConfigError(
-                f"none of {len(questions)} questions to {what} on fits into {length} tokens; "
-                "give more or a greater length"
+                f"none of {len(questions)} questions to {what} on fits into {max_length} "
+                "tokens; give more of them, or a greater max length"
             )
     (ours, rows), (theirs, sets) = parts
     right = [choices[question.answer] for question, choices in zip(ours, rows, strict=True)]

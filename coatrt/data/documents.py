@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from coatrt.errors import ConfigError
+from coatrt.system.progress import Progress, silent
 
-__all__ = ["TextData", "batches", "read_documents", "tokenize_text"]
+__all__ = ["TextData", "batches", "read_documents", "token_ids", "tokenize_text"]
+
+_PIECE = 64  # texts that are tokenized between two calls of progress
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,29 @@ def read_documents(sources: Iterable[str | Path]) -> list[str]:
     return texts
 
 
-def _blocks(tokenizer: Any, documents: Sequence[str], length: int) -> Tensor:
+def token_ids(
+    tokenizer: Any, texts: Sequence[str], progress: Progress = silent, *, special_tokens: bool = False
+) -> list[list[int]]:
+    """Return the token ids of each text.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        texts: what to tokenize.
+        progress: called after every 64 texts.
+        special_tokens: whether the tokenizer adds its own, such as one for the start.
+    """
+    rows: list[list[int]] = []
+    for start in range(0, len(texts), _PIECE):
+        piece = list(texts[start : start + _PIECE])
+        rows += tokenizer(piece, add_special_tokens=special_tokens, verbose=False)["input_ids"]
+        progress(len(rows), len(texts), "tokenizing")
+    return rows
+
+
+def _blocks(tokenizer: Any, documents: Sequence[str], length: int, progress: Progress) -> Tensor:
     end = tokenizer.eos_token_id
     stream: list[int] = []
-    for ids in tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]:
+    for ids in token_ids(tokenizer, documents, progress):
         stream += ids
         if end is not None:
             stream.append(int(end))
@@ -60,36 +82,40 @@ def _blocks(tokenizer: Any, documents: Sequence[str], length: int) -> Tensor:
 
 
 def tokenize_text(
-    tokenizer: Any, documents: Sequence[str], length: int, *, held_out: Sequence[str] | None = None, every: int = 10
+    tokenizer: Any,
+    documents: Sequence[str],
+    max_length: int,
+    *,
+    held_out: Sequence[str] | None = None,
+    progress: Progress = silent,
 ) -> TextData:
     """Cut documents into blocks of tokens.
 
     Args:
         tokenizer: a transformers tokenizer; its end token closes each document.
         documents: texts.
-        length: tokens per block.
+        max_length: tokens per block.
         held_out: documents to measure on; by default every tenth document, or, where there are fewer than ten, the last
             tenth of the blocks.
-        every: one document in so many is held out.
+        progress: called as documents are tokenized.
 
     Raises:
         ConfigError: not one block for training, or none to measure on.
     """
-    if length < 2:
-        raise ConfigError(f"blocks of {length} tokens are given; give at least 2, such as 128")
+    if max_length < 2:
+        raise ConfigError(f"max length must be at least 2 tokens, got {max_length}")
+    if held_out is None and len(documents) >= 10:
+        documents, held_out = [text for i, text in enumerate(documents) if i % 10], documents[::10]
+    train = _blocks(tokenizer, documents, max_length, progress)
     if held_out is not None:
-        train, test = _blocks(tokenizer, documents, length), _blocks(tokenizer, held_out, length)
-    elif len(documents) >= every:
-        train = _blocks(tokenizer, [text for i, text in enumerate(documents) if i % every], length)
-        test = _blocks(tokenizer, documents[::every], length)
+        test = _blocks(tokenizer, held_out, max_length, progress)
     else:
-        blocks = _blocks(tokenizer, documents, length)
-        cut = len(blocks) - max(1, len(blocks) // every) if len(blocks) > 1 else 0
-        train, test = blocks[:cut], blocks[cut:]
+        cut = len(train) - max(1, len(train) // 10) if len(train) > 1 else 0
+        train, test = train[:cut], train[cut:]
     if not len(train) or not len(test):
         raise ConfigError(
-            f"the text gives {len(train)} blocks of {length} tokens to train on and {len(test)} to measure on; "
-            "give more text or shorter blocks"
+            f"the text has {len(train)} blocks of {max_length} tokens to train on and {len(test)} to measure on; "
+            "give more text or a smaller max length"
         )
     return TextData(train, test)
 

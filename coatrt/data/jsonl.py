@@ -70,13 +70,12 @@ def _line(where: str, text: str) -> Line:
     return Line(where, value)
 
 
-def split(items: Sequence[T], every: int = 10) -> tuple[list[T], list[T]]:
+def split(items: Sequence[T]) -> tuple[list[T], list[T]]:
     """Return (to train on, held out): every tenth item is held out, or the last one where there are fewer than ten.
 
     Args:
         items: in the order of the file.
-        every: one in so many.
     """
-    if len(items) >= every:
-        return [item for i, item in enumerate(items) if i % every], list(items[::every])
+    if len(items) >= 10:
+        return [item for i, item in enumerate(items) if i % 10], list(items[::10])
     return list(items[:-1]), list(items[-1:])

@@ -11,6 +11,7 @@ from coatrt.data.jsonl import Line, read_lines, split
 from coatrt.data.task_data import TaskData, TaskKind
 from coatrt.data.text import text_task
 from coatrt.errors import ConfigError
+from coatrt.system.progress import Progress, silent
 
 __all__ = ["TASKS", "load_task"]
 
@@ -20,36 +21,34 @@ T = TypeVar("T")
 
 class _Loader(Protocol):
     def __call__(
-        self, sources: Sources, tokenizer: Any, length: int, held_out: Sources | None, every: int
+        self, sources: Sources, tokenizer: Any, max_length: int, held_out: Sources | None, progress: Progress
     ) -> TaskData: ...
 
 
-def _text(sources: Sources, tokenizer: Any, length: int, held_out: Sources | None, every: int) -> TaskData:
+def _text(sources: Sources, tokenizer: Any, max_length: int, held_out: Sources | None, progress: Progress) -> TaskData:
     measured = read_documents(held_out) if held_out is not None else None
-    return text_task(tokenizer, read_documents(sources), length, held_out=measured, every=every)
+    return text_task(tokenizer, read_documents(sources), max_length, held_out=measured, progress=progress)
 
 
-def _chat(sources: Sources, tokenizer: Any, length: int, held_out: Sources | None, every: int) -> TaskData:
-    train, measured = _parts(sources, held_out, every, Conversation.from_line)
-    return chat_task(tokenizer, train, measured, length)
+def _chat(sources: Sources, tokenizer: Any, max_length: int, held_out: Sources | None, progress: Progress) -> TaskData:
+    return chat_task(tokenizer, *_parts(sources, held_out, Conversation.from_line), max_length, progress)
 
 
-def _choice(sources: Sources, tokenizer: Any, length: int, held_out: Sources | None, every: int) -> TaskData:
-    train, measured = _parts(sources, held_out, every, Question.from_line)
-    return choice_task(tokenizer, train, measured, length)
+def _choice(
+    sources: Sources, tokenizer: Any, max_length: int, held_out: Sources | None, progress: Progress
+) -> TaskData:
+    return choice_task(tokenizer, *_parts(sources, held_out, Question.from_line), max_length, progress)
 
 
-def _parts(
-    sources: Sources, held_out: Sources | None, every: int, read: Callable[[Line], T]
-) -> tuple[list[T], list[T]]:
+def _parts(sources: Sources, held_out: Sources | None, read: Callable[[Line], T]) -> tuple[list[T], list[T]]:
     items = [read(line) for line in read_lines(sources)]
     if held_out is not None:
         return items, [read(line) for line in read_lines(held_out)]
     if len(items) < 2:
         raise ConfigError(
-            f"one line is in {', '.join(map(str, sources))}; give at least two, one to train and one to measure on"
+            f"only one line in {', '.join(map(str, sources))}; give at least two: one to train and one to measure on"
         )
-    return split(items, every)
+    return split(items)
 
 
 TASKS: Mapping[TaskKind, _Loader] = {"text": _text, "chat": _chat, "choice": _choice}
@@ -60,10 +59,10 @@ def load_task(
     kind: str,
     sources: Sources,
     tokenizer: Any,
-    length: int,
+    max_length: int,
     *,
     held_out: Sources | None = None,
-    every: int = 10,
+    progress: Progress = silent,
 ) -> TaskData:
     """Read a task from files.
 
@@ -71,15 +70,15 @@ def load_task(
         kind: "text" (UTF-8 text files), "chat" or "choice" (JSONL, see `Conversation.from_line`, `Question.from_line`).
         sources: files, or directories of *.txt or *.jsonl.
         tokenizer: the model's.
-        length: tokens per block, or most tokens of a row.
+        max_length: tokens of a block of text; most tokens of a conversation or of a question with a choice.
         held_out: files to measure on; by default every tenth document or line, see `tokenize_text` and `split`.
-        every: one in so many is held out.
+        progress: called as texts are tokenized.
 
     Raises:
-        ConfigError: an unknown kind, or a file, line or split that is of no use; it names file and line.
+        ConfigError: an unknown kind, or a file, a line or a split that cannot be used; the message names file and line.
     """
     if kind not in TASKS:
-        raise ConfigError(f"task {kind!r} is given; allowed: {', '.join(TASKS)}")
-    if length < 2:
-        raise ConfigError(f"a length of {length} tokens is given; give at least 2, such as 128")
-    return TASKS[cast(TaskKind, kind)](sources, tokenizer, length, held_out, every)
+        raise ConfigError(f"unknown task {kind!r}; allowed: {', '.join(TASKS)}")
+    if max_length < 2:
+        raise ConfigError(f"max length must be at least 2 tokens, got {max_length}")
+    return TASKS[cast(TaskKind, kind)](sources, tokenizer, max_length, held_out, progress)

@@ -15,13 +15,15 @@ __all__ = ["measure_sensitivity", "relative_errors"]
 
 
 def relative_errors(
-    model: FakeQuantModel, codes: CodeStore, formats: Sequence[WeightFormat]
+    model: FakeQuantModel, codes: CodeStore, formats: Sequence[WeightFormat], progress: Progress = silent
 ) -> dict[str, dict[str, float]]:
     """Return matrix → format text → ‖W − Q(W)‖ / ‖W‖ of a model at full precision."""
     errors: dict[str, dict[str, float]] = {}
-    for name in model.checkpoint.matrices.names:
+    names = model.checkpoint.matrices.names
+    for i, name in enumerate(names):
         weight = model.weight(name, None)
         errors[name] = {str(fmt): relative_error(weight, codes.get(name, fmt).to(model.compute)) for fmt in formats}
+        progress(i + 1, len(names), "errors")
     return errors
 
 
@@ -47,4 +49,4 @@ def measure_sensitivity(
     model.set_config(None)
     model.set_pairs(None)
     costs = token_costs(model, codes, examples, formats, progress)
-    return Sensitivity(costs, relative_errors(model, codes, formats))
+    return Sensitivity(costs, relative_errors(model, codes, formats, progress))

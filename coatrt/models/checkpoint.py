@@ -1,11 +1,8 @@
-"""Models as they come: a Hugging Face directory, a hub name or a GGUF file, read tensor by tensor in bounded memory."""
+"""A model on disk, read tensor by tensor in bounded memory."""
 
-import contextlib
 import hashlib
-import io
 import json
 import struct
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,21 +13,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from coatrt.errors import CheckpointError, ConfigError
+from coatrt.models.config_file import architecture, model_type, read_config, ties_head
 from coatrt.models.matrices import HEAD, ModelMatrices, matrices_of
-from coatrt.system.files import atomic_directory, cache_directory, read_json
+from coatrt.models.sources import locate, quiet_transformers
+from coatrt.system.files import read_json
 
 __all__ = ["Checkpoint", "load_model", "load_tokenizer"]
-
-_VOLATILE_KEYS = {
-    "transformers_version",
-    "_name_or_path",
-    "_model_name_or_path",
-    "torch_dtype",
-    "dtype",
-    "architectures",
-}
-_GGUF_VERSION = 2  # of what a GGUF file is converted to
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +27,7 @@ class Checkpoint:
 
     Args:
         directory: config.json, safetensors and tokenizer files.
-        config: the content of config.json.
+        config: the content of config.json; `DecoderSpec` says what it means.
         files: tensor name → safetensors file that holds it.
         shapes: tensor name → shape.
     """
@@ -60,8 +48,8 @@ class Checkpoint:
         Raises:
             CheckpointError: nothing is there, it is damaged, or it is not safetensors.
         """
-        directory = _locate(str(source))
-        config = _config(directory)
+        directory = locate(str(source))
+        config = read_config(directory)
         files: dict[str, Path] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         for path in _shards(directory):
@@ -72,7 +60,7 @@ class Checkpoint:
     @property
     def model_type(self) -> str:
         """The family, as config.json names it: llama, qwen3, and so on."""
-        return str(self.config.get("model_type", ""))
+        return model_type(self.config)
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
@@ -81,9 +69,8 @@ class Checkpoint:
 
     @cached_property
     def matrices(self) -> ModelMatrices:
-        """The quantizable matrices; where config.json leaves it out, a head is tied that has no weights of its own."""
-        tied = self.config.get("tie_word_embeddings", f"{HEAD}.weight" not in self.shapes)
-        return matrices_of(self.shapes, bool(tied))
+        """The quantizable matrices."""
+        return matrices_of(self.shapes, ties_head(self.config, f"{HEAD}.weight" in self.shapes))
 
     def has(self, name: str) -> bool:
         """Return whether the checkpoint holds a tensor of this name."""
@@ -109,8 +96,7 @@ class Checkpoint:
     @cached_property
     def fingerprint(self) -> str:
         """16 hexadecimal digits over the architecture, every shard's header and size, and 64 samples of its bytes."""
-        config = {key: value for key, value in self.config.items() if key not in _VOLATILE_KEYS}
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(architecture(self.config), sort_keys=True).encode())
         for path in sorted(set(self.files.values())):
             size = path.stat().st_size
             digest.update(struct.pack("<Q", size))
@@ -123,64 +109,13 @@ class Checkpoint:
         return digest.hexdigest()[:16]
 
 
-def _locate(source: str) -> Path:
-    path = Path(source).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
-        return _convert_gguf(path)
-    if path.is_dir():
-        if (path / "config.json").is_file():
-            return path
-        found = sorted(path.glob("*.gguf"))
-        if len(found) == 1:
-            return _convert_gguf(found[0])
-        raise CheckpointError(
-            f"{path} has no config.json and {len(found)} GGUF files; give a Hugging Face directory or one GGUF file"
-        )
-    if path.exists():
-        raise CheckpointError(f"{path} is no model; give a Hugging Face directory, a GGUF file or a hub name")
-    if source.count("/") > 1 or source.startswith((".", "/", "~")):
-        raise CheckpointError(
-            f"model {source} does not exist; give a Hugging Face directory, a GGUF file or a hub name"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=_HUB_FILES))
-    except (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        OSError,
-        ValueError,
-    ) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"model {source} is no local path and the hub did not give it ({reason}); "
-            "give a Hugging Face directory, a GGUF file or a hub name"
-        ) from None
-
-
-def _config(directory: Path) -> dict[str, Any]:
-    try:
-        config = read_json(directory / "config.json", "model configuration")
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from None
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise CheckpointError(f"{directory / 'config.json'} names no model_type; give a Hugging Face model directory")
-    if config.get("quantization_config"):
-        raise CheckpointError(f"{directory} is quantized already; give the 16- or 32-bit model it was made from")
-    return config
-
-
 def _shards(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         try:
             names = sorted(set(read_json(index, "shard index")["weight_map"].values()))
         except (ConfigError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index} is no shard index ({error}); fetch the file again") from None
+            raise CheckpointError(f"not a shard index: {index} ({error}); download the file again") from None
         paths = [directory / Path(name).name for name in names]
     else:
         paths = sorted(directory.glob("*.safetensors"))
@@ -203,56 +138,13 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
         raise CheckpointError(f"{path} is damaged or truncated ({error}); fetch the file again") from None
 
 
-def _quiet_transformers() -> None:
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
-def _convert_gguf(path: Path) -> Path:
-    """Return a cached Hugging Face directory with the dequantized weights (float32) and tokenizer of a GGUF file."""
-    stat = path.stat()
-    identity = f"{_GGUF_VERSION}:{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
-    key = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    target = cache_directory() / "gguf" / f"{path.stem}-{key}"
-    if (target / "config.json").is_file():
-        return target
-    _quiet_transformers()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
-    try:
-        with quiet:
-            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except ImportError as error:
-        raise CheckpointError(f"{path.name} needs the gguf extra ({error}); pip install 'coatrt[gguf]'") from None
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read as GGUF ({str(error).splitlines()[0]}); fetch it again or give safetensors"
-        ) from None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config  # it describes the GGUF file, and save_pretrained refuses it
-    plain = type(model)(model.config)
-    plain.load_state_dict(model.state_dict(), strict=False)
-    plain.tie_weights()
-    end = model.config.eos_token_id
-    if isinstance(end, int):  # the file's; transformers 5.17 gives the tokenizer the start token
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
-    with atomic_directory(target) as temporary:
-        plain.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-    return target
-
-
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Any:
     """Return the transformers model of a checkpoint in eval mode, weights in `dtype`, on the CPU.
 
     Raises:
         CheckpointError: transformers cannot load it.
     """
-    _quiet_transformers()
+    quiet_transformers()
     from transformers import AutoModelForCausalLM
 
     try:
@@ -269,7 +161,7 @@ def load_tokenizer(directory: str | Path) -> Any:
     Raises:
         CheckpointError: there is none.
     """
-    _quiet_transformers()
+    quiet_transformers()
     from transformers import AutoTokenizer
 
     try:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from coatrt.errors import CheckpointError
 from coatrt.models.checkpoint import Checkpoint
+from coatrt.models.config_file import check_unquantized, model_type
 
 __all__ = ["FAMILIES", "DecoderSpec"]
 
@@ -88,14 +89,13 @@ class DecoderSpec:
         Raises:
             CheckpointError: the family, rope type or activation is unknown, or the checkpoint is quantized already.
         """
-        family = str(values.get("model_type", ""))
+        family = model_type(values)
         if family not in FAMILIES:
             raise CheckpointError(
-                f"model_type {family or 'missing'} is no family that can be exported; allowed: {', '.join(FAMILIES)}; "
+                f"model_type {family or 'missing'} cannot be exported; allowed: {', '.join(FAMILIES)}; "
                 "convert the checkpoint to one of them or add the family to the graph writer"
             )
-        if values.get("quantization_config"):
-            raise CheckpointError("the checkpoint is quantized already; give the 16- or 32-bit one it was made from")
+        check_unquantized(values, "the checkpoint")
         config = _complete(family, values)
         if config.hidden_act not in _ACTIVATIONS:
             raise CheckpointError(

@@ -20,7 +20,7 @@ __all__ = ["ARCHIVE_FILE", "Archive", "ArchiveEntry", "adapter_archive"]
 ARCHIVE_FILE = "archive.json"
 """Its name in an adapter's directory."""
 
-_FORMAT = 2  # 1: losses of codes that may not be the adapter's
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -30,28 +30,25 @@ class ArchiveEntry:
     Args:
         config: the configuration.
         nbytes: bytes of its matrices and of the adapter's LoRA in fp16.
-        loss: held-out loss in nats per token, under the adapter of that round.
-        round: which adapter it was measured with; a training that goes on counts up.
+        loss: held-out loss in nats per token, under the adapter.
 
     Raises:
-        ConfigError: no bytes, a loss that is not finite, or a negative round.
+        ConfigError: no bytes, or a loss that is not finite.
     """
 
     config: QuantConfig
     nbytes: int
     loss: float
-    round: int = 0
 
     def __post_init__(self) -> None:
-        if self.nbytes < 1 or not math.isfinite(self.loss) or self.round < 0:
+        if self.nbytes < 1 or not math.isfinite(self.loss):
             raise ConfigError(
-                f"an archive entry of {self.nbytes} bytes, loss {self.loss} and round {self.round}; "
-                "give positive bytes, a finite loss and a round of at least 0"
+                f"an archive entry needs positive bytes and a finite loss, got {self.nbytes} bytes and loss {self.loss}"
             )
 
 
 class Archive:
-    """Measured configurations in the order of their measurement, the last measurement of each one counting.
+    """Measured configurations, oldest first; of a configuration measured again the last measurement counts.
 
     With a path, every `add` replaces the file atomically: a kill loses at most the measurement under way.
 
@@ -66,38 +63,28 @@ class Archive:
             raise ConfigError(f"an archive for {parameters} weights; give the model's number of weights")
         self.parameters, self.identity = parameters, identity
         self.path = Path(path) if path is not None else None
-        self._entries: list[ArchiveEntry] = []
+        self._entries: dict[QuantConfig, ArchiveEntry] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def __iter__(self) -> Iterator[ArchiveEntry]:
-        return iter(self._entries)
+        return iter(self.entries)
 
     @property
     def entries(self) -> tuple[ArchiveEntry, ...]:
-        """All measurements, oldest first."""
-        return tuple(self._entries)
-
-    @property
-    def round(self) -> int:
-        """The latest round, 0 for an empty archive."""
-        return max((entry.round for entry in self._entries), default=0)
+        """All of them, oldest first."""
+        return tuple(self._entries.values())
 
     def add(self, entry: ArchiveEntry) -> None:
-        """Append a measurement and write the file."""
-        self._entries.append(entry)
+        """Add a measurement and write the file."""
+        self._entries[entry.config] = entry
         if self.path is not None:
             write_json(self.path, self.to_json())
 
-    def current(self, round: int | None = None) -> tuple[ArchiveEntry, ...]:
-        """Return the last measurement of each configuration in a round (the latest if not given)."""
-        wanted = self.round if round is None else round
-        return tuple({entry.config.hash: entry for entry in self._entries if entry.round == wanted}.values())
-
-    def find(self, config: QuantConfig, round: int | None = None) -> ArchiveEntry | None:
-        """Return the measurement of a configuration in a round (the latest if not given), None where there is none."""
-        return next((entry for entry in self.current(round) if entry.config == config), None)
+    def find(self, config: QuantConfig) -> ArchiveEntry | None:
+        """Return the measurement of a configuration, None where there is none."""
+        return self._entries.get(config)
 
     def bits(self, entry: ArchiveEntry) -> float:
         """Return bits per weight of an entry, the LoRA counted."""
@@ -107,19 +94,18 @@ class Archive:
         """Return (bits per weight with the LoRA, loss) of entries."""
         return [(self.bits(entry), entry.loss) for entry in entries]
 
-    def front(self, round: int | None = None) -> tuple[ArchiveEntry, ...]:
-        """Return the entries of a round (the latest if not given) that no other beats, by ascending bytes."""
-        entries = self.current(round)
-        return tuple(entries[i] for i in pareto_indices(self.points(entries)))
+    def front(self) -> tuple[ArchiveEntry, ...]:
+        """Return the entries that no other beats, by ascending bytes."""
+        return tuple(self.entries[i] for i in pareto_indices(self.points(self.entries)))
 
-    def hypervolume(self, reference: tuple[float, float], round: int | None = None) -> float:
-        """Return the hypervolume over (bits, loss) of a round, see `coatrt.planning.pareto`."""
-        return hypervolume(self.points(self.current(round)), reference)
+    def hypervolume(self, reference: tuple[float, float]) -> float:
+        """Return the hypervolume over (bits, loss), see `coatrt.planning.pareto`."""
+        return hypervolume(self.points(self.entries), reference)
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form: names and formats once, a configuration as one number per matrix."""
-        names = sorted(self._entries[0].config.formats) if self._entries else []
-        formats = sorted({fmt for entry in self._entries for fmt in entry.config.formats.values()})
+        names = sorted(self.entries[0].config.formats) if self._entries else []
+        formats = sorted({fmt for config in self._entries for fmt in config.formats.values()})
         column = {fmt: i for i, fmt in enumerate(formats)}
         body = {
             "format": _FORMAT,
@@ -131,10 +117,9 @@ class Archive:
                 {
                     "nbytes": entry.nbytes,
                     "loss": entry.loss,
-                    "round": entry.round,
                     "choice": " ".join(str(column[entry.config[name]]) for name in names),
                 }
-                for entry in self._entries
+                for entry in self.entries
             ],
         }
         return {**body, "sha256": _digest(body)}
@@ -158,7 +143,7 @@ class Archive:
             raise ConfigError(f"archive {path} was altered or is damaged; remove it and search again (coatrt search)")
         try:
             made = cls(int(value["parameters"]), path, str(value["identity"]))
-            made._entries = list(_entries(value))
+            made._entries = {entry.config: entry for entry in _entries(value)}
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, ConfigError, FormatError) as error:
             raise ConfigError(f"archive {path} is garbled ({error}); remove it and search again") from None
         if identity is not None and made.identity != identity:
@@ -185,7 +170,7 @@ def _entries(value: Mapping[str, Any]) -> Iterator[ArchiveEntry]:
         if any(column < 0 for column in columns):
             raise ValueError(f"choice {min(columns)}")
         config = QuantConfig({name: formats[column] for name, column in zip(names, columns, strict=True)})
-        yield ArchiveEntry(config, int(row["nbytes"]), float(row["loss"]), int(row["round"]))
+        yield ArchiveEntry(config, int(row["nbytes"]), float(row["loss"]))
 
 
 def _digest(body: Mapping[str, Any]) -> str:

@@ -232,7 +232,7 @@ def _better_measured(config: QuantConfig, archive: Archive, problem: _Problem) -
     model = problem.space.model
     sizes = {
         entry: entry.config.nbytes(model)
-        for entry in archive.current()
+        for entry in archive
         if problem.space.contains(entry.config)
         and _grouped(entry.config, problem.space)
         and problem.measured(entry.config)[2]

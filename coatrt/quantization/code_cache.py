@@ -8,9 +8,10 @@ import torch
 from coatrt.errors import ConfigError
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.models.matrices import EMBEDDING
-from coatrt.quantization.codec import CALIBRATED, QUANTIZER_VERSION, QuantizedMatrix, Quantizer, encode
+from coatrt.quantization.codec import QuantizedMatrix, encode
 from coatrt.quantization.gptq import InverseFactors
 from coatrt.quantization.input_moments import Calibration, InputMoments
+from coatrt.quantization.quantizers import CALIBRATED, QUANTIZER_VERSION, Quantizer
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.files import cache_directory
 from coatrt.system.progress import Progress, silent

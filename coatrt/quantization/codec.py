@@ -7,7 +7,6 @@ the level that best makes up for the errors of the inputs before it.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,31 +14,11 @@ from torch import Tensor
 from coatrt.errors import FormatError
 from coatrt.quantization.gptq import InverseFactors, feedback_codes
 from coatrt.quantization.grid import Grid
+from coatrt.quantization.quantizers import CALIBRATED, FED_BACK, QUANTIZERS, Quantizer
 from coatrt.quantization.scales import ScaleRule, choose_scales, quantize_scales, tensor_scale_of
 from coatrt.quantization.weight_format import WeightFormat
 
-__all__ = [
-    "CALIBRATED",
-    "FED_BACK",
-    "QUANTIZERS",
-    "QUANTIZER_VERSION",
-    "QuantizedMatrix",
-    "Quantizer",
-    "decode",
-    "decode_scales",
-    "encode",
-    "relative_error",
-]
-
-QUANTIZER_VERSION = 3  # raise when encode gives other codes: caches are keyed by it
-Quantizer = Literal["absmax", "mse", "weighted", "gptq", "feedback"]
-"""How scales and codes are chosen, see `encode`."""
-
-QUANTIZERS: tuple[Quantizer, ...] = get_args(Quantizer)
-CALIBRATED: frozenset[Quantizer] = frozenset({"weighted", "gptq", "feedback"})
-"""Quantizers that need the second moment of the matrix's input."""
-FED_BACK: frozenset[Quantizer] = frozenset({"gptq", "feedback"})
-"""Those of them whose codes make up for each other's errors, and that want many tokens."""
+__all__ = ["QuantizedMatrix", "decode", "decode_scales", "encode", "relative_error"]
 
 _CHUNK = 1 << 20  # weights per piece of work: a few buffers of this size stay in cache
 

@@ -1,4 +1,4 @@
-"""Which configurations training sees: one of few or of many bits in every step, and any beside it."""
+"""Which configurations training sees: in every step one of few or of many bits, and one of any."""
 
 from dataclasses import dataclass
 
@@ -9,28 +9,41 @@ from coatrt.configs.space import ConfigSpace
 from coatrt.errors import ConfigError
 from coatrt.planning.knapsack import CostTable, cost_matrix, near_optimal
 
-__all__ = ["TrainingSampler"]
+__all__ = ["TrainingSampler", "check_budgets"]
 
 _SIDE = 0.2  # of the budget range: as wide are the two parts that the first configuration of a step comes from
+_PLANNED = 0.75  # share of draws that a planner could choose
 _JITTER = 0.7  # standard deviation of the noise on the log of a cost
+
+
+def check_budgets(space: ConfigSpace, low: float, high: float) -> None:
+    """Refuse a range of budgets, in bits per weight, that the formats of a space do not cover.
+
+    Raises:
+        ConfigError: it is empty, or reaches outside of what the formats allow.
+    """
+    least, most = space.min_bits, space.max_bits
+    if not least - 1e-9 <= low <= high <= most + 1e-9:
+        raise ConfigError(
+            f"budgets of {low:g} to {high:g} bits cannot be trained for; the formats allow {least:.3f} to {most:.3f}"
+        )
 
 
 @dataclass(frozen=True)
 class TrainingSampler:
-    """Draws the configurations of a training step, a function of (seed, step) alone.
+    """Draws the two configurations of a training step, a function of (seed, step) alone.
 
-    The first of several has a budget from the lowest fifth of the range in every other step, and from the highest fifth
-    in the steps between (docs/method.md compares draws); the others have any. Budgets are drawn first: independent
-    formats per matrix would concentrate at the mean budget and starve the ends (LLM-QFA, ACL 2025). A share of the
-    draws is what a planner could choose: the allocation of least cost under the budget, its costs disturbed; the others
-    are random maps of that budget.
+    The first has a budget from the lowest fifth of the range in every other step, and from the highest fifth in the
+    steps between (docs/method.md compares draws); the second has any. Budgets are drawn first: independent formats per
+    matrix would concentrate at the mean budget and starve the ends (LLM-QFA, ACL 2025). Three quarters of the draws are
+    what a planner could choose: the allocation of least cost under the budget, its costs disturbed; the others are
+    random maps of that budget.
 
     Args:
         space: matrices and formats.
         costs: sensitivities.
         low: lowest budget in bits per weight.
         high: highest budget.
-        planned: share of planner-like draws, 0 to 1.
         seed: of the draws.
 
     Raises:
@@ -41,32 +54,18 @@ class TrainingSampler:
     costs: CostTable
     low: float
     high: float
-    planned: float = 0.75
     seed: int = 0
 
     def __post_init__(self) -> None:
-        least, most = self.space.min_bits, self.space.max_bits
-        if not least - 1e-9 <= self.low <= self.high <= most + 1e-9:
-            raise ConfigError(
-                f"training budgets of {self.low:g} to {self.high:g} bits are given; the formats allow {least:.3f} to "
-                f"{most:.3f}; choose a range inside"
-            )
-        if not 0 <= self.planned <= 1:
-            raise ConfigError(f"a share of {self.planned} planned configurations is given; give 0 to 1")
+        check_budgets(self.space, self.low, self.high)
 
-    def draw(self, step: int, count: int) -> list[QuantConfig]:
-        """Return the configurations of a step.
-
-        Args:
-            step: number of the step.
-            count: configurations, at least 1.
-        """
+    def draw(self, step: int) -> list[QuantConfig]:
+        """Return the two configurations of a step."""
         rng = np.random.default_rng([self.seed, step])
-        configs: list[QuantConfig] = []
-        while len(configs) < count:
-            low, high = (self.low, self.high) if configs or count == 1 else self._side(step)
+        configs = []
+        for low, high in (self._side(step), (self.low, self.high)):
             bits = float(rng.uniform(low, high))
-            planned = rng.random() < self.planned
+            planned = rng.random() < _PLANNED
             configs.append(self.plan_like(rng, bits) if planned else self.space.sample_budgeted(rng, bits))
         return configs
 

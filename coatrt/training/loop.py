@@ -25,6 +25,7 @@ from coatrt.training.resume_state import load_state, save_state
 __all__ = ["History", "optimise"]
 
 _BEST = "best.safetensors"
+_CLIP = 1.0  # largest norm of the gradient
 
 
 @dataclass
@@ -51,6 +52,16 @@ class History:
     def exhausted(self, patience: int) -> bool:
         """Return whether so many measurements in a row were no better than the best before them."""
         return patience > 0 and sum(step > self.best for step, _ in self.measured) >= patience
+
+    def ends(self, options: TrainOptions) -> bool:
+        """Return whether training is over: every step is done, or patience is exhausted."""
+        return self.step >= options.steps or self.exhausted(options.patience)
+
+    @classmethod
+    def from_json(cls, facts: Mapping[str, Any]) -> "History":
+        """Return the history that `asdict` gave and a checkpoint holds."""
+        measured = [(int(step), float(merit)) for step, merit in facts["measured"]]
+        return cls(int(facts["step"]), list(facts["losses"]), float(facts["seconds"]), measured)
 
 
 def optimise(
@@ -84,62 +95,52 @@ def optimise(
         ConfigError: a checkpoint of another run, or a batch that does not divide among the processes.
         CheckpointError: a checkpoint is damaged.
     """
-    started = time.monotonic()
-    peaks = options.rates
-    groups = [
-        {"params": members, "lr": peaks[name], "peak": peaks[name]} for name, members in lora.parameter_groups().items()
-    ]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    done = load_state(state, lora, optimizer, run)
-    history = _history(done) if done else History()
-    before = history.seconds
-    while history.step < options.steps and not history.exhausted(options.patience):
-        passes = _passes(model, data, draw(history.step), options, history.step, processes)
-        losses = _step(model, lora, optimizer, passes, options, processes, options.rate(history.step))
-        if not all(map(math.isfinite, losses)):
-            raise CoatError(
-                f"the loss is not finite at step {history.step + 1}; give a lower learning rate or a higher --low-bits"
-            )
+    optimizer = _optimizer(lora, options)
+    saved = load_state(state, lora, optimizer, run)
+    history = History.from_json(saved) if saved else History()
+    started = time.monotonic() - history.seconds
+    while not history.ends(options):
+        passes = _passes(data, draw(history.step), options, history.step, processes)
+        losses = _step(model, lora, optimizer, passes, options, processes, history.step)
         history.step += 1
         history.losses.append(losses)
         progress(history.step, options.steps, "training", f"loss {sum(losses) / len(losses):.3f}")
-        last = history.step == options.steps
-        if measure is not None and options.evaluate_every and (last or not history.step % options.evaluate_every):
+        if measure is not None and _is_due(history, options, options.evaluate_every):
             history.measured.append((history.step, processes.first(measure)))
             if history.best == history.step and processes.is_first:
-                _save_best(state, lora)
-        stops = last or history.exhausted(options.patience)
-        if processes.is_first and (stops or not history.step % options.checkpoint_every):
-            history.seconds = before + time.monotonic() - started
-            save_state(state, lora, optimizer, run, {**asdict(history)})
+                write_tensors(state / _BEST, dict(lora.named_parameters()))
+        if processes.is_first and (history.ends(options) or _is_due(history, options, options.checkpoint_every)):
+            history.seconds = time.monotonic() - started
+            save_state(state, lora, optimizer, run, asdict(history))
     processes.wait()
     if options.patience and history.best not in (-1, history.step):
         _load_best(state, lora)
-    history.seconds = before + time.monotonic() - started
+    history.seconds = time.monotonic() - started
     return history
 
 
-def _history(facts: Mapping[str, Any]) -> History:
-    measured = [(int(step), float(merit)) for step, merit in facts["measured"]]
-    return History(int(facts["step"]), list(facts["losses"]), float(facts["seconds"]), measured)
+def _optimizer(lora: LoraModule, options: TrainOptions) -> torch.optim.Optimizer:
+    """Return AdamW over the LoRA's groups, each with its own peak rate."""
+    groups = [
+        {"params": members, "lr": options.rates[name], "peak": options.rates[name]}
+        for name, members in lora.parameter_groups().items()
+    ]
+    return torch.optim.AdamW(groups, weight_decay=0.0)
+
+
+def _is_due(history: History, options: TrainOptions, every: int) -> bool:
+    """Return whether what is done every so many steps, and after the last one, is done now; never where 0."""
+    return every > 0 and (history.step == options.steps or history.step % every == 0)
 
 
 def _passes(
-    model: FakeQuantModel,
-    data: Examples,
-    configs: Sequence[QuantConfig],
-    options: TrainOptions,
-    step: int,
-    processes: Processes,
+    data: Examples, configs: Sequence[QuantConfig], options: TrainOptions, step: int, processes: Processes
 ) -> list[Pass]:
     """Return the configurations of a step with this process's rows for each."""
-    if options.distill and options.teacher == "top":
-        configs = sorted(configs, key=lambda config: config.average_bits(model.checkpoint.matrices), reverse=True)
-    count = 1 if options.same_examples or options.distill else len(configs)
-    rows = batches(len(data), count * options.batch, step, options.seed).chunk(count)
+    rows = batches(len(data), len(configs) * options.batch, step, options.seed).chunk(len(configs))
     passes = []
-    for i, config in enumerate(configs):
-        batch = data[rows[i % count]]
+    for config, own in zip(configs, rows, strict=True):
+        batch = data[own]
         mine = batch[processes.share(torch.arange(len(batch)))].trimmed()
         passes.append(Pass(config, mine, batch.predicted))
     return passes
@@ -152,28 +153,28 @@ def _step(
     passes: Sequence[Pass],
     options: TrainOptions,
     processes: Processes,
-    rate: float,
+    step: int,
 ) -> list[float]:
     """Do one optimizer step and return the task's loss under each configuration."""
-    losses = processes.sum(accumulate_gradients(model, lora, passes, options))
+    losses = processes.sum(accumulate_gradients(model, lora, passes, options.accumulate))
+    if not all(map(math.isfinite, losses)):
+        raise CoatError(
+            f"the loss is not finite at step {step + 1}; try a lower --learning-rate or a higher --low-bits"
+        )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     processes.sum_gradients(parameters)
     for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * rate
-    torch.nn.utils.clip_grad_norm_(parameters, options.clip)
+        group["lr"] = group["peak"] * options.rate(step)
+    torch.nn.utils.clip_grad_norm_(parameters, _CLIP)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return losses
 
 
-def _save_best(state: Path, lora: LoraModule) -> None:
-    write_tensors(state / _BEST, dict(lora.named_parameters()))
-
-
 @torch.no_grad()
 def _load_best(state: Path, lora: LoraModule) -> None:
-    found = read_tensors(state / _BEST)
-    if found is None:
+    stored = read_tensors(state / _BEST)
+    if stored is None:
         raise CheckpointError(f"{state / _BEST} is missing or damaged; start over with --overwrite")
     for name, parameter in lora.named_parameters():
-        parameter.copy_(found[0][name])
+        parameter.copy_(stored[0][name])

@@ -1,164 +1,148 @@
-"""How an adapter is trained: every option, checked."""
+"""How an adapter is trained: every option with its help, default and limits, which the command line shows too."""
 
+import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from coatrt.adapter.hypernetwork import Preset
+from coatrt.adapter.preset import Preset
 from coatrt.errors import ConfigError
-from coatrt.models.matrices import ModelMatrices
-from coatrt.quantization.codec import FED_BACK, QUANTIZERS, Quantizer
-from coatrt.quantization.input_moments import tokens_wanted
+from coatrt.quantization.quantizers import Quantizer
 from coatrt.quantization.weight_format import WeightFormat
 
-__all__ = ["DEFAULT_FORMATS", "SENSITIVITY_BLOCKS", "TrainOptions"]
+__all__ = ["DEFAULT_FORMATS", "TrainOptions"]
 
 DEFAULT_FORMATS = ("nf3-g64", "nf4-g64", "int4-g64", "nvfp4", "fp8", "int8", "fp16")
 """Some format for every device, from 3.25 bits up."""
 
-SENSITIVITY_BLOCKS = 16
-"""Blocks for the sensitivities where no number is given: 4,096 tokens; with 1,024 they rank well (docs/method.md)."""
+_WARMUP = 0.1  # share of the steps in which the rates rise
 
-_CHOICES = {
-    "preset": ("coatrt", "paper", "none"),
-    "start": ("residual", "mixed", "random"),
-    "teacher": ("base", "top"),
-    "precision": ("float32", "bfloat16"),
-}
+T = TypeVar("T")
+
+
+def _option(
+    default: T, help: str, *, least: int | None = None, above: float | None = None, unset: str | None = None
+) -> T:
+    """Return a field of `TrainOptions`.
+
+    Args:
+        default: its default.
+        help: what it does.
+        least: smallest value allowed.
+        above: every value allowed is larger, and finite.
+        unset: what None, the default, stands for.
+    """
+    return field(default=default, metadata={"help": help, "least": least, "above": above, "unset": unset})
 
 
 @dataclass(frozen=True)
 class TrainOptions:
     """How an adapter is trained.
 
-    Args:
-        formats: formats a configuration may use, as text.
-        rank: LoRA rank, a multiple of 16.
-        alpha: LoRA scale numerator.
-        ranks: (module kind, rank) where it differs from `rank`, as in (("down_proj", 32),).
-        preset: form of θ, "coatrt" or "paper"; "none" leaves it out: only the compensation tells configurations apart.
-        compensation: whether B has a term per format that makes up for quantization, see `coatrt.adapter.compensation`.
-        start: where A begins: with compensation "residual", the directions of what the format of fewest bits takes
-            away, "random", random numbers, or "mixed", half of its columns each (docs/method.md compares them); without
-            compensation always random.
-        quantizer: how weights are encoded, see `coatrt.quantization.codec.encode`; "absmax" is the paper's.
-        fused: whether q/k/v and gate/up share a format.
-        steps: optimizer steps.
-        batch: blocks (examples) per configuration and step.
-        same_examples: whether the configurations of a step all see the same examples, as they always do with a teacher;
-            otherwise each has its own.
-        accumulate: parts a batch is cut into, rows of like length together, to save memory and padding; the gradient is
-            the same.
-        length: tokens per block.
-        configs: configurations per step (their gradients are averaged); of several the first has few bits and many in
-            turn, see `TrainingSampler`.
-        low_bits: lowest budget trained for; None: the least the formats allow.
-        high_bits: highest budget; None: the most the formats allow, at most 8.5.
-        planned: share of planner-like configurations, see `TrainingSampler`.
-        learning_rate: peak rate of A.
-        rate_ratio: peak rate of B over that of A (LoRA+, arXiv 2402.12354); None: 4 with compensation, 1 without.
-        theta_rate: peak rate of θ.
-        warmup: share of the steps in which the rates rise; then they fall along a cosine to zero.
-        clip: largest norm of the gradient.
-        distill: weight of the divergence from a teacher's predictions beside the task's loss; 0 for none.
-        teacher: "base" is the full-precision model without adapter (a third forward pass); "top" the configuration
-            with the most bits of the same step.
-        precision: of the model's weights and products, in training and in what is measured; "bfloat16" takes half the
-            memory. What is trained, its optimizer, compensation and losses are float32 in any case.
-        calibration: blocks (examples) for the sensitivities and for second moments; of examples shorter than `length`
-            as many more as make up for it. None: 16, and for the moments of "gptq" and "feedback" as many as have four
-            tokens for each input of the widest matrix (`coatrt.quantization.input_moments.tokens_wanted`).
-        evaluation: held-out blocks (examples, questions) for the numbers in metrics.json.
-        budgets: average bits at which the held-out loss is measured, after training and for `patience`.
-        evaluate_every: steps between measurements of the hypervolume over `budgets`; 0 for none.
-        patience: measurements without a better hypervolume after which training stops; the best adapter is kept. 0
-            never stops.
-        checkpoint_every: steps between checkpoints.
-        seed: of start values, batches and configurations.
-
     Raises:
-        ConfigError: a value out of range.
+        ConfigError: a value that is not allowed.
         FormatError: an unknown format.
     """
 
-    formats: tuple[str, ...] = DEFAULT_FORMATS
-    rank: int = 16
-    alpha: float = 32.0
-    ranks: tuple[tuple[str, int], ...] = ()
-    preset: Preset = "none"
-    compensation: bool = True
-    start: Literal["residual", "mixed", "random"] = "mixed"
-    quantizer: Quantizer = "feedback"
-    fused: bool = True
-    steps: int = 300
-    batch: int = 4
-    same_examples: bool = False
-    accumulate: int = 1
-    length: int = 256
-    configs: int = 2
-    low_bits: float | None = None
-    high_bits: float | None = None
-    planned: float = 0.75
-    learning_rate: float = 1e-3
-    rate_ratio: float | None = None
-    theta_rate: float = 1e-4
-    warmup: float = 0.1
-    clip: float = 1.0
-    distill: float = 0.0
-    teacher: Literal["base", "top"] = "base"
-    precision: Literal["float32", "bfloat16"] = "float32"
-    calibration: int | None = None
-    evaluation: int = 16
-    budgets: tuple[float, ...] = (4.0, 5.0, 6.0)
-    evaluate_every: int = 0
-    patience: int = 0
-    checkpoint_every: int = 25
-    seed: int = 0
+    formats: tuple[str, ...] = _option(DEFAULT_FORMATS, "Weight formats a configuration may use.")
+    rank: int = _option(16, "LoRA rank, a multiple of 16.", least=1)
+    alpha: float = _option(32.0, "LoRA alpha: products are scaled by alpha / rank.")
+    ranks: tuple[tuple[str, int], ...] = _option((), "Ranks of module kinds that differ from --rank: down_proj=32.")
+    preset: Preset = _option(
+        "none",
+        "Hypernetwork: coatrt, paper (arXiv 2509.25214), or none, which leaves it to compensation to tell "
+        "configurations apart.",
+    )
+    compensation: bool = _option(True, "Add the closed-form compensation term to B, one per format.")
+    start: Literal["mixed", "residual", "random"] = _option(
+        "mixed",
+        "Where A starts: residual, the directions that the format of fewest bits loses; random; or mixed, half of its "
+        "columns each. Without compensation always random.",
+    )
+    quantizer: Quantizer = _option("feedback", "How weights are encoded.")
+    steps: int = _option(300, "Optimizer steps.", least=1)
+    batch: int = _option(4, "Blocks of text (examples) per configuration and step; a step has two.", least=1)
+    accumulate: int = _option(
+        1,
+        "Parts a batch is cut into to save memory, rows of similar length grouped; the gradient is the same.",
+        least=1,
+    )
+    max_length: int = _option(256, "Tokens of a block of text; most tokens of an example of chat or choice.", least=2)
+    low_bits: float | None = _option(
+        None, "Lowest budget trained for, bits per weight.", above=0, unset="the least the formats allow"
+    )
+    high_bits: float | None = _option(
+        None, "Highest budget trained for.", above=0, unset="the most the formats allow, up to 8.5"
+    )
+    learning_rate: float = _option(1e-3, "Peak learning rate of A.", above=0)
+    rate_ratio: float | None = _option(
+        None,
+        "Peak learning rate of B over that of A (LoRA+, arXiv 2402.12354).",
+        above=0,
+        unset="4 with compensation, 1 without",
+    )
+    theta_rate: float = _option(1e-4, "Peak learning rate of the hypernetwork.", above=0)
+    precision: Literal["float32", "bfloat16"] = _option(
+        "float32", "Precision of the model's weights and products; the LoRA and its optimizer stay float32."
+    )
+    calibration: int | None = _option(
+        None,
+        "Blocks of text to calibrate on; of shorter examples as many more as hold the same number of tokens.",
+        least=1,
+        unset="16; for gptq and feedback, four tokens for each input of the widest matrix",
+    )
+    evaluation: int | None = _option(
+        None, "Held-out blocks (examples, questions) to measure on.", least=1, unset="16; for choice 200"
+    )
+    budgets: tuple[float, ...] = _option((4.0, 5.0, 6.0), "Average bits at which the held-out loss is measured.")
+    evaluate_every: int = _option(
+        0, "Steps between measurements of the hypervolume of bits and held-out loss over the budgets; 0: none.", least=0
+    )
+    patience: int = _option(
+        0,
+        "Measurements without a better hypervolume after which training stops; the best adapter is kept. 0: never.",
+        least=0,
+    )
+    checkpoint_every: int = _option(25, "Steps between checkpoints.", least=1)
+    seed: int = _option(0, "Seed of start values, batches and configurations.", least=0)
 
     def __post_init__(self) -> None:
         for text in self.formats:
             WeightFormat.parse(text)
-        if self.quantizer not in QUANTIZERS:
-            raise ConfigError(f"no quantizer {self.quantizer!r}; allowed: {', '.join(QUANTIZERS)}")
-        least = {
-            "steps": 1,
-            "batch": 1,
-            "accumulate": 1,
-            "length": 2,
-            "configs": 1,
-            "calibration": 1,
-            "evaluation": 1,
-            "checkpoint_every": 1,
-            "evaluate_every": 0,
-            "patience": 0,
-            "distill": 0,
-            "seed": 0,
-        }
-        for name, minimum in least.items():
-            value = getattr(self, name)
-            if value is not None and value < minimum:
-                raise ConfigError(f"{name} {value} is given; give at least {minimum}")
-        for name in ("learning_rate", "rate_ratio", "theta_rate", "clip"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ConfigError(f"{name} {getattr(self, name)} is given; give a positive number")
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name} {getattr(self, name)!r} is given; allowed: {', '.join(allowed)}")
+        hints = get_type_hints(TrainOptions)
+        for one in fields(self):
+            value, least, above = getattr(self, one.name), one.metadata["least"], one.metadata["above"]
+            if value is None:
+                continue
+            if get_origin(hints[one.name]) is Literal and value not in get_args(hints[one.name]):
+                allowed = ", ".join(get_args(hints[one.name]))
+                raise ConfigError(f"unknown {one.name} {value!r}; allowed: {allowed}")
+            if least is not None and value < least:
+                raise ConfigError(f"{one.name} must be at least {least}, got {value}")
+            if above is not None and not above < value < math.inf:
+                raise ConfigError(f"{one.name} must be above {above:g} and finite, got {value}")
         if self.accumulate > self.batch:
-            raise ConfigError(f"a batch of {self.batch} cannot be cut into {self.accumulate} parts; give fewer")
+            raise ConfigError(f"accumulate must be at most batch, {self.batch}, got {self.accumulate}")
         if self.patience and not (self.evaluate_every and self.budgets):
-            raise ConfigError("patience needs evaluate_every and budgets; give them, or no patience")
-        if not 0 <= self.warmup <= 1:
-            raise ConfigError(f"warmup {self.warmup} is given; give a share of the steps, 0 to 1")
+            raise ConfigError("patience needs evaluate_every and budgets; set both, or leave patience out")
 
-    def calibration_blocks(self, model: ModelMatrices) -> int:
-        """Return the blocks whose second moments the quantizer sees."""
-        if self.calibration is not None:
-            return self.calibration
-        wanted = tokens_wanted(model) if self.quantizer in FED_BACK else 0
-        return max(SENSITIVITY_BLOCKS, math.ceil(wanted / self.length))
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "TrainOptions":
+        """Return the options in a JSON object, such as "options" in an adapter's metrics.
+
+        Raises:
+            ConfigError: an unknown name, or a value that is not allowed.
+        """
+        names = [one.name for one in fields(cls)]
+        for name in values:
+            if name not in names:
+                nearest = difflib.get_close_matches(name, names, 1, 0)[0]
+                raise ConfigError(f"unknown training option {name!r}; did you mean {nearest!r}?")
+        try:
+            return cls(**{name: _tuples(value) for name, value in values.items()})
+        except (TypeError, AttributeError) as error:
+            raise ConfigError(f"a training option has a value of the wrong type ({error})") from None
 
     @property
     def rates(self) -> Mapping[str, float]:
@@ -167,8 +151,31 @@ class TrainOptions:
         return {"A": self.learning_rate, "B": ratio * self.learning_rate, "theta": self.theta_rate}
 
     def rate(self, step: int) -> float:
-        """Return the share of the peak learning rate at a step."""
-        rise = max(1, round(self.warmup * self.steps))
+        """Return the share of the peak learning rate at a step: a linear rise, then a cosine to zero."""
+        rise = max(1, round(_WARMUP * self.steps))
         if step < rise:
             return (step + 1) / rise
         return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, self.steps - rise)))
+
+    def held_out_limit(self, task: str) -> int:
+        """Return how many held-out examples are measured on at most; an accuracy needs more of them than a loss."""
+        if self.evaluation is not None:
+            return self.evaluation
+        return 200 if task == "choice" else 16
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _documented() -> str:
+    """Return the class's docstring with an entry for each option, its help."""
+    summary, rest = (TrainOptions.__doc__ or "").split("\n", 1)
+    entries = []
+    for one in fields(TrainOptions):
+        unset = one.metadata["unset"]
+        entries.append(f"        {one.name}: {one.metadata['help']}{f' None: {unset}.' if unset else ''}")
+    return "\n".join([summary, "\n    Args:", *entries, rest])
+
+
+TrainOptions.__doc__ = _documented()

@@ -29,7 +29,7 @@ def save_state(
         module: its parameters are saved.
         optimizer: AdamW over exactly these parameters.
         run: identifies options, model and data; `load_state` refuses another.
-        progress: "step" (steps done) and whatever else goes on, as JSON.
+        progress: "step" (steps done) and whatever else a resumed run needs, as JSON.
     """
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in module.named_parameters():

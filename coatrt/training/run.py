@@ -2,12 +2,10 @@
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,19 +13,17 @@ from coatrt.adapter.adapter import Adapter
 from coatrt.adapter.compensation import Compensator
 from coatrt.adapter.features import ConfigEncoder
 from coatrt.adapter.lora import CoaLora
-from coatrt.configs.config import QuantConfig
-from coatrt.configs.lora_contract import contract_for
+from coatrt.configs.lora_contract import LoraContract, contract_for
 from coatrt.configs.space import ConfigSpace
+from coatrt.data.examples import Examples
 from coatrt.data.task_data import TaskData
-from coatrt.data.text import text_task
 from coatrt.errors import ConfigError
 from coatrt.evaluation.curvature import output_gains
 from coatrt.evaluation.fake_quant import FakeQuantModel
-from coatrt.evaluation.losses import measure_held_out
 from coatrt.evaluation.sensitivity import measure_sensitivity
 from coatrt.evaluation.sensitivity_table import Sensitivity
-from coatrt.models.checkpoint import Checkpoint, load_tokenizer
-from coatrt.planning.pareto import hypervolume
+from coatrt.models.checkpoint import Checkpoint
+from coatrt.models.spec import DecoderSpec
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.input_moments import Calibration, InputMoments, calibration_examples
 from coatrt.quantization.weight_format import WeightFormat
@@ -35,24 +31,27 @@ from coatrt.system.distributed import Processes
 from coatrt.system.files import cache_directory, check_replaceable
 from coatrt.system.progress import Progress, silent
 from coatrt.system.resources import compute_device
-from coatrt.training.config_sampler import TrainingSampler
-from coatrt.training.loop import optimise
-from coatrt.training.options import DEFAULT_FORMATS, SENSITIVITY_BLOCKS, TrainOptions
+from coatrt.training.calibration import SENSITIVITY_BLOCKS, calibration_blocks
+from coatrt.training.config_sampler import TrainingSampler, check_budgets
+from coatrt.training.held_out import HeldOut
+from coatrt.training.loop import History, optimise
+from coatrt.training.options import TrainOptions
 from coatrt.training.resume_state import check_state, claim_state, has_state
 
-__all__ = ["DEFAULT_FORMATS", "TrainOptions", "train"]
+__all__ = ["train"]
+
+_STARTED_SHARE = {"residual": 1.0, "mixed": 0.5, "random": 0.0}  # of A's columns, see TrainOptions.start
 
 
 def train(
     source: str | Path,
-    documents: Sequence[str] | TaskData,
+    data: TaskData,
     output: str | Path,
     options: TrainOptions | None = None,
     *,
-    held_out: Sequence[str] | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    compute: str = "cpu",
+    device: str = "cpu",
     progress: Progress = silent,
 ) -> Adapter:
     """Train a configuration-aware LoRA on text or another task and save it.
@@ -61,40 +60,149 @@ def train(
 
     Args:
         source: the model: Hugging Face directory, hub name or GGUF file.
-        documents: training texts, or the data of a task (`coatrt.data.registry.load_task`).
+        data: what to train and to measure on (`coatrt.data.registry.load_task`).
         output: directory of the adapter.
         options: how to train.
-        held_out: texts to measure on; by default every tenth document. A task holds its own.
         resume: go on from the last checkpoint; a finished adapter is returned as it is.
         overwrite: replace a finished adapter or forget an unfinished one.
-        compute: torch device.
+        device: torch device, such as "cpu" or "cuda".
         progress: called as calibration, sensitivities, training and measuring go on, in the first process only.
 
     Raises:
         ConfigError: options or data do not fit, `output` is in use, or there is no such device.
-        CheckpointError: the model cannot be read, or a checkpoint is damaged.
+        CheckpointError: the model cannot be read or exported, or a checkpoint is damaged.
     """
-    output, options = Path(output), options or TrainOptions()
-    checkpoint = Checkpoint.open(source)
-    run = _identity(options, checkpoint, documents, held_out)
-    processes = Processes(compute_device(compute).type)
-    processes.share(torch.arange(options.batch))  # refuses a batch that does not divide among them
+    output = Path(output)
+    run = _open(source, data, output, options or TrainOptions(), device, progress)
     if resume and not overwrite and (output / "adapter.json").is_file():
-        return _finished(output, run)
-    if processes.is_first:
-        _claim(output, run, resume, overwrite)
-    processes.wait()
-    if isinstance(documents, TaskData):
-        data = documents
-    else:
-        data = text_task(load_tokenizer(checkpoint.directory), documents, options.length, held_out=held_out)
-    progress = progress if processes.is_first else silent
-    training = _Training(checkpoint, str(source), data, options, output / "training", run, compute, processes, progress)
-    return training.run(output)
+        return _finished(output, run.identity)
+    if run.processes.is_first:
+        _claim(output, run.identity, resume, overwrite)
+    run.processes.wait()
+    codes = CodeStore.default(run.checkpoint, run.options.quantizer, run.calibration, run.progress)
+    model = _load(run, codes)
+    sensitivity = _measure(run, model, codes)
+    sampler = TrainingSampler(run.space, sensitivity.costs, *run.budgets, run.options.seed)
+    lora = _start(run, model, sensitivity)
+    held_out = HeldOut(model, lora, sampler, data, run.options, run.progress)
+    history = optimise(
+        model,
+        lora,
+        data.train,
+        sampler.draw,
+        run.options,
+        run.state,
+        run.identity,
+        run.processes,
+        held_out.hypervolume if run.options.budgets else None,
+        run.progress,
+    )
+    lora.settle(run.progress)
+    adapter = _adapter(run, lora, sensitivity, history, held_out)
+    if run.processes.is_first:
+        adapter.save(output)
+    run.processes.wait()
+    return Adapter.load(output)
 
 
-def _claim(output: Path, run: str, resume: bool, overwrite: bool) -> None:
-    """Refuse a directory in use, and forget an unfinished training that is not to go on."""
+@dataclass(frozen=True)
+class _Run:
+    """What a training works on, opened and checked.
+
+    Args:
+        source: the model's name or absolute path.
+        checkpoint: the model.
+        space: its matrices and the formats to train for.
+        budgets: lowest and highest budget, bits per weight.
+        contract: names, shapes and ranks of the LoRA.
+        data: what to train and to measure on.
+        options: how to train.
+        state: directory of checkpoints.
+        identity: stands for options, model and data.
+        device: torch device.
+        processes: those that train together.
+        progress: called in the first of them.
+    """
+
+    source: str
+    checkpoint: Checkpoint
+    space: ConfigSpace
+    budgets: tuple[float, float]
+    contract: LoraContract
+    data: TaskData
+    options: TrainOptions
+    state: Path
+    identity: str
+    device: str
+    processes: Processes
+    progress: Progress
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """The tokens whose second moments the quantizer and compensation see."""
+        return Calibration.of(self._examples(calibration_blocks(self.options, self.checkpoint.matrices)))
+
+    @cached_property
+    def sensitivity_examples(self) -> Examples:
+        """The examples that sensitivities and A's start are measured on."""
+        return self._examples(self.options.calibration or SENSITIVITY_BLOCKS)
+
+    def _examples(self, blocks: int) -> Examples:
+        return calibration_examples(self.data.train, blocks, self.options.max_length, self.options.seed)
+
+
+def _open(
+    source: str | Path, data: TaskData, output: Path, options: TrainOptions, device: str, progress: Progress
+) -> _Run:
+    """Open the model, and refuse what would fail later."""
+    checkpoint = Checkpoint.open(source)
+    DecoderSpec.from_checkpoint(checkpoint)  # a model that cannot be exported is refused now, not after training
+    space = ConfigSpace(checkpoint.matrices, tuple(map(WeightFormat.parse, options.formats)))
+    processes = Processes(compute_device(device).type)
+    processes.share(torch.arange(options.batch))  # refuses a batch that does not divide among them
+    facts = json.dumps([asdict(options), checkpoint.fingerprint, data.digest])
+    return _Run(
+        source=str(Path(source).absolute()) if Path(source).exists() else str(source),
+        checkpoint=checkpoint,
+        space=space,
+        budgets=_budgets(space, options),
+        contract=contract_for(checkpoint.matrices, options.rank, options.alpha, dict(options.ranks)),
+        data=data,
+        options=options,
+        state=output / "training",
+        identity=hashlib.sha256(facts.encode()).hexdigest()[:16],
+        device=device,
+        processes=processes,
+        progress=progress if processes.is_first else silent,
+    )
+
+
+def _budgets(space: ConfigSpace, options: TrainOptions) -> tuple[float, float]:
+    """Return the lowest and the highest budget to train for, in bits per weight."""
+    low = space.min_bits if options.low_bits is None else options.low_bits
+    high = min(space.max_bits, max(low, 8.5)) if options.high_bits is None else options.high_bits
+    check_budgets(space, low, high)
+    for bits in options.budgets:
+        if not space.min_bits <= bits <= space.max_bits:
+            raise ConfigError(
+                f"a budget of {bits:g} bits cannot be measured; the formats allow {space.min_bits:.3f} to "
+                f"{space.max_bits:.3f}"
+            )
+    return low, high
+
+
+def _finished(output: Path, identity: str) -> Adapter:
+    adapter = Adapter.load(output)
+    if adapter.metrics.get("run") != identity:
+        raise ConfigError(
+            f"{output} holds a finished adapter of other options, another model or other data; give another directory, "
+            "or --overwrite to replace it"
+        )
+    return adapter
+
+
+def _claim(output: Path, identity: str, resume: bool, overwrite: bool) -> None:
+    """Refuse a directory in use, and forget an unfinished training that is not to be resumed."""
     state = output / "training"
     finished = (output / "adapter.json").is_file()
     check_replaceable(output)
@@ -106,193 +214,84 @@ def _claim(output: Path, run: str, resume: bool, overwrite: bool) -> None:
         raise ConfigError(f"{output} holds an unfinished training; give --resume to go on or --overwrite to start over")
     if overwrite and not resume:
         shutil.rmtree(state, ignore_errors=True)
-    check_state(state, run)
+    check_state(state, identity)
 
 
-def _identity(
-    options: TrainOptions,
-    checkpoint: Checkpoint,
-    documents: Sequence[str] | TaskData,
-    held_out: Sequence[str] | None,
-) -> str:
-    digest = hashlib.sha256(json.dumps([asdict(options), checkpoint.fingerprint]).encode())
-    if isinstance(documents, TaskData):
-        if held_out is not None:
-            raise ConfigError("a task and texts to measure on are given; a task holds its own, leave held_out out")
-        digest.update(documents.digest.encode())
-        return digest.hexdigest()[:16]
-    for text in (*documents, "\0", *(held_out or ())):
-        digest.update(hashlib.sha256(text.encode()).digest())
-    return digest.hexdigest()[:16]
+def _load(run: _Run, codes: CodeStore) -> FakeQuantModel:
+    run.progress(0, 1, "loading the model")
+    model = FakeQuantModel(run.checkpoint, codes, run.device, dtype=getattr(torch, run.options.precision))
+    run.progress(1, 1, "loading the model")
+    return model
 
 
-def _finished(output: Path, run: str) -> Adapter:
-    adapter = Adapter.load(output)
-    if adapter.metrics.get("run") != run:
-        raise ConfigError(
-            f"{output} holds a finished adapter of other options, another model or other data; give another directory, "
-            "or --overwrite to replace it"
-        )
-    return adapter
+def _encode(run: _Run, codes: CodeStore) -> None:
+    """Encode every matrix in every format, so that this long work shows its progress; all of it is needed anyway."""
+    names = run.checkpoint.matrices.names
+    for i, name in enumerate(names):
+        for fmt in run.space.formats:
+            codes.get(name, fmt)
+        run.progress(i + 1, len(names), "encoding")
 
 
-class _Training:
-    """One run: model, sensitivities, LoRA, and what is measured of them."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        source: str,
-        data: TaskData,
-        options: TrainOptions,
-        state: Path,
-        run: str,
-        compute: str,
-        processes: Processes,
-        progress: Progress,
-    ) -> None:
-        self.processes, self.progress = processes, progress
-        self.checkpoint, self.data, self.options, self.state, self.identity = checkpoint, data, options, state, run
-        self.source = os.path.abspath(source) if Path(source).exists() else source  # noqa: PTH100 - keeps symbolic links
-        formats = tuple(WeightFormat.parse(text) for text in options.formats)
-        self.space = ConfigSpace(checkpoint.matrices, formats, options.fused)
-        low = self.space.min_bits if options.low_bits is None else options.low_bits
-        high = min(self.space.max_bits, max(low, 8.5)) if options.high_bits is None else options.high_bits
-        self._check_budgets(low, high)
-        contract = contract_for(checkpoint.matrices, options.rank, options.alpha, dict(options.ranks))
-        blocks = options.calibration_blocks(checkpoint.matrices)
-        self.calibration = Calibration.of(calibration_examples(data.train, blocks, options.length, options.seed))
-        blocks = options.calibration or SENSITIVITY_BLOCKS
-        self.calibrated_on = calibration_examples(data.train, blocks, options.length, options.seed)
-        self.codes = CodeStore.default(checkpoint, options.quantizer, self.calibration, progress)
-        self.model = FakeQuantModel(checkpoint, self.codes, compute, dtype=getattr(torch, options.precision))
-        self.sensitivity = self._sensitivity()
-        self.sampler = TrainingSampler(self.space, self.sensitivity.costs, low, high, options.planned, options.seed)
-        encoder = ConfigEncoder(checkpoint.matrices, formats, self.sensitivity.errors)
-        self.lora = CoaLora(contract, encoder, options.preset, options.seed)
-        self.lora.to(compute)
-        if options.compensation:
-            self._compensate()
-        self.full_precision: float | None = None
-
-    def _check_budgets(self, low: float, high: float) -> None:
-        uniform = dict.fromkeys(map(str, self.space.formats), 0.0)
-        TrainingSampler(self.space, dict.fromkeys(self.space.model.names, uniform), low, high, self.options.planned)
-        for bits in self.options.budgets:
-            if not self.space.min_bits <= bits <= self.space.max_bits:
-                raise ConfigError(
-                    f"an evaluation budget of {bits:g} bits is given; the formats allow {self.space.min_bits:.3f} to "
-                    f"{self.space.max_bits:.3f}; choose budgets inside"
-                )
-
-    def _sensitivity(self) -> Sensitivity:
-        path = self.state / "sensitivity.json"
-        if self.processes.is_first:
-            claim_state(self.state, self.identity)
-        if self.processes.is_first and not path.is_file():
-            measured = measure_sensitivity(
-                self.model, self.codes, self.calibrated_on, self.space.formats, self.progress
-            )
+def _measure(run: _Run, model: FakeQuantModel, codes: CodeStore) -> Sensitivity:
+    """Return the sensitivities, measured by the first process unless an interrupted training left them."""
+    path = run.state / "sensitivity.json"
+    if run.processes.is_first:
+        claim_state(run.state, run.identity)
+        if not path.is_file():
+            _encode(run, codes)
+            measured = measure_sensitivity(model, codes, run.sensitivity_examples, run.space.formats, run.progress)
             measured.save(path)
-        self.processes.wait()
-        return Sensitivity.load(path)
+    run.processes.wait()
+    return Sensitivity.load(path)
 
-    def _compensate(self) -> None:
-        """Let C make up for quantization and, where training begins, A start from what it can make up for most."""
-        moments = InputMoments(self.checkpoint, self.calibration, cache_directory() / "moments", progress=self.progress)
-        compensator = Compensator(self.model, moments, self.lora.contract, self.progress)
-        share = {"residual": 1.0, "mixed": 0.5, "random": 0.0}[self.options.start]
-        if not share or has_state(self.state):
-            self.lora.compensate(compensator)
-            return
-        self.model.set_config(None)
-        self.model.set_pairs(None)
-        gains = output_gains(self.model, self.calibrated_on, self.progress)
-        self.lora.compensate(compensator, gains, share, self.progress)
-        self.processes.copy_from_first(self.lora.parameters())
 
-    def run(self, output: Path) -> Adapter:
-        options, train = self.options, self.data.train
-        measure = self._hypervolume if options.evaluate_every and options.budgets else None
-        history = optimise(
-            self.model,
-            self.lora,
-            train,
-            lambda step: self.sampler.draw(step, options.configs),
-            options,
-            self.state,
-            self.identity,
-            self.processes,
-            measure,
-            self.progress,
-        )
-        self.lora.settle()
-        adapter = Adapter(
-            source=self.source,
-            fingerprint=self.checkpoint.fingerprint,
-            model_config=self.checkpoint.config,
-            space=self.space,
-            lora=self.lora.eval(),
-            sensitivity=self.sensitivity,
-            metrics={
-                "run": self.identity,
-                "options": asdict(options),
-                "task": self.data.kind,
-                "dropped": self.data.dropped,
-                "train_tokens": train.predicted,
-                "held_out_examples": min(options.evaluation, len(self.data.held_out)),
-                "held_out_tokens": self.data.held_out[: options.evaluation].predicted,
-                "seconds": history.seconds,
-                "losses": history.losses,
-                "hypervolumes": history.measured,
-                "held_out": self._evaluate(),
-            },
-            quantizer=options.quantizer,
-            calibration=self.calibration,
-        )
-        if self.processes.is_first:
-            adapter.save(output)
-        self.processes.wait()
-        return Adapter.load(output)
+def _start(run: _Run, model: FakeQuantModel, sensitivity: Sensitivity) -> CoaLora:
+    """Return the LoRA as training begins: with compensation, A starts from what C can make up for most."""
+    options = run.options
+    encoder = ConfigEncoder(run.checkpoint.matrices, run.space.formats, sensitivity.errors)
+    lora = CoaLora(run.contract, encoder, options.preset, options.seed)
+    lora.to(run.device)
+    if not options.compensation:
+        return lora
+    moments = InputMoments(run.checkpoint, run.calibration, cache_directory() / "moments", progress=run.progress)
+    compensator = Compensator(model, moments, run.contract, run.progress)
+    share = _STARTED_SHARE[options.start]
+    if not share or has_state(run.state):
+        lora.compensate(compensator)
+        return lora
+    model.set_config(None)
+    model.set_pairs(None)
+    gains = output_gains(model, run.sensitivity_examples, run.progress)
+    lora.compensate(compensator, gains, share, run.progress)
+    run.processes.copy_from_first(lora.parameters())
+    return lora
 
-    @torch.no_grad()
-    def _measure(self, config: QuantConfig | None, adapted: bool) -> dict[str, float]:
-        """Return held-out numbers of a configuration (None: full precision), with its LoRA or without."""
-        self.model.set_config(config)
-        self.model.set_pairs(self.lora.pairs(config) if adapted and config is not None else None)
-        return measure_held_out(self.model, self.data, self.options.evaluation)
 
-    def _hypervolume(self) -> float:
-        """Return the hypervolume of (bits, held-out loss) over the budgets.
-
-        The reference point is the space's most bits and the loss of the full-precision model plus one nat.
-        """
-        if self.full_precision is None:
-            self.full_precision = self._measure(None, adapted=False)["loss"]
-        configs = [self.sampler.plan_like(None, bits) for bits in self.options.budgets]
-        points = [
-            (config.average_bits(self.space.model), self._measure(config, adapted=True)["loss"]) for config in configs
-        ]
-        return hypervolume(points, (self.space.max_bits, self.full_precision + 1))
-
-    def _evaluate(self) -> dict[str, Any]:
-        """Return held-out losses: full precision, and per budget the allocated configuration without and with LoRA.
-
-        Where the task has an accuracy, it stands beside each loss, its key ending in "_accuracy".
-        """
-        rows, done, total = [], 0, 1 + 2 * len(self.options.budgets)
-
-        def measure(name: str, config: QuantConfig | None, adapted: bool) -> dict[str, float]:
-            nonlocal done
-            found = self._measure(config, adapted)
-            done += 1
-            self.progress(done, total, "held-out loss")
-            return {name if key == "loss" else f"{name}_{key}": value for key, value in found.items()}
-
-        base = measure("full_precision", None, False)
-        for bits in self.options.budgets:
-            config = self.sampler.plan_like(None, bits)
-            bits = config.average_bits(self.space.model)
-            without, adapted = measure("without", config, False), measure("adapted", config, True)
-            rows.append({"bits": bits, "configuration": config.hash, **without, **adapted})
-        return {**base, "budgets": rows}
+def _adapter(run: _Run, lora: CoaLora, sensitivity: Sensitivity, history: History, held_out: HeldOut) -> Adapter:
+    """Return the finished adapter with what is measured of it."""
+    options, data = run.options, run.data
+    limit = options.held_out_limit(data.kind)
+    return Adapter(
+        source=run.source,
+        fingerprint=run.checkpoint.fingerprint,
+        model_config=run.checkpoint.config,
+        space=run.space,
+        lora=lora.eval(),
+        sensitivity=sensitivity,
+        metrics={
+            "run": run.identity,
+            "options": asdict(options),
+            "task": data.kind,
+            "dropped": data.dropped,
+            "train_tokens": data.train.predicted,
+            "held_out_examples": min(limit, len(data.held_out)),
+            "held_out_tokens": data.held_out[:limit].predicted,
+            "seconds": history.seconds,
+            "losses": history.losses,
+            "hypervolumes": history.measured,
+            "held_out": held_out.evaluate(),
+        },
+        quantizer=options.quantizer,
+        calibration=run.calibration,
+    )

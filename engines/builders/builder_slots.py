@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from coatrt.errors import ConfigError
 from coatrt.system.resources import free_memory
 
-__all__ = ["BuildRoom", "builder_bytes"]
+__all__ = ["BuilderSlots", "builder_bytes"]
 
 _BUILDER_BASE = 700 << 20
 _PER_WEIGHT_BYTE = 4.0
@@ -23,7 +23,7 @@ def builder_bytes(weights: int) -> int:
     return _BUILDER_BASE + int(_PER_WEIGHT_BYTE * weights)
 
 
-class BuildRoom:
+class BuilderSlots:
     """Lets builders in while there are cores and memory; one is always let in.
 
     Args:
@@ -39,7 +39,7 @@ class BuildRoom:
         self.jobs = cores if jobs is None else jobs
         self.memory = int(0.7 * free_memory()) if memory is None else memory
         if self.jobs < 1 or self.memory < 1:
-            raise ConfigError(f"jobs {jobs} and build memory {memory} are given; give at least 1 each")
+            raise ConfigError(f"jobs and build memory must be at least 1, got {jobs} and {memory}")
         self._inside: list[int] = []
         self._changed = threading.Condition()
 

@@ -5,19 +5,16 @@ import importlib.util
 import json
 from collections.abc import Iterable
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 
 from coatrt.bundle import Bundle
-from coatrt.configs.config import QuantConfig
 from coatrt.devices.environment import versions
-from coatrt.devices.profiles import DeviceProfile
 from coatrt.engines.builders.builder import installed_builder
 from coatrt.engines.bundles.options import BundleOptions
+from coatrt.engines.bundles.targets import Target
 from coatrt.errors import BuildError, BundleError
-from coatrt.planning.planner import Plan
 
-__all__ = ["WRITERS", "code_hash", "is_current", "recipe_hash"]
+__all__ = ["WRITERS", "bundle_fingerprint", "code_hash", "is_current", "writers_hash"]
 
 WRITERS = (
     "coatrt.bundle",
@@ -35,8 +32,7 @@ WRITERS = (
 """Modules and rooms whose code decides what is in a bundle, subfolders included; a test holds them against imports."""
 
 
-@cache
-def _code_hash() -> str:
+def writers_hash() -> str:
     """Return the hash of the source files that write bundles: a changed exporter makes other bundles."""
     specs = [spec for name in WRITERS if (spec := importlib.util.find_spec(name)) is not None]
     return code_hash(Path(spec.origin) for spec in specs if spec.origin is not None)
@@ -56,44 +52,36 @@ def code_hash(origins: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def recipe_hash(
-    adapter: str,
-    config: QuantConfig,
-    device: DeviceProfile,
-    options: BundleOptions,
-    also: Iterable[DeviceProfile] = (),
-    plan: Plan | None = None,
-) -> str:
+def bundle_fingerprint(adapter: str, target: Target, options: BundleOptions, code: str) -> str:
     """Return 32 digits for everything a bundle depends on: adapter, configuration, device, options, plan, code.
 
     Args:
         adapter: hash of the adapter.
-        config: the configuration.
-        device: the target.
+        target: what the bundle is made for.
         options: see `BundleOptions`.
-        also: further targets of the engine.
-        plan: what is kept as plan.json.
+        code: see `writers_hash`.
     """
+    device, plan = target.device, target.plan
     try:
         builder = installed_builder(device.builder) if options.engine and device.builder != "onnxruntime" else ""
     except BuildError:
         builder = ""
     content = {
         "adapter": adapter,
-        "configuration": config.hash,
-        "device": [device.to_json(), sorted(other.sm for other in also)],
+        "configuration": target.config.hash,
+        "device": [device.to_json(), sorted(other.sm for other in target.also)],
         "options": asdict(options),
         "plan": plan.to_json() if plan is not None else None,
         "builder": builder,
-        "code": _code_hash(),
+        "code": code,
         "versions": versions(),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def is_current(directory: Path, recipe: str) -> bool:
-    """Return whether a whole bundle of this recipe is there; sizes are compared, hashes are for `coatrt verify`."""
+def is_current(directory: Path, fingerprint: str) -> bool:
+    """Return whether a whole bundle of this fingerprint is there; sizes are compared, `coatrt verify` checks hashes."""
     try:
-        return bool(Bundle.open(directory).manifest.get("recipe") == recipe)
+        return bool(Bundle.open(directory).manifest.get("fingerprint") == fingerprint)
     except BundleError:
         return False

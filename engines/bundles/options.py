@@ -1,12 +1,13 @@
 """What goes into a bundle; read without torch."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from coatrt.engines.builders.builder import EngineShapes
 
 if TYPE_CHECKING:
     from coatrt.export.graph import GraphForm
+    from coatrt.planning.plan import PlanRequest
 
 __all__ = ["BundleOptions"]
 
@@ -28,6 +29,17 @@ class BundleOptions:
     context: int = 2048
     shapes: EngineShapes = field(default_factory=EngineShapes)
     engine: bool = True
+
+    @classmethod
+    def of(cls, request: "PlanRequest", **changes: Any) -> "BundleOptions":
+        """Return the options of a plan's request: its positions, sequences and prompt tokens.
+
+        Args:
+            request: what the plan was asked.
+            changes: the other options.
+        """
+        shapes = EngineShapes(request.batch, min(request.prefill, request.context))
+        return cls(context=request.context, shapes=shapes, **changes)
 
     def forms(self) -> "tuple[GraphForm, GraphForm]":
         """Return the two forms of the graph."""

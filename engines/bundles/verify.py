@@ -4,18 +4,24 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from coatrt.bundle import Bundle
 from coatrt.devices.environment import versions
 from coatrt.engines.bundles.stored_weights import held_weights
+from coatrt.engines.runtime.decoder import LoraTensors
 from coatrt.engines.runtime.emitter import Emitter, load_lora
+from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.errors import BundleError, CheckpointError, CoatError
 
-__all__ = ["TOLERANCE", "Report", "verify"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["TOLERANCE", "Verification", "verify"]
 
 TOLERANCE = 1e-3
 """Largest difference of logits allowed, relative to the largest logit, with float32 activations."""
@@ -29,7 +35,7 @@ _PROMPT = (1, 7, 3, 11, 5, 2, 9, 4)
 
 
 @dataclass(frozen=True)
-class Report:
+class Verification:
     """What was found; everything here holds, or `verify` had raised.
 
     Args:
@@ -75,11 +81,11 @@ class Report:
         return "\n".join(lines)
 
 
-def verify(directory: str | Path, *, model: str | Path | None = None, numbers: bool = True) -> Report:
+def verify(bundle: Bundle, *, model: str | Path | None = None, numbers: bool = True) -> Verification:
     """Check a bundle.
 
     Args:
-        directory: the bundle.
+        bundle: an opened bundle.
         model: the checkpoint, where it is not at the place the bundle remembers.
         numbers: compare with torch too; needs the checkpoint and time to load it.
 
@@ -88,7 +94,7 @@ def verify(directory: str | Path, *, model: str | Path | None = None, numbers: b
             configuration's format, or the numbers differ.
         CheckpointError: `model` is given and is not the bundle's model.
     """
-    bundle = Bundle.open(directory)
+    directory = bundle.directory
     files = bundle.check_all()
     here = versions()
     changed = {
@@ -105,7 +111,7 @@ def verify(directory: str | Path, *, model: str | Path | None = None, numbers: b
         if not np.allclose(value, lora[name], rtol=0, atol=1e-5):
             raise BundleError(f"{directory}: {name} is not what the hypernetwork emits; build the bundle again")
     graph, io = bundle.decoder("cpu")
-    decoder = OrtDecoder(graph, io, contract, context=64)
+    decoder = OrtDecoder(graph, io, contract, RuntimeOptions(context=64, accuracy_level=0))
     prompt = [token % io.vocabulary for token in _PROMPT]
     tokens = _greedy(decoder, prompt)
     plain = _teacher_forced(decoder, prompt, tokens)
@@ -123,7 +129,7 @@ def verify(directory: str | Path, *, model: str | Path | None = None, numbers: b
                 f"{directory}: logits differ from torch by {difference:.2e} of the largest, allowed {tolerance:g}; "
                 "report this with the bundle's manifest"
             )
-    return Report(files, changed, _engine_lines(bundle, here), effect, weights, difference, tolerance, note)
+    return Verification(files, changed, _engine_lines(bundle, here), effect, weights, difference, tolerance, note)
 
 
 def _greedy(decoder: OrtDecoder, prompt: Sequence[int]) -> list[int]:
@@ -133,13 +139,18 @@ def _greedy(decoder: OrtDecoder, prompt: Sequence[int]) -> list[int]:
     return tokens
 
 
-def _teacher_forced(decoder: OrtDecoder, prompt: Sequence[int], tokens: Sequence[int]) -> Any:
+def _teacher_forced(decoder: OrtDecoder, prompt: Sequence[int], tokens: Sequence[int]) -> NDArray[np.float32]:
     """Return the logits after the prompt and after each token, float32 [1 + steps, V]."""
     return np.stack([decoder.prefill([prompt])[0], *(decoder.decode([token])[0] for token in tokens)])
 
 
 def _against_torch(
-    bundle: Bundle, model: str | Path | None, prompt: Sequence[int], tokens: Sequence[int], logits: Any, lora: Any
+    bundle: Bundle,
+    model: str | Path | None,
+    prompt: Sequence[int],
+    tokens: Sequence[int],
+    logits: NDArray[np.float32],
+    lora: LoraTensors,
 ) -> tuple[float | None, int, str]:
     """Return the difference of logits, matrices whose error was compared, and why there is no comparison.
 
@@ -179,7 +190,7 @@ def _against_torch(
     return float(np.abs(expected - logits).max() / np.abs(expected).max()), compared, ""
 
 
-def _check_weight(bundle: Bundle, name: str, weight: Any, held: Any, expected: float) -> None:
+def _check_weight(bundle: Bundle, name: str, weight: "Tensor", held: "Tensor", expected: float) -> None:
     """Refuse a matrix that is farther from the model's, or nearer, than encoding left it."""
     found = float((weight - held).norm() / weight.norm().clamp(min=1e-30))
     relative, absolute = _ERROR_SLACK

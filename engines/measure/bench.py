@@ -2,15 +2,21 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from statistics import median
 from typing import Any
 
 import numpy as np
 
 from coatrt.bundle import Bundle
+from coatrt.configs.lora_contract import DecoderIO
 from coatrt.devices.environment import environment
 from coatrt.devices.profiles import DeviceProfile
+from coatrt.engines.runtime.decoder import Decoder, LoraTensors
 from coatrt.engines.runtime.emitter import Emitter, load_lora
-from coatrt.engines.runtime.ort import OrtDecoder
+from coatrt.engines.runtime.load import load_decoder
+from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.errors import ConfigError
 from coatrt.system.progress import Progress, silent
 
@@ -31,82 +37,50 @@ def _time(call: Callable[[], Any]) -> float:
 
 def bench(
     bundle: Bundle,
+    options: RuntimeOptions = RuntimeOptions(),
     *,
     prompts: Sequence[int] = (16, 128),
     tokens: int = 32,
     repeat: int = 5,
-    batch: int = 1,
-    threads: int | None = None,
-    accuracy_level: int = 4,
     device: DeviceProfile | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Measure a bundle with ONNX Runtime on the CPU.
+    """Measure a bundle on this machine.
 
     With and without LoRA alternate within every repetition, so that a noisy machine hits both alike. "Without" binds
     zero tensors: the graph is the same one, which is what a service runs.
 
     Args:
         bundle: an opened bundle.
+        options: how it runs; the context is what the longest prompt and the tokens need.
         prompts: prompt lengths in tokens; decoding goes on behind the longest.
         tokens: tokens decoded per repetition.
         repeat: repetitions.
-        batch: sequences at once.
-        threads: of the session.
-        accuracy_level: see `coatrt.engines.runtime.ort.session`.
         device: profile of the machine, for the bandwidth bound; None leaves it out.
-        progress: see `coatrt.system.progress`.
+        progress: called after each repetition.
 
     Raises:
         ConfigError: a number is not positive or does not fit the decoder.
+        BuildError: the backend cannot run here.
     """
-    if min(*prompts, tokens, repeat, batch) < 1:
-        raise ConfigError("prompt lengths, tokens, repeat and batch are counts; give at least 1 each")
+    if min(*prompts, tokens, repeat) < 1:
+        raise ConfigError(
+            f"prompt lengths, tokens and repeat must be at least 1, got {list(prompts)}, {tokens} and {repeat}"
+        )
     prompts = sorted(set(prompts))  # the longest comes last, and decoding goes on behind it
-    contract = bundle.contract
-    graph, io = bundle.decoder("cpu")
-    lora = load_lora(bundle.path("lora.safetensors"), contract)
-    context = max(prompts) + tokens
+    options = replace(options, context=prompts[-1] + tokens)
+    lora = load_lora(bundle.path("lora.safetensors"), bundle.contract)
     started = time.perf_counter()
-    decoder = OrtDecoder(
-        graph, io, contract, batch=batch, context=context, threads=threads, accuracy_level=accuracy_level
-    )
+    decoder = load_decoder(bundle, options)
     load_seconds = time.perf_counter() - started
-    emitter, config = Emitter.of(bundle, threads), bundle.config
+    if decoder.capacity < options.context:
+        raise ConfigError(f"prompts and tokens need {options.context} positions, the decoder has {decoder.capacity}")
+    emitter, config = Emitter.of(bundle, options.threads), bundle.config
     emission = [_time(lambda: emitter.emit(config)) for _ in range(max(3, repeat) + 1)][1:]
-    rng = np.random.default_rng(0)
-    text = rng.integers(0, io.vocabulary, (batch, context)).tolist()
-    prefill: dict[tuple[int, bool], list[float]] = {(length, on): [] for length in prompts for on in (True, False)}
-    decode: dict[bool, list[float]] = {True: [], False: []}
-    for repetition in range(-1, repeat):  # the first round warms up
-        for on in (True, False) if repetition % 2 else (False, True):
-            decoder.set_lora(lora if on else None)
-            for length in prompts:
-                now = [row[:length] for row in text]
-                prefill[length, on].append(_time(lambda now=now: decoder.prefill(now)))  # type: ignore[misc]
-            for step in range(tokens):
-                now_tokens = [row[max(prompts) + step] for row in text]
-                decode[on].append(_time(lambda now=now_tokens: decoder.decode(now)))  # type: ignore[misc]
-        if repetition == -1:
-            for samples in (*prefill.values(), *decode.values()):
-                samples.clear()
-        else:
-            progress(repetition + 1, repeat, "repetitions")
-    weights = int(bundle.manifest["configuration"]["bytes"]) + bundle.model_matrices.other_bytes
-    activation = np.dtype(io.activations).itemsize
-    lora_bytes = activation * sum(rows * columns for rows, columns in contract.shapes.values())
-    kv_bytes = 2 * io.layers * io.kv_heads * io.head_dim * context * activation * batch
-    per_token = weights + lora_bytes + kv_bytes
+    prefill, decode = _sample(decoder, lora, options, prompts, repeat, progress)
     result: dict[str, Any] = {
         "bundle": {"configuration": config.hash, "average_bits": bundle.manifest["configuration"]["average_bits"]},
-        "backend": {
-            "name": "onnxruntime",
-            "form": "cpu",
-            "activations": io.activations,
-            "threads": threads,
-            "accuracy_level": accuracy_level,
-            "batch": batch,
-        },
+        "backend": {**asdict(options), "activations": decoder.io.activations},
         "load_s": load_seconds,
         "emission": percentiles(emission),
         "prefill": [
@@ -114,22 +88,58 @@ def bench(
                 "tokens": length,
                 "lora": on,
                 **percentiles(samples),
-                "tokens_per_s": batch * length / float(np.median(samples)),
+                "tokens_per_s": options.batch * length / median(samples),
             }
             for (length, on), samples in prefill.items()
         ],
         "decode": [
-            {"lora": on, "context": context, **percentiles(samples), "tokens_per_s": batch / float(np.median(samples))}
-            for on, samples in decode.items()
+            {"lora": on, "context": options.context, **percentiles(s), "tokens_per_s": options.batch / median(s)}
+            for on, s in decode.items()
         ],
-        "lora_overhead": float(np.median(decode[True]) / np.median(decode[False])) - 1,
-        "bytes_per_token": {"weights": weights, "lora": lora_bytes, "kv_cache": kv_bytes, "total": per_token},
+        "lora_overhead": median(decode[True]) / median(decode[False]) - 1,
+        "bytes_per_token": _bytes_per_token(bundle, decoder.io, options),
         "environment": environment(),
     }
-    rate = per_token / float(np.median(decode[True]))
-    result["bytes_per_s"] = rate
+    result["bytes_per_s"] = rate = result["bytes_per_token"]["total"] / median(decode[True])
     result["bandwidth_share"] = rate / device.bandwidth if device is not None and device.bandwidth else None
     return result
+
+
+def _sample(
+    decoder: Decoder,
+    lora: LoraTensors,
+    options: RuntimeOptions,
+    prompts: Sequence[int],
+    repeat: int,
+    progress: Progress,
+) -> tuple[dict[tuple[int, bool], list[float]], dict[bool, list[float]]]:
+    """Return seconds of prefill by (prompt length, LoRA on) and of a decoded token by LoRA on."""
+    rng = np.random.default_rng(0)
+    text = rng.integers(0, decoder.io.vocabulary, (options.batch, options.context)).tolist()
+    prefill: dict[tuple[int, bool], list[float]] = {(length, on): [] for length in prompts for on in (True, False)}
+    decode: dict[bool, list[float]] = {True: [], False: []}
+    for repetition in range(-1, repeat):  # the first round warms up
+        for on in (True, False) if repetition % 2 else (False, True):
+            decoder.set_lora(lora if on else None)
+            for length in prompts:
+                prefill[length, on].append(_time(partial(decoder.prefill, [row[:length] for row in text])))
+            for step in range(prompts[-1], options.context):
+                decode[on].append(_time(partial(decoder.decode, [row[step] for row in text])))
+        if repetition == -1:
+            for samples in (*prefill.values(), *decode.values()):
+                samples.clear()
+        else:
+            progress(repetition + 1, repeat, "repetitions")
+    return prefill, decode
+
+
+def _bytes_per_token(bundle: Bundle, io: DecoderIO, options: RuntimeOptions) -> dict[str, int]:
+    """Return the bytes that decoding a token of each sequence reads, by purpose."""
+    weights = int(bundle.manifest["configuration"]["bytes"]) + bundle.model_matrices.other_bytes
+    element = np.dtype(io.activations).itemsize
+    lora = element * sum(rows * columns for rows, columns in bundle.contract.shapes.values())
+    cache = 2 * io.layers * io.kv_heads * io.head_dim * options.context * element * options.batch
+    return {"weights": weights, "lora": lora, "kv_cache": cache, "total": weights + lora + cache}
 
 
 def bench_text(result: dict[str, Any]) -> str:
@@ -137,7 +147,7 @@ def bench_text(result: dict[str, Any]) -> str:
     backend, size = result["backend"], result["bytes_per_token"]
     lines = [
         f"configuration {result['bundle']['configuration']}, {result['bundle']['average_bits']:.3f} bits per weight; "
-        f"{backend['name']} {backend['activations']}, batch {backend['batch']}, "
+        f"{backend['backend']} {backend['activations']}, batch {backend['batch']}, "
         f"accuracy level {backend['accuracy_level']}",
         f"{'':<24}{'p50 ms':>10}{'p90 ms':>10}{'p99 ms':>10}{'tokens/s':>12}",
     ]

@@ -4,7 +4,7 @@ import gc
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,9 @@ import torch
 
 from coatrt.adapter.adapter import Adapter
 from coatrt.configs.config import QuantConfig
+from coatrt.configs.lora_contract import DecoderIO
 from coatrt.devices.environment import environment
+from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder, session
 from coatrt.errors import ConfigError
 from coatrt.export.decoder import decoder_io, export_decoder
@@ -22,6 +24,7 @@ from coatrt.export.graph import GraphBuilder, GraphForm
 from coatrt.export.weight_file import WeightFile
 from coatrt.export.weights import write_matrix
 from coatrt.models.checkpoint import Checkpoint
+from coatrt.models.matrices import Matrix, ModelMatrices
 from coatrt.planning.measured_latency import Calibrated, Product, Rest, shape_of
 from coatrt.planning.workload import Workload
 from coatrt.quantization.codec import encode
@@ -78,8 +81,7 @@ def time_product(
     fmt: WeightFormat,
     tokens: Sequence[int],
     *,
-    threads: int | None = None,
-    accuracy_level: int = 0,
+    options: RuntimeOptions = RuntimeOptions(),
     activations: str = "float32",
     clock: Clock = time.perf_counter,
 ) -> list[Product]:
@@ -90,15 +92,14 @@ def time_product(
         N: output width.
         fmt: the weight's format.
         tokens: rows.
-        threads: of the session.
-        accuracy_level: see `coatrt.engines.runtime.ort.session`.
+        options: threads and accuracy level.
         activations: float32 or float16.
         clock: seconds; `time.thread_time` leaves out what other processes took from one thread.
     """
     found = []
     with tempfile.TemporaryDirectory(prefix="coatrt-calibrate-") as scratch:
         path, copies = _product_graph(Path(scratch), K, N, fmt, activations)
-        made = session(path, threads, accuracy_level)
+        made = session(path, options.threads, options.accuracy_level)
         for count in tokens:
             binding = made.io_binding()
             rng = np.random.default_rng(count)
@@ -153,28 +154,26 @@ def _prefill_seconds(decoder: OrtDecoder, tokens: int, clock: Clock) -> float:
 def calibrate_cpu(
     adapter: Adapter,
     checkpoint: Checkpoint,
+    options: RuntimeOptions = RuntimeOptions(),
     *,
     formats: Sequence[WeightFormat] | None = None,
     tokens: Sequence[int] = (1, 64),
     contexts: Sequence[int] = (128, 2048),
-    threads: int | None = None,
-    accuracy_level: int = 0,
     activations: str = "float32",
     clock: Clock = time.perf_counter,
     progress: Progress = silent,
 ) -> Calibrated:
-    """Return the calibration of this machine for an adapter's model.
+    """Return the timings of this machine for an adapter's model.
 
     The rest of a call is what a whole decoder, every matrix in the first format, takes beyond its products.
 
     Args:
         adapter: gives the model, its formats and the LoRA.
         checkpoint: its model.
+        options: threads and accuracy level.
         formats: formats to measure; by default the adapter's.
         tokens: rows of the products: 1, and more than one for prefill.
         contexts: slots of the caches.
-        threads: of the sessions.
-        accuracy_level: see `coatrt.engines.runtime.ort.session`.
         activations: float32 or float16.
         clock: see `time_product`.
         progress: called after each measurement.
@@ -183,68 +182,89 @@ def calibrate_cpu(
         ConfigError: fewer than one number of tokens or slots is given.
     """
     if not tokens or not contexts or min(*tokens, *contexts) < 1:
-        raise ConfigError(f"tokens {list(tokens)} and contexts {list(contexts)} are given; give positive numbers")
+        raise ConfigError(f"tokens and contexts must be positive numbers, got {list(tokens)} and {list(contexts)}")
     formats, model = tuple(formats or adapter.formats), adapter.model
-    shapes = {
-        (matrix.K, matrix.N): matrix.is_table
-        for matrix in model.matrices
-        if model.tied or matrix.name != model.names[0]
-    }
+    shapes = {(matrix.K, matrix.N): matrix.is_table for matrix in _multiplied(model)}
+    total, timed = len(shapes) * len(formats) + 1, []
     reference = QuantConfig.uniform(model, formats[0])
-    total = len(shapes) * len(formats) + len(contexts) + 1
-    timed: list[list[Product]] = []
-    settings = {"threads": threads, "accuracy_level": accuracy_level, "activations": activations}
-    done = 0
     with tempfile.TemporaryDirectory(prefix="coatrt-calibrate-") as scratch:
         graph = export_reference(adapter, checkpoint, reference, Path(scratch), activations)
         io = decoder_io(checkpoint, GraphForm("cpu", "cpu.onnx", activations))
-        decoders = {
-            context: OrtDecoder(
-                graph, io, adapter.contract, context=context, threads=threads, accuracy_level=accuracy_level
-            )
-            for context in dict.fromkeys(min(context, io.max_positions) for context in contexts)
-        }
-        lora = {name: value.numpy() for name, value in adapter.emit(reference).items()}
-        whole: dict[tuple[int, int], list[float]] = {}
-        for decoder in decoders.values():
-            decoder.set_lora(lora)
-
-        def time_decoders() -> None:
-            for context, decoder in decoders.items():
-                whole.setdefault((1, context), []).append(decode_seconds(decoder, 8, clock))
-                if len(tokens) > 1:
-                    count = min(max(tokens), decoder.capacity)
-                    whole.setdefault((count, context), []).append(_prefill_seconds(decoder, count, clock))
-
-        time_decoders()
+        whole = _WholeDecoders(graph, io, adapter, reference, options, contexts, max(tokens), clock)
+        whole.time()
         for (K, N), table in shapes.items():
+            rows = (1,) if table else tuple(sorted(set(tokens)))
             for fmt in formats:
-                rows = (1,) if table else tuple(sorted(set(tokens)))
-                timed.append(time_product(K, N, fmt, rows, clock=clock, **settings))  # type: ignore[arg-type]
-                time_decoders()
-                done += 1
-                progress(done, total, "products")
-    products = _without_drift(timed, whole[1, next(iter(decoders))])
-    lora_size = sum(rows * columns for rows, columns in adapter.contract.shapes.values())
+                timed.append(time_product(K, N, fmt, rows, options=options, activations=activations, clock=clock))
+                whole.time()
+                progress(len(timed), total, "products")
     facts = environment()
-    made = Calibrated(
-        "cpu",
-        f"onnxruntime {ort.__version__}",
-        {**settings, "threads": threads or facts["cores"], "processor": facts["cpu"]},
-        tuple(products),
-        (),
-    )
-    rests = []
-    for (count, context), samples in whole.items():
-        work = Workload.of(adapter.model_config, context, 1, count, lora_size, np.dtype(activations).itemsize)
-        known = sum(
-            made.matrix_seconds(matrix.N, matrix.K, reference[matrix.name], 1 if matrix.is_table else count)
-            for matrix in model.matrices
-            if model.tied or matrix.name != model.names[0]
-        )
-        rests.append(Rest(shape_of(work), count, context, statistics.median(samples) - known))
+    settings = {
+        "threads": options.threads or facts["cores"],
+        "accuracy_level": options.accuracy_level,
+        "activations": activations,
+        "processor": facts["cpu"],
+    }
+    products = tuple(_without_drift(timed, whole.beside))
+    runtime = f"onnxruntime {ort.__version__}"
+    timings = Calibrated("cpu", runtime, settings, products, ())
     progress(total, total, "products")
-    return Calibrated(made.device, made.runtime, made.settings, made.products, tuple(rests))
+    rests = tuple(whole.rests(timings, adapter, reference, np.dtype(activations).itemsize))
+    return Calibrated("cpu", runtime, settings, products, rests)
+
+
+def _multiplied(model: ModelMatrices) -> list[Matrix]:
+    """Return the matrices that a decoded token is multiplied with: an embedding of its own is only looked up."""
+    return [matrix for matrix in model.matrices if model.tied or matrix.name != model.names[0]]
+
+
+class _WholeDecoders:
+    """One decoder for each number of slots, timed again and again beside the products."""
+
+    def __init__(
+        self,
+        graph: Path,
+        io: DecoderIO,
+        adapter: Adapter,
+        reference: QuantConfig,
+        options: RuntimeOptions,
+        contexts: Sequence[int],
+        prompt: int,
+        clock: Clock,
+    ) -> None:
+        lora = {name: value.numpy() for name, value in adapter.emit(reference).items()}
+        self._decoders: dict[int, OrtDecoder] = {}
+        for context in dict.fromkeys(min(context, io.max_positions) for context in contexts):
+            decoder = OrtDecoder(graph, io, adapter.contract, replace(options, context=context))
+            decoder.set_lora(lora)
+            self._decoders[context] = decoder
+        self._prompt, self._clock = prompt, clock
+        self._seconds: dict[tuple[int, int], list[float]] = {}
+
+    def time(self) -> None:
+        """Time a decoded token, and a prompt where prompts are asked for."""
+        for context, decoder in self._decoders.items():
+            self._seconds.setdefault((1, context), []).append(decode_seconds(decoder, 8, self._clock))
+            if self._prompt > 1:
+                count = min(self._prompt, decoder.capacity)
+                seconds = _prefill_seconds(decoder, count, self._clock)
+                self._seconds.setdefault((count, context), []).append(seconds)
+
+    @property
+    def beside(self) -> list[float]:
+        """Seconds of a decoded token with the first number of slots, by time."""
+        return self._seconds[1, next(iter(self._decoders))]
+
+    def rests(self, timings: Calibrated, adapter: Adapter, reference: QuantConfig, element: int) -> Iterator[Rest]:
+        """Yield what each kind of call takes beyond its products."""
+        lora = sum(rows * columns for rows, columns in adapter.contract.shapes.values())
+        for (count, context), samples in self._seconds.items():
+            work = Workload.of(adapter.model_config, context, 1, count, lora, element)
+            known = sum(
+                timings.matrix_seconds(matrix.N, matrix.K, reference[matrix.name], 1 if matrix.is_table else count)
+                for matrix in _multiplied(adapter.model)
+            )
+            yield Rest(shape_of(work), count, context, statistics.median(samples) - known)
 
 
 def _without_drift(timed: list[list[Product]], beside: list[float]) -> list[Product]:
@@ -268,7 +288,5 @@ def predicted_decode(calibration: Calibrated, adapter: Adapter, config: QuantCon
     work = Workload.of(adapter.model_config, context, 1, 1, lora, 4)
     model = adapter.model
     return calibration.rest_seconds(model, work, 1, context) + sum(
-        calibration.matrix_seconds(matrix.N, matrix.K, config[matrix.name], 1)
-        for matrix in model.matrices
-        if model.tied or matrix.name != model.names[0]
+        calibration.matrix_seconds(matrix.N, matrix.K, config[matrix.name], 1) for matrix in _multiplied(model)
     )

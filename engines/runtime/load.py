@@ -2,47 +2,31 @@
 
 from coatrt.bundle import Bundle
 from coatrt.engines.runtime.decoder import Decoder
+from coatrt.engines.runtime.options import Backend, RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
-from coatrt.errors import BuildError
 
 __all__ = ["check_decoder", "load_decoder"]
 
 
-def load_decoder(
-    bundle: Bundle,
-    backend: str = "ort",
-    *,
-    batch: int = 1,
-    context: int = 2048,
-    threads: int | None = None,
-    accuracy_level: int = 4,
-) -> Decoder:
+def load_decoder(bundle: Bundle, options: RuntimeOptions = RuntimeOptions()) -> Decoder:
     """Return a decoder of a bundle with no LoRA bound; every file is hashed before it is read.
 
     Args:
         bundle: an opened bundle.
-        backend: "ort" for ONNX Runtime on the CPU, "trt" for the bundle's engine on this machine's GPU.
-        batch: sequences at once.
-        context: slots of the caches (ort; an engine's are fixed).
-        threads: of the session (ort).
-        accuracy_level: see `coatrt.engines.runtime.ort.session` (ort); 4 is what plans for the CPU assume, 0 is exact.
+        options: how it runs.
 
     Raises:
-        BuildError: the backend is unknown, cannot run here, or the bundle has nothing for it.
+        BuildError: the backend cannot run here, or the bundle has nothing for it.
     """
-    if backend == "ort":
-        graph, io = bundle.decoder("cpu")
-        return OrtDecoder(
-            graph, io, bundle.contract, batch=batch, context=context, threads=threads, accuracy_level=accuracy_level
-        )
-    if backend == "trt":
+    if options.backend == "trt":
         from coatrt.engines.runtime.trt import TrtDecoder
 
-        return TrtDecoder.of(bundle, batch=batch)
-    raise BuildError(f"backend {backend!r} is given; allowed: ort, trt")
+        return TrtDecoder.of(bundle, options.batch)
+    graph, io = bundle.decoder("cpu")
+    return OrtDecoder(graph, io, bundle.contract, options)
 
 
-def check_decoder(bundle: Bundle, backend: str) -> None:
+def check_decoder(bundle: Bundle, backend: Backend) -> None:
     """Check the hash of every file that `load_decoder` reads, or may read, before any of them is loaded.
 
     Raises:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from coatrt.configs.lora_contract import DecoderIO, LoraContract
 from coatrt.engines.runtime.decoder import LoraTensors, check_lora, check_tokens, next_step, pad_right
+from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.errors import BuildError, ConfigError
 
 __all__ = ["OrtDecoder", "session"]
@@ -63,14 +64,10 @@ class OrtDecoder:
         graph: the cpu form of the graph.
         io: its inputs and outputs.
         contract: its LoRA inputs; None where it has none.
-        batch: sequences at once.
-        context: slots of the caches where the graph leaves them open.
-        threads: see `session`.
-        accuracy_level: see `session`.
+        options: threads, batch and accuracy level; the context counts where the graph leaves it open.
 
     Raises:
         BuildError: ONNX Runtime refuses the graph.
-        ConfigError: a number is out of range.
     """
 
     def __init__(
@@ -78,27 +75,21 @@ class OrtDecoder:
         graph: Path,
         io: DecoderIO,
         contract: LoraContract | None,
-        *,
-        batch: int = 1,
-        context: int = 2048,
-        threads: int | None = None,
-        accuracy_level: int = 0,
+        options: RuntimeOptions = RuntimeOptions(),
     ) -> None:
-        if batch < 1 or context < 1:
-            raise ConfigError(f"batch {batch} and context {context} are given; give at least 1")
-        self.io, self.contract, self.batch = io, contract, batch
-        slots = io.cache_length or min(context, io.max_positions)
+        self.io, self.contract, self.batch = io, contract, options.batch
+        slots = io.cache_length or min(options.context, io.max_positions)
         self._capacity = min(slots, io.max_positions)
         self._dtype = np.dtype(io.activations)
-        self._session = session(graph, threads, accuracy_level)
+        self._session = session(graph, options.threads, options.accuracy_level)
         self._binding = self._session.io_binding()
-        shape = (batch, io.kv_heads, slots, io.head_dim)
+        shape = (options.batch, io.kv_heads, slots, io.head_dim)
         self._caches = [ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self._dtype)) for _ in io.past_names]
         for past, present, cache in zip(io.past_names, io.present_names, self._caches, strict=True):
             self._binding.bind_ortvalue_input(past, cache)
             self._binding.bind_ortvalue_output(present, cache)
         self._lora: dict[str, Any] = {}
-        self._lengths = np.zeros(batch, np.int64)
+        self._lengths = np.zeros(options.batch, np.int64)
         self.set_lora(None)
 
     @property

@@ -15,6 +15,7 @@ from coatrt.configs.lora_contract import DecoderIO
 from coatrt.engines.runtime.decoder import Decoder, LoraTensors
 from coatrt.engines.runtime.emitter import Emitter
 from coatrt.engines.runtime.load import check_decoder, load_decoder
+from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.errors import BundleError, ConfigError
 
@@ -55,9 +56,8 @@ class SwitchingDecoder:
     Args:
         bundles: name → opened bundle, at least one.
         start: the first one's name; by default the first given.
-        backend: see `coatrt.engines.runtime.load.load_decoder`.
+        options: how each runs.
         held: decoders kept in memory; 1 frees the old one before the next is loaded.
-        options: batch, context, threads, accuracy_level of `load_decoder`.
 
     Raises:
         ConfigError: no bundle, or no such name.
@@ -68,16 +68,15 @@ class SwitchingDecoder:
         self,
         bundles: Mapping[str, Bundle],
         start: str | None = None,
+        options: RuntimeOptions = RuntimeOptions(),
         *,
-        backend: str = "ort",
         held: int = 1,
-        **options: Any,
     ) -> None:
         if not bundles or held < 1:
             raise ConfigError(f"{len(bundles)} bundles and room for {held} decoders are given; give at least 1 each")
-        self.bundles, self._backend, self._held, self._options = dict(bundles), backend, held, options
+        self.bundles, self._held, self._options = dict(bundles), held, options
         self._check()
-        self._emitter = Emitter.of(next(iter(bundles.values())), options.get("threads"))
+        self._emitter = Emitter.of(next(iter(bundles.values())), options.threads)
         self._decoders: OrderedDict[str, Decoder] = OrderedDict()
         self._lora: LoraTensors | None = None  # what the current decoder has bound
         self.current = ""
@@ -128,7 +127,7 @@ class SwitchingDecoder:
         loaded = 0.0
         try:
             if name not in self._decoders:
-                check_decoder(bundle, self._backend)
+                check_decoder(bundle, self._options.backend)
                 self._load(name)
                 loaded = time.perf_counter() - emitted
             before = time.perf_counter()
@@ -145,7 +144,7 @@ class SwitchingDecoder:
         """Load a decoder, those longest unused freed first where there is no room."""
         while len(self._decoders) >= self._held:
             self._decoders.popitem(last=False)
-        self._decoders[name] = load_decoder(self.bundles[name], self._backend, **self._options)
+        self._decoders[name] = load_decoder(self.bundles[name], self._options)
 
     def _bind(self, name: str, tensors: LoraTensors | None, state: _State | None) -> None:
         decoder = self._decoders[name]

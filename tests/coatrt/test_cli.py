@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from coatrt.bundle import Bundle
-from coatrt.cli.common import tell_of_gpu
+from coatrt.cli.common import warn_of_idle_gpu
 from coatrt.cli.main import cli, main
 from coatrt.errors import ConfigError
 from support.tiny import TEXTS
@@ -69,7 +69,7 @@ def test_the_chain_by_hand(tiny_llama: Path, tmp_path: Path) -> None:
         (tmp_path / "text" / f"{i:02}.txt").write_text(text)
     adapter, bundle = tmp_path / "adapter", tmp_path / "bundle"
     said = good("train", tiny_llama, "--data", tmp_path / "text", "-o", adapter, "--formats", "nf3-g32,int4-g32,int8",
-                "--steps", 3, "--batch", 2, "--length", 32, "--calibration", 2, "--evaluation", 2,
+                "--steps", 3, "--batch", 2, "--max-length", 32, "--calibration", 2, "--evaluation", 2,
                 "--budgets", "5,6", "--quantizer", "feedback")  # fmt: skip
     assert "trained        3 steps" in said
     assert json.loads((adapter / "adapter.json").read_text())["quantizer"] == "feedback"
@@ -167,10 +167,10 @@ WRONG = {
     "missing data": ("train {model} --data {here}/none.txt -o {out}", "none.txt does not exist"),
     "truncated weights": ("train {truncated} --data {here}/text.txt -o {out}", "damaged or truncated"),
     "format to train": ("train {model} --data {here}/text.txt -o {out} --formats int5", "no weight format int5"),
-    "rank": ("train {model} --data {here}/text.txt -o {out} --rank 10 --length 32", "multiples of 16"),
-    "steps": ("train {model} --data {here}/text.txt -o {out} --steps 0", "steps 0 is given"),
-    "device to train on": ("train {model} --data {here}/text.txt -o {out} --compute gpu", "no device 'gpu'; here"),
-    "device to search on": ("search {adapter} --data {here}/text.txt --compute tpu:0", "no device 'tpu:0'"),
+    "rank": ("train {model} --data {here}/text.txt -o {out} --rank 10 --max-length 32", "multiples of 16"),
+    "parts of a batch": ("train {model} --data {here}/text.txt -o {out} --accumulate 5", "accumulate must be at most"),
+    "device to train on": ("train {model} --data {here}/text.txt -o {out} --device gpu", "no device 'gpu'; here"),
+    "device to search on": ("search {adapter} --data {here}/text.txt --device tpu:0", "no device 'tpu:0'"),
     "finished adapter": ("train {model} --data {here}/text.txt -o {adapter}", "holds a finished adapter"),
     "missing adapter": ("plan {here}/none --device rtx-4090", "adapter {here}/none does not exist"),
     "unknown device": ("plan {adapter} --device rtx-4091", "did you mean rtx-4090"),
@@ -181,7 +181,7 @@ WRONG = {
     "speed": ("plan {adapter} --device t4 --min-tokens-per-second 1e9", "are predicted; give"),
     "report of nothing": ("report {model} -o {out}", "no adapter, no bundle"),
     "report into a directory": ("report {adapter} --device t4 -o {here}", "is a directory"),
-    "jobs": ("build {adapter} --device cpu -o {out} --jobs 0", "give at least 1 each"),
+    "jobs": ("build {adapter} --device cpu -o {out} --jobs 0", "must be at least 1"),
     "two outputs": ("plan {adapter} --device t4 --device l4 -o {out}", "give one"),
     "device to build": ("build {adapter} --device nothing -o {out}", "no device 'nothing'"),
     "matrix the model lacks": ("export {adapter} --config {here}/unknown-matrix.json -o {out}", "the model lacks"),
@@ -218,7 +218,8 @@ WRONG = {
     "temperature": ("run {bundle} -p x --temperature -1", "temperature -1.0 is given"),
     "seed": ("run {bundle} -p x --seed -1", "seed -1 is given"),
     "planted beside the tokenizer": ("run {planted} -p x", "holds tokenizer/vocab.json, which the manifest does not"),
-    "bench": ("bench {bundle} --repeat 0", "give at least 1"),
+    "bench": ("bench {bundle} --repeat 0", "must be at least 1"),
+    "bench without a gpu": ("bench {bundle} --backend trt", "coatrt: "),
     "bench into a directory": ("bench {bundle} --repeat 0 -o {here}", "is a directory; give the name of a file"),
     "bench below a file": ("bench {bundle} --repeat 0 -o {here}/text.txt/b", "cannot be written"),
 }
@@ -258,43 +259,43 @@ def test_wrong_options_are_clicks_own_errors(tiny_adapter: Path) -> None:
         ("run", "x"),
         ("train", "m", "--data", "d", "-o", "o", "--budgets", "four"),
         ("train", "m", "--data", "d", "-o", "o", "--quantizer", "best"),
+        ("train", "m", "--data", "d", "-o", "o", "--steps", "0"),
+        ("train", "m", "--data", "d", "-o", "o", "--distill", "0.5"),
     ):
         result = run(*arguments)
         assert result.exit_code == 2
         assert "Traceback" not in result.output
 
 
-def test_memory_that_does_not_suffice_is_one_line(
+def test_not_enough_memory_is_one_line(
     tiny_adapter: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ("plan", tiny_adapter, "--device", "t4")
     for raised, said in (
-        (torch.OutOfMemoryError("CUDA out of memory"), "give coatrt train --precision bfloat16"),
-        (MemoryError("1.2 TiB"), r"memory does not suffice (1.2 TiB)"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "not enough GPU memory: try coatrt train --precision bfloat16"),
+        (MemoryError("1.2 TiB"), "not enough memory (1.2 TiB)"),
     ):
         monkeypatch.setattr("coatrt.planning.planner.make_plan", lambda *_, raised=raised, **__: throw(raised))
         assert said in wrong(capsys, monkeypatch, *arguments)
 
 
-def test_too_little_to_calibrate_on_is_named(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_few_tokens_to_calibrate_on_are_named(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("coatrt.training.run.train", lambda *_, **__: throw(ConfigError("trained")))
-    (tmp_path / "a.txt").write_text("word " * 200)  # 1,000 tokens, one each byte, of which a tenth is held out
-    (tmp_path / "b.txt").write_text("word " * 60)
-    given = "train", tiny_llama, "-o", tmp_path / "adapter", "--length", 16, "--data"
-    said = "calibrated on {} tokens, and error feedback wants 640 for this model; give more --data"
-    assert "calibrated on" not in run(*given, tmp_path / "a.txt").output
-    assert said.format(64) in run(*given, tmp_path / "a.txt", "--calibration", 4).output
-    little = run(*given, tmp_path / "b.txt").output
-    assert "wants 640 for this model" in little and said.format(640) not in little
-    assert "calibrated on" not in run(*given, tmp_path / "b.txt", "--quantizer", "weighted").output
+    (tmp_path / "text.txt").write_text("word " * 200)  # 1,000 tokens, one each byte, of which a tenth is held out
+    arguments = "train", tiny_llama, "-o", tmp_path / "adapter", "--max-length", 16, "--data", tmp_path / "text.txt"
+    assert "calibrated on" not in run(*arguments).output
+    output = run(*arguments, "--calibration", 4).output
+    assert "coatrt: feedback is calibrated on 64 tokens; this model needs 640: give more --data" in output
 
 
 def throw(error: BaseException) -> None:
     raise error
 
 
-def test_a_gpu_that_is_not_used_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    for there, compute, said in ((True, "cpu", True), (True, "cuda", False), (False, "cpu", False)):
+def test_an_idle_gpu_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for there, device, said in ((True, "cpu", True), (True, "cuda", False), (False, "cpu", False)):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
-        tell_of_gpu(compute)
-        assert ("--compute cuda takes the GPU" in capsys.readouterr().err) == said
+        warn_of_idle_gpu(device)
+        assert ("--device cuda uses it" in capsys.readouterr().err) == said

@@ -14,12 +14,13 @@ from safetensors.numpy import load_file
 from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle, seal
 from coatrt.configs.config import ConfigPatterns
-from coatrt.devices.profiles import device
-from coatrt.engines.bundles.assemble import BundleOptions, assemble
+from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.runtime.emitter import Emitter, load_lora
 from coatrt.engines.runtime.generate import generate
 from coatrt.engines.runtime.load import load_decoder
+from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.errors import CoatError
+from support.bundles import make_bundle
 
 PROMPT = [10, 200, 30, 44, 5, 66, 77]
 
@@ -28,7 +29,7 @@ PROMPT = [10, 200, 30, 44, 5, 66, 77]
 def bundles(tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """int8, int4, and nf3 with int8 and fp16 activations."""
     adapter = Adapter.load(tiny_adapter)
-    checkpoint, made = adapter.checkpoint(), {}
+    made = {}
     mixed = ConfigPatterns.from_json({"patterns": {r".*(v_proj|embed_tokens)": "int8"}, "default": "nf3-g32"})
     for name, config in {
         "int8": adapter.space.uniform("int8"),
@@ -37,7 +38,7 @@ def bundles(tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     }.items():
         made[name] = tmp_path_factory.mktemp("cpp") / name
         options = BundleOptions(context=96, engine=False)
-        assemble(adapter, checkpoint, config, device("rtx-4090"), made[name], options)
+        make_bundle(adapter, config, "rtx-4090", made[name], options)
     return made
 
 
@@ -70,7 +71,7 @@ def test_units_sessions_threads_and_the_tensorrt_stub(cpp: Any, tiny_bundle: Pat
 @pytest.mark.parametrize("kind", ["int8", "int4", "nf3"])
 def test_tokens_and_logits_equal_pythons(cpp: Any, bundles: dict[str, Path], kind: str) -> None:
     bundle = Bundle.open(bundles[kind])
-    decoder = load_decoder(bundle, context=64, threads=1)
+    decoder = load_decoder(bundle, RuntimeOptions(context=64, threads=1))
     for lora in (True, False):
         decoder.set_lora(load_lora(bundle.path("lora.safetensors"), bundle.contract) if lora else None)
         request = {"prompt": PROMPT, "tokens": 40, "steps": 6, "context": 64, "lora": lora}

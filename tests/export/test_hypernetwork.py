@@ -14,7 +14,7 @@ from coatrt.adapter.adapter import Adapter
 from coatrt.export.hypernetwork import export_hypernetwork
 from coatrt.training.run import train
 from support.formats import random_config
-from support.tiny import TEXTS, tiny_options
+from support.tiny import text_data, tiny_options
 
 
 @pytest.fixture(scope="module", params=["coatrt", "paper", "none", "ranks", "uncompensated"])
@@ -24,7 +24,7 @@ def adapter(request: pytest.FixtureRequest, tiny_llama: Path, tmp_path_factory: 
         "ranks": {"ranks": (("down_proj", 32), ("v_proj", 48))},
         "uncompensated": {"compensation": False},
     }.get(request.param, {"preset": request.param})
-    return train(tiny_llama, TEXTS, directory, tiny_options(fused=False, **change))
+    return train(tiny_llama, text_data(tiny_llama), directory, tiny_options(**change))
 
 
 def test_graph_equals_torch_for_configurations_never_seen(adapter: Adapter, tmp_path: Path) -> None:
@@ -69,7 +69,9 @@ def test_large_tensors_go_to_a_file_of_their_own(
 
 
 def test_a_plain_lora_is_the_same_for_every_configuration(tiny_llama: Path, tmp_path: Path) -> None:
-    adapter = train(tiny_llama, TEXTS, tmp_path / "adapter", tiny_options(preset="none", compensation=False))
+    adapter = train(
+        tiny_llama, text_data(tiny_llama), tmp_path / "adapter", tiny_options(preset="none", compensation=False)
+    )
     export_hypernetwork(adapter, tmp_path)
     session = ort.InferenceSession(str(tmp_path / "hypernet.onnx"), providers=["CPUExecutionProvider"])
     expected = adapter.emit(adapter.space.uniform("int8"))

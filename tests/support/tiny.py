@@ -1,9 +1,8 @@
 """Tiny random models with a byte tokenizer, texts and options to train on."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 TEXTS = [
     f"{word} the {word} sat on the mat. " * 30 for word in ("cat", "dog", "hen", "owl", "fox", "bee") for _ in "ab"
@@ -11,6 +10,7 @@ TEXTS = [
 
 
 def save_tiny_llama(directory: Path, *, tied: bool = True, seed: int = 0, **changes: object) -> Path:
+    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -50,8 +50,16 @@ def save_byte_tokenizer(directory: Path) -> None:
     fast.save_pretrained(directory)
 
 
+def text_data(model: Path, texts: Sequence[str] = TEXTS, held_out: Sequence[str] | None = None) -> Any:
+    """Return texts as data to train on, blocks of 32 tokens of a model's tokenizer."""
+    from coatrt.data.text import text_task
+    from coatrt.models.checkpoint import load_tokenizer
+
+    return text_task(load_tokenizer(model), texts, 32, held_out=held_out)
+
+
 def tiny_options(**changes: Any) -> Any:
-    from coatrt.training.run import TrainOptions
+    from coatrt.training.options import TrainOptions
 
     options: dict[str, Any] = {
         "formats": ("nf3-g32", "int4-g32", "nvfp4", "fp8", "int8", "nf4-g32-dq8-fp16-64"),
@@ -59,13 +67,12 @@ def tiny_options(**changes: Any) -> Any:
         "quantizer": "mse",
         "steps": 6,
         "batch": 4,
-        "length": 32,
+        "max_length": 32,
         "learning_rate": 1e-2,
         "theta_rate": 1e-2,
         "calibration": 4,
         "evaluation": 4,
         "budgets": (5.0,),
         "checkpoint_every": 2,
-        "warmup": 0.2,
     }
     return TrainOptions(**{**options, **changes})

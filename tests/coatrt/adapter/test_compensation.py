@@ -22,7 +22,7 @@ from coatrt.quantization.codec import decode, encode
 from coatrt.quantization.input_moments import Calibration, InputMoments
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.training.run import train
-from support.tiny import TEXTS, tiny_options
+from support.tiny import text_data, tiny_options
 
 LOW, HIGH = WeightFormat.parse("nf2-g32"), WeightFormat.parse("int8")
 
@@ -164,7 +164,7 @@ def test_a_rank_beyond_the_directions_is_filled(setting: Setting) -> None:
 def test_an_adapter_keeps_the_terms_of_its_last_a(tiny_llama: Path, tmp_path: Path, start: str, precision: str) -> None:
     """The terms of a bfloat16 base too are those of the exact weights."""
     options = tiny_options(preset="none", formats=("nf2-g32", "int8"), start=start, precision=precision)
-    adapter = train(tiny_llama, TEXTS, tmp_path / "a", options)
+    adapter = train(tiny_llama, text_data(tiny_llama), tmp_path / "a", options)
     checkpoint = adapter.checkpoint()
     assert adapter.calibration is not None
     moments = InputMoments(checkpoint, adapter.calibration)
@@ -190,7 +190,7 @@ def test_a_starts_from_what_the_lowest_format_takes_away(
 ) -> None:
     """A rate of almost nothing leaves A where it began."""
     options = tiny_options(preset="none", formats=("nf2-g32", "int8"), start=start, learning_rate=1e-9, steps=1)
-    adapter = train(tiny_llama, TEXTS, tmp_path / "a", options)
+    adapter = train(tiny_llama, text_data(tiny_llama), tmp_path / "a", options)
     assert adapter.calibration is not None
     checkpoint = adapter.checkpoint()
     model = FakeQuantModel(checkpoint, CodeStore(checkpoint))

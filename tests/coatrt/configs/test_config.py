@@ -9,6 +9,8 @@ from coatrt.errors import CheckpointError, ConfigError, FormatError
 from coatrt.models.matrices import ModelMatrices, matrices_of
 from coatrt.quantization.weight_format import WeightFormat
 
+pytestmark = pytest.mark.fast
+
 
 def shapes(layers=2, tied=True):
     out = {"model.embed_tokens.weight": (100, 64), "model.norm.weight": (64,)}

@@ -8,6 +8,8 @@ from coatrt.configs.lora_contract import DecoderIO, LoraContract, LoraTensor, co
 from coatrt.errors import ConfigError
 from coatrt.models.matrices import Matrix, ModelMatrices
 
+pytestmark = pytest.mark.fast
+
 MODEL = ModelMatrices(
     (
         Matrix("model.embed_tokens", 100, 64),

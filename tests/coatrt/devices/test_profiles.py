@@ -10,6 +10,8 @@ from coatrt.devices.profiles import device, devices, least_sm
 from coatrt.errors import DeviceError
 from coatrt.quantization.weight_format import WeightFormat
 
+pytestmark = pytest.mark.fast
+
 RTX_TARGETS = {75, 80, 86, 89, 120, 121}
 
 

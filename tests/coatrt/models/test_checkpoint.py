@@ -81,7 +81,7 @@ def test_damage_is_one_clear_line(tiny_llama: Path, tmp_path: Path) -> None:
         garbled: "is not JSON",
         nameless: "names no model_type",
         tmp_path / "absent": "does not exist",
-        weights: "is no model",
+        weights: "not a model",
     }
     for path, said in cases.items():
         with pytest.raises(CheckpointError, match=said) as caught:

@@ -7,6 +7,8 @@ import pytest
 
 from coatrt.planning.pareto import hypervolume, pareto_indices
 
+pytestmark = pytest.mark.fast
+
 
 def points(seed: int, count: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 12, (count, 2)).astype(float)  # small integers: many ties

@@ -9,9 +9,10 @@ from coatrt.errors import ConfigError
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.quantization import code_cache as module
 from coatrt.quantization.code_cache import CodeStore
-from coatrt.quantization.codec import QUANTIZERS, decode, encode
+from coatrt.quantization.codec import decode, encode
 from coatrt.quantization.gptq import inverse_factor
 from coatrt.quantization.input_moments import Calibration, InputMoments
+from coatrt.quantization.quantizers import QUANTIZERS
 from coatrt.system.tensors import read_tensors
 from support.tiny import save_tiny_llama
 

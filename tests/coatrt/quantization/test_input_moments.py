@@ -11,7 +11,6 @@ from coatrt.errors import CheckpointError, ConfigError
 from coatrt.models.checkpoint import Checkpoint, load_model
 from coatrt.quantization import input_moments as calibration
 from coatrt.quantization.input_moments import Calibration, InputMoments, calibration_examples, tokens_wanted
-from coatrt.training.run import TrainOptions
 from support.tiny import save_tiny_llama
 
 TOKENS = torch.randint(0, 272, (6, 20), generator=torch.Generator().manual_seed(0))
@@ -117,13 +116,6 @@ def test_tokens_are_saved_and_checked(tmp_path: Path) -> None:
 def test_error_feedback_wants_tokens_for_every_input(tiny_llama: Path) -> None:
     matrices = Checkpoint.open(tiny_llama).matrices
     assert tokens_wanted(matrices) == 4 * 160  # its widest inputs are those of down_proj
-    assert TrainOptions(length=32).calibration_blocks(matrices) == 20
-    assert TrainOptions(length=36).calibration_blocks(matrices) == 18
-    assert TrainOptions(length=256).calibration_blocks(matrices) == 16
-    assert TrainOptions(length=32, quantizer="weighted").calibration_blocks(matrices) == 16
-    assert TrainOptions(length=32, calibration=3).calibration_blocks(matrices) == 3
-    with pytest.raises(ConfigError, match="calibration 0 is given; give at least 1"):
-        TrainOptions(calibration=0)
 
 
 def test_short_examples_make_up_in_number() -> None:

@@ -8,6 +8,8 @@ from coatrt.errors import FormatError
 from coatrt.quantization.weight_format import KINDS, WeightFormat
 from support.formats import PAPER_FORMATS
 
+pytestmark = pytest.mark.fast
+
 PLAIN = [
     WeightFormat(kind, block)
     for kind in KINDS

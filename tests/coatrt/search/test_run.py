@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,8 +23,9 @@ from coatrt.planning.archive import Archive, adapter_archive
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.search.run import search_adapter
 from coatrt.training.run import train
-from support.tiny import tiny_options
+from support.tiny import text_data, tiny_options
 
+TESTS = Path(__file__).parents[2]
 TEXT = ["the cat sat on the mat and the owl sat on the hen. " * 30]
 
 
@@ -36,17 +36,17 @@ def directory(tiny_adapter: Path, tmp_path: Path) -> Path:
 
 def test_losses_are_those_of_the_emitted_lora(directory: Path, tiny_llama: Path) -> None:
     assert adapter_archive(directory) is None
-    facts = {"blocks": 3, "length": 32}
-    search_adapter(directory, TEXT, evaluations=4, **facts)
-    archive, options = search_adapter(directory, TEXT, evaluations=10, **facts)
+    facts = {"blocks": 3}
+    search_adapter(directory, text_data(tiny_llama, TEXT, TEXT), evaluations=4, **facts)
+    archive, reference = search_adapter(directory, text_data(tiny_llama, TEXT, TEXT), evaluations=10, **facts)
     found = adapter_archive(directory)
     assert found is not None
     assert found.entries == archive.entries
     assert len(found) == 10
     adapter, checkpoint = Adapter.load(directory), Checkpoint.open(tiny_llama)
     lora = sum(2 * 16 * (m.K + m.N) for m in adapter.model.targets)
-    assert options.reference[1] == pytest.approx(math.log(272))
-    assert options.reference[0] == pytest.approx(adapter.space.max_bits + 8 * lora / adapter.model.parameters)
+    assert reference[1] == pytest.approx(math.log(272))
+    assert reference[0] == pytest.approx(adapter.space.max_bits + 8 * lora / adapter.model.parameters)
     blocks = tokenize_text(load_tokenizer(tiny_llama), TEXT, 32, held_out=TEXT).held_out
     picked = torch.stack([blocks[0], blocks[round((len(blocks) - 1) / 2)], blocks[-1]])
     model = FakeQuantModel(checkpoint, CodeStore(checkpoint))
@@ -60,8 +60,8 @@ def test_losses_are_those_of_the_emitted_lora(directory: Path, tiny_llama: Path)
 
 def test_losses_are_those_of_the_adapters_own_codes(tiny_llama: Path, tmp_path: Path) -> None:
     options = tiny_options(formats=("nf2-g32", "int8"), preset="none", quantizer="feedback", budgets=(4.0,), steps=1)
-    adapter = train(tiny_llama, TEXT, tmp_path / "a", options)
-    archive, _ = search_adapter(tmp_path / "a", TEXT, evaluations=2, blocks=3, length=32)
+    adapter = train(tiny_llama, text_data(tiny_llama, TEXT), tmp_path / "a", options)
+    archive, _ = search_adapter(tmp_path / "a", text_data(tiny_llama, TEXT, TEXT), evaluations=2, blocks=3)
     blocks = tokenize_text(load_tokenizer(tiny_llama), TEXT, 32, held_out=TEXT).held_out
     picked = torch.stack([blocks[0], blocks[round((len(blocks) - 1) / 2)], blocks[-1]])
     checkpoint = Checkpoint.open(tiny_llama)
@@ -84,8 +84,8 @@ def test_losses_of_another_task_are_those_of_its_marked_tokens(tiny_llama: Path,
     data = load_task("choice", [tmp_path / "q.jsonl"], tokenizer, 32)
     options = tiny_options(formats=("int4-g32", "int8"), preset="none", budgets=(5.0,), steps=1, precision="bfloat16")
     adapter = train(tiny_llama, data, tmp_path / "a", options)
-    with pytest.raises(ConfigError, match="trained on the task choice, and text is given"):
-        search_adapter(tmp_path / "a", TEXT, evaluations=2)
+    with pytest.raises(ConfigError, match="trained on the task choice, got data of text"):
+        search_adapter(tmp_path / "a", text_data(tiny_llama, TEXT, TEXT), evaluations=2)
     command = ["search", str(tmp_path / "a"), "--data", str(tmp_path / "q.jsonl"), "--evaluations", "2"]
     said = CliRunner().invoke(cli, command)
     assert said.exit_code == 0, (said.output, said.exception)
@@ -102,26 +102,30 @@ def test_losses_of_another_task_are_those_of_its_marked_tokens(tiny_llama: Path,
             assert model.loss(held_out).item() == pytest.approx(entry.loss, rel=1e-3)
 
 
-def test_a_second_search_at_once_is_refused(directory: Path) -> None:
+def test_a_second_search_at_once_is_refused(directory: Path, tiny_llama: Path) -> None:
     said: list[str] = []
 
-    def begin_another(done: int, total: int, entry: Any) -> None:
-        command = [sys.executable, "-c", _SEARCH, str(directory), json.dumps(TEXT)]
+    def begin_another(*_: object) -> None:
+        command = [sys.executable, "-c", _SEARCH, str(directory), str(tiny_llama), str(TESTS)]
         said.append(subprocess.run(command, capture_output=True, text=True, check=False).stdout)
 
-    archive, _ = search_adapter(directory, TEXT, evaluations=2, blocks=2, length=32, progress=begin_another)
+    archive, _ = search_adapter(
+        directory, text_data(tiny_llama, TEXT, TEXT), evaluations=2, blocks=2, progress=begin_another
+    )
     assert said == ["archive.json is being written by another search of this adapter; wait for its end\n"] * 2
     assert len(archive) == 2
-    search_adapter(directory, TEXT, evaluations=3, blocks=2, length=32)  # the lock is free again
+    search_adapter(directory, text_data(tiny_llama, TEXT, TEXT), evaluations=3, blocks=2)  # the lock is free again
     assert len(Archive.load(directory / "archive.json")) == 3
 
 
 _SEARCH = """
-import json, sys
+import sys
+sys.path.append(sys.argv[3])
 from coatrt.search.run import search_adapter
 from coatrt.errors import ConfigError
+from support.tiny import text_data
 try:
-    search_adapter(sys.argv[1], json.loads(sys.argv[2]), evaluations=5, blocks=2, length=32)
+    search_adapter(sys.argv[1], text_data(sys.argv[2]), evaluations=5, blocks=2)
 except ConfigError as error:
     print(str(error).rpartition("/")[2])
 """
@@ -138,7 +142,7 @@ def test_the_command_searches_and_the_plan_reads_it(directory: Path, tmp_path: P
         "10",
         "--blocks",
         "2",
-        "--length",
+        "--max-length",
         "32",
     ]
     result = CliRunner().invoke(cli, [*arguments, "--json"])
@@ -160,13 +164,13 @@ def test_the_command_searches_and_the_plan_reads_it(directory: Path, tmp_path: P
     assert isinstance(CliRunner().invoke(cli, ["plan", str(directory), "--device", "t4"]).exception, ConfigError)
 
 
-def test_another_adapter_or_other_text_is_refused(directory: Path) -> None:
-    facts = {"evaluations": 2, "blocks": 2, "length": 32}
-    search_adapter(directory, TEXT, **facts)
+def test_another_adapter_or_other_text_is_refused(directory: Path, tiny_llama: Path) -> None:
+    facts, other = {"evaluations": 2, "blocks": 2}, ["something else entirely. " * 40]
+    search_adapter(directory, text_data(tiny_llama, TEXT, TEXT), **facts)
     with pytest.raises(ConfigError, match="other text"):
-        search_adapter(directory, ["something else entirely. " * 40], **facts)
+        search_adapter(directory, text_data(tiny_llama, other, other), **facts)
     with pytest.raises(ConfigError, match="blocks 0 is given"):
-        search_adapter(directory, TEXT, **{**facts, "blocks": 0})
+        search_adapter(directory, text_data(tiny_llama, TEXT, TEXT), **{**facts, "blocks": 0})
     path = directory / "adapter.json"
     path.write_text(path.read_text() + "\n")
     with pytest.raises(ConfigError, match="measured with another adapter"):

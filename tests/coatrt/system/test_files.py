@@ -12,6 +12,8 @@ import pytest
 from coatrt.errors import ConfigError
 from coatrt.system.files import atomic_directory, atomic_file, read_json, sha256_file, write_json
 
+pytestmark = pytest.mark.fast
+
 
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "a" / "file"

@@ -1,4 +1,4 @@
-"""The optimisation loop's switches: parts of a batch, teachers, precision, processes, early stopping, ranks."""
+"""The optimisation loop: parts of a batch, examples of a step, ranks, early stopping, several processes."""
 
 import json
 import os
@@ -17,14 +17,13 @@ from coatrt.adapter.lora import CoaLora
 from coatrt.data.examples import Examples
 from coatrt.errors import ConfigError
 from coatrt.evaluation.fake_quant import FakeQuantModel
-from coatrt.models.checkpoint import Checkpoint, load_model
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.system.distributed import Processes
 from coatrt.training.loop import History, optimise
 from coatrt.training.objective import Pass, accumulate_gradients
 from coatrt.training.run import train
 from support.formats import random_config
-from support.tiny import TEXTS, tiny_options
+from support.tiny import TEXTS, text_data, tiny_options
 
 
 def setting(adapter_directory: Path) -> tuple[FakeQuantModel, CoaLora, list[Any], torch.Tensor]:
@@ -38,19 +37,14 @@ def setting(adapter_directory: Path) -> tuple[FakeQuantModel, CoaLora, list[Any]
     return model, lora, configs, torch.randint(0, 256, (5, 24), generator=torch.Generator().manual_seed(1))
 
 
-def same(configs: list[Any], tokens: torch.Tensor) -> list[Pass]:
-    """Every configuration with the same rows."""
-    return [Pass(config, Examples.of_blocks(tokens), tokens[:, 1:].numel()) for config in configs]
-
-
 def gradients(lora: CoaLora) -> dict[str, torch.Tensor]:
     result = {name: p.grad.clone() for name, p in lora.named_parameters() if p.grad is not None}
     lora.zero_grad()
     return result
 
 
-@pytest.mark.parametrize("change", [{}, {"accumulate": 3}, {"accumulate": 5}])
-def test_gradients_are_those_of_the_mean_loss(tiny_adapter: Path, change: dict[str, int]) -> None:
+@pytest.mark.parametrize("accumulate", [1, 3, 5])
+def test_gradients_are_those_of_the_mean_loss(tiny_adapter: Path, accumulate: int) -> None:
     model, lora, configs, tokens = setting(tiny_adapter)
     targets = tokens.clone()
     targets[:, 0] = -100
@@ -68,7 +62,7 @@ def test_gradients_are_those_of_the_mean_loss(tiny_adapter: Path, change: dict[s
         passes.append(Pass(config, Examples(tokens[own], targets[own]), int((goals != -100).sum())))
     torch.stack(losses).mean().backward()
     expected = gradients(lora)
-    found = accumulate_gradients(model, lora, passes, tiny_options(batch=5, **change))
+    found = accumulate_gradients(model, lora, passes, accumulate)
     assert found == pytest.approx([loss.item() for loss in losses], rel=1e-5)
     mine = gradients(lora)
     assert set(mine) == set(expected)
@@ -76,35 +70,8 @@ def test_gradients_are_those_of_the_mean_loss(tiny_adapter: Path, change: dict[s
         torch.testing.assert_close(mine[name], value, rtol=1e-4, atol=1e-6 + 1e-4 * float(value.abs().max()))
 
 
-@pytest.mark.parametrize("teacher", ["base", "top"])
-def test_a_teacher_adds_its_divergence(tiny_adapter: Path, tiny_llama: Path, teacher: str) -> None:
-    model, lora, configs, tokens = setting(tiny_adapter)
-    options = tiny_options(batch=5, distill=0.7, teacher=teacher)
-    accumulate_gradients(model, lora, same(configs, tokens), options)
-    found = gradients(lora)
-    total, teacher_logits = torch.zeros(()), None
-    if teacher == "base":
-        with torch.no_grad():
-            teacher_logits = load_model(Checkpoint.open(tiny_llama))(input_ids=tokens).logits[:, :-1]
-    for config in configs:
-        model.set_config(config)
-        model.set_pairs(lora.pairs(config))
-        logits = model.logits(tokens)[:, :-1]
-        total = total + nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        if teacher_logits is not None:
-            p = teacher_logits.softmax(-1)
-            divergence = (p * (p.log() - logits.log_softmax(-1))).sum(-1).mean()
-            total = total + 0.7 * divergence
-        elif teacher == "top":
-            teacher_logits = logits.detach()
-    (total / 3).backward()
-    for name, value in gradients(lora).items():
-        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-6 + 1e-4 * float(value.abs().max()))
-
-
-@pytest.mark.parametrize("change", [{}, {"same_examples": True}, {"distill": 0.5}])
 def test_configurations_of_a_step_have_examples_of_their_own(
-    tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+    tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, lora, configs, _ = setting(tiny_adapter)
     blocks = torch.arange(12)[:, None].expand(12, 8).contiguous()  # block i holds token i alone
@@ -120,20 +87,15 @@ def test_configurations_of_a_step_have_examples_of_their_own(
 
     monkeypatch.setattr(model, "set_config", note_config)
     monkeypatch.setattr(model, "predictions", note_rows)
-    options = tiny_options(batch=2, steps=2, **change)
+    options = tiny_options(batch=2, steps=2)
     optimise(model, lora, Examples.of_blocks(blocks), lambda _: configs, options, tmp_path, "run", Processes())
-    read = [(config, rows) for config, rows in seen if config is not None]  # None: the teacher
-    assert [config for config, _ in read] == [*configs, *configs]
-    if change:
-        assert [rows for _, rows in read] == [read[0][1]] * 3 + [read[3][1]] * 3
-        assert len({*read[0][1], *read[3][1]}) == 4
-    else:
-        assert sorted(token for _, rows in read for token in rows) == list(range(12))  # the whole epoch, each once
+    assert [config for config, _ in seen] == [*configs, *configs]
+    assert sorted(token for _, rows in seen for token in rows) == list(range(12))  # the whole epoch, each once
 
 
 def test_ranks_and_no_hypernetwork_from_the_options(tiny_llama: Path, tmp_path: Path) -> None:
-    options = tiny_options(steps=2, ranks=(("down_proj", 32),), preset="none", compensation=False, configs=1)
-    adapter = train(tiny_llama, TEXTS, tmp_path / "a", options)
+    options = tiny_options(steps=2, ranks=(("down_proj", 32),), preset="none", compensation=False)
+    adapter = train(tiny_llama, text_data(tiny_llama), tmp_path / "a", options)
     assert {t.rank for t in adapter.contract.tensors if t.matrix.endswith("down_proj")} == {32}
     assert {t.rank for t in adapter.contract.tensors if not t.matrix.endswith("down_proj")} == {16}
     assert adapter.lora.theta is None
@@ -141,12 +103,12 @@ def test_ranks_and_no_hypernetwork_from_the_options(tiny_llama: Path, tmp_path: 
     assert all(torch.equal(low[name], high[name]) for name in low)
     assert all(low[tensor.B].any() for tensor in adapter.contract.tensors)
     with pytest.raises(ConfigError, match="rank of nothing is given"):
-        train(tiny_llama, TEXTS, tmp_path / "b", tiny_options(ranks=(("nothing", 16),)))
+        train(tiny_llama, text_data(tiny_llama), tmp_path / "b", tiny_options(ranks=(("nothing", 16),)))
 
 
 def test_training_stops_when_the_hypervolume_no_longer_grows(tiny_llama: Path, tmp_path: Path) -> None:
-    options = tiny_options(steps=40, learning_rate=0.5, warmup=0, evaluate_every=2, patience=2, budgets=(4.5, 6.0))
-    adapter = train(tiny_llama, TEXTS, tmp_path / "a", options)
+    options = tiny_options(steps=40, learning_rate=0.5, evaluate_every=2, patience=2, budgets=(4.5, 6.0))
+    adapter = train(tiny_llama, text_data(tiny_llama), tmp_path / "a", options)
     measured = adapter.metrics["hypervolumes"]
     steps = [step for step, _ in measured]
     assert len(adapter.metrics["losses"]) == steps[-1] < 40
@@ -170,22 +132,6 @@ def test_patience_counts_measurements_since_the_best() -> None:
     assert not history.exhausted(0)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"accumulate": 5},
-        {"patience": 1},
-        {"teacher": "nobody"},
-        {"precision": "int8"},
-        {"rate_ratio": 0.0},
-        {"distill": -1},
-    ],
-)
-def test_options_refuse_nonsense(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"is given|cannot be cut|needs evaluate_every"):
-        tiny_options(**wrong)
-
-
 def test_two_processes_learn_what_one_does(tiny_llama: Path, tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     for i, text in enumerate(TEXTS):
@@ -201,7 +147,7 @@ def test_two_processes_learn_what_one_does(tiny_llama: Path, tmp_path: Path) -> 
         "4",
         "--preset",
         "coatrt",
-        "--length",
+        "--max-length",
         "32",
         "--batch",
         "4",

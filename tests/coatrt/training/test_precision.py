@@ -17,7 +17,7 @@ from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import decode, encode
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.training.run import train
-from support.tiny import TEXTS, tiny_options
+from support.tiny import text_data, tiny_options
 
 FORMATS = [WeightFormat.parse(text) for text in ("nf2-g32", "int8")]
 TOKENS = torch.randint(0, 256, (3, 17), generator=torch.Generator().manual_seed(0))
@@ -89,7 +89,7 @@ def test_training_learns_as_float32_does(tiny_llama: Path, tmp_path: Path) -> No
     found = {}
     for precision in ("float32", "bfloat16"):
         options = tiny_options(preset="none", precision=precision, learning_rate=2e-3)
-        found[precision] = train(tiny_llama, TEXTS, tmp_path / precision, options)
+        found[precision] = train(tiny_llama, text_data(tiny_llama), tmp_path / precision, options)
     for name in ("losses", "held_out"):
         half, whole = (found[precision].metrics[name] for precision in ("bfloat16", "float32"))
         if name == "held_out":

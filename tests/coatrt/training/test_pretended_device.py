@@ -17,7 +17,7 @@ import torch
 import coatrt.training.run, coatrt.search.run
 sys.path.append(sys.argv[1])
 from support import pretend_device
-from support.tiny import tiny_options
+from support.tiny import text_data, tiny_options
 
 torch.set_num_threads(1)
 for module in (coatrt.training.run, coatrt.search.run):
@@ -26,10 +26,9 @@ llama, directory, texts, changes = sys.argv[2], sys.argv[3], *map(json.loads, sy
 said = {}
 for device in ("cpu", pretend_device.NAME):
     place = f"{directory}/{device}"
-    adapter = coatrt.training.run.train(llama, texts, place, tiny_options(**changes), compute=device)
-    found, _ = coatrt.search.run.search_adapter(
-        place, texts, evaluations=2, blocks=2, length=32, compute=device
-    )
+    data = text_data(llama, texts)
+    adapter = coatrt.training.run.train(llama, data, place, tiny_options(**changes), device=device)
+    found, _ = coatrt.search.run.search_adapter(place, data, evaluations=2, blocks=2, device=device)
     said[device] = {"losses": adapter.metrics["losses"], "measured": [entry.loss for entry in found]}
 try:
     torch.ones(3, device=pretend_device.NAME) + torch.ones(3)
@@ -50,8 +49,8 @@ print(json.dumps(said))
             "budgets": (4.0, 6.0),
             "learning_rate": 1e-3,
         },
-        {"preset": "paper", "precision": "bfloat16", "distill": 0.5, "accumulate": 2, "learning_rate": 1e-3},
-        {"preset": "none", "compensation": False, "distill": 0.5, "teacher": "top"},
+        {"preset": "paper", "precision": "bfloat16", "accumulate": 2, "learning_rate": 1e-3},
+        {"preset": "none", "compensation": False},
     ],
 )
 def test_losses_on_another_device_are_the_cpus(tiny_llama: Path, tmp_path: Path, changes: dict[str, Any]) -> None:

@@ -1,293 +1,293 @@
-"""Fleets of bundles: what is shared, what is skipped, what runs at once, and the build kit."""
+"""Bundles: what is in them, what verify proves, and that no altered byte is read."""
 
-import errno
 import json
 import shutil
-import subprocess
-import sys
-import threading
-import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
 
 from coatrt.adapter.adapter import Adapter
-from coatrt.bundle import Bundle
-from coatrt.configs.config import QuantConfig
+from coatrt.bundle import Bundle, seal
 from coatrt.devices.profiles import device
-from coatrt.engines.builders import builder as builder_module
-from coatrt.engines.builders.builder import BuildRecord, EngineShapes
-from coatrt.engines.builders.builder_slots import BuildRoom, builder_bytes
-from coatrt.engines.builders.engine_cache import EngineCache, engine_key
-from coatrt.engines.bundles import build as fleet
-from coatrt.engines.bundles.build import Target, build_fleet
+from coatrt.engines.builders.builder import EngineShapes
 from coatrt.engines.bundles.options import BundleOptions
-from coatrt.errors import BuildError, ConfigError
-from coatrt.system.files import sha256_file
-
-SMALL = BundleOptions(context=64, shapes=EngineShapes(prefill=16))
-
-
-@pytest.fixture(scope="module")
-def adapter(tiny_adapter: Path) -> Adapter:
-    return Adapter.load(tiny_adapter)
-
-
-class FakeBuilder:
-    """Stands for the builder: an engine is the graph's hash and the targets; remembers how many ran at once."""
-
-    def __init__(self, seconds: float = 0.0, refuse: str = "") -> None:
-        self.calls: list[tuple[int, ...]] = []
-        self.most, self._now, self._lock = 0, 0, threading.Lock()
-        self.seconds, self.refuse = seconds, refuse
-
-    def __call__(self, graph: Path, engine: Path, profile: Any, *, also: Any = (), shapes: Any = None) -> BuildRecord:
-        sms = tuple(sorted({profile.sm, *(other.sm for other in also)}))
-        if profile.builder == "tensorrt":
-            raise BuildError("tensorrt is not installed")
-        with self._lock:
-            self.calls.append(sms)
-            self._now += 1
-            self.most = max(self.most, self._now)
-        time.sleep(self.seconds)
-        with self._lock:
-            self._now -= 1
-        if self.refuse and self.refuse in (graph.parent / "configuration.json").read_text():
-            raise BuildError("no such kernel")
-        engine.write_text(f"{sha256_file(graph)} {sms}")
-        return BuildRecord(engine.name, sms, profile.builder, "1.0", 1.0, engine.stat().st_size, shapes)
+from coatrt.engines.bundles.verify import TOLERANCE, verify
+from coatrt.engines.measure.bench import bench, bench_text, percentiles
+from coatrt.engines.runtime.emitter import Emitter
+from coatrt.engines.runtime.options import RuntimeOptions
+from coatrt.engines.runtime.ort import OrtDecoder
+from coatrt.errors import BuildError, BundleError, CheckpointError, ConfigError, FormatError
+from coatrt.planning.planner import plan_for
+from support.bundles import make_bundle
+from support.tiny import save_tiny_llama
 
 
 @pytest.fixture
-def builder(monkeypatch: pytest.MonkeyPatch) -> FakeBuilder:
-    made = FakeBuilder()
-    use(made, monkeypatch)
-    return made
+def copy(tiny_bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
 
 
-def use(made: FakeBuilder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fleet, "build_engine", made)
-    for module in ("bundles.build", "bundles.fingerprint", "builders.engine_cache"):
-        monkeypatch.setattr(f"coatrt.engines.{module}.installed_builder", lambda _: "1.0")
+def test_verify_compares_with_torch_and_shows_a_live_lora(tiny_bundle: Path) -> None:
+    report = verify(Bundle.open(tiny_bundle))
+    assert report.torch_difference is not None
+    assert report.torch_difference <= TOLERANCE / 10
+    assert report.lora_effect > 0.01
+    assert report.files == len(Bundle.open(tiny_bundle).manifest["files"])
+    assert "hashes hold" in report.text()
+    assert json.loads(json.dumps(report.to_json()))["tolerance"] == TOLERANCE
 
 
-def targets(adapter: Adapter, place: Path, **texts: str) -> list[Target]:
-    return [
-        Target(device(name.replace("_", "-")), adapter.space.uniform(text), place / name)
-        for name, text in texts.items()
-    ]
+def test_every_file_is_guarded(copy: Path) -> None:
+    names = list(json.loads((copy / "manifest.json").read_text())["files"])
+    assert {
+        "base.onnx",
+        "cpu.onnx",
+        "weights.bin",
+        "hypernet.onnx",
+        "hypernet.json",
+        "lora.safetensors",
+        "lora_io.json",
+        "configuration.json",
+        "plan.json",
+    } <= set(names)
+    for name in names:
+        path = copy / name
+        data = path.read_bytes()
+        flipped = bytearray(data)
+        flipped[len(data) // 2] ^= 0x10
+        path.write_bytes(flipped)
+        with pytest.raises(BundleError, match="was altered"):
+            verify(Bundle.open(copy))
+        path.write_bytes(data[:-1])
+        with pytest.raises(BundleError, match="the manifest says"):
+            Bundle.open(copy)
+        path.unlink()
+        with pytest.raises(BundleError, match=f"lacks {name}"):
+            Bundle.open(copy)
+        path.write_bytes(data)
+    verify(Bundle.open(copy), numbers=False)
+    (copy / "extra").write_text("x")
+    with pytest.raises(BundleError, match="extra, which the manifest does not name"):
+        verify(Bundle.open(copy))
 
 
-def test_one_graph_per_configuration_and_one_engine_for_its_gpus(
-    adapter: Adapter, builder: FakeBuilder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    exported: list[QuantConfig] = []
-    real = fleet.export_config
-    monkeypatch.setattr(fleet, "export_config", lambda *a, **k: (exported.append(a[2]), real(*a, **k))[1])
-    wanted = targets(adapter, tmp_path, rtx_3060="int8", rtx_4090="int8", rtx_5090="nvfp4", h100="int8", cpu="int8")
-    told: list[str] = []
-    made = build_fleet(adapter, adapter.checkpoint(), wanted, SMALL, tell=told.append)
-    assert [row.target for row in made] == wanted
-    assert sorted(config.hash for config in exported) == sorted({target.config.hash for target in wanted})
-    assert sorted(builder.calls) == [(86, 89), (120,)]
-    names = [[engine["file"] for engine in row.bundle.manifest["engines"]] for row in made]
-    assert names == [["sm86-sm89.engine"], ["sm86-sm89.engine"], ["sm120.engine"], [], []]
-    for row in made:
-        row.bundle.check_all()
-        assert row.bundle.config == row.target.config
-        assert row.state == "built"
-    for name in ("base.onnx", "weights.bin", "hypernet.onnx", "lora.safetensors"):
-        assert made[0].bundle.path(name).read_bytes() == made[3].bundle.path(name).read_bytes()
-    assert made[0].bundle.path("lora.safetensors").read_bytes() != made[2].bundle.path("lora.safetensors").read_bytes()
-    assert not (tmp_path / "rtx_3060" / "build.json").exists()
-    assert json.loads((tmp_path / "h100" / "build.json").read_text())["sm"] == 90
-    assert any("h100: no engine here (tensorrt is not installed)" in line for line in told)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(target.output.name for target in wanted)
+def test_nothing_is_read_that_the_manifest_does_not_name(copy: Path, tmp_path: Path) -> None:
+    tokenizer, elsewhere = copy / "tokenizer", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "evil.jinja").write_text("{{ 'evil' }}")
+    assert Bundle.open(copy).folder("tokenizer") == tokenizer
+    for planted, plant in (
+        ("tokenizer/planted.jinja", lambda path: path.write_text("x")),
+        ("tokenizer/chat_templates/evil.jinja", lambda path: path.write_text("x")),
+        ("tokenizer/linked.jinja", lambda path: path.symlink_to(elsewhere / "evil.jinja")),
+        ("tokenizer/dangling.jinja", lambda path: path.symlink_to(elsewhere / "none")),
+        ("tokenizer/chat_templates", lambda path: path.symlink_to(elsewhere)),
+    ):
+        (copy / planted).parent.mkdir(exist_ok=True)
+        plant(copy / planted)
+        for check in (Bundle.check_all, lambda bundle: bundle.folder("tokenizer")):
+            with pytest.raises(BundleError, match=rf"holds (links \()?{planted}"):
+                check(Bundle.open(copy))
+        (copy / planted).unlink()
+        if (tokenizer / "chat_templates").is_dir():
+            (tokenizer / "chat_templates").rmdir()
+    (copy / "more").symlink_to(elsewhere)  # outside the tokenizer's folder
+    with pytest.raises(BundleError, match=r"holds links \(more\)"):
+        verify(Bundle.open(copy))
+    (copy / "more").unlink()
+    with pytest.raises(BundleError, match="has no more/"):
+        Bundle.open(copy).folder("more")
+    tokenizer.rename(elsewhere / "tokenizer")
+    tokenizer.symlink_to(elsewhere / "tokenizer")
+    with pytest.raises(BundleError, match="a link that leaves the bundle"):
+        Bundle.open(copy)
+    tokenizer.unlink()
+    (elsewhere / "tokenizer").rename(copy / "moved")
+    tokenizer.symlink_to("moved")
+    with pytest.raises(BundleError, match=r"holds links \(tokenizer\)"):
+        Bundle.open(copy).folder("tokenizer")
 
 
-def test_what_is_current_is_left_and_what_changed_is_made_again(
-    adapter: Adapter, builder: FakeBuilder, tmp_path: Path
-) -> None:
-    wanted, cache = targets(adapter, tmp_path / "b", rtx_3060="int8", t4="nf3-g32"), EngineCache(tmp_path / "cache")
-    made = build_fleet(adapter, adapter.checkpoint(), wanted, SMALL, cache=cache)
-    assert [row.state for row in made] == ["built", "built"]
-    before = [(path, path.stat().st_mtime_ns) for path in sorted((tmp_path / "b").rglob("*"))]
-    made = build_fleet(adapter, adapter.checkpoint(), wanted, SMALL, cache=cache)
-    assert [row.state for row in made] == ["current", "current"]
-    assert before == [(path, path.stat().st_mtime_ns) for path in sorted((tmp_path / "b").rglob("*"))]
-    assert len(builder.calls) == 2
-    with pytest.raises(ConfigError, match="--overwrite"):  # other options: another bundle
-        build_fleet(adapter, adapter.checkpoint(), wanted, BundleOptions(context=32), cache=cache)
-    (tmp_path / "b" / "t4" / "weights.bin").unlink()
-    made = build_fleet(adapter, adapter.checkpoint(), wanted, SMALL, cache=cache, overwrite=True)
-    assert [row.state for row in made] == ["current", "cached"]
-    assert len(builder.calls) == 2
-    moved = targets(adapter, tmp_path / "c", rtx_3060="int8", rtx_3090="int8", rtx_4090="int8")
-    made = build_fleet(adapter, adapter.checkpoint(), moved, SMALL, cache=cache)
-    assert builder.calls[2:] == [(86, 89)]  # SM89 is new; the engine of both is kept
-    alone = targets(adapter, tmp_path / "d", l4="int8")
-    (row,) = build_fleet(adapter, adapter.checkpoint(), alone, SMALL, cache=cache)
-    assert (row.state, row.bundle.manifest["engines"][0]["sms"]) == ("cached", [86, 89])
-    row.bundle.check_all()
-    assert len(builder.calls) == 3
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"format": 99}, "bundle format 99"),
+        ({"files": {"../../etc/passwd": {"sha256": "0", "bytes": 1}}}, "leaves the bundle"),
+        ({"files": {"/etc/passwd": {"sha256": "0", "bytes": 1}}}, "leaves the bundle"),
+        ({"files": []}, "lacks files"),
+        ({"files": {"cpu.onnx": {}}}, "gives no sha256 and bytes"),
+    ],
+)
+def test_a_lying_manifest_is_refused(copy: Path, change: dict[str, object], said: str) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps(manifest | change))
+    with pytest.raises(BundleError, match=said):
+        Bundle.open(copy)
+    (copy / "manifest.json").write_text("{")
+    with pytest.raises(BundleError, match="is not JSON"):
+        Bundle.open(copy)
+    (copy / "manifest.json").unlink()
+    with pytest.raises(BundleError, match="is no bundle"):
+        Bundle.open(copy)
 
 
-def test_a_damaged_engine_in_the_cache_is_built_again(adapter: Adapter, builder: FakeBuilder, tmp_path: Path) -> None:
-    cache = EngineCache(tmp_path / "cache")
-    one, two = (targets(adapter, tmp_path / name, rtx_3060="int8") for name in "ab")
-    build_fleet(adapter, adapter.checkpoint(), one, SMALL, cache=cache)
-    (held,) = cache.root.rglob("*.engine")
-    held.write_bytes(b"x" + held.read_bytes()[1:])
-    (row,) = build_fleet(adapter, adapter.checkpoint(), two, SMALL, cache=cache)
-    assert (row.state, len(builder.calls)) == ("built", 2)
+def reseal(directory: Path) -> None:
+    manifest = json.loads((directory / "manifest.json").read_text())
+    seal(directory, {key: value for key, value in manifest.items() if key not in ("format", "coatrt", "files")})
 
 
-def test_the_cache_forgets_the_least_recently_used(tmp_path: Path) -> None:
-    cache, record = (
-        EngineCache(tmp_path / "c", limit_bytes=250),
-        BuildRecord("e", (86,), "tensorrt-rtx", "1", 1, 100, EngineShapes()),
+def test_a_lora_of_another_configuration_is_found(copy: Path, tiny_adapter: Path) -> None:
+    from coatrt.engines.runtime.emitter import save_lora
+
+    adapter = Adapter.load(tiny_adapter)
+    other = adapter.space.uniform("nf3-g32")
+    save_lora(copy / "lora.safetensors", {k: v.numpy() for k, v in adapter.emit(other).items()}, other)
+    reseal(copy)
+    with pytest.raises(BundleError, match="is not what the hypernetwork emits"):
+        verify(Bundle.open(copy))
+
+
+def test_weights_that_are_not_the_configuration_are_found(copy: Path) -> None:
+    weights = bytearray((copy / "weights.bin").read_bytes())
+    weights[20000:24000] = bytes(4000)  # of the first layer; the rotary tables come last
+    (copy / "weights.bin").write_bytes(weights)
+    reseal(copy)
+    with pytest.raises(BundleError, match=r"differs from the model.s by .* of its norm, its encoding by"):
+        verify(Bundle.open(copy))
+
+
+def test_verify_without_the_model_says_so_and_refuses_another(copy: Path, tmp_path: Path) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["model"]["source"] = str(tmp_path / "gone")
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert "not where it was" in verify(Bundle.open(copy)).note
+    with pytest.raises(CheckpointError, match="fingerprint"):
+        verify(Bundle.open(copy), model=save_tiny_llama(tmp_path / "other", seed=3))
+
+
+def test_adapt_in_other_formats(tiny_bundle: Path, tmp_path: Path, tiny_llama: Path) -> None:
+    import torch
+
+    from coatrt.engines.bundles.lora_formats import write_emitted_peft, write_onnx_adapter
+
+    ort = pytest.importorskip("onnxruntime")
+    bundle = Bundle.open(tiny_bundle)
+    emitter, config = Emitter.of(bundle), bundle.config
+    tensors = emitter.emit(config)
+    write_onnx_adapter(tmp_path / "a.onnx_adapter", tensors)
+    read = ort.AdapterFormat.read_adapter(str(tmp_path / "a.onnx_adapter")).get_parameters()
+    assert set(read) == set(tensors)
+    assert all(np.array_equal(read[name].numpy(), value) for name, value in tensors.items())
+    write_emitted_peft(tmp_path / "peft", tensors, emitter.contract, "base")
+    stored = load_file(str(tmp_path / "peft" / "adapter_model.safetensors"))
+    first = emitter.contract.tensors[0]
+    key = f"base_model.model.{first.matrix}.lora"
+    a, b = stored[f"{key}_A.weight"], stored[f"{key}_B.weight"]
+    x = np.random.default_rng(0).normal(size=first.K).astype(np.float32)
+    np.testing.assert_allclose(
+        emitter.contract.scale(first) * b @ (a @ x), x @ tensors[first.A] @ tensors[first.B], atol=1e-5
     )
-    (tmp_path / "e").write_bytes(bytes(100))
-    for key in ("one", "two"):
-        cache.keep(key, tmp_path / "e", record)
-        time.sleep(0.02)
-    assert cache.fetch("one", [86], tmp_path / "got") is not None  # now two is the older one
-    assert cache.fetch("one", [89], tmp_path / "got") is None
-    cache.keep("three", tmp_path / "e", record)
-    found = [cache.fetch(key, [86], tmp_path / "got") is not None for key in ("one", "two", "three")]
-    assert found == [True, False, True]
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    from coatrt.evaluation.fake_quant import FakeQuantModel
+    from coatrt.quantization.code_cache import CodeStore
+
+    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path / "peft").eval()
+    from coatrt.models.checkpoint import Checkpoint
+
+    opened = Checkpoint.open(tiny_llama)
+    ours = FakeQuantModel(opened, CodeStore(opened))
+    ours.set_lora(bundle.contract, {name: torch.from_numpy(value.copy()) for name, value in tensors.items()})
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(ours.logits(ids), model(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_a_key_follows_graph_weights_builder_and_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    version = "1"
-    monkeypatch.setattr("coatrt.engines.builders.engine_cache.installed_builder", lambda _: version)
-    for name in ("base.onnx", "weights.bin"):
-        (tmp_path / name).write_bytes(b"a")
-    keys = [engine_key(tmp_path, "tensorrt-rtx", EngineShapes())]
-    assert engine_key(tmp_path, "tensorrt-rtx", EngineShapes()) == keys[0]
-    keys.append(engine_key(tmp_path, "tensorrt-rtx", EngineShapes(batch=2)))
-    keys.append(engine_key(tmp_path, "tensorrt", EngineShapes()))
-    version = "2"
-    keys.append(engine_key(tmp_path, "tensorrt-rtx", EngineShapes()))
-    for name in ("base.onnx", "weights.bin"):
-        (tmp_path / name).write_bytes(b"b")
-        keys.append(engine_key(tmp_path, "tensorrt-rtx", EngineShapes()))
-    assert len(set(keys)) == len(keys)
+def test_bench_measures_and_accounts(tiny_bundle: Path) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    result = bench(bundle, RuntimeOptions(threads=1), prompts=(4, 8), tokens=3, repeat=2, device=device("rtx-3060"))
+    assert [(row["tokens"], row["lora"], row["samples"]) for row in result["prefill"]] == [
+        (4, True, 2),
+        (4, False, 2),
+        (8, True, 2),
+        (8, False, 2),
+    ]
+    assert [row["samples"] for row in result["decode"]] == [6, 6]
+    size, model = result["bytes_per_token"], bundle.model_matrices
+    assert size["weights"] == bundle.config.nbytes(model) + model.other_bytes
+    assert size["lora"] == 4 * 16 * sum(m.N + m.K for m in model.targets)
+    assert size["kv_cache"] == 2 * 2 * 2 * 16 * 11 * 4
+    assert size["total"] == size["weights"] + size["lora"] + size["kv_cache"]
+    assert result["bandwidth_share"] == pytest.approx(result["bytes_per_s"] / 360e9)
+    for row in (*result["prefill"], *result["decode"], result["emission"]):
+        assert 0 < row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
+    assert "decode, LoRA off" in bench_text(result)
+    assert percentiles([0.001, 0.002, 0.003])["p50_ms"] == pytest.approx(2)
+    with pytest.raises(ConfigError, match="must be at least 1"):
+        bench(bundle, repeat=0)
 
 
-@pytest.mark.parametrize(("jobs", "memory", "most"), [(2, 1 << 40, 2), (1, 1 << 40, 1), (8, 1, 1)])
-def test_builders_run_side_by_side_within_their_room(
-    adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: int, memory: int, most: int
+def test_bench_decodes_behind_the_longest_prompt(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    decode = OrtDecoder.decode
+
+    def spied(decoder: OrtDecoder, tokens: Sequence[int]) -> NDArray[np.float32]:
+        seen.append(int(decoder.lengths[0]))
+        return decode(decoder, tokens)
+
+    monkeypatch.setattr(OrtDecoder, "decode", spied)
+    result = bench(Bundle.open(tiny_bundle), RuntimeOptions(threads=1), prompts=(8, 4), tokens=2, repeat=1)
+    assert set(seen) == {8, 9}
+    assert {row["context"] for row in result["decode"]} == {10}
+
+
+def test_assembling_refuses_before_it_writes(
+    tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = FakeBuilder(seconds=1.0)
-    use(made, monkeypatch)
-    wanted = targets(adapter, tmp_path, rtx_3060="int8", rtx_4090="fp8", t4="nf3-g32")
-    build_fleet(adapter, adapter.checkpoint(), wanted, SMALL, room=BuildRoom(jobs, memory))
-    assert (len(made.calls), made.most) == (3, most)
+    adapter = Adapter.load(tiny_adapter)
+    small = BundleOptions(context=64, engine=False)
+    with pytest.raises(FormatError, match="rtx-3060"):
+        make_bundle(adapter, adapter.space.uniform("fp8"), "rtx-3060", tmp_path / "b", small)
+    with pytest.raises(ConfigError, match="was not trained for"):
+        make_bundle(adapter, adapter.space.uniform("int8-g64"), "cpu", tmp_path / "b", small)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    config = adapter.space.uniform("int8")
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match="holds other files"):
+            make_bundle(adapter, config, "cpu", tmp_path / "mine", small, overwrite=overwrite)
 
+    def fails(*_: object, **__: object) -> None:
+        raise BuildError("no")
 
-def test_rooms_have_sane_numbers() -> None:
-    assert builder_bytes(93 << 20) > 931 << 20  # the peak measured for 93 MB of weights
-    with pytest.raises(ConfigError, match="give at least 1 each"):
-        BuildRoom(0)
-
-
-def test_one_refusal_does_not_stop_the_others(
-    adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    use(FakeBuilder(refuse="fp8"), monkeypatch)
-    wanted = targets(adapter, tmp_path, rtx_3060="int8", rtx_4090="fp8", t4="nf3-g32")
-    with pytest.raises(BuildError, match="1 of 3 bundles failed, the others are made: no such kernel"):
-        build_fleet(adapter, adapter.checkpoint(), wanted, SMALL)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["rtx_3060", "t4"]
-
-
-def test_a_disk_that_is_full_at_one_place_does_not_stop_the_others(
-    adapter: Adapter, builder: FakeBuilder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = fleet.seal
-
-    def full(directory: Path, facts: Any) -> None:
-        if facts["device"]["id"] == "rtx-4090":
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(directory, facts)
-
-    monkeypatch.setattr(fleet, "seal", full)
-    wanted = targets(adapter, tmp_path, rtx_3060="int8", rtx_4090="fp8", t4="nf3-g32")
-    with pytest.raises(BuildError, match=r"1 of 3 bundles failed, the others are made: .*No space left .*make room"):
-        build_fleet(adapter, adapter.checkpoint(), wanted, SMALL)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["rtx_3060", "t4"]
-
-
-def test_a_cache_on_a_full_disk_fails_no_build(
-    adapter: Adapter, builder: FakeBuilder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "cache").write_text("no directory can be made here")
-    wanted = targets(adapter, tmp_path / "b", rtx_3060="int8")
-    (row,) = build_fleet(adapter, adapter.checkpoint(), wanted, SMALL, cache=EngineCache(tmp_path / "cache"))
-    assert row.state == "built"
-    row.bundle.check_all()
-
-
-def test_a_foreign_directory_and_a_context_beyond_the_model_are_refused_first(adapter: Adapter, tmp_path: Path) -> None:
-    app = tmp_path / "webapp"
-    app.mkdir()
-    (app / "manifest.json").write_text('{"name": "an app"}')
-    wanted = [Target(device("cpu"), adapter.space.uniform("int8"), app)]
-    with pytest.raises(ConfigError, match="holds other files"):
-        build_fleet(adapter, adapter.checkpoint(), wanted, SMALL, overwrite=True)
-    assert [path.name for path in app.iterdir()] == ["manifest.json"]
-    wanted = [Target(device("cpu"), adapter.space.uniform("int8"), tmp_path / "new" / "b")]
-    with pytest.raises(ConfigError, match="a context of 8193 is given and the model has 8192 positions"):
-        build_fleet(adapter, adapter.checkpoint(), wanted, BundleOptions(context=8193))
-    assert not (tmp_path / "new").exists()
-
-
-def test_an_engine_is_not_built_on_another_gpu(
-    adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(builder_module, "installed_builder", lambda _: "10.14")
-    monkeypatch.setattr(builder_module, "probe", lambda: [device("rtx-4090")])
-    monkeypatch.setattr(builder_module, "_run_worker", lambda *_: pytest.fail("an engine was built"))
+    monkeypatch.setattr("coatrt.engines.bundles.execute.build_engine", fails)
+    monkeypatch.setattr("coatrt.engines.bundles.execute.installed_builder", lambda _: "1")
+    with pytest.raises(BuildError):
+        make_bundle(adapter, config, "rtx-3060", tmp_path / "b", BundleOptions(context=64))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
     told: list[str] = []
-    wanted = targets(adapter, tmp_path, h100="int8")
-    (row,) = build_fleet(adapter, adapter.checkpoint(), wanted, SMALL, tell=told.append)
-    assert row.bundle.manifest["engines"] == []
-    assert json.loads((tmp_path / "h100" / "build.json").read_text())["sm"] == 90
-    assert "h100: no engine here (regular TensorRT needs a GPU with SM90, this machine's GPUs have SM89" in told[0]
-
-
-def test_a_place_is_given_once(adapter: Adapter, tmp_path: Path) -> None:
-    (target,) = targets(adapter, tmp_path, cpu="int8")
-    with pytest.raises(ConfigError, match="2 bundles are asked for at 1 places"):
-        build_fleet(adapter, adapter.checkpoint(), [target, target], SMALL)
+    made = make_bundle(adapter, config, "h100", tmp_path / "h", BundleOptions(context=64), tell=told.append)
+    assert made.manifest["engines"] == []
+    assert "on the device, in the bundle: python build_engine.py" in told[0]
+    with pytest.raises(ConfigError, match="holds a bundle"):
+        make_bundle(adapter, config, "cpu", tmp_path / "h", small)
+    make_bundle(adapter, adapter.space.uniform("fp8"), "cpu", tmp_path / "h", small, overwrite=True)
+    assert Bundle.open(tmp_path / "h").config == adapter.space.uniform("fp8")
 
 
 @pytest.mark.rtx
-def test_the_build_kit_builds_without_coatrt(adapter: Adapter, tmp_path: Path) -> None:
-    """TensorRT-RTX has the same interface as the regular one and stands in for it."""
+def test_a_bundle_with_an_engine(tiny_adapter: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
-    wanted = targets(adapter, tmp_path, jetson_agx_orin="int8")
-    options = BundleOptions(context=64, shapes=EngineShapes(prefill=16))
-    (row,) = build_fleet(adapter, adapter.checkpoint(), wanted, options)
-    assert row.bundle.manifest["engines"] == []
-    moved = Path(shutil.copytree(row.target.output, tmp_path / "on the device"))
-    stand_in = tmp_path / "modules"
-    stand_in.mkdir()
-    (stand_in / "tensorrt.py").write_text("from tensorrt_rtx import *\nfrom tensorrt_rtx import __version__\n")
-    command = [sys.executable, "build_engine.py"]
-    environment = {"PYTHONPATH": str(stand_in), "PATH": "/nothing"}
-    done = subprocess.run(command, cwd=moved, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    bundle = Bundle.open(moved)
+    adapter, profile = Adapter.load(tiny_adapter), device("rtx-5090")
+    plan = plan_for(adapter, profile, bits=4.8, context=64)
+    options = BundleOptions(context=64, shapes=EngineShapes(prefill=32))
+    bundle = make_bundle(adapter, plan.config, profile.id, tmp_path / "b", options, plan=plan)
     (engine,) = bundle.manifest["engines"]
-    assert (engine["file"], engine["sms"], engine["shapes"]["prefill"]) == ("sm87.engine", [87], 16)
-    assert engine["bytes"] == bundle.path("sm87.engine").stat().st_size
-    bundle.check_all()
-    data = bytearray((moved / "weights.bin").read_bytes())
-    data[0] ^= 1
-    (moved / "weights.bin").write_bytes(data)
-    done = subprocess.run(command, cwd=moved, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "weights.bin is not what the manifest says" in done.stderr
+    assert engine["sms"] == [120]
+    assert engine["bytes"] == bundle.path("sm120.engine").stat().st_size > plan.memory["weights"]
+    assert "loads here" in verify(Bundle.open(tmp_path / "b")).text()

@@ -9,8 +9,7 @@ import torch
 from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle
 from coatrt.configs.config import QuantConfig
-from coatrt.devices.profiles import device
-from coatrt.engines.bundles.assemble import BundleOptions, assemble
+from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.bundles.stored_weights import held_weights
 from coatrt.engines.bundles.verify import TOLERANCE, verify
 from coatrt.errors import BundleError
@@ -21,8 +20,9 @@ from coatrt.quantization import code_cache as store
 from coatrt.quantization.codec import decode, encode
 from coatrt.quantization.input_moments import InputMoments
 from coatrt.training.run import train
+from support.bundles import make_bundle
 from support.formats import random_config
-from support.tiny import TEXTS, save_tiny_llama, tiny_options
+from support.tiny import save_tiny_llama, text_data, tiny_options
 
 FORMATS = ("fp16", "bf16", "int8", "int8-g32", "int4-g32", "int4-g128", "fp8", "nvfp4", "nf2-g16", "nf3-g64", "nf4-g32",
            "nf8-g64", "nf3-g32-dq4-bf16-64")  # fmt: skip
@@ -34,7 +34,7 @@ def adapter(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapt
     directory = tmp_path_factory.mktemp("feedback") / "adapter"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COATRT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        return train(tiny_llama, TEXTS, directory, tiny_options(steps=4, quantizer="feedback"))
+        return train(tiny_llama, text_data(tiny_llama), directory, tiny_options(steps=4, quantizer="feedback"))
 
 
 def mixed(adapter: Adapter) -> QuantConfig:
@@ -60,9 +60,7 @@ def test_every_format_is_read_back_bit_for_bit(tmp_path: Path, activations: str,
 
 def test_a_bundle_holds_the_codes_of_its_adapter(adapter: Adapter, tmp_path: Path) -> None:
     checkpoint, config = adapter.checkpoint(), mixed(adapter)
-    bundle = assemble(
-        adapter, checkpoint, config, device("cpu"), tmp_path / "b", BundleOptions(context=64, engine=False)
-    )
+    bundle = make_bundle(adapter, config, "cpu", tmp_path / "b", BundleOptions(context=64, engine=False))
     assert adapter.quantizer == bundle.manifest["quantizer"] == "feedback"
     assert adapter.calibration is not None
     moments = InputMoments(checkpoint, adapter.calibration)
@@ -87,9 +85,7 @@ def test_verify_needs_no_codes_of_its_own(adapter: Adapter, tmp_path: Path, monk
     with monkeypatch.context() as patch:
         patch.setattr(InputMoments, "get", otherwise)
         patch.setenv("COATRT_CACHE", str(tmp_path / "theirs"))
-        made = assemble(
-            adapter, checkpoint, config, device("cpu"), tmp_path / "b", BundleOptions(context=64, engine=False)
-        )
+        made = make_bundle(adapter, config, "cpu", tmp_path / "b", BundleOptions(context=64, engine=False))
     codes = adapter.codes(checkpoint)
     other = [
         name
@@ -99,7 +95,7 @@ def test_verify_needs_no_codes_of_its_own(adapter: Adapter, tmp_path: Path, monk
     assert other, "the codes are the same; the test shows nothing"
     monkeypatch.setenv("COATRT_CACHE", str(tmp_path / "empty"))
     monkeypatch.setattr(store, "encode", lambda *_: pytest.fail("verify encodes the model again"))
-    report = verify(tmp_path / "b")
+    report = verify(made)
     assert report.torch_difference is not None
     assert report.torch_difference <= TOLERANCE / 10
     assert report.weights == len(config.formats)

@@ -10,6 +10,7 @@ from coatrt.devices.profiles import device
 from coatrt.engines.bundles.contents import export_config, export_shared
 from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.measure.cpu_timings import _without_drift, calibrate_cpu, predicted_decode, time_product
+from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.errors import ConfigError
 from coatrt.export.decoder import GraphForm, decoder_io
@@ -26,8 +27,8 @@ def adapter(tiny_adapter: Path) -> Adapter:
 def test_a_larger_product_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coatrt.engines.measure.cpu_timings._WORKING_SET", 1 << 20)
     fmt = WeightFormat.parse("int8")
-    (small,) = time_product(64, 64, fmt, [1], threads=1, accuracy_level=4)
-    one, many = time_product(1024, 1024, fmt, [1, 64], threads=1, accuracy_level=4)
+    (small,) = time_product(64, 64, fmt, [1], options=RuntimeOptions(threads=1))
+    one, many = time_product(1024, 1024, fmt, [1, 64], options=RuntimeOptions(threads=1))
     assert (one.K, one.N, one.format, one.tokens, many.tokens) == (1024, 1024, "int8", 1, 64)
     assert 0 < 4 * small.seconds < one.seconds < many.seconds
 
@@ -48,10 +49,9 @@ def test_a_calibration_covers_its_model_and_the_planner_takes_it(
     made = calibrate_cpu(
         adapter,
         adapter.checkpoint(),
+        RuntimeOptions(threads=1),
         tokens=(1, 8),
         contexts=(32, 64),
-        threads=1,
-        accuracy_level=4,
         progress=lambda done, total, _: seen.append(total - done),
     )
     assert seen[-1] == 0
@@ -69,7 +69,7 @@ def test_a_calibration_covers_its_model_and_the_planner_takes_it(
             assert chosen <= 1.001 * sum(made.matrix_seconds(m.N, m.K, fmt, 1) for m in adapter.model.matrices)
     finally:
         calibration_path("cpu").unlink()
-    with pytest.raises(ConfigError, match="give positive numbers"):
+    with pytest.raises(ConfigError, match="must be positive numbers"):
         calibrate_cpu(adapter, adapter.checkpoint(), tokens=())
 
 
@@ -83,7 +83,9 @@ def test_decoded_and_packed_weights_give_the_same_logits(adapter: Adapter, tmp_p
         export_config(adapter, checkpoint, adapter.space.uniform(text), place, place, BundleOptions(context=64))
         io = decoder_io(checkpoint, GraphForm("cpu", "cpu.onnx", "float32"))
         decoded, packed, fast = (
-            OrtDecoder(place / "cpu.onnx", io, adapter.contract, context=32, accuracy_level=level).prefill([[1, 2, 3]])
+            OrtDecoder(
+                place / "cpu.onnx", io, adapter.contract, RuntimeOptions(context=32, accuracy_level=level)
+            ).prefill([[1, 2, 3]])
             for level in (0, 1, 4)
         )
         largest = np.abs(packed).max()

@@ -12,8 +12,9 @@ from coatrt.configs.config import QuantConfig
 from coatrt.engines.runtime.emitter import Emitter, load_lora
 from coatrt.engines.runtime.generate import Generated, Sampling, encode_prompt, generate, next_token, probabilities
 from coatrt.engines.runtime.load import load_decoder
+from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
-from coatrt.errors import BuildError, ConfigError
+from coatrt.errors import ConfigError
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.export.decoder import GraphForm, decoder_io, export_decoder
 from coatrt.quantization.code_cache import CodeStore
@@ -41,7 +42,10 @@ def decoder_of(adapter: Adapter, config: QuantConfig, directory: Path, batch: in
     checkpoint = adapter.checkpoint()
     export_decoder(checkpoint, config, directory, forms=[form], contract=adapter.contract)
     return OrtDecoder(
-        directory / "cpu.onnx", decoder_io(checkpoint, form), adapter.contract, batch=batch, context=64, threads=1
+        directory / "cpu.onnx",
+        decoder_io(checkpoint, form),
+        adapter.contract,
+        RuntimeOptions(batch=batch, context=64, threads=1, accuracy_level=0),
     )
 
 
@@ -82,7 +86,12 @@ def test_zeros_equal_the_base_bit_for_bit(adapter: Adapter, tmp_path: Path) -> N
     decoder = decoder_of(adapter, config, tmp_path / "with")
     form, checkpoint = GraphForm("cpu", "cpu.onnx", "float32"), adapter.checkpoint()
     export_decoder(checkpoint, config, tmp_path / "without", forms=[form])
-    base = OrtDecoder(tmp_path / "without" / "cpu.onnx", decoder_io(checkpoint, form), None, context=64, threads=1)
+    base = OrtDecoder(
+        tmp_path / "without" / "cpu.onnx",
+        decoder_io(checkpoint, form),
+        None,
+        RuntimeOptions(context=64, threads=1, accuracy_level=0),
+    )
     assert np.array_equal(decoder.prefill([PROMPT]), base.prefill([PROMPT]))
     for token in (3, 250, 17):
         assert np.array_equal(decoder.decode([token]), base.decode([token]))
@@ -109,11 +118,11 @@ def test_a_batch_of_unequal_prompts_equals_each_alone(adapter: Adapter, tmp_path
 def test_pieces_of_several_prompts_are_refused(tiny_bundle: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
     two, start = np.ones((2, 3), np.int64), np.array([0, 4])
-    decoder = load_decoder(bundle, batch=2, context=32, threads=1)
+    decoder = load_decoder(bundle, RuntimeOptions(batch=2, context=32, threads=1))
     assert isinstance(decoder, OrtDecoder)
     with pytest.raises(ConfigError, match="3 tokens at once behind others are given for 2 sequences"):
         decoder.run(two, start, np.zeros((2, 1), np.int64))
-    alone = load_decoder(bundle, batch=1, context=32, threads=1)
+    alone = load_decoder(bundle, RuntimeOptions(batch=1, context=32, threads=1))
     assert isinstance(alone, OrtDecoder)
     whole = alone.prefill([[5, 6, 7, 8, 9]])
     alone.run(np.array([[5, 6]]), np.array([0]), np.array([[1]]))
@@ -122,7 +131,7 @@ def test_pieces_of_several_prompts_are_refused(tiny_bundle: Path) -> None:
 
 
 def test_caches_stay_where_they_are(tiny_bundle: Path) -> None:
-    decoder = load_decoder(Bundle.open(tiny_bundle), context=32, threads=1)
+    decoder = load_decoder(Bundle.open(tiny_bundle), RuntimeOptions(context=32, threads=1))
     assert isinstance(decoder, OrtDecoder)
     before = decoder.cache_addresses
     assert len(set(before)) == 2 * decoder.io.layers
@@ -144,7 +153,12 @@ def test_greedy_equals_transformers(tiny_llama: Path, tmp_path: Path) -> None:
 
     checkpoint, form = Checkpoint.open(tiny_llama), GraphForm("cpu", "cpu.onnx", "float32")
     export_decoder(checkpoint, QuantConfig.uniform(checkpoint.matrices, "bf16"), tmp_path, forms=[form])
-    decoder = OrtDecoder(tmp_path / "cpu.onnx", decoder_io(checkpoint, form), None, context=64, threads=1)
+    decoder = OrtDecoder(
+        tmp_path / "cpu.onnx",
+        decoder_io(checkpoint, form),
+        None,
+        RuntimeOptions(context=64, threads=1, accuracy_level=0),
+    )
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     for parameter in model.parameters():
         if parameter.ndim == 2:
@@ -159,7 +173,7 @@ def test_greedy_equals_transformers(tiny_llama: Path, tmp_path: Path) -> None:
 
 
 def test_generation_ends_at_the_capacity(tiny_bundle: Path) -> None:
-    decoder = load_decoder(Bundle.open(tiny_bundle), context=12, threads=1)
+    decoder = load_decoder(Bundle.open(tiny_bundle), RuntimeOptions(context=12, threads=1))
     (made,) = generate(decoder, [PROMPT], max_tokens=100)
     assert made.reason == "length"
     assert len(PROMPT) + len(made.tokens) - 1 == decoder.capacity == 12
@@ -171,15 +185,16 @@ def test_generation_ends_at_the_capacity(tiny_bundle: Path) -> None:
         decoder.prefill([[]])
     with pytest.raises(ConfigError, match="2 sequences are given to a decoder of batch 1"):
         decoder.prefill([[1], [2]])
-    with pytest.raises(BuildError, match="allowed: ort, trt"):
-        load_decoder(Bundle.open(tiny_bundle), "cuda")
+    for wrong, said in (({"backend": "cuda"}, "one of ort, trt"), ({"context": 0}, "at least 1, got 0")):
+        with pytest.raises(ConfigError, match=said):
+            RuntimeOptions(**wrong)  # type: ignore[arg-type]
 
 
 def test_rows_of_a_batch_end_on_their_own(tiny_bundle: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
     rng = np.random.default_rng(5)
     prompts = [rng.integers(1, 250, length).tolist() for length in (36, 2, 20, 40)]
-    together, alone = (load_decoder(bundle, batch=batch, context=40, threads=1) for batch in (4, 1))
+    together, alone = (load_decoder(bundle, RuntimeOptions(batch=batch, context=40, threads=1)) for batch in (4, 1))
     lora = load_lora(bundle.path("lora.safetensors"), bundle.contract)
     together.set_lora(lora)
     alone.set_lora(lora)
@@ -196,7 +211,7 @@ def test_rows_of_a_batch_end_on_their_own(tiny_bundle: Path) -> None:
 
 def test_a_sequence_that_rests_goes_on_as_if_alone(tiny_bundle: Path) -> None:
     bundle, prompts = Bundle.open(tiny_bundle), [PROMPT, [8, 8]]
-    two, one = (load_decoder(bundle, batch=batch, context=12, threads=1) for batch in (2, 1))
+    two, one = (load_decoder(bundle, RuntimeOptions(batch=batch, context=12, threads=1)) for batch in (2, 1))
     two.prefill(prompts)
     for token in (3, 4, 5, 6, 7):
         two.decode([token, None])
@@ -227,7 +242,7 @@ def test_sampling_follows_temperature_top_k_and_top_p() -> None:
 
 
 def test_sampled_text_is_a_function_of_its_seed(tiny_bundle: Path) -> None:
-    decoder = load_decoder(Bundle.open(tiny_bundle), context=64, threads=1)
+    decoder = load_decoder(Bundle.open(tiny_bundle), RuntimeOptions(context=64, threads=1))
     first, again, other = (
         generate(decoder, [PROMPT], max_tokens=12, sampling=Sampling(1.5, seed=seed)) for seed in (1, 1, 2)
     )
@@ -237,9 +252,12 @@ def test_sampled_text_is_a_function_of_its_seed(tiny_bundle: Path) -> None:
 def test_sampled_rows_of_a_batch_do_not_depend_on_each_other(tiny_bundle: Path) -> None:
     bundle, sampling = Bundle.open(tiny_bundle), Sampling(1.5, seed=3)
     three = generate(
-        load_decoder(bundle, batch=3, context=64, threads=1), [PROMPT] * 3, max_tokens=12, sampling=sampling
+        load_decoder(bundle, RuntimeOptions(batch=3, context=64, threads=1)),
+        [PROMPT] * 3,
+        max_tokens=12,
+        sampling=sampling,
     )
-    two = load_decoder(bundle, batch=2, context=64, threads=1)
+    two = load_decoder(bundle, RuntimeOptions(batch=2, context=64, threads=1))
     first = generate(two, [PROMPT] * 2, max_tokens=12, sampling=sampling)
     assert len({row.tokens for row in three}) == 3
     assert first == three[:2]

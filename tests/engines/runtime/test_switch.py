@@ -1,6 +1,7 @@
 """A running session changes configuration: what it computes then is what a fresh decoder of that bundle computes."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,13 @@ import pytest
 from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle
 from coatrt.devices.profiles import device
-from coatrt.engines.bundles.build import Target, build_fleet
+from coatrt.engines.bundles.build import build_targets
 from coatrt.engines.bundles.options import BundleOptions
+from coatrt.engines.bundles.targets import Target
 from coatrt.engines.runtime.decoder import Decoder
 from coatrt.engines.runtime.emitter import load_lora
 from coatrt.engines.runtime.load import load_decoder
+from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.switch import SwitchingDecoder
 from coatrt.errors import BuildError, BundleError, ConfigError
 
@@ -22,19 +25,19 @@ from coatrt.errors import BuildError, BundleError, ConfigError
 def bundles(tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
     adapter, place = Adapter.load(tiny_adapter), tmp_path_factory.mktemp("switch")
     targets = [Target(device("cpu"), adapter.space.uniform(text), place / text) for text in ("int8", "nf3-g32")]
-    made = build_fleet(adapter, adapter.checkpoint(), targets, BundleOptions(context=64))
+    made = build_targets(adapter, adapter.checkpoint(), targets, BundleOptions(context=64))
     return {row.target.output.name: row.bundle for row in made}
 
 
 @pytest.mark.parametrize("held", [1, 2])
 def test_a_switched_session_is_a_fresh_one(bundles: dict[str, Bundle], held: int) -> None:
-    session = SwitchingDecoder(bundles, held=held, context=64)
+    session = SwitchingDecoder(bundles, options=RuntimeOptions(context=64), held=held)
     prompt = [5, 9, 2, 7]
     for name in ("nf3-g32", "int8", "nf3-g32"):
         switched = session.switch(name)
         assert (switched.name, session.current) == (name, name)
         assert switched.seconds >= switched.emit_seconds > 0
-        fresh = load_decoder(bundles[name], context=64)
+        fresh = load_decoder(bundles[name], RuntimeOptions(context=64))
         fresh.set_lora(load_lora(bundles[name].path("lora.safetensors"), bundles[name].contract))
         np.testing.assert_allclose(session.prefill([prompt]), fresh.prefill([prompt]), atol=1e-5)
         np.testing.assert_allclose(session.decode([3]), fresh.decode([3]), atol=1e-5)
@@ -42,7 +45,7 @@ def test_a_switched_session_is_a_fresh_one(bundles: dict[str, Bundle], held: int
 
 
 def test_sequences_go_on_through_a_switch(bundles: dict[str, Bundle]) -> None:
-    session = SwitchingDecoder(bundles, "int8", held=2, context=64)
+    session = SwitchingDecoder(bundles, "int8", options=RuntimeOptions(context=64), held=2)
     session.prefill([[5, 9, 2, 7]])
     straight = session.decode([3])
     before = session.lengths
@@ -59,7 +62,7 @@ def test_sequences_go_on_through_a_switch(bundles: dict[str, Bundle]) -> None:
 
 
 def test_another_configurations_lora_without_another_graph(bundles: dict[str, Bundle]) -> None:
-    session = SwitchingDecoder(bundles, "int8", context=64)
+    session = SwitchingDecoder(bundles, "int8", options=RuntimeOptions(context=64))
     own = session.prefill([[1, 2]])
     switched = session.switch("int8", bundles["nf3-g32"].config)
     assert switched.load_seconds == 0
@@ -67,7 +70,7 @@ def test_another_configurations_lora_without_another_graph(bundles: dict[str, Bu
 
 
 def test_wrong_switches(bundles: dict[str, Bundle], tmp_path: Path) -> None:
-    session = SwitchingDecoder(bundles, context=64)
+    session = SwitchingDecoder(bundles, options=RuntimeOptions(context=64))
     with pytest.raises(ConfigError, match="no bundle 'x'"):
         session.switch("x")
     with pytest.raises(ConfigError, match="at least 1"):
@@ -96,14 +99,17 @@ def test_a_failed_switch_leaves_the_session_as_it_was(
     if failure == "untrained":
         config = Adapter.load(tiny_adapter).space.uniform("int8-g64")
 
-    def load(bundle: Bundle, backend: str, **options: int) -> Decoder:
+    def load(bundle: Bundle, options: RuntimeOptions) -> Decoder:
         if bundle is other and failure == "does not load":
             raise BuildError("ONNX Runtime refuses it")
-        return load_decoder(bundle, backend, **(options | {"context": 4} if bundle is other else options))
+        return load_decoder(bundle, replace(options, context=4) if bundle is other else options)
 
     monkeypatch.setattr("coatrt.engines.runtime.switch.load_decoder", load)
     session, calm = (
-        SwitchingDecoder({"int8": bundles["int8"], "other": other}, "int8", held=held, context=64) for _ in "ab"
+        SwitchingDecoder(
+            {"int8": bundles["int8"], "other": other}, "int8", options=RuntimeOptions(context=64), held=held
+        )
+        for _ in "ab"
     )
     for each in (session, calm):
         each.switch("int8", bundles["nf3-g32"].config)  # a LoRA that is not the bundle's own
@@ -119,7 +125,7 @@ def test_a_failed_switch_leaves_the_session_as_it_was(
 def test_a_session_whose_decoder_does_not_come_back_says_so(
     bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session = SwitchingDecoder(bundles, "int8", context=64)
+    session = SwitchingDecoder(bundles, "int8", options=RuntimeOptions(context=64))
 
     def load(*_: object, **__: object) -> Decoder:
         raise BuildError("no memory")

@@ -14,6 +14,7 @@ from coatrt.configs.lora_contract import DecoderIO
 from coatrt.devices.profiles import device
 from coatrt.engines.runtime import trt
 from coatrt.engines.runtime.load import load_decoder
+from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.engines.runtime.trt import TrtDecoder
 from coatrt.errors import BuildError, ConfigError
@@ -83,7 +84,7 @@ class _Context:
 def decoder(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> TrtDecoder:
     bundle = Bundle.open(tiny_bundle)
     _, io = bundle.decoder("engine")
-    reference = load_decoder(bundle, batch=2, context=96, threads=1, accuracy_level=0)
+    reference = load_decoder(bundle, RuntimeOptions(batch=2, context=96, threads=1, accuracy_level=0))
     assert isinstance(reference, OrtDecoder)
     context = _Context(reference)
     fake = types.SimpleNamespace(
@@ -124,7 +125,7 @@ def test_pieces_of_a_prompt_give_the_logits_of_the_whole(decoder: TrtDecoder, ti
     bundle = Bundle.open(tiny_bundle)
     lora = Emitter.of(bundle, threads=1).emit(bundle.config)
     decoder.set_lora(lora)
-    reference = load_decoder(bundle, batch=2, context=96, threads=1, accuracy_level=0)
+    reference = load_decoder(bundle, RuntimeOptions(batch=2, context=96, threads=1, accuracy_level=0))
     reference.set_lora(lora)
     prompts = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [9, 8, 100]]
     for found, expected in (

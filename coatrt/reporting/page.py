@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from html import escape
 
 from coatrt import __version__
-from coatrt.report.collect import Entry, Report
-from coatrt.report.figures import FIGURES, colour, draw
+from coatrt.reporting.collect import Entry, Report
+from coatrt.reporting.figures import FIGURES, colour, draw
 
 __all__ = ["page"]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from coatrt.report.collect import Entry, Report
+from coatrt.reporting.collect import Entry, Report
 
 __all__ = ["FIGURES", "bits_figure", "draw", "latency_figure", "memory_figure", "pareto_figure"]
 

@@ -12,9 +12,10 @@ from coatrt.bundle import Bundle
 from coatrt.devices.profiles import device
 from coatrt.errors import BundleError, ConfigError
 from coatrt.planning.planner import PlanRequest, plan_for
-from coatrt.report.collect import collect
-from coatrt.report.figures import FIGURES, draw
-from coatrt.report.page import page
+from coatrt.reporting.collect import collect
+from coatrt.reporting.figures import FIGURES, draw
+from coatrt.reporting.page import page
+from support.bundles import make_bundle
 
 REQUEST = PlanRequest(bits=5.5, context=64)
 
@@ -87,13 +88,13 @@ def test_bundles_show_their_engines_and_hashes(tiny_bundle_copy: Path) -> None:
 @pytest.fixture
 def tiny_bundle_copy(tiny_adapter: Path, tmp_path: Path) -> Path:
     from coatrt.adapter.adapter import Adapter
-    from coatrt.engines.bundles.assemble import BundleOptions, assemble
+    from coatrt.engines.bundles.options import BundleOptions
 
     adapter, profile = Adapter.load(tiny_adapter), device("rtx-4090")
     plan = plan_for(adapter, profile, bits=5.2, context=64)
     place = tmp_path / "bundles" / "rtx-4090"
     options = BundleOptions(context=64, engine=False)
-    assemble(adapter, adapter.checkpoint(), plan.config, profile, place, options, plan=plan)
+    make_bundle(adapter, plan.config, profile.id, place, options, plan=plan)
     return place
 
 

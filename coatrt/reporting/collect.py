@@ -160,7 +160,7 @@ def _losses(name: str, facts: AdapterFacts) -> list[tuple[str, float | None, flo
 def _training(path: Path, facts: AdapterFacts) -> list[tuple[str, str]]:
     options = facts.metrics.get("options", {})
     rows = [("adapter", f"{path.name}, hash {facts.hash}"), ("formats", ", ".join(map(str, facts.formats)))]
-    for key in ("quantizer", "preset", "rank", "steps", "batch", "length", "seed"):
+    for key in ("quantizer", "preset", "rank", "steps", "batch", "max_length", "seed"):
         if key in options:
             rows.append((key, str(options[key])))
     if "seconds" in facts.metrics:

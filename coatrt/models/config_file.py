@@ -1,0 +1,61 @@
+"""config.json as it lies on disk: read, and the few keys that matter before `DecoderSpec` interprets the rest."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from coatrt.errors import CheckpointError, ConfigError
+from coatrt.system.files import read_json
+
+__all__ = ["architecture", "check_unquantized", "model_type", "read_config", "ties_head"]
+
+_VOLATILE_KEYS = {
+    "transformers_version",
+    "_name_or_path",
+    "_model_name_or_path",
+    "torch_dtype",
+    "dtype",
+    "architectures",
+}
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Return the content of a model directory's config.json.
+
+    Raises:
+        CheckpointError: there is none, it names no model_type, or the model is quantized.
+    """
+    path = directory / "config.json"
+    try:
+        config = read_json(path, "model configuration")
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    if not isinstance(config, dict) or not model_type(config):
+        raise CheckpointError(f"{path} names no model_type; give a Hugging Face model directory")
+    check_unquantized(config, str(directory))
+    return config
+
+
+def model_type(config: Mapping[str, Any]) -> str:
+    """Return the family a config.json names: llama, qwen3, and so on; empty where it names none."""
+    return str(config.get("model_type", ""))
+
+
+def check_unquantized(config: Mapping[str, Any], what: str) -> None:
+    """Refuse a model whose weights are quantized already.
+
+    Raises:
+        CheckpointError: they are; the message calls the model `what`.
+    """
+    if config.get("quantization_config"):
+        raise CheckpointError(f"{what} is quantized already; give the 16- or 32-bit model it was made from")
+
+
+def ties_head(config: Mapping[str, Any], has_head: bool) -> bool:
+    """Return whether the head reads the embedding table; where config.json leaves it out, a missing head is tied."""
+    return bool(config.get("tie_word_embeddings", not has_head))
+
+
+def architecture(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys that say what the model computes, without those that change with who saved it."""
+    return {key: value for key, value in config.items() if key not in _VOLATILE_KEYS}

@@ -1,0 +1,103 @@
+"""What a build has to do, decided and checked before any of it is done; read without torch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from coatrt.adapter.description import AdapterFacts
+from coatrt.bundle import Bundle
+from coatrt.configs.config import QuantConfig
+from coatrt.devices.profiles import DeviceProfile
+from coatrt.engines.builders.builder import check_formats
+from coatrt.engines.bundles.destination import check_output
+from coatrt.engines.bundles.fingerprint import bundle_fingerprint, is_current, writers_hash
+from coatrt.engines.bundles.options import BundleOptions
+from coatrt.engines.bundles.targets import BundleResult, Target
+from coatrt.errors import ConfigError
+
+__all__ = ["Job", "Preparation", "prepare"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One configuration: its graphs are written once, for every target that has it.
+
+    Args:
+        config: the configuration.
+        targets: at least one.
+    """
+
+    config: QuantConfig
+    targets: tuple[Target, ...]
+
+    @property
+    def rtx_devices(self) -> tuple[DeviceProfile, ...]:
+        """One device of each compute capability that the job's one TensorRT-RTX engine must serve, by capability."""
+        profiles = [profile for target in self.targets for profile in target.profiles]
+        by_sm = {profile.sm: profile for profile in profiles if profile.builder == "tensorrt-rtx"}
+        return tuple(by_sm[sm] for sm in sorted(by_sm))
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A build that is ready to be executed.
+
+    Args:
+        targets: every bundle asked for, in order.
+        options: see `BundleOptions`.
+        fingerprints: by the place of each target, see `coatrt.engines.bundles.fingerprint`.
+        current: results of the bundles that are up to date, by place.
+        jobs: what is to do, one for each distinct configuration.
+    """
+
+    targets: tuple[Target, ...]
+    options: BundleOptions
+    fingerprints: Mapping[Path, str]
+    current: Mapping[Path, BundleResult]
+    jobs: tuple[Job, ...]
+
+
+def prepare(
+    adapter: AdapterFacts, targets: Sequence[Target], options: BundleOptions | None = None, *, overwrite: bool = False
+) -> Preparation:
+    """Return what a build has to do; nothing is written.
+
+    Args:
+        adapter: the trained adapter.
+        targets: what to make, every place once.
+        options: see `BundleOptions`.
+        overwrite: replace bundles that are there and are not current.
+
+    Raises:
+        FormatError: a device cannot run a format.
+        ConfigError: a configuration does not fit the adapter, or a place is in use.
+    """
+    options = options or BundleOptions()
+    code = writers_hash()
+    fingerprints = {target.output: bundle_fingerprint(adapter.hash, target, options, code) for target in targets}
+    if len(fingerprints) != len(targets):
+        raise ConfigError(f"{len(targets)} bundles have {len(fingerprints)} output directories; give each its own")
+    current: dict[Path, BundleResult] = {}
+    by_config: dict[str, list[Target]] = {}
+    for target in targets:
+        _check_target(adapter, target, options)
+        if adapter.hash and is_current(target.output, fingerprints[target.output]):
+            current[target.output] = BundleResult(target, Bundle.open(target.output), "current", 0.0)
+            continue
+        check_output(target.output, overwrite)
+        by_config.setdefault(target.config.hash, []).append(target)
+    jobs = tuple(Job(members[0].config, tuple(members)) for members in by_config.values())
+    return Preparation(tuple(targets), options, fingerprints, current, jobs)
+
+
+def _check_target(adapter: AdapterFacts, target: Target, options: BundleOptions) -> None:
+    """Refuse a configuration that the adapter or a device does not serve."""
+    for tensor in adapter.contract.tensors:
+        fmt = target.config.formats.get(tensor.matrix)
+        if fmt not in adapter.formats:
+            raise ConfigError(
+                f"{tensor.matrix} is {fmt or 'not in the configuration'}, which the adapter was not trained for; "
+                f"allowed: {', '.join(map(str, adapter.formats))}"
+            )
+    for profile in target.profiles:
+        check_formats(target.config, profile, options.activations)

@@ -1,0 +1,46 @@
+"""How a bundle runs: one set of options, from the command line down to the session."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from coatrt.errors import ConfigError
+
+__all__ = ["AccuracyLevel", "Backend", "RuntimeOptions"]
+
+Backend = Literal["ort", "trt"]
+"""ONNX Runtime on the CPU, or the bundle's TensorRT engine on this machine's GPU."""
+
+AccuracyLevel = Literal[0, 1, 4]
+
+
+@dataclass(frozen=True)
+class RuntimeOptions:
+    """How a bundle runs.
+
+    Args:
+        backend: "ort" for ONNX Runtime on the CPU, "trt" for the bundle's engine on this machine's GPU.
+        threads: threads of an operator (ort); None for all usable cores.
+        context: slots of the KV cache per sequence (ort; an engine's are fixed).
+        batch: sequences at once.
+        accuracy_level: of int4 and int8 products (ort), see `coatrt.engines.runtime.ort.session`: 0 decodes the weights
+            when the graph loads, exact; 1 keeps them packed, exact and slow; 4 keeps them packed and accumulates in
+            int8, the fastest, and what plans for the CPU assume.
+
+    Raises:
+        ConfigError: an unknown backend or level, or a number that is not positive.
+    """
+
+    backend: Backend = "ort"
+    threads: int | None = None
+    context: int = 2048
+    batch: int = 1
+    accuracy_level: AccuracyLevel = 4
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("backend", get_args(Backend)), ("accuracy_level", get_args(AccuracyLevel))):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
+        for name in ("threads", "context", "batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
