@@ -14,16 +14,18 @@ _PLACES = {
     "adapter.description": ("AdapterDescription",),
     "adapter.evaluator": ("Evaluator",),
     "bundle": ("Bundle",),
+    "cli.progress": ("drawn_progress",),
     "configs.config": ("QuantConfig",),
     "data.registry": ("load_task",),
     "data.task_data": ("TaskData",),
+    "devices.environment": ("environment",),
     "devices.probe": ("probe",),
     "devices.profiles": ("DeviceProfile", "device_profile", "device_profiles"),
     "engines.builders.engine_cache": ("EngineCache",),
     "engines.bundles.adapt": ("adapt",),
-    "engines.bundles.build": ("build",),
+    "engines.bundles.build": ("build", "build_targets"),
     "engines.bundles.options": ("BundleOptions",),
-    "engines.bundles.targets": ("BundleResult",),
+    "engines.bundles.targets": ("BundleResult", "Target"),
     "engines.bundles.verify": ("verify",),
     "engines.measure.bench": ("bench",),
     "engines.measure.cpu_timings": ("calibrate_cpu",),
@@ -51,9 +53,11 @@ if TYPE_CHECKING:  # the same names, for type checkers
     from coatrt.adapter.description import AdapterDescription as AdapterDescription
     from coatrt.adapter.evaluator import Evaluator as Evaluator
     from coatrt.bundle import Bundle as Bundle
+    from coatrt.cli.progress import drawn_progress as drawn_progress
     from coatrt.configs.config import QuantConfig as QuantConfig
     from coatrt.data.registry import load_task as load_task
     from coatrt.data.task_data import TaskData as TaskData
+    from coatrt.devices.environment import environment as environment
     from coatrt.devices.probe import probe as probe
     from coatrt.devices.profiles import DeviceProfile as DeviceProfile
     from coatrt.devices.profiles import device_profile as device_profile
@@ -61,8 +65,10 @@ if TYPE_CHECKING:  # the same names, for type checkers
     from coatrt.engines.builders.engine_cache import EngineCache as EngineCache
     from coatrt.engines.bundles.adapt import adapt as adapt
     from coatrt.engines.bundles.build import build as build
+    from coatrt.engines.bundles.build import build_targets as build_targets
     from coatrt.engines.bundles.options import BundleOptions as BundleOptions
     from coatrt.engines.bundles.targets import BundleResult as BundleResult
+    from coatrt.engines.bundles.targets import Target as Target
     from coatrt.engines.bundles.verify import verify as verify
     from coatrt.engines.measure.bench import bench as bench
     from coatrt.engines.measure.cpu_timings import calibrate_cpu as calibrate_cpu

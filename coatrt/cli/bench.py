@@ -32,7 +32,7 @@ def command(
 ) -> None:
     """Measure BUNDLE on this machine: prefill, decode, LoRA on and off, emission, load."""
     from coatrt.bundle import Bundle
-    from coatrt.cli.progress import drawn
+    from coatrt.cli.progress import drawn_progress
     from coatrt.devices.profiles import device_profile as profile
     from coatrt.engines.measure.bench import bench, bench_text
     from coatrt.engines.runtime.options import RuntimeOptions
@@ -41,7 +41,7 @@ def command(
     if output is not None:
         check_writable(output)
     known = profile(device) if device is not None else None
-    with drawn("bench") as progress:
+    with drawn_progress("bench") as progress:
         result = bench(
             Bundle.open(bundle),
             RuntimeOptions(**runtime),

@@ -126,12 +126,12 @@ def _execute(
     adapter: Path, preparation: "Preparation", slots: "BuilderSlots", *, model: str | None, no_cache: bool
 ) -> None:
     from coatrt.adapter.adapter import Adapter
-    from coatrt.cli.progress import drawn
+    from coatrt.cli.progress import drawn_progress
     from coatrt.engines.builders.engine_cache import EngineCache
     from coatrt.engines.bundles.execute import execute
 
     loaded = Adapter.from_pretrained(adapter)
-    with drawn("build") as progress:
+    with drawn_progress("build") as progress:
         results = execute(
             preparation,
             loaded,

@@ -43,13 +43,13 @@ def probe(as_json: bool) -> None:
 def calibrate(adapter: Path, model: str | None, as_json: bool, **runtime: Any) -> None:
     """Time every product of ADAPTER's model on this CPU; `plan --device cpu` predicts with it from then on."""
     from coatrt.adapter.adapter import Adapter
-    from coatrt.cli.progress import drawn
+    from coatrt.cli.progress import drawn_progress
     from coatrt.engines.measure.cpu_timings import calibrate_cpu
     from coatrt.engines.runtime.options import RuntimeOptions
     from coatrt.planning.measured_latency import calibration_path
 
     loaded = Adapter.from_pretrained(adapter)
-    with drawn("calibrate") as progress:
+    with drawn_progress("calibrate") as progress:
         made = calibrate_cpu(loaded, loaded.checkpoint(model), RuntimeOptions(**runtime), progress=progress)
     path = calibration_path("cpu")
     made.save(path)
