@@ -154,14 +154,14 @@ def test_the_command_searches_and_the_plan_reads_it(directory: Path, tmp_path: P
     again = CliRunner().invoke(cli, arguments)
     assert "10 configurations measured" in again.output
     best = said["front"][-1]
-    plan = CliRunner().invoke(cli, ["plan", str(directory), "--device", "rtx-5090", "--json"])
+    plan = CliRunner().invoke(cli, ["plan", str(directory), "--target", "rtx-5090", "--json"])
     shown = json.loads(plan.output)
     if shown["measured_loss"] is not None:
         assert shown["measured_loss"] <= best["loss"] + 1e-9
     else:  # the nearest to the allocation was itself the best
         assert shown["configuration_hash"] != best["configuration_hash"]
     (directory / "archive.json").write_text("{}")
-    assert isinstance(CliRunner().invoke(cli, ["plan", str(directory), "--device", "t4"]).exception, ConfigError)
+    assert isinstance(CliRunner().invoke(cli, ["plan", str(directory), "--target", "t4"]).exception, ConfigError)
 
 
 def test_another_adapter_or_other_text_is_refused(directory: Path, tiny_llama: Path) -> None:
