@@ -3,8 +3,6 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,9 +21,9 @@ from coatrt.planning.archive import Archive, adapter_archive
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.search.run import search_adapter
 from coatrt.training.run import train
+from support.programs import run_program
 from support.tiny import text_data, tiny_options
 
-TESTS = Path(__file__).parents[2]
 TEXT = ["the cat sat on the mat and the owl sat on the hen. " * 30]
 
 
@@ -106,8 +104,7 @@ def test_a_second_search_at_once_is_refused(directory: Path, tiny_llama: Path) -
     said: list[str] = []
 
     def begin_another(*_: object) -> None:
-        command = [sys.executable, "-c", _SEARCH, str(directory), str(tiny_llama), str(TESTS)]
-        said.append(subprocess.run(command, capture_output=True, text=True, check=False).stdout)
+        said.append(run_program(_SEARCH, directory, tiny_llama).stdout)
 
     archive, _ = search_adapter(
         directory, text_data(tiny_llama, TEXT, TEXT), evaluations=2, blocks=2, progress=begin_another
@@ -120,7 +117,6 @@ def test_a_second_search_at_once_is_refused(directory: Path, tiny_llama: Path) -
 
 _SEARCH = """
 import sys
-sys.path.append(sys.argv[3])
 from coatrt.search.run import search_adapter
 from coatrt.errors import ConfigError
 from support.tiny import text_data
