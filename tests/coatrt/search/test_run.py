@@ -11,7 +11,6 @@ from click.testing import CliRunner
 
 from coatrt.adapter.adapter import Adapter
 from coatrt.cli.main import cli
-from coatrt.data.documents import tokenize_text
 from coatrt.data.examples import Examples
 from coatrt.data.registry import load_task
 from coatrt.errors import ConfigError
@@ -45,7 +44,7 @@ def test_losses_are_those_of_the_emitted_lora(directory: Path, tiny_llama: Path)
     lora = sum(2 * 16 * (m.K + m.N) for m in adapter.model.targets)
     assert reference[1] == pytest.approx(math.log(272))
     assert reference[0] == pytest.approx(adapter.space.max_bits + 8 * lora / adapter.model.parameters)
-    blocks = tokenize_text(load_tokenizer(tiny_llama), TEXT, 32, held_out=TEXT).held_out
+    blocks = text_data(tiny_llama, TEXT, TEXT).held_out.tokens
     picked = torch.stack([blocks[0], blocks[round((len(blocks) - 1) / 2)], blocks[-1]])
     model = FakeQuantModel(checkpoint, CodeStore(checkpoint))
     for entry in (found.entries[0], found.entries[-1]):
@@ -60,7 +59,7 @@ def test_losses_are_those_of_the_adapters_own_codes(tiny_llama: Path, tmp_path: 
     options = tiny_options(formats=("nf2-g32", "int8"), preset="none", quantizer="feedback", budgets=(4.0,), steps=1)
     adapter = train(tiny_llama, text_data(tiny_llama, TEXT), tmp_path / "a", options)
     archive, _ = search_adapter(tmp_path / "a", text_data(tiny_llama, TEXT, TEXT), evaluations=2, blocks=3)
-    blocks = tokenize_text(load_tokenizer(tiny_llama), TEXT, 32, held_out=TEXT).held_out
+    blocks = text_data(tiny_llama, TEXT, TEXT).held_out.tokens
     picked = torch.stack([blocks[0], blocks[round((len(blocks) - 1) / 2)], blocks[-1]])
     checkpoint = Checkpoint.open(tiny_llama)
     entry = min(archive.entries, key=lambda entry: entry.nbytes)
