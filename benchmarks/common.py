@@ -27,6 +27,21 @@ def smollm2() -> Checkpoint:
     return Checkpoint.open(spec.submodule_search_locations[0])
 
 
+def _layer_shapes(hidden: int, inner: int, queries: int, keys: int) -> dict[str, tuple[int, ...]]:
+    """Return module → shape of its weight in one layer."""
+    return {
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+
+
 def random_llama(
     directory: Path, *, hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocabulary: int, tied: bool
 ) -> Checkpoint:
@@ -71,20 +86,10 @@ def random_llama(
         outer["lm_head.weight"] = (vocabulary, hidden)
     write("model-outer.safetensors", outer)
     for layer in range(layers):
-        at = f"model.layers.{layer}"
+        shapes = _layer_shapes(hidden, inner, heads * head_dim, kv_heads * head_dim)
         write(
             f"model-{layer:03}.safetensors",
-            {
-                f"{at}.input_layernorm.weight": (hidden,),
-                f"{at}.post_attention_layernorm.weight": (hidden,),
-                f"{at}.self_attn.q_proj.weight": (heads * head_dim, hidden),
-                f"{at}.self_attn.k_proj.weight": (kv_heads * head_dim, hidden),
-                f"{at}.self_attn.v_proj.weight": (kv_heads * head_dim, hidden),
-                f"{at}.self_attn.o_proj.weight": (hidden, heads * head_dim),
-                f"{at}.mlp.gate_proj.weight": (inner, hidden),
-                f"{at}.mlp.up_proj.weight": (inner, hidden),
-                f"{at}.mlp.down_proj.weight": (hidden, inner),
-            },
+            {f"model.layers.{layer}.{name}.weight": shape for name, shape in shapes.items()},
         )
     write_json(directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
     return Checkpoint.open(directory)

@@ -12,10 +12,12 @@ from common import save_result, smollm2
 from method.tasks import sotu
 
 from coatrt.data.documents import batches
-from coatrt.models.checkpoint import cache_directory, load_tokenizer
+from coatrt.models.checkpoint import load_tokenizer
 from coatrt.quantization.codec import decode, encode
+from coatrt.quantization.gptq import InverseFactors
 from coatrt.quantization.input_moments import Calibration, InputMoments
 from coatrt.quantization.quantizers import Quantizer
+from coatrt.system.files import cache_directory
 
 LAYERS = (3, 14, 26)
 FORMATS = ("nf2-g64", "nf3-g64", "nf4-g64")
@@ -40,14 +42,14 @@ def main() -> None:
     train = sotu(load_tokenizer(checkpoint.directory)).train
     calibration = Calibration.of(train[batches(len(train), BLOCKS, 0, 0)])
     moments = InputMoments(checkpoint, calibration, cache_directory() / "moments")
-    found: dict[tuple[str, Quantizer], list[list[float]]] = defaultdict(list)
+    factors, found = InverseFactors(), defaultdict[tuple[str, Quantizer], list[list[float]]](list)
     for matrix in checkpoint.matrices.matrices:
         if matrix.is_table or matrix.layer not in LAYERS:
             continue
         weight, moment = checkpoint.tensor(f"{matrix.name}.weight").float(), moments.get(matrix.name)
         for text in FORMATS:
             for quantizer in QUANTIZERS:
-                decoded = decode(encode(weight, text, quantizer, moment))
+                decoded = decode(encode(weight, text, quantizer, moment, factors=factors))
                 found[text, quantizer].append(errors(weight, decoded, moment))
     rows: list[dict[str, Any]] = [
         {"format": text, "quantizer": quantizer, "errors": [mean(column) for column in zip(*every, strict=True)]}

@@ -70,7 +70,7 @@ def build(work: Path, *programs: str) -> dict[str, Path]:
         ROOT,
     )
     headers = ROOT / "build" / "deps"
-    call(sys.executable, "-m", "coatrt.engines.headers", headers)
+    call(sys.executable, ROOT / "examples" / "fetch_headers.py", headers)
     found = call(sys.executable, "-m", "coatrt", "cmake-dir", PYTHONPATH=str(work / "installed")).strip()
     made = {}
     for program in programs:
@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--bundles", type=Path, help="Where to keep the bundles; default: a temporary directory.")
     arguments = parser.parse_args()
-    adapter = Adapter.load(arguments.adapter)
+    adapter = Adapter.from_pretrained(arguments.adapter)
     checkpoint, rows, threads = adapter.checkpoint(), [], 1
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
@@ -156,7 +156,7 @@ def main() -> None:
         for kind, value in CONFIGURATIONS.items():
             directory = (arguments.bundles or work) / kind.replace(" ", "-")
             if not directory.exists():
-                config = ConfigPatterns.from_json(value).resolve(adapter.space.model)
+                config = ConfigPatterns.from_json(value).resolve(adapter.description.space.model)
                 options = BundleOptions(context=CONTEXT, engine=False)
                 build_targets(adapter, checkpoint, [Target(device("rtx-4090"), config, directory)], options)
             bundle = Bundle.open(directory)

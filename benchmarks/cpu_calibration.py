@@ -11,7 +11,10 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from common import save_result, smollm2
@@ -22,8 +25,64 @@ from coatrt.engines.measure.cpu_timings import calibrate_cpu, decode_seconds, ex
 from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.export.decoder import GraphForm, decoder_io
+from coatrt.models.checkpoint import Checkpoint
 
 CONTEXT, LEVEL, ROUNDS = 256, 4, 5
+
+
+class Decoders:
+    """Decoders of an adapter's configurations, one thread each.
+
+    Args:
+        adapter: the adapter.
+        checkpoint: its model.
+        scratch: an existing directory for their graphs.
+    """
+
+    def __init__(self, adapter: Adapter, checkpoint: Checkpoint, scratch: Path) -> None:
+        self._adapter, self._checkpoint, self._scratch = adapter, checkpoint, scratch
+        self._io = decoder_io(checkpoint, GraphForm("cpu", "cpu.onnx", "float32"))
+
+    def make(self, config: QuantConfig) -> OrtDecoder:
+        """Return the decoder of a configuration, its LoRA bound."""
+        place = self._scratch / config.hash
+        place.mkdir(exist_ok=True)
+        graph = export_reference(self._adapter, self._checkpoint, config, place)
+        contract = self._adapter.contract
+        made = OrtDecoder(graph, self._io, contract, RuntimeOptions(context=CONTEXT, threads=1, accuracy_level=LEVEL))
+        made.set_lora({key: value.numpy() for key, value in self._adapter.emit(config).items()})
+        return made
+
+
+def compare(
+    adapter: Adapter, predict: Callable[[QuantConfig], float], decoders: Decoders, count: int
+) -> Iterator[dict[str, Any]]:
+    """Yield real and predicted times of one configuration after another, a reference decoder timed beside each."""
+    rng = np.random.default_rng(3)
+    same = QuantConfig.uniform(
+        adapter.description.model, adapter.description.formats[0]
+    )  # what the calibration times beside its products
+    reference, then = decoders.make(same), predict(same)
+    for number in range(count):
+        bits = 3.7 + (7.6 - 3.7) * number / max(count - 1, 1)
+        config = adapter.description.space.sample_budgeted(rng, bits)
+        tried, real, now = decoders.make(config), [], []
+        for _ in range(ROUNDS):
+            now.append(decode_seconds(reference, 8, time.thread_time))
+            real.append(decode_seconds(tried, 8, time.thread_time))
+        del tried
+        predicted = predict(config)
+        found = statistics.median(real)
+        drift = found / statistics.median(one / beside for one, beside in zip(real, now, strict=True)) / then
+        yield {
+            "bits": config.average_bits(adapter.description.model),
+            "formats": dict(config.counts),
+            "real_ms": found * 1e3,
+            "predicted_ms": predicted * 1e3,
+            "error": predicted / found - 1,
+            "drift": drift,
+            "error_without_drift": predicted * drift / found - 1,
+        }
 
 
 def main() -> None:
@@ -32,58 +91,24 @@ def main() -> None:
     parser.add_argument("--adapter", type=Path, default=Path("out/demo/adapter"))
     parser.add_argument("--count", type=int, default=10)
     options = parser.parse_args()
-    adapter, checkpoint = Adapter.load(options.adapter), smollm2()
-    io = decoder_io(checkpoint, GraphForm("cpu", "cpu.onnx", "float32"))
-    rows = []
-    with tempfile.TemporaryDirectory() as name:
-        scratch = Path(name)
-
-        def decoder(config: QuantConfig) -> OrtDecoder:
-            place = scratch / config.hash
-            place.mkdir(exist_ok=True)
-            graph = export_reference(adapter, checkpoint, config, place)
-            made = OrtDecoder(
-                graph, io, adapter.contract, RuntimeOptions(context=CONTEXT, threads=1, accuracy_level=LEVEL)
-            )
-            made.set_lora({key: value.numpy() for key, value in adapter.emit(config).items()})
-            return made
-
-        same = QuantConfig.uniform(adapter.model, adapter.formats[0])  # what the calibration times beside its products
-        started = time.monotonic()
-        calibration = calibrate_cpu(
-            adapter,
-            checkpoint,
-            RuntimeOptions(threads=1, accuracy_level=LEVEL),
-            tokens=(1,),
-            contexts=(CONTEXT,),
-            clock=time.thread_time,
-            progress=lambda done, total, *_: print(f"{done}/{total}", flush=True),
-        )
-        seconds, rng = time.monotonic() - started, np.random.default_rng(3)
-        reference, then = decoder(same), predicted_decode(calibration, adapter, same, CONTEXT)
-        for number in range(options.count):
-            bits = 3.7 + (7.6 - 3.7) * number / max(options.count - 1, 1)
-            config = adapter.space.sample_budgeted(rng, bits)
-            tried, real, now = decoder(config), [], []
-            for _ in range(ROUNDS):
-                now.append(decode_seconds(reference, 8, time.thread_time))
-                real.append(decode_seconds(tried, 8, time.thread_time))
-            del tried
-            predicted = predicted_decode(calibration, adapter, config, CONTEXT)
-            found = statistics.median(real)
-            drift = found / statistics.median(one / beside for one, beside in zip(real, now, strict=True)) / then
-            rows.append(
-                {
-                    "bits": config.average_bits(adapter.model),
-                    "formats": dict(config.counts),
-                    "real_ms": found * 1e3,
-                    "predicted_ms": predicted * 1e3,
-                    "error": predicted / found - 1,
-                    "drift": drift,
-                    "error_without_drift": predicted * drift / found - 1,
-                }
-            )
-            print(rows[-1], flush=True)
+    adapter, checkpoint = Adapter.from_pretrained(options.adapter), smollm2()
+    started = time.monotonic()
+    calibration = calibrate_cpu(
+        adapter,
+        checkpoint,
+        RuntimeOptions(threads=1, accuracy_level=LEVEL),
+        tokens=(1,),
+        contexts=(CONTEXT,),
+        clock=time.thread_time,
+        progress=lambda done, total, *_: print(f"{done}/{total}", flush=True),
+    )
+    seconds, rows = time.monotonic() - started, []
+    predict = partial(predicted_decode, calibration, adapter, context=CONTEXT)
+    with tempfile.TemporaryDirectory() as scratch:
+        decoders = Decoders(adapter, checkpoint, Path(scratch))
+        for row in compare(adapter, predict, decoders, options.count):
+            rows.append(row)
+            print(row, flush=True)
     result = {
         "context": CONTEXT,
         "accuracy_level": LEVEL,

@@ -26,10 +26,12 @@ from coatrt.data.text import text_task
 from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.export.decoder import GraphForm, decoder_io, export_decoder
-from coatrt.models.checkpoint import load_tokenizer
+from coatrt.models.checkpoint import Checkpoint, load_tokenizer
 
 CONTEXT, PROMPT, STEPS = 512, 128, 24
+OURS, THEIRS = "coatrt int4-g64, level 4", "llama.cpp Q4_1"
 Times = dict[str, list[float]]
+Side = tuple[Callable[[], Any], Callable[[int], Any]]  # prefill, decode of one token
 
 
 def gguf_file() -> Path:
@@ -56,14 +58,15 @@ def write_gguf_lora(path: Path, adapter: Adapter, config: QuantConfig) -> None:
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_string("general.type", "adapter")
     writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", float(adapter.contract.rank))
+    writer.add_float32("adapter.lora.alpha", float(adapter.description.contract.rank))
     tensors = {name: value.numpy() for name, value in adapter.emit(config).items()}
-    for tensor in adapter.contract.tensors:
-        matrix = adapter.model.by_name[tensor.matrix]
+    for tensor in adapter.description.contract.tensors:
+        matrix = adapter.description.model.by_name[tensor.matrix]
         stem = f"blk.{matrix.layer}.{names[matrix.kind]}.weight"
         a, b = tensors[tensor.A].T, tensors[tensor.B].T
         if matrix.kind in ("q_proj", "k_proj"):  # llama.cpp pairs neighbouring rows for its rotation
-            heads = int(adapter.model_config["num_attention_heads" if matrix.kind[0] == "q" else "num_key_value_heads"])
+            spec = adapter.description.spec
+            heads = spec.heads if matrix.kind[0] == "q" else spec.kv_heads
             b = b.reshape(heads, 2, b.shape[0] // heads // 2, b.shape[1]).swapaxes(1, 2).reshape(b.shape)
         writer.add_tensor(f"{stem}.lora_a", np.ascontiguousarray(a, np.float32))
         writer.add_tensor(f"{stem}.lora_b", np.ascontiguousarray(b, np.float32))
@@ -88,7 +91,7 @@ def measured(
     return first, statistics.median(samples[2:])
 
 
-def llama_side(threads: int, lora: Path | None) -> tuple[Callable[[], Any], Callable[[int], Any]]:
+def llama_side(threads: int, lora: Path | None) -> Side:
     """Return prefill and decode of llama.cpp."""
     from llama_cpp import Llama
 
@@ -134,6 +137,76 @@ def held_out_blocks(count: int) -> Any:
     return tokens[:: max(1, len(tokens) // count)][:count]
 
 
+def our_decoders(
+    adapter: Adapter, checkpoint: Checkpoint, config: QuantConfig, scratch: Path, threads: int
+) -> dict[str, OrtDecoder]:
+    """Return label → decoder, with the LoRA and without, at both accuracy levels."""
+    form, codes = GraphForm("cpu", "cpu.onnx", "float32"), adapter.codes(checkpoint)
+    io = decoder_io(checkpoint, form)
+    lora = {name: value.numpy() for name, value in adapter.emit(config).items()}
+    decoders = {}
+    for place, contract in ((scratch / "lora", adapter.description.contract), (scratch / "plain", None)):
+        place.mkdir()
+        export_decoder(checkpoint, config, place, forms=[form], contract=contract, codes=codes)
+        for level in (4, 0):
+            runtime = RuntimeOptions(context=CONTEXT, threads=threads, accuracy_level=level)
+            made = OrtDecoder(place / form.file, io, contract, runtime)
+            if contract is not None:
+                made.set_lora(lora)
+            decoders[f"coatrt int4-g64, level {level}" + (", LoRA" if contract is not None else "")] = made
+    return decoders
+
+
+def our_side(decoder: OrtDecoder) -> Side:
+    """Return prefill and decode of one of our decoders."""
+    prompt = list(range(100, 100 + PROMPT))
+    return lambda: decoder.prefill([prompt]), lambda token: decoder.decode([token])
+
+
+def alternate(sides: dict[str, Side], rounds: int, clock: Callable[[], float]) -> tuple[Times, Times]:
+    """Return the seconds of prefills and of a token, by label and round."""
+    prefill: Times = {label: [] for label in sides}
+    decode: Times = {label: [] for label in sides}
+    for number in range(-1, rounds):  # the first round warms up
+        for label, calls in sides.items():
+            first, step = measured(*calls, clock)
+            if number >= 0:
+                prefill[label].append(first)
+                decode[label].append(step)
+        print(number, {label: f"{rows[-1] * 1e3:.2f}" for label, rows in decode.items() if rows}, flush=True)
+    return prefill, decode
+
+
+def ratio(numerator: str, denominator: str, times: Times) -> float:
+    """Return the median over rounds: both were timed within seconds of each other."""
+    return statistics.median(a / b for a, b in zip(times[numerator], times[denominator], strict=True))
+
+
+def summary(prefill: Times, decode: Times) -> dict[str, Any]:
+    """Return a row for each side, and what one costs of another."""
+    found: dict[str, Any] = {
+        "rows": [
+            {
+                "what": label,
+                "decode_ms": statistics.median(decode[label]) * 1e3,
+                "decode_tokens_per_s": 1 / statistics.median(decode[label]),
+                "prefill_tokens_per_s": PROMPT / statistics.median(prefill[label]),
+                "samples": len(decode[label]),
+            }
+            for label in decode
+        ],
+        "lora_overhead": {"coatrt": ratio(f"{OURS}, LoRA", OURS, decode) - 1},
+    }
+    if THEIRS in decode:
+        found |= {
+            "decode_speedup": ratio(THEIRS, OURS, decode),
+            "prefill_speedup": ratio(THEIRS, OURS, prefill),
+            "decode_speedup_lora": ratio(f"{THEIRS}, LoRA", f"{OURS}, LoRA", decode),
+        }
+        found["lora_overhead"]["llama.cpp"] = ratio(f"{THEIRS}, LoRA", THEIRS, decode) - 1
+    return found
+
+
 def main() -> None:
     """Measure in alternation."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -141,86 +214,33 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    rival = importlib.util.find_spec("llama_cpp") is not None  # without it only our side is measured
     clock = time.thread_time if options.threads == 1 else time.perf_counter
-    adapter, checkpoint = Adapter.load(options.adapter), smollm2()
-    config, codes = adapter.space.uniform("int4-g64"), adapter.codes(checkpoint)
-    form = GraphForm("cpu", "cpu.onnx", "float32")
-    io = decoder_io(checkpoint, form)
-    lora = {name: value.numpy() for name, value in adapter.emit(config).items()}
+    adapter, checkpoint = Adapter.from_pretrained(options.adapter), smollm2()
+    config = adapter.description.space.uniform("int4-g64")
     with tempfile.TemporaryDirectory() as name:
-        scratch = Path(name)
-        decoders: dict[str, OrtDecoder] = {}
-        for label, contract in (("lora", adapter.contract), ("plain", None)):
-            (scratch / label).mkdir()
-            export_decoder(checkpoint, config, scratch / label, forms=[form], contract=contract, codes=codes)
-            for level in (4, 0):
-                made = OrtDecoder(
-                    scratch / label / form.file,
-                    io,
-                    contract,
-                    RuntimeOptions(context=CONTEXT, threads=options.threads, accuracy_level=level),
-                )
-                if contract is not None:
-                    made.set_lora(lora)
-                decoders[f"coatrt int4-g64, level {level}" + (", LoRA" if contract is not None else "")] = made
-        sides: dict[str, tuple[Callable[[], Any], Callable[[int], Any]]] = {
-            label: (
-                lambda made=made: made.prefill([list(range(100, 100 + PROMPT))]),  # type: ignore[misc]
-                lambda token, made=made: made.decode([token]),  # type: ignore[misc]
-            )
-            for label, made in decoders.items()
-        }
-        if rival:
-            adapter_file = scratch / "lora.gguf"
-            write_gguf_lora(adapter_file, adapter, config)
-            sides["llama.cpp Q4_1"] = llama_side(options.threads, None)
-            sides["llama.cpp Q4_1, LoRA"] = llama_side(options.threads, adapter_file)
-        prefill: Times = {label: [] for label in sides}
-        decode: Times = {label: [] for label in sides}
-        for number in range(-1, options.rounds):  # the first round warms up
-            for label, calls in sides.items():
-                first, step = measured(*calls, clock)
-                if number >= 0:
-                    prefill[label].append(first)
-                    decode[label].append(step)
-            print(number, {label: f"{rows[-1] * 1e3:.2f}" for label, rows in decode.items() if rows}, flush=True)
+        decoders = our_decoders(adapter, checkpoint, config, Path(name), options.threads)
+        sides = {label: our_side(decoder) for label, decoder in decoders.items()}
+        if importlib.util.find_spec("llama_cpp") is not None:  # without it only our side is measured
+            lora = Path(name) / "lora.gguf"
+            write_gguf_lora(lora, adapter, config)
+            sides[THEIRS] = llama_side(options.threads, None)
+            sides[f"{THEIRS}, LoRA"] = llama_side(options.threads, lora)
+        prefill, decode = alternate(sides, options.rounds, clock)
         blocks = held_out_blocks(8)
         losses = {label: quality(made, blocks) for label, made in decoders.items() if "LoRA" in label}
-    rows = [
-        {
-            "what": label,
-            "decode_ms": statistics.median(decode[label]) * 1e3,
-            "decode_tokens_per_s": 1 / statistics.median(decode[label]),
-            "prefill_tokens_per_s": PROMPT / statistics.median(prefill[label]),
-            "samples": options.rounds,
-        }
-        for label in sides
-    ]
-
-    def ratio(numerator: str, denominator: str, times: Times) -> float:
-        """Return the median over rounds: both were timed within seconds of each other."""
-        return statistics.median(a / b for a, b in zip(times[numerator], times[denominator], strict=True))
-
-    ours, theirs = "coatrt int4-g64, level 4", "llama.cpp Q4_1"
     size = gguf_file().stat().st_size
-    result: dict[str, Any] = {
+    result = {
         "threads": options.threads,
         "clock": "thread" if options.threads == 1 else "wall",
         "context": CONTEXT,
         "prompt": PROMPT,
-        "rows": rows,
-        "bits": {"coatrt": config.average_bits(adapter.model), "llama.cpp": 8 * size / adapter.model.parameters},
-        "lora_overhead": {"coatrt": ratio(f"{ours}, LoRA", ours, decode) - 1},
+        "bits": {
+            "coatrt": config.average_bits(adapter.description.model),
+            "llama.cpp": 8 * size / adapter.description.model.parameters,
+        },
         "held_out_loss": losses,
+        **summary(prefill, decode),
     }
-    if rival:
-        result |= {
-            "decode_speedup": ratio(theirs, ours, decode),
-            "prefill_speedup": ratio(theirs, ours, prefill),
-            "decode_speedup_lora": ratio(f"{theirs}, LoRA", f"{ours}, LoRA", decode),
-        }
-        result["lora_overhead"]["llama.cpp"] = ratio(f"{theirs}, LoRA", theirs, decode) - 1
     save_result("cpu_decode", "python benchmarks/cpu_decode.py", result)
 
 

@@ -19,7 +19,7 @@ from common import save_result, smollm2
 from markdown_tables import load
 
 from coatrt.adapter.adapter import Adapter
-from coatrt.adapter.description import AdapterFacts
+from coatrt.adapter.description import AdapterDescription
 from coatrt.bundle import Bundle
 from coatrt.configs.space import ConfigSpace
 from coatrt.devices.profiles import device
@@ -32,8 +32,9 @@ from coatrt.engines.bundles.targets import Target
 from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.switch import SwitchingDecoder
 from coatrt.export.decoder import GraphForm, export_decoder
+from coatrt.planning import planner
 from coatrt.planning.memory import memory_of
-from coatrt.planning.planner import PlanRequest, plan_fleet, plan_for
+from coatrt.planning.plan import PlanRequest
 from coatrt.planning.workload import Workload
 
 FLEET = ("rtx-3050-laptop", "rtx-4050-laptop", "t4", "rtx-3060", "rtx-4090", "rtx-5090", "h100", "rtx-pro-6000")
@@ -51,9 +52,9 @@ def planning(adapter: Path) -> dict[str, Any]:
         started = time.perf_counter()
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         seconds.append(time.perf_counter() - started)
-    facts, profiles = AdapterFacts.load(adapter), [device(name) for name in FLEET]
+    facts, profiles = AdapterDescription.load(adapter), [device(name) for name in FLEET]
     started = time.perf_counter()
-    plans = plan_fleet(facts, profiles, PlanRequest(bits=5))
+    plans = planner.plan_fleet(facts, profiles, PlanRequest(bits=5))
     alone = time.perf_counter() - started
     same = [row["configuration_hash"] for row in json.loads(done.stdout)] == [plan.config.hash for plan in plans]
     return {
@@ -69,7 +70,7 @@ def building(adapter: Adapter, checkpoint: Any, scratch: Path) -> tuple[dict[str
     """Time three bundles one builder at a time, then side by side, then again through the command."""
     found: dict[str, Any] = {}
     codes = adapter.codes(checkpoint)
-    plans = {name: plan_for(adapter, device(name), bits=bits) for name, bits in THREE.items()}
+    plans = {name: planner.plan(adapter.description, device(name), bits=bits) for name, bits in THREE.items()}
     for plan in plans.values():  # encoded once, before the clock starts
         for name, fmt in plan.config.formats.items():
             codes.get(name, fmt)
@@ -113,30 +114,33 @@ def second_command(adapter: Path, scratch: Path) -> dict[str, Any]:
     return {"second_build_s": seconds, "second_build_median_s": statistics.median(seconds)}
 
 
-def engine_bytes(adapter: Adapter, checkpoint: Any, scratch: Path) -> list[dict[str, Any]]:
-    """Build ten configurations that the size model was not fitted to, and compare."""
-    rows, codes, rng = [], adapter.codes(checkpoint), np.random.default_rng(11)
+def engine_bytes(
+    adapter: Adapter, checkpoint: Any, scratch: Path, built: list[dict[str, Any]] | None
+) -> list[dict[str, Any]]:
+    """Build ten configurations that the size model was not fitted to, or take what was built, and compare."""
+    rows, codes, rng, model = [], adapter.codes(checkpoint), np.random.default_rng(11), adapter.description.model
     for number in range(10):
         profile = device(ENGINES[number % len(ENGINES)])
-        formats = [fmt for fmt in adapter.formats if profile.supports(fmt)]
-        space = ConfigSpace(adapter.model, tuple(formats))
+        space = ConfigSpace(model, tuple(fmt for fmt in adapter.description.formats if profile.supports(fmt)))
         bits = float(rng.uniform(max(3.6, space.min_bits), min(7.5, space.max_bits)))
         config = space.sample_budgeted(rng, bits)
-        directory = scratch / f"engine{number}"
-        directory.mkdir()
-        form = GraphForm("engine", "base.onnx", "float16", 2048)
-        export_decoder(checkpoint, config, directory, forms=[form], contract=adapter.contract, codes=codes)
-        record = build_engine(directory / "base.onnx", directory / "e.engine", profile)
-        lora = sum(rows * columns for rows, columns in adapter.contract.shapes.values())
-        lines = memory_of(config, adapter.model, profile, Workload.of(adapter.model_config, 2048, 1, 512, lora))
+        if built is not None:
+            size = built[number]["engine_bytes"]
+        else:
+            directory, form = scratch / f"engine{number}", GraphForm("engine", "base.onnx", "float16", 2048)
+            directory.mkdir()
+            contract = adapter.description.contract
+            export_decoder(checkpoint, config, directory, forms=[form], contract=contract, codes=codes)
+            size = build_engine(directory / "base.onnx", directory / "e.engine", profile).bytes
+        lines = memory_of(config, model, profile, Workload.of(adapter.description, 2048, 1, 512))
         predicted = sum(lines[name] for name in ("weights", "scales", "other tensors", "engine"))
         rows.append(
             {
                 "device": profile.id,
-                "bits": config.average_bits(adapter.model),
-                "engine_bytes": record.bytes,
+                "bits": config.average_bits(model),
+                "engine_bytes": size,
                 "predicted_bytes": predicted,
-                "error": predicted / record.bytes - 1,
+                "error": predicted / size - 1,
             }
         )
         print(rows[-1], flush=True)
@@ -164,10 +168,12 @@ print(json.dumps([before, line("VmHWM"), line("VmRSS")]))
 def cpu_memory(adapter: Adapter, bundles: dict[str, Bundle]) -> list[dict[str, Any]]:
     """Compare the memory lines of the CPU with ONNX Runtime's peak in a process of its own."""
     rows = []
-    lora = sum(rows * columns for rows, columns in adapter.contract.shapes.values())
     for name, bundle in bundles.items():
         lines = memory_of(
-            bundle.config, adapter.model, device("cpu"), Workload.of(adapter.model_config, 2048, 1, 512, lora, 4)
+            bundle.config,
+            adapter.description.model,
+            device("cpu"),
+            Workload.of(adapter.description, 2048, 1, 512, 4),
         )
         command = [sys.executable, "-c", _PEAK, str(bundle.directory), "4"]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -215,9 +221,11 @@ def main() -> None:
     """Measure everything and check the limits."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--adapter", type=Path, default=Path("out/demo/adapter"))
-    parser.add_argument("--again", action="store_true", help="Measure all but the engines' bytes again; keep those.")
+    parser.add_argument(
+        "--again", action="store_true", help="Keep the bytes of the ten engines; measure all else again."
+    )
     options = parser.parse_args()
-    adapter, checkpoint = Adapter.load(options.adapter), smollm2()
+    adapter, checkpoint = Adapter.from_pretrained(options.adapter), smollm2()
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         plans = planning(options.adapter)
@@ -230,7 +238,7 @@ def main() -> None:
             "building": built,
             "switching": switching(bundles),
             "cpu_memory": cpu_memory(adapter, bundles),
-            "engines": load("fleet")["engines"] if options.again else engine_bytes(adapter, checkpoint, scratch),
+            "engines": engine_bytes(adapter, checkpoint, scratch, load("fleet")["engines"] if options.again else None),
         }
     save_result("fleet", "python benchmarks/fleet.py", result)
     worst = max(abs(row["error"]) for row in result["engines"])

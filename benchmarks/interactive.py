@@ -20,7 +20,7 @@ from coatrt.engines.bundles.build import build_targets
 from coatrt.engines.bundles.targets import Target
 from coatrt.engines.measure.bench import percentiles
 from coatrt.engines.runtime.emitter import Emitter
-from coatrt.planning.planner import plan_for
+from coatrt.planning import planner
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
         started = time.perf_counter()
         subprocess.run([program, "--help"], check=True, capture_output=True)
         helps.append(time.perf_counter() - started)
-    adapter, checkpoint = Adapter.load(options.adapter), smollm2()
+    adapter, checkpoint = Adapter.from_pretrained(options.adapter), smollm2()
     adapter.checkpoint(checkpoint.directory)
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -42,7 +42,7 @@ def main() -> None:
         for name, bits in (("rtx-3060", 4.5), ("rtx-3090", 5.5), ("rtx-4090", 6.0), ("rtx-5090", 5.0)):
             profile = device(name)
             started = time.monotonic()
-            plan = plan_for(adapter, profile, bits=bits)
+            plan = planner.plan(adapter.description, profile, bits=bits)
             target = Target(profile, plan.config, Path(scratch) / name, plan)
             made = build_targets(adapter, checkpoint, [target])[0].bundle
             rows.append(
@@ -56,14 +56,18 @@ def main() -> None:
             print(rows[-1], flush=True)
         emitter, rng, seconds = Emitter.of(made), np.random.default_rng(0), []
         for _ in range(50):
-            config = random_config(adapter.space, rng)
+            config = random_config(adapter.description.space, rng)
             started = time.perf_counter()
             emitter.emit(config)
             seconds.append(time.perf_counter() - started)
     emission = percentiles(seconds[5:])
     result = {
         "help_median_s": statistics.median(helps),
-        "emission": {**emission, "tensors": len(adapter.contract.shapes), "rank": adapter.contract.rank},
+        "emission": {
+            **emission,
+            "tensors": len(adapter.description.contract.shapes),
+            "rank": adapter.description.contract.rank,
+        },
         "bundles": rows,
     }
     save_result("interactive", "python benchmarks/interactive.py", result)

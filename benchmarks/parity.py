@@ -51,11 +51,11 @@ def decoder(
     """Export a configuration and load it."""
     with tempfile.TemporaryDirectory(dir=work) as directory:
         path = Path(directory)
-        export_decoder(checkpoint, config, path, forms=[FORM], contract=adapter.contract, codes=codes)
+        export_decoder(checkpoint, config, path, forms=[FORM], contract=adapter.description.contract, codes=codes)
         return OrtDecoder(
             path / FORM.file,
             decoder_io(checkpoint, FORM),
-            adapter.contract,
+            adapter.description.contract,
             RuntimeOptions(batch=batch, context=64, accuracy_level=0),
         )
 
@@ -69,16 +69,18 @@ def main() -> None:
     """Compare everything and check the limit of 1e-3."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--adapter", type=Path, default=Path("out/demo/adapter"))
-    adapter, checkpoint = Adapter.load(parser.parse_args().adapter), smollm2()
+    adapter, checkpoint = Adapter.from_pretrained(parser.parse_args().adapter), smollm2()
     codes = adapter.codes(checkpoint)
     reference = FakeQuantModel(checkpoint, codes)
     rng = np.random.default_rng(5)
     configs = {text: QuantConfig.uniform(checkpoint.matrices, text) for text in FORMATS}
-    configs |= {f"random {i}": random_config(adapter.space, rng) for i in range(5)}
+    configs |= {f"random {i}": random_config(adapter.description.space, rng) for i in range(5)}
     rows: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name, config in configs.items():
-            lora = adapter.emit(config if adapter.space.contains(config) else adapter.space.uniform("int8"))
+            lora = adapter.emit(
+                config if adapter.description.space.contains(config) else adapter.description.space.uniform("int8")
+            )
             runner = decoder(checkpoint, config, adapter, codes, Path(scratch))
             arrays = {key: tensor.numpy() for key, tensor in lora.items()}
             runner.set_lora(arrays)
@@ -89,7 +91,7 @@ def main() -> None:
                 logits = runner.decode([tokens[-1]])[0]
             found = teacher_forced(runner, tokens)
             reference.set_config(config)
-            reference.set_lora(adapter.contract, lora)
+            reference.set_lora(adapter.description.contract, lora)
             with torch.no_grad():
                 expected = reference.logits(torch.tensor([PROMPT + tokens]))[0, len(PROMPT) - 1 :].numpy()
             runner.set_lora(None)

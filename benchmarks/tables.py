@@ -13,11 +13,20 @@ from collections.abc import Callable
 from cpp_tables import CPP_TABLES
 from engine_tables import ENGINE_TABLES
 from fleet_tables import FLEET_TABLES
+from gpu_tables import GPU_TABLES
 from markdown_tables import ROOT, grid, load
 from method_tables import METHOD_TABLES
 from quantizer_tables import QUANTIZER_TABLES
 
-DOCUMENTS = ("README.md", "docs/engines.md", "docs/method.md", "docs/formats.md", "docs/planning.md", "docs/cpp.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/engines.md",
+    "docs/method.md",
+    "docs/formats.md",
+    "docs/planning.md",
+    "docs/cpp.md",
+    "docs/gpu.md",
+)
 _PLACE = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -99,6 +108,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **QUANTIZER_TABLES,
     **METHOD_TABLES,
     **CPP_TABLES,
+    **GPU_TABLES,
 }
 
 

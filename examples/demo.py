@@ -35,7 +35,7 @@ from coatrt.errors import CoatError
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.evaluation.losses import mean_loss
 from coatrt.models.checkpoint import Checkpoint, load_tokenizer
-from coatrt.planning.planner import plan_for
+from coatrt.planning import planner
 from coatrt.reporting.plot import plot_bits
 from coatrt.system.files import write_json, write_text
 from coatrt.training.options import TrainOptions
@@ -80,7 +80,7 @@ def bundles(adapter: Adapter, checkpoint: Checkpoint, output: Path) -> dict[str,
     targets = []
     for name, bits in TARGETS.items():
         profile = device(name)
-        plan = plan_for(adapter, profile, bits=bits, context=CONTEXT, prefill=PREFILL)
+        plan = planner.plan(adapter.description, profile, bits=bits, context=CONTEXT, prefill=PREFILL)
         print(f"\n{plan.text()}", flush=True)
         targets.append(Target(profile, plan.config, output / name, plan))
     options = BundleOptions(context=CONTEXT, shapes=EngineShapes(prefill=PREFILL))
@@ -208,7 +208,7 @@ def main() -> None:
     tell("verification")
     for name, bundle in made.items():
         print(f"{name}\n{verify(bundle, model=checkpoint.directory).text()}", flush=True)
-    plot_bits(output / "bits.png", adapter.model, {name: bundle.config for name, bundle in made.items()})
+    plot_bits(output / "bits.png", adapter.description.model, {name: bundle.config for name, bundle in made.items()})
     rows = results(made, found)
     result, text = table(rows, found["fp16"]), sample(made["rtx-3060"])
     write_text(output / "table.txt", result + "\n\n" + text + "\n")

@@ -80,7 +80,7 @@ def export_hypernetwork(adapter: Adapter, directory: str | Path) -> None:
     ir.save(model, directory / HYPERNETWORK_FILE, external_data=external)
     write_json(
         directory / SIDE_FILE,
-        {"matrices": list(adapter.encoder.names), "formats": [str(fmt) for fmt in adapter.formats]},
+        {"matrices": list(adapter.encoder.names), "formats": [str(fmt) for fmt in adapter.description.formats]},
     )
 
 
@@ -128,7 +128,7 @@ def _write_features(graph: _Graph, adapter: Adapter, formats: ir.Value) -> ir.Va
 
 def _write_lora(graph: _Graph, adapter: Adapter, formats: ir.Value, updates: ir.Value | None) -> list[ir.Value]:
     """Write A as it is and B' = s·(I + U)ᵀB + C per stack of equal shapes, split it in contract order."""
-    contract, lora = adapter.contract, adapter.lora
+    contract, lora = adapter.description.contract, adapter.lora
     made: dict[str, ir.Value] = {}
     transposed = graph.op("Transpose", [updates], "U_transposed", perm=[0, 2, 1]) if updates is not None else None
     for stack, (rows, A, B) in enumerate(lora.stacks()):

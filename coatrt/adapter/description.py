@@ -1,4 +1,4 @@
-"""What planning needs of an adapter: its JSON files, hashes checked, read without torch in a tenth of a second."""
+"""What an adapter is without its tensors: JSON files, hashes checked, read without torch in a tenth of a second."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,12 +14,14 @@ from coatrt.configs.space import ConfigSpace
 from coatrt.errors import CheckpointError, ConfigError, FormatError
 from coatrt.evaluation.sensitivity_table import Sensitivity
 from coatrt.models.matrices import ModelMatrices
+from coatrt.models.spec import DecoderSpec
+from coatrt.quantization.quantizers import QUANTIZERS, Quantizer
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.files import read_json, sha256_file
 
-__all__ = ["ADAPTER_FORMAT", "AdapterFacts", "adapter_hash", "adapter_reading", "read_description"]
+__all__ = ["ADAPTER_FORMAT", "AdapterDescription", "adapter_hash", "adapter_reading", "read_description"]
 
-ADAPTER_FORMAT = 3
+ADAPTER_FORMAT = 4
 
 
 def adapter_hash(directory: str | Path) -> str:
@@ -44,7 +46,7 @@ def read_description(directory: Path) -> dict[str, Any]:
     if not isinstance(facts, dict) or facts.get("format") != ADAPTER_FORMAT:
         given = facts.get("format") if isinstance(facts, dict) else None
         raise CheckpointError(
-            f"{directory} has adapter format {given}; this coatrt {__version__} reads {ADAPTER_FORMAT}"
+            f"{directory} has adapter format {given}, coatrt {__version__} reads {ADAPTER_FORMAT}; train it again"
         )
     if not isinstance(facts.get("sha256"), dict):
         raise CheckpointError(f"{path} names no hashes; copy or train the adapter again")
@@ -52,12 +54,12 @@ def read_description(directory: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def adapter_reading(directory: Path, facts: Mapping[str, Any], names: Iterable[str]) -> Iterator[ConfigSpace]:
-    """Check the hashes of files, then yield the space; what goes wrong inside is one CheckpointError.
+def adapter_reading(directory: Path, facts: Mapping[str, Any], names: Iterable[str]) -> Iterator[None]:
+    """Check the hashes of files; what goes wrong inside is one CheckpointError.
 
     Args:
         directory: the adapter.
-        facts: its description, see `read_description`.
+        facts: content of its adapter.json, see `read_description`.
         names: files that will be read.
 
     Raises:
@@ -67,9 +69,8 @@ def adapter_reading(directory: Path, facts: Mapping[str, Any], names: Iterable[s
         for name in names:
             if sha256_file(directory / name) != facts["sha256"][name]:
                 raise CheckpointError(f"{directory / name} was altered or is damaged; copy or train the adapter again")
-        formats = tuple(WeightFormat.parse(text) for text in facts["formats"])
-        yield ConfigSpace(ModelMatrices.from_json(facts["model"]), formats, bool(facts["fused"]))
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        yield
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{directory} is a damaged adapter ({reason}); copy or train it again") from None
     except (ConfigError, FormatError) as error:
@@ -77,26 +78,37 @@ def adapter_reading(directory: Path, facts: Mapping[str, Any], names: Iterable[s
 
 
 @dataclass(frozen=True)
-class AdapterFacts:
-    """An adapter without its tensors.
+class AdapterDescription:
+    """An adapter without its tensors: all that planning needs.
 
     Args:
-        hash: stands for every file of the adapter.
-        source: path or hub name of its model.
-        model_config: content of the model's config.json.
-        space: its matrices and the formats it was trained for.
-        contract: its LoRA tensors.
+        source: path or hub name of the model it was trained on.
+        fingerprint: of that model's checkpoint.
+        spec: what that model computes.
+        space: its matrices and the formats the adapter was trained for.
+        contract: names, shapes, ranks and scale of its LoRA tensors.
         sensitivity: costs and errors of every matrix in every format.
         metrics: options and losses of the training.
+        quantizer: how the weights it was trained on were encoded; every bundle of it uses the same.
+        hash: stands for every file of a saved adapter; empty for one that was never saved.
+
+    Raises:
+        ConfigError: the quantizer is unknown.
     """
 
-    hash: str
     source: str
-    model_config: Mapping[str, Any]
+    fingerprint: str
+    spec: DecoderSpec
     space: ConfigSpace
     contract: LoraContract
     sensitivity: Sensitivity
     metrics: Mapping[str, Any]
+    quantizer: Quantizer = "mse"
+    hash: str = ""
+
+    def __post_init__(self) -> None:
+        if self.quantizer not in QUANTIZERS:
+            raise ConfigError(f"no quantizer {self.quantizer!r}; allowed: {', '.join(QUANTIZERS)}")
 
     @property
     def model(self) -> ModelMatrices:
@@ -105,11 +117,29 @@ class AdapterFacts:
 
     @property
     def formats(self) -> tuple[WeightFormat, ...]:
-        """The formats the adapter was trained for."""
+        """The formats the adapter was trained for; the hypernetwork's input counts in this order."""
         return self.space.formats
 
+    @property
+    def lora_parameters(self) -> int:
+        """Elements of all A and B."""
+        return sum(rows * columns for rows, columns in self.contract.shapes.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what adapter.json holds of it; sensitivity and metrics have files of their own."""
+        return {
+            "source": self.source,
+            "fingerprint": self.fingerprint,
+            "decoder": self.spec.to_json(),
+            "model": self.model.to_json(),
+            "formats": [str(fmt) for fmt in self.formats],
+            "fused": self.space.fused,
+            "contract": self.contract.to_json(),
+            "quantizer": self.quantizer,
+        }
+
     @classmethod
-    def load(cls, directory: str | Path) -> "AdapterFacts":
+    def load(cls, directory: str | Path) -> "AdapterDescription":
         """Read the JSON files of an adapter, the hash of each checked first.
 
         Raises:
@@ -117,13 +147,16 @@ class AdapterFacts:
         """
         directory = Path(directory)
         facts = read_description(directory)
-        with adapter_reading(directory, facts, ("sensitivity.json", "metrics.json")) as space:
+        with adapter_reading(directory, facts, ("sensitivity.json", "metrics.json")):
+            formats = tuple(WeightFormat.parse(text) for text in facts["formats"])
             return cls(
-                hash=adapter_hash(directory),
                 source=str(facts["source"]),
-                model_config=facts["model_config"],
-                space=space,
+                fingerprint=str(facts["fingerprint"]),
+                spec=DecoderSpec.from_json(facts["decoder"]),
+                space=ConfigSpace(ModelMatrices.from_json(facts["model"]), formats, bool(facts["fused"])),
                 contract=LoraContract.from_json(facts["contract"]),
                 sensitivity=Sensitivity.load(directory / "sensitivity.json"),
                 metrics=read_json(directory / "metrics.json", "training metrics"),
+                quantizer=facts["quantizer"],
+                hash=adapter_hash(directory),
             )

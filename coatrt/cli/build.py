@@ -62,7 +62,7 @@ def command(
     **choices: Any,
 ) -> None:
     """Make a bundle of ADAPTER for each device: plan, graphs, hypernetwork, LoRA, engine."""
-    from coatrt.adapter.description import AdapterFacts
+    from coatrt.adapter.description import AdapterDescription
     from coatrt.devices.profiles import device
     from coatrt.engines.builders.builder_slots import BuilderSlots
     from coatrt.engines.bundles.options import BundleOptions
@@ -74,7 +74,7 @@ def command(
     given = _given(choices)
     request, slots = plan_request(choices), BuilderSlots(jobs, build_memory)
     profiles = [device(name) for name in dict.fromkeys(devices)]
-    description = AdapterFacts.load(adapter)
+    description = AdapterDescription.load(adapter)
     choice = None if config_path is None else read_choice(config_path, description.model)
     if choice is not None:
         request = _request(request, given, str(config_path), choice[1])
@@ -130,7 +130,7 @@ def _execute(
     from coatrt.engines.builders.engine_cache import EngineCache
     from coatrt.engines.bundles.execute import execute
 
-    loaded = Adapter.load(adapter)
+    loaded = Adapter.from_pretrained(adapter)
     with drawn("build") as progress:
         results = execute(
             preparation,
@@ -142,7 +142,7 @@ def _execute(
             tell=lambda line: click.echo(line, err=True),
         )
     for result in results:
-        click.echo(f"{result.target.output}: {_outcome(result, result.target.config.nbytes(loaded.model))}")
+        click.echo(f"{result.target.output}: {_outcome(result, result.target.config.nbytes(loaded.description.model))}")
 
 
 def _outcome(result: "BundleResult", weights: int) -> str:

@@ -48,7 +48,7 @@ def calibrate(adapter: Path, model: str | None, as_json: bool, **runtime: Any) -
     from coatrt.engines.runtime.options import RuntimeOptions
     from coatrt.planning.measured_latency import calibration_path
 
-    loaded = Adapter.load(adapter)
+    loaded = Adapter.from_pretrained(adapter)
     with drawn("calibrate") as progress:
         made = calibrate_cpu(loaded, loaded.checkpoint(model), RuntimeOptions(**runtime), progress=progress)
     path = calibration_path("cpu")

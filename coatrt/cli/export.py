@@ -28,7 +28,7 @@ def command(
 ) -> None:
     """Write the ONNX graphs, hypernetwork and LoRA of one configuration of ADAPTER: a bundle without an engine."""
     from coatrt.adapter.adapter import Adapter
-    from coatrt.adapter.description import AdapterFacts
+    from coatrt.adapter.description import AdapterDescription
     from coatrt.cli.progress import drawn
     from coatrt.devices.profiles import device
     from coatrt.engines.bundles.execute import execute
@@ -37,12 +37,12 @@ def command(
     from coatrt.engines.bundles.targets import Target
     from coatrt.planning.plan import read_config
 
-    description = AdapterFacts.load(adapter)
+    description = AdapterDescription.load(adapter)
     config = read_config(config_path, description.model)
     options = BundleOptions(activations, cpu_activations, context, engine=False)
     target = Target(device("cpu"), config, output)
     preparation = prepare(description, [target], options, overwrite=overwrite)
-    loaded = Adapter.load(adapter)
+    loaded = Adapter.from_pretrained(adapter)
     with drawn("export") as progress:
         (result,) = execute(preparation, loaded, loaded.checkpoint(model), progress=progress)
     size = sum(facts["bytes"] for facts in result.bundle.manifest["files"].values())

@@ -1,11 +1,15 @@
 """`coatrt plan`."""
 
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from coatrt.cli.common import BYTES, echo_json
+
+if TYPE_CHECKING:
+    from coatrt.planning.plan import PlanRequest
 
 __all__ = ["command", "plan_options", "plan_request"]
 
@@ -53,36 +57,36 @@ def plan_options(function: Any) -> Any:
     return function
 
 
-def plan_request(choices: dict[str, Any]) -> Any:
+def plan_request(choices: dict[str, Any]) -> "PlanRequest":
     """Return the request that the options of `plan_options` mean, taking them out of `choices`."""
     from coatrt.planning.plan import PlanRequest
 
-    names = ("objective", "memory", "bits", "max_loss", "min_tokens_per_second", "context", "batch", "prefill", "keep")
-    return PlanRequest(**{name: choices.pop(name) for name in names})
+    return PlanRequest(**{field.name: choices.pop(field.name) for field in fields(PlanRequest)})
 
 
 @click.command()
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option("--device", "devices", multiple=True, required=True, help="Device id (coatrt devices); repeatable.")
 @plan_options
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the configuration here (one device).")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the plan here (one device).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(adapter: Path, devices: tuple[str, ...], output: Path | None, as_json: bool, **choices: Any) -> None:
     """Choose a configuration of ADAPTER per device: least predicted loss, least time per token, or balanced."""
-    from coatrt.adapter.description import AdapterFacts
+    from coatrt.adapter.description import AdapterDescription
     from coatrt.devices.profiles import device
     from coatrt.errors import ConfigError
     from coatrt.planning.archive import adapter_archive
     from coatrt.planning.planner import plan_fleet
     from coatrt.planning.table import fleet_table
+    from coatrt.system.files import write_json
 
     if output is not None and len(devices) > 1:
         raise ConfigError(f"-o takes one device, {len(devices)} are given; give one, or --json")
     request = plan_request(choices)
     profiles = [device(name) for name in dict.fromkeys(devices)]
-    plans = plan_fleet(AdapterFacts.load(adapter), profiles, request, archive=adapter_archive(adapter))
+    plans = plan_fleet(AdapterDescription.load(adapter), profiles, request, archive=adapter_archive(adapter))
     if output is not None:
-        plans[0].config.save(output)
+        write_json(output, plans[0].to_json())
     if as_json:
         echo_json([plan.to_json() for plan in plans] if len(plans) > 1 else plans[0].to_json())
     elif len(plans) > 2:

@@ -57,10 +57,10 @@ def command(
     from coatrt.training.options import TrainOptions
 
     warn_of_idle_gpu(device)
-    loaded = Adapter.load(adapter)
-    task = loaded.metrics["task"]
+    loaded = Adapter.from_pretrained(adapter)
+    task = loaded.description.metrics["task"]
     if max_length is None:
-        max_length = 128 if task == "text" else TrainOptions.from_json(loaded.metrics["options"]).max_length
+        max_length = 128 if task == "text" else TrainOptions.from_json(loaded.description.metrics["options"]).max_length
     tokenizer = load_tokenizer(loaded.checkpoint(model).directory)
     with drawn("search") as progress:
         archive, reference = search_adapter(

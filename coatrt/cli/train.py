@@ -85,7 +85,7 @@ def command(
 
 def _summary(adapter: "Adapter", output: Path) -> str:
     """Return what training took, and the held-out losses, for a person to read."""
-    metrics = adapter.metrics
+    metrics = adapter.description.metrics
     measured = metrics["held_out"]
     lines = [
         f"adapter        {output}",

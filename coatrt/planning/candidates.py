@@ -3,6 +3,7 @@
 A plan picks from one fixed set, whatever its limits, so that more memory can never give a worse predicted loss.
 """
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ from coatrt.configs.config import QuantConfig
 from coatrt.configs.space import ConfigSpace
 from coatrt.errors import ConfigError
 
-__all__ = ["Candidates", "candidates", "least_cost_by_size"]
+__all__ = ["CandidateCache", "Candidates", "candidates", "least_cost_by_size"]
 
 _BINS = 4096
 _BLENDS = (0.0, 0.1, 0.3, 1.0, 3.0, 30.0)  # weight of the seconds' range against the loss's range
@@ -107,6 +108,32 @@ def candidates(space: ConfigSpace, cost: NDArray[np.float64], seconds: NDArray[n
         words = np.random.default_rng(0).integers(-(1 << 62), 1 << 62, len(cost))
         choices = choices[np.unique(choices @ words, return_index=True)[1]]
     return Candidates(space, choices)
+
+
+class CandidateCache:
+    """Candidates by what decides them: devices with the same formats and relative speeds share theirs."""
+
+    def __init__(self) -> None:
+        self._candidates: dict[str, Candidates] = {}
+
+    def get(
+        self, space: ConfigSpace, cost: NDArray[np.float64], seconds: NDArray[np.float64] | None = None
+    ) -> Candidates:
+        """Return what `candidates` does, with seconds rounded to a hundredth of their range.
+
+        Raises:
+            ConfigError: a group has no allowed format.
+        """
+        relative = None
+        if seconds is not None:  # what every format of a group takes alike decides nothing
+            apart = seconds - seconds.min(1, keepdims=True)
+            relative = np.round(apart / max(float(apart.max()), 1e-300), 2)
+        digest = hashlib.sha256(repr((space.groups, [str(fmt) for fmt in space.formats])).encode())
+        digest.update(cost.tobytes() + space.sizes.tobytes() + (relative.tobytes() if relative is not None else b""))
+        key = digest.hexdigest()
+        if key not in self._candidates:
+            self._candidates[key] = candidates(space, cost, relative)
+        return self._candidates[key]
 
 
 def _range(values: NDArray[np.float64], allowed: NDArray[np.bool_]) -> float:

@@ -1,9 +1,13 @@
 """Bytes of an engine beyond its weights: kernel sources and graph text, a model fitted to engines that were built.
 
-TensorRT-RTX 1.7.1 keeps the sources of its generated kernels in the engine: some for every layer (the fused attention,
-and on SM75 the norms), some once per format. The numbers are a least-squares fit to the engines of
-benchmarks/results/engine_overhead.json (docs/planning.md says how they were built).
+TensorRT-RTX keeps the sources of its generated kernels in the engine: some for every layer (the fused attention, and on
+SM75 the norms), some once per format. `benchmarks/engine_overhead.py` fits the numbers and writes engine_size.json.
 """
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,27 +17,35 @@ from coatrt.configs.space import ConfigSpace
 from coatrt.models.matrices import ModelMatrices
 from coatrt.quantization.weight_format import KINDS, WeightFormat
 
-__all__ = ["engine_overhead", "overhead_of_choices"]
+__all__ = ["EngineSize", "engine_overhead", "overhead_of_choices"]
 
-BASE = 2_160_000
-PER_LAYER = 276_000
-PER_LAYER_SM75 = 266_000
-PER_FORMAT = {
-    "fp16": 0,
-    "bf16": 0,
-    "int8": 840_000,
-    "int4": 330_000,
-    "fp8": 1_040_000,
-    "nvfp4": 1_100_000,
-    "nf2": 1_270_000,
-    "nf3": 1_620_000,
-    "nf4": 1_270_000,
-    "nf8": 1_270_000,
-}
-"""Kernels of a format, once an engine; nf8 was not built and counts as nf4."""
 
-NVFP4_PADDING = 0.07
-"""Share of an nvfp4 matrix that is added where its rows are no multiple of 128, the tile of its block scales."""
+@dataclass(frozen=True)
+class EngineSize:
+    """The fitted numbers.
+
+    Args:
+        base: bytes of any engine.
+        per_layer: bytes for each decoder layer.
+        per_layer_sm75: bytes for each decoder layer more on SM75.
+        per_format: kind of format → bytes of its kernels, once an engine, beyond those of fp16.
+        nvfp4_padding: share of an nvfp4 matrix that is added where its rows are no multiple of 128, the tile of its
+            block scales.
+    """
+
+    base: int
+    per_layer: int
+    per_layer_sm75: int
+    per_format: Mapping[str, int]
+    nvfp4_padding: float
+
+    def of_kind(self, kind: str) -> int:
+        """Return the bytes of a format's kernels; nf8 was not built and counts as nf4."""
+        return self.per_format.get("nf4" if kind == "nf8" else kind, 0)
+
+
+SIZE = EngineSize(**json.loads(resources.files("coatrt.planning").joinpath("engine_size.json").read_text("utf-8")))
+"""What engine_size.json holds."""
 
 CPU_PACKED = ("int8", "int4")
 """Kinds that ONNX Runtime can keep packed; all others are decoded to 4 bytes a weight when a graph loads."""
@@ -41,14 +53,14 @@ CPU_PACKED = ("int8", "int4")
 
 def _fixed(model: ModelMatrices, sm: int) -> int:
     layers = 1 + max(matrix.layer for matrix in model.matrices)
-    return BASE + layers * (PER_LAYER + (PER_LAYER_SM75 if sm == 75 else 0))
+    return SIZE.base + layers * (SIZE.per_layer + (SIZE.per_layer_sm75 if sm == 75 else 0))
 
 
 def _added(fmt: WeightFormat, N: int, K: int, sm: int) -> int:
     """Return the bytes that one matrix takes beyond its codes and scales."""
     if sm == 0:
         return 0 if fmt.kind in CPU_PACKED else 4 * N * K - fmt.nbytes(N, K)
-    return int(NVFP4_PADDING * fmt.nbytes(N, K)) if fmt.kind == "nvfp4" and N % 128 else 0
+    return int(SIZE.nvfp4_padding * fmt.nbytes(N, K)) if fmt.kind == "nvfp4" and N % 128 else 0
 
 
 def engine_overhead(config: QuantConfig, model: ModelMatrices, sm: int) -> int:
@@ -66,7 +78,7 @@ def engine_overhead(config: QuantConfig, model: ModelMatrices, sm: int) -> int:
     if sm == 0:
         return added
     used = {fmt.kind for fmt in config.formats.values()}
-    return _fixed(model, sm) + sum(PER_FORMAT[kind] for kind in used) + added
+    return _fixed(model, sm) + sum(map(SIZE.of_kind, used)) + added
 
 
 def overhead_of_choices(space: ConfigSpace, choices: NDArray[np.int16], sm: int) -> NDArray[np.int64]:
@@ -75,8 +87,8 @@ def overhead_of_choices(space: ConfigSpace, choices: NDArray[np.int16], sm: int)
     kinds = [fmt.kind for fmt in space.formats]
     for kind in KINDS:
         of_kind = np.array([other == kind for other in kinds])
-        if sm and of_kind.any() and PER_FORMAT[kind]:
-            total += PER_FORMAT[kind] * of_kind[choices].any(1)
+        if sm and of_kind.any():
+            total += SIZE.of_kind(kind) * of_kind[choices].any(1)
     by_name = space.model.by_name
     added = np.array(
         [

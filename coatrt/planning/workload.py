@@ -1,9 +1,8 @@
 """Workloads: what a decoder must hold and do beside its weights."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
+from coatrt.adapter.description import AdapterDescription
 from coatrt.errors import ConfigError
 
 __all__ = ["Workload", "too_long"]
@@ -64,32 +63,36 @@ class Workload:
         return self.element * self.batch * (self.prefill * (6 * self.hidden + 3 * self.intermediate) + self.vocabulary)
 
     @classmethod
-    def of(
-        cls, config: Mapping[str, Any], context: int, batch: int, prefill: int, lora_parameters: int, element: int = 2
-    ) -> "Workload":
-        """Return the workload of a model given its config.json content.
+    def of(cls, adapter: AdapterDescription, context: int, batch: int, prefill: int, element: int = 2) -> "Workload":
+        """Return the workload of an adapter and its model.
+
+        Args:
+            adapter: the adapter.
+            context: slots of the KV cache per sequence.
+            batch: sequences at once.
+            prefill: most prompt tokens in one call.
+            element: bytes of an activation, a cache element and a LoRA element.
 
         Raises:
             ConfigError: context, batch or prefill is not positive, or the context exceeds the model's positions.
         """
         for name, value in (("context", context), ("batch", batch), ("prefill", prefill)):
             if value < 1:
-                raise ConfigError(f"{name} {value} is given; give at least 1")
-        positions = config.get("max_position_embeddings")
-        if positions is not None and context > int(positions):
-            raise ConfigError(too_long(context, int(positions)))
-        heads = int(config["num_attention_heads"])
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+        spec = adapter.spec
+        if context > spec.max_positions:
+            raise ConfigError(too_long(context, spec.max_positions))
         return cls(
-            layers=int(config["num_hidden_layers"]),
-            kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
-            hidden=int(config["hidden_size"]),
-            intermediate=int(config["intermediate_size"]),
-            vocabulary=int(config["vocab_size"]),
+            layers=spec.layers,
+            kv_heads=spec.kv_heads,
+            head_dim=spec.head_dim,
+            hidden=spec.hidden,
+            intermediate=max(matrix.K for matrix in adapter.model.targets if matrix.kind == "down_proj"),
+            vocabulary=spec.vocabulary,
             context=context,
             batch=batch,
             prefill=prefill,
-            lora_parameters=lora_parameters,
-            heads=heads,
+            lora_parameters=adapter.lora_parameters,
+            heads=spec.heads,
             element=element,
         )

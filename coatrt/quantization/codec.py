@@ -118,7 +118,8 @@ def _as_stored(weight: Tensor, fmt: WeightFormat) -> QuantizedMatrix:
     codes = weight.to(torch.float16 if fmt.kind == "fp16" else torch.bfloat16)
     if not torch.isfinite(codes).all():
         raise FormatError(f"a weight of magnitude {float(weight.abs().max()):g} overflows fp16; use bf16")
-    return QuantizedMatrix(fmt, *weight.shape, codes.clone() if codes is weight else codes)
+    N, K = weight.shape
+    return QuantizedMatrix(fmt, N, K, codes.clone() if codes is weight else codes)
 
 
 def _pieces(weight: Tensor, fmt: WeightFormat) -> Iterator[tuple[slice, Tensor]]:

@@ -5,14 +5,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coatrt.adapter.description import AdapterFacts
+from coatrt.adapter.description import AdapterDescription
 from coatrt.bundle import MANIFEST, Bundle
 from coatrt.configs.config import QuantConfig
 from coatrt.devices.profiles import device
 from coatrt.errors import ConfigError
 from coatrt.models.matrices import ModelMatrices
 from coatrt.planning.archive import Archive, adapter_archive
-from coatrt.planning.planner import PlanRequest, plan_fleet
+from coatrt.planning.plan import PlanRequest
+from coatrt.planning.planner import plan_fleet
 from coatrt.system.files import read_json, sha256_file
 
 __all__ = ["Entry", "Report", "collect"]
@@ -84,7 +85,7 @@ def collect(paths: Sequence[Path], devices: Sequence[str], request: PlanRequest)
     source = ""
     for path in paths:
         if (path / "adapter.json").is_file():
-            facts = AdapterFacts.load(path)
+            facts = AdapterDescription.load(path)
             source = source or facts.source
             archive = adapter_archive(path)
             if archive is not None:
@@ -108,7 +109,9 @@ def collect(paths: Sequence[Path], devices: Sequence[str], request: PlanRequest)
     return Report(source, tuple(entries), archives, tuple(quality), tuple(training), versions)
 
 
-def _planned(facts: AdapterFacts, archive: Archive | None, devices: Sequence[str], request: PlanRequest) -> list[Entry]:
+def _planned(
+    facts: AdapterDescription, archive: Archive | None, devices: Sequence[str], request: PlanRequest
+) -> list[Entry]:
     profiles = [device(name) for name in devices]
     plans = plan_fleet(facts, profiles, request, archive=archive)
     return [
@@ -142,7 +145,7 @@ def _bundled(place: Path, bundle: Bundle) -> Entry:
     return Entry(place.name, manifest["device"], bundle.model_matrices, bundle.config, plan, size, tuple(provenance))
 
 
-def _losses(name: str, facts: AdapterFacts) -> list[tuple[str, float | None, float]]:
+def _losses(name: str, facts: AdapterDescription) -> list[tuple[str, float | None, float]]:
     """Return the held-out losses that training measured."""
     found = facts.metrics.get("held_out") or {}
     rows: list[tuple[str, float | None, float]] = []
@@ -157,7 +160,7 @@ def _losses(name: str, facts: AdapterFacts) -> list[tuple[str, float | None, flo
     return rows
 
 
-def _training(path: Path, facts: AdapterFacts) -> list[tuple[str, str]]:
+def _training(path: Path, facts: AdapterDescription) -> list[tuple[str, str]]:
     options = facts.metrics.get("options", {})
     rows = [("adapter", f"{path.name}, hash {facts.hash}"), ("formats", ", ".join(map(str, facts.formats)))]
     for key in ("quantizer", "preset", "rank", "steps", "batch", "max_length", "seed"):

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 
 from coatrt.adapter.adapter import Adapter
-from coatrt.adapter.description import adapter_hash
 from coatrt.configs.config import QuantConfig
 from coatrt.data.task_data import TaskData
 from coatrt.errors import ConfigError
@@ -56,27 +55,24 @@ def search_adapter(
         raise ConfigError(f"blocks {blocks} is given; give at least 1")
     compute_device(device)
     directory = Path(directory)
-    adapter = Adapter.load(directory)
-    checkpoint = adapter.checkpoint(model)
-    task, examples = adapter.metrics["task"], data.held_out
+    adapter = Adapter.from_pretrained(directory)
+    checkpoint, description = adapter.checkpoint(model), adapter.description
+    task, examples = description.metrics["task"], data.held_out
     if task != data.kind:
         raise ConfigError(f"the adapter was trained on the task {task}, got data of {data.kind}; give data of its task")
     picked = examples[torch.linspace(0, len(examples) - 1, min(blocks, len(examples))).round().long()]
     text = hash_tensors({"tokens": picked.tokens, "targets": picked.targets})[:16]
-    space = adapter.space
+    space, lora = description.space, 2 * description.lora_parameters
     with exclusive(directory / ARCHIVE_FILE, "search of this adapter"):
-        archive = Archive.open(directory / ARCHIVE_FILE, space.model.parameters, f"{adapter_hash(directory)} {text}")
-        dtype = getattr(torch, adapter.metrics.get("options", {}).get("precision", "float32"))
+        archive = Archive.open(directory / ARCHIVE_FILE, space.model.parameters, f"{description.hash} {text}")
+        dtype = getattr(torch, description.metrics["options"]["precision"])
         fake = FakeQuantModel(checkpoint, adapter.codes(checkpoint, progress), device, dtype=dtype)
-        lora = 2 * sum(rows * columns for rows, columns in adapter.contract.shapes.values())
 
         def evaluate(config: QuantConfig) -> float:
             fake.set_config(config)
-            fake.set_lora(adapter.contract, adapter.emit(config))
+            fake.set_lora(description.contract, adapter.emit(config))
             return mean_loss(fake, picked)
 
-        search(space, adapter.sensitivity.costs, evaluate, evaluations, archive, lora_bytes=lora, progress=progress)
-    return archive, (
-        space.max_bits + 8 * lora / space.model.parameters,
-        math.log(int(checkpoint.config["vocab_size"])),
-    )
+        costs = description.sensitivity.costs
+        search(space, costs, evaluate, evaluations, archive, lora_bytes=lora, progress=progress)
+    return archive, (space.max_bits + 8 * lora / space.model.parameters, math.log(description.spec.vocabulary))

@@ -11,6 +11,7 @@ import torch
 
 from coatrt.adapter.adapter import Adapter
 from coatrt.adapter.compensation import Compensator
+from coatrt.adapter.description import AdapterDescription
 from coatrt.adapter.features import ConfigEncoder
 from coatrt.adapter.lora import CoaLora
 from coatrt.configs.lora_contract import LoraContract, contract_for
@@ -100,9 +101,9 @@ def train(
     lora.settle(run.progress)
     adapter = _adapter(run, lora, sensitivity, history, held_out)
     if run.processes.is_first:
-        adapter.save(output)
+        adapter.save_pretrained(output)
     run.processes.wait()
-    return Adapter.load(output)
+    return Adapter.from_pretrained(output)
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ class _Run:
 
     source: str  # the model's name or absolute path
     checkpoint: Checkpoint
+    spec: DecoderSpec
     space: ConfigSpace
     budgets: tuple[float, float]  # lowest and highest to train for, bits per weight
     contract: LoraContract
@@ -141,7 +143,7 @@ def _open(
 ) -> _Run:
     """Open the model, and refuse what would fail later."""
     checkpoint = Checkpoint.open(source)
-    DecoderSpec.from_checkpoint(checkpoint)  # a model that cannot be exported is refused now, not after training
+    spec = DecoderSpec.from_checkpoint(checkpoint)  # a model that cannot be exported is refused now, not after training
     space = ConfigSpace(checkpoint.matrices, tuple(map(WeightFormat.parse, options.formats)))
     processes = Processes(compute_device(device).type)
     processes.share(torch.arange(options.batch))  # refuses a batch that does not divide among them
@@ -149,6 +151,7 @@ def _open(
     return _Run(
         source=str(Path(source).absolute()) if Path(source).exists() else str(source),
         checkpoint=checkpoint,
+        spec=spec,
         space=space,
         budgets=_budgets(space, options),
         contract=contract_for(checkpoint.matrices, options.rank, options.alpha, dict(options.ranks)),
@@ -177,8 +180,8 @@ def _budgets(space: ConfigSpace, options: TrainOptions) -> tuple[float, float]:
 
 
 def _finished(output: Path, identity: str) -> Adapter:
-    adapter = Adapter.load(output)
-    if adapter.metrics.get("run") != identity:
+    adapter = Adapter.from_pretrained(output)
+    if adapter.description.metrics.get("run") != identity:
         raise ConfigError(
             f"{output} holds a finished adapter of other options, another model or other data; give another directory, "
             "or --overwrite to replace it"
@@ -257,12 +260,12 @@ def _adapter(run: _Run, lora: CoaLora, sensitivity: Sensitivity, history: Histor
     """Return the finished adapter with what is measured of it."""
     options, data = run.options, run.data
     limit = options.held_out_limit(data.kind)
-    return Adapter(
+    description = AdapterDescription(
         source=run.source,
         fingerprint=run.checkpoint.fingerprint,
-        model_config=run.checkpoint.config,
+        spec=run.spec,
         space=run.space,
-        lora=lora.eval(),
+        contract=run.contract,
         sensitivity=sensitivity,
         metrics={
             "run": run.identity,
@@ -278,5 +281,5 @@ def _adapter(run: _Run, lora: CoaLora, sensitivity: Sensitivity, history: Histor
             "held_out": held_out.evaluate(),
         },
         quantizer=options.quantizer,
-        calibration=run.calibration,
     )
+    return Adapter(description, lora.eval(), run.calibration)

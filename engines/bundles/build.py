@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from coatrt.adapter.adapter import Adapter
-from coatrt.adapter.description import AdapterFacts
+from coatrt.adapter.description import AdapterDescription
 from coatrt.configs.config import QuantConfig
 from coatrt.devices.profiles import device
 from coatrt.engines.builders.builder_slots import BuilderSlots
@@ -63,7 +63,7 @@ def build(
         ConfigError: nothing keeps the limits, the configuration does not fit, or a place is in use.
     """
     request = request or PlanRequest()
-    description = AdapterFacts.load(adapter)
+    description = AdapterDescription.load(adapter)
     profiles = [device(name) for name in dict.fromkeys(devices)]
     choice = None if config is None else (config, None)
     archive = adapter_archive(adapter)
@@ -71,7 +71,7 @@ def build(
     preparation = prepare(description, targets, options or BundleOptions.of(request), overwrite=overwrite)
     if not preparation.jobs:
         return [preparation.current[target.output] for target in targets]
-    loaded = Adapter.load(adapter)
+    loaded = Adapter.from_pretrained(adapter)
     checkpoint = loaded.checkpoint(model)
     return execute(preparation, loaded, checkpoint, cache=cache, slots=slots, progress=progress, tell=tell)
 
@@ -93,7 +93,7 @@ def build_targets(
 
     Args and errors are those of `prepare` and `execute`.
     """
-    preparation = prepare(adapter, targets, options, overwrite=overwrite)
+    preparation = prepare(adapter.description, targets, options, overwrite=overwrite)
     return execute(
         preparation, adapter, checkpoint, codes=codes, cache=cache, slots=slots, progress=progress, tell=tell
     )

@@ -26,19 +26,19 @@ def export_shared(adapter: Adapter, checkpoint: Checkpoint, directory: Path) -> 
         checkpoint: its model.
         directory: an existing directory.
     """
-    adapter.contract.save(directory / "lora_io.json")
+    adapter.description.contract.save(directory / "lora_io.json")
     export_hypernetwork(adapter, directory)
     tokenizer = load_tokenizer(checkpoint.directory)
     tokenizer.save_pretrained(str(directory / "tokenizer"))
     return {
         "model": {
-            "source": adapter.source,
-            "fingerprint": adapter.fingerprint,
+            "source": adapter.description.source,
+            "fingerprint": adapter.description.fingerprint,
             "family": checkpoint.model_type,
             "stop_tokens": _stop_tokens(checkpoint, tokenizer),
         },
-        "matrices": adapter.model.to_json(),
-        "quantizer": adapter.quantizer,
+        "matrices": adapter.description.model.to_json(),
+        "quantizer": adapter.description.quantizer,
         "versions": versions(),
     }
 
@@ -69,7 +69,7 @@ def export_config(
     Raises:
         ConfigError: the configuration does not fit the model or the adapter.
     """
-    forms, contract = options.forms(), adapter.contract
+    forms, contract = options.forms(), adapter.description.contract
     codes = codes or adapter.codes(checkpoint, progress)
     export_decoder(checkpoint, config, directory, forms=forms, contract=contract, codes=codes, progress=progress)
     config.save(directory / "configuration.json")
@@ -83,8 +83,8 @@ def export_config(
         "configuration": {
             "file": "configuration.json",
             "hash": config.hash,
-            "average_bits": config.average_bits(adapter.model),
-            "bytes": config.nbytes(adapter.model),
+            "average_bits": config.average_bits(adapter.description.model),
+            "bytes": config.nbytes(adapter.description.model),
             "errors": _errors(adapter, config),
         },
         "decoders": decoders,
@@ -94,7 +94,7 @@ def export_config(
 
 def _errors(adapter: Adapter, config: QuantConfig) -> dict[str, float]:
     """Return the relative error of every matrix whose format the adapter measured."""
-    measured = adapter.sensitivity.errors
+    measured = adapter.description.sensitivity.errors
     return {
         name: measured[name][str(fmt)] for name, fmt in config.formats.items() if str(fmt) in measured.get(name, {})
     }

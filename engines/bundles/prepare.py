@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from coatrt.adapter.description import AdapterFacts
+from coatrt.adapter.description import AdapterDescription
 from coatrt.bundle import Bundle
 from coatrt.configs.config import QuantConfig
 from coatrt.devices.profiles import DeviceProfile
@@ -58,7 +58,11 @@ class Preparation:
 
 
 def prepare(
-    adapter: AdapterFacts, targets: Sequence[Target], options: BundleOptions | None = None, *, overwrite: bool = False
+    adapter: AdapterDescription,
+    targets: Sequence[Target],
+    options: BundleOptions | None = None,
+    *,
+    overwrite: bool = False,
 ) -> Preparation:
     """Return what a build has to do; nothing is written.
 
@@ -90,7 +94,7 @@ def prepare(
     return Preparation(tuple(targets), options, fingerprints, current, jobs)
 
 
-def _check_target(adapter: AdapterFacts, target: Target, options: BundleOptions) -> None:
+def _check_target(adapter: AdapterDescription, target: Target, options: BundleOptions) -> None:
     """Refuse a configuration that the adapter or a device does not serve."""
     for tensor in adapter.contract.tensors:
         fmt = target.config.formats.get(tensor.matrix)

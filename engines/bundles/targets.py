@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from coatrt.adapter.description import AdapterFacts
+from coatrt.adapter.description import AdapterDescription
 from coatrt.bundle import Bundle
 from coatrt.configs.config import QuantConfig
 from coatrt.devices.profiles import DeviceProfile
@@ -58,7 +58,7 @@ class BundleResult:
 
 
 def plan_targets(
-    adapter: AdapterFacts,
+    adapter: AdapterDescription,
     devices: Sequence[DeviceProfile],
     output: Path,
     request: PlanRequest,
@@ -75,7 +75,7 @@ def plan_targets(
         request: what is asked of the plans.
         choice: a configuration for all devices, and the plan it comes from; a plan's figures are saved with the bundle
             of its own device and adapter only.
-        archive: measured configurations, see `coatrt.planning.planner.make_plan`.
+        archive: measured configurations, see `coatrt.planning.planner.plan`.
 
     Raises:
         DeviceError: a device allows none of the adapter's formats.

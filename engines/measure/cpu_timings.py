@@ -125,7 +125,7 @@ def export_reference(
     """Write the cpu form of a configuration with the adapter's LoRA inputs, and return the graph file."""
     form = GraphForm("cpu", "cpu.onnx", activations)
     codes = adapter.codes(checkpoint)
-    export_decoder(checkpoint, config, directory, forms=[form], contract=adapter.contract, codes=codes)
+    export_decoder(checkpoint, config, directory, forms=[form], contract=adapter.description.contract, codes=codes)
     return directory / form.file
 
 
@@ -183,7 +183,7 @@ def calibrate_cpu(
     """
     if not tokens or not contexts or min(*tokens, *contexts) < 1:
         raise ConfigError(f"tokens and contexts must be positive numbers, got {list(tokens)} and {list(contexts)}")
-    formats, model = tuple(formats or adapter.formats), adapter.model
+    formats, model = tuple(formats or adapter.description.formats), adapter.description.model
     shapes = {(matrix.K, matrix.N): matrix.is_table for matrix in _multiplied(model)}
     total, timed = len(shapes) * len(formats) + 1, []
     reference = QuantConfig.uniform(model, formats[0])
@@ -235,7 +235,7 @@ class _WholeDecoders:
         lora = {name: value.numpy() for name, value in adapter.emit(reference).items()}
         self._decoders: dict[int, OrtDecoder] = {}
         for context in dict.fromkeys(min(context, io.max_positions) for context in contexts):
-            decoder = OrtDecoder(graph, io, adapter.contract, replace(options, context=context))
+            decoder = OrtDecoder(graph, io, adapter.description.contract, replace(options, context=context))
             decoder.set_lora(lora)
             self._decoders[context] = decoder
         self._prompt, self._clock = prompt, clock
@@ -257,12 +257,11 @@ class _WholeDecoders:
 
     def rests(self, timings: Calibrated, adapter: Adapter, reference: QuantConfig, element: int) -> Iterator[Rest]:
         """Yield what each kind of call takes beyond its products."""
-        lora = sum(rows * columns for rows, columns in adapter.contract.shapes.values())
         for (count, context), samples in self._seconds.items():
-            work = Workload.of(adapter.model_config, context, 1, count, lora, element)
+            work = Workload.of(adapter.description, context, 1, count, element)
             known = sum(
                 timings.matrix_seconds(matrix.N, matrix.K, reference[matrix.name], 1 if matrix.is_table else count)
-                for matrix in _multiplied(adapter.model)
+                for matrix in _multiplied(adapter.description.model)
             )
             yield Rest(shape_of(work), count, context, statistics.median(samples) - known)
 
@@ -284,9 +283,8 @@ def _without_drift(timed: list[list[Product]], beside: list[float]) -> list[Prod
 
 def predicted_decode(calibration: Calibrated, adapter: Adapter, config: QuantConfig, context: int) -> float:
     """Return what a calibration predicts for decoding a token with a configuration."""
-    lora = sum(rows * columns for rows, columns in adapter.contract.shapes.values())
-    work = Workload.of(adapter.model_config, context, 1, 1, lora, 4)
-    model = adapter.model
+    work = Workload.of(adapter.description, context, 1, 1, 4)
+    model = adapter.description.model
     return calibration.rest_seconds(model, work, 1, context) + sum(
         calibration.matrix_seconds(matrix.N, matrix.K, config[matrix.name], 1) for matrix in _multiplied(model)
     )

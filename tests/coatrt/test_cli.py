@@ -11,10 +11,12 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from coatrt.adapter.description import AdapterDescription
 from coatrt.bundle import Bundle
 from coatrt.cli.common import warn_of_idle_gpu
 from coatrt.cli.main import cli, main
 from coatrt.errors import ConfigError
+from coatrt.planning.plan import read_choice, read_config
 from support.tiny import TEXTS
 
 COMMANDS = ("devices", "train", "search", "plan", "export", "build", "adapt", "verify", "run", "bench", "report")
@@ -77,7 +79,12 @@ def test_the_chain_by_hand(tiny_llama: Path, tmp_path: Path) -> None:
     asked = ("--device", "rtx-4090", "--bits", 5, *common)
     plan = json.loads(good("plan", adapter, *asked, "--json", "-o", tmp_path / "c.json"))
     assert plan["average_bits"] <= 5
-    assert json.loads((tmp_path / "c.json").read_text()) == plan["configuration"]
+    assert json.loads((tmp_path / "c.json").read_text()) == plan
+    model = AdapterDescription.load(adapter).model
+    config, again = read_choice(tmp_path / "c.json", model)
+    assert again is not None
+    assert again.to_json() == plan
+    assert config == again.config == read_config(tmp_path / "c.json", model)
     fleet = json.loads(good("plan", adapter, "--device", "rtx-4090", "--device", "t4", "--bits", 6, "--json"))
     assert [row["device"] for row in fleet] == ["rtx-4090", "t4"]
     assert "int4-g32" not in fleet[1]["formats"]
@@ -275,7 +282,7 @@ def test_not_enough_memory_is_one_line(
         (torch.OutOfMemoryError("CUDA out of memory"), "not enough GPU memory: try coatrt train --precision bfloat16"),
         (MemoryError("1.2 TiB"), "not enough memory (1.2 TiB)"),
     ):
-        monkeypatch.setattr("coatrt.planning.planner.make_plan", lambda *_, raised=raised, **__: throw(raised))
+        monkeypatch.setattr("coatrt.planning.planner.plan", lambda *_, raised=raised, **__: throw(raised))
         assert said in wrong(capsys, monkeypatch, *arguments)
 
 

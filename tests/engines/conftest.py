@@ -12,9 +12,8 @@ import pytest
 from coatrt.adapter.adapter import Adapter
 from coatrt.devices.profiles import device
 from coatrt.engines.bundles.options import BundleOptions
-from coatrt.engines.headers import fetch
-from coatrt.errors import CoatError
-from coatrt.planning.planner import plan_for
+from coatrt.planning import planner
+from fetch_headers import FetchError, fetch
 from support.bundles import make_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,9 +21,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    adapter = Adapter.load(tiny_adapter)
+    adapter = Adapter.from_pretrained(tiny_adapter)
     profile = device("rtx-4090")
-    plan = plan_for(adapter, profile, bits=5.2, context=96, prefill=32)
+    plan = planner.plan(adapter.description, profile, bits=5.2, context=96, prefill=32)
     directory = tmp_path_factory.mktemp("bundle") / "rtx-4090"
     options = BundleOptions(context=96, engine=False)
     make_bundle(adapter, plan.config, profile.id, directory, options, plan=plan)
@@ -71,7 +70,7 @@ def headers() -> Path:
             pytest.skip(f"the C++ tests need {program}")
     try:
         return fetch(ROOT / "build" / "deps")
-    except CoatError as error:
+    except FetchError as error:
         pytest.skip(f"the C++ tests need headers: {error}")
 
 

@@ -28,13 +28,13 @@ PROMPT = [10, 200, 30, 44, 5, 66, 77]
 @pytest.fixture(scope="session")
 def bundles(tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """int8, int4, and nf3 with int8 and fp16 activations."""
-    adapter = Adapter.load(tiny_adapter)
+    adapter = Adapter.from_pretrained(tiny_adapter)
     made = {}
     mixed = ConfigPatterns.from_json({"patterns": {r".*(v_proj|embed_tokens)": "int8"}, "default": "nf3-g32"})
     for name, config in {
-        "int8": adapter.space.uniform("int8"),
-        "int4": adapter.space.uniform("int4-g32"),
-        "nf3": mixed.resolve(adapter.space.model),
+        "int8": adapter.description.space.uniform("int8"),
+        "int4": adapter.description.space.uniform("int4-g32"),
+        "nf3": mixed.resolve(adapter.description.space.model),
     }.items():
         made[name] = tmp_path_factory.mktemp("cpp") / name
         options = BundleOptions(context=96, engine=False)

@@ -31,15 +31,15 @@ def test_graph_equals_torch_for_configurations_never_seen(adapter: Adapter, tmp_
     export_hypernetwork(adapter, tmp_path)
     session = ort.InferenceSession(str(tmp_path / "hypernet.onnx"), providers=["CPUExecutionProvider"])
     side = json.loads((tmp_path / "hypernet.json").read_text())
-    assert side["matrices"] == [tensor.matrix for tensor in adapter.contract.tensors]
+    assert side["matrices"] == [tensor.matrix for tensor in adapter.description.contract.tensors]
     (given,) = session.get_inputs()
     assert (given.name, given.type, given.shape) == ("formats", "tensor(int64)", [len(side["matrices"])])
     shapes = {out.name: tuple(out.shape) for out in session.get_outputs()}
-    assert shapes == dict(adapter.contract.shapes)
-    assert list(shapes) == list(adapter.contract.shapes)
+    assert shapes == dict(adapter.description.contract.shapes)
+    assert list(shapes) == list(adapter.description.contract.shapes)
     rng, seen = np.random.default_rng(11), set()
     for _ in range(20):
-        config = random_config(adapter.space, rng)
+        config = random_config(adapter.description.space, rng)
         ids = np.array([side["formats"].index(str(config[name])) for name in side["matrices"]])
         emitted, expected = session.run(list(shapes), {"formats": ids}), adapter.emit(config)
         for name, value in zip(shapes, emitted, strict=True):
@@ -62,10 +62,12 @@ def test_large_tensors_go_to_a_file_of_their_own(
     export_hypernetwork(adapter, tmp_path)
     assert (tmp_path / "hypernet.bin").stat().st_size > (tmp_path / "hypernet.onnx").stat().st_size
     session = ort.InferenceSession(str(tmp_path / "hypernet.onnx"), providers=["CPUExecutionProvider"])
-    config = random_config(adapter.space, np.random.default_rng(0))
+    config = random_config(adapter.description.space, np.random.default_rng(0))
     ids = adapter.encoder.format_ids(config).numpy()
-    (value,) = session.run([adapter.contract.tensors[-1].B], {"formats": ids})
-    assert torch.allclose(torch.from_numpy(value), adapter.emit(config)[adapter.contract.tensors[-1].B], atol=1e-5)
+    (value,) = session.run([adapter.description.contract.tensors[-1].B], {"formats": ids})
+    assert torch.allclose(
+        torch.from_numpy(value), adapter.emit(config)[adapter.description.contract.tensors[-1].B], atol=1e-5
+    )
 
 
 def test_a_plain_lora_is_the_same_for_every_configuration(tiny_llama: Path, tmp_path: Path) -> None:
@@ -74,7 +76,9 @@ def test_a_plain_lora_is_the_same_for_every_configuration(tiny_llama: Path, tmp_
     )
     export_hypernetwork(adapter, tmp_path)
     session = ort.InferenceSession(str(tmp_path / "hypernet.onnx"), providers=["CPUExecutionProvider"])
-    expected = adapter.emit(adapter.space.uniform("int8"))
-    values = session.run(list(expected), {"formats": adapter.encoder.format_ids(adapter.space.uniform("fp8")).numpy()})
+    expected = adapter.emit(adapter.description.space.uniform("int8"))
+    values = session.run(
+        list(expected), {"formats": adapter.encoder.format_ids(adapter.description.space.uniform("fp8")).numpy()}
+    )
     for name, value in zip(expected, values, strict=True):
         np.testing.assert_allclose(value, expected[name].numpy(), atol=1e-6)

@@ -169,19 +169,21 @@ def test_an_adapter_keeps_the_terms_of_its_last_a(tiny_llama: Path, tmp_path: Pa
     assert adapter.calibration is not None
     moments = InputMoments(checkpoint, adapter.calibration)
     model = FakeQuantModel(checkpoint, CodeStore(checkpoint), dtype=getattr(torch, precision))
-    compensator = Compensator(model, moments, adapter.contract)
-    low, high = (adapter.emit(adapter.space.uniform(text)) for text in ("nf2-g32", "int8"))
-    for tensor in adapter.contract.tensors:
+    compensator = Compensator(model, moments, adapter.description.contract)
+    low, high = (adapter.emit(adapter.description.space.uniform(text)) for text in ("nf2-g32", "int8"))
+    for tensor in adapter.description.contract.tensors:
         a, b = adapter.lora.shared()[tensor.matrix]
-        trained = b * adapter.contract.scale(tensor)
+        trained = b * adapter.description.contract.scale(tensor)
         for emitted, fmt in ((low, LOW), (high, HIGH)):
             assert torch.equal(emitted[tensor.A], a)
             found = term(compensator, tensor.matrix, fmt, a)
             half = 2**-11 * float(found.abs().max())  # the table is float16
             np.testing.assert_allclose(emitted[tensor.B].numpy(), (trained + found).numpy(), rtol=1e-4, atol=2 * half)
         assert (low[tensor.B] - trained).norm() > 5 * (high[tensor.B] - trained).norm()
-    again = Adapter.load(tmp_path / "a")
-    assert all(torch.equal(value, low[name]) for name, value in again.emit(again.space.uniform("nf2-g32")).items())
+    again = Adapter.from_pretrained(tmp_path / "a")
+    assert all(
+        torch.equal(value, low[name]) for name, value in again.emit(again.description.space.uniform("nf2-g32")).items()
+    )
 
 
 @pytest.mark.parametrize(("start", "share"), [("residual", 1.0), ("mixed", 0.5)])
@@ -194,8 +196,8 @@ def test_a_starts_from_what_the_lowest_format_takes_away(
     assert adapter.calibration is not None
     checkpoint = adapter.checkpoint()
     model = FakeQuantModel(checkpoint, CodeStore(checkpoint))
-    compensator = Compensator(model, InputMoments(checkpoint, adapter.calibration), adapter.contract)
+    compensator = Compensator(model, InputMoments(checkpoint, adapter.calibration), adapter.description.contract)
     gains = output_gains(model, Examples.of_blocks(adapter.calibration.tokens))
-    for i, tensor in enumerate(adapter.contract.tensors):
+    for i, tensor in enumerate(adapter.description.contract.tensors):
         expected = compensator.start(tensor, LOW, gains[tensor.matrix], i, share)
         np.testing.assert_allclose(adapter.lora.shared()[tensor.matrix][0].numpy(), expected.numpy(), atol=1e-4)

@@ -3,13 +3,14 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from coatrt.adapter.adapter import Adapter
-from coatrt.adapter.description import AdapterFacts
+from coatrt.adapter.description import AdapterDescription
 from coatrt.adapter.features import ConfigEncoder
 from coatrt.adapter.lora import CoaLora
 from coatrt.configs.config import QuantConfig
@@ -18,6 +19,7 @@ from coatrt.errors import CheckpointError, ConfigError
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.models.matrices import ModelMatrices, matrices_of
 from coatrt.quantization.code_cache import CodeStore
+from coatrt.quantization.input_moments import Calibration
 from coatrt.quantization.weight_format import WeightFormat
 from support.formats import random_config
 
@@ -100,15 +102,17 @@ def test_a_format_not_trained_for_is_refused(encoder: ConfigEncoder, model: Mode
 
 
 def test_adapter_survives_saving(tiny_adapter: Path, tmp_path: Path) -> None:
-    adapter = Adapter.load(tiny_adapter)
-    adapter.save(tmp_path / "copy")
-    again = Adapter.load(tmp_path / "copy")
-    config = random_config(adapter.space, np.random.default_rng(3))
+    adapter = Adapter.from_pretrained(tiny_adapter)
+    adapter.save_pretrained(tmp_path / "copy")
+    again = Adapter.from_pretrained(tmp_path / "copy")
+    config = random_config(adapter.description.space, np.random.default_rng(3))
     first, second = adapter.emit(config), again.emit(config)
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert again.formats == adapter.formats
-    assert again.sensitivity == adapter.sensitivity
-    assert again.quantizer == adapter.quantizer == "mse"
+    assert replace(again.description, hash=adapter.description.hash) == adapter.description
+    assert again.description == AdapterDescription.load(tmp_path / "copy")
+    assert again.description.formats == adapter.description.formats
+    assert again.description.sensitivity == adapter.description.sensitivity
+    assert again.description.quantizer == adapter.description.quantizer == "mse"
     assert adapter.calibration is not None
     assert again.calibration is not None
     assert torch.equal(again.calibration.tokens, adapter.calibration.tokens)
@@ -116,37 +120,63 @@ def test_adapter_survives_saving(tiny_adapter: Path, tmp_path: Path) -> None:
 
 
 def test_an_adapter_keeps_its_quantizer(tiny_adapter: Path, tmp_path: Path) -> None:
-    adapter = Adapter.load(tiny_adapter)
-    replace(adapter, quantizer="feedback").save(tmp_path / "fed")
-    fed = Adapter.load(tmp_path / "fed")
-    assert fed.quantizer == fed.codes(fed.checkpoint()).quantizer == "feedback"
-    replace(adapter, quantizer="absmax", calibration=None).save(tmp_path / "paper")
-    assert Adapter.load(tmp_path / "paper").calibration is None
+    adapter = Adapter.from_pretrained(tiny_adapter)
+
+    def encoded_by(quantizer: Any, calibration: Calibration | None = adapter.calibration) -> Adapter:
+        return Adapter(replace(adapter.description, quantizer=quantizer), adapter.lora, calibration)
+
+    encoded_by("feedback").save_pretrained(tmp_path / "fed")
+    fed = Adapter.from_pretrained(tmp_path / "fed")
+    assert fed.description.quantizer == fed.codes(fed.checkpoint()).quantizer == "feedback"
+    encoded_by("absmax", None).save_pretrained(tmp_path / "paper")
+    assert Adapter.from_pretrained(tmp_path / "paper").calibration is None
     assert not (tmp_path / "paper" / "calibration.safetensors").exists()
     with pytest.raises(ConfigError, match="feedback is given without calibration tokens"):
-        replace(adapter, quantizer="feedback", calibration=None)
+        encoded_by("feedback", None)
     with pytest.raises(ConfigError, match="no quantizer 'best'; allowed: absmax, mse, weighted, gptq, feedback"):
-        replace(adapter, quantizer="best")  # type: ignore[arg-type]
+        encoded_by("best")
 
 
 @pytest.mark.parametrize("name", ["adapter.safetensors", "sensitivity.json", "metrics.json", "calibration.safetensors"])
 def test_an_altered_adapter_is_refused(tiny_adapter: Path, tmp_path: Path, name: str) -> None:
-    Adapter.load(tiny_adapter).save(tmp_path / "a")
+    Adapter.from_pretrained(tiny_adapter).save_pretrained(tmp_path / "a")
     data = bytearray((tmp_path / "a" / name).read_bytes())
     data[len(data) // 2] ^= 1
     (tmp_path / "a" / name).write_bytes(data)
     with pytest.raises(CheckpointError, match="was altered or is damaged"):
-        Adapter.load(tmp_path / "a")
+        Adapter.from_pretrained(tmp_path / "a")
 
 
 @pytest.mark.parametrize("garbled", [None, 5, ["adapter.safetensors"]])
 def test_an_adapter_without_hashes_is_refused(tiny_adapter: Path, tmp_path: Path, garbled: object) -> None:
-    Adapter.load(tiny_adapter).save(tmp_path / "a")
+    Adapter.from_pretrained(tiny_adapter).save_pretrained(tmp_path / "a")
     path = tmp_path / "a" / "adapter.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"sha256": garbled}))
-    for kind in (Adapter, AdapterFacts):
+    for read in (Adapter.from_pretrained, AdapterDescription.load):
         with pytest.raises(CheckpointError, match="names no hashes"):
-            kind.load(tmp_path / "a")
+            read(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"format": 3}, r"has adapter format 3, coatrt \S+ reads 4; train it again"),
+        ({"decoder": {}}, "the decoder's family is None; train the adapter again"),
+        ({"decoder": None}, "is a damaged adapter"),
+        ({"formats": ["int5"]}, "is a damaged adapter: "),
+        ({"quantizer": "best"}, "is a damaged adapter: no quantizer 'best'"),
+    ],
+)
+def test_a_garbled_description_is_one_line(
+    tiny_adapter: Path, tmp_path: Path, changes: dict[str, object], said: str
+) -> None:
+    Adapter.from_pretrained(tiny_adapter).save_pretrained(tmp_path / "a")
+    path = tmp_path / "a" / "adapter.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    for read in (Adapter.from_pretrained, AdapterDescription.load):
+        with pytest.raises(CheckpointError, match=said) as refused:
+            read(tmp_path / "a")
+        assert "\n" not in str(refused.value)
 
 
 def test_an_adapter_refuses_another_model(tiny_adapter: Path, tmp_path: Path) -> None:
@@ -154,20 +184,20 @@ def test_an_adapter_refuses_another_model(tiny_adapter: Path, tmp_path: Path) ->
 
     other = save_tiny_llama(tmp_path / "other", seed=9)
     with pytest.raises(CheckpointError, match="the adapter was trained on"):
-        Adapter.load(tiny_adapter).checkpoint(other)
+        Adapter.from_pretrained(tiny_adapter).checkpoint(other)
 
 
 def test_peft_computes_the_same_logits(tiny_adapter: Path, tiny_llama: Path) -> None:
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 
-    adapter = Adapter.load(tiny_adapter)
+    adapter = Adapter.from_pretrained(tiny_adapter)
     base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(base, tiny_adapter / "peft").eval()
     checkpoint = adapter.checkpoint()
     ours = FakeQuantModel(checkpoint, CodeStore(checkpoint))
     shared = {
-        name: (a, b * adapter.contract.scale(adapter.contract.by_matrix[name]))
+        name: (a, b * adapter.description.contract.scale(adapter.description.contract.by_matrix[name]))
         for name, (a, b) in adapter.lora.shared().items()
     }
     ours.set_pairs(shared)

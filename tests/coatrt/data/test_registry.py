@@ -141,15 +141,17 @@ def test_training_raises_the_accuracy_of_a_choice_task(files: Path, tiny_llama: 
     data = load_task("choice", [files / "choice.jsonl"], tokenizer, 32, held_out=[held_out])
     options = tiny_options(steps=20, batch=8, evaluation=12, formats=("nf4-g32", "int8"), checkpoint_every=20)
     adapter = train(tiny_llama, data, files / "out", options)
-    found = adapter.metrics["held_out"]
+    found = adapter.description.metrics["held_out"]
     row = found["budgets"][0]
     assert found["full_precision_accuracy"] <= 0.6
     assert row["without_accuracy"] <= 0.6
     assert row["adapted_accuracy"] >= 0.9
     assert row["adapted"] < row["without"] / 2
-    assert adapter.metrics["held_out_examples"] == 12
-    assert adapter.metrics["task"] == "choice"
-    assert train(tiny_llama, data, files / "out", options, resume=True).metrics == adapter.metrics
+    assert adapter.description.metrics["held_out_examples"] == 12
+    assert adapter.description.metrics["task"] == "choice"
+    assert (
+        train(tiny_llama, data, files / "out", options, resume=True).description.metrics == adapter.description.metrics
+    )
     other = load_task("choice", [files / "choice.jsonl"], tokenizer, 32)
     with pytest.raises(ConfigError, match="other data"):
         train(tiny_llama, other, files / "out", options, resume=True)
@@ -181,7 +183,7 @@ def test_the_command_trains_on_every_kind(task: str, data: str, files: Path, tin
     ]
     result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
     assert result.exit_code == 0, (result.output, result.exception)
-    metrics = Adapter.load(files / "out").metrics
+    metrics = Adapter.from_pretrained(files / "out").description.metrics
     assert metrics["task"] == task
     assert f"held-out perplexity over {metrics['held_out_tokens']} tokens" in result.output
     assert ("held-out accuracy over 6 questions" in result.output) == (task == "choice")

@@ -1,6 +1,7 @@
 """What a planner promises: monotone budgets, legal formats, pins, plans that come back from JSON, clear refusals."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coatrt.adapter.description import AdapterFacts
+from coatrt.adapter.description import AdapterDescription
 from coatrt.configs.space import ConfigSpace
 from coatrt.devices.profiles import device, devices
 from coatrt.errors import ConfigError, FormatError
+from coatrt.planning import planner
 from coatrt.planning.candidates import candidates, least_cost_by_size
 from coatrt.planning.engine_size import engine_overhead, overhead_of_choices
 from coatrt.planning.knapsack import cost_matrix
@@ -20,9 +22,9 @@ from coatrt.planning.latency import BANDWIDTH_SHARE, FLOPS_SHARE, LAUNCH_SECONDS
 from coatrt.planning.measured_latency import Calibrated, Product, Rest, calibration_path, find_calibration, shape_of
 from coatrt.planning.memory import memory_of, scale_bytes
 from coatrt.planning.pins import matched, pinned_costs
-from coatrt.planning.plan import read_config
-from coatrt.planning.planner import Plan, PlanRequest, Workload, plan_fleet, plan_for
+from coatrt.planning.plan import Plan, PlanRequest, read_config
 from coatrt.planning.table import fleet_table
+from coatrt.planning.workload import Workload
 from coatrt.quantization.weight_format import WeightFormat
 from support.knapsack import least_price
 
@@ -31,22 +33,21 @@ NAMES = st.sampled_from([profile.id for profile in GPUS])
 
 
 @pytest.fixture(scope="module")
-def adapter(tiny_adapter: Path) -> AdapterFacts:
-    return AdapterFacts.load(tiny_adapter)
+def adapter(tiny_adapter: Path) -> AdapterDescription:
+    return AdapterDescription.load(tiny_adapter)
 
 
-def workload(adapter: AdapterFacts, element: int = 2) -> Workload:
-    lora = sum(rows * columns for rows, columns in adapter.contract.shapes.values())
-    return Workload.of(adapter.model_config, 64, 1, 16, lora, element)
+def workload(adapter: AdapterDescription, element: int = 2) -> Workload:
+    return Workload.of(adapter, 64, 1, 16, element)
 
 
 @settings(max_examples=60, deadline=None)
 @given(name=NAMES, budgets=st.tuples(st.floats(0, 1), st.floats(0, 1)), speed=st.none() | st.floats(0, 1))
 def test_more_memory_never_gives_a_worse_loss_and_less_never_more_bytes(
-    adapter: AdapterFacts, name: str, budgets: tuple[float, float], speed: float | None
+    adapter: AdapterDescription, name: str, budgets: tuple[float, float], speed: float | None
 ) -> None:
-    rich = plan_for(adapter, device(name))
-    poor = plan_for(adapter, device(name), objective="latency", max_loss=1e9)
+    rich = planner.plan(adapter, device(name))
+    poor = planner.plan(adapter, device(name), objective="latency", max_loss=1e9)
     least = min(point[0] for point in rich.front)
     assert rich.tokens_per_second is not None
     assert poor.tokens_per_second is not None
@@ -55,7 +56,7 @@ def test_more_memory_never_gives_a_worse_loss_and_less_never_more_bytes(
         floor = 0.999 * (rich.tokens_per_second + speed * (poor.tokens_per_second - rich.tokens_per_second))
         least = max(least, poor.total_bytes)
     low, high = (
-        plan_for(
+        planner.plan(
             adapter,
             device(name),
             memory=least + int(share * (rich.total_bytes - least) + 1),
@@ -83,7 +84,7 @@ def test_more_memory_never_gives_a_worse_loss_and_less_never_more_bytes(
     batch=st.integers(1, 8),
 )
 def test_every_plan_comes_back_from_its_json(
-    adapter: AdapterFacts,
+    adapter: AdapterDescription,
     tmp_path_factory: pytest.TempPathFactory,
     name: str,
     objective: Any,
@@ -92,12 +93,12 @@ def test_every_plan_comes_back_from_its_json(
     batch: int,
 ) -> None:
     request = PlanRequest(objective, bits=bits, context=context, batch=batch, keep=(("down_proj", "int8"),))
-    plan = plan_for(adapter, device(name), request)
+    plan = planner.plan(adapter, device(name), request)
     written = json.loads(json.dumps(plan.to_json()))
     again = Plan.from_json(written, adapter.model)
     assert again == plan
     assert again.text() == plan.text()
-    replanned = plan_for(adapter, device(again.device), again.request)
+    replanned = planner.plan(adapter, device(again.device), again.request)
     assert replanned.config.hash == written["configuration_hash"] == plan.config.hash
     path = tmp_path_factory.mktemp("plan") / "plan.json"
     path.write_text(json.dumps(written))
@@ -106,8 +107,8 @@ def test_every_plan_comes_back_from_its_json(
     assert read_config(path, adapter.model) == plan.config
 
 
-def test_an_altered_plan_is_refused(adapter: AdapterFacts) -> None:
-    written = plan_for(adapter, device("rtx-4090"), bits=5).to_json()
+def test_an_altered_plan_is_refused(adapter: AdapterDescription) -> None:
+    written = planner.plan(adapter, device("rtx-4090"), bits=5).to_json()
     name = next(iter(written["configuration"]["matrices"]))
     other = {**written["configuration"]["matrices"], name: "fp8"}
     with pytest.raises(ConfigError, match="has the hash"):
@@ -134,7 +135,7 @@ def test_choices_by_size_are_the_best_of_their_size(seed: int, groups: int, form
     assert found == pytest.approx(best)
 
 
-def test_candidates_are_within_half_a_hundredth_of_the_optimum(adapter: AdapterFacts) -> None:
+def test_candidates_are_within_half_a_hundredth_of_the_optimum(adapter: AdapterDescription) -> None:
     cost = cost_matrix(adapter.space, adapter.sensitivity.costs)
     choices, rows = candidates(adapter.space, cost).choices, np.arange(len(cost))
     sizes, loss = adapter.space.sizes[rows, choices].sum(1), cost[rows, choices].sum(1)
@@ -144,7 +145,7 @@ def test_candidates_are_within_half_a_hundredth_of_the_optimum(adapter: AdapterF
         assert loss[sizes <= budget].min() <= exact * 1.005
 
 
-def test_memory_lines_and_overheads_agree(adapter: AdapterFacts) -> None:
+def test_memory_lines_and_overheads_agree(adapter: AdapterDescription) -> None:
     rng, model = np.random.default_rng(0), adapter.model
     for name in ("t4", "rtx-5090", "cpu"):
         profile = device(name)
@@ -161,7 +162,7 @@ def test_memory_lines_and_overheads_agree(adapter: AdapterFacts) -> None:
     assert scale_bytes(adapter.space.uniform("int8"), model) == 2 * sum(matrix.N for matrix in model.matrices)
 
 
-def test_datasheet_seconds_are_bytes_or_flops_and_launches(adapter: AdapterFacts) -> None:
+def test_datasheet_seconds_are_bytes_or_flops_and_launches(adapter: AdapterDescription) -> None:
     profile = device("rtx-3060")
     latency, fmt = DatasheetLatency(profile), WeightFormat.parse("int8")
     assert latency.matrix_seconds(4096, 4096, fmt, 1) == pytest.approx(
@@ -180,18 +181,18 @@ def test_datasheet_seconds_are_bytes_or_flops_and_launches(adapter: AdapterFacts
         for seconds_of, fmt in zip(of_head, adapter.space.formats, strict=True):
             assert seconds_of == latency.matrix_seconds(table.N, table.K, fmt, rows)
     seconds = group_seconds(adapter.space, latency, 1)
-    plan = plan_for(adapter, profile, bits=5)
+    plan = planner.plan(adapter, profile, bits=5)
     columns = {fmt: i for i, fmt in enumerate(adapter.space.formats)}
     matrices = sum(seconds[i, columns[plan.config[group[0]]]] for i, group in enumerate(adapter.space.groups))
-    rest = latency.rest_seconds(adapter.model, Workload.of(adapter.model_config, 2048, 1, 512, 0), 1, 2048)
+    rest = latency.rest_seconds(adapter.model, replace(Workload.of(adapter, 2048, 1, 512), lora_parameters=0), 1, 2048)
     assert plan.decode_seconds is not None
     assert plan.decode_seconds > matrices + rest  # and the LoRA
-    quick, slow = (plan_for(adapter, profile, bits=5, context=context).decode_seconds for context in (64, 4096))
+    quick, slow = (planner.plan(adapter, profile, bits=5, context=context).decode_seconds for context in (64, 4096))
     assert quick < slow  # type: ignore[operator]
 
 
-def test_pins(adapter: AdapterFacts) -> None:
-    plan = plan_for(adapter, device("rtx-4090"), bits=5, keep=(("lm_head", "fp8"), (".*layers.0.*v_proj", "int8")))
+def test_pins(adapter: AdapterDescription) -> None:
+    plan = planner.plan(adapter, device("rtx-4090"), bits=5, keep=(("lm_head", "fp8"), (".*layers.0.*v_proj", "int8")))
     assert str(plan.config["model.embed_tokens"]) == "fp8"  # the head is tied to it
     assert {str(plan.config[f"model.layers.0.self_attn.{k}_proj"]) for k in "qkv"} == {"int8"}  # one kernel
     assert matched(adapter.model, "down_proj") == tuple(f"model.layers.{i}.mlp.down_proj" for i in range(2))
@@ -204,14 +205,14 @@ def test_pins(adapter: AdapterFacts) -> None:
         ((("q_proj", "int8"), ("k_proj", "fp8")), ConfigError, "give them one format"),
     ):
         with pytest.raises(error, match=said):
-            plan_for(adapter, device("rtx-4090"), keep=keep)
+            planner.plan(adapter, device("rtx-4090"), keep=keep)
     cost = cost_matrix(adapter.space, adapter.sensitivity.costs)
     assert pinned_costs(adapter.space, cost, (), device("cpu")) is cost
 
 
-def test_limits_say_what_would_do(adapter: AdapterFacts) -> None:
+def test_limits_say_what_would_do(adapter: AdapterDescription) -> None:
     profile = device("rtx-4090")
-    plan = plan_for(adapter, profile)
+    plan = planner.plan(adapter, profile)
     for asked, said in (
         ({"min_tokens_per_second": 1e9}, r"at most \d+\.\d are predicted; give --min-tokens-per-second"),
         ({"max_loss": 0.0}, "give --max-loss"),
@@ -223,33 +224,33 @@ def test_limits_say_what_would_do(adapter: AdapterFacts) -> None:
         ({"memory": 513 << 20, "context": 8192}, "lower --context"),
     ):
         with pytest.raises(ConfigError, match=said):
-            plan_for(adapter, profile, **asked)
+            planner.plan(adapter, profile, **asked)
     for wrong in ({"objective": "speed"}, {"bits": -1}, {"max_loss": -1.0}, {"min_tokens_per_second": 0.0}):
         with pytest.raises(ConfigError, match="give"):
-            plan_for(adapter, profile, **wrong)
+            planner.plan(adapter, profile, **wrong)
     with pytest.raises(ConfigError, match="coatrt devices calibrate"):
-        plan_for(adapter, device("cpu"), min_tokens_per_second=1)
-    tight = plan_for(adapter, profile, memory=plan.total_bytes - 20_000)
+        planner.plan(adapter, device("cpu"), min_tokens_per_second=1)
+    tight = planner.plan(adapter, profile, memory=plan.total_bytes - 20_000)
     assert tight.binds == "memory"
     (step,) = tight.next_steps
     assert step.startswith("--memory")
     assert "predicted loss by -" in step
-    balanced = plan_for(adapter, profile, objective="balanced")
-    fast = plan_for(adapter, profile, objective="latency", max_loss=1e9)
+    balanced = planner.plan(adapter, profile, objective="balanced")
+    fast = planner.plan(adapter, profile, objective="latency", max_loss=1e9)
     assert fast.decode_seconds <= balanced.decode_seconds <= plan.decode_seconds  # type: ignore[operator]
     assert plan.predicted_loss_increase <= balanced.predicted_loss_increase <= fast.predicted_loss_increase
 
 
-def test_a_fleet_is_planned_as_its_devices_are(adapter: AdapterFacts) -> None:
+def test_a_fleet_is_planned_as_its_devices_are(adapter: AdapterDescription) -> None:
     profiles = [device(name) for name in ("t4", "rtx-3060", "rtx-5090", "cpu")]
-    plans = plan_fleet(adapter, profiles, PlanRequest(bits=6))
-    assert plans == [plan_for(adapter, profile, bits=6) for profile in profiles]
+    plans = planner.plan_fleet(adapter, profiles, PlanRequest(bits=6))
+    assert plans == [planner.plan(adapter, profile, bits=6) for profile in profiles]
     lines = fleet_table(plans).splitlines()
     assert [line.split()[:2] for line in lines[1:5]] == [[plan.device, plan.config.hash] for plan in plans]
 
 
-def test_fronts_have_no_dominated_points(adapter: AdapterFacts) -> None:
-    front = plan_for(adapter, device("rtx-3060")).front
+def test_fronts_have_no_dominated_points(adapter: AdapterDescription) -> None:
+    front = planner.plan(adapter, device("rtx-3060")).front
     assert len(front) > 5
     for size, seconds, loss in front:
         for other in front:
@@ -259,7 +260,7 @@ def test_fronts_have_no_dominated_points(adapter: AdapterFacts) -> None:
             assert not beats
 
 
-def test_a_calibration_is_preferred_and_interpolates(adapter: AdapterFacts, tmp_path: Path) -> None:
+def test_a_calibration_is_preferred_and_interpolates(adapter: AdapterDescription, tmp_path: Path) -> None:
     work, space = workload(adapter, 4), adapter.space
     shapes = {(m.K, m.N, str(fmt.effective(m.K))) for m in space.model.matrices for fmt in space.formats}
     products = tuple(
@@ -279,7 +280,7 @@ def test_a_calibration_is_preferred_and_interpolates(adapter: AdapterFacts, tmp_
         assert made.matrix_seconds(64, 64, int8, 6) == pytest.approx(64 * 64 * 1.6e-9)
         assert made.matrix_seconds(64, 64, int8, 100) == pytest.approx(64 * 64 * 11e-9)
         assert made.rest_seconds(space.model, work, 1, 96) == pytest.approx(1.5e-3)
-        plan = plan_for(adapter, device("cpu"), objective="latency", max_loss=1e9, context=64, prefill=16)
+        plan = planner.plan(adapter, device("cpu"), objective="latency", max_loss=1e9, context=64, prefill=16)
         assert plan.config.counts == {"int8": 15}  # the fastest here, though the largest
         assert plan.decode_seconds == pytest.approx(sum(m.N * m.K for m in space.model.matrices) * 1.1e-9 + 1e-3)
         assert "calibration of cpu" in plan.text()

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from coatrt.adapter.description import AdapterFacts
+from coatrt.adapter.description import AdapterDescription
 from coatrt.bundle import Bundle
 from coatrt.devices.profiles import device
 from coatrt.errors import BundleError, ConfigError
-from coatrt.planning.planner import PlanRequest, plan_for
+from coatrt.planning import planner
+from coatrt.planning.plan import PlanRequest
 from coatrt.reporting.collect import collect
 from coatrt.reporting.figures import FIGURES, draw
 from coatrt.reporting.page import page
@@ -50,7 +51,7 @@ class Outline(HTMLParser):
 def test_a_page_of_plans_holds_every_figure_and_loads_nothing(tiny_adapter: Path) -> None:
     names = ("t4", "rtx-3060", "rtx-5090")
     report = collect([tiny_adapter], names, REQUEST)
-    facts = AdapterFacts.load(tiny_adapter)
+    facts = AdapterDescription.load(tiny_adapter)
     outline = Outline()
     text = page(report, "coatrt report <here>")
     outline.feed(text)
@@ -59,7 +60,7 @@ def test_a_page_of_plans_holds_every_figure_and_loads_nothing(tiny_adapter: Path
     assert outline.ids == [*FIGURES, "plans", "quality", "provenance"]
     assert text.count("<svg") == len(FIGURES)
     for entry in report.entries:
-        plan = plan_for(facts, device(entry.title), REQUEST)
+        plan = planner.plan(facts, device(entry.title), REQUEST)
         assert entry.config == plan.config
         assert plan.config.hash in outline.text
         assert f"{plan.average_bits:.2f} bits" in outline.text
@@ -90,8 +91,8 @@ def tiny_bundle_copy(tiny_adapter: Path, tmp_path: Path) -> Path:
     from coatrt.adapter.adapter import Adapter
     from coatrt.engines.bundles.options import BundleOptions
 
-    adapter, profile = Adapter.load(tiny_adapter), device("rtx-4090")
-    plan = plan_for(adapter, profile, bits=5.2, context=64)
+    adapter, profile = Adapter.from_pretrained(tiny_adapter), device("rtx-4090")
+    plan = planner.plan(adapter.description, profile, bits=5.2, context=64)
     place = tmp_path / "bundles" / "rtx-4090"
     options = BundleOptions(context=64, engine=False)
     make_bundle(adapter, plan.config, profile.id, place, options, plan=plan)

@@ -40,19 +40,21 @@ def test_losses_are_those_of_the_emitted_lora(directory: Path, tiny_llama: Path)
     assert found is not None
     assert found.entries == archive.entries
     assert len(found) == 10
-    adapter, checkpoint = Adapter.load(directory), Checkpoint.open(tiny_llama)
-    lora = sum(2 * 16 * (m.K + m.N) for m in adapter.model.targets)
+    adapter, checkpoint = Adapter.from_pretrained(directory), Checkpoint.open(tiny_llama)
+    lora = sum(2 * 16 * (m.K + m.N) for m in adapter.description.model.targets)
     assert reference[1] == pytest.approx(math.log(272))
-    assert reference[0] == pytest.approx(adapter.space.max_bits + 8 * lora / adapter.model.parameters)
+    assert reference[0] == pytest.approx(
+        adapter.description.space.max_bits + 8 * lora / adapter.description.model.parameters
+    )
     blocks = text_data(tiny_llama, TEXT, TEXT).held_out.tokens
     picked = torch.stack([blocks[0], blocks[round((len(blocks) - 1) / 2)], blocks[-1]])
     model = FakeQuantModel(checkpoint, CodeStore(checkpoint))
     for entry in (found.entries[0], found.entries[-1]):
         model.set_config(entry.config)
-        model.set_lora(adapter.contract, adapter.emit(entry.config))
+        model.set_lora(adapter.description.contract, adapter.emit(entry.config))
         with torch.no_grad():
             assert model.loss(Examples.of_blocks(picked)).item() == pytest.approx(entry.loss, rel=1e-4)
-        assert entry.nbytes == entry.config.nbytes(adapter.model) + lora
+        assert entry.nbytes == entry.config.nbytes(adapter.description.model) + lora
 
 
 def test_losses_are_those_of_the_adapters_own_codes(tiny_llama: Path, tmp_path: Path) -> None:
@@ -67,7 +69,7 @@ def test_losses_are_those_of_the_adapters_own_codes(tiny_llama: Path, tmp_path: 
     for quantizer in ("feedback", "mse"):
         model = FakeQuantModel(checkpoint, CodeStore(checkpoint, None, quantizer, adapter.calibration))
         model.set_config(entry.config)
-        model.set_lora(adapter.contract, adapter.emit(entry.config))
+        model.set_lora(adapter.description.contract, adapter.emit(entry.config))
         with torch.no_grad():
             losses.append(model.loss(Examples.of_blocks(picked)).item())
     assert losses[0] == pytest.approx(entry.loss, rel=1e-4)
@@ -94,7 +96,7 @@ def test_losses_of_another_task_are_those_of_its_marked_tokens(tiny_llama: Path,
     model = FakeQuantModel(checkpoint, CodeStore(checkpoint), dtype=torch.bfloat16)
     for entry in archive.entries:
         model.set_config(entry.config)
-        model.set_lora(adapter.contract, adapter.emit(entry.config))
+        model.set_lora(adapter.description.contract, adapter.emit(entry.config))
         with torch.no_grad():
             assert model.loss(held_out).item() == pytest.approx(entry.loss, rel=1e-3)
 

@@ -26,9 +26,9 @@ def test_sensitivities_take_sixteen_blocks_and_error_feedback_what_its_width_wan
     assert torch.equal(adapter.calibration.tokens[:16], examples.tokens)
     codes = adapter.codes(Checkpoint.open(tiny_llama))
     model = FakeQuantModel(codes.checkpoint, codes)
-    wanted = measure_sensitivity(model, codes, examples, adapter.space.formats)
+    wanted = measure_sensitivity(model, codes, examples, adapter.description.space.formats)
     for name, costs in wanted.costs.items():
-        assert adapter.sensitivity.costs[name] == pytest.approx(costs, rel=1e-5)
+        assert adapter.description.sensitivity.costs[name] == pytest.approx(costs, rel=1e-5)
 
 
 def test_error_feedback_wants_blocks_for_every_input(tiny_llama: Path) -> None:

@@ -12,10 +12,12 @@ from support.knapsack import least_price
 
 
 def test_sampler_keeps_budgets_and_draws_few_and_many_bits_in_turn(tiny_adapter: Path) -> None:
-    adapter = Adapter.load(tiny_adapter)
-    sampler = TrainingSampler(adapter.space, adapter.sensitivity.costs, 4.5, 7.0, seed=1)
-    bits = np.array([[c.average_bits(adapter.model) for c in sampler.draw(step)] for step in range(40)])
-    step = 8 * adapter.space.sizes.max() / adapter.model.parameters  # the coarsest change a group can make
+    adapter = Adapter.from_pretrained(tiny_adapter)
+    sampler = TrainingSampler(adapter.description.space, adapter.description.sensitivity.costs, 4.5, 7.0, seed=1)
+    bits = np.array([[c.average_bits(adapter.description.model) for c in sampler.draw(step)] for step in range(40)])
+    step = (
+        8 * adapter.description.space.sizes.max() / adapter.description.model.parameters
+    )  # the coarsest change a group can make
     few, many = bits[::2, 0], bits[1::2, 0]
     for side, low, high in ((few, 4.5, 5.0), (many, 6.5, 7.0)):
         assert (side <= high + 0.05).all()
@@ -30,8 +32,8 @@ def test_sampler_keeps_budgets_and_draws_few_and_many_bits_in_turn(tiny_adapter:
 
 
 def test_planner_like_draws_are_near_the_knapsack_optimum(tiny_adapter: Path) -> None:
-    adapter = Adapter.load(tiny_adapter)
-    space, costs = adapter.space, adapter.sensitivity.costs
+    adapter = Adapter.from_pretrained(tiny_adapter)
+    space, costs = adapter.description.space, adapter.description.sensitivity.costs
     sampler = TrainingSampler(space, costs, 4.5, 7.0)
     price = cost_matrix(space, costs)
 

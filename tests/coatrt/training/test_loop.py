@@ -28,12 +28,12 @@ from support.tiny import TEXTS, text_data, tiny_options
 
 def setting(adapter_directory: Path) -> tuple[FakeQuantModel, CoaLora, list[Any], torch.Tensor]:
     """A trained adapter whose θ matters, its model, three configurations and a batch."""
-    adapter = Adapter.load(adapter_directory)
+    adapter = Adapter.from_pretrained(adapter_directory)
     checkpoint = adapter.checkpoint()
     model = FakeQuantModel(checkpoint, CodeStore(checkpoint))
     lora = adapter.lora.train().requires_grad_(True)
     rng = np.random.default_rng(3)
-    configs = [random_config(adapter.space, rng) for _ in range(3)]
+    configs = [random_config(adapter.description.space, rng) for _ in range(3)]
     return model, lora, configs, torch.randint(0, 256, (5, 24), generator=torch.Generator().manual_seed(1))
 
 
@@ -96,12 +96,12 @@ def test_configurations_of_a_step_have_examples_of_their_own(
 def test_ranks_and_no_hypernetwork_from_the_options(tiny_llama: Path, tmp_path: Path) -> None:
     options = tiny_options(steps=2, ranks=(("down_proj", 32),), preset="none", compensation=False)
     adapter = train(tiny_llama, text_data(tiny_llama), tmp_path / "a", options)
-    assert {t.rank for t in adapter.contract.tensors if t.matrix.endswith("down_proj")} == {32}
-    assert {t.rank for t in adapter.contract.tensors if not t.matrix.endswith("down_proj")} == {16}
+    assert {t.rank for t in adapter.description.contract.tensors if t.matrix.endswith("down_proj")} == {32}
+    assert {t.rank for t in adapter.description.contract.tensors if not t.matrix.endswith("down_proj")} == {16}
     assert adapter.lora.theta is None
-    low, high = (adapter.emit(adapter.space.uniform(text)) for text in ("nf3-g32", "int8"))
+    low, high = (adapter.emit(adapter.description.space.uniform(text)) for text in ("nf3-g32", "int8"))
     assert all(torch.equal(low[name], high[name]) for name in low)
-    assert all(low[tensor.B].any() for tensor in adapter.contract.tensors)
+    assert all(low[tensor.B].any() for tensor in adapter.description.contract.tensors)
     with pytest.raises(ConfigError, match="rank of nothing is given"):
         train(tiny_llama, text_data(tiny_llama), tmp_path / "b", tiny_options(ranks=(("nothing", 16),)))
 
@@ -109,14 +109,14 @@ def test_ranks_and_no_hypernetwork_from_the_options(tiny_llama: Path, tmp_path: 
 def test_training_stops_when_the_hypervolume_no_longer_grows(tiny_llama: Path, tmp_path: Path) -> None:
     options = tiny_options(steps=40, learning_rate=0.5, evaluate_every=2, patience=2, budgets=(4.5, 6.0))
     adapter = train(tiny_llama, text_data(tiny_llama), tmp_path / "a", options)
-    measured = adapter.metrics["hypervolumes"]
+    measured = adapter.description.metrics["hypervolumes"]
     steps = [step for step, _ in measured]
-    assert len(adapter.metrics["losses"]) == steps[-1] < 40
+    assert len(adapter.description.metrics["losses"]) == steps[-1] < 40
     best = max(measured, key=lambda row: row[1])
     assert steps[-1] - best[0] == 4
-    found = adapter.metrics["held_out"]
+    found = adapter.description.metrics["held_out"]
     points = sorted((row["bits"], row["adapted"]) for row in found["budgets"])
-    reference = (adapter.space.max_bits, found["full_precision"] + 1)
+    reference = (adapter.description.space.max_bits, found["full_precision"] + 1)
     area, ceiling = 0.0, reference[1]  # the two rectangles of the adapter that was kept
     for bits, loss in points:
         if loss < ceiling:
@@ -175,7 +175,7 @@ def test_two_processes_learn_what_one_does(tiny_llama: Path, tmp_path: Path) -> 
     np.testing.assert_allclose(two["hypervolumes"], one["hypervolumes"], rtol=1e-5)
     adapted = [found["held_out"]["budgets"][0]["adapted"] for found in (one, two)]
     assert adapted[0] == pytest.approx(adapted[1], rel=1e-5)  # with float16 terms
-    first, second = (Adapter.load(tmp_path / name).lora.state_dict() for name in ("one", "two"))
+    first, second = (Adapter.from_pretrained(tmp_path / name).lora.state_dict() for name in ("one", "two"))
     for name, value in first.items():
         more = 5e-3 * float(value.abs().max()) if name.startswith("C_") else 0.0  # solved from A, kept in float16
         torch.testing.assert_close(second[name], value, rtol=1e-3, atol=1e-4 + more)

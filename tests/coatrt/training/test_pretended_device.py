@@ -27,7 +27,7 @@ for device in ("cpu", pretend_device.NAME):
     data = text_data(llama, texts)
     adapter = coatrt.training.run.train(llama, data, place, tiny_options(**changes), device=device)
     found, _ = coatrt.search.run.search_adapter(place, data, evaluations=2, blocks=2, device=device)
-    said[device] = {"losses": adapter.metrics["losses"], "measured": [entry.loss for entry in found]}
+    said[device] = {"losses": adapter.description.metrics["losses"], "measured": [entry.loss for entry in found]}
 try:
     torch.ones(3, device=pretend_device.NAME) + torch.ones(3)
 except RuntimeError as error:

@@ -50,7 +50,7 @@ def test_a_resumed_run_equals_an_unbroken_one(
     first, second = (load_file(tmp_path / name / "adapter.safetensors") for name in ("whole", "broken"))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert (
-        train(tiny_llama, text_data(tiny_llama), tmp_path / "broken", tiny_options(), resume=True).metrics
+        train(tiny_llama, text_data(tiny_llama), tmp_path / "broken", tiny_options(), resume=True).description.metrics
         == resumed.metrics
     )
     with pytest.raises(ConfigError, match="finished adapter"):
@@ -132,5 +132,5 @@ def test_resuming_takes_no_sensitivities_of_another_run(tiny_llama: Path, tmp_pa
     (output / "training" / "run.json").unlink()  # as an older version left it: whose they are nobody knows
     adapter = train(tiny_llama, text_data(tiny_llama), output, replace(options, calibration=2), resume=True)
     fresh = train(tiny_llama, text_data(tiny_llama), tmp_path / "b", replace(options, calibration=2))
-    assert adapter.sensitivity.costs == fresh.sensitivity.costs
+    assert adapter.description.sensitivity.costs == fresh.sensitivity.costs
     assert (output / "training").exists() is False

@@ -63,21 +63,23 @@ def test_every_long_stage_calls_progress_and_nothing_is_printed(
 
 
 def test_training_learns_and_emits_by_configuration(tiny_adapter: Path, tiny_llama: Path) -> None:
-    adapter = Adapter.load(tiny_adapter)
-    found = adapter.metrics["held_out"]
+    adapter = Adapter.from_pretrained(tiny_adapter)
+    found = adapter.description.metrics["held_out"]
     row = found["budgets"][0]
     assert row["adapted"] < row["without"] - 0.5
     assert row["adapted"] < found["full_precision"] - 0.5
-    low, high = (adapter.emit(adapter.space.uniform(text)) for text in ("nf3-g32", "int8"))
-    tensor = adapter.contract.tensors[0]
+    low, high = (adapter.emit(adapter.description.space.uniform(text)) for text in ("nf3-g32", "int8"))
+    tensor = adapter.description.contract.tensors[0]
     assert torch.equal(low[tensor.A], high[tensor.A])
     assert (low[tensor.B] - high[tensor.B]).abs().max() > 1e-4
     checkpoint = adapter.checkpoint(tiny_llama)
     model = FakeQuantModel(checkpoint, CodeStore(checkpoint))
-    config = TrainingSampler(adapter.space, adapter.sensitivity.costs, 4.5, 7.0).plan_like(None, 5.0)
+    config = TrainingSampler(adapter.description.space, adapter.description.sensitivity.costs, 4.5, 7.0).plan_like(
+        None, 5.0
+    )
     assert config.hash == row["configuration"]
     model.set_config(config)
-    model.set_lora(adapter.contract, adapter.emit(config))
+    model.set_lora(adapter.description.contract, adapter.emit(config))
     blocks = text_data(tiny_llama).held_out[:4]
     with torch.no_grad():
         assert model.loss(blocks).item() == pytest.approx(row["adapted"], rel=1e-5)
@@ -91,7 +93,7 @@ def test_training_uses_the_codes_of_its_quantizer(tiny_llama: Path, tmp_path: Pa
         tmp_path / "a",
         tiny_options(steps=1, quantizer=quantizer, formats=("nf3-g32",), budgets=(3.5,)),
     )
-    assert adapter.quantizer == adapter.metrics["options"]["quantizer"] == quantizer
+    assert adapter.description.quantizer == adapter.description.metrics["options"]["quantizer"] == quantizer
     assert adapter.calibration is not None
     checkpoint = adapter.checkpoint()
     moments = InputMoments(checkpoint, adapter.calibration)
@@ -99,12 +101,12 @@ def test_training_uses_the_codes_of_its_quantizer(tiny_llama: Path, tmp_path: Pa
         tokens = adapter.calibration.tokens.numel()
         encoded = encode(checkpoint.tensor(f"{name}.weight"), "nf3-g32", quantizer, moments.get(name), tokens)
         error = relative_error(checkpoint.tensor(f"{name}.weight"), encoded)
-        assert adapter.sensitivity.errors[name]["nf3-g32"] == pytest.approx(error, rel=1e-5)
-    config = adapter.space.uniform("nf3-g32")
+        assert adapter.description.sensitivity.errors[name]["nf3-g32"] == pytest.approx(error, rel=1e-5)
+    config = adapter.description.space.uniform("nf3-g32")
     model = FakeQuantModel(checkpoint, adapter.codes(checkpoint))
     model.set_config(config)
     blocks = text_data(tiny_llama).held_out[:4]
-    without = adapter.metrics["held_out"]["budgets"][0]["without"]
+    without = adapter.description.metrics["held_out"]["budgets"][0]["without"]
     with torch.no_grad():
         assert model.loss(blocks).item() == pytest.approx(without, rel=1e-5)
 
@@ -121,4 +123,4 @@ def test_other_files_are_neither_overwritten_nor_lost(tiny_llama: Path, tmp_path
     train(tiny_llama, text_data(tiny_llama), output, replace(options, seed=1), overwrite=True)
     assert (output / "thesis.txt").read_text() == "mine"
     assert not (output / "archive.json").exists()
-    assert Adapter.load(output).metrics["options"]["seed"] == 1
+    assert Adapter.from_pretrained(output).description.metrics["options"]["seed"] == 1

@@ -21,7 +21,7 @@ from coatrt.engines.runtime.emitter import Emitter
 from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.errors import BuildError, BundleError, CheckpointError, ConfigError, FormatError
-from coatrt.planning.planner import plan_for
+from coatrt.planning import planner
 from support.bundles import make_bundle
 from support.tiny import save_tiny_llama
 
@@ -143,8 +143,8 @@ def reseal(directory: Path) -> None:
 def test_a_lora_of_another_configuration_is_found(copy: Path, tiny_adapter: Path) -> None:
     from coatrt.engines.runtime.emitter import save_lora
 
-    adapter = Adapter.load(tiny_adapter)
-    other = adapter.space.uniform("nf3-g32")
+    adapter = Adapter.from_pretrained(tiny_adapter)
+    other = adapter.description.space.uniform("nf3-g32")
     save_lora(copy / "lora.safetensors", {k: v.numpy() for k, v in adapter.emit(other).items()}, other)
     reseal(copy)
     with pytest.raises(BundleError, match="is not what the hypernetwork emits"):
@@ -249,15 +249,15 @@ def test_bench_decodes_behind_the_longest_prompt(tiny_bundle: Path, monkeypatch:
 def test_assembling_refuses_before_it_writes(
     tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    adapter = Adapter.load(tiny_adapter)
+    adapter = Adapter.from_pretrained(tiny_adapter)
     small = BundleOptions(context=64, engine=False)
     with pytest.raises(FormatError, match="rtx-3060"):
-        make_bundle(adapter, adapter.space.uniform("fp8"), "rtx-3060", tmp_path / "b", small)
+        make_bundle(adapter, adapter.description.space.uniform("fp8"), "rtx-3060", tmp_path / "b", small)
     with pytest.raises(ConfigError, match="was not trained for"):
-        make_bundle(adapter, adapter.space.uniform("int8-g64"), "cpu", tmp_path / "b", small)
+        make_bundle(adapter, adapter.description.space.uniform("int8-g64"), "cpu", tmp_path / "b", small)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    config = adapter.space.uniform("int8")
+    config = adapter.description.space.uniform("int8")
     for overwrite in (False, True):
         with pytest.raises(ConfigError, match="holds other files"):
             make_bundle(adapter, config, "cpu", tmp_path / "mine", small, overwrite=overwrite)
@@ -276,15 +276,15 @@ def test_assembling_refuses_before_it_writes(
     assert "on the device, in the bundle: python build_engine.py" in told[0]
     with pytest.raises(ConfigError, match="holds a bundle"):
         make_bundle(adapter, config, "cpu", tmp_path / "h", small)
-    make_bundle(adapter, adapter.space.uniform("fp8"), "cpu", tmp_path / "h", small, overwrite=True)
-    assert Bundle.open(tmp_path / "h").config == adapter.space.uniform("fp8")
+    make_bundle(adapter, adapter.description.space.uniform("fp8"), "cpu", tmp_path / "h", small, overwrite=True)
+    assert Bundle.open(tmp_path / "h").config == adapter.description.space.uniform("fp8")
 
 
 @pytest.mark.rtx
 def test_a_bundle_with_an_engine(tiny_adapter: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
-    adapter, profile = Adapter.load(tiny_adapter), device("rtx-5090")
-    plan = plan_for(adapter, profile, bits=4.8, context=64)
+    adapter, profile = Adapter.from_pretrained(tiny_adapter), device("rtx-5090")
+    plan = planner.plan(adapter.description, profile, bits=4.8, context=64)
     options = BundleOptions(context=64, shapes=EngineShapes(prefill=32))
     bundle = make_bundle(adapter, plan.config, profile.id, tmp_path / "b", options, plan=plan)
     (engine,) = bundle.manifest["engines"]

@@ -34,7 +34,7 @@ SMALL = BundleOptions(context=64, shapes=EngineShapes(prefill=16))
 
 @pytest.fixture(scope="module")
 def adapter(tiny_adapter: Path) -> Adapter:
-    return Adapter.load(tiny_adapter)
+    return Adapter.from_pretrained(tiny_adapter)
 
 
 class FakeBuilder:
@@ -81,7 +81,7 @@ def use(made: FakeBuilder, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def targets(adapter: Adapter, place: Path, **texts: str) -> list[Target]:
     return [
-        Target(device(name.replace("_", "-")), adapter.space.uniform(text), place / name)
+        Target(device(name.replace("_", "-")), adapter.description.space.uniform(text), place / name)
         for name, text in texts.items()
     ]
 
@@ -265,11 +265,11 @@ def test_a_foreign_directory_and_a_context_beyond_the_model_are_refused_first(ad
     app = tmp_path / "webapp"
     app.mkdir()
     (app / "manifest.json").write_text('{"name": "an app"}')
-    wanted = [Target(device("cpu"), adapter.space.uniform("int8"), app)]
+    wanted = [Target(device("cpu"), adapter.description.space.uniform("int8"), app)]
     with pytest.raises(ConfigError, match="holds other files"):
         build_targets(adapter, adapter.checkpoint(), wanted, SMALL, overwrite=True)
     assert [path.name for path in app.iterdir()] == ["manifest.json"]
-    wanted = [Target(device("cpu"), adapter.space.uniform("int8"), tmp_path / "new" / "b")]
+    wanted = [Target(device("cpu"), adapter.description.space.uniform("int8"), tmp_path / "new" / "b")]
     with pytest.raises(ConfigError, match="a context of 8193 is given and the model has 8192 positions"):
         build_targets(adapter, adapter.checkpoint(), wanted, BundleOptions(context=8193))
     assert not (tmp_path / "new").exists()

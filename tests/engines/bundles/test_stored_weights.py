@@ -38,7 +38,7 @@ def adapter(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapt
 
 
 def mixed(adapter: Adapter) -> QuantConfig:
-    return random_config(adapter.space, np.random.default_rng(3))
+    return random_config(adapter.description.space, np.random.default_rng(3))
 
 
 @pytest.mark.parametrize(("activations", "tied"), [("float32", True), ("float16", False)])
@@ -61,7 +61,7 @@ def test_every_format_is_read_back_bit_for_bit(tmp_path: Path, activations: str,
 def test_a_bundle_holds_the_codes_of_its_adapter(adapter: Adapter, tmp_path: Path) -> None:
     checkpoint, config = adapter.checkpoint(), mixed(adapter)
     bundle = make_bundle(adapter, config, "cpu", tmp_path / "b", BundleOptions(context=64, engine=False))
-    assert adapter.quantizer == bundle.manifest["quantizer"] == "feedback"
+    assert adapter.description.quantizer == bundle.manifest["quantizer"] == "feedback"
     assert adapter.calibration is not None
     moments = InputMoments(checkpoint, adapter.calibration)
     for name, weight in held_weights(bundle.decoder("cpu")[0], bundle.model_matrices):

@@ -15,14 +15,14 @@ from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.errors import ConfigError
 from coatrt.export.decoder import GraphForm, decoder_io
+from coatrt.planning import planner
 from coatrt.planning.measured_latency import Calibrated, Product, calibration_path
-from coatrt.planning.planner import plan_for
 from coatrt.quantization.weight_format import WeightFormat
 
 
 @pytest.fixture(scope="module")
 def adapter(tiny_adapter: Path) -> Adapter:
-    return Adapter.load(tiny_adapter)
+    return Adapter.from_pretrained(tiny_adapter)
 
 
 def test_a_product_takes_its_share_of_the_copies_that_fill_the_working_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,18 +61,22 @@ def test_a_calibration_covers_its_model_and_the_planner_takes_it(
         progress=lambda done, total, _: seen.append(total - done),
     )
     assert seen[-1] == 0
-    shapes = {(m.K, m.N) for m in adapter.model.matrices}
+    shapes = {(m.K, m.N) for m in adapter.description.model.matrices}
     assert {(p.K, p.N) for p in made.products} == shapes
     assert {(rest.tokens, rest.context) for rest in made.rests} == {(1, 32), (8, 32), (1, 64), (8, 64)}
     made.save(calibration_path("cpu"))
     try:
         assert Calibrated.load(calibration_path("cpu")) == made
-        plan = plan_for(adapter, device("cpu"), objective="latency", max_loss=1e9, context=64, prefill=8)
+        plan = planner.plan(
+            adapter.description, device("cpu"), objective="latency", max_loss=1e9, context=64, prefill=8
+        )
         assert "calibration of cpu" in plan.latency_source
         assert plan.decode_seconds == pytest.approx(predicted_decode(made, adapter, plan.config, 64))
-        chosen = sum(made.matrix_seconds(m.N, m.K, plan.config[m.name], 1) for m in adapter.model.matrices)
-        for fmt in adapter.formats:  # a fused group has one format, so no uniform one can be faster
-            assert chosen <= 1.001 * sum(made.matrix_seconds(m.N, m.K, fmt, 1) for m in adapter.model.matrices)
+        chosen = sum(made.matrix_seconds(m.N, m.K, plan.config[m.name], 1) for m in adapter.description.model.matrices)
+        for fmt in adapter.description.formats:  # a fused group has one format, so no uniform one can be faster
+            assert chosen <= 1.001 * sum(
+                made.matrix_seconds(m.N, m.K, fmt, 1) for m in adapter.description.model.matrices
+            )
     finally:
         calibration_path("cpu").unlink()
     with pytest.raises(ConfigError, match="must be positive numbers"):
@@ -86,11 +90,13 @@ def test_decoded_and_packed_weights_give_the_same_logits(adapter: Adapter, tmp_p
         place = tmp_path / text
         place.mkdir()
         export_shared(adapter, checkpoint, place)
-        export_config(adapter, checkpoint, adapter.space.uniform(text), place, place, BundleOptions(context=64))
+        export_config(
+            adapter, checkpoint, adapter.description.space.uniform(text), place, place, BundleOptions(context=64)
+        )
         io = decoder_io(checkpoint, GraphForm("cpu", "cpu.onnx", "float32"))
         decoded, packed, fast = (
             OrtDecoder(
-                place / "cpu.onnx", io, adapter.contract, RuntimeOptions(context=32, accuracy_level=level)
+                place / "cpu.onnx", io, adapter.description.contract, RuntimeOptions(context=32, accuracy_level=level)
             ).prefill([[1, 2, 3]])
             for level in (0, 1, 4)
         )

@@ -28,7 +28,7 @@ UNIFORM = ("nf3-g32", "int4-g32", "nvfp4", "fp8", "int8", "nf4-g32-dq8-fp16-64",
 
 @pytest.fixture(scope="module")
 def adapter(tiny_adapter: Path) -> Adapter:
-    return Adapter.load(tiny_adapter)
+    return Adapter.from_pretrained(tiny_adapter)
 
 
 @pytest.fixture(scope="module")
@@ -40,18 +40,20 @@ def reference(adapter: Adapter) -> FakeQuantModel:
 def decoder_of(adapter: Adapter, config: QuantConfig, directory: Path, batch: int = 1) -> OrtDecoder:
     form = GraphForm("cpu", "cpu.onnx", "float32")
     checkpoint = adapter.checkpoint()
-    export_decoder(checkpoint, config, directory, forms=[form], contract=adapter.contract)
+    export_decoder(checkpoint, config, directory, forms=[form], contract=adapter.description.contract)
     return OrtDecoder(
         directory / "cpu.onnx",
         decoder_io(checkpoint, form),
-        adapter.contract,
+        adapter.description.contract,
         RuntimeOptions(batch=batch, context=64, threads=1, accuracy_level=0),
     )
 
 
 def configs(adapter: Adapter) -> list[QuantConfig]:
     rng = np.random.default_rng(21)
-    return [adapter.space.uniform(text) for text in UNIFORM] + [random_config(adapter.space, rng) for _ in range(5)]
+    return [adapter.description.space.uniform(text) for text in UNIFORM] + [
+        random_config(adapter.description.space, rng) for _ in range(5)
+    ]
 
 
 @pytest.mark.parametrize("case", range(len(UNIFORM) + 5))
@@ -59,7 +61,9 @@ def test_logits_equal_torch_with_the_lora(
     adapter: Adapter, reference: FakeQuantModel, tmp_path: Path, case: int
 ) -> None:
     config = configs(adapter)[case]
-    lora = adapter.emit(config if adapter.space.contains(config) else adapter.space.uniform("int8"))
+    lora = adapter.emit(
+        config if adapter.description.space.contains(config) else adapter.description.space.uniform("int8")
+    )
     decoder = decoder_of(adapter, config, tmp_path)
     decoder.set_lora({name: tensor.numpy() for name, tensor in lora.items()})
     logits, tokens = [decoder.prefill([PROMPT])[0]], []
@@ -67,7 +71,7 @@ def test_logits_equal_torch_with_the_lora(
         tokens.append(int(logits[-1].argmax()))
         logits.append(decoder.decode([tokens[-1]])[0])
     reference.set_config(config)
-    reference.set_lora(adapter.contract, lora)
+    reference.set_lora(adapter.description.contract, lora)
     with torch.no_grad():
         expected = reference.logits(torch.tensor([PROMPT + tokens]))[0, len(PROMPT) - 1 :].numpy()
     assert np.abs(np.stack(logits) - expected).max() <= 1e-4 * np.abs(expected).max()
@@ -80,7 +84,7 @@ def test_logits_equal_torch_with_the_lora(
 
 
 def test_zeros_equal_the_base_bit_for_bit(adapter: Adapter, tmp_path: Path) -> None:
-    config = random_config(adapter.space, np.random.default_rng(4))
+    config = random_config(adapter.description.space, np.random.default_rng(4))
     (tmp_path / "with").mkdir()
     (tmp_path / "without").mkdir()
     decoder = decoder_of(adapter, config, tmp_path / "with")
@@ -295,7 +299,7 @@ def test_chat_template_and_plain_prompts(tiny_bundle: Path) -> None:
 def test_emitter_equals_torch_and_refuses_unknown_formats(tiny_bundle: Path, adapter: Adapter) -> None:
     bundle = Bundle.open(tiny_bundle)
     emitter = Emitter.of(bundle, threads=1)
-    config = random_config(adapter.space, np.random.default_rng(8))
+    config = random_config(adapter.description.space, np.random.default_rng(8))
     emitted, expected = emitter.emit(config), adapter.emit(config)
     assert list(emitted) == list(expected)
     for name, value in emitted.items():
@@ -304,4 +308,4 @@ def test_emitter_equals_torch_and_refuses_unknown_formats(tiny_bundle: Path, ada
     for name, value in emitter.emit(bundle.config).items():
         np.testing.assert_array_equal(value, own[name])
     with pytest.raises(ConfigError, match="is int8-g64, which the adapter was not trained for"):
-        emitter.emit(adapter.space.uniform("int8-g64"))
+        emitter.emit(adapter.description.space.uniform("int8-g64"))

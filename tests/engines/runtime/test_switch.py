@@ -23,8 +23,10 @@ from coatrt.errors import BuildError, BundleError, ConfigError
 
 @pytest.fixture(scope="module")
 def bundles(tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
-    adapter, place = Adapter.load(tiny_adapter), tmp_path_factory.mktemp("switch")
-    targets = [Target(device("cpu"), adapter.space.uniform(text), place / text) for text in ("int8", "nf3-g32")]
+    adapter, place = Adapter.from_pretrained(tiny_adapter), tmp_path_factory.mktemp("switch")
+    targets = [
+        Target(device("cpu"), adapter.description.space.uniform(text), place / text) for text in ("int8", "nf3-g32")
+    ]
     made = build_targets(adapter, adapter.checkpoint(), targets, BundleOptions(context=64))
     return {row.target.output.name: row.bundle for row in made}
 
@@ -97,7 +99,7 @@ def test_a_failed_switch_leaves_the_session_as_it_was(
         data[1234] ^= 1
         (other.directory / "weights.bin").write_bytes(data)
     if failure == "untrained":
-        config = Adapter.load(tiny_adapter).space.uniform("int8-g64")
+        config = Adapter.from_pretrained(tiny_adapter).description.space.uniform("int8-g64")
 
     def load(bundle: Bundle, options: RuntimeOptions) -> Decoder:
         if bundle is other and failure == "does not load":

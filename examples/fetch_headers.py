@@ -1,6 +1,6 @@
 """Headers for building the C++ library where the system has none: through apt-get, without root, into a directory.
 
-python -m coatrt.engines.headers DIRECTORY
+python examples/fetch_headers.py DIRECTORY
 """
 
 import hashlib
@@ -12,9 +12,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from coatrt.errors import BuildError, CoatError
-
-__all__ = ["fetch"]
+__all__ = ["FetchError", "fetch"]
 
 _SUITE = "trixie"
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
@@ -34,17 +32,21 @@ _SHA256 = {
 }
 
 
+class FetchError(Exception):
+    """The headers cannot be had here; the message says why."""
+
+
 def fetch(directory: Path) -> Path:
     """Put nlohmann-json, ONNX Runtime, doctest and cpp-httplib headers into `directory`/include and return that.
 
     Raises:
-        BuildError: this machine has no apt-get or no Debian keyring, or a download fails or is not what was pinned.
+        FetchError: this machine has no apt-get or no Debian keyring, or a download fails or is not what was pinned.
     """
     include = directory / "include"
     if all((include / shown).is_file() for shown in (*_PACKAGES.values(), "httplib.h")):
         return include
     if not all(map(shutil.which, ("apt-get", "dpkg-deb"))) or not _KEYRING.is_file():
-        raise BuildError(
+        raise FetchError(
             "headers are fetched with apt-get and Debian's keyring, which this machine lacks; install nlohmann-json, "
             "doctest, cpp-httplib and ONNX Runtime's C API headers yourself and name them in CMAKE_PREFIX_PATH"
         )
@@ -58,7 +60,7 @@ def fetch(directory: Path) -> Path:
         for archive in sorted(work.glob("*.deb")) + sorted(work.glob("*.orig.tar.*")):
             expected, found = _SHA256.get(archive.name), hashlib.sha256(archive.read_bytes()).hexdigest()
             if expected not in (None, found):
-                raise BuildError(f"{archive.name} has sha256 {found[:12]}…, not {expected[:12]}…; do not use it")
+                raise FetchError(f"{archive.name} has sha256 {found[:12]}…, not {expected[:12]}…; do not use it")
             if archive.suffix == ".deb":
                 run("dpkg-deb", "--extract", str(archive), str(work / "root"))
             else:
@@ -87,7 +89,7 @@ def _apt(work: Path) -> Callable[..., None]:
         done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-            raise BuildError(
+            raise FetchError(
                 f"{' '.join(command[:2])} fails ({''.join(said)}); check the network, or install the headers"
             )
 
@@ -104,8 +106,8 @@ def _repository() -> str:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m coatrt.engines.headers DIRECTORY")
+        sys.exit("usage: python examples/fetch_headers.py DIRECTORY")
     try:
         print(fetch(Path(sys.argv[1])))
-    except CoatError as problem:
-        sys.exit(f"coatrt: {problem}")
+    except FetchError as problem:
+        sys.exit(f"fetch_headers: {problem}")

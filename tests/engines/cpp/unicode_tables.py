@@ -1,6 +1,6 @@
 """Write src/tokenizer/unicode_tables.inc: character classes as Hugging Face has them, and what NFC needs.
 
-python engines/cpp/tables.py
+python tests/engines/cpp/unicode_tables.py
 """
 
 import unicodedata
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tokenizers import Regex, normalizers, pre_tokenizers
 
-TARGET = Path(__file__).parent / "src" / "tokenizer" / "unicode_tables.inc"
+TARGET = Path(__file__).parents[3] / "engines" / "cpp" / "src" / "tokenizer" / "unicode_tables.inc"
 CODE_POINTS = [point for point in range(0x110000) if not 0xD800 <= point < 0xE000]
 
 
@@ -66,7 +66,7 @@ def main() -> None:
     apart, pairs = decompositions()
     parts.append(rows("kApart", "Apart", apart, 4))
     parts.append(rows("kPairs", "Pair", pairs, 4))
-    TARGET.write_text("// Written by engines/cpp/tables.py.\n" + "".join(parts))
+    TARGET.write_text("// Written by tests/engines/cpp/unicode_tables.py.\n" + "".join(parts))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,36 @@
+"""What a decoder computes, written into an adapter and read back without torch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from coatrt.errors import CheckpointError
+from coatrt.models.checkpoint import Checkpoint
+from coatrt.models.spec import DecoderSpec
+from support.families import MODELS, save_model
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_comes_back_from_its_json(tmp_path: Path, name: str) -> None:
+    save_model(tmp_path, name)
+    spec = DecoderSpec.from_checkpoint(Checkpoint.open(tmp_path))
+    assert DecoderSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("layers", "3"), ("layers", True), ("epsilon", None), ("windows", 5), ("activation", None), ("layer_norm", 1)],
+)
+def test_fields_of_other_types_are_refused(tiny_llama: Path, field: str, value: object) -> None:
+    written = DecoderSpec.from_checkpoint(Checkpoint.open(tiny_llama)).to_json()
+    with pytest.raises(CheckpointError, match=rf"the decoder's {field} is .*; train the adapter again"):
+        DecoderSpec.from_json({**written, field: value})
+
+
+def test_reading_needs_neither_torch_nor_transformers() -> None:
+    code = "import sys, coatrt.models.spec, coatrt.adapter.description, coatrt.planning.planner\n"
+    code += "assert not {'torch', 'transformers', 'scipy', 'onnx'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
