@@ -36,7 +36,7 @@ def main() -> None:
     """Collect."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directories", nargs="+", type=Path)
-    parser.add_argument("--date", default=datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat())
+    parser.add_argument("--date", default=datetime.datetime.now(tz=datetime.UTC).date().isoformat())
     parser.add_argument("--note", action="append", default=[])
     given = parser.parse_args()
     rows: dict[str, dict[str, Any]] = {}
