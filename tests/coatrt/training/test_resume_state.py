@@ -46,12 +46,12 @@ def test_a_resumed_run_equals_an_unbroken_one(
     with pytest.raises(ConfigError, match="other options"):
         train(tiny_llama, text_data(tiny_llama), tmp_path / "broken", tiny_options(seed=5), resume=True)
     resumed = train(tiny_llama, text_data(tiny_llama), tmp_path / "broken", tiny_options(), resume=True)
-    assert resumed.metrics["losses"] == whole.metrics["losses"]
+    assert resumed.description.metrics["losses"] == whole.description.metrics["losses"]
     first, second = (load_file(tmp_path / name / "adapter.safetensors") for name in ("whole", "broken"))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert (
         train(tiny_llama, text_data(tiny_llama), tmp_path / "broken", tiny_options(), resume=True).description.metrics
-        == resumed.metrics
+        == resumed.description.metrics
     )
     with pytest.raises(ConfigError, match="finished adapter"):
         train(tiny_llama, text_data(tiny_llama), tmp_path / "broken", tiny_options())
