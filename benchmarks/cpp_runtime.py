@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle
 from coatrt.configs.config import ConfigPatterns
-from coatrt.devices.profiles import device
+from coatrt.devices.profiles import device_profile
 from coatrt.engines.bundles.build import build_targets
 from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.bundles.targets import Target
@@ -158,7 +158,7 @@ def main() -> None:
             if not directory.exists():
                 config = ConfigPatterns.from_json(value).resolve(adapter.description.space.model)
                 options = BundleOptions(context=CONTEXT, engine=False)
-                build_targets(adapter, checkpoint, [Target(device("rtx-4090"), config, directory)], options)
+                build_targets(adapter, checkpoint, [Target(device_profile("rtx-4090"), config, directory)], options)
             bundle = Bundle.open(directory)
             rows.append({"bundle": kind, **compare(bundle, programs, work, threads, arguments.rounds)})
     command = "python benchmarks/cpp_runtime.py ADAPTER"

@@ -18,7 +18,7 @@ from common import RESULTS, random_config, random_llama, save_result, smollm2
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import contract_for
 from coatrt.configs.space import ConfigSpace
-from coatrt.devices.profiles import device
+from coatrt.devices.profiles import device_profile
 from coatrt.engines.builders.builder import EngineShapes, build_engine
 from coatrt.export.decoder import GraphForm, export_decoder
 from coatrt.models.checkpoint import Checkpoint
@@ -76,7 +76,7 @@ def built_bytes(checkpoint: Checkpoint, config: QuantConfig, sm: int) -> int:
         contract, codes = contract_for(checkpoint.matrices, 16, 32), CodeStore.default(checkpoint)
         export_decoder(checkpoint, config, Path(name), forms=[form], contract=contract, codes=codes)
         graph, engine = Path(name) / "base.onnx", Path(name) / "e.engine"
-        return build_engine(graph, engine, device(DEVICES[sm]), shapes=EngineShapes(1, 512)).bytes
+        return build_engine(graph, engine, device_profile(DEVICES[sm]), shapes=EngineShapes(1, 512)).bytes
 
 
 def terms(config: QuantConfig, checkpoint: Checkpoint, sm: int) -> list[float]:

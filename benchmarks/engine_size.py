@@ -12,7 +12,7 @@ from common import random_llama, save_result, smollm2
 
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import contract_for
-from coatrt.devices.profiles import device
+from coatrt.devices.profiles import device_profile
 from coatrt.engines.builders.builder import BuildRecord, EngineShapes, build_engine
 from coatrt.export.decoder import GraphForm, export_decoder
 from coatrt.models.checkpoint import Checkpoint
@@ -63,18 +63,20 @@ def main() -> None:
         for text in FORMATS:
             graph = export(checkpoint, text, work / text, lora=True)
             for name in DEVICES:
-                if not device(name).supports(QuantConfig.uniform(checkpoint.matrices, text)["model.embed_tokens"]):
+                if not device_profile(name).supports(
+                    QuantConfig.uniform(checkpoint.matrices, text)["model.embed_tokens"]
+                ):
                     continue
-                record = build_engine(graph, work / "e.engine", device(name), shapes=EngineShapes(1, 512))
+                record = build_engine(graph, work / "e.engine", device_profile(name), shapes=EngineShapes(1, 512))
                 rows.append(row(checkpoint, text, name, record))
                 # SM75 keeps a copy of the norm kernel per layer, 8 MB in all, whatever the format (docs/engines.md).
-                if device(name).sm >= 80 and rows[-1]["ratio"] > LIMITS.get(text, 9):
+                if device_profile(name).sm >= 80 and rows[-1]["ratio"] > LIMITS.get(text, 9):
                     failed.append(rows[-1])
         large = random_llama(
             work / "1b", hidden=2048, inner=8192, layers=16, heads=32, kv_heads=8, vocabulary=128256, tied=True
         )
         graph = export(large, "int4-g64", work / "1b-int4", lora=False)
-        record = build_engine(graph, work / "e.engine", device("rtx-3060"), shapes=EngineShapes(1, 512))
+        record = build_engine(graph, work / "e.engine", device_profile("rtx-3060"), shapes=EngineShapes(1, 512))
         billion = row(large, "int4-g64", "rtx-3060", record)
     save_result("engine_size", "python benchmarks/engine_size.py", {"smollm2_135m": rows, "random_1b": billion})
     if failed or billion["ratio"] > 1.06:

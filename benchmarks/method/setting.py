@@ -16,7 +16,7 @@ from common import smollm2
 from tasks import TASKS
 
 from coatrt.adapter.features import ConfigEncoder
-from coatrt.cli.progress import drawn
+from coatrt.cli.progress import drawn_progress
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.space import ConfigSpace
 from coatrt.data.examples import Examples
@@ -119,7 +119,7 @@ class Setting:
         if not path.is_file():
             self.base.set_config(None)
             self.base.set_pairs(None)
-            with drawn("gains") as progress:
+            with drawn_progress("gains") as progress:
                 found = output_gains(self.base, self._calibration, progress)
             write_tensors(path, {name: tensor.cpu() for name, tensor in found.items()})
         stored = read_tensors(path)
@@ -135,7 +135,7 @@ class Setting:
         """Costs and errors, measured once on training examples."""
         path = self.scratch / f"sensitivity-{MODEL}-{self.task}.json"
         if not path.is_file():
-            with drawn("sensitivity") as progress:
+            with drawn_progress("sensitivity") as progress:
                 found = measure_sensitivity(self.base, self.codes, self._calibration, self.space.formats, progress)
             found.save(path)
         return Sensitivity.load(path)

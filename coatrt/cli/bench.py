@@ -17,7 +17,7 @@ __all__ = ["command"]
 @click.option("--tokens", type=int, default=32, show_default=True, help="Tokens decoded per repetition.")
 @click.option("--repeat", type=int, default=5, show_default=True)
 @runtime_options("backend", "batch", "threads", "accuracy_level")
-@click.option("--device", help="Profile of this machine, for its bandwidth.")
+@click.option("--profile", "device", help="Device profile of this machine (coatrt devices), for its bandwidth.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the JSON here too.")
 def command(
@@ -32,8 +32,8 @@ def command(
 ) -> None:
     """Measure BUNDLE on this machine: prefill, decode, LoRA on and off, emission, load."""
     from coatrt.bundle import Bundle
-    from coatrt.cli.progress import drawn
-    from coatrt.devices.profiles import device as profile
+    from coatrt.cli.progress import drawn_progress
+    from coatrt.devices.profiles import device_profile as profile
     from coatrt.engines.measure.bench import bench, bench_text
     from coatrt.engines.runtime.options import RuntimeOptions
     from coatrt.system.files import write_json
@@ -41,7 +41,7 @@ def command(
     if output is not None:
         check_writable(output)
     known = profile(device) if device is not None else None
-    with drawn("bench") as progress:
+    with drawn_progress("bench") as progress:
         result = bench(
             Bundle.open(bundle),
             RuntimeOptions(**runtime),

@@ -24,7 +24,7 @@ _SIZES = ("context", "batch", "prefill")
 
 @click.command()
 @click.argument("adapter", type=click.Path(path_type=Path))
-@click.option("--device", "devices", multiple=True, required=True, help="Device id (coatrt devices); repeatable.")
+@click.option("--target", "devices", multiple=True, required=True, help="Device id (coatrt devices); repeatable.")
 @click.option(
     "-o",
     "--output",
@@ -63,7 +63,7 @@ def command(
 ) -> None:
     """Make a bundle of ADAPTER for each device: plan, graphs, hypernetwork, LoRA, engine."""
     from coatrt.adapter.description import AdapterDescription
-    from coatrt.devices.profiles import device
+    from coatrt.devices.profiles import device_profile
     from coatrt.engines.builders.builder_slots import BuilderSlots
     from coatrt.engines.bundles.options import BundleOptions
     from coatrt.engines.bundles.prepare import prepare
@@ -73,7 +73,7 @@ def command(
 
     given = _given(choices)
     request, slots = plan_request(choices), BuilderSlots(jobs, build_memory)
-    profiles = [device(name) for name in dict.fromkeys(devices)]
+    profiles = [device_profile(name) for name in dict.fromkeys(devices)]
     description = AdapterDescription.load(adapter)
     choice = None if config_path is None else read_choice(config_path, description.model)
     if choice is not None:
@@ -126,12 +126,12 @@ def _execute(
     adapter: Path, preparation: "Preparation", slots: "BuilderSlots", *, model: str | None, no_cache: bool
 ) -> None:
     from coatrt.adapter.adapter import Adapter
-    from coatrt.cli.progress import drawn
+    from coatrt.cli.progress import drawn_progress
     from coatrt.engines.builders.engine_cache import EngineCache
     from coatrt.engines.bundles.execute import execute
 
     loaded = Adapter.from_pretrained(adapter)
-    with drawn("build") as progress:
+    with drawn_progress("build") as progress:
         results = execute(
             preparation,
             loaded,

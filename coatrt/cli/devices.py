@@ -8,7 +8,7 @@ import click
 
 from coatrt.cli.common import echo_json
 from coatrt.cli.runtime import runtime_options
-from coatrt.devices.profiles import DeviceProfile, devices
+from coatrt.devices.profiles import DeviceProfile, device_profiles
 
 __all__ = ["command"]
 
@@ -19,7 +19,7 @@ __all__ = ["command"]
 def command(ctx: click.Context, as_json: bool) -> None:
     """List the device profiles; `probe` asks for this machine's GPUs, `calibrate` times its CPU."""
     if ctx.invoked_subcommand is None:
-        _show(devices(), as_json)
+        _show(device_profiles(), as_json)
 
 
 @command.command()
@@ -41,15 +41,15 @@ def probe(as_json: bool) -> None:
 @runtime_options("threads", "accuracy_level")
 @click.option("--json", "as_json", is_flag=True, help="Print the calibration as JSON.")
 def calibrate(adapter: Path, model: str | None, as_json: bool, **runtime: Any) -> None:
-    """Time every product of ADAPTER's model on this CPU; `plan --device cpu` predicts with it from then on."""
+    """Time every product of ADAPTER's model on this CPU; `plan --target cpu` predicts with it from then on."""
     from coatrt.adapter.adapter import Adapter
-    from coatrt.cli.progress import drawn
+    from coatrt.cli.progress import drawn_progress
     from coatrt.engines.measure.cpu_timings import calibrate_cpu
     from coatrt.engines.runtime.options import RuntimeOptions
     from coatrt.planning.measured_latency import calibration_path
 
     loaded = Adapter.from_pretrained(adapter)
-    with drawn("calibrate") as progress:
+    with drawn_progress("calibrate") as progress:
         made = calibrate_cpu(loaded, loaded.checkpoint(model), RuntimeOptions(**runtime), progress=progress)
     path = calibration_path("cpu")
     made.save(path)

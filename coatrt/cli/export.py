@@ -29,8 +29,8 @@ def command(
     """Write the ONNX graphs, hypernetwork and LoRA of one configuration of ADAPTER: a bundle without an engine."""
     from coatrt.adapter.adapter import Adapter
     from coatrt.adapter.description import AdapterDescription
-    from coatrt.cli.progress import drawn
-    from coatrt.devices.profiles import device
+    from coatrt.cli.progress import drawn_progress
+    from coatrt.devices.profiles import device_profile
     from coatrt.engines.bundles.execute import execute
     from coatrt.engines.bundles.options import BundleOptions
     from coatrt.engines.bundles.prepare import prepare
@@ -40,10 +40,10 @@ def command(
     description = AdapterDescription.load(adapter)
     config = read_config(config_path, description.model)
     options = BundleOptions(activations, cpu_activations, context, engine=False)
-    target = Target(device("cpu"), config, output)
+    target = Target(device_profile("cpu"), config, output)
     preparation = prepare(description, [target], options, overwrite=overwrite)
     loaded = Adapter.from_pretrained(adapter)
-    with drawn("export") as progress:
+    with drawn_progress("export") as progress:
         (result,) = execute(preparation, loaded, loaded.checkpoint(model), progress=progress)
     size = sum(facts["bytes"] for facts in result.bundle.manifest["files"].values())
     click.echo(f"{output}: {config.average_bits(description.model):.3f} bits per weight, {size / 1e6:.1f} MB in all")

@@ -66,14 +66,14 @@ def plan_request(choices: dict[str, Any]) -> "PlanRequest":
 
 @click.command()
 @click.argument("adapter", type=click.Path(path_type=Path))
-@click.option("--device", "devices", multiple=True, required=True, help="Device id (coatrt devices); repeatable.")
+@click.option("--target", "devices", multiple=True, required=True, help="Device id (coatrt devices); repeatable.")
 @plan_options
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the plan here (one device).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(adapter: Path, devices: tuple[str, ...], output: Path | None, as_json: bool, **choices: Any) -> None:
     """Choose a configuration of ADAPTER per device: least predicted loss, least time per token, or balanced."""
     from coatrt.adapter.description import AdapterDescription
-    from coatrt.devices.profiles import device
+    from coatrt.devices.profiles import device_profile
     from coatrt.errors import ConfigError
     from coatrt.planning.archive import adapter_archive
     from coatrt.planning.planner import plan_fleet
@@ -83,7 +83,7 @@ def command(adapter: Path, devices: tuple[str, ...], output: Path | None, as_jso
     if output is not None and len(devices) > 1:
         raise ConfigError(f"-o takes one device, {len(devices)} are given; give one, or --json")
     request = plan_request(choices)
-    profiles = [device(name) for name in dict.fromkeys(devices)]
+    profiles = [device_profile(name) for name in dict.fromkeys(devices)]
     plans = plan_fleet(AdapterDescription.load(adapter), profiles, request, archive=adapter_archive(adapter))
     if output is not None:
         write_json(output, plans[0].to_json())

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from coatrt.system.progress import Progress
 
-__all__ = ["drawn"]
+__all__ = ["drawn_progress"]
 
 _LINE_SECONDS = 30.0
 _BAR_DELAY = 2.0
@@ -59,7 +59,7 @@ class _Bars:
 
 
 @contextlib.contextmanager
-def drawn(what: str) -> Iterator[Progress]:
+def drawn_progress(what: str) -> Iterator[Progress]:
     """Yield what draws the progress of a piece of work called `what`."""
     shown = _Bars(what) if sys.stderr.isatty() else _Lines(what)
     try:

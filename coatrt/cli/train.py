@@ -59,7 +59,7 @@ def command(
                    or {"prompt": …, "completion": …}; the assistant's answers are learned
     --task choice  a JSON object a line: {"prompt": …, "choices": [" yes", " no"], "answer": 0}
     """  # noqa: D301 - click reads the character \b
-    from coatrt.cli.progress import drawn
+    from coatrt.cli.progress import drawn_progress
     from coatrt.data.registry import load_task
     from coatrt.models.checkpoint import Checkpoint, load_tokenizer
     from coatrt.system.resources import compute_device
@@ -72,7 +72,7 @@ def command(
     options = TrainOptions(**choices)
     checkpoint = Checkpoint.open(model)
     tokenizer = load_tokenizer(checkpoint.directory)
-    with drawn("train") as progress:
+    with drawn_progress("train") as progress:
         loaded = load_task(task, data, tokenizer, options.max_length, held_out=held_out or None, progress=progress)
         notice = few_tokens_notice(options, checkpoint.matrices, loaded)
         if notice is not None:

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 
-from coatrt.devices.profiles import Builder, DeviceProfile, devices
+from coatrt.devices.profiles import Builder, DeviceProfile, device_profiles
 from coatrt.errors import DeviceError
 
 __all__ = ["probe"]
@@ -46,7 +46,7 @@ def _profile(line: str) -> DeviceProfile:
         )
     name, sm = match[1], int(match[2]) * 10 + int(match[3])
     memory = int(match[4]) << 20 if match[4].isdigit() else None  # GPUs that share the machine's memory name none
-    for known in devices():
+    for known in device_profiles():
         if known.sm == sm and _alike(known, name) and _near(known.memory_bytes, memory):
             if memory is None:
                 return known

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from coatrt.errors import DeviceError
 from coatrt.quantization.weight_format import KINDS, WeightFormat
 
-__all__ = ["Builder", "DeviceProfile", "device", "devices", "least_sm"]
+__all__ = ["Builder", "DeviceProfile", "device_profile", "device_profiles", "least_sm"]
 
 Builder = Literal["tensorrt-rtx", "tensorrt", "onnxruntime"]
 
@@ -66,19 +66,19 @@ class DeviceProfile:
 
 
 @cache
-def devices() -> tuple[DeviceProfile, ...]:
+def device_profiles() -> tuple[DeviceProfile, ...]:
     """Return all known devices, by compute capability."""
     rows = json.loads(resources.files("coatrt.devices").joinpath("devices.json").read_text(encoding="utf-8"))
     return tuple(DeviceProfile(**{**row, "sources": tuple(row["sources"])}) for row in rows)
 
 
-def device(name: str) -> DeviceProfile:
+def device_profile(name: str) -> DeviceProfile:
     """Return the profile of a device id.
 
     Raises:
         DeviceError: there is none.
     """
-    known = {profile.id: profile for profile in devices()}
+    known = {profile.id: profile for profile in device_profiles()}
     if name in known:
         return known[name]
     near = difflib.get_close_matches(name.lower().replace(" ", "-").replace("_", "-"), known, n=3, cutoff=0.5)

@@ -8,7 +8,7 @@ from typing import Any
 from coatrt.adapter.description import AdapterDescription
 from coatrt.bundle import MANIFEST, Bundle
 from coatrt.configs.config import QuantConfig
-from coatrt.devices.profiles import device
+from coatrt.devices.profiles import device_profile
 from coatrt.errors import ConfigError
 from coatrt.models.matrices import ModelMatrices
 from coatrt.planning.archive import Archive, adapter_archive
@@ -105,14 +105,14 @@ def collect(paths: Sequence[Path], devices: Sequence[str], request: PlanRequest)
             versions |= bundle.manifest["versions"]
             entries.append(_bundled(place, bundle))
     if not entries:
-        raise ConfigError("nothing to show; give a bundle, or an adapter and --device")
+        raise ConfigError("nothing to show; give a bundle, or an adapter and --target")
     return Report(source, tuple(entries), archives, tuple(quality), tuple(training), versions)
 
 
 def _planned(
     facts: AdapterDescription, archive: Archive | None, devices: Sequence[str], request: PlanRequest
 ) -> list[Entry]:
-    profiles = [device(name) for name in devices]
+    profiles = [device_profile(name) for name in devices]
     plans = plan_fleet(facts, profiles, request, archive=archive)
     return [
         Entry(

@@ -6,7 +6,7 @@ from pathlib import Path
 from coatrt.adapter.adapter import Adapter
 from coatrt.adapter.description import AdapterDescription
 from coatrt.configs.config import QuantConfig
-from coatrt.devices.profiles import device
+from coatrt.devices.profiles import device_profile
 from coatrt.engines.builders.builder_slots import BuilderSlots
 from coatrt.engines.builders.engine_cache import EngineCache
 from coatrt.engines.bundles.execute import execute
@@ -64,7 +64,7 @@ def build(
     """
     request = request or PlanRequest()
     description = AdapterDescription.load(adapter)
-    profiles = [device(name) for name in dict.fromkeys(devices)]
+    profiles = [device_profile(name) for name in dict.fromkeys(devices)]
     choice = None if config is None else (config, None)
     archive = adapter_archive(adapter)
     targets = plan_targets(description, profiles, Path(output), request, choice=choice, archive=archive)

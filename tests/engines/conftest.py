@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from coatrt.adapter.adapter import Adapter
-from coatrt.devices.profiles import device
+from coatrt.devices.profiles import device_profile
 from coatrt.engines.bundles.options import BundleOptions
 from coatrt.planning import planner
 from fetch_headers import FetchError, fetch
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     adapter = Adapter.from_pretrained(tiny_adapter)
-    profile = device("rtx-4090")
+    profile = device_profile("rtx-4090")
     plan = planner.plan(adapter.description, profile, bits=5.2, context=96, prefill=32)
     directory = tmp_path_factory.mktemp("bundle") / "rtx-4090"
     options = BundleOptions(context=96, engine=False)

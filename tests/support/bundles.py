@@ -6,7 +6,7 @@ from typing import Any
 from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle
 from coatrt.configs.config import QuantConfig
-from coatrt.devices.profiles import device
+from coatrt.devices.profiles import device_profile
 from coatrt.engines.bundles.build import build_targets
 from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.bundles.targets import Target
@@ -26,6 +26,6 @@ def make_bundle(
 ) -> Bundle:
     """Make the bundle of one configuration for the device called `name`."""
     (result,) = build_targets(
-        adapter, adapter.checkpoint(), [Target(device(name), config, output, plan)], options, **more
+        adapter, adapter.checkpoint(), [Target(device_profile(name), config, output, plan)], options, **more
     )
     return result.bundle

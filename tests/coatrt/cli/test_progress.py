@@ -7,7 +7,7 @@ from contextlib import contextmanager, redirect_stderr
 import pytest
 
 from coatrt.cli import progress
-from coatrt.cli.progress import drawn
+from coatrt.cli.progress import drawn_progress
 from coatrt.system.progress import Progress
 
 pytestmark = pytest.mark.fast
@@ -29,7 +29,7 @@ class Terminal(io.StringIO):
 
 @contextmanager
 def showing(what: str, stream: io.StringIO) -> Iterator[Progress]:
-    with redirect_stderr(stream), drawn(what) as show:
+    with redirect_stderr(stream), drawn_progress(what) as show:
         yield show
 
 

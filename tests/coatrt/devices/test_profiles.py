@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from coatrt.devices.probe import probe
-from coatrt.devices.profiles import device, devices, least_sm
+from coatrt.devices.profiles import device_profile, device_profiles, least_sm
 from coatrt.errors import DeviceError
 from coatrt.quantization.weight_format import WeightFormat
 
@@ -16,9 +16,9 @@ RTX_TARGETS = {75, 80, 86, 89, 120, 121}
 
 
 def test_there_are_enough_devices_with_sane_figures_and_sources() -> None:
-    gpus = [profile for profile in devices() if profile.id != "cpu"]
+    gpus = [profile for profile in device_profiles() if profile.id != "cpu"]
     assert len(gpus) >= 20
-    assert len({profile.id for profile in devices()}) == len(devices())
+    assert len({profile.id for profile in device_profiles()}) == len(device_profiles())
     assert {profile.sm for profile in gpus} == {75, 80, 86, 87, 89, 90, 100, 110, 120, 121}
     for profile in gpus:
         assert profile.memory_bytes is not None
@@ -35,10 +35,10 @@ def test_there_are_enough_devices_with_sane_figures_and_sources() -> None:
 
 
 def test_known_figures() -> None:
-    four, five = device("rtx-4090"), device("rtx-5090")
+    four, five = device_profile("rtx-4090"), device_profile("rtx-5090")
     assert (four.sm, four.memory_bytes, four.bandwidth) == (89, 24 << 30, 1008e9)
     assert (five.sm, five.memory_bytes, five.bandwidth) == (120, 32 << 30, 1792e9)
-    assert device("rtx-4050-laptop").memory_bytes == 6 << 30
+    assert device_profile("rtx-4050-laptop").memory_bytes == 6 << 30
 
 
 @pytest.mark.parametrize(
@@ -56,16 +56,16 @@ def test_known_figures() -> None:
 def test_formats_follow_the_compute_capability(text: str, first: int) -> None:
     fmt = WeightFormat.parse(text)
     assert least_sm(fmt) == first
-    for profile in devices():
+    for profile in device_profiles():
         assert profile.supports(fmt) == (profile.sm == 0 or profile.sm >= first)
         assert (fmt.kind in profile.to_json()["formats"]) == profile.supports(fmt)
 
 
 def test_an_unknown_device_gets_near_names() -> None:
     with pytest.raises(DeviceError, match=r"no device 'RTX 4090'; did you mean rtx-4090"):
-        device("RTX 4090")
+        device_profile("RTX 4090")
     with pytest.raises(DeviceError, match="coatrt devices lists all"):
-        device("zzz")
+        device_profile("zzz")
 
 
 def fake_driver(directory: Path, script: str) -> None:

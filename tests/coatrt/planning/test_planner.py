@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from coatrt.adapter.description import AdapterDescription
 from coatrt.configs.space import ConfigSpace
-from coatrt.devices.profiles import device, devices
+from coatrt.devices.profiles import device_profile, device_profiles
 from coatrt.errors import ConfigError, FormatError
 from coatrt.planning import planner
 from coatrt.planning.candidates import candidates, least_cost_by_size
@@ -28,7 +28,7 @@ from coatrt.planning.workload import Workload
 from coatrt.quantization.weight_format import WeightFormat
 from support.knapsack import least_price
 
-GPUS = [profile for profile in devices() if profile.sm]
+GPUS = [profile for profile in device_profiles() if profile.sm]
 NAMES = st.sampled_from([profile.id for profile in GPUS])
 
 
@@ -46,8 +46,8 @@ def workload(adapter: AdapterDescription, element: int = 2) -> Workload:
 def test_more_memory_never_gives_a_worse_loss_and_less_never_more_bytes(
     adapter: AdapterDescription, name: str, budgets: tuple[float, float], speed: float | None
 ) -> None:
-    rich = planner.plan(adapter, device(name))
-    poor = planner.plan(adapter, device(name), objective="latency", max_loss=1e9)
+    rich = planner.plan(adapter, device_profile(name))
+    poor = planner.plan(adapter, device_profile(name), objective="latency", max_loss=1e9)
     least = min(point[0] for point in rich.front)
     assert rich.tokens_per_second is not None
     assert poor.tokens_per_second is not None
@@ -58,7 +58,7 @@ def test_more_memory_never_gives_a_worse_loss_and_less_never_more_bytes(
     low, high = (
         planner.plan(
             adapter,
-            device(name),
+            device_profile(name),
             memory=least + int(share * (rich.total_bytes - least) + 1),
             min_tokens_per_second=floor,
         )
@@ -69,7 +69,7 @@ def test_more_memory_never_gives_a_worse_loss_and_less_never_more_bytes(
     for plan in (low, high):
         assert plan.limit_bytes is not None
         assert plan.total_bytes <= plan.limit_bytes
-        assert all(device(name).supports(fmt) for fmt in plan.config.formats.values())
+        assert all(device_profile(name).supports(fmt) for fmt in plan.config.formats.values())
         if floor is not None:
             assert plan.tokens_per_second is not None
             assert plan.tokens_per_second >= floor * (1 - 1e-9)
@@ -77,7 +77,7 @@ def test_more_memory_never_gives_a_worse_loss_and_less_never_more_bytes(
 
 @settings(max_examples=20, deadline=None)
 @given(
-    name=st.sampled_from([profile.id for profile in devices()]),
+    name=st.sampled_from([profile.id for profile in device_profiles()]),
     objective=st.sampled_from(["quality", "balanced"]),
     bits=st.floats(4.6, 9),
     context=st.integers(1, 4096),
@@ -93,12 +93,12 @@ def test_every_plan_comes_back_from_its_json(
     batch: int,
 ) -> None:
     request = PlanRequest(objective, bits=bits, context=context, batch=batch, keep=(("down_proj", "int8"),))
-    plan = planner.plan(adapter, device(name), request)
+    plan = planner.plan(adapter, device_profile(name), request)
     written = json.loads(json.dumps(plan.to_json()))
     again = Plan.from_json(written, adapter.model)
     assert again == plan
     assert again.text() == plan.text()
-    replanned = planner.plan(adapter, device(again.device), again.request)
+    replanned = planner.plan(adapter, device_profile(again.device), again.request)
     assert replanned.config.hash == written["configuration_hash"] == plan.config.hash
     path = tmp_path_factory.mktemp("plan") / "plan.json"
     path.write_text(json.dumps(written))
@@ -108,7 +108,7 @@ def test_every_plan_comes_back_from_its_json(
 
 
 def test_an_altered_plan_is_refused(adapter: AdapterDescription) -> None:
-    written = planner.plan(adapter, device("rtx-4090"), bits=5).to_json()
+    written = planner.plan(adapter, device_profile("rtx-4090"), bits=5).to_json()
     name = next(iter(written["configuration"]["matrices"]))
     other = {**written["configuration"]["matrices"], name: "fp8"}
     with pytest.raises(ConfigError, match="has the hash"):
@@ -148,7 +148,7 @@ def test_candidates_are_within_half_a_hundredth_of_the_optimum(adapter: AdapterD
 def test_memory_lines_and_overheads_agree(adapter: AdapterDescription) -> None:
     rng, model = np.random.default_rng(0), adapter.model
     for name in ("t4", "rtx-5090", "cpu"):
-        profile = device(name)
+        profile = device_profile(name)
         space = adapter.space.restrict([fmt for fmt in adapter.formats if profile.supports(fmt)])
         choices = rng.integers(len(space.formats), size=(20, len(space.groups))).astype(np.int16)
         many = overhead_of_choices(space, choices, profile.sm)
@@ -163,7 +163,7 @@ def test_memory_lines_and_overheads_agree(adapter: AdapterDescription) -> None:
 
 
 def test_datasheet_seconds_are_bytes_or_flops_and_launches(adapter: AdapterDescription) -> None:
-    profile = device("rtx-3060")
+    profile = device_profile("rtx-3060")
     latency, fmt = DatasheetLatency(profile), WeightFormat.parse("int8")
     assert latency.matrix_seconds(4096, 4096, fmt, 1) == pytest.approx(
         (4096 * 4096 + 2 * 4096) / (360e9 * BANDWIDTH_SHARE) + LAUNCH_SECONDS
@@ -192,7 +192,9 @@ def test_datasheet_seconds_are_bytes_or_flops_and_launches(adapter: AdapterDescr
 
 
 def test_pins(adapter: AdapterDescription) -> None:
-    plan = planner.plan(adapter, device("rtx-4090"), bits=5, keep=(("lm_head", "fp8"), (".*layers.0.*v_proj", "int8")))
+    plan = planner.plan(
+        adapter, device_profile("rtx-4090"), bits=5, keep=(("lm_head", "fp8"), (".*layers.0.*v_proj", "int8"))
+    )
     assert str(plan.config["model.embed_tokens"]) == "fp8"  # the head is tied to it
     assert {str(plan.config[f"model.layers.0.self_attn.{k}_proj"]) for k in "qkv"} == {"int8"}  # one kernel
     assert matched(adapter.model, "down_proj") == tuple(f"model.layers.{i}.mlp.down_proj" for i in range(2))
@@ -205,13 +207,13 @@ def test_pins(adapter: AdapterDescription) -> None:
         ((("q_proj", "int8"), ("k_proj", "fp8")), ConfigError, "give them one format"),
     ):
         with pytest.raises(error, match=said):
-            planner.plan(adapter, device("rtx-4090"), keep=keep)
+            planner.plan(adapter, device_profile("rtx-4090"), keep=keep)
     cost = cost_matrix(adapter.space, adapter.sensitivity.costs)
-    assert pinned_costs(adapter.space, cost, (), device("cpu")) is cost
+    assert pinned_costs(adapter.space, cost, (), device_profile("cpu")) is cost
 
 
 def test_limits_say_what_would_do(adapter: AdapterDescription) -> None:
-    profile = device("rtx-4090")
+    profile = device_profile("rtx-4090")
     plan = planner.plan(adapter, profile)
     for asked, said in (
         ({"min_tokens_per_second": 1e9}, r"at most \d+\.\d are predicted; give --min-tokens-per-second"),
@@ -229,7 +231,7 @@ def test_limits_say_what_would_do(adapter: AdapterDescription) -> None:
         with pytest.raises(ConfigError, match="give"):
             planner.plan(adapter, profile, **wrong)
     with pytest.raises(ConfigError, match="coatrt devices calibrate"):
-        planner.plan(adapter, device("cpu"), min_tokens_per_second=1)
+        planner.plan(adapter, device_profile("cpu"), min_tokens_per_second=1)
     tight = planner.plan(adapter, profile, memory=plan.total_bytes - 20_000)
     assert tight.binds == "memory"
     (step,) = tight.next_steps
@@ -242,7 +244,7 @@ def test_limits_say_what_would_do(adapter: AdapterDescription) -> None:
 
 
 def test_a_fleet_is_planned_as_its_devices_are(adapter: AdapterDescription) -> None:
-    profiles = [device(name) for name in ("t4", "rtx-3060", "rtx-5090", "cpu")]
+    profiles = [device_profile(name) for name in ("t4", "rtx-3060", "rtx-5090", "cpu")]
     plans = planner.plan_fleet(adapter, profiles, PlanRequest(bits=6))
     assert plans == [planner.plan(adapter, profile, bits=6) for profile in profiles]
     lines = fleet_table(plans).splitlines()
@@ -250,7 +252,7 @@ def test_a_fleet_is_planned_as_its_devices_are(adapter: AdapterDescription) -> N
 
 
 def test_fronts_have_no_dominated_points(adapter: AdapterDescription) -> None:
-    front = planner.plan(adapter, device("rtx-3060")).front
+    front = planner.plan(adapter, device_profile("rtx-3060")).front
     assert len(front) > 5
     for size, seconds, loss in front:
         for other in front:
@@ -280,7 +282,7 @@ def test_a_calibration_is_preferred_and_interpolates(adapter: AdapterDescription
         assert made.matrix_seconds(64, 64, int8, 6) == pytest.approx(64 * 64 * 1.6e-9)
         assert made.matrix_seconds(64, 64, int8, 100) == pytest.approx(64 * 64 * 11e-9)
         assert made.rest_seconds(space.model, work, 1, 96) == pytest.approx(1.5e-3)
-        plan = planner.plan(adapter, device("cpu"), objective="latency", max_loss=1e9, context=64, prefill=16)
+        plan = planner.plan(adapter, device_profile("cpu"), objective="latency", max_loss=1e9, context=64, prefill=16)
         assert plan.config.counts == {"int8": 15}  # the fastest here, though the largest
         assert plan.decode_seconds == pytest.approx(sum(m.N * m.K for m in space.model.matrices) * 1.1e-9 + 1e-3)
         assert "calibration of cpu" in plan.text()

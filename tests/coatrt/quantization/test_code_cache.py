@@ -10,6 +10,7 @@ from coatrt.models.checkpoint import Checkpoint
 from coatrt.quantization import code_cache as module
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import decode, encode
+from coatrt.quantization.gptq import inverse_factor
 from coatrt.quantization.input_moments import Calibration, InputMoments
 from coatrt.quantization.quantizers import QUANTIZERS
 from coatrt.system.tensors import read_tensors
@@ -121,3 +122,20 @@ def test_codes_are_kept_within_a_bound_or_while_memory_is_free(
     monkeypatch.setattr(module, "free_memory", lambda: 1 << 40)
     fill(ample := CodeStore(checkpoint))
     assert len(held(ample)) == 3
+
+
+def test_matrices_that_read_one_input_are_encoded_with_one_factor(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def counted(moment: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(moment))
+        return inverse_factor(moment)
+
+    monkeypatch.setattr("coatrt.quantization.gptq.inverse_factor", counted)
+    codes = CodeStore(checkpoint, tmp_path, "feedback", Calibration(TOKENS))
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj"):
+        for text in ("nf3-g32", "int4-g32"):
+            codes.get(f"model.layers.0.{name}", text)
+    assert sizes == [64, 160]

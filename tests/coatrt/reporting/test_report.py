@@ -9,7 +9,7 @@ import pytest
 
 from coatrt.adapter.description import AdapterDescription
 from coatrt.bundle import Bundle
-from coatrt.devices.profiles import device
+from coatrt.devices.profiles import device_profile
 from coatrt.errors import BundleError, ConfigError
 from coatrt.planning import planner
 from coatrt.planning.plan import PlanRequest
@@ -60,7 +60,7 @@ def test_a_page_of_plans_holds_every_figure_and_loads_nothing(tiny_adapter: Path
     assert outline.ids == [*FIGURES, "plans", "quality", "provenance"]
     assert text.count("<svg") == len(FIGURES)
     for entry in report.entries:
-        plan = planner.plan(facts, device(entry.title), REQUEST)
+        plan = planner.plan(facts, device_profile(entry.title), REQUEST)
         assert entry.config == plan.config
         assert plan.config.hash in outline.text
         assert f"{plan.average_bits:.2f} bits" in outline.text
@@ -91,7 +91,7 @@ def tiny_bundle_copy(tiny_adapter: Path, tmp_path: Path) -> Path:
     from coatrt.adapter.adapter import Adapter
     from coatrt.engines.bundles.options import BundleOptions
 
-    adapter, profile = Adapter.from_pretrained(tiny_adapter), device("rtx-4090")
+    adapter, profile = Adapter.from_pretrained(tiny_adapter), device_profile("rtx-4090")
     plan = planner.plan(adapter.description, profile, bits=5.2, context=64)
     place = tmp_path / "bundles" / "rtx-4090"
     options = BundleOptions(context=64, engine=False)

@@ -13,12 +13,12 @@ TEXTS = [f"the {word} sat on the mat and the {word} saw the hen. " * 30 for word
 _PROGRAM = """
 import json, sys
 import torch
-import coatrt.training.run, coatrt.search.run
+import coatrt.training.run, coatrt.searching.run
 from support import pretend_device
 from support.tiny import text_data, tiny_options
 
 torch.set_num_threads(1)
-for module in (coatrt.training.run, coatrt.search.run):
+for module in (coatrt.training.run, coatrt.searching.run):
     module.compute_device = torch.device
 llama, directory, texts, changes = sys.argv[1], sys.argv[2], *map(json.loads, sys.argv[3:])
 said = {}
@@ -26,7 +26,7 @@ for device in ("cpu", pretend_device.NAME):
     place = f"{directory}/{device}"
     data = text_data(llama, texts)
     adapter = coatrt.training.run.train(llama, data, place, tiny_options(**changes), device=device)
-    found, _ = coatrt.search.run.search_adapter(place, data, evaluations=2, blocks=2, device=device)
+    found, _ = coatrt.searching.run.search(place, data, evaluations=2, blocks=2, device=device)
     said[device] = {"losses": adapter.description.metrics["losses"], "measured": [entry.loss for entry in found]}
 try:
     torch.ones(3, device=pretend_device.NAME) + torch.ones(3)

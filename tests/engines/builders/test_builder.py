@@ -7,7 +7,7 @@ import pytest
 
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import contract_for
-from coatrt.devices.profiles import DeviceProfile, device
+from coatrt.devices.profiles import DeviceProfile, device_profile
 from coatrt.engines.builders import builder
 from coatrt.engines.builders.builder import EngineShapes, build_engine, check_formats
 from coatrt.errors import BuildError, DeviceError, FormatError
@@ -36,7 +36,7 @@ def graphs(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("sm", DEVICES)
 def test_profile_and_builder_agree(graphs: Path, tiny_llama: Path, tmp_path: Path, sm: int) -> None:
     pytest.importorskip("tensorrt_rtx")
-    profile, model = device(DEVICES[sm]), Checkpoint.open(tiny_llama).matrices
+    profile, model = device_profile(DEVICES[sm]), Checkpoint.open(tiny_llama).matrices
     assert profile.sm == sm
     for text in FORMATS:
         allowed = True
@@ -59,8 +59,8 @@ def test_one_engine_serves_several_gpus(graphs: Path, tmp_path: Path) -> None:
     record = build_engine(
         graphs / "int4-g32" / "base.onnx",
         tmp_path / "e.engine",
-        device("rtx-3060"),
-        also=[device("rtx-4090"), device("rtx-5090")],
+        device_profile("rtx-3060"),
+        also=[device_profile("rtx-4090"), device_profile("rtx-5090")],
         shapes=EngineShapes(batch=2, prefill=32, logits=4),
     )
     assert record.sms == (86, 89, 120)
@@ -72,23 +72,23 @@ def test_formats_are_refused_before_the_builder(tiny_llama: Path, monkeypatch: p
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("the builder was called"))
     model = Checkpoint.open(tiny_llama).matrices
     with pytest.raises(FormatError, match=r"rtx-3060 \(SM86\) cannot run fp8 .* and 14 more .* needs SM89 or later"):
-        check_formats(QuantConfig.uniform(model, "fp8"), device("rtx-3060"))
+        check_formats(QuantConfig.uniform(model, "fp8"), device_profile("rtx-3060"))
     with pytest.raises(FormatError, match=r"t4 \(SM75\) cannot run int4-g64"):
-        check_formats(QuantConfig.uniform(model, "int4-g64"), device("t4"))
+        check_formats(QuantConfig.uniform(model, "int4-g64"), device_profile("t4"))
     with pytest.raises(FormatError, match="has no bfloat16"):
-        check_formats(QuantConfig.uniform(model, "int8"), device("t4"), "bfloat16")
-    check_formats(QuantConfig.uniform(model, "nvfp4"), device("rtx-5090"))
+        check_formats(QuantConfig.uniform(model, "int8"), device_profile("t4"), "bfloat16")
+    check_formats(QuantConfig.uniform(model, "nvfp4"), device_profile("rtx-5090"))
 
 
 @rtx
 def test_a_refusal_names_the_reason_and_leaves_nothing(graphs: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     with pytest.raises(BuildError, match=r"building e\.engine for SM86 failed: .*fp8"):
-        build_engine(graphs / "fp8" / "base.onnx", tmp_path / "e.engine", device("rtx-3060"))
+        build_engine(graphs / "fp8" / "base.onnx", tmp_path / "e.engine", device_profile("rtx-3060"))
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "base.onnx").write_bytes(b"no graph")
     with pytest.raises(BuildError, match="failed"):
-        build_engine(tmp_path / "damaged" / "base.onnx", tmp_path / "e.engine", device("rtx-3060"))
+        build_engine(tmp_path / "damaged" / "base.onnx", tmp_path / "e.engine", device_profile("rtx-3060"))
     assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
 
@@ -99,16 +99,16 @@ def test_a_dying_builder_is_one_error(graphs: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(builder, "installed_builder", lambda _: "1.0")
     monkeypatch.setattr(builder.subprocess, "run", died)
     with pytest.raises(BuildError, match=r"something native.*signal 11"):
-        build_engine(graphs / "int8" / "base.onnx", tmp_path / "e.engine", device("rtx-3060"))
+        build_engine(graphs / "int8" / "base.onnx", tmp_path / "e.engine", device_profile("rtx-3060"))
     assert not any(tmp_path.iterdir())
 
 
 def test_devices_without_a_builder_here(graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BuildError, match="no engine is built for it"):
-        build_engine(graphs / "int8" / "base.onnx", tmp_path / "e.engine", device("cpu"))
+        build_engine(graphs / "int8" / "base.onnx", tmp_path / "e.engine", device_profile("cpu"))
     monkeypatch.setattr(builder.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(BuildError, match=r"tensorrt is not installed; pip install 'coatrt\[tensorrt\]' on the device"):
-        build_engine(graphs / "int8" / "base.onnx", tmp_path / "e.engine", device("h100"))
+        build_engine(graphs / "int8" / "base.onnx", tmp_path / "e.engine", device_profile("h100"))
 
 
 def test_regular_tensorrt_takes_the_same_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +120,7 @@ def test_regular_tensorrt_takes_the_same_path(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(builder, "installed_builder", lambda name: f"{name} 10.14")
     monkeypatch.setattr(builder, "_run_worker", worker)
-    profile: DeviceProfile = device("h100")
+    profile: DeviceProfile = device_profile("h100")
     monkeypatch.setattr(builder, "probe", lambda: [profile])
     record = build_engine(tmp_path / "base.onnx", tmp_path / "e.engine", profile)
     assert (record.builder, record.version, record.sms, record.bytes) == ("tensorrt", "tensorrt 10.14", (90,), 6)
@@ -137,7 +137,7 @@ def test_regular_tensorrt_needs_a_gpu_of_the_target(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(builder, "installed_builder", lambda _: "10.14")
     monkeypatch.setattr(builder, "_run_worker", worker)
-    engine, h100, l4, t4 = tmp_path / "e.engine", device("h100"), device("l4"), device("t4")
+    engine, h100, l4, t4 = tmp_path / "e.engine", device_profile("h100"), device_profile("l4"), device_profile("t4")
     for here, said in (
         ([], r"needs a GPU with SM90, this machine has no GPU; build on the device"),
         ([l4, t4, l4], r"needs a GPU with SM90, this machine's GPUs have SM75/89"),
@@ -150,7 +150,7 @@ def test_regular_tensorrt_needs_a_gpu_of_the_target(tmp_path: Path, monkeypatch:
         build_engine(tmp_path / "base.onnx", engine, h100)
     monkeypatch.setattr(builder, "probe", lambda: [l4, h100])
     with pytest.raises(BuildError, match="builds for one SM, SM87/90 are given"):
-        build_engine(tmp_path / "base.onnx", engine, h100, also=[device("jetson-agx-orin")])
+        build_engine(tmp_path / "base.onnx", engine, h100, also=[device_profile("jetson-agx-orin")])
     assert not seen
     assert not engine.exists()
     assert build_engine(tmp_path / "base.onnx", engine, h100).sms == (90,)

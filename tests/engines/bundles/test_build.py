@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle, seal
-from coatrt.devices.profiles import device
+from coatrt.devices.profiles import device_profile
 from coatrt.engines.builders.builder import EngineShapes
 from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.bundles.verify import TOLERANCE, verify
@@ -210,7 +210,9 @@ def test_adapt_in_other_formats(tiny_bundle: Path, tmp_path: Path, tiny_llama: P
 
 def test_bench_measures_and_accounts(tiny_bundle: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
-    result = bench(bundle, RuntimeOptions(threads=1), prompts=(4, 8), tokens=3, repeat=2, device=device("rtx-3060"))
+    result = bench(
+        bundle, RuntimeOptions(threads=1), prompts=(4, 8), tokens=3, repeat=2, device=device_profile("rtx-3060")
+    )
     assert [(row["tokens"], row["lora"], row["samples"]) for row in result["prefill"]] == [
         (4, True, 2),
         (4, False, 2),
@@ -283,7 +285,7 @@ def test_assembling_refuses_before_it_writes(
 @pytest.mark.rtx
 def test_a_bundle_with_an_engine(tiny_adapter: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
-    adapter, profile = Adapter.from_pretrained(tiny_adapter), device("rtx-5090")
+    adapter, profile = Adapter.from_pretrained(tiny_adapter), device_profile("rtx-5090")
     plan = planner.plan(adapter.description, profile, bits=4.8, context=64)
     options = BundleOptions(context=64, shapes=EngineShapes(prefill=32))
     bundle = make_bundle(adapter, plan.config, profile.id, tmp_path / "b", options, plan=plan)

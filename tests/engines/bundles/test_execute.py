@@ -16,7 +16,7 @@ import pytest
 from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle
 from coatrt.configs.config import QuantConfig
-from coatrt.devices.profiles import device
+from coatrt.devices.profiles import device_profile
 from coatrt.engines.builders import builder as builder_module
 from coatrt.engines.builders.builder import BuildRecord, EngineShapes
 from coatrt.engines.builders.builder_slots import BuilderSlots, builder_bytes
@@ -81,7 +81,7 @@ def use(made: FakeBuilder, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def targets(adapter: Adapter, place: Path, **texts: str) -> list[Target]:
     return [
-        Target(device(name.replace("_", "-")), adapter.description.space.uniform(text), place / name)
+        Target(device_profile(name.replace("_", "-")), adapter.description.space.uniform(text), place / name)
         for name, text in texts.items()
     ]
 
@@ -265,11 +265,11 @@ def test_a_foreign_directory_and_a_context_beyond_the_model_are_refused_first(ad
     app = tmp_path / "webapp"
     app.mkdir()
     (app / "manifest.json").write_text('{"name": "an app"}')
-    wanted = [Target(device("cpu"), adapter.description.space.uniform("int8"), app)]
+    wanted = [Target(device_profile("cpu"), adapter.description.space.uniform("int8"), app)]
     with pytest.raises(ConfigError, match="holds other files"):
         build_targets(adapter, adapter.checkpoint(), wanted, SMALL, overwrite=True)
     assert [path.name for path in app.iterdir()] == ["manifest.json"]
-    wanted = [Target(device("cpu"), adapter.description.space.uniform("int8"), tmp_path / "new" / "b")]
+    wanted = [Target(device_profile("cpu"), adapter.description.space.uniform("int8"), tmp_path / "new" / "b")]
     with pytest.raises(ConfigError, match="a context of 8193 is given and the model has 8192 positions"):
         build_targets(adapter, adapter.checkpoint(), wanted, BundleOptions(context=8193))
     assert not (tmp_path / "new").exists()
@@ -279,7 +279,7 @@ def test_an_engine_is_not_built_on_another_gpu(
     adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(builder_module, "installed_builder", lambda _: "10.14")
-    monkeypatch.setattr(builder_module, "probe", lambda: [device("rtx-4090")])
+    monkeypatch.setattr(builder_module, "probe", lambda: [device_profile("rtx-4090")])
     monkeypatch.setattr(builder_module, "_run_worker", lambda *_: pytest.fail("an engine was built"))
     told: list[str] = []
     wanted = targets(adapter, tmp_path, h100="int8")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from coatrt.adapter.adapter import Adapter
-from coatrt.devices.profiles import device
+from coatrt.devices.profiles import device_profile
 from coatrt.engines.bundles.contents import export_config, export_shared
 from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.measure.cpu_timings import _without_drift, calibrate_cpu, predicted_decode, time_product
@@ -68,7 +68,7 @@ def test_a_calibration_covers_its_model_and_the_planner_takes_it(
     try:
         assert Calibrated.load(calibration_path("cpu")) == made
         plan = planner.plan(
-            adapter.description, device("cpu"), objective="latency", max_loss=1e9, context=64, prefill=8
+            adapter.description, device_profile("cpu"), objective="latency", max_loss=1e9, context=64, prefill=8
         )
         assert "calibration of cpu" in plan.latency_source
         assert plan.decode_seconds == pytest.approx(predicted_decode(made, adapter, plan.config, 64))

@@ -9,7 +9,7 @@ import pytest
 
 from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle
-from coatrt.devices.profiles import device
+from coatrt.devices.profiles import device_profile
 from coatrt.engines.bundles.build import build_targets
 from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.bundles.targets import Target
@@ -25,7 +25,8 @@ from coatrt.errors import BuildError, BundleError, ConfigError
 def bundles(tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
     adapter, place = Adapter.from_pretrained(tiny_adapter), tmp_path_factory.mktemp("switch")
     targets = [
-        Target(device("cpu"), adapter.description.space.uniform(text), place / text) for text in ("int8", "nf3-g32")
+        Target(device_profile("cpu"), adapter.description.space.uniform(text), place / text)
+        for text in ("int8", "nf3-g32")
     ]
     made = build_targets(adapter, adapter.checkpoint(), targets, BundleOptions(context=64))
     return {row.target.output.name: row.bundle for row in made}

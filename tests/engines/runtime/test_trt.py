@@ -11,7 +11,7 @@ import pytest
 
 from coatrt.bundle import Bundle
 from coatrt.configs.lora_contract import DecoderIO
-from coatrt.devices.profiles import device
+from coatrt.devices.profiles import device_profile
 from coatrt.engines.runtime import trt
 from coatrt.engines.runtime.load import load_decoder
 from coatrt.engines.runtime.options import RuntimeOptions
@@ -172,10 +172,10 @@ def test_an_engine_is_chosen_and_refused_with_both_values(
     monkeypatch.setattr(trt, "probe", list)
     with pytest.raises(BuildError, match=r"no NVIDIA GPU here; run the bundle with --backend ort"):
         TrtDecoder.of(bundle)
-    monkeypatch.setattr(trt, "probe", lambda: [device("rtx-5090")])
+    monkeypatch.setattr(trt, "probe", lambda: [device_profile("rtx-5090")])
     with pytest.raises(BuildError, match="the bundle has engines for SM89, this GPU is SM120"):
         TrtDecoder.of(bundle)
-    monkeypatch.setattr(trt, "probe", lambda: [device("rtx-4090")])
+    monkeypatch.setattr(trt, "probe", lambda: [device_profile("rtx-4090")])
     monkeypatch.setattr(trt.importlib, "import_module", lambda _: types.SimpleNamespace(__version__="1.0"))
     with pytest.raises(BuildError, match=r"needs tensorrt-rtx 9\.9, here is 1\.0"):
         TrtDecoder.of(bundle)

@@ -16,13 +16,13 @@ from coatrt.planning.archive import Archive, ArchiveEntry
 from coatrt.planning.knapsack import CostTable, cost_matrix, near_optimal, near_optimal_each
 from coatrt.system.progress import Progress, silent
 
-__all__ = ["search", "spread_allocations"]
+__all__ = ["extend_archive", "spread_allocations"]
 
 _START = 8
 _SHARES = (0.5, 0.25, 0.75)  # of a gap: where its middle is measured already, a quarter
 
 
-def search(
+def extend_archive(
     space: ConfigSpace,
     costs: CostTable,
     evaluate: Callable[[QuantConfig], float],

@@ -18,7 +18,7 @@ from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.models.checkpoint import Checkpoint, load_tokenizer
 from coatrt.planning.archive import Archive, adapter_archive
 from coatrt.quantization.code_cache import CodeStore
-from coatrt.search.run import search_adapter
+from coatrt.searching.run import search
 from coatrt.training.run import train
 from support.programs import run_program
 from support.tiny import text_data, tiny_options
@@ -34,8 +34,8 @@ def directory(tiny_adapter: Path, tmp_path: Path) -> Path:
 def test_losses_are_those_of_the_emitted_lora(directory: Path, tiny_llama: Path) -> None:
     assert adapter_archive(directory) is None
     facts = {"blocks": 3}
-    search_adapter(directory, text_data(tiny_llama, TEXT, TEXT), evaluations=4, **facts)
-    archive, reference = search_adapter(directory, text_data(tiny_llama, TEXT, TEXT), evaluations=10, **facts)
+    search(directory, text_data(tiny_llama, TEXT, TEXT), evaluations=4, **facts)
+    archive, reference = search(directory, text_data(tiny_llama, TEXT, TEXT), evaluations=10, **facts)
     found = adapter_archive(directory)
     assert found is not None
     assert found.entries == archive.entries
@@ -60,7 +60,7 @@ def test_losses_are_those_of_the_emitted_lora(directory: Path, tiny_llama: Path)
 def test_losses_are_those_of_the_adapters_own_codes(tiny_llama: Path, tmp_path: Path) -> None:
     options = tiny_options(formats=("nf2-g32", "int8"), preset="none", quantizer="feedback", budgets=(4.0,), steps=1)
     adapter = train(tiny_llama, text_data(tiny_llama, TEXT), tmp_path / "a", options)
-    archive, _ = search_adapter(tmp_path / "a", text_data(tiny_llama, TEXT, TEXT), evaluations=2, blocks=3)
+    archive, _ = search(tmp_path / "a", text_data(tiny_llama, TEXT, TEXT), evaluations=2, blocks=3)
     blocks = text_data(tiny_llama, TEXT, TEXT).held_out.tokens
     picked = torch.stack([blocks[0], blocks[round((len(blocks) - 1) / 2)], blocks[-1]])
     checkpoint = Checkpoint.open(tiny_llama)
@@ -84,7 +84,7 @@ def test_losses_of_another_task_are_those_of_its_marked_tokens(tiny_llama: Path,
     options = tiny_options(formats=("int4-g32", "int8"), preset="none", budgets=(5.0,), steps=1, precision="bfloat16")
     adapter = train(tiny_llama, data, tmp_path / "a", options)
     with pytest.raises(ConfigError, match="trained on the task choice, got data of text"):
-        search_adapter(tmp_path / "a", text_data(tiny_llama, TEXT, TEXT), evaluations=2)
+        search(tmp_path / "a", text_data(tiny_llama, TEXT, TEXT), evaluations=2)
     command = ["search", str(tmp_path / "a"), "--data", str(tmp_path / "q.jsonl"), "--evaluations", "2"]
     said = CliRunner().invoke(cli, command)
     assert said.exit_code == 0, (said.output, said.exception)
@@ -107,22 +107,20 @@ def test_a_second_search_at_once_is_refused(directory: Path, tiny_llama: Path) -
     def begin_another(*_: object) -> None:
         said.append(run_program(_SEARCH, directory, tiny_llama).stdout)
 
-    archive, _ = search_adapter(
-        directory, text_data(tiny_llama, TEXT, TEXT), evaluations=2, blocks=2, progress=begin_another
-    )
+    archive, _ = search(directory, text_data(tiny_llama, TEXT, TEXT), evaluations=2, blocks=2, progress=begin_another)
     assert said == ["archive.json is being written by another search of this adapter; wait for its end\n"] * 2
     assert len(archive) == 2
-    search_adapter(directory, text_data(tiny_llama, TEXT, TEXT), evaluations=3, blocks=2)  # the lock is free again
+    search(directory, text_data(tiny_llama, TEXT, TEXT), evaluations=3, blocks=2)  # the lock is free again
     assert len(Archive.load(directory / "archive.json")) == 3
 
 
 _SEARCH = """
 import sys
-from coatrt.search.run import search_adapter
+from coatrt.searching.run import search
 from coatrt.errors import ConfigError
 from support.tiny import text_data
 try:
-    search_adapter(sys.argv[1], text_data(sys.argv[2]), evaluations=5, blocks=2)
+    search(sys.argv[1], text_data(sys.argv[2]), evaluations=5, blocks=2)
 except ConfigError as error:
     print(str(error).rpartition("/")[2])
 """
@@ -151,23 +149,23 @@ def test_the_command_searches_and_the_plan_reads_it(directory: Path, tmp_path: P
     again = CliRunner().invoke(cli, arguments)
     assert "10 configurations measured" in again.output
     best = said["front"][-1]
-    plan = CliRunner().invoke(cli, ["plan", str(directory), "--device", "rtx-5090", "--json"])
+    plan = CliRunner().invoke(cli, ["plan", str(directory), "--target", "rtx-5090", "--json"])
     shown = json.loads(plan.output)
     if shown["measured_loss"] is not None:
         assert shown["measured_loss"] <= best["loss"] + 1e-9
     else:  # the nearest to the allocation was itself the best
         assert shown["configuration_hash"] != best["configuration_hash"]
     (directory / "archive.json").write_text("{}")
-    assert isinstance(CliRunner().invoke(cli, ["plan", str(directory), "--device", "t4"]).exception, ConfigError)
+    assert isinstance(CliRunner().invoke(cli, ["plan", str(directory), "--target", "t4"]).exception, ConfigError)
 
 
 def test_another_adapter_or_other_text_is_refused(directory: Path, tiny_llama: Path) -> None:
     facts, other = {"evaluations": 2, "blocks": 2}, ["something else entirely. " * 40]
-    search_adapter(directory, text_data(tiny_llama, TEXT, TEXT), **facts)
+    search(directory, text_data(tiny_llama, TEXT, TEXT), **facts)
     with pytest.raises(ConfigError, match="other text"):
-        search_adapter(directory, text_data(tiny_llama, other, other), **facts)
+        search(directory, text_data(tiny_llama, other, other), **facts)
     with pytest.raises(ConfigError, match="blocks 0 is given"):
-        search_adapter(directory, text_data(tiny_llama, TEXT, TEXT), **{**facts, "blocks": 0})
+        search(directory, text_data(tiny_llama, TEXT, TEXT), **{**facts, "blocks": 0})
     path = directory / "adapter.json"
     path.write_text(path.read_text() + "\n")
     with pytest.raises(ConfigError, match="measured with another adapter"):

@@ -1,27 +1,26 @@
 """The Pareto search of an adapter: held-out loss with the LoRA it emits, kept in the adapter's directory."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from coatrt.adapter.adapter import Adapter
+from coatrt.adapter.evaluator import Evaluator
 from coatrt.configs.config import QuantConfig
 from coatrt.data.task_data import TaskData
 from coatrt.errors import ConfigError
-from coatrt.evaluation.fake_quant import FakeQuantModel
-from coatrt.evaluation.losses import mean_loss
 from coatrt.planning.archive import ARCHIVE_FILE, Archive
-from coatrt.search.loop import search
+from coatrt.searching.loop import extend_archive
 from coatrt.system.files import exclusive
 from coatrt.system.progress import Progress, silent
-from coatrt.system.resources import compute_device
 from coatrt.system.tensors import hash_tensors
 
-__all__ = ["search_adapter"]
+__all__ = ["search"]
 
 
-def search_adapter(
+def search(
     directory: str | Path,
     data: TaskData,
     *,
@@ -53,10 +52,9 @@ def search_adapter(
     """
     if blocks < 1:
         raise ConfigError(f"blocks {blocks} is given; give at least 1")
-    compute_device(device)
     directory = Path(directory)
     adapter = Adapter.from_pretrained(directory)
-    checkpoint, description = adapter.checkpoint(model), adapter.description
+    description = adapter.description
     task, examples = description.metrics["task"], data.held_out
     if task != data.kind:
         raise ConfigError(f"the adapter was trained on the task {task}, got data of {data.kind}; give data of its task")
@@ -65,14 +63,12 @@ def search_adapter(
     space, lora = description.space, 2 * description.lora_parameters
     with exclusive(directory / ARCHIVE_FILE, "search of this adapter"):
         archive = Archive.open(directory / ARCHIVE_FILE, space.model.parameters, f"{description.hash} {text}")
-        dtype = getattr(torch, description.metrics["options"]["precision"])
-        fake = FakeQuantModel(checkpoint, adapter.codes(checkpoint, progress), device, dtype=dtype)
+        evaluator = Evaluator(adapter, model=model, device=device, progress=progress)
+        measured_on = replace(data, held_out=picked, choices=None)
 
         def evaluate(config: QuantConfig) -> float:
-            fake.set_config(config)
-            fake.set_lora(description.contract, adapter.emit(config))
-            return mean_loss(fake, picked)
+            return evaluator.measure(config, measured_on, adapter.emit(config))["loss"]
 
         costs = description.sensitivity.costs
-        search(space, costs, evaluate, evaluations, archive, lora_bytes=lora, progress=progress)
+        extend_archive(space, costs, evaluate, evaluations, archive, lora_bytes=lora, progress=progress)
     return archive, (space.max_bits + 8 * lora / space.model.parameters, math.log(description.spec.vocabulary))

@@ -13,7 +13,7 @@ from coatrt.errors import ConfigError
 from coatrt.models.matrices import matrices_of
 from coatrt.planning.archive import Archive, ArchiveEntry
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.search.loop import search, spread_allocations
+from coatrt.searching.loop import extend_archive, spread_allocations
 
 pytestmark = pytest.mark.fast
 
@@ -53,7 +53,7 @@ def made_up(seed: int, layers: int = 8) -> tuple[ConfigSpace, Costs, Callable[[Q
 def test_it_beats_random_and_spread_configurations_at_equal_evaluations(seed: int) -> None:
     space, costs, loss = made_up(seed)
     reference, rng = (space.max_bits, 9.0), np.random.default_rng(seed)
-    archive = search(space, costs, loss, 40)
+    archive = extend_archive(space, costs, loss, 40)
     assert len(archive) == 40
     spread, random = Archive(space.model.parameters), Archive(space.model.parameters)
     for config in spread_allocations(space, costs, 40):
@@ -67,7 +67,7 @@ def test_it_beats_random_and_spread_configurations_at_equal_evaluations(seed: in
 
 def test_it_starts_at_the_prior_with_both_ends() -> None:
     space, costs, loss = made_up(0)
-    archive = search(space, costs, loss, 8, lora_bytes=1000)
+    archive = extend_archive(space, costs, loss, 8, lora_bytes=1000)
     bits = [archive.bits(entry) - 8 * 1000 / space.model.parameters for entry in archive]
     assert bits[0] == pytest.approx(space.min_bits)
     assert bits[-1] == pytest.approx(space.max_bits)
@@ -79,8 +79,8 @@ def test_then_it_halves_the_widest_gap_of_the_front() -> None:
     """Around the largest product of distances in bytes and loss there is room for most hypervolume."""
     space, costs, loss = made_up(1)
     for count in range(8, 20):
-        front = search(space, costs, loss, count, lora_bytes=500).front()
-        new = search(space, costs, loss, count + 1, lora_bytes=500).entries[-1]
+        front = extend_archive(space, costs, loss, count, lora_bytes=500).front()
+        new = extend_archive(space, costs, loss, count + 1, lora_bytes=500).entries[-1]
         gaps = [(b.nbytes - a.nbytes) * (a.loss - b.loss) for a, b in itertools.pairwise(front)]
         low, high = front[int(np.argmax(gaps))], front[int(np.argmax(gaps)) + 1]
         assert low.nbytes < new.nbytes <= (low.nbytes + high.nbytes) / 2
@@ -88,11 +88,11 @@ def test_then_it_halves_the_widest_gap_of_the_front() -> None:
 
 def test_an_interrupted_search_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
     space, costs, loss = made_up(1)
-    whole = search(space, costs, loss, 16)
+    whole = extend_archive(space, costs, loss, 16)
     path, parameters = tmp_path / "archive.json", space.model.parameters
-    search(space, costs, loss, 5, Archive(parameters, path))
-    search(space, costs, loss, 11, Archive.load(path))
-    resumed = search(space, costs, loss, 16, Archive.load(path))
+    extend_archive(space, costs, loss, 5, Archive(parameters, path))
+    extend_archive(space, costs, loss, 11, Archive.load(path))
+    resumed = extend_archive(space, costs, loss, 16, Archive.load(path))
     assert resumed.entries == whole.entries == Archive.load(path).entries
 
 
@@ -100,7 +100,7 @@ def test_a_small_space_is_measured_once_and_no_more() -> None:
     space, costs, loss = made_up(0, layers=1)
     measured: list[QuantConfig] = []
     two = ConfigSpace(space.model, FORMATS[:2])
-    archive = search(two, costs, lambda config: measured.append(config) or loss(config), 100)  # type: ignore[func-returns-value]
+    archive = extend_archive(two, costs, lambda config: measured.append(config) or loss(config), 100)  # type: ignore[func-returns-value]
     assert len(set(measured)) == len(measured) == len(archive) <= 2 ** len(two.groups)
 
 
@@ -108,7 +108,7 @@ def test_no_evaluations_and_a_loss_that_is_not_finite_are_refused() -> None:
     space, costs, loss = made_up(0)
     archive = Archive(space.model.parameters)
     with pytest.raises(ConfigError, match="finite loss"):
-        search(space, costs, lambda _: float("nan"), 2, archive)
+        extend_archive(space, costs, lambda _: float("nan"), 2, archive)
     assert not len(archive)
     with pytest.raises(ConfigError, match="evaluations must be at least 1, got 0"):
-        search(space, costs, loss, 0)
+        extend_archive(space, costs, loss, 0)

@@ -1,0 +1,109 @@
+"""The front door: every name is there, typed, lazy; documents and examples go through it and by no other way."""
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import coatrt
+
+pytestmark = pytest.mark.fast
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE = ROOT / "coatrt" / "__init__.py"
+
+
+def typed_names() -> dict[str, str]:
+    """Return name → module, as type checkers see them."""
+    (block,) = [
+        node
+        for node in ast.parse(SOURCE.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+    ]
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    return {alias.name: str(node.module) for node in imports for alias in node.names}
+
+
+def test_names_are_what_type_checkers_see() -> None:
+    found = {name: f"coatrt.{module}" for name, module in coatrt._MODULES.items()}
+    assert found == typed_names()
+    assert set(coatrt.__all__) == {"__version__", *found}
+    assert dir(coatrt) == sorted(coatrt.__all__)
+
+
+def test_no_name_is_a_room_too() -> None:
+    """Importing a room sets the attribute of its name, and would hide the function."""
+    rooms = {path.parent.name for path in (ROOT / "coatrt").glob("*/__init__.py")} | {
+        "export",
+        "engines",
+        "bundle",
+        "errors",
+    }
+    assert not rooms & set(coatrt.__all__)
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(AttributeError, match="module 'coatrt' has no attribute 'assemble'"):
+        coatrt.assemble  # noqa: B018
+
+
+def test_every_name_is_defined_where_the_door_says() -> None:
+    for name, module in typed_names().items():
+        path = SOURCE.parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
+        for package in ("export", "engines"):
+            if module.startswith(f"coatrt.{package}."):
+                path = ROOT.joinpath(package, *module.split(".")[2:]).with_suffix(".py")
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        assert name in defined, f"{name} is not defined in {path}"
+
+
+def cpu_seconds(*command: str) -> float:
+    """Return the least CPU time of three runs of the interpreter, in seconds."""
+    times = []
+    for _ in range(3):
+        program = (
+            "import resource, subprocess, sys; subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True); "
+            "used = resource.getrusage(resource.RUSAGE_CHILDREN); print(used.ru_utime + used.ru_stime)"
+        )
+        done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True, check=True)
+        times.append(float(done.stdout))
+    return min(times)
+
+
+def test_importing_costs_little_and_no_torch() -> None:
+    program = "import sys, coatrt; assert not {'torch', 'numpy', 'onnxruntime'} & set(sys.modules)"
+    assert cpu_seconds(sys.executable, "-c", program) < 0.1
+    assert cpu_seconds(sys.executable, "-m", "coatrt", "--help") < 0.3
+
+
+def python_blocks(path: Path) -> list[str]:
+    """Return the Python that a file shows or is."""
+    text = path.read_text(encoding="utf-8")
+    return [text] if path.suffix == ".py" else re.findall(r"```python\n(.*?)```", text, re.S)
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.py")], ids=str)
+def test_documents_and_examples_use_the_front_door_alone(path: Path) -> None:
+    for block in python_blocks(path):
+        for node in ast.walk(ast.parse(block)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            for name in names:
+                if name.split(".")[0] == "coatrt":
+                    assert name in {"coatrt", *(f"coatrt.{known}" for known in coatrt.__all__)}, f"{path.name}: {name}"
+    if path.suffix == ".md":
+        for name in re.findall(r"`coatrt\.(\w+)[`(]", path.read_text(encoding="utf-8")):
+            assert name in coatrt.__all__, f"{path.name} names coatrt.{name}"
+
+
+def test_every_name_can_be_imported() -> None:
+    pytest.importorskip("torch")
+    for name in coatrt.__all__:
+        assert getattr(coatrt, name) is not None
+    assert coatrt.train is importlib.import_module("coatrt.training.run").train
