@@ -132,5 +132,5 @@ def test_resuming_takes_no_sensitivities_of_another_run(tiny_llama: Path, tmp_pa
     (output / "training" / "run.json").unlink()  # as an older version left it: whose they are nobody knows
     adapter = train(tiny_llama, text_data(tiny_llama), output, replace(options, calibration=2), resume=True)
     fresh = train(tiny_llama, text_data(tiny_llama), tmp_path / "b", replace(options, calibration=2))
-    assert adapter.description.sensitivity.costs == fresh.sensitivity.costs
+    assert adapter.description.sensitivity.costs == fresh.description.sensitivity.costs
     assert (output / "training").exists() is False
