@@ -46,12 +46,12 @@ def test_a_resumed_run_equals_an_unbroken_one(
     with pytest.raises(ConfigError, match="other options"):
         train(tiny_llama, text_data(tiny_llama), tmp_path / "broken", tiny_options(seed=5), resume=True)
     resumed = train(tiny_llama, text_data(tiny_llama), tmp_path / "broken", tiny_options(), resume=True)
-    assert resumed.metrics["losses"] == whole.metrics["losses"]
+    assert resumed.description.metrics["losses"] == whole.description.metrics["losses"]
     first, second = (load_file(tmp_path / name / "adapter.safetensors") for name in ("whole", "broken"))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert (
         train(tiny_llama, text_data(tiny_llama), tmp_path / "broken", tiny_options(), resume=True).description.metrics
-        == resumed.metrics
+        == resumed.description.metrics
     )
     with pytest.raises(ConfigError, match="finished adapter"):
         train(tiny_llama, text_data(tiny_llama), tmp_path / "broken", tiny_options())
@@ -132,5 +132,5 @@ def test_resuming_takes_no_sensitivities_of_another_run(tiny_llama: Path, tmp_pa
     (output / "training" / "run.json").unlink()  # as an older version left it: whose they are nobody knows
     adapter = train(tiny_llama, text_data(tiny_llama), output, replace(options, calibration=2), resume=True)
     fresh = train(tiny_llama, text_data(tiny_llama), tmp_path / "b", replace(options, calibration=2))
-    assert adapter.description.sensitivity.costs == fresh.sensitivity.costs
+    assert adapter.description.sensitivity.costs == fresh.description.sensitivity.costs
     assert (output / "training").exists() is False
