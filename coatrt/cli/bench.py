@@ -17,7 +17,7 @@ __all__ = ["command"]
 @click.option("--tokens", type=int, default=32, show_default=True, help="Tokens decoded per repetition.")
 @click.option("--repeat", type=int, default=5, show_default=True)
 @runtime_options("backend", "batch", "threads", "accuracy_level")
-@click.option("--device", help="Profile of this machine, for its bandwidth.")
+@click.option("--profile", "device", help="Device profile of this machine (coatrt devices), for its bandwidth.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the JSON here too.")
 def command(

@@ -24,7 +24,7 @@ _SIZES = ("context", "batch", "prefill")
 
 @click.command()
 @click.argument("adapter", type=click.Path(path_type=Path))
-@click.option("--device", "devices", multiple=True, required=True, help="Device id (coatrt devices); repeatable.")
+@click.option("--target", "devices", multiple=True, required=True, help="Device id (coatrt devices); repeatable.")
 @click.option(
     "-o",
     "--output",

@@ -41,7 +41,7 @@ def probe(as_json: bool) -> None:
 @runtime_options("threads", "accuracy_level")
 @click.option("--json", "as_json", is_flag=True, help="Print the calibration as JSON.")
 def calibrate(adapter: Path, model: str | None, as_json: bool, **runtime: Any) -> None:
-    """Time every product of ADAPTER's model on this CPU; `plan --device cpu` predicts with it from then on."""
+    """Time every product of ADAPTER's model on this CPU; `plan --target cpu` predicts with it from then on."""
     from coatrt.adapter.adapter import Adapter
     from coatrt.cli.progress import drawn_progress
     from coatrt.engines.measure.cpu_timings import calibrate_cpu

@@ -66,7 +66,7 @@ def plan_request(choices: dict[str, Any]) -> "PlanRequest":
 
 @click.command()
 @click.argument("adapter", type=click.Path(path_type=Path))
-@click.option("--device", "devices", multiple=True, required=True, help="Device id (coatrt devices); repeatable.")
+@click.option("--target", "devices", multiple=True, required=True, help="Device id (coatrt devices); repeatable.")
 @plan_options
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the plan here (one device).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -12,7 +12,7 @@ __all__ = ["command"]
 
 @click.command()
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--device", "devices", multiple=True, help="Plan adapters for this device; repeatable.")
+@click.option("--target", "devices", multiple=True, help="Plan adapters for this device (coatrt devices); repeatable.")
 @plan_options
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The HTML file.")
 @click.option("--png", type=click.Path(path_type=Path), help="Write the figures into this directory too.")

@@ -1,7 +1,6 @@
-"""Training text: files → documents → token blocks, with documents held out."""
+"""Texts from files, their tokens, and the batches that examples are trained in."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +10,9 @@ from torch import Tensor
 from coatrt.errors import ConfigError
 from coatrt.system.progress import Progress, silent
 
-__all__ = ["TextData", "batches", "read_documents", "token_ids", "tokenize_text"]
+__all__ = ["batches", "read_documents", "token_ids"]
 
 _PIECE = 64  # texts that are tokenized between two calls of progress
-
-
-@dataclass(frozen=True)
-class TextData:
-    """Token blocks of a text.
-
-    Args:
-        train: int64 [blocks, length].
-        held_out: int64 [blocks, length]; no document of it is in `train`.
-    """
-
-    train: Tensor
-    held_out: Tensor
 
 
 def read_documents(sources: Iterable[str | Path]) -> list[str]:
@@ -70,58 +56,8 @@ def token_ids(
     return rows
 
 
-def _blocks(tokenizer: Any, documents: Sequence[str], length: int, progress: Progress) -> Tensor:
-    end = tokenizer.eos_token_id
-    stream: list[int] = []
-    for ids in token_ids(tokenizer, documents, progress):
-        stream += ids
-        if end is not None:
-            stream.append(int(end))
-    count = len(stream) // length
-    return torch.tensor(stream[: count * length], dtype=torch.int64).view(count, length)
-
-
-def tokenize_text(
-    tokenizer: Any,
-    documents: Sequence[str],
-    max_length: int,
-    *,
-    held_out: Sequence[str] | None = None,
-    progress: Progress = silent,
-) -> TextData:
-    """Cut documents into blocks of tokens.
-
-    Args:
-        tokenizer: a transformers tokenizer; its end token closes each document.
-        documents: texts.
-        max_length: tokens per block.
-        held_out: documents to measure on; by default every tenth document, or, where there are fewer than ten, the last
-            tenth of the blocks.
-        progress: called as documents are tokenized.
-
-    Raises:
-        ConfigError: not one block for training, or none to measure on.
-    """
-    if max_length < 2:
-        raise ConfigError(f"max length must be at least 2 tokens, got {max_length}")
-    if held_out is None and len(documents) >= 10:
-        documents, held_out = [text for i, text in enumerate(documents) if i % 10], documents[::10]
-    train = _blocks(tokenizer, documents, max_length, progress)
-    if held_out is not None:
-        test = _blocks(tokenizer, held_out, max_length, progress)
-    else:
-        cut = len(train) - max(1, len(train) // 10) if len(train) > 1 else 0
-        train, test = train[:cut], train[cut:]
-    if not len(train) or not len(test):
-        raise ConfigError(
-            f"the text has {len(train)} blocks of {max_length} tokens to train on and {len(test)} to measure on; "
-            "give more text or a smaller max length"
-        )
-    return TextData(train, test)
-
-
 def batches(count: int, size: int, step: int, seed: int) -> Tensor:
-    """Return which of `count` blocks make up the batch of a step: every block once per epoch, in shuffled order.
+    """Return which of `count` examples make up the batch of a step: each once per epoch, in shuffled order.
 
     A function of its arguments alone, so that a resumed run sees the same batches.
 

@@ -71,7 +71,7 @@ def load_task(
         sources: files, or directories of *.txt or *.jsonl.
         tokenizer: the model's.
         max_length: tokens of a block of text; most tokens of a conversation or of a question with a choice.
-        held_out: files to measure on; by default every tenth document or line, see `tokenize_text` and `split`.
+        held_out: files to measure on; by default every tenth document or line, see `text_task` and `split`.
         progress: called as texts are tokenized.
 
     Raises:

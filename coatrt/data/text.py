@@ -1,11 +1,14 @@
-"""Task "text": language modelling; every token of a block but its first is predicted."""
+"""Task "text": language modelling; documents become blocks, and every token of a block but its first is predicted."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from coatrt.data.documents import tokenize_text
+import torch
+
+from coatrt.data.documents import token_ids
 from coatrt.data.examples import Examples
 from coatrt.data.task_data import TaskData
+from coatrt.errors import ConfigError
 from coatrt.system.progress import Progress, silent
 
 __all__ = ["text_task"]
@@ -19,6 +22,44 @@ def text_task(
     held_out: Sequence[str] | None = None,
     progress: Progress = silent,
 ) -> TaskData:
-    """Return documents as blocks of tokens; arguments and errors are those of `coatrt.data.documents.tokenize_text`."""
-    blocks = tokenize_text(tokenizer, documents, max_length, held_out=held_out, progress=progress)
-    return TaskData("text", Examples.of_blocks(blocks.train), Examples.of_blocks(blocks.held_out))
+    """Return documents as blocks of tokens; no document held out is trained on.
+
+    Args:
+        tokenizer: a transformers tokenizer; its end token closes each document.
+        documents: texts.
+        max_length: tokens per block.
+        held_out: documents to measure on; by default every tenth document, or, where there are fewer than ten, the last
+            tenth of the blocks.
+        progress: called as documents are tokenized.
+
+    Raises:
+        ConfigError: not one block for training, or none to measure on.
+    """
+    if max_length < 2:
+        raise ConfigError(f"max length must be at least 2 tokens, got {max_length}")
+    if held_out is None and len(documents) >= 10:
+        documents, held_out = [text for i, text in enumerate(documents) if i % 10], documents[::10]
+    train = _blocks(tokenizer, documents, max_length, progress)
+    if held_out is not None:
+        test = _blocks(tokenizer, held_out, max_length, progress)
+    else:
+        cut = len(train) - max(1, len(train) // 10) if len(train) > 1 else 0
+        train, test = train[:cut], train[cut:]
+    if not len(train) or not len(test):
+        raise ConfigError(
+            f"the text has {len(train)} blocks of {max_length} tokens to train on and {len(test)} to measure on; "
+            "give more text or a smaller max length"
+        )
+    return TaskData("text", Examples.of_blocks(train), Examples.of_blocks(test))
+
+
+def _blocks(tokenizer: Any, documents: Sequence[str], length: int, progress: Progress) -> torch.Tensor:
+    """Return the tokens of documents, int64 [blocks, length]; what does not fill the last block is left out."""
+    end = tokenizer.eos_token_id
+    stream: list[int] = []
+    for ids in token_ids(tokenizer, documents, progress):
+        stream += ids
+        if end is not None:
+            stream.append(int(end))
+    count = len(stream) // length
+    return torch.tensor(stream[: count * length], dtype=torch.int64).view(count, length)

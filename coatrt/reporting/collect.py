@@ -105,7 +105,7 @@ def collect(paths: Sequence[Path], devices: Sequence[str], request: PlanRequest)
             versions |= bundle.manifest["versions"]
             entries.append(_bundled(place, bundle))
     if not entries:
-        raise ConfigError("nothing to show; give a bundle, or an adapter and --device")
+        raise ConfigError("nothing to show; give a bundle, or an adapter and --target")
     return Report(source, tuple(entries), archives, tuple(quality), tuple(training), versions)
 
 

@@ -108,37 +108,21 @@ def train(
 
 @dataclass(frozen=True)
 class _Run:
-    """What a training works on, opened and checked.
+    """What a training works on, opened and checked."""
 
-    Args:
-        source: the model's name or absolute path.
-        checkpoint: the model.
-        spec: what it computes.
-        space: its matrices and the formats to train for.
-        budgets: lowest and highest budget, bits per weight.
-        contract: names, shapes and ranks of the LoRA.
-        data: what to train and to measure on.
-        options: how to train.
-        state: directory of checkpoints.
-        identity: stands for options, model and data.
-        device: torch device.
-        processes: those that train together.
-        progress: called in the first of them.
-    """
-
-    source: str
+    source: str  # the model's name or absolute path
     checkpoint: Checkpoint
     spec: DecoderSpec
     space: ConfigSpace
-    budgets: tuple[float, float]
+    budgets: tuple[float, float]  # lowest and highest to train for, bits per weight
     contract: LoraContract
     data: TaskData
     options: TrainOptions
-    state: Path
-    identity: str
+    state: Path  # directory of checkpoints
+    identity: str  # stands for options, model and data
     device: str
     processes: Processes
-    progress: Progress
+    progress: Progress  # of the first process
 
     @cached_property
     def calibration(self) -> Calibration:

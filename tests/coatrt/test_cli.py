@@ -76,7 +76,7 @@ def test_the_chain_by_hand(tiny_llama: Path, tmp_path: Path) -> None:
     assert "trained        3 steps" in said
     assert json.loads((adapter / "adapter.json").read_text())["quantizer"] == "feedback"
     common = ("--context", 64, "--prefill", 16)
-    asked = ("--device", "rtx-4090", "--bits", 5, *common)
+    asked = ("--target", "rtx-4090", "--bits", 5, *common)
     plan = json.loads(good("plan", adapter, *asked, "--json", "-o", tmp_path / "c.json"))
     assert plan["average_bits"] <= 5
     assert json.loads((tmp_path / "c.json").read_text()) == plan
@@ -85,28 +85,28 @@ def test_the_chain_by_hand(tiny_llama: Path, tmp_path: Path) -> None:
     assert again is not None
     assert again.to_json() == plan
     assert config == again.config == read_config(tmp_path / "c.json", model)
-    fleet = json.loads(good("plan", adapter, "--device", "rtx-4090", "--device", "t4", "--bits", 6, "--json"))
+    fleet = json.loads(good("plan", adapter, "--target", "rtx-4090", "--target", "t4", "--bits", 6, "--json"))
     assert [row["device"] for row in fleet] == ["rtx-4090", "t4"]
     assert "int4-g32" not in fleet[1]["formats"]
-    dry = good("build", adapter, "--device", "rtx-4090", "--bits", 5, "-o", bundle, "--dry-run", *common)
+    dry = good("build", adapter, "--target", "rtx-4090", "--bits", 5, "-o", bundle, "--dry-run", *common)
     assert plan["configuration_hash"] in dry
     assert not bundle.exists()
-    good("build", adapter, "--device", "rtx-4090", "--bits", 5, "-o", bundle, "--no-engine", *common)
+    good("build", adapter, "--target", "rtx-4090", "--bits", 5, "-o", bundle, "--no-engine", *common)
     assert Bundle.open(bundle).config.hash == plan["configuration_hash"]
-    again = ("build", adapter, "--device", "rtx-4090", "--bits", 5, "-o", bundle, "--no-engine", *common)
+    again = ("build", adapter, "--target", "rtx-4090", "--bits", 5, "-o", bundle, "--no-engine", *common)
     assert "up to date" in good(*again)
     assert "up to date" in good(*again, "--dry-run")
     (tmp_path / "plan.json").write_text(json.dumps(plan))
-    pair = ("--device", "rtx-4090", "--device", "l4", "--config", tmp_path / "plan.json", "-o", tmp_path / "pair")
+    pair = ("--target", "rtx-4090", "--target", "l4", "--config", tmp_path / "plan.json", "-o", tmp_path / "pair")
     assert good("build", adapter, *pair, "--no-engine", *common, "--dry-run").count("to build") == 2
     good("build", adapter, *pair, "--no-engine", *common)
     hashes = {Bundle.open(tmp_path / "pair" / name).config.hash for name in ("rtx-4090", "l4")}
     assert hashes == {plan["configuration_hash"]}
     table = good(
-        "plan", adapter, "--device", "t4", "--device", "l4", "--device", "rtx-4090", "--keep", "down_proj=int8"
+        "plan", adapter, "--target", "t4", "--target", "l4", "--target", "rtx-4090", "--keep", "down_proj=int8"
     )
     assert [line.split()[0] for line in table.splitlines()[1:4]] == ["t4", "l4", "rtx-4090"]
-    said = good("report", adapter, bundle, tmp_path / "pair", "--device", "t4", "-o", tmp_path / "report.html")
+    said = good("report", adapter, bundle, tmp_path / "pair", "--target", "t4", "-o", tmp_path / "report.html")
     assert "4 configurations" in said
     assert plan["configuration_hash"] in (tmp_path / "report.html").read_text()
     good("export", adapter, "--config", tmp_path / "c.json", "-o", tmp_path / "exported", "--context", 64)
@@ -165,7 +165,7 @@ def places(tiny_llama: Path, tiny_adapter: Path, tiny_cli_bundle: Path, tmp_path
 @pytest.fixture(scope="session")
 def tiny_cli_bundle(tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("cli") / "bundle"
-    good("build", tiny_adapter, "--device", "rtx-4090", "--bits", 5, "-o", directory, "--no-engine", "--context", 64)
+    good("build", tiny_adapter, "--target", "rtx-4090", "--bits", 5, "-o", directory, "--no-engine", "--context", 64)
     return directory
 
 
@@ -179,38 +179,38 @@ WRONG = {
     "device to train on": ("train {model} --data {here}/text.txt -o {out} --device gpu", "no device 'gpu'; here"),
     "device to search on": ("search {adapter} --data {here}/text.txt --device tpu:0", "no device 'tpu:0'"),
     "finished adapter": ("train {model} --data {here}/text.txt -o {adapter}", "holds a finished adapter"),
-    "missing adapter": ("plan {here}/none --device rtx-4090", "adapter {here}/none does not exist"),
-    "unknown device": ("plan {adapter} --device rtx-4091", "did you mean rtx-4090"),
-    "too little memory": ("plan {adapter} --device rtx-4090 --memory 1MiB", "cannot hold the model"),
-    "pin": ("plan {adapter} --device t4 --keep nothing=int8", "matches none"),
-    "pinned format": ("plan {adapter} --device t4 --keep lm_head=fp8", "for t4 the adapter has"),
-    "speed nobody knows": ("plan {adapter} --device cpu --min-tokens-per-second 5", "coatrt devices calibrate"),
-    "speed": ("plan {adapter} --device t4 --min-tokens-per-second 1e9", "are predicted; give"),
+    "missing adapter": ("plan {here}/none --target rtx-4090", "adapter {here}/none does not exist"),
+    "unknown device": ("plan {adapter} --target rtx-4091", "did you mean rtx-4090"),
+    "too little memory": ("plan {adapter} --target rtx-4090 --memory 1MiB", "cannot hold the model"),
+    "pin": ("plan {adapter} --target t4 --keep nothing=int8", "matches none"),
+    "pinned format": ("plan {adapter} --target t4 --keep lm_head=fp8", "for t4 the adapter has"),
+    "speed nobody knows": ("plan {adapter} --target cpu --min-tokens-per-second 5", "coatrt devices calibrate"),
+    "speed": ("plan {adapter} --target t4 --min-tokens-per-second 1e9", "are predicted; give"),
     "report of nothing": ("report {model} -o {out}", "no adapter, no bundle"),
-    "report into a directory": ("report {adapter} --device t4 -o {here}", "is a directory"),
-    "jobs": ("build {adapter} --device cpu -o {out} --jobs 0", "must be at least 1"),
-    "two outputs": ("plan {adapter} --device t4 --device l4 -o {out}", "give one"),
-    "device to build": ("build {adapter} --device nothing -o {out}", "no device 'nothing'"),
+    "report into a directory": ("report {adapter} --target t4 -o {here}", "is a directory"),
+    "jobs": ("build {adapter} --target cpu -o {out} --jobs 0", "must be at least 1"),
+    "two outputs": ("plan {adapter} --target t4 --target l4 -o {out}", "give one"),
+    "device to build": ("build {adapter} --target nothing -o {out}", "no device 'nothing'"),
     "matrix the model lacks": ("export {adapter} --config {here}/unknown-matrix.json -o {out}", "the model lacks"),
     "unknown format": ("export {adapter} --config {here}/unknown-format.json -o {out}", "no weight format int5"),
     "pattern": ("export {adapter} --config {here}/no-pattern.json -o {out}", "matches none"),
     "no configuration": ("export {adapter} --config {here}/none.json -o {out}", "does not exist"),
     "configuration and its limits": (
-        "build {adapter} --device t4 --config {here}/illegal.json --bits 5 -o {out}",
+        "build {adapter} --target t4 --config {here}/illegal.json --bits 5 -o {out}",
         "--bits is given and {here}/illegal.json is a configuration already",
     ),
     "plan and another context": (
-        "build {adapter} --device rtx-4090 --config {bundle}/plan.json --context 65 -o {out}",
+        "build {adapter} --target rtx-4090 --config {bundle}/plan.json --context 65 -o {out}",
         "--context is given and {bundle}/plan.json was planned with 64; leave it out",
     ),
     "plan and another limit": (
-        "build {adapter} --device rtx-4090 --config {bundle}/plan.json --memory 1GiB -o {out}",
+        "build {adapter} --target rtx-4090 --config {bundle}/plan.json --memory 1GiB -o {out}",
         "--memory is given and {bundle}/plan.json was planned without; leave it out",
     ),
-    "context of a plan": ("plan {adapter} --device t4 --context 8193", "the model has 8192 positions"),
+    "context of a plan": ("plan {adapter} --target t4 --context 8193", "the model has 8192 positions"),
     "context of a bundle": ("export {adapter} --config {here}/int8.json -o {out} --context 8193", "has 8192 positions"),
     "app in the place": ("export {adapter} --config {here}/int8.json -o {here}/webapp --overwrite", "other files ("),
-    "illegal there": ("build {adapter} --device rtx-3060 --config {here}/illegal.json -o {out}", "cannot run nvfp4"),
+    "illegal there": ("build {adapter} --target rtx-3060 --config {here}/illegal.json -o {out}", "cannot run nvfp4"),
     "model moved": ("export {adapter} --config {here}/illegal.json -o {out} --model {here}/none", "does not exist"),
     "model damaged": ("export {adapter} --config {here}/illegal.json -o {out} --model {truncated}", "damaged"),
     "output in use": ("export {adapter} --config {here}/illegal.json -o {here}", "holds other files"),
@@ -244,13 +244,13 @@ def test_wrong_input_is_one_line_and_exit_code_2(
 
 
 def test_a_plan_is_built_again_as_it_was_asked(tiny_adapter: Path, tiny_cli_bundle: Path, tmp_path: Path) -> None:
-    plan, choice = tiny_cli_bundle / "plan.json", ("build", tiny_adapter, "--device", "rtx-4090", "--no-engine")
+    plan, choice = tiny_cli_bundle / "plan.json", ("build", tiny_adapter, "--target", "rtx-4090", "--no-engine")
     assert "up to date" in good(*choice, "--config", plan, "-o", tiny_cli_bundle)  # the same recipe
     good(*choice, "--config", plan, "-o", tmp_path / "again", "--context", 64, "--bits", 5)  # as the plan says
     again = Bundle.open(tmp_path / "again")
     assert again.path("plan.json").read_bytes() == plan.read_bytes()
     assert again.manifest["decoders"]["engine"]["io"]["cache_length"] == 64
-    pair = ("--device", "l4", "--device", "rtx-4090", "--config", plan, "-o", tmp_path / "pair", "--no-engine")
+    pair = ("--target", "l4", "--target", "rtx-4090", "--config", plan, "-o", tmp_path / "pair", "--no-engine")
     good("build", tiny_adapter, *pair)
     other, same = (Bundle.open(tmp_path / "pair" / name) for name in ("l4", "rtx-4090"))
     assert other.manifest["decoders"] == same.manifest["decoders"] == again.manifest["decoders"]
@@ -260,8 +260,8 @@ def test_a_plan_is_built_again_as_it_was_asked(tiny_adapter: Path, tiny_cli_bund
 def test_wrong_options_are_clicks_own_errors(tiny_adapter: Path) -> None:
     for arguments in (
         ("plan", tiny_adapter),
-        ("plan", tiny_adapter, "--device", "t4", "--memory", "6 elephants"),
-        ("plan", tiny_adapter, "--device", "t4", "--keep", "lm_head"),
+        ("plan", tiny_adapter, "--target", "t4", "--memory", "6 elephants"),
+        ("plan", tiny_adapter, "--target", "t4", "--keep", "lm_head"),
         ("report",),
         ("run", "x"),
         ("train", "m", "--data", "d", "-o", "o", "--budgets", "four"),
@@ -277,7 +277,7 @@ def test_wrong_options_are_clicks_own_errors(tiny_adapter: Path) -> None:
 def test_not_enough_memory_is_one_line(
     tiny_adapter: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ("plan", tiny_adapter, "--device", "t4")
+    arguments = ("plan", tiny_adapter, "--target", "t4")
     for raised, said in (
         (torch.OutOfMemoryError("CUDA out of memory"), "not enough GPU memory: try coatrt train --precision bfloat16"),
         (MemoryError("1.2 TiB"), "not enough memory (1.2 TiB)"),

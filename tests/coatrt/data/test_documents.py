@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from coatrt.data.documents import batches, read_documents, tokenize_text
+from coatrt.data.documents import batches, read_documents
 from coatrt.errors import ConfigError
-from coatrt.models.checkpoint import load_tokenizer
 
 
 def test_every_block_is_seen_once_per_epoch() -> None:
@@ -15,18 +14,6 @@ def test_every_block_is_seen_once_per_epoch() -> None:
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
     assert seen[:10] != seen[10:]
     assert torch.equal(batches(10, 4, 3, 3), batches(10, 4, 3, 3))
-
-
-def test_held_out_documents_are_not_trained_on(tiny_llama: Path) -> None:
-
-    tokenizer = load_tokenizer(tiny_llama)
-    documents = [chr(ord("a") + i) * 50 for i in range(20)]
-    data = tokenize_text(tokenizer, documents, 10)
-    held = set(tokenizer("ak")["input_ids"])
-    end = {tokenizer.eos_token_id}
-    assert set(data.held_out.unique().tolist()) == held | end
-    assert not set(data.train.unique().tolist()) & held
-    assert len(data.train) == 18 * 51 // 10
 
 
 def test_missing_and_empty_text_is_refused(tmp_path: Path) -> None:

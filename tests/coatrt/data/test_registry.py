@@ -10,10 +10,10 @@ from click.testing import CliRunner
 
 from coatrt.adapter.adapter import Adapter
 from coatrt.cli.main import cli
-from coatrt.data.documents import tokenize_text
 from coatrt.data.examples import Examples
 from coatrt.data.registry import load_task
 from coatrt.data.task_data import TaskData
+from coatrt.data.text import text_task
 from coatrt.errors import ConfigError
 from coatrt.models.checkpoint import load_tokenizer
 from coatrt.training.run import train
@@ -75,9 +75,9 @@ def test_every_tenth_line_is_held_out(files: Path, tokenizer: Any) -> None:
 
 def test_text_and_chat_files(files: Path, tokenizer: Any) -> None:
     text = load_task("text", [files / "text"], tokenizer, 32)
-    blocks = tokenize_text(tokenizer, TEXTS, 32)
-    assert torch.equal(text.train.tokens, blocks.train)
-    assert torch.equal(text.held_out.targets[:, 1:], blocks.held_out[:, 1:])
+    blocks = text_task(tokenizer, TEXTS, 32)
+    assert text.digest == blocks.digest
+    assert torch.equal(text.held_out.targets[:, 1:], text.held_out.tokens[:, 1:])
     calls: list[tuple[int, int]] = []
     chat = load_task(
         "chat", [files / "chat.jsonl"], tokenizer, 64, progress=lambda done, total, *_: calls.append((done, total))

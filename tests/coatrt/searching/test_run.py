@@ -3,8 +3,6 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,6 @@ from click.testing import CliRunner
 
 from coatrt.adapter.adapter import Adapter
 from coatrt.cli.main import cli
-from coatrt.data.documents import tokenize_text
 from coatrt.data.examples import Examples
 from coatrt.data.registry import load_task
 from coatrt.errors import ConfigError
@@ -23,9 +20,9 @@ from coatrt.planning.archive import Archive, adapter_archive
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.searching.run import search
 from coatrt.training.run import train
+from support.programs import run_program
 from support.tiny import text_data, tiny_options
 
-TESTS = Path(__file__).parents[2]
 TEXT = ["the cat sat on the mat and the owl sat on the hen. " * 30]
 
 
@@ -49,7 +46,7 @@ def test_losses_are_those_of_the_emitted_lora(directory: Path, tiny_llama: Path)
     assert reference[0] == pytest.approx(
         adapter.description.space.max_bits + 8 * lora / adapter.description.model.parameters
     )
-    blocks = tokenize_text(load_tokenizer(tiny_llama), TEXT, 32, held_out=TEXT).held_out
+    blocks = text_data(tiny_llama, TEXT, TEXT).held_out.tokens
     picked = torch.stack([blocks[0], blocks[round((len(blocks) - 1) / 2)], blocks[-1]])
     model = FakeQuantModel(checkpoint, CodeStore(checkpoint))
     for entry in (found.entries[0], found.entries[-1]):
@@ -64,7 +61,7 @@ def test_losses_are_those_of_the_adapters_own_codes(tiny_llama: Path, tmp_path: 
     options = tiny_options(formats=("nf2-g32", "int8"), preset="none", quantizer="feedback", budgets=(4.0,), steps=1)
     adapter = train(tiny_llama, text_data(tiny_llama, TEXT), tmp_path / "a", options)
     archive, _ = search(tmp_path / "a", text_data(tiny_llama, TEXT, TEXT), evaluations=2, blocks=3)
-    blocks = tokenize_text(load_tokenizer(tiny_llama), TEXT, 32, held_out=TEXT).held_out
+    blocks = text_data(tiny_llama, TEXT, TEXT).held_out.tokens
     picked = torch.stack([blocks[0], blocks[round((len(blocks) - 1) / 2)], blocks[-1]])
     checkpoint = Checkpoint.open(tiny_llama)
     entry = min(archive.entries, key=lambda entry: entry.nbytes)
@@ -108,8 +105,7 @@ def test_a_second_search_at_once_is_refused(directory: Path, tiny_llama: Path) -
     said: list[str] = []
 
     def begin_another(*_: object) -> None:
-        command = [sys.executable, "-c", _SEARCH, str(directory), str(tiny_llama), str(TESTS)]
-        said.append(subprocess.run(command, capture_output=True, text=True, check=False).stdout)
+        said.append(run_program(_SEARCH, directory, tiny_llama).stdout)
 
     archive, _ = search(directory, text_data(tiny_llama, TEXT, TEXT), evaluations=2, blocks=2, progress=begin_another)
     assert said == ["archive.json is being written by another search of this adapter; wait for its end\n"] * 2
@@ -120,7 +116,6 @@ def test_a_second_search_at_once_is_refused(directory: Path, tiny_llama: Path) -
 
 _SEARCH = """
 import sys
-sys.path.append(sys.argv[3])
 from coatrt.searching.run import search
 from coatrt.errors import ConfigError
 from support.tiny import text_data
@@ -154,14 +149,14 @@ def test_the_command_searches_and_the_plan_reads_it(directory: Path, tmp_path: P
     again = CliRunner().invoke(cli, arguments)
     assert "10 configurations measured" in again.output
     best = said["front"][-1]
-    plan = CliRunner().invoke(cli, ["plan", str(directory), "--device", "rtx-5090", "--json"])
+    plan = CliRunner().invoke(cli, ["plan", str(directory), "--target", "rtx-5090", "--json"])
     shown = json.loads(plan.output)
     if shown["measured_loss"] is not None:
         assert shown["measured_loss"] <= best["loss"] + 1e-9
     else:  # the nearest to the allocation was itself the best
         assert shown["configuration_hash"] != best["configuration_hash"]
     (directory / "archive.json").write_text("{}")
-    assert isinstance(CliRunner().invoke(cli, ["plan", str(directory), "--device", "t4"]).exception, ConfigError)
+    assert isinstance(CliRunner().invoke(cli, ["plan", str(directory), "--target", "t4"]).exception, ConfigError)
 
 
 def test_another_adapter_or_other_text_is_refused(directory: Path, tiny_llama: Path) -> None:

@@ -1,28 +1,26 @@
 """Training and search on a device beside the CPU: no operand is left behind, and losses are the CPU's."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-TESTS = Path(__file__).parents[2]
+from support.programs import run_program
+
 TEXTS = [f"the {word} sat on the mat and the {word} saw the hen. " * 30 for word in ("cat", "owl", "fox")]
 
 _PROGRAM = """
 import json, sys
 import torch
 import coatrt.training.run, coatrt.searching.run
-sys.path.append(sys.argv[1])
 from support import pretend_device
 from support.tiny import text_data, tiny_options
 
 torch.set_num_threads(1)
 for module in (coatrt.training.run, coatrt.searching.run):
     module.compute_device = torch.device
-llama, directory, texts, changes = sys.argv[2], sys.argv[3], *map(json.loads, sys.argv[4:])
+llama, directory, texts, changes = sys.argv[1], sys.argv[2], *map(json.loads, sys.argv[3:])
 said = {}
 for device in ("cpu", pretend_device.NAME):
     place = f"{directory}/{device}"
@@ -55,8 +53,7 @@ print(json.dumps(said))
 )
 def test_losses_on_another_device_are_the_cpus(tiny_llama: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     texts, steps = json.dumps(TEXTS), json.dumps({**changes, "steps": 4})
-    command = [sys.executable, "-c", _PROGRAM, str(TESTS), str(tiny_llama), str(tmp_path), texts, steps]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_program(_PROGRAM, tiny_llama, tmp_path, texts, steps)
     assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads(done.stdout.splitlines()[-1])
     assert said["refusal"] == "aten::add is given (3,) of cpu beside tensors of pretend:0"  # the device is strict

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -39,21 +40,24 @@ def adapter(tiny_adapter: Path) -> Adapter:
 class FakeBuilder:
     """Stands for the builder: an engine is the graph's hash and the targets; remembers how many ran at once."""
 
-    def __init__(self, seconds: float = 0.0, refuse: str = "") -> None:
+    def __init__(self, together: int = 0, refuse: str = "") -> None:
+        """Each build lasts until `together` of them have run at once, and a moment longer, for more to join them."""
         self.calls: list[tuple[int, ...]] = []
-        self.most, self._now, self._lock = 0, 0, threading.Lock()
-        self.seconds, self.refuse = seconds, refuse
+        self.most, self._now, self._changed = 0, 0, threading.Condition()
+        self.together, self.refuse = together, refuse
 
     def __call__(self, graph: Path, engine: Path, profile: Any, *, also: Any = (), shapes: Any = None) -> BuildRecord:
         sms = tuple(sorted({profile.sm, *(other.sm for other in also)}))
         if profile.builder == "tensorrt":
             raise BuildError("tensorrt is not installed")
-        with self._lock:
+        with self._changed:
             self.calls.append(sms)
             self._now += 1
             self.most = max(self.most, self._now)
-        time.sleep(self.seconds)
-        with self._lock:
+            self._changed.notify_all()
+            if self.together:
+                self._changed.wait_for(lambda: self.most >= self.together, timeout=60)
+                self._changed.wait_for(lambda: self._now > self.together, timeout=0.2)
             self._now -= 1
         if self.refuse and self.refuse in (graph.parent / "configuration.json").read_text():
             raise BuildError("no such kernel")
@@ -152,9 +156,10 @@ def test_the_cache_forgets_the_least_recently_used(tmp_path: Path) -> None:
         BuildRecord("e", (86,), "tensorrt-rtx", "1", 1, 100, EngineShapes()),
     )
     (tmp_path / "e").write_bytes(bytes(100))
-    for key in ("one", "two"):
+    for key, age in (("one", 20), ("two", 10)):
         cache.keep(key, tmp_path / "e", record)
-        time.sleep(0.02)
+        for path in (cache.root / key).iterdir():
+            os.utime(path, (time.time() - age, time.time() - age))
     assert cache.fetch("one", [86], tmp_path / "got") is not None  # now two is the older one
     assert cache.fetch("one", [89], tmp_path / "got") is None
     cache.keep("three", tmp_path / "e", record)
@@ -183,7 +188,7 @@ def test_a_key_follows_graph_weights_builder_and_shapes(tmp_path: Path, monkeypa
 def test_builders_run_side_by_side_within_their_room(
     adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: int, memory: int, most: int
 ) -> None:
-    made = FakeBuilder(seconds=1.0)
+    made = FakeBuilder(together=most)
     use(made, monkeypatch)
     wanted = targets(adapter, tmp_path, rtx_3060="int8", rtx_4090="fp8", t4="nf3-g32")
     build_targets(adapter, adapter.checkpoint(), wanted, SMALL, slots=BuilderSlots(jobs, memory))

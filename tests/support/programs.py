@@ -1,0 +1,20 @@
+"""Programs that tests run in a process of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+__all__ = ["run_program"]
+
+
+def run_program(code: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
+    """Run Python code that may import `support`, and return what it printed."""
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
