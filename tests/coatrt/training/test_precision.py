@@ -91,7 +91,7 @@ def test_training_learns_as_float32_does(tiny_llama: Path, tmp_path: Path) -> No
         options = tiny_options(preset="none", precision=precision, learning_rate=2e-3)
         found[precision] = train(tiny_llama, text_data(tiny_llama), tmp_path / precision, options)
     for name in ("losses", "held_out"):
-        half, whole = (found[precision].metrics[name] for precision in ("bfloat16", "float32"))
+        half, whole = (found[precision].description.metrics[name] for precision in ("bfloat16", "float32"))
         if name == "held_out":
             half, whole = ([x["full_precision"], *(row["adapted"] for row in x["budgets"])] for x in (half, whole))
         assert half != whole
