@@ -14,7 +14,7 @@ from coatrt.configs.config import QuantConfig
 from coatrt.configs.space import ConfigSpace
 from coatrt.devices.environment import environment
 from coatrt.models.checkpoint import Checkpoint
-from coatrt.system.files import write_json
+from coatrt.system.json_data import write_json
 
 RESULTS = Path(__file__).parent / "results"
 

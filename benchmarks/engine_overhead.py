@@ -25,7 +25,7 @@ from coatrt.models.checkpoint import Checkpoint
 from coatrt.planning import engine_size
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.system.files import read_json, write_json
+from coatrt.system.json_data import read_as, write_json
 
 DEVICES = {75: "t4", 86: "rtx-3060", 89: "rtx-4090", 120: "rtx-5090"}
 UNIFORM = (
@@ -110,7 +110,10 @@ def main() -> None:
     parser.add_argument("--fit", action="store_true", help="only fit, to the result that is there")
     only_fit = parser.parse_args().fit
     path = RESULTS / "engine_overhead.json"
-    known = {(row["what"], row["layers"], row["sm"]): row for row in read_json(path, "result")["rows"]}
+    known = {
+        (row["what"], row["layers"], row["sm"]): row
+        for row in read_as(path, dict[str, Any], "result", "remove it")["rows"]
+    }
     rows: list[dict[str, Any]] = []
     inputs = []
     with tempfile.TemporaryDirectory() as scratch:

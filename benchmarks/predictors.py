@@ -36,7 +36,7 @@ from coatrt.planning.knapsack import cost_matrix
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.input_moments import Calibration
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.system.files import read_json, write_json
+from coatrt.system.json_data import read_as, write_json
 from coatrt.training.config_sampler import TrainingSampler
 
 FORMATS = ("nf2-g64", "nf3-g64", "nf4-g64", "int4-g64", "nvfp4", "fp8", "int8")
@@ -57,8 +57,8 @@ def kept(path: Path, make: Callable[[], Any]) -> Any:
     if not path.is_file():
         started = time.monotonic()
         write_json(path, {"value": make(), "seconds": time.monotonic() - started})
-        print(f"{path.name}: {read_json(path, 'step')['seconds']:.0f} s", flush=True)
-    return read_json(path, "step")
+        print(f"{path.name}: {read_as(path, dict[str, Any], 'step', 'remove it')['seconds']:.0f} s", flush=True)
+    return read_as(path, dict[str, Any], "step", "remove it")
 
 
 def configurations(space: ConfigSpace, costs: Mapping[str, Costs]) -> list[tuple[str, QuantConfig]]:
@@ -110,7 +110,7 @@ def costs_of(
 
 def losses_of(model: FakeQuantModel, drawn: Sequence[tuple[str, QuantConfig]], blocks: Examples, path: Path) -> Any:
     """Return the held-out loss of every configuration; a file keeps those measured before."""
-    losses: list[float] = read_json(path, "losses") if path.is_file() else []
+    losses = read_as(path, list[float], "losses", "remove it") if path.is_file() else []
     for _, config in drawn[len(losses) :]:
         model.set_config(config)
         losses.append(mean_loss(model, blocks))

@@ -36,7 +36,8 @@ from coatrt.planning.pareto import hypervolume
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.searching.loop import extend_archive, spread_allocations
-from coatrt.system.files import atomic_file, read_json, write_json
+from coatrt.system.files import atomic_file
+from coatrt.system.json_data import read_as, write_json
 
 FORMATS = ("nf2-g32", "nf3-g32", "nf4-g32", "int4-g32", "nvfp4", "fp8", "int8")
 METHODS = {"mutation": 3, "spread": 1, "search": 1}
@@ -123,7 +124,7 @@ def run(problem: Callable[[], Problem], work: Path, method: str, seed: int) -> d
             },
         )
         print(f"{method} {seed}: hypervolume {volumes[-1]:.4f}, {len(archive.front())} on the front", flush=True)
-    return dict(read_json(path, "run"))
+    return read_as(path, dict[str, Any], "run", "remove it")
 
 
 def plot(runs: list[dict[str, Any]]) -> None:
@@ -160,7 +161,7 @@ def main() -> None:
     parser.add_argument("--plot", action="store_true", help="only draw the plot again, from the result")
     options = parser.parse_args()
     if options.plot:
-        plot(read_json(RESULTS / "search.json", "result")["runs"])
+        plot(read_as(RESULTS / "search.json", dict[str, Any], "result", "measure again")["runs"])
         return
     torch.set_num_threads(1)
     directory = micro_llama(MODEL)

@@ -6,20 +6,75 @@ Nothing is parsed before its hash is checked: `Bundle.path` hashes a file the fi
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from coatrt import __version__
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import DecoderIO, LoraContract
-from coatrt.errors import BundleError, ConfigError
+from coatrt.errors import BundleError
 from coatrt.models.matrices import ModelMatrices
-from coatrt.system.files import read_json, sha256_file, write_json
+from coatrt.system.files import sha256_file
+from coatrt.system.json_data import convert, read_as, write_json
 
 __all__ = ["BUNDLE_FORMAT", "MANIFEST", "Bundle", "seal"]
 
 BUNDLE_FORMAT = 1
 MANIFEST = "manifest.json"
-_KEYS = ("format", "coatrt", "model", "configuration", "matrices", "decoders", "engines", "versions", "files")
+_AGAIN = "build the bundle again"
+
+
+class _Model(TypedDict):
+    source: str
+    fingerprint: str
+    family: str
+    stop_tokens: list[int]
+
+
+class _Configuration(TypedDict):
+    file: str
+    hash: str
+    average_bits: float
+    bytes: int
+    errors: dict[str, float]
+
+
+class _Decoder(TypedDict):
+    file: str
+    weights: str
+    io: DecoderIO
+
+
+class _Engine(TypedDict):
+    file: str
+    sms: list[int]
+    builder: str
+    version: str
+    seconds: float
+    bytes: int
+    shapes: dict[str, int]
+
+
+class _File(TypedDict):
+    sha256: str
+    bytes: int
+
+
+class Manifest(TypedDict):
+    """What manifest.json holds (docs/bundle.md); keys of a later coatrt are passed over."""
+
+    format: int
+    coatrt: str
+    model: _Model
+    configuration: _Configuration
+    matrices: ModelMatrices
+    decoders: dict[str, _Decoder]
+    engines: list[_Engine]
+    versions: dict[str, str]
+    files: dict[str, _File]
+    quantizer: NotRequired[str]
+    lora: NotRequired[str]
+    device: NotRequired[dict[str, Any]]
+    fingerprint: NotRequired[str]
 
 
 def seal(directory: Path, facts: Mapping[str, Any]) -> None:
@@ -47,7 +102,7 @@ class Bundle:
     """
 
     directory: Path
-    manifest: Mapping[str, Any]
+    manifest: Manifest
     _checked: set[str] = field(default_factory=set, repr=False, compare=False)
 
     @classmethod
@@ -60,16 +115,14 @@ class Bundle:
         directory = Path(directory)
         if not (directory / MANIFEST).is_file():
             raise BundleError(f"{directory} is no bundle: it has no {MANIFEST}; make one with coatrt build")
-        try:
-            manifest = read_json(directory / MANIFEST, "bundle manifest")
-        except ConfigError as error:
-            raise BundleError(f"{error}; build the bundle again") from None
+        where = f"bundle manifest {directory / MANIFEST}"
+        manifest = read_as(directory / MANIFEST, object, "bundle manifest", _AGAIN, BundleError)
         if not isinstance(manifest, dict) or manifest.get("format") != BUNDLE_FORMAT:
             given = manifest.get("format") if isinstance(manifest, dict) else None
             raise BundleError(
                 f"{directory} has bundle format {given}; this coatrt {__version__} reads {BUNDLE_FORMAT}; rebuild it"
             )
-        missing = [key for key in _KEYS if key not in manifest]
+        missing = sorted(Manifest.__required_keys__ - set(manifest))
         if missing or not isinstance(manifest["files"], dict):
             raise BundleError(f"{directory / MANIFEST} lacks {', '.join(missing) or 'files'}; build the bundle again")
         for name, facts in manifest["files"].items():
@@ -89,7 +142,7 @@ class Bundle:
                 raise BundleError(
                     f"{name} has {path.stat().st_size} bytes, the manifest says {facts['bytes']}; copy the bundle again"
                 )
-        return cls(directory, manifest)
+        return cls(directory, convert(manifest, Manifest, where, _AGAIN, BundleError))
 
     def path(self, name: str) -> Path:
         """Return the path of a file of the bundle after its hash was checked (once per opened bundle).
@@ -158,12 +211,12 @@ class Bundle:
             raise BundleError(f"{self.directory} has no {form} graph, only {', '.join(decoders)}; build it again")
         facts = decoders[form]
         self.path(facts["weights"])
-        return self.path(facts["file"]), DecoderIO.from_json(facts["io"])
+        return self.path(facts["file"]), facts["io"]
 
     @property
     def model_matrices(self) -> ModelMatrices:
         """The matrices of the model."""
-        return ModelMatrices.from_json(self.manifest["matrices"])
+        return self.manifest["matrices"]
 
     @property
     def config(self) -> QuantConfig:
@@ -173,4 +226,4 @@ class Bundle:
     @property
     def contract(self) -> LoraContract:
         """The LoRA contract."""
-        return LoraContract.load(self.path("lora_io.json"))
+        return read_as(self.path("lora_io.json"), LoraContract, "LoRA contract", _AGAIN)

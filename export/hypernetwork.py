@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from coatrt.adapter.adapter import Adapter
 from coatrt.export.graph import IR_VERSION, OPSET
-from coatrt.system.files import write_json
+from coatrt.system.json_data import write_json
 
 __all__ = ["HYPERNETWORK_FILE", "HYPERNETWORK_INPUT", "SIDE_FILE", "export_hypernetwork"]
 

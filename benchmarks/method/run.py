@@ -21,7 +21,7 @@ from coatrt.configs.lora_contract import contract_for
 from coatrt.devices.environment import environment
 from coatrt.evaluation.losses import measure_held_out
 from coatrt.system.distributed import Processes
-from coatrt.system.files import write_json
+from coatrt.system.json_data import write_json
 from coatrt.training.loop import optimise
 from coatrt.training.options import TrainOptions
 

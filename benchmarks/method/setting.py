@@ -30,6 +30,7 @@ from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.input_moments import Calibration, InputMoments, calibration_examples
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.files import cache_directory
+from coatrt.system.json_data import read_as, write_json
 from coatrt.system.tensors import read_tensors, write_tensors
 from coatrt.training.config_sampler import TrainingSampler
 
@@ -137,8 +138,8 @@ class Setting:
         if not path.is_file():
             with drawn_progress("sensitivity") as progress:
                 found = measure_sensitivity(self.base, self.codes, self._calibration, self.space.formats, progress)
-            found.save(path)
-        return Sensitivity.load(path)
+            write_json(path, found)
+        return read_as(path, Sensitivity, "sensitivities", "remove the file to measure them again")
 
     @cached_property
     def encoder(self) -> ConfigEncoder:

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from coatrt import __version__
-from coatrt.adapter.description import ADAPTER_FORMAT, AdapterDescription, adapter_reading, read_description
+from coatrt.adapter.description import ADAPTER_FORMAT, AdapterDescription, AdapterFile, adapter_reading
 from coatrt.adapter.features import ConfigEncoder
 from coatrt.adapter.lora import CoaLora
 from coatrt.adapter.peft_format import write_peft
@@ -17,7 +17,8 @@ from coatrt.models.checkpoint import Checkpoint
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.input_moments import Calibration
 from coatrt.quantization.quantizers import CALIBRATED
-from coatrt.system.files import atomic_directory, sha256_file, write_json
+from coatrt.system.files import atomic_directory, sha256_file
+from coatrt.system.json_data import write_json
 from coatrt.system.progress import Progress, silent
 
 __all__ = ["Adapter"]
@@ -98,7 +99,7 @@ class Adapter:
         with atomic_directory(directory, _OWN) as temporary:
             state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.lora.state_dict().items()}
             save_file(state, str(temporary / "adapter.safetensors"))
-            description.sensitivity.save(temporary / "sensitivity.json")
+            write_json(temporary / "sensitivity.json", description.sensitivity)
             write_json(temporary / "metrics.json", description.metrics)
             if self.calibration is not None:
                 self.calibration.save(temporary / _CALIBRATION)
@@ -106,14 +107,14 @@ class Adapter:
             write_peft(temporary / "peft", self.lora.shared(), description.contract, description.source)
             write_json(
                 temporary / "adapter.json",
-                {
-                    "format": ADAPTER_FORMAT,
-                    "coatrt": __version__,
-                    **description.to_json(),
-                    "preset": self.lora.preset,
-                    "compensated": self.lora.compensated,
-                    "sha256": {name: sha256_file(temporary / name) for name in files},
-                },
+                AdapterFile(
+                    ADAPTER_FORMAT,
+                    __version__,
+                    description.own,
+                    self.lora.preset,
+                    self.lora.compensated,
+                    {name: sha256_file(temporary / name) for name in files},
+                ),
             )
 
     @classmethod
@@ -124,14 +125,14 @@ class Adapter:
             CheckpointError: it is missing, unfinished, damaged, or of another format.
         """
         directory = Path(directory)
-        description, facts = AdapterDescription.load(directory), read_description(directory)
-        calibrated = _CALIBRATION in facts["sha256"]
-        with adapter_reading(directory, facts, ["adapter.safetensors", *([_CALIBRATION] if calibrated else [])]):
+        description, file = AdapterDescription.load(directory), AdapterFile.load(directory)
+        calibrated = _CALIBRATION in file.sha256
+        with adapter_reading(directory, file.sha256, ["adapter.safetensors", *([_CALIBRATION] if calibrated else [])]):
             lora = CoaLora(
                 description.contract,
                 ConfigEncoder(description.model, description.formats, description.sensitivity.errors),
-                facts["preset"],
-                compensated=bool(facts["compensated"]),
+                file.preset,
+                compensated=file.compensated,
             )
             lora.load_state_dict(load_file(str(directory / "adapter.safetensors")))
             return cls(

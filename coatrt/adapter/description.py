@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from coatrt import __version__
+from coatrt.adapter.preset import Preset
 from coatrt.configs.lora_contract import LoraContract
 from coatrt.configs.space import ConfigSpace
 from coatrt.errors import CheckpointError, ConfigError, FormatError
@@ -17,11 +17,12 @@ from coatrt.models.matrices import ModelMatrices
 from coatrt.models.spec import DecoderSpec
 from coatrt.quantization.quantizers import QUANTIZERS, Quantizer
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.system.files import read_json, sha256_file
+from coatrt.system.files import sha256_file
+from coatrt.system.json_data import convert, read_as
 
-__all__ = ["ADAPTER_FORMAT", "AdapterDescription", "adapter_hash", "adapter_reading", "read_description"]
+__all__ = ["ADAPTER_FORMAT", "AdapterDescription", "AdapterFile", "adapter_hash", "adapter_reading"]
 
-ADAPTER_FORMAT = 4
+ADAPTER_FORMAT = 5
 
 
 def adapter_hash(directory: str | Path) -> str:
@@ -29,37 +30,47 @@ def adapter_hash(directory: str | Path) -> str:
     return sha256_file(Path(directory) / "adapter.json")[:16]
 
 
-def read_description(directory: Path) -> dict[str, Any]:
-    """Return the content of an adapter's adapter.json.
+@dataclass(frozen=True)
+class AdapterFile:
+    """What adapter.json holds.
 
-    Raises:
-        CheckpointError: there is none, it is of another format, or it names no hashes.
+    Args:
+        format: `ADAPTER_FORMAT`.
+        coatrt: version that wrote it.
+        description: fields of `AdapterDescription`, without those that have a file of their own.
+        preset: of the hypernetwork.
+        compensated: whether B has the closed-form term.
+        sha256: name of every other file → its hash.
     """
-    path = directory / "adapter.json"
-    if not path.is_file():
-        what = "exists but has no adapter.json" if directory.is_dir() else "does not exist"
-        raise CheckpointError(f"adapter {directory} {what}; give the directory that coatrt train wrote")
-    try:
-        facts = read_json(path, "adapter description")
-    except ConfigError as error:
-        raise CheckpointError(f"{error}; train the adapter again") from None
-    if not isinstance(facts, dict) or facts.get("format") != ADAPTER_FORMAT:
-        given = facts.get("format") if isinstance(facts, dict) else None
-        raise CheckpointError(
-            f"{directory} has adapter format {given}, coatrt {__version__} reads {ADAPTER_FORMAT}; train it again"
-        )
-    if not isinstance(facts.get("sha256"), dict):
-        raise CheckpointError(f"{path} names no hashes; copy or train the adapter again")
-    return facts
+
+    format: int
+    coatrt: str
+    description: Mapping[str, Any]
+    preset: Preset
+    compensated: bool
+    sha256: Mapping[str, str]
+
+    @classmethod
+    def load(cls, directory: Path) -> "AdapterFile":
+        """Read adapter.json.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged or of another format.
+        """
+        path = directory / "adapter.json"
+        if not path.is_file():
+            what = "exists but has no adapter.json" if directory.is_dir() else "does not exist"
+            raise CheckpointError(f"adapter {directory} {what}; give the directory that coatrt train wrote")
+        return read_as(path, cls, "adapter", "train it again", CheckpointError, version=ADAPTER_FORMAT)
 
 
 @contextmanager
-def adapter_reading(directory: Path, facts: Mapping[str, Any], names: Iterable[str]) -> Iterator[None]:
+def adapter_reading(directory: Path, sha256: Mapping[str, str], names: Iterable[str]) -> Iterator[None]:
     """Check the hashes of files; what goes wrong inside is one CheckpointError.
 
     Args:
         directory: the adapter.
-        facts: content of its adapter.json, see `read_description`.
+        sha256: name of a file → its hash.
         names: files that will be read.
 
     Raises:
@@ -67,7 +78,7 @@ def adapter_reading(directory: Path, facts: Mapping[str, Any], names: Iterable[s
     """
     try:
         for name in names:
-            if sha256_file(directory / name) != facts["sha256"][name]:
+            if sha256_file(directory / name) != sha256[name]:
                 raise CheckpointError(f"{directory / name} was altered or is damaged; copy or train the adapter again")
         yield
     except (OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
@@ -111,6 +122,12 @@ class AdapterDescription:
             raise ConfigError(f"no quantizer {self.quantizer!r}; allowed: {', '.join(QUANTIZERS)}")
 
     @property
+    def own(self) -> dict[str, Any]:
+        """The fields that adapter.json holds."""
+        apart = ("sensitivity", "metrics", "hash")
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in apart}
+
+    @property
     def model(self) -> ModelMatrices:
         """The matrices of the model."""
         return self.space.model
@@ -125,19 +142,6 @@ class AdapterDescription:
         """Elements of all A and B."""
         return sum(rows * columns for rows, columns in self.contract.shapes.values())
 
-    def to_json(self) -> dict[str, Any]:
-        """Return what adapter.json holds of it; sensitivity and metrics have files of their own."""
-        return {
-            "source": self.source,
-            "fingerprint": self.fingerprint,
-            "decoder": self.spec.to_json(),
-            "model": self.model.to_json(),
-            "formats": [str(fmt) for fmt in self.formats],
-            "fused": self.space.fused,
-            "contract": self.contract.to_json(),
-            "quantizer": self.quantizer,
-        }
-
     @classmethod
     def load(cls, directory: str | Path) -> "AdapterDescription":
         """Read the JSON files of an adapter, the hash of each checked first.
@@ -146,17 +150,12 @@ class AdapterDescription:
             CheckpointError: it is missing, unfinished, damaged, or of another format.
         """
         directory = Path(directory)
-        facts = read_description(directory)
-        with adapter_reading(directory, facts, ("sensitivity.json", "metrics.json")):
-            formats = tuple(WeightFormat.parse(text) for text in facts["formats"])
-            return cls(
-                source=str(facts["source"]),
-                fingerprint=str(facts["fingerprint"]),
-                spec=DecoderSpec.from_json(facts["decoder"]),
-                space=ConfigSpace(ModelMatrices.from_json(facts["model"]), formats, bool(facts["fused"])),
-                contract=LoraContract.from_json(facts["contract"]),
-                sensitivity=Sensitivity.load(directory / "sensitivity.json"),
-                metrics=read_json(directory / "metrics.json", "training metrics"),
-                quantizer=facts["quantizer"],
-                hash=adapter_hash(directory),
-            )
+        file = AdapterFile.load(directory)
+        with adapter_reading(directory, file.sha256, ("sensitivity.json", "metrics.json")):
+            files = {
+                "sensitivity": read_as(directory / "sensitivity.json", Sensitivity, "sensitivities", "train again"),
+                "metrics": read_as(directory / "metrics.json", dict[str, Any], "training metrics", "train again"),
+                "hash": adapter_hash(directory),
+            }
+            where = f"the description in {directory / 'adapter.json'}"
+            return convert({**file.description, **files}, cls, where, "train it again", CheckpointError)

@@ -7,7 +7,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from coatrt.configs.lora_contract import LoraContract
-from coatrt.system.files import atomic_directory, write_json
+from coatrt.system.files import atomic_directory
+from coatrt.system.json_data import write_json
 
 __all__ = ["write_peft"]
 

@@ -36,7 +36,7 @@ def command(
     from coatrt.devices.profiles import device_profile as profile
     from coatrt.engines.measure.bench import bench, bench_text
     from coatrt.engines.runtime.options import RuntimeOptions
-    from coatrt.system.files import write_json
+    from coatrt.system.json_data import write_json
 
     if output is not None:
         check_writable(output)

@@ -116,8 +116,8 @@ def _request(asked: "PlanRequest", given: Collection[str], path: str, plan: "Pla
         if plan is None and name not in _SIZES:
             raise ConfigError(f"{option} is given and {path} is a configuration already; leave one of the two out")
         if plan is not None and getattr(asked, name) != getattr(plan.request, name):
-            was = plan.request.to_json()[name]
-            planned = "without" if was in (None, []) else f"with {was}"
+            was = getattr(plan.request, name)
+            planned = "without" if was in (None, ()) else f"with {was}"
             raise ConfigError(f"{option} is given and {path} was planned {planned}; leave it out, or plan again")
     return asked if plan is None else plan.request
 

@@ -1,6 +1,5 @@
 """Parameter types and small helpers shared by the commands."""
 
-import json
 import os
 import re
 from pathlib import Path
@@ -34,9 +33,11 @@ DEVICE = click.option("--device", default="cpu", show_default=True, help="torch 
 """Where train and search compute."""
 
 
-def echo_json(value: Any) -> None:
+def echo_json(value: object) -> None:
     """Print `value` as JSON."""
-    click.echo(json.dumps(value, indent=1, ensure_ascii=False))
+    from coatrt.system.json_data import dump_json
+
+    click.echo(dump_json(value))
 
 
 def check_writable(path: Path) -> None:

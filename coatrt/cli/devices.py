@@ -47,14 +47,15 @@ def calibrate(adapter: Path, model: str | None, as_json: bool, **runtime: Any) -
     from coatrt.engines.measure.cpu_timings import calibrate_cpu
     from coatrt.engines.runtime.options import RuntimeOptions
     from coatrt.planning.measured_latency import calibration_path
+    from coatrt.system.json_data import write_json
 
     loaded = Adapter.from_pretrained(adapter)
     with drawn_progress("calibrate") as progress:
         made = calibrate_cpu(loaded, loaded.checkpoint(model), RuntimeOptions(**runtime), progress=progress)
     path = calibration_path("cpu")
-    made.save(path)
+    write_json(path, made)
     if as_json:
-        echo_json(made.to_json())
+        echo_json(made)
         return
     click.echo(f"{'K':>6} {'N':>7} {'tokens':>6} {'µs':>10}  format")
     for row in made.products:

@@ -78,7 +78,7 @@ def command(adapter: Path, devices: tuple[str, ...], output: Path | None, as_jso
     from coatrt.planning.archive import adapter_archive
     from coatrt.planning.planner import plan_fleet
     from coatrt.planning.table import fleet_table
-    from coatrt.system.files import write_json
+    from coatrt.system.json_data import write_json
 
     if output is not None and len(devices) > 1:
         raise ConfigError(f"-o takes one device, {len(devices)} are given; give one, or --json")

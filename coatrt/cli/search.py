@@ -54,13 +54,16 @@ def command(
     from coatrt.data.registry import load_task
     from coatrt.models.checkpoint import load_tokenizer
     from coatrt.searching.run import search
+    from coatrt.system.json_data import convert
     from coatrt.training.options import TrainOptions
 
     warn_of_idle_gpu(device)
     loaded = Adapter.from_pretrained(adapter)
     task = loaded.description.metrics["task"]
     if max_length is None:
-        max_length = 128 if task == "text" else TrainOptions.from_json(loaded.description.metrics["options"]).max_length
+        options = loaded.description.metrics["options"]
+        trained = convert(options, TrainOptions, f"options in {adapter / 'metrics.json'}", "train again", exact=True)
+        max_length = 128 if task == "text" else trained.max_length
     tokenizer = load_tokenizer(loaded.checkpoint(model).directory)
     with drawn_progress("search") as progress:
         archive, reference = search(

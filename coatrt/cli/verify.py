@@ -21,6 +21,6 @@ def command(bundle: Path, model: str | None, no_torch: bool, as_json: bool) -> N
 
     report = verify(Bundle.open(bundle), model=model, numbers=not no_torch)
     if as_json:
-        echo_json(report.to_json())
+        echo_json(report)
     else:
         click.echo(report.text())

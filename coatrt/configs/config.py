@@ -14,7 +14,7 @@ from typing import Any
 from coatrt.errors import ConfigError, FormatError
 from coatrt.models.matrices import ModelMatrices
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.system.files import read_json, write_json
+from coatrt.system.json_data import read_as, write_json
 
 __all__ = ["ConfigPatterns", "QuantConfig"]
 
@@ -80,7 +80,8 @@ class QuantConfig:
             ConfigError: the file is missing, not a configuration, or names a matrix the model lacks.
             FormatError: it names an unknown format.
         """
-        return ConfigPatterns.from_json(read_json(path, "configuration"), str(path)).resolve(model)
+        value = read_as(path, object, "configuration", "give a JSON file")
+        return ConfigPatterns.from_json(value, str(path)).resolve(model)
 
 
 @dataclass(frozen=True)

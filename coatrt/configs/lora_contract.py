@@ -1,20 +1,17 @@
 """What a graph, the hypernetwork and every runtime agree on: the LoRA tensors and the decoder's inputs and outputs."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from coatrt.errors import ConfigError
 from coatrt.models.matrices import ModelMatrices
-from coatrt.system.files import read_json, write_json
 
 __all__ = ["ACTIVATIONS", "DecoderIO", "LoraContract", "LoraTensor", "contract_for"]
 
 ACTIVATIONS = ("float32", "float16", "bfloat16")
 _RANK_STEP = 16  # tensor cores work on tiles of 16: another rank would be padded by every runtime
-_SCALE_RULE = "alpha/rank is folded into B"
 
 
 @dataclass(frozen=True)
@@ -46,6 +43,7 @@ class LoraContract:
         alpha: LoRA scale numerator; alpha/rank, with the rank of its matrix, is already folded into every B.
         dtype: dtype of the tensors in files and out of the hypernetwork; a runtime casts them to its activations.
         tensors: one entry per matrix that carries a LoRA, in network order.
+        scale_rule: for readers of the file, where the scale is.
 
     Raises:
         ConfigError: a rank is no multiple of 16, a name repeats, or a field is out of range.
@@ -54,6 +52,7 @@ class LoraContract:
     alpha: float
     dtype: str
     tensors: tuple[LoraTensor, ...]
+    scale_rule: Literal["alpha/rank is folded into B"] = "alpha/rank is folded into B"
 
     def __post_init__(self) -> None:
         for tensor in self.tensors:
@@ -98,52 +97,6 @@ class LoraContract:
         for tensor in self.tensors:
             yield tensor.A, (tensor.K, tensor.rank)
             yield tensor.B, (tensor.rank, tensor.N)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return a JSON form that `from_json` reads back."""
-        return {
-            "alpha": self.alpha,
-            "dtype": self.dtype,
-            "scale_rule": _SCALE_RULE,
-            "tensors": [asdict(tensor) for tensor in self.tensors],
-        }
-
-    @classmethod
-    def from_json(cls, value: Any) -> "LoraContract":
-        """Return the contract written by `to_json`.
-
-        Raises:
-            ConfigError: a field is missing, of another type, or out of range.
-        """
-        try:
-            rule = value.get("scale_rule", _SCALE_RULE)
-            if rule != _SCALE_RULE:
-                raise ConfigError(f"LoRA scale rule {rule!r} is given; allowed: {_SCALE_RULE!r}; export again")
-            tensors = tuple(
-                LoraTensor(
-                    str(row["matrix"]), str(row["A"]), str(row["B"]), int(row["K"]), int(row["N"]), int(row["rank"])
-                )
-                for row in value["tensors"]
-            )
-            return cls(float(value["alpha"]), str(value["dtype"]), tensors)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ConfigError(
-                f"the LoRA contract lacks or garbles a field ({error}); it needs alpha, dtype and tensors "
-                "of matrix, A, B, K, N, rank; export again"
-            ) from None
-
-    def save(self, path: str | Path) -> None:
-        """Write the JSON form to `path`, atomically."""
-        write_json(path, self.to_json())
-
-    @classmethod
-    def load(cls, path: str | Path) -> "LoraContract":
-        """Return the contract in the JSON file at `path`.
-
-        Raises:
-            ConfigError: the file is missing or is no LoRA contract.
-        """
-        return cls.from_json(read_json(path, "LoRA contract"))
 
 
 def contract_for(model: ModelMatrices, rank: int, alpha: float, ranks: Mapping[str, int] | None = None) -> LoraContract:
@@ -203,9 +156,7 @@ class DecoderIO:
     def __post_init__(self) -> None:
         for name in ("layers", "kv_heads", "head_dim", "vocabulary", "cache_length", "max_positions"):
             value = getattr(self, name)
-            if value is None and name == "cache_length":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if value is not None and value < 1:
                 raise ConfigError(f"decoder {name} is {value!r}; give a whole number of at least 1")
         if self.activations not in ACTIVATIONS:
             raise ConfigError(f"decoder activations {self.activations!r} are given; allowed: {', '.join(ACTIVATIONS)}")
@@ -219,19 +170,3 @@ class DecoderIO:
     def present_names(self) -> tuple[str, ...]:
         """Names of the cache outputs, in the order of `past_names`; a runtime binds the same buffers."""
         return tuple(f"present.{layer}.{part}" for layer in range(self.layers) for part in ("key", "value"))
-
-    def to_json(self) -> dict[str, Any]:
-        """Return a JSON form that `from_json` reads back."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Any) -> "DecoderIO":
-        """Return the facts written by `to_json`.
-
-        Raises:
-            ConfigError: a field is missing, unknown, or out of range.
-        """
-        try:
-            return cls(**value)
-        except TypeError as error:
-            raise ConfigError(f"the decoder's inputs and outputs are garbled ({error}); export again") from None

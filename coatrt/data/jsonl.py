@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from coatrt.errors import ConfigError
+from coatrt.system.json_data import parse_json
 
 __all__ = ["Line", "read_lines", "split"]
 
@@ -61,10 +62,7 @@ def read_lines(sources: Iterable[str | Path]) -> list[Line]:
 
 
 def _line(where: str, text: str) -> Line:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where} is not JSON ({error}); give one JSON object a line") from None
+    value = parse_json(text, where, "give one JSON object a line")
     if not isinstance(value, dict):
         raise ConfigError(f"{where} is a {type(value).__name__}; give one JSON object a line")
     return Line(where, value)

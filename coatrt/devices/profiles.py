@@ -1,14 +1,16 @@
 """Device profiles: what a GPU is, which weight formats it can run, and which builder makes its engines."""
 
 import difflib
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from typing import Any, Literal
 
+import msgspec
+
 from coatrt.errors import DeviceError
 from coatrt.quantization.weight_format import KINDS, WeightFormat
+from coatrt.system.json_data import to_data
 
 __all__ = ["Builder", "DeviceProfile", "device_profile", "device_profiles", "least_sm"]
 
@@ -62,14 +64,14 @@ class DeviceProfile:
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON form with the kinds of formats."""
-        return {**asdict(self), "formats": list(self.kinds)}
+        return {**to_data(self), "formats": list(self.kinds)}
 
 
 @cache
 def device_profiles() -> tuple[DeviceProfile, ...]:
     """Return all known devices, by compute capability."""
-    rows = json.loads(resources.files("coatrt.devices").joinpath("devices.json").read_text(encoding="utf-8"))
-    return tuple(DeviceProfile(**{**row, "sources": tuple(row["sources"])}) for row in rows)
+    data = resources.files("coatrt.devices").joinpath("devices.json").read_bytes()
+    return msgspec.json.decode(data, type=tuple[DeviceProfile, ...])
 
 
 def device_profile(name: str) -> DeviceProfile:

@@ -7,18 +7,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from coatrt.errors import CheckpointError, ConfigError
+from coatrt.errors import CheckpointError
 from coatrt.models.config_file import architecture, model_type, read_config, ties_head
 from coatrt.models.matrices import HEAD, ModelMatrices, matrices_of
 from coatrt.models.sources import locate, quiet_transformers
-from coatrt.system.files import read_json
+from coatrt.system.json_data import read_as
 
 __all__ = ["Checkpoint", "load_model", "load_tokenizer"]
+
+
+class _ShardIndex(TypedDict):
+    weight_map: dict[str, str]  # tensor → file
 
 
 @dataclass(frozen=True)
@@ -112,11 +116,8 @@ class Checkpoint:
 def _shards(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        try:
-            names = sorted(set(read_json(index, "shard index")["weight_map"].values()))
-        except (ConfigError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"not a shard index: {index} ({error}); download the file again") from None
-        paths = [directory / Path(name).name for name in names]
+        shards = read_as(index, _ShardIndex, "shard index", "download the file again", CheckpointError)
+        paths = [directory / Path(name).name for name in sorted(set(shards["weight_map"].values()))]
     else:
         paths = sorted(directory.glob("*.safetensors"))
     if not paths:

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from coatrt.errors import CheckpointError, ConfigError
-from coatrt.system.files import read_json
+from coatrt.errors import CheckpointError
+from coatrt.system.json_data import read_as
 
 __all__ = ["architecture", "check_unquantized", "model_type", "read_config", "ties_head"]
 
@@ -26,11 +26,8 @@ def read_config(directory: Path) -> dict[str, Any]:
         CheckpointError: there is none, it names no model_type, or the model is quantized.
     """
     path = directory / "config.json"
-    try:
-        config = read_json(path, "model configuration")
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from None
-    if not isinstance(config, dict) or not model_type(config):
+    config = read_as(path, dict[str, Any], "model configuration", "fetch the model again", CheckpointError)
+    if not model_type(config):
         raise CheckpointError(f"{path} names no model_type; give a Hugging Face model directory")
     check_unquantized(config, str(directory))
     return config

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import NamedTuple
 
 from coatrt.errors import CheckpointError
 
@@ -16,9 +16,8 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-@dataclass(frozen=True)
-class Matrix:
-    """One quantizable weight.
+class Matrix(NamedTuple):
+    """One quantizable weight; [name, N, K] in JSON.
 
     Args:
         name: Hugging Face module name (`model.layers.3.mlp.up_proj`).
@@ -96,19 +95,6 @@ class ModelMatrices:
     def parameters(self) -> int:
         """Number of weights in all matrices."""
         return sum(matrix.N * matrix.K for matrix in self.matrices)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return a JSON form that `from_json` reads back."""
-        return {
-            "tied": self.tied,
-            "other_bytes": self.other_bytes,
-            "matrices": [[matrix.name, matrix.N, matrix.K] for matrix in self.matrices],
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "ModelMatrices":
-        """Return the inventory written by `to_json`."""
-        return cls(tuple(Matrix(*row) for row in value["matrices"]), bool(value["tied"]), int(value["other_bytes"]))
 
 
 def matrices_of(shapes: Mapping[str, Sequence[int]], tied: bool) -> ModelMatrices:

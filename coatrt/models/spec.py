@@ -1,7 +1,7 @@
 """What a decoder computes, read from a Hugging Face configuration: one frozen value that the graph writer follows."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from coatrt.errors import CheckpointError
@@ -83,26 +83,6 @@ class DecoderSpec:
             CheckpointError: the family, rope type or activation is unknown, or the checkpoint is quantized already.
         """
         return cls.from_config(checkpoint.config)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the JSON form that `from_json` reads without torch and transformers."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "DecoderSpec":
-        """Return the specification written by `to_json`.
-
-        Raises:
-            CheckpointError: a field is missing or of another type.
-        """
-        values: dict[str, Any] = {}
-        for field in fields(cls):
-            found = value.get(field.name)
-            values[field.name] = tuple(found) if isinstance(found, list) else found
-            kind = field.type if field.type in (str, int, float, bool) else str if field.name == "activation" else tuple
-            if type(values[field.name]) is not kind:
-                raise CheckpointError(f"the decoder's {field.name} is {found!r}; train the adapter again")
-        return cls(**values)
 
     @classmethod
     def from_config(cls, values: Mapping[str, Any]) -> "DecoderSpec":

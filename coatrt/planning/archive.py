@@ -1,26 +1,24 @@
 """The archive: every configuration whose loss was measured, on disk from one evaluation to the next."""
 
 import hashlib
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from coatrt.adapter.description import adapter_hash
 from coatrt.configs.config import QuantConfig
 from coatrt.errors import ConfigError, FormatError
 from coatrt.planning.pareto import hypervolume, pareto_indices
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.system.files import read_json, write_json
+from coatrt.system.json_data import dump_json, read_as, write_json
 
 __all__ = ["ARCHIVE_FILE", "Archive", "ArchiveEntry", "adapter_archive"]
 
 ARCHIVE_FILE = "archive.json"
 """Its name in an adapter's directory."""
 
-_FORMAT = 3
+_FORMAT = 4
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ class Archive:
         """Add a measurement and write the file."""
         self._entries[entry.config] = entry
         if self.path is not None:
-            write_json(self.path, self.to_json())
+            write_json(self.path, self._file())
 
     def find(self, config: QuantConfig) -> ArchiveEntry | None:
         """Return the measurement of a configuration, None where there is none."""
@@ -102,27 +100,16 @@ class Archive:
         """Return the hypervolume over (bits, loss), see `coatrt.planning.pareto`."""
         return hypervolume(self.points(self.entries), reference)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the JSON form: names and formats once, a configuration as one number per matrix."""
+    def _file(self) -> "_File":
+        """Return what the file holds."""
         names = sorted(self.entries[0].config.formats) if self._entries else []
         formats = sorted({fmt for config in self._entries for fmt in config.formats.values()})
-        column = {fmt: i for i, fmt in enumerate(formats)}
-        body = {
-            "format": _FORMAT,
-            "identity": self.identity,
-            "parameters": self.parameters,
-            "matrices": names,
-            "formats": [str(fmt) for fmt in formats],
-            "entries": [
-                {
-                    "nbytes": entry.nbytes,
-                    "loss": entry.loss,
-                    "choice": " ".join(str(column[entry.config[name]]) for name in names),
-                }
-                for entry in self.entries
-            ],
-        }
-        return {**body, "sha256": _digest(body)}
+        column = {fmt: str(i) for i, fmt in enumerate(formats)}
+        rows = tuple(
+            (entry.nbytes, entry.loss, " ".join(column[entry.config[name]] for name in names)) for entry in self.entries
+        )
+        file = _File(_FORMAT, self.identity, self.parameters, tuple(names), tuple(map(str, formats)), rows)
+        return replace(file, sha256=file.digest)
 
     @classmethod
     def load(cls, path: str | Path, identity: str | None = None) -> "Archive":
@@ -136,16 +123,15 @@ class Archive:
             ConfigError: it is missing, damaged, or belongs to something else.
         """
         path = Path(path)
-        value = read_json(path, "archive")
-        if not isinstance(value, dict) or value.get("format") != _FORMAT:
-            raise ConfigError(f"{path} is no archive of format {_FORMAT}; remove it and search again (coatrt search)")
-        if value.get("sha256") != _digest({key: part for key, part in value.items() if key != "sha256"}):
-            raise ConfigError(f"archive {path} was altered or is damaged; remove it and search again (coatrt search)")
+        remedy = "remove it and search again (coatrt search)"
+        file = read_as(path, _File, "archive", remedy, version=_FORMAT)
+        if file.sha256 != file.digest:
+            raise ConfigError(f"archive {path} was altered or is damaged; {remedy}")
         try:
-            made = cls(int(value["parameters"]), path, str(value["identity"]))
-            made._entries = {entry.config: entry for entry in _entries(value)}
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, ConfigError, FormatError) as error:
-            raise ConfigError(f"archive {path} is garbled ({error}); remove it and search again") from None
+            made = cls(file.parameters, path, file.identity)
+            made._entries = {entry.config: entry for entry in file.entries}
+        except (ValueError, KeyError, ConfigError, FormatError) as error:
+            raise ConfigError(f"archive {path} is garbled ({error}); {remedy}") from None
         if identity is not None and made.identity != identity:
             raise ConfigError(
                 f"archive {path} was measured with another adapter or other text ({made.identity}, now {identity}); "
@@ -163,18 +149,34 @@ class Archive:
         return cls.load(path, identity) if Path(path).exists() else cls(parameters, path, identity)
 
 
-def _entries(value: Mapping[str, Any]) -> Iterator[ArchiveEntry]:
-    names, formats = value["matrices"], [WeightFormat.parse(text) for text in value["formats"]]
-    for row in value["entries"]:
-        columns = [int(part) for part in row["choice"].split()]
-        if any(column < 0 for column in columns):
-            raise ValueError(f"choice {min(columns)}")
-        config = QuantConfig({name: formats[column] for name, column in zip(names, columns, strict=True)})
-        yield ArchiveEntry(config, int(row["nbytes"]), float(row["loss"]))
+@dataclass(frozen=True)
+class _File:
+    """What the file holds: names and formats once, a configuration as numbers."""
 
+    format: int
+    identity: str
+    parameters: int
+    matrices: tuple[str, ...]
+    formats: tuple[str, ...]
+    rows: tuple[tuple[int, float, str], ...]  # bytes, loss, for each matrix in turn the number of its format
+    sha256: str = ""
 
-def _digest(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    @property
+    def digest(self) -> str:
+        """What `sha256` must be: the hash of all else."""
+        return hashlib.sha256(dump_json(replace(self, sha256="")).encode()).hexdigest()
+
+    @property
+    def entries(self) -> Iterator[ArchiveEntry]:
+        """The measurements.
+
+        Raises:
+            ValueError, KeyError, ConfigError, FormatError: a row is garbled.
+        """
+        formats = {str(i): WeightFormat.parse(text) for i, text in enumerate(self.formats)}
+        for nbytes, loss, numbers in self.rows:
+            choice = {name: formats[i] for name, i in zip(self.matrices, numbers.split(), strict=True)}
+            yield ArchiveEntry(QuantConfig(choice), nbytes, loss)
 
 
 def adapter_archive(directory: str | Path) -> Archive | None:

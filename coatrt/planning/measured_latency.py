@@ -1,7 +1,8 @@
 """Calibrations: products and all else of a decoder, timed on a device through its real runtime, and read back."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from coatrt.errors import ConfigError
 from coatrt.models.matrices import ModelMatrices
 from coatrt.planning.workload import Workload
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.system.files import cache_directory, read_json, write_json
+from coatrt.system.files import cache_directory
+from coatrt.system.json_data import read_as
 
 __all__ = ["CALIBRATION_FORMAT", "Calibrated", "Product", "Rest", "calibration_path", "find_calibration"]
 
@@ -78,6 +80,7 @@ class Calibrated:
         products: timings of products.
         rests: timings of all else, at least one.
         speed: factor on every second predicted, for a machine that is now slower (> 1) or faster than then.
+        format: of the file.
     """
 
     device: str
@@ -86,13 +89,15 @@ class Calibrated:
     products: tuple[Product, ...]
     rests: tuple[Rest, ...]
     speed: float = 1.0
-    _known: dict[tuple[int, int, str], list[Product]] = field(default_factory=dict, repr=False, compare=False)
+    format: int = CALIBRATION_FORMAT
 
-    def __post_init__(self) -> None:
-        for product in self.products:
-            self._known.setdefault((product.N, product.K, product.format), []).append(product)
-        for rows in self._known.values():
-            rows.sort(key=lambda row: row.tokens)
+    @cached_property
+    def _known(self) -> Mapping[tuple[int, int, str], list[Product]]:
+        """Timings of each product, by tokens."""
+        known: dict[tuple[int, int, str], list[Product]] = {}
+        for product in sorted(self.products, key=lambda row: row.tokens):
+            known.setdefault((product.N, product.K, product.format), []).append(product)
+        return known
 
     @property
     def source(self) -> str:
@@ -132,21 +137,6 @@ class Calibrated:
         points = [(count, _line(sorted(group), context)) for count, group in sorted(by_tokens.items())]
         return self.speed * max(_line(points, tokens), 0.0)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the JSON form that `load` reads."""
-        return {
-            "format": CALIBRATION_FORMAT,
-            "device": self.device,
-            "runtime": self.runtime,
-            "settings": dict(self.settings),
-            "products": [asdict(product) for product in self.products],
-            "rests": [{**asdict(rest), "shape": list(rest.shape)} for rest in self.rests],
-        }
-
-    def save(self, path: str | Path) -> None:
-        """Write the JSON form, atomically."""
-        write_json(path, self.to_json())
-
     @classmethod
     def load(cls, path: str | Path) -> "Calibrated":
         """Return the calibration in a file.
@@ -154,19 +144,7 @@ class Calibrated:
         Raises:
             ConfigError: it is missing, garbled, or of another format.
         """
-        value = read_json(path, "calibration")
-        if not isinstance(value, dict) or value.get("format") != CALIBRATION_FORMAT:
-            raise ConfigError(f"{path} is no calibration of format {CALIBRATION_FORMAT}; measure again")
-        try:
-            return cls(
-                str(value["device"]),
-                str(value["runtime"]),
-                value["settings"],
-                tuple(Product(**row) for row in value["products"]),
-                tuple(Rest(**{**row, "shape": tuple(row["shape"])}) for row in value["rests"]),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ConfigError(f"calibration {path} is garbled ({error}); measure again") from None
+        return read_as(path, cls, "calibration", "measure again", version=CALIBRATION_FORMAT)
 
 
 def _line(points: list[tuple[int, float]], at: int) -> float:

@@ -1,20 +1,23 @@
 """A plan as data: what was asked, the configuration, and every figure it was chosen by."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from coatrt.configs.config import ConfigPatterns, QuantConfig
 from coatrt.errors import ConfigError
 from coatrt.models.matrices import ModelMatrices
-from coatrt.system.files import read_json
+from coatrt.system.json_data import convert, read_as, to_data
 
 __all__ = ["Objective", "Plan", "PlanRequest", "read_choice", "read_config"]
 
 Objective = Literal["quality", "latency", "balanced"]
 
 _LATENCY_MAX_LOSS = 0.05
+_AGAIN = "plan again (coatrt plan --json)"
+_DERIVED = ("objective", "configuration_hash", "formats", "engine_bytes", "tokens_per_second", "configuration")
+"""Keys of a plan's JSON that follow from the others."""
 
 
 @dataclass(frozen=True)
@@ -68,22 +71,6 @@ class PlanRequest:
             return _LATENCY_MAX_LOSS
         return self.max_loss
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the JSON form that `from_json` reads."""
-        return {**asdict(self), "keep": [list(pair) for pair in self.keep]}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "PlanRequest":
-        """Return the request written by `to_json`.
-
-        Raises:
-            ConfigError: it is none.
-        """
-        try:
-            return cls(**{**value, "keep": tuple((str(name), str(text)) for name, text in value["keep"])})
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"the plan's request is garbled ({error}); plan again") from None
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -95,7 +82,7 @@ class Plan:
         binds: the limits that decided.
         config: the configuration.
         average_bits: bits per weight, scales included.
-        memory: bytes by purpose, see `coatrt.planning.memory.memory_of`.
+        memory_bytes: bytes by purpose, see `coatrt.planning.memory.memory_of`.
         limit_bytes: bytes the plan was allowed in all, None where the device's memory is unknown.
         predicted_loss_increase: nats per token without adapter, second-order estimate from the empirical Fisher.
         bytes_per_token: bytes read to decode one token with a full cache.
@@ -114,7 +101,7 @@ class Plan:
     binds: str
     config: QuantConfig
     average_bits: float
-    memory: Mapping[str, int]
+    memory_bytes: Mapping[str, int]
     limit_bytes: int | None
     predicted_loss_increase: float
     bytes_per_token: int
@@ -135,12 +122,12 @@ class Plan:
     @property
     def total_bytes(self) -> int:
         """Bytes in all."""
-        return sum(self.memory.values())
+        return sum(self.memory_bytes.values())
 
     @property
     def engine_bytes(self) -> int:
         """Predicted bytes of the engine file."""
-        return sum(self.memory[name] for name in ("weights", "scales", "other tensors", "engine"))
+        return sum(self.memory_bytes[name] for name in ("weights", "scales", "other tensors", "engine"))
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -149,66 +136,34 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON form; its "configuration" is a configuration file of its own."""
-        return {
-            "device": self.device,
-            "adapter": self.adapter,
-            "request": self.request.to_json(),
-            "objective": self.objective,
-            "binds": self.binds,
-            "next_steps": list(self.next_steps),
-            "configuration_hash": self.config.hash,
-            "average_bits": self.average_bits,
-            "formats": dict(self.config.counts),
-            "memory_bytes": dict(self.memory),
-            "limit_bytes": self.limit_bytes,
-            "engine_bytes": self.engine_bytes,
-            "predicted_loss_increase": self.predicted_loss_increase,
-            "measured_loss": self.measured_loss,
-            "bytes_per_token": self.bytes_per_token,
-            "tokens_per_second_bound": self.tokens_per_second_bound,
-            "decode_seconds": self.decode_seconds,
-            "prefill_seconds": self.prefill_seconds,
-            "tokens_per_second": self.tokens_per_second,
-            "latency_source": self.latency_source,
-            "front": [list(point) for point in self.front],
-            "configuration": self.config.to_json(),
-        }
+        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "config"}
+        derived = (
+            self.objective,
+            self.config.hash,
+            self.config.counts,
+            self.engine_bytes,
+            self.tokens_per_second,
+            self.config.to_json(),
+        )
+        return dict(to_data({**own, **dict(zip(_DERIVED, derived, strict=True))}))
 
     @classmethod
-    def from_json(cls, value: Any, model: ModelMatrices) -> "Plan":
-        """Return the plan written by `to_json`.
+    def from_json(cls, value: Any, model: ModelMatrices, where: str = "the plan") -> "Plan":
+        """Return the plan written by `to_json`; `where` names it in messages.
 
         Raises:
             ConfigError: it is none, is for another model, or its configuration is not the one its hash names.
         """
-        try:
-            config = ConfigPatterns.from_json(value["configuration"], "the plan").resolve(model)
-            if config.hash != value["configuration_hash"]:
-                raise ConfigError(
-                    f"the plan's configuration has the hash {config.hash}, it says {value['configuration_hash']}; "
-                    "plan again"
-                )
-            return cls(
-                device=str(value["device"]),
-                request=PlanRequest.from_json(value["request"]),
-                binds=str(value["binds"]),
-                config=config,
-                average_bits=float(value["average_bits"]),
-                memory={str(name): int(size) for name, size in value["memory_bytes"].items()},
-                limit_bytes=value["limit_bytes"],
-                predicted_loss_increase=float(value["predicted_loss_increase"]),
-                bytes_per_token=int(value["bytes_per_token"]),
-                tokens_per_second_bound=value["tokens_per_second_bound"],
-                decode_seconds=value["decode_seconds"],
-                prefill_seconds=value["prefill_seconds"],
-                latency_source=str(value["latency_source"]),
-                next_steps=tuple(map(str, value["next_steps"])),
-                front=tuple((int(size), seconds, float(loss)) for size, seconds, loss in value["front"]),
-                measured_loss=value["measured_loss"],
-                adapter=str(value["adapter"]),
+        plan = convert(value, dict[str, Any], where, _AGAIN)
+        config = ConfigPatterns.from_json(plan.get("configuration"), where).resolve(model)
+        if config.hash != plan.get("configuration_hash"):
+            raise ConfigError(
+                f"{where}: its configuration has the hash {config.hash}, it says {plan.get('configuration_hash')}; "
+                f"{_AGAIN}"
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ConfigError(f"the plan is garbled ({error}); plan again (coatrt plan --json)") from None
+        request = convert(plan.get("request"), PlanRequest, f"{where}, request,", _AGAIN, exact=True)
+        own = {name: part for name, part in plan.items() if name not in _DERIVED}
+        return convert({**own, "config": config, "request": request}, cls, where, _AGAIN, exact=True)
 
     def text(self) -> str:
         """Return the plan as a few aligned lines."""
@@ -217,7 +172,7 @@ class Plan:
             f"configuration  {self.config.hash}: {self.average_bits:.3f} bits per weight: "
             + ", ".join(f"{count} × {text}" for text, count in self.config.counts.items()),
         ]
-        lines += [f"{name:<14} {size / 2**20:10.1f} MiB" for name, size in self.memory.items()]
+        lines += [f"{name:<14} {size / 2**20:10.1f} MiB" for name, size in self.memory_bytes.items()]
         limit = f" of {self.limit_bytes / 2**20:.1f}" if self.limit_bytes else ""
         lines.append(f"{'total':<14} {self.total_bytes / 2**20:10.1f} MiB{limit}")
         if self.device == "cpu":
@@ -246,9 +201,9 @@ def read_choice(path: str | Path, model: ModelMatrices) -> tuple[QuantConfig, Pl
         ConfigError: it is neither, or does not fit the model.
         FormatError: it names an unknown format.
     """
-    value = read_json(path, "configuration")
+    value = read_as(path, object, "configuration", "give one, or a plan of coatrt plan --json")
     if isinstance(value, dict) and "configuration_hash" in value:
-        plan = Plan.from_json(value, model)
+        plan = Plan.from_json(value, model, f"plan {path}")
         return plan.config, plan
     return ConfigPatterns.from_json(value, str(path)).resolve(model), None
 

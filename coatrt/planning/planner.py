@@ -174,7 +174,7 @@ def _described(
         binds=binds,
         config=config,
         average_bits=config.average_bits(model),
-        memory=memory,
+        memory_bytes=memory,
         limit_bytes=request.memory if request.memory is not None else device.memory_bytes,
         predicted_loss_increase=float(measures.loss[0]),
         bytes_per_token=per_token,

@@ -14,7 +14,8 @@ from coatrt.models.matrices import ModelMatrices
 from coatrt.planning.archive import Archive, adapter_archive
 from coatrt.planning.plan import PlanRequest
 from coatrt.planning.planner import plan_fleet
-from coatrt.system.files import read_json, sha256_file
+from coatrt.system.files import sha256_file
+from coatrt.system.json_data import read_as
 
 __all__ = ["Entry", "Report", "collect"]
 
@@ -129,7 +130,8 @@ def _planned(
 
 def _bundled(place: Path, bundle: Bundle) -> Entry:
     manifest = bundle.manifest
-    plan = read_json(bundle.path("plan.json"), "plan") if "plan.json" in manifest["files"] else {}
+    planned = "plan.json" in manifest["files"]
+    plan = read_as(bundle.path("plan.json"), dict[str, Any], "plan", "build the bundle again") if planned else {}
     engines = manifest["engines"]
     provenance = [
         ("manifest", sha256_file(place / MANIFEST)[:16]),

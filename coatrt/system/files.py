@@ -1,14 +1,12 @@
-"""Atomic files, hashes and JSON: nothing half-written is ever visible under its final name."""
+"""Atomic files and hashes: nothing half-written is ever visible under its final name."""
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -20,9 +18,7 @@ __all__ = [
     "cache_directory",
     "check_replaceable",
     "exclusive",
-    "read_json",
     "sha256_file",
-    "write_json",
     "write_text",
 ]
 
@@ -158,36 +154,7 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` to `path` as indented JSON, atomically."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def read_json(path: str | Path, what: str) -> Any:
-    """Return the JSON in `path`.
-
-    Args:
-        path: the file.
-        what: what the file is, for the message ("configuration", "bundle manifest").
-
-    Raises:
-        ConfigError: the file is missing or is not JSON.
-    """
-    path = Path(path)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{what} {path} does not exist; give the path of an existing file") from None
-    except OSError as error:
-        raise ConfigError(f"{what} {path} cannot be read: {error.strerror}; give the path of a readable file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{what} {path} is not JSON ({error}); give a JSON file") from None
-
-
 def sha256_file(path: str | Path) -> str:
-    """Return the SHA-256 of a file as 64 hexadecimal digits, read in pieces of 1 MiB."""
-    digest = hashlib.sha256()
+    """Return the SHA-256 of a file as 64 hexadecimal digits."""
     with Path(path).open("rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -2,10 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,48 +18,12 @@ from coatrt.system.tensors import read_tensors, write_tensors
 from coatrt.training.objective import Pass, accumulate_gradients
 from coatrt.training.options import TrainOptions
 from coatrt.training.protocols import LoraModule
-from coatrt.training.resume_state import load_state, save_state
+from coatrt.training.resume_state import History, load_state, save_state
 
-__all__ = ["History", "optimise"]
+__all__ = ["optimise"]
 
 _BEST = "best.safetensors"
 _CLIP = 1.0  # largest norm of the gradient
-
-
-@dataclass
-class History:
-    """What a run has done so far.
-
-    Args:
-        step: optimizer steps.
-        losses: per step, the task's loss under each of its configurations, nats per token.
-        seconds: of training, measurements included.
-        measured: (steps done, figure of merit), for early stopping.
-    """
-
-    step: int = 0
-    losses: list[list[float]] = field(default_factory=list)
-    seconds: float = 0.0
-    measured: list[tuple[int, float]] = field(default_factory=list)
-
-    @property
-    def best(self) -> int:
-        """Steps done at the highest figure of merit; -1 where none was measured."""
-        return max(self.measured, key=lambda row: row[1])[0] if self.measured else -1
-
-    def exhausted(self, patience: int) -> bool:
-        """Return whether so many measurements in a row were no better than the best before them."""
-        return patience > 0 and sum(step > self.best for step, _ in self.measured) >= patience
-
-    def ends(self, options: TrainOptions) -> bool:
-        """Return whether training is over: every step is done, or patience is exhausted."""
-        return self.step >= options.steps or self.exhausted(options.patience)
-
-    @classmethod
-    def from_json(cls, facts: Mapping[str, Any]) -> "History":
-        """Return the history that `asdict` gave and a checkpoint holds."""
-        measured = [(int(step), float(merit)) for step, merit in facts["measured"]]
-        return cls(int(facts["step"]), list(facts["losses"]), float(facts["seconds"]), measured)
 
 
 def optimise(
@@ -96,8 +58,7 @@ def optimise(
         CheckpointError: a checkpoint is damaged.
     """
     optimizer = _optimizer(lora, options)
-    saved = load_state(state, lora, optimizer, run)
-    history = History.from_json(saved) if saved else History()
+    history = load_state(state, lora, optimizer, run) or History()
     started = time.monotonic() - history.seconds
     while not history.ends(options):
         passes = _passes(data, draw(history.step), options, history.step, processes)
@@ -111,7 +72,7 @@ def optimise(
                 write_tensors(state / _BEST, dict(lora.named_parameters()))
         if processes.is_first and (history.ends(options) or _is_due(history, options, options.checkpoint_every)):
             history.seconds = time.monotonic() - started
-            save_state(state, lora, optimizer, run, asdict(history))
+            save_state(state, lora, optimizer, run, history)
     processes.wait()
     if options.patience and history.best not in (-1, history.step):
         _load_best(state, lora)

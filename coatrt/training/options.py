@@ -1,10 +1,9 @@
 """How an adapter is trained: every option with its help, default and limits, which the command line shows too."""
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from coatrt.adapter.preset import Preset
 from coatrt.errors import ConfigError
@@ -127,23 +126,6 @@ class TrainOptions:
         if self.patience and not (self.evaluate_every and self.budgets):
             raise ConfigError("patience needs evaluate_every and budgets; set both, or leave patience out")
 
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "TrainOptions":
-        """Return the options in a JSON object, such as "options" in an adapter's metrics.
-
-        Raises:
-            ConfigError: an unknown name, or a value that is not allowed.
-        """
-        names = [one.name for one in fields(cls)]
-        for name in values:
-            if name not in names:
-                nearest = difflib.get_close_matches(name, names, 1, 0)[0]
-                raise ConfigError(f"unknown training option {name!r}; did you mean {nearest!r}?")
-        try:
-            return cls(**{name: _tuples(value) for name, value in values.items()})
-        except (TypeError, AttributeError) as error:
-            raise ConfigError(f"a training option has a value of the wrong type ({error})") from None
-
     @property
     def rates(self) -> Mapping[str, float]:
         """Peak learning rate of each group of parameters: "A", "B", "theta"."""
@@ -162,10 +144,6 @@ class TrainOptions:
         if self.evaluation is not None:
             return self.evaluation
         return 200 if task == "choice" else 16
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _documented() -> str:

@@ -30,14 +30,15 @@ from coatrt.quantization.input_moments import Calibration, InputMoments, calibra
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.distributed import Processes
 from coatrt.system.files import cache_directory, check_replaceable
+from coatrt.system.json_data import read_as, write_json
 from coatrt.system.progress import Progress, silent
 from coatrt.system.resources import compute_device
 from coatrt.training.calibration import SENSITIVITY_BLOCKS, calibration_blocks
 from coatrt.training.config_sampler import TrainingSampler, check_budgets
 from coatrt.training.held_out import HeldOut
-from coatrt.training.loop import History, optimise
+from coatrt.training.loop import optimise
 from coatrt.training.options import TrainOptions
-from coatrt.training.resume_state import check_state, claim_state, has_state
+from coatrt.training.resume_state import History, check_state, claim_state, has_state
 
 __all__ = ["train"]
 
@@ -229,9 +230,9 @@ def _measure(run: _Run, model: FakeQuantModel, codes: CodeStore) -> Sensitivity:
         if not path.is_file():
             _encode(run, codes)
             measured = measure_sensitivity(model, codes, run.sensitivity_examples, run.space.formats, run.progress)
-            measured.save(path)
+            write_json(path, measured)
     run.processes.wait()
-    return Sensitivity.load(path)
+    return read_as(path, Sensitivity, "sensitivities", "remove the file to measure them again")
 
 
 def _start(run: _Run, model: FakeQuantModel, sensitivity: Sensitivity) -> CoaLora:

@@ -75,15 +75,6 @@ class BuildRecord:
     bytes: int
     shapes: EngineShapes
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the JSON form."""
-        return {**asdict(self), "sms": list(self.sms)}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "BuildRecord":
-        """Return the record written by `to_json`."""
-        return cls(**{**value, "sms": tuple(value["sms"]), "shapes": EngineShapes(**value["shapes"])})
-
 
 def check_formats(config: QuantConfig, device: DeviceProfile, activations: str = "float16") -> None:
     """Refuse a configuration that a device cannot run, before any builder is asked.

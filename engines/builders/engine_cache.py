@@ -6,12 +6,15 @@ import json
 import shutil
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import TypedDict
 
 from coatrt.engines.builders import worker as build_worker
 from coatrt.engines.builders.builder import BuildRecord, EngineShapes, installed_builder
-from coatrt.errors import BuildError
-from coatrt.system.files import atomic_file, cache_directory, sha256_file, write_json
+from coatrt.errors import CoatError
+from coatrt.system.files import atomic_file, cache_directory, sha256_file
+from coatrt.system.json_data import read_as, write_json
 
 __all__ = ["EngineCache", "engine_key"]
 
@@ -35,6 +38,13 @@ def engine_key(directory: Path, builder: str, shapes: EngineShapes) -> str:
         "shapes": [shapes.batch, shapes.prefill, shapes.logits],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+class _Entry(TypedDict):
+    """The JSON beside a cached engine: what was built, and the hash of the engine."""
+
+    record: BuildRecord
+    sha256: str
 
 
 class EngineCache:
@@ -69,20 +79,19 @@ class EngineCache:
         """
         wanted = set(sms)
         for side in sorted((self.root / key).glob("*.json")):
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, BuildError):
-                facts = json.loads(side.read_text(encoding="utf-8"))
-                record = BuildRecord.from_json({**facts["record"], "file": engine.name})
-                if not wanted <= set(record.sms):
+            with contextlib.suppress(OSError, CoatError):
+                entry = read_as(side, _Entry, "cached engine", "remove it")
+                if not wanted <= set(entry["record"].sms):
                     continue
                 held = side.with_suffix(".engine")
-                if sha256_file(held) != facts["sha256"]:
+                if sha256_file(held) != entry["sha256"]:
                     _remove(side)
                     continue
                 with atomic_file(engine) as temporary:
                     shutil.copyfile(held, temporary)
                 with contextlib.suppress(OSError):
                     side.touch()
-                return record
+                return replace(entry["record"], file=engine.name)
         return None
 
     def keep(self, key: str, engine: Path, record: BuildRecord) -> None:
@@ -92,7 +101,7 @@ class EngineCache:
             held = self.root / key / f"{'-'.join(f'sm{sm}' for sm in record.sms)}-{digest[:12]}.engine"
             with atomic_file(held) as temporary:
                 shutil.copyfile(engine, temporary)
-            write_json(held.with_suffix(".json"), {"record": record.to_json(), "sha256": digest})
+            write_json(held.with_suffix(".json"), _Entry(record=record, sha256=digest))
             self._shrink()
 
     def _shrink(self) -> None:

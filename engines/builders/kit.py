@@ -7,7 +7,7 @@ from pathlib import Path
 from coatrt.devices.profiles import DeviceProfile
 from coatrt.engines.builders import kit_script as build_on_device
 from coatrt.engines.builders.builder import EngineShapes
-from coatrt.system.files import write_json
+from coatrt.system.json_data import write_json
 
 __all__ = ["KIT_COMMAND", "write_kit"]
 

@@ -8,11 +8,12 @@ from coatrt.configs.config import QuantConfig
 from coatrt.devices.environment import versions
 from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.runtime.emitter import Emitter, save_lora
+from coatrt.errors import CheckpointError
 from coatrt.export.decoder import WEIGHTS_FILE, decoder_io, export_decoder
 from coatrt.export.hypernetwork import export_hypernetwork
 from coatrt.models.checkpoint import Checkpoint, load_tokenizer
 from coatrt.quantization.code_cache import CodeStore
-from coatrt.system.files import read_json
+from coatrt.system.json_data import read_as, write_json
 from coatrt.system.progress import Progress, silent
 
 __all__ = ["export_config", "export_shared"]
@@ -26,7 +27,7 @@ def export_shared(adapter: Adapter, checkpoint: Checkpoint, directory: Path) -> 
         checkpoint: its model.
         directory: an existing directory.
     """
-    adapter.description.contract.save(directory / "lora_io.json")
+    write_json(directory / "lora_io.json", adapter.description.contract)
     export_hypernetwork(adapter, directory)
     tokenizer = load_tokenizer(checkpoint.directory)
     tokenizer.save_pretrained(str(directory / "tokenizer"))
@@ -37,7 +38,7 @@ def export_shared(adapter: Adapter, checkpoint: Checkpoint, directory: Path) -> 
             "family": checkpoint.model_type,
             "stop_tokens": _stop_tokens(checkpoint, tokenizer),
         },
-        "matrices": adapter.description.model.to_json(),
+        "matrices": adapter.description.model,
         "quantizer": adapter.description.quantizer,
         "versions": versions(),
     }
@@ -73,11 +74,10 @@ def export_config(
     codes = codes or adapter.codes(checkpoint, progress)
     export_decoder(checkpoint, config, directory, forms=forms, contract=contract, codes=codes, progress=progress)
     config.save(directory / "configuration.json")
-    side = read_json(shared / "hypernet.json", "hypernetwork description")
-    save_lora(directory / "lora.safetensors", Emitter(shared / "hypernet.onnx", side, contract).emit(config), config)
+    emitter = Emitter(shared / "hypernet.onnx", shared / "hypernet.json", contract)
+    save_lora(directory / "lora.safetensors", emitter.emit(config), config)
     decoders = {
-        form.name: {"file": form.file, "weights": WEIGHTS_FILE, "io": decoder_io(checkpoint, form).to_json()}
-        for form in forms
+        form.name: {"file": form.file, "weights": WEIGHTS_FILE, "io": decoder_io(checkpoint, form)} for form in forms
     }
     return {
         "configuration": {
@@ -105,6 +105,7 @@ def _stop_tokens(checkpoint: Checkpoint, tokenizer: Any) -> list[int]:
     found: list[Any] = [tokenizer.eos_token_id, checkpoint.config.get("eos_token_id")]
     path = checkpoint.directory / "generation_config.json"
     if path.is_file():
-        found.append(read_json(path, "generation settings").get("eos_token_id"))
+        settings = read_as(path, dict[str, Any], "generation settings", "fetch the model again", CheckpointError)
+        found.append(settings.get("eos_token_id"))
     flat = [token for entry in found for token in (entry if isinstance(entry, list) else [entry])]
     return sorted({int(token) for token in flat if token is not None})

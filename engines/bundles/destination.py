@@ -2,15 +2,22 @@
 
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
+from typing import Any, TypedDict
 
 from coatrt.bundle import MANIFEST
 from coatrt.errors import ConfigError
-from coatrt.system.files import check_replaceable, read_json
+from coatrt.system.files import check_replaceable
+from coatrt.system.json_data import read_as
 
 __all__ = ["check_output"]
 
-_MARKS = {"format", "coatrt", "files"}
 _SHOWN = 3
+
+
+class _Marks(TypedDict):  # by which a manifest is known, of whatever version
+    format: Any
+    coatrt: Any
+    files: dict[str, Any]
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -37,10 +44,8 @@ def check_output(output: Path, overwrite: bool) -> None:
 def _named(directory: Path) -> set[str] | None:
     """Return the files that a bundle's manifest names; None where the directory has no manifest of ours."""
     try:
-        manifest = read_json(directory / MANIFEST, "bundle manifest")
+        manifest = read_as(directory / MANIFEST, _Marks, "bundle manifest", "build the bundle again")
     except ConfigError:
-        return None
-    if not isinstance(manifest, dict) or not set(manifest) >= _MARKS or not isinstance(manifest["files"], dict):
         return None
     return set(manifest["files"])
 

@@ -12,7 +12,8 @@ from coatrt.engines.builders.kit import KIT_COMMAND, write_kit
 from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.bundles.targets import Target
 from coatrt.errors import BuildError
-from coatrt.system.files import atomic_directory, write_json
+from coatrt.system.files import atomic_directory
+from coatrt.system.json_data import write_json
 
 __all__ = ["Parts", "seal_bundle"]
 
@@ -51,10 +52,10 @@ def seal_bundle(
     with atomic_directory(target.output) as temporary:
         for source in parts.folders:
             shutil.copytree(source, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.engine"))
-        engines: list[dict[str, Any]] = []
+        engines: list[BuildRecord] = []
         if device.builder == "tensorrt-rtx" and parts.record is not None:
             shutil.copyfile(parts.folders[-1] / parts.record.file, temporary / parts.record.file)
-            engines.append(parts.record.to_json())
+            engines.append(parts.record)
         elif device.builder == "tensorrt" and options.engine:
             engines += _local_engine(temporary, target, options, tell)
         if target.plan is not None:
@@ -65,13 +66,13 @@ def seal_bundle(
 
 def _local_engine(
     directory: Path, target: Target, options: BundleOptions, tell: Callable[[str], None]
-) -> list[dict[str, Any]]:
+) -> list[BuildRecord]:
     """Build with regular TensorRT where it is installed and a GPU has the target's SM, else leave a build kit."""
     device = target.device
     try:
         engine = directory / f"sm{device.sm}.engine"
         record = build_engine(directory / "base.onnx", engine, device, also=target.also, shapes=options.shapes)
-        return [record.to_json()]
+        return [record]
     except BuildError as error:
         write_kit(directory, device, options.shapes)
         tell(f"{device.id}: no engine here ({error}); on the device, in the bundle: {KIT_COMMAND}")

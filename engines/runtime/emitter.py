@@ -1,9 +1,8 @@
 """The hypernetwork at deploy time: a configuration → its LoRA, in ONNX Runtime, without torch."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +16,16 @@ from coatrt.engines.runtime.decoder import check_lora
 from coatrt.engines.runtime.ort import session
 from coatrt.errors import BundleError, ConfigError
 from coatrt.system.files import atomic_file
+from coatrt.system.json_data import read_as
 
 __all__ = ["Emitter", "load_lora", "save_lora"]
+
+
+class _Inputs(TypedDict):
+    """What hypernet.json says of the input: the order of its matrices, and what its integers mean."""
+
+    matrices: tuple[str, ...]
+    formats: tuple[str, ...]
 
 
 class Emitter:
@@ -26,21 +33,17 @@ class Emitter:
 
     Args:
         graph: hypernet.onnx.
-        side: content of hypernet.json: "matrices" (order of the input) and "formats" (what its integers mean).
+        side: hypernet.json.
         contract: names and shapes of what it emits.
         threads: of the session.
 
     Raises:
-        BundleError: the lists are missing.
+        BundleError: hypernet.json is garbled.
     """
 
-    def __init__(
-        self, graph: Path, side: Mapping[str, Any], contract: LoraContract, threads: int | None = None
-    ) -> None:
-        try:
-            self.matrices, self.formats = tuple(map(str, side["matrices"])), tuple(map(str, side["formats"]))
-        except (KeyError, TypeError) as error:
-            raise BundleError(f"hypernet.json lacks {error}; build the bundle again") from None
+    def __init__(self, graph: Path, side: Path, contract: LoraContract, threads: int | None = None) -> None:
+        inputs = read_as(side, _Inputs, "hypernetwork description", "build the bundle again", BundleError)
+        self.matrices, self.formats = inputs["matrices"], inputs["formats"]
         self.contract = contract
         self._names = list(contract.shapes)
         self._index = {text: i for i, text in enumerate(self.formats)}
@@ -49,10 +52,9 @@ class Emitter:
     @classmethod
     def of(cls, bundle: Bundle, threads: int | None = None) -> "Emitter":
         """Return the hypernetwork of a bundle, every file's hash checked first."""
-        side = json.loads(bundle.path("hypernet.json").read_text(encoding="utf-8"))
         if "hypernet.bin" in bundle.manifest["files"]:
             bundle.path("hypernet.bin")
-        return cls(bundle.path("hypernet.onnx"), side, bundle.contract, threads)
+        return cls(bundle.path("hypernet.onnx"), bundle.path("hypernet.json"), bundle.contract, threads)
 
     def ids(self, config: QuantConfig) -> NDArray[np.int64]:
         """Return the hypernetwork's input for a configuration, int64 [M].

@@ -87,11 +87,9 @@ class SwitchingDecoder:
         first = self.bundles[names[0]].manifest
         for name in names[1:]:
             other = self.bundles[name].manifest
-            for what, key in (("model", "fingerprint"), ("hypernetwork", "sha256")):
-                mine, its = (
-                    facts["model"][key] if what == "model" else facts["files"]["hypernet.onnx"][key]
-                    for facts in (first, other)
-                )
+            models = [facts["model"]["fingerprint"] for facts in (first, other)]
+            networks = [facts["files"]["hypernet.onnx"]["sha256"] for facts in (first, other)]
+            for what, (mine, its) in (("model", models), ("hypernetwork", networks)):
                 if mine != its:
                     raise BundleError(
                         f"{names[0]} and {name} have different {what}s ({mine[:12]}, {its[:12]}); "

@@ -74,7 +74,7 @@ def test_the_chain_by_hand(tiny_llama: Path, tmp_path: Path) -> None:
                 "--steps", 3, "--batch", 2, "--max-length", 32, "--calibration", 2, "--evaluation", 2,
                 "--budgets", "5,6", "--quantizer", "feedback")  # fmt: skip
     assert "trained        3 steps" in said
-    assert json.loads((adapter / "adapter.json").read_text())["quantizer"] == "feedback"
+    assert json.loads((adapter / "adapter.json").read_text())["description"]["quantizer"] == "feedback"
     common = ("--context", 64, "--prefill", 16)
     asked = ("--target", "rtx-4090", "--bits", 5, *common)
     plan = json.loads(good("plan", adapter, *asked, "--json", "-o", tmp_path / "c.json"))
@@ -249,7 +249,7 @@ def test_a_plan_is_built_again_as_it_was_asked(tiny_adapter: Path, tiny_cli_bund
     good(*choice, "--config", plan, "-o", tmp_path / "again", "--context", 64, "--bits", 5)  # as the plan says
     again = Bundle.open(tmp_path / "again")
     assert again.path("plan.json").read_bytes() == plan.read_bytes()
-    assert again.manifest["decoders"]["engine"]["io"]["cache_length"] == 64
+    assert again.manifest["decoders"]["engine"]["io"].cache_length == 64
     pair = ("--target", "l4", "--target", "rtx-4090", "--config", plan, "-o", tmp_path / "pair", "--no-engine")
     good("build", tiny_adapter, *pair)
     other, same = (Bundle.open(tmp_path / "pair" / name) for name in ("l4", "rtx-4090"))

@@ -8,6 +8,7 @@ from coatrt.configs.config import ConfigPatterns, QuantConfig
 from coatrt.errors import CheckpointError, ConfigError, FormatError
 from coatrt.models.matrices import ModelMatrices, matrices_of
 from coatrt.quantization.weight_format import WeightFormat
+from coatrt.system.json_data import convert, to_data
 
 pytestmark = pytest.mark.fast
 
@@ -41,7 +42,7 @@ def test_inventory_of_a_checkpoint():
     assert len(matrices_of({**shapes(), "lm_head.weight": (100, 64)}, True).matrices) == 15  # a tied table counts once
     assert [len(g) for g in MODEL.groups] == [1, 3, 1, 2, 1, 3, 1, 2, 1]
     assert sorted(name for group in MODEL.groups for name in group) == sorted(MODEL.names)
-    assert ModelMatrices.from_json(json.loads(json.dumps(MODEL.to_json()))) == MODEL
+    assert convert(to_data(MODEL), ModelMatrices, "matrices", "") == MODEL
     with pytest.raises(CheckpointError, match=r"model\.layers"):
         matrices_of({"encoder.weight": (3, 3)}, True)
 

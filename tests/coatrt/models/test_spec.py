@@ -1,6 +1,5 @@
 """What a decoder computes, written into an adapter and read back without torch."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 from coatrt.errors import CheckpointError
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.models.spec import DecoderSpec
+from coatrt.system.json_data import convert, to_data
 from support.families import MODELS, save_model
 
 
@@ -17,7 +17,7 @@ from support.families import MODELS, save_model
 def test_it_comes_back_from_its_json(tmp_path: Path, name: str) -> None:
     save_model(tmp_path, name)
     spec = DecoderSpec.from_checkpoint(Checkpoint.open(tmp_path))
-    assert DecoderSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+    assert convert(to_data(spec), DecoderSpec, "decoder", "") == spec
 
 
 @pytest.mark.parametrize(
@@ -25,9 +25,9 @@ def test_it_comes_back_from_its_json(tmp_path: Path, name: str) -> None:
     [("layers", "3"), ("layers", True), ("epsilon", None), ("windows", 5), ("activation", None), ("layer_norm", 1)],
 )
 def test_fields_of_other_types_are_refused(tiny_llama: Path, field: str, value: object) -> None:
-    written = DecoderSpec.from_checkpoint(Checkpoint.open(tiny_llama)).to_json()
-    with pytest.raises(CheckpointError, match=rf"the decoder's {field} is .*; train the adapter again"):
-        DecoderSpec.from_json({**written, field: value})
+    written = to_data(DecoderSpec.from_checkpoint(Checkpoint.open(tiny_llama)))
+    with pytest.raises(CheckpointError, match=rf"the decoder is garbled \(.* - at `\$\.{field}`\); train again"):
+        convert({**written, field: value}, DecoderSpec, "the decoder", "train again", CheckpointError)
 
 
 def test_reading_needs_neither_torch_nor_transformers() -> None:

@@ -1,6 +1,6 @@
 """The archive's file: round trip, damage, other adapters; its front."""
 
-import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ from coatrt.configs.config import QuantConfig
 from coatrt.errors import ConfigError
 from coatrt.planning.archive import Archive, ArchiveEntry
 from coatrt.quantization.weight_format import WeightFormat
+from coatrt.system.json_data import read_as, write_json
 
 pytestmark = pytest.mark.fast
 
@@ -56,8 +57,8 @@ def test_the_last_measurement_of_a_configuration_counts() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ('"loss": 0.', '"loss": 1.', "altered or is damaged"),
-        ('"format": 3', '"format": 2', "no archive of format 3"),
+        ("   0.", "   1.", "altered or is damaged"),
+        ('"format": 4', '"format": 2', r"a\.json has format 2, coatrt \S+ reads 4; remove it"),
         ('"identity": "me"', '"identity": "you"', "altered or is damaged"),
         ("{", "", "not JSON"),
     ],
@@ -74,14 +75,14 @@ def test_damage_is_refused(tmp_path: Path, old: str, new: str, said: str) -> Non
 
 @pytest.mark.parametrize("choice", ["0 0", "0 0 7", "0 0 -1", "x y z"])
 def test_a_signed_but_garbled_archive_is_refused(tmp_path: Path, choice: str) -> None:
-    from coatrt.planning.archive import _digest
+    from coatrt.planning.archive import _File
 
     archive = Archive(1000, tmp_path / "a.json", "me")
     archive.add(entry(1))
-    value = json.loads((tmp_path / "a.json").read_text())
-    value["entries"][0]["choice"] = choice
-    value["sha256"] = _digest({key: part for key, part in value.items() if key != "sha256"})
-    (tmp_path / "a.json").write_text(json.dumps(value))
+    file = read_as(tmp_path / "a.json", _File, "archive", "")
+    (row,) = file.rows
+    file = replace(file, rows=((*row[:2], choice),))
+    write_json(tmp_path / "a.json", replace(file, sha256=file.digest))
     with pytest.raises(ConfigError, match="garbled"):
         Archive.load(tmp_path / "a.json")
 

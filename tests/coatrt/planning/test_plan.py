@@ -18,7 +18,7 @@ from coatrt.planning.archive import Archive, ArchiveEntry
 from coatrt.planning.memory import RUNTIME_RESERVE
 from coatrt.planning.plan import Plan
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.system.files import write_json
+from coatrt.system.json_data import write_json
 
 MIB = 1 << 20
 
@@ -32,14 +32,16 @@ def test_memory_is_the_sum_of_what_is_there(adapter: AdapterDescription) -> None
     plan = planner.plan(adapter, device_profile("rtx-3060"), bits=5.0, context=100, batch=3, prefill=7)
     lora = sum(2 * 16 * (m.K + m.N) for m in adapter.model.targets)
     codes = sum(plan.config[m.name].bits * m.N * m.K // 8 for m in adapter.model.matrices)
-    assert plan.memory["weights"] == codes
-    assert plan.memory["scales"] == plan.config.nbytes(adapter.model) - codes
-    assert plan.memory["LoRA"] == lora
-    assert plan.memory["KV cache"] == 2 * 2 * 2 * 2 * 16 * 100 * 3  # bytes, K and V, layers, heads, width, slots, batch
-    assert plan.memory["activations"] == 2 * 3 * (7 * (6 * 64 + 3 * 160) + 272)
-    assert plan.memory["runtime"] == RUNTIME_RESERVE
-    assert plan.memory["other tensors"] == adapter.model.other_bytes == 2 * 64 * 5  # five norms
-    read = sum(plan.memory[name] for name in ("weights", "scales", "LoRA", "KV cache", "other tensors"))
+    assert plan.memory_bytes["weights"] == codes
+    assert plan.memory_bytes["scales"] == plan.config.nbytes(adapter.model) - codes
+    assert plan.memory_bytes["LoRA"] == lora
+    assert (
+        plan.memory_bytes["KV cache"] == 2 * 2 * 2 * 2 * 16 * 100 * 3
+    )  # bytes, K and V, layers, heads, width, slots, batch
+    assert plan.memory_bytes["activations"] == 2 * 3 * (7 * (6 * 64 + 3 * 160) + 272)
+    assert plan.memory_bytes["runtime"] == RUNTIME_RESERVE
+    assert plan.memory_bytes["other tensors"] == adapter.model.other_bytes == 2 * 64 * 5  # five norms
+    read = sum(plan.memory_bytes[name] for name in ("weights", "scales", "LoRA", "KV cache", "other tensors"))
     assert plan.bytes_per_token == read
     assert plan.tokens_per_second_bound == pytest.approx(360e9 / read)
     assert plan.average_bits <= 5.0
@@ -62,7 +64,7 @@ def test_a_tighter_budget_never_has_more_bytes_nor_less_loss(
     adapter: AdapterDescription, first: float, second: float
 ) -> None:
     low, high = (planner.plan(adapter, device_profile("rtx-5090"), bits=bits) for bits in sorted((first, second)))
-    assert low.memory["weights"] <= sorted((first, second))[0] * adapter.model.parameters / 8
+    assert low.memory_bytes["weights"] <= sorted((first, second))[0] * adapter.model.parameters / 8
     assert low.predicted_loss_increase >= high.predicted_loss_increase * (1 - 1e-3)
 
 
@@ -70,11 +72,11 @@ def test_memory_binds_and_what_does_not_fit_says_what_would(adapter: AdapterDesc
     rich = planner.plan(adapter, device_profile("rtx-3060"))
     assert rich.binds == "nothing binds"
     assert rich.config.counts == {"int8": 15}
-    spare = sum(rich.memory.values()) - 20_000
+    spare = sum(rich.memory_bytes.values()) - 20_000
     tight = planner.plan(adapter, device_profile("rtx-3060"), memory=spare)
     assert tight.binds == "memory"
-    assert sum(tight.memory.values()) <= spare
-    assert tight.memory["weights"] < rich.memory["weights"]
+    assert sum(tight.memory_bytes.values()) <= spare
+    assert tight.memory_bytes["weights"] < rich.memory_bytes["weights"]
     with pytest.raises(ConfigError, match=r"rtx-3060 with 100 MiB cannot hold the model; it needs 51\d MiB at least"):
         planner.plan(adapter, device_profile("rtx-3060"), memory=100 * MIB)
     with pytest.raises(ConfigError, match="--bits 2 is below what the formats allow"):
@@ -133,7 +135,7 @@ def test_a_measured_configuration_is_taken_where_it_measured_better(adapter: Ada
     better = chosen((low, 2.0), (odd, 3.0), (high, 1.0))  # high does not fit, odd is nearest to the allocation
     assert (better.config, better.measured_loss) == (low, 2.0)
     assert "measured loss  2.0000" in better.text()
-    assert better.memory["weights"] + better.memory["scales"] == low.nbytes(adapter.model)
+    assert better.memory_bytes["weights"] + better.memory_bytes["scales"] == low.nbytes(adapter.model)
     assert (
         chosen((low, 3.0), (odd, 2.0), (high, 1.0)).config == free.config
     )  # the nearest is the best: no reason to move

@@ -26,6 +26,7 @@ from coatrt.planning.plan import Plan, PlanRequest, read_config
 from coatrt.planning.table import fleet_table
 from coatrt.planning.workload import Workload
 from coatrt.quantization.weight_format import WeightFormat
+from coatrt.system.json_data import write_json
 from support.knapsack import least_price
 
 GPUS = [profile for profile in device_profiles() if profile.sm]
@@ -273,7 +274,7 @@ def test_a_calibration_is_preferred_and_interpolates(adapter: AdapterDescription
     rests = (Rest(shape_of(work), 1, 64, 1e-3), Rest(shape_of(work), 1, 128, 2e-3), Rest(shape_of(work), 16, 64, 4e-3))
     made = Calibrated("cpu", "onnxruntime 1", {"threads": 2}, products, rests)
     assert find_calibration("cpu", space, work) is None
-    made.save(calibration_path("cpu"))
+    write_json(calibration_path("cpu"), made)
     try:
         found = find_calibration("cpu", space, work)
         assert found == made

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from coatrt.errors import ConfigError
-from coatrt.system.files import atomic_directory, atomic_file, read_json, sha256_file, write_json
+from coatrt.system.files import atomic_directory, atomic_file, sha256_file
 
 pytestmark = pytest.mark.fast
 
@@ -64,23 +64,10 @@ def test_kill_9_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
     assert path.read_text() == "old"
 
 
-def test_hash_and_json(tmp_path: Path) -> None:
+def test_hash(tmp_path: Path) -> None:
     data = os.urandom(3 << 20)
     (tmp_path / "data").write_bytes(data)
     assert sha256_file(tmp_path / "data") == hashlib.sha256(data).hexdigest()
-    write_json(tmp_path / "x.json", {"é": [1, 2.5, None]})
-    assert read_json(tmp_path / "x.json", "thing") == {"é": [1, 2.5, None]}
-    for name, content, said in (
-        ("none", None, "does not exist"),
-        ("bad", b"{", "is not JSON"),
-        ("bin", b"\xff", "is not JSON"),
-    ):
-        if content is not None:
-            (tmp_path / name).write_bytes(content)
-        with pytest.raises(ConfigError, match=f"thing .*{name} {said}"):
-            read_json(tmp_path / name, "thing")
-    with pytest.raises(ConfigError, match="cannot be read"):
-        read_json(tmp_path, "thing")
 
 
 def test_what_a_directory_does_not_own_moves_into_the_new_one(tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from coatrt.errors import ConfigError
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.system.distributed import Processes
-from coatrt.training.loop import History, optimise
+from coatrt.training.loop import optimise
 from coatrt.training.objective import Pass, accumulate_gradients
+from coatrt.training.resume_state import History
 from coatrt.training.run import train
 from support.formats import random_config
 from support.tiny import TEXTS, text_data, tiny_options

@@ -1,7 +1,6 @@
 """The options of a training: what is refused, what comes back from JSON, and that the command line shows them all."""
 
-import json
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
 import click
@@ -11,6 +10,7 @@ from click.testing import CliRunner
 from coatrt.cli.main import cli
 from coatrt.cli.train_options import train_options
 from coatrt.errors import ConfigError, FormatError
+from coatrt.system.json_data import convert, to_data
 from coatrt.training.options import TrainOptions
 
 pytestmark = pytest.mark.fast
@@ -42,11 +42,11 @@ def test_an_unknown_format_is_refused() -> None:
 
 def test_options_come_back_from_json() -> None:
     options = TrainOptions(formats=("int8", "nf3-g64"), ranks=(("down_proj", 32),), budgets=(4.5,), low_bits=3.5)
-    assert TrainOptions.from_json(json.loads(json.dumps(asdict(options)))) == options
-    with pytest.raises(ConfigError, match="unknown training option 'length'; did you mean 'max_length'\\?"):
-        TrainOptions.from_json({"length": 32})
-    with pytest.raises(ConfigError, match="a value of the wrong type"):
-        TrainOptions.from_json({"steps": "many"})
+    assert convert(to_data(options), TrainOptions, "options", "", exact=True) == options
+    with pytest.raises(ConfigError, match="options has the unknown key 'length'; did you mean 'max_length'\\?"):
+        convert({"length": 32}, TrainOptions, "options", "train again", exact=True)
+    with pytest.raises(ConfigError, match=r"garbled \(Expected `int`, got `str` - at `\$\.steps`\); train again"):
+        convert({"steps": "many"}, TrainOptions, "options", "train again")
 
 
 def test_an_accuracy_is_measured_on_more_examples_than_a_loss() -> None:

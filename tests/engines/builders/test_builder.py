@@ -13,6 +13,7 @@ from coatrt.engines.builders.builder import EngineShapes, build_engine, check_fo
 from coatrt.errors import BuildError, DeviceError, FormatError
 from coatrt.export.decoder import GraphForm, export_decoder
 from coatrt.models.checkpoint import Checkpoint
+from coatrt.system.json_data import to_data
 
 rtx = pytest.mark.rtx
 DEVICES = {75: "t4", 80: "a100-80gb", 86: "rtx-3060", 89: "rtx-4090", 120: "rtx-5090", 121: "dgx-spark"}
@@ -65,7 +66,7 @@ def test_one_engine_serves_several_gpus(graphs: Path, tmp_path: Path) -> None:
     )
     assert record.sms == (86, 89, 120)
     assert record.bytes == (tmp_path / "e.engine").stat().st_size
-    assert record.to_json()["shapes"] == {"batch": 2, "prefill": 32, "logits": 4}
+    assert to_data(record)["shapes"] == {"batch": 2, "prefill": 32, "logits": 4}
 
 
 def test_formats_are_refused_before_the_builder(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.errors import BuildError, BundleError, CheckpointError, ConfigError, FormatError
 from coatrt.planning import planner
+from coatrt.system.json_data import to_data
 from support.bundles import make_bundle
 from support.tiny import save_tiny_llama
 
@@ -38,7 +39,7 @@ def test_verify_compares_with_torch_and_shows_a_live_lora(tiny_bundle: Path) -> 
     assert report.lora_effect > 0.01
     assert report.files == len(Bundle.open(tiny_bundle).manifest["files"])
     assert "hashes hold" in report.text()
-    assert json.loads(json.dumps(report.to_json()))["tolerance"] == TOLERANCE
+    assert to_data(report)["tolerance"] == TOLERANCE
 
 
 def test_every_file_is_guarded(copy: Path) -> None:
@@ -291,5 +292,5 @@ def test_a_bundle_with_an_engine(tiny_adapter: Path, tmp_path: Path) -> None:
     bundle = make_bundle(adapter, plan.config, profile.id, tmp_path / "b", options, plan=plan)
     (engine,) = bundle.manifest["engines"]
     assert engine["sms"] == [120]
-    assert engine["bytes"] == bundle.path("sm120.engine").stat().st_size > plan.memory["weights"]
+    assert engine["bytes"] == bundle.path("sm120.engine").stat().st_size > plan.memory_bytes["weights"]
     assert "loads here" in verify(Bundle.open(tmp_path / "b")).text()

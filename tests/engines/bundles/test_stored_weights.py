@@ -15,7 +15,7 @@ from coatrt.engines.bundles.verify import TOLERANCE, verify
 from coatrt.errors import BundleError
 from coatrt.export.decoder import GraphForm, export_decoder
 from coatrt.models.checkpoint import Checkpoint
-from coatrt.models.matrices import ModelMatrices
+from coatrt.models.matrices import Matrix, ModelMatrices
 from coatrt.quantization import code_cache as store
 from coatrt.quantization.codec import decode, encode
 from coatrt.quantization.input_moments import InputMoments
@@ -104,10 +104,10 @@ def test_verify_needs_no_codes_of_its_own(adapter: Adapter, tmp_path: Path, monk
 
 def test_a_graph_without_the_matrix_is_refused(tiny_bundle: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
-    graph, model = bundle.decoder("cpu")[0], bundle.model_matrices.to_json()
-    model["matrices"] = [["model.layers.9.mlp.up_proj", 4, 4]]
-    with pytest.raises(BundleError, match=r"does not hold model\.layers\.9\.mlp\.up_proj\.weight"):
-        list(held_weights(graph, ModelMatrices.from_json(model)))
-    model["matrices"] = [["model.layers.0.mlp.up_proj", 4, 4]]
-    with pytest.raises(BundleError, match=r"as \(160, 64\), the manifest says \(4, 4\)"):
-        list(held_weights(graph, ModelMatrices.from_json(model)))
+    graph = bundle.decoder("cpu")[0]
+    for name, said in (
+        ("model.layers.9.mlp.up_proj", r"does not hold model\.layers\.9\.mlp\.up_proj\.weight"),
+        ("model.layers.0.mlp.up_proj", r"as \(160, 64\), the manifest says \(4, 4\)"),
+    ):
+        with pytest.raises(BundleError, match=said):
+            list(held_weights(graph, ModelMatrices((Matrix(name, 4, 4),), tied=True)))

@@ -18,6 +18,7 @@ from coatrt.export.decoder import GraphForm, decoder_io
 from coatrt.planning import planner
 from coatrt.planning.measured_latency import Calibrated, Product, calibration_path
 from coatrt.quantization.weight_format import WeightFormat
+from coatrt.system.json_data import write_json
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def test_a_calibration_covers_its_model_and_the_planner_takes_it(
     shapes = {(m.K, m.N) for m in adapter.description.model.matrices}
     assert {(p.K, p.N) for p in made.products} == shapes
     assert {(rest.tokens, rest.context) for rest in made.rests} == {(1, 32), (8, 32), (1, 64), (8, 64)}
-    made.save(calibration_path("cpu"))
+    write_json(calibration_path("cpu"), made)
     try:
         assert Calibrated.load(calibration_path("cpu")) == made
         plan = planner.plan(

@@ -1,0 +1,120 @@
+"""JSON files: written atomically, read strictly into the types they hold; what is wrong is one line."""
+
+import difflib
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from coatrt import __version__
+from coatrt.errors import CoatError, ConfigError
+from coatrt.system.files import write_text
+
+__all__ = ["convert", "dump_json", "parse_json", "read_as", "to_data", "write_json"]
+
+T = TypeVar("T")
+
+
+def parse_json(data: bytes | str, where: str, remedy: str, error: type[CoatError] = ConfigError) -> Any:
+    """Return what a JSON text says; `where` names it in the message.
+
+    Raises:
+        CoatError: it is not JSON.
+    """
+    try:
+        return msgspec.json.decode(data)
+    except (UnicodeError, msgspec.DecodeError, RecursionError) as problem:
+        raise error(f"{where} is not JSON ({problem}); {remedy}") from None
+
+
+def read_as(
+    path: str | Path,
+    kind: type[T],
+    what: str,
+    remedy: str,
+    error: type[CoatError] | None = None,
+    *,
+    version: int | None = None,
+) -> T:
+    """Return the value in a JSON file.
+
+    Args:
+        path: the file.
+        kind: its type, see `convert`; `object` for any JSON.
+        what: what the file is, for the message ("configuration", "bundle manifest").
+        remedy: what to do where it is garbled ("train the adapter again").
+        error: what to raise; None: see `convert`.
+        version: what its key "format" must be; None: it has none.
+
+    Raises:
+        CoatError: the file is missing, not JSON, or of another version or structure.
+    """
+    path, raised = Path(path), error or ConfigError
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise raised(f"{what} {path} does not exist; give the path of an existing file") from None
+    except OSError as problem:
+        raise raised(f"{what} {path} cannot be read: {problem.strerror}; give the path of a readable file") from None
+    value = parse_json(data, f"{what} {path}", remedy, raised)
+    try:
+        msgspec.msgpack.encode(value)  # refuses integers beyond 64 bits, which would overflow where they meet floats
+    except (OverflowError, RecursionError) as problem:
+        raise raised(f"{what} {path} is garbled ({problem}); {remedy}") from None
+    if version is not None and (not isinstance(value, dict) or value.get("format") != version):
+        given = value.get("format") if isinstance(value, dict) else None
+        raise raised(f"{what} {path} has format {given}, coatrt {__version__} reads {version}; {remedy}")
+    return convert(value, kind, f"{what} {path}", remedy, error)
+
+
+def convert(
+    value: Any, kind: type[T], where: str, remedy: str, error: type[CoatError] | None = None, *, exact: bool = False
+) -> T:
+    """Return JSON data as a dataclass, TypedDict or container of these; types are strict, missing keys are refused.
+
+    Args:
+        value: the data.
+        kind: the type.
+        where: what the data are, and of which file, for the message.
+        remedy: what to do where they are garbled.
+        error: what to raise; None: ConfigError, and what the type's own checks raise.
+        exact: refuse keys that are no field of the dataclass `kind`, and require all that are: defaults stand for none.
+
+    Raises:
+        CoatError: the data are of another structure, or the type refuses them.
+    """
+    if exact and isinstance(value, dict):
+        names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+        unknown = next((name for name in value if name not in names), None)
+        if unknown is not None:
+            nearest = difflib.get_close_matches(unknown, names, 1, 0)[0]
+            raise (error or ConfigError)(f"{where} has the unknown key {unknown!r}; did you mean {nearest!r}?")
+        if missing := ", ".join(name for name in names if name not in value):
+            raise (error or ConfigError)(f"{where} is garbled (it lacks {missing}); {remedy}")
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as problem:
+        raise (error or ConfigError)(f"{where} is garbled ({problem}); {remedy}") from None
+    except CoatError as problem:
+        raise (error or type(problem))(f"{where}: {problem}") from None
+
+
+def _encode(value: object) -> bytes:
+    # The hook is asked about what JSON has no form for: numpy's floats.
+    return msgspec.json.encode(value, enc_hook=float)
+
+
+def to_data(value: object) -> Any:
+    """Return what a JSON file of a value holds, dataclasses as objects and tuples as lists."""
+    return msgspec.json.decode(_encode(value))
+
+
+def dump_json(value: object) -> str:
+    """Return a value as indented JSON."""
+    return msgspec.json.format(_encode(value), indent=1).decode()
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """Write a value to `path` as indented JSON, atomically."""
+    write_text(path, dump_json(value) + "\n")

@@ -1,0 +1,261 @@
+"""Every kind of JSON file that coatrt reads: what is wrong with one is one line that names the file and the place."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from coatrt.adapter.adapter import Adapter
+from coatrt.adapter.description import AdapterDescription
+from coatrt.bundle import Bundle, seal
+from coatrt.configs.config import QuantConfig
+from coatrt.devices.profiles import device_profile
+from coatrt.engines.bundles.options import BundleOptions
+from coatrt.engines.runtime.emitter import Emitter
+from coatrt.errors import CoatError, ConfigError
+from coatrt.models.checkpoint import Checkpoint
+from coatrt.planning import planner
+from coatrt.planning.archive import Archive, ArchiveEntry
+from coatrt.planning.measured_latency import Calibrated, Product, Rest
+from coatrt.planning.plan import read_choice
+from coatrt.system.files import sha256_file
+from coatrt.system.json_data import dump_json, parse_json, read_as, to_data, write_json
+from coatrt.training.resume_state import History, check_state, load_state
+from support.bundles import make_bundle
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file: `read` reads the one that lies in a directory under `name`.
+
+    `number` is the place of one number in it, `key` of one key that must be there, each as keys and indices;
+    `closed` is the place of an object in which an unknown key is refused.
+    """
+
+    name: str
+    read: Callable[[Path], object]
+    number: tuple[Any, ...] = ()
+    key: tuple[Any, ...] = ()
+    closed: tuple[Any, ...] | None = None
+
+
+def adapter(directory: Path) -> AdapterDescription:
+    facts = directory / "adapter.json"
+    try:
+        whole = json.loads(facts.read_text())
+        whole["sha256"] = {name: sha256_file(directory / name) for name in whole["sha256"]}
+        facts.write_text(json.dumps(whole))  # as someone who alters a file would
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass  # adapter.json itself is the garbled one
+    return AdapterDescription.load(directory)
+
+
+def bundle(directory: Path) -> Bundle:
+    manifest = json.loads((directory / "manifest.json").read_text())
+    seal(directory, {key: value for key, value in manifest.items() if key not in ("format", "coatrt", "files")})
+    return Bundle.open(directory)
+
+
+NO_MODULE: Any = SimpleNamespace(named_parameters=list)
+MODEL = SimpleNamespace()  # filled by `valid`
+KINDS = {
+    "configuration": Kind("c.json", lambda d: QuantConfig.load(d / "c.json", MODEL.matrices), closed=()),
+    "plan": Kind(
+        "plan.json",
+        lambda d: read_choice(d / "plan.json", MODEL.matrices),
+        ("bytes_per_token",),
+        ("binds",),
+        ("request",),
+    ),
+    "adapter": Kind("adapter.json", adapter, ("description", "spec", "layers"), ("description", "fingerprint")),
+    "sensitivities": Kind("sensitivity.json", adapter, key=("errors",)),
+    "metrics": Kind("metrics.json", adapter),
+    "archive": Kind("archive.json", lambda d: Archive.load(d / "archive.json"), ("rows", 0, 0), ("identity",)),
+    "calibration": Kind("cpu.json", lambda d: Calibrated.load(d / "cpu.json"), ("products", 0, "K"), ("device",)),
+    "manifest": Kind(
+        "manifest.json", Bundle.open, ("decoders", "cpu", "io", "layers"), ("decoders", "cpu", "io", "vocabulary")
+    ),
+    "LoRA contract": Kind("lora_io.json", lambda d: bundle(d).contract, ("tensors", 0, "rank"), ("alpha",)),
+    "hypernetwork": Kind("hypernet.json", lambda d: Emitter.of(bundle(d)), key=("formats",)),
+    "bundle's configuration": Kind("configuration.json", lambda d: bundle(d).config, closed=()),
+    "training state": Kind(
+        "state.json",
+        lambda d: load_state(d, NO_MODULE, NO_MODULE, "me"),
+        ("progress", "step"),
+        ("file",),
+    ),
+    "run": Kind("run.json", lambda d: check_state(d, "me")),
+    "model": Kind("config.json", Checkpoint.open),
+    "shards": Kind("model.safetensors.index.json", Checkpoint.open, key=("weight_map",)),
+}
+
+
+@pytest.fixture(scope="module")
+def valid(tiny_adapter: Path, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with one of each kind."""
+    loaded = Adapter.from_pretrained(tiny_adapter)
+    place = tmp_path_factory.mktemp("files")
+    profile = device_profile("rtx-4090")
+    plan = planner.plan(loaded.description, profile, bits=5.2, context=96, prefill=32)
+    make_bundle(loaded, plan.config, profile.id, place / "b", BundleOptions(context=96, engine=False), plan=plan)
+    MODEL.matrices = loaded.description.model
+    for name in ("plan", "calibration", "archive", "training state", "run", "configuration"):
+        (place / name).mkdir()
+    write_json(place / "plan" / "plan.json", plan.to_json())
+    plan.config.save(place / "configuration" / "c.json")
+    made = Calibrated("cpu", "ort 1", {}, (Product(4, 4, "int8", 1, 1.0),), (Rest((1,), 1, 1, 1.0),))
+    write_json(place / "calibration" / "cpu.json", made)
+    Archive(1000, place / "archive" / "archive.json", "me").add(ArchiveEntry(plan.config, 100, 1.5))
+    state = {"run": "me", "file": "x", "sha256": "", "progress": to_data(History(step=1))}
+    write_json(place / "training state" / "state.json", state)
+    write_json(place / "run" / "run.json", {"run": "me"})
+    for name in ("manifest", "LoRA contract", "hypernetwork", "bundle's configuration"):
+        shutil.copytree(place / "b", place / name)
+    for name in ("adapter", "sensitivities", "metrics"):
+        shutil.copytree(tiny_adapter, place / name)
+    for name in ("model", "shards"):
+        shutil.copytree(tiny_llama, place / name)
+    shards = {"weight_map": {"x": next(tiny_llama.glob("*.safetensors")).name}}
+    write_json(place / "shards" / "model.safetensors.index.json", shards)
+    return place
+
+
+@pytest.fixture(params=KINDS)
+def given(request: pytest.FixtureRequest, valid: Path, tmp_path: Path) -> tuple[Kind, Path]:
+    """A kind and a copy of a directory with a valid file of it."""
+    return KINDS[request.param], Path(shutil.copytree(valid / request.param, tmp_path / "d"))
+
+
+def refused(kind: Kind, directory: Path) -> str:
+    """Return the line that refuses a file; it must name the file."""
+    with pytest.raises(CoatError) as caught:
+        kind.read(directory)
+    said = str(caught.value)
+    assert "\n" not in said
+    assert kind.name in said, said
+    assert "; " in said, "it says nothing of what to do"
+    return said
+
+
+def altered(directory: Path, kind: Kind, place: tuple[Any, ...], change: Callable[[Any, Any], None]) -> None:
+    """Apply `change` to (container, key) of a place in the file; an archive is signed again."""
+    path = directory / kind.name
+    whole = json.loads(path.read_text())
+    inner = whole
+    for step in place[:-1]:
+        inner = inner[step]
+    change(inner, place[-1])
+    path.write_text(json.dumps(whole))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "",
+        "\0",
+        '{"a": NaN}',
+        '{"a": -Infinity}',
+        '{"a": 1e999}',
+        f'{{"a": {"9" * 5000}}}',
+        "[" * 100_000,
+        f"{'[' * 100_000}{']' * 100_000}",
+        '{"a": ' * 100_000,
+    ],
+    ids=lambda text: text[:12],
+)
+def test_what_is_no_json_is_refused(given: tuple[Kind, Path], text: str) -> None:
+    kind, directory = given
+    (directory / kind.name).write_text(text)
+    if kind.name in ("lora_io.json", "hypernet.json", "configuration.json"):
+        seal(directory, _facts(directory))
+    assert "is not JSON" in refused(kind, directory)
+
+
+def _facts(directory: Path) -> dict[str, Any]:
+    manifest = json.loads((directory / "manifest.json").read_text())
+    return {key: value for key, value in manifest.items() if key not in ("format", "coatrt", "files")}
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "5", '"a"', "{}", '{"format": "1"}', f'{{"default": {2**70}}}'])
+def test_another_structure_is_refused(given: tuple[Kind, Path], text: str) -> None:
+    kind, directory = given
+    if text[0] == "{" and kind.name == "metrics.json":
+        pytest.skip("any object is")
+    (directory / kind.name).write_text(text)
+    if kind.name == "run.json" and text[0] == "{" and "default" not in text:
+        with pytest.raises(ConfigError, match="holds a training with other options"):
+            kind.read(directory)
+    elif kind.name == "manifest.json" and "default" not in text:
+        with pytest.raises(CoatError, match=r"has bundle format \S+; this coatrt \S+ reads 1; rebuild it"):
+            kind.read(directory)
+    else:
+        refused(kind, directory)
+
+
+@pytest.mark.parametrize("value", ["3", 1.5, True, None, [], {}, 2**70, -(2**70)])
+def test_a_number_of_another_type_is_refused_with_its_place(given: tuple[Kind, Path], value: object) -> None:
+    kind, directory = given
+    if not kind.number:
+        pytest.skip("holds no whole number of its own")
+    altered(directory, kind, kind.number, lambda inner, key: inner.__setitem__(key, value))
+    said = refused(kind, directory)
+    if abs(value if isinstance(value, int) else 0) < 2**64:
+        assert str(kind.number[-1]) in said.partition("`$")[2]
+
+
+def test_a_missing_key_is_refused_with_its_name(given: tuple[Kind, Path]) -> None:
+    kind, directory = given
+    if not kind.key:
+        pytest.skip("needs no key")
+    altered(directory, kind, kind.key, lambda inner, key: inner.pop(key))
+    assert kind.key[-1] in refused(kind, directory)
+
+
+def test_unknown_keys(given: tuple[Kind, Path]) -> None:
+    kind, directory = given
+    altered(directory, kind, (*(kind.closed or ()), "memry"), lambda inner, key: inner.__setitem__(key, 1))
+    if kind.closed is not None:
+        assert "memry" in refused(kind, directory)
+    elif kind.name == "archive.json":
+        assert len(Archive.load(directory / kind.name)) == 1
+    elif kind.name == "state.json":
+        with pytest.raises(CoatError, match="is damaged"):  # it has no tensors
+            kind.read(directory)
+    else:
+        kind.read(directory)  # a later coatrt, or Hugging Face, may add keys
+
+
+def test_a_misspelled_key_of_a_plan_is_found(valid: Path, tmp_path: Path) -> None:
+    whole = json.loads((valid / "plan" / "plan.json").read_text())
+    whole["request"]["contxt"] = whole["request"].pop("context")
+    write_json(tmp_path / "p.json", whole)
+    with pytest.raises(ConfigError, match=r"p\.json, request, has the unknown key 'contxt'; did you mean 'context'\?"):
+        read_choice(tmp_path / "p.json", MODEL.matrices)
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    value = {"é": [1, 2.5, None, np.float64(0.1)], "t": (True, "x\u2028"), "o": Product(4, 4, "int8", 1, 1e-5)}
+    write_json(tmp_path / "x.json", value)
+    text = (tmp_path / "x.json").read_text(encoding="utf-8")
+    assert text == dump_json(value) + "\n"
+    assert text.startswith('{\n "é": [\n  1,\n')
+    assert json.loads(text) == to_data(value) == read_as(tmp_path / "x.json", dict[str, Any], "thing", "")
+    assert to_data(value)["o"]["seconds"] == 1e-5
+    assert read_as(tmp_path / "x.json", object, "thing", "") == parse_json(text, "text", "")
+
+
+def test_missing_and_unreadable_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"thing .*none does not exist; give the path of an existing file"):
+        read_as(tmp_path / "none", object, "thing", "")
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory; give the path of a readable file"):
+        read_as(tmp_path, object, "thing", "")
+    (tmp_path / "bin").write_bytes(b'"\xff"')
+    with pytest.raises(ConfigError, match=r"thing .*bin is not JSON .*; make it again"):
+        read_as(tmp_path / "bin", object, "thing", "make it again")
