@@ -92,6 +92,16 @@ class Service:
         assert self.process.returncode == 0, said[-3000:]  # the sanitizers' verdict on leaks as well
 
 
+def telling_prompt(service: Service, configurations: list[Any]) -> tuple[dict[str, Any], list[Any]]:
+    """Return a request whose greedy tokens tell two configurations apart, and the answers to it."""
+    for text in ("the cat sat", "the owl", "a hen", "mat", "x", "cat. dog.", "owl fox bee", "the dog saw"):
+        prompt = {"prompt": text, "max_tokens": 40}
+        answers = [service.generate(**prompt, configuration=value) for value in configurations]
+        if answers[0]["tokens"] != answers[1]["tokens"]:
+            return prompt, answers
+    raise AssertionError("no prompt tells the configurations apart")
+
+
 def test_the_service(cpp: Any, tiny_bundle: Path) -> None:
     service = Service(cpp, tiny_bundle, "--sessions", "2", "--queue", "8")
     try:
@@ -100,10 +110,8 @@ def test_the_service(cpp: Any, tiny_bundle: Path) -> None:
             200,
             {"status": "ok", "configuration": Bundle.open(tiny_bundle).config.hash},
         )
-        prompt: dict[str, Any] = {"prompt": "the cat sat", "max_tokens": 40}
         configurations = [{"default": "int8"}, {"default": "nf3-g32"}]
-        expected = [service.generate(**prompt, configuration=value) for value in configurations]
-        assert expected[0]["tokens"] != expected[1]["tokens"]
+        prompt, expected = telling_prompt(service, configurations)
 
         status, body = service.ask("POST", "/generate", {**prompt, "stream": True, "configuration": configurations[1]})
         events = [json.loads(line[6:]) for line in body.splitlines() if line.startswith("data: ")]
