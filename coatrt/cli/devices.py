@@ -9,6 +9,7 @@ import click
 from coatrt.cli.common import echo_json
 from coatrt.cli.runtime import runtime_options
 from coatrt.devices.profiles import DeviceProfile, device_profiles
+from coatrt.system.text_table import aligned
 
 __all__ = ["command"]
 
@@ -56,9 +57,9 @@ def calibrate(adapter: Path, model: str | None, as_json: bool, **runtime: Any) -
     if as_json:
         echo_json(made.to_json())
         return
-    click.echo(f"{'K':>6} {'N':>7} {'tokens':>6} {'µs':>10}  format")
-    for row in made.products:
-        click.echo(f"{row.K:>6} {row.N:>7} {row.tokens:>6} {row.seconds * 1e6:>10.1f}  {row.format}")
+    rows = [("K", "N", "tokens", "µs", "format")]
+    rows += [(str(p.K), str(p.N), str(p.tokens), f"{p.seconds * 1e6:.1f}", p.format) for p in made.products]
+    click.echo(aligned(rows, ">>>><"))
     for rest in made.rests:
         click.echo(f"all else, {rest.tokens} tokens, {rest.context} slots: {rest.seconds * 1e3:.2f} ms")
     click.echo(f"{path}: {made.source}")
@@ -68,9 +69,9 @@ def _show(profiles: Iterable[DeviceProfile], as_json: bool) -> None:
     if as_json:
         echo_json([profile.to_json() for profile in profiles])
         return
-    lines = [("id", "name", "SM", "GiB", "GB/s", "TFLOPS", "builder", "formats")]
+    rows = [("id", "name", "SM", "GiB", "GB/s", "TFLOPS", "builder", "formats")]
     for p in profiles:
-        lines.append(
+        rows.append(
             (
                 p.id,
                 p.name,
@@ -82,10 +83,4 @@ def _show(profiles: Iterable[DeviceProfile], as_json: bool) -> None:
                 " ".join(kind for kind in p.kinds if not kind.startswith("nf")) + " nf2-8",
             )
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    right = {2, 3, 4, 5}
-    for line in lines:
-        cells = (
-            cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        click.echo("  ".join(cells).rstrip())
+    click.echo(aligned(rows, "<<>>>><<"))
