@@ -65,6 +65,20 @@ def test_devices() -> None:
     assert "nvfp4" in text
 
 
+def check_what_runs(bundle: Path, output: Path) -> None:
+    """Generate and measure on the command line."""
+    prompt = ("-p", "the cat", "--max-tokens", 8, "--context", 64)
+    text = good("run", bundle, *prompt)
+    assert text == good("run", bundle, *prompt)
+    assert good("run", bundle, *prompt, "--no-lora") != good("run", bundle, *prompt, "--temperature", 2, "--seed", 1)
+    two = good("run", bundle, *prompt, "-p", "owl", "--chat")
+    assert "[the cat]" in two
+    assert "[owl]" in two
+    measured = json.loads(good("bench", bundle, "--prompt", 4, "--tokens", 2, "--repeat", 1, "--json", "-o", output))
+    assert measured["decode"][0]["samples"] == 2
+    assert json.loads((output).read_text()) == measured
+
+
 def test_the_chain_by_hand(tiny_llama: Path, tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     for i, text in enumerate(TEXTS):
@@ -115,18 +129,7 @@ def test_the_chain_by_hand(tiny_llama: Path, tmp_path: Path) -> None:
     assert json.loads(good("verify", bundle, "--json", "--no-torch"))["torch_difference"] is None
     (tmp_path / "other.json").write_text('{"default": "int8"}')
     good("adapt", bundle, "--config", tmp_path / "other.json", "-o", tmp_path / "other.safetensors")
-    prompt = ("-p", "the cat", "--max-tokens", 8, "--context", 64)
-    text = good("run", bundle, *prompt)
-    assert text == good("run", bundle, *prompt)
-    assert good("run", bundle, *prompt, "--no-lora") != good("run", bundle, *prompt, "--temperature", 2, "--seed", 1)
-    two = good("run", bundle, *prompt, "-p", "owl", "--chat")
-    assert "[the cat]" in two
-    assert "[owl]" in two
-    measured = json.loads(
-        good("bench", bundle, "--prompt", 4, "--tokens", 2, "--repeat", 1, "--json", "-o", tmp_path / "b")
-    )
-    assert measured["decode"][0]["samples"] == 2
-    assert json.loads((tmp_path / "b").read_text()) == measured
+    check_what_runs(bundle, tmp_path / "b")
 
 
 @pytest.fixture

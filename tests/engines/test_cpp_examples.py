@@ -102,6 +102,20 @@ def telling_prompt(service: Service, configurations: list[Any]) -> tuple[dict[st
     raise AssertionError("no prompt tells the configurations apart")
 
 
+REFUSED: tuple[tuple[Any, str], ...] = (
+    ("{", "parse error"),
+    ([], "no object"),
+    ({}, "neither prompt nor tokens"),
+    ({"prompt": 3}, "type must be"),
+    ({"prompt": "a", "max_tokens": -1}, "ask for at least 1"),
+    ({"tokens": [99999]}, "outside the vocabulary"),
+    ({"prompt": ""}, "an empty prompt"),
+    ({"prompt": "a" * 200}, "200 positions are needed"),
+    ({"prompt": "a", "temperature": -1}, "temperature -1 is given"),
+    ({"prompt": "a", "configuration": {"default": "int5"}}, "no weight format"),
+)
+
+
 def test_the_service(cpp: Any, tiny_bundle: Path) -> None:
     service = Service(cpp, tiny_bundle, "--sessions", "2", "--queue", "8")
     try:
@@ -138,18 +152,7 @@ def test_the_service(cpp: Any, tiny_bundle: Path) -> None:
             thread.join()
         assert wrong == []
 
-        for value, message in (
-            ("{", "parse error"),
-            ([], "no object"),
-            ({}, "neither prompt nor tokens"),
-            ({"prompt": 3}, "type must be"),
-            ({"prompt": "a", "max_tokens": -1}, "ask for at least 1"),
-            ({"tokens": [99999]}, "outside the vocabulary"),
-            ({"prompt": ""}, "an empty prompt"),
-            ({"prompt": "a" * 200}, "200 positions are needed"),
-            ({"prompt": "a", "temperature": -1}, "temperature -1 is given"),
-            ({"prompt": "a", "configuration": {"default": "int5"}}, "no weight format"),
-        ):
+        for value, message in REFUSED:
             status, body = service.ask("POST", "/generate", value)
             assert status == 400 and message in json.loads(body)["error"], (value, body)
         assert service.ask("GET", "/nothing")[0] == 404
