@@ -3,9 +3,11 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,7 +36,7 @@ from coatrt.system.progress import Progress, silent
 from coatrt.system.resources import compute_device
 from coatrt.training.calibration import SENSITIVITY_BLOCKS, calibration_blocks
 from coatrt.training.config_sampler import TrainingSampler, check_budgets
-from coatrt.training.held_out import HeldOut
+from coatrt.training.held_out import measure_budgets
 from coatrt.training.loop import History, optimise
 from coatrt.training.options import TrainOptions
 from coatrt.training.resume_state import check_state, claim_state, has_state
@@ -85,21 +87,13 @@ def train(
     sensitivity = _measure(run, model, codes)
     sampler = TrainingSampler(run.space, sensitivity.costs, *run.budgets, run.options.seed)
     lora = _start(run, model, sensitivity)
-    held_out = HeldOut(model, lora, sampler, data, run.options, run.progress)
     history = optimise(
-        model,
-        lora,
-        data.train,
-        sampler.draw,
-        run.options,
-        run.state,
-        run.identity,
-        run.processes,
-        held_out.hypervolume if run.options.budgets else None,
-        run.progress,
+        model, lora, data.train, sampler.draw, run.options, run.state, run.identity, run.processes, run.progress
     )
     lora.settle(run.progress)
-    adapter = _adapter(run, lora, sensitivity, history, held_out)
+    adapter = _adapter(
+        run, lora, sensitivity, history, measure_budgets(model, lora, sampler, data, run.options, run.progress)
+    )
     if run.processes.is_first:
         adapter.save_pretrained(output)
     run.processes.wait()
@@ -256,8 +250,10 @@ def _start(run: _Run, model: FakeQuantModel, sensitivity: Sensitivity) -> CoaLor
     return lora
 
 
-def _adapter(run: _Run, lora: CoaLora, sensitivity: Sensitivity, history: History, held_out: HeldOut) -> Adapter:
-    """Return the finished adapter with what is measured of it."""
+def _adapter(
+    run: _Run, lora: CoaLora, sensitivity: Sensitivity, history: History, held_out: Mapping[str, Any]
+) -> Adapter:
+    """Return the finished adapter with what was measured of it."""
     options, data = run.options, run.data
     limit = options.held_out_limit(data.kind)
     description = AdapterDescription(
@@ -277,8 +273,7 @@ def _adapter(run: _Run, lora: CoaLora, sensitivity: Sensitivity, history: Histor
             "held_out_tokens": data.held_out[:limit].predicted,
             "seconds": history.seconds,
             "losses": history.losses,
-            "hypervolumes": history.measured,
-            "held_out": held_out.evaluate(),
+            "held_out": held_out,
         },
         quantizer=options.quantizer,
     )
