@@ -29,14 +29,14 @@ class _SmallTensors:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._left = {name for name in checkpoint.tensor_names if not name.endswith("rotary_emb.inv_freq")}
+        self._left = {name for name in checkpoint.files if not name.endswith("rotary_emb.inv_freq")}
         self._left -= {f"{name}.weight" for name in checkpoint.matrices.names}
         if checkpoint.matrices.tied:
             self._left.discard(f"{HEAD}.weight")
 
     def __call__(self, name: str) -> torch.Tensor | None:
         optional = name.endswith((".bias", "q_norm.weight", "k_norm.weight"))
-        if optional and not self._checkpoint.has(name):
+        if optional and name not in self._checkpoint.files:
             return None
         self._left.discard(name)
         return self._checkpoint.tensor(name)

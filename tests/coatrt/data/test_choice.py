@@ -8,7 +8,7 @@ import torch
 
 from coatrt.data.choice import Question, choice_task
 from coatrt.data.choice_sets import ChoiceSets
-from coatrt.data.examples import IGNORED, Examples
+from coatrt.data.examples import IGNORED
 from coatrt.errors import ConfigError
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.evaluation.losses import choice_scores, mean_loss, measure_held_out
@@ -100,10 +100,3 @@ def test_questions_that_cannot_be_scored_are_refused(tokenizer: Any) -> None:
             choice_task(tokenizer, [question], [question], 100)
     with pytest.raises(ConfigError, match="the prompt has no tokens"):
         choice_task(tokenizer, [Question("  ", ("b", "c"), 0)], QUESTIONS, 100)
-
-
-def test_choice_sets_must_fit_together() -> None:
-    rows = Examples.of_rows([([1, 2], [False, True]), ([1, 3], [False, True])])
-    for owner, answers in (([0], [0]), ([0, 1], [0]), ([1, 0], [0, 0]), ([0, 0], [2]), ([0, 0], [0, 0])):
-        with pytest.raises(ConfigError, match="do not fit together"):
-            ChoiceSets(rows, torch.tensor(owner), torch.tensor(answers))

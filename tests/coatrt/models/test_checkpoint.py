@@ -42,7 +42,7 @@ def test_shards_are_one_model(tiny_llama: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
     one, many = Checkpoint.open(tiny_llama), Checkpoint.open(tmp_path / "sharded")
     assert one.matrices == many.matrices
-    assert all(torch.equal(one.tensor(name), many.tensor(name)) for name in one.tensor_names)
+    assert all(torch.equal(one.tensor(name), many.tensor(name)) for name in one.files)
     next((tmp_path / "sharded").glob("*2-of*.safetensors")).unlink()
     with pytest.raises(CheckpointError, match="is missing though the index names it"):
         Checkpoint.open(tmp_path / "sharded")
