@@ -60,9 +60,8 @@ def search(
     picked = examples[torch.linspace(0, len(examples) - 1, min(blocks, len(examples))).round().long()]
     space, lora = description.space, 2 * description.lora_parameters
     with exclusive(directory / ARCHIVE_FILE, "search of this adapter"):
-        archive = Archive.open(
-            directory / ARCHIVE_FILE, space.model.parameters, f"{description.hash} {picked.digest[:16]}"
-        )
+        identity = f"{description.hash} {picked.digest[:16]}"
+        archive = Archive.open(directory / ARCHIVE_FILE, space.model.parameters, identity)
         evaluator = Evaluator(adapter, model=model, device=device, progress=progress)
         measured_on = replace(data, held_out=picked, choices=None)
 
