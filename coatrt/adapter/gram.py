@@ -1,18 +1,17 @@
 """The second moment of what one matrix reads: as a matrix, or as the inputs themselves where these are smaller."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from coatrt.evaluation.fake_quant import FakeQuantModel
+from coatrt.quantization.input_moments import visit_inputs
 from coatrt.system.progress import Progress, silent
 
 __all__ = ["Gram", "collect_inputs", "inputs_are_smaller"]
 
 _DAMPING = 1e-4  # of the mean energy of an input, so that inputs that never move count too
-_BATCH = 4  # blocks in one forward pass
 
 
 def inputs_are_smaller(tokens: int, K: int) -> bool:
@@ -39,13 +38,6 @@ class Gram:
             assert inputs is not None
             self._damping = float(_DAMPING * inputs.float().square().mean())
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        held = self._moment if self._moment is not None else self._inputs
-        assert held is not None
-        return held.nbytes
-
     def __matmul__(self, A: Tensor) -> Tensor:
         """Return H A, float32 [K, r]."""
         if self._moment is not None:
@@ -68,7 +60,6 @@ class Gram:
         return root
 
 
-@torch.no_grad()
 def collect_inputs(
     model: FakeQuantModel, tokens: Tensor, names: Sequence[str], progress: Progress = silent
 ) -> dict[str, Tensor]:
@@ -81,19 +72,7 @@ def collect_inputs(
         progress: called after each batch.
     """
     found: dict[str, list[Tensor]] = {name: [] for name in names}
-
-    def keep(name: str) -> Callable[[Any, Any], None]:
-        return lambda _, inputs: found[name].append(inputs[0].detach().flatten(0, -2).bfloat16())
-
     model.set_config(None)
     model.set_pairs(None)
-    hooks = [model.model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
-    try:
-        for start in range(0, len(tokens), _BATCH):
-            rows = tokens[start : start + _BATCH]
-            model.logits(rows, torch.tensor([rows.shape[1] - 1]))
-            progress(start + len(rows), len(tokens), "inputs")
-    finally:
-        for hook in hooks:
-            hook.remove()
+    visit_inputs(model.model, tokens, names, lambda name, x: found[name].append(x.bfloat16()), progress, "inputs")
     return {name: torch.cat(parts) for name, parts in found.items()}

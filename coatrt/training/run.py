@@ -31,7 +31,7 @@ from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.input_moments import Calibration, InputMoments, calibration_examples
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.distributed import Processes
-from coatrt.system.files import cache_directory, check_replaceable
+from coatrt.system.files import check_replaceable
 from coatrt.system.progress import Progress, silent
 from coatrt.system.resources import compute_device
 from coatrt.training.calibration import SENSITIVITY_BLOCKS, calibration_blocks
@@ -82,7 +82,7 @@ def train(
     if run.processes.is_first:
         _claim(output, run.identity, resume, overwrite)
     run.processes.wait()
-    codes = CodeStore.default(run.checkpoint, run.options.quantizer, run.calibration, run.progress)
+    codes = CodeStore(run.checkpoint, run.options.quantizer, run.calibration, run.progress)
     model = _load(run, codes)
     sensitivity = _measure(run, model, codes)
     sampler = TrainingSampler(run.space, sensitivity.costs, *run.budgets, run.options.seed)
@@ -236,7 +236,7 @@ def _start(run: _Run, model: FakeQuantModel, sensitivity: Sensitivity) -> CoaLor
     lora.to(run.device)
     if not options.compensation:
         return lora
-    moments = InputMoments(run.checkpoint, run.calibration, cache_directory() / "moments", progress=run.progress)
+    moments = InputMoments(run.checkpoint, run.calibration, run.progress)
     compensator = Compensator(model, moments, run.contract, run.progress)
     share = _STARTED_SHARE[options.start]
     if not share or has_state(run.state):
