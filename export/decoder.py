@@ -75,7 +75,7 @@ def decoder_io(checkpoint: Checkpoint, form: GraphForm) -> DecoderIO:
         CheckpointError: the model is of an unknown family.
         ConfigError: the caches have more slots than the model has positions.
     """
-    spec = DecoderSpec.from_checkpoint(checkpoint)
+    spec = DecoderSpec.from_config(checkpoint.config)
     return DecoderIO(
         layers=spec.layers,
         kv_heads=spec.kv_heads,
@@ -142,7 +142,7 @@ def export_decoder(
         FormatError: a weight cannot be held in its format.
     """
     _check(checkpoint, config, contract, forms)
-    spec = DecoderSpec.from_checkpoint(checkpoint)
+    spec = DecoderSpec.from_config(checkpoint.config)
     positions = [_max_positions(spec, form) for form in forms]
     if spec.head_dim % 8 and any(form.name == "cpu" for form in forms):
         raise CheckpointError(

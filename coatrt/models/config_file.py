@@ -7,7 +7,7 @@ from typing import Any
 from coatrt.errors import CheckpointError, ConfigError
 from coatrt.system.files import read_json
 
-__all__ = ["architecture", "check_unquantized", "end_tokens", "model_type", "read_config", "ties_head"]
+__all__ = ["architecture", "end_tokens", "model_type", "read_config", "ties_head"]
 
 _VOLATILE_KEYS = {
     "transformers_version",
@@ -32,23 +32,14 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise CheckpointError(str(error)) from None
     if not isinstance(config, dict) or not model_type(config):
         raise CheckpointError(f"{path} names no model_type; give a Hugging Face model directory")
-    check_unquantized(config, str(directory))
+    if config.get("quantization_config"):
+        raise CheckpointError(f"{directory} is quantized already; give the 16- or 32-bit model it was made from")
     return config
 
 
 def model_type(config: Mapping[str, Any]) -> str:
     """Return the family a config.json names: llama, qwen3, and so on; empty where it names none."""
     return str(config.get("model_type", ""))
-
-
-def check_unquantized(config: Mapping[str, Any], what: str) -> None:
-    """Refuse a model whose weights are quantized already.
-
-    Raises:
-        CheckpointError: they are; the message calls the model `what`.
-    """
-    if config.get("quantization_config"):
-        raise CheckpointError(f"{what} is quantized already; give the 16- or 32-bit model it was made from")
 
 
 def ties_head(config: Mapping[str, Any], has_head: bool) -> bool:

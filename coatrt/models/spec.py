@@ -2,13 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from coatrt.errors import CheckpointError
-from coatrt.models.config_file import check_unquantized, model_type
-
-if TYPE_CHECKING:
-    from coatrt.models.checkpoint import Checkpoint
+from coatrt.models.config_file import model_type
 
 __all__ = ["FAMILIES", "DecoderSpec"]
 
@@ -75,15 +72,6 @@ class DecoderSpec:
     attention_multiplier: float
     logits_divisor: float
 
-    @classmethod
-    def from_checkpoint(cls, checkpoint: "Checkpoint") -> "DecoderSpec":
-        """Return the specification of a checkpoint.
-
-        Raises:
-            CheckpointError: the family, rope type or activation is unknown, or the checkpoint is quantized already.
-        """
-        return cls.from_config(checkpoint.config)
-
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form that `from_json` reads without torch and transformers."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
@@ -109,7 +97,7 @@ class DecoderSpec:
         """Return the specification in the content of a config.json; transformers fills in what it leaves out.
 
         Raises:
-            CheckpointError: the family, rope type or activation is unknown, or the checkpoint is quantized already.
+            CheckpointError: the family, rope type or activation is unknown.
         """
         family = model_type(values)
         if family not in FAMILIES:
@@ -117,7 +105,6 @@ class DecoderSpec:
                 f"model_type {family or 'missing'} cannot be exported; allowed: {', '.join(FAMILIES)}; "
                 "convert the checkpoint to one of them or add the family to the graph writer"
             )
-        check_unquantized(values, "the checkpoint")
         config = _complete(family, values)
         if config.hidden_act not in _ACTIVATIONS:
             raise CheckpointError(

@@ -33,20 +33,10 @@ class Calibration:
     """The tokens that a model is calibrated on.
 
     Args:
-        tokens: int64 [blocks, length].
-
-    Raises:
-        ConfigError: they are not.
+        tokens: int64 [blocks, length], at least one.
     """
 
     tokens: Tensor
-
-    def __post_init__(self) -> None:
-        if self.tokens.dtype != torch.int64 or self.tokens.ndim != 2 or not self.tokens.numel():
-            raise ConfigError(
-                f"calibration tokens {self.tokens.dtype} {tuple(self.tokens.shape)} are given; give int64 "
-                "[blocks, length] with at least one token"
-            )
 
     @classmethod
     def of(cls, examples: Examples) -> "Calibration":

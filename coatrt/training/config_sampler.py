@@ -62,17 +62,13 @@ class TrainingSampler:
     def draw(self, step: int) -> list[QuantConfig]:
         """Return the two configurations of a step."""
         rng = np.random.default_rng([self.seed, step])
-        configs = []
-        for low, high in (self._side(step), (self.low, self.high)):
+        width, configs = _SIDE * (self.high - self.low), []
+        side = (self.high - width, self.high) if step % 2 else (self.low, self.low + width)
+        for low, high in (side, (self.low, self.high)):
             bits = float(rng.uniform(low, high))
             planned = rng.random() < _PLANNED
             configs.append(self.plan_like(rng, bits) if planned else self.space.sample_budgeted(rng, bits))
         return configs
-
-    def _side(self, step: int) -> tuple[float, float]:
-        """Return the lowest fifth of the range in even steps, the highest in odd ones."""
-        width = _SIDE * (self.high - self.low)
-        return (self.high - width, self.high) if step % 2 else (self.low, self.low + width)
 
     def plan_like(self, rng: np.random.Generator | None, bits: float) -> QuantConfig:
         """Return a near-optimal allocation of at most `bits`, in milliseconds.

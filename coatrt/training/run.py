@@ -83,7 +83,9 @@ def train(
         _claim(output, run.identity, resume, overwrite)
     run.processes.wait()
     codes = CodeStore(run.checkpoint, run.options.quantizer, run.calibration, run.progress)
-    model = _load(run, codes)
+    run.progress(0, 1, "loading the model")
+    model = FakeQuantModel(run.checkpoint, codes, device, dtype=getattr(torch, run.options.precision))
+    run.progress(1, 1, "loading the model")
     sensitivity = _measure(run, model, codes)
     sampler = TrainingSampler(run.space, sensitivity.costs, *run.budgets, run.options.seed)
     lora = _start(run, model, sensitivity)
@@ -137,7 +139,9 @@ def _open(
 ) -> _Run:
     """Open the model, and refuse what would fail later."""
     checkpoint = Checkpoint.open(source)
-    spec = DecoderSpec.from_checkpoint(checkpoint)  # a model that cannot be exported is refused now, not after training
+    spec = DecoderSpec.from_config(
+        checkpoint.config
+    )  # a model that cannot be exported is refused now, not after training
     space = ConfigSpace(checkpoint.matrices, tuple(map(WeightFormat.parse, options.formats)))
     processes = Processes(compute_device(device).type)
     processes.share(torch.arange(options.batch))  # refuses a batch that does not divide among them
@@ -197,13 +201,6 @@ def _claim(output: Path, identity: str, resume: bool, overwrite: bool) -> None:
     if overwrite and not resume:
         shutil.rmtree(state, ignore_errors=True)
     check_state(state, identity)
-
-
-def _load(run: _Run, codes: CodeStore) -> FakeQuantModel:
-    run.progress(0, 1, "loading the model")
-    model = FakeQuantModel(run.checkpoint, codes, run.device, dtype=getattr(torch, run.options.precision))
-    run.progress(1, 1, "loading the model")
-    return model
 
 
 def _encode(run: _Run, codes: CodeStore) -> None:

@@ -111,9 +111,6 @@ def test_tokens_are_saved_and_checked(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(CheckpointError, match="missing or damaged"):
         Calibration.load(path)
-    for bad in (TOKENS.int(), TOKENS[0], TOKENS[:0]):
-        with pytest.raises(ConfigError, match=r"give int64 \[blocks, length\]"):
-            Calibration(bad)
     untied = Checkpoint.open(save_tiny_llama(tmp_path / "untied", tied=False))
     with pytest.raises(ConfigError, match="reads token ids"):
         InputMoments(untied, given).get("model.embed_tokens")
