@@ -139,9 +139,7 @@ def _open(
 ) -> _Run:
     """Open the model, and refuse what would fail later."""
     checkpoint = Checkpoint.open(source)
-    spec = DecoderSpec.from_config(
-        checkpoint.config
-    )  # a model that cannot be exported is refused now, not after training
+    spec = DecoderSpec.from_config(checkpoint.config)  # refuses a model that cannot be exported, before training
     space = ConfigSpace(checkpoint.matrices, tuple(map(WeightFormat.parse, options.formats)))
     processes = Processes(compute_device(device).type)
     processes.share(torch.arange(options.batch))  # refuses a batch that does not divide among them
