@@ -23,37 +23,28 @@ class Gram:
     """H = E[x xᵀ] + δI of one input, δ a ten-thousandth of its mean energy.
 
     Args:
-        moment: H before δ, float32 [K, K]; it is not copied, and δ is added to it.
-        inputs: x, bfloat16 [T, K], in place of `moment`.
+        held: H before δ, float32 [K, K], not copied: δ is added to it; or the inputs x themselves, bfloat16 [T, K].
     """
 
-    def __init__(self, moment: Tensor | None = None, inputs: Tensor | None = None) -> None:
-        if (moment is None) == (inputs is None):
-            raise ValueError("give either a moment or inputs")
-        self._moment, self._inputs = moment, inputs
-        if moment is not None:
-            self._damping = float(_DAMPING * moment.diagonal().mean())
-            moment.diagonal().add_(self._damping)
-        else:
-            assert inputs is not None
-            self._damping = float(_DAMPING * inputs.float().square().mean())
+    def __init__(self, held: Tensor) -> None:
+        self._held, self._is_moment = held, held.dtype == torch.float32
+        energy = held.diagonal() if self._is_moment else held.float().square()
+        self._damping = float(_DAMPING * energy.mean())
+        if self._is_moment:
+            held.diagonal().add_(self._damping)
 
     def __matmul__(self, A: Tensor) -> Tensor:
         """Return H A, float32 [K, r]."""
-        if self._moment is not None:
-            return self._moment @ A
-        assert self._inputs is not None
-        x = self._inputs.float()
+        x = self._held.float()
+        if self._is_moment:
+            return x @ A
         product: Tensor = (x.T @ (x @ A)).div_(len(x)).add_(A, alpha=self._damping)
         return product
 
     def root(self) -> Tensor:
         """Return the lower Cholesky factor of H, float64 [K, K]."""
-        if self._moment is not None:
-            moment = self._moment.double()
-        else:
-            assert self._inputs is not None
-            x = self._inputs.double()
+        moment = x = self._held.double()
+        if not self._is_moment:
             moment = (x.T @ x).div_(len(x))
             moment.diagonal().add_(self._damping)
         root: Tensor = torch.linalg.cholesky(moment)

@@ -151,20 +151,17 @@ def _complete(family: str, values: Mapping[str, Any]) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    _check_rope(rope.get("rope_type", rope.get("type", "default")))  # before transformers asks for its other fields
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in _ROPE_TYPES:  # before transformers asks for its other fields
+        raise CheckpointError(
+            f"rope type {kind!r} cannot be exported: a graph has fixed rotary tables; allowed: {', '.join(_ROPE_TYPES)}"
+        )
     try:
         return CONFIG_MAPPING[family].from_dict(dict(values))
     except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
         raise CheckpointError(
             f"config.json is no valid {family} configuration ({str(error).splitlines()[0]}); fetch the model again"
         ) from None
-
-
-def _check_rope(kind: str) -> None:
-    if kind not in _ROPE_TYPES:
-        raise CheckpointError(
-            f"rope type {kind!r} cannot be exported: a graph has fixed rotary tables; allowed: {', '.join(_ROPE_TYPES)}"
-        )
 
 
 def _rope(config: Any, head_dim: int) -> tuple[tuple[float, ...], float]:
@@ -174,7 +171,6 @@ def _rope(config: Any, head_dim: int) -> tuple[tuple[float, ...], float]:
 
     rope = config.rope_parameters
     kind = rope.get("rope_type", "default")
-    _check_rope(kind)
     if kind == "default":
         # The other families' models rotate whole heads, whatever their configuration says.
         width = int(head_dim * rope["partial_rotary_factor"]) if config.model_type == "stablelm" else head_dim

@@ -6,27 +6,13 @@ import numpy as np
 
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.space import ConfigSpace
-from coatrt.errors import ConfigError
 from coatrt.planning.knapsack import CostTable, cost_matrix, near_optimal
 
-__all__ = ["TrainingSampler", "check_budgets"]
+__all__ = ["TrainingSampler"]
 
 _SIDE = 0.2  # of the budget range: as wide are the two parts that the first configuration of a step comes from
 _PLANNED = 0.75  # share of draws that a planner could choose
 _JITTER = 0.7  # standard deviation of the noise on the log of a cost
-
-
-def check_budgets(space: ConfigSpace, low: float, high: float) -> None:
-    """Refuse a range of budgets, in bits per weight, that the formats of a space do not cover.
-
-    Raises:
-        ConfigError: it is empty, or reaches outside of what the formats allow.
-    """
-    least, most = space.min_bits, space.max_bits
-    if not least - 1e-9 <= low <= high <= most + 1e-9:
-        raise ConfigError(
-            f"budgets of {low:g} to {high:g} bits cannot be trained for; the formats allow {least:.3f} to {most:.3f}"
-        )
 
 
 @dataclass(frozen=True)
@@ -42,12 +28,9 @@ class TrainingSampler:
     Args:
         space: matrices and formats.
         costs: sensitivities.
-        low: lowest budget in bits per weight.
-        high: highest budget.
+        low: lowest budget in bits per weight, not below the least bits of the space.
+        high: highest budget, not above the most.
         seed: of the draws.
-
-    Raises:
-        ConfigError: the range is empty or outside of what the formats allow.
     """
 
     space: ConfigSpace
@@ -55,9 +38,6 @@ class TrainingSampler:
     low: float
     high: float
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_budgets(self.space, self.low, self.high)
 
     def draw(self, step: int) -> list[QuantConfig]:
         """Return the two configurations of a step."""

@@ -35,7 +35,7 @@ from coatrt.system.files import check_replaceable
 from coatrt.system.progress import Progress, silent
 from coatrt.system.resources import compute_device
 from coatrt.training.calibration import SENSITIVITY_BLOCKS, calibration_blocks
-from coatrt.training.config_sampler import TrainingSampler, check_budgets
+from coatrt.training.config_sampler import TrainingSampler
 from coatrt.training.held_out import measure_budgets
 from coatrt.training.loop import History, optimise
 from coatrt.training.options import TrainOptions
@@ -163,14 +163,17 @@ def _open(
 
 def _budgets(space: ConfigSpace, options: TrainOptions) -> tuple[float, float]:
     """Return the lowest and the highest budget to train for, in bits per weight."""
-    low = space.min_bits if options.low_bits is None else options.low_bits
-    high = min(space.max_bits, max(low, 8.5)) if options.high_bits is None else options.high_bits
-    check_budgets(space, low, high)
+    least, most = space.min_bits, space.max_bits
+    low = least if options.low_bits is None else options.low_bits
+    high = min(most, max(low, 8.5)) if options.high_bits is None else options.high_bits
+    if not least - 1e-9 <= low <= high <= most + 1e-9:
+        raise ConfigError(
+            f"budgets of {low:g} to {high:g} bits cannot be trained for; the formats allow {least:.3f} to {most:.3f}"
+        )
     for bits in options.budgets:
-        if not space.min_bits <= bits <= space.max_bits:
+        if not least <= bits <= most:
             raise ConfigError(
-                f"a budget of {bits:g} bits cannot be measured; the formats allow {space.min_bits:.3f} to "
-                f"{space.max_bits:.3f}"
+                f"a budget of {bits:g} bits cannot be measured; the formats allow {least:.3f} to {most:.3f}"
             )
     return low, high
 

@@ -64,10 +64,7 @@ def term(compensator: Compensator, matrix: str, fmt: WeightFormat, A: Tensor) ->
 
 def held(compensator: Compensator, matrix: str) -> int:
     """Return the bytes of what is kept of a matrix's inputs."""
-    gram = compensator._grams[matrix]
-    kept = gram._moment if gram._moment is not None else gram._inputs
-    assert kept is not None
-    return kept.nbytes
+    return compensator._grams[matrix]._held.nbytes
 
 
 @pytest.fixture(scope="module", params=[3, 16], ids=["inputs", "moments"])
