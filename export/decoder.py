@@ -29,14 +29,14 @@ class _SmallTensors:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._left = {name for name in checkpoint.tensor_names if not name.endswith("rotary_emb.inv_freq")}
+        self._left = {name for name in checkpoint.files if not name.endswith("rotary_emb.inv_freq")}
         self._left -= {f"{name}.weight" for name in checkpoint.matrices.names}
         if checkpoint.matrices.tied:
             self._left.discard(f"{HEAD}.weight")
 
     def __call__(self, name: str) -> torch.Tensor | None:
         optional = name.endswith((".bias", "q_norm.weight", "k_norm.weight"))
-        if optional and not self._checkpoint.has(name):
+        if optional and name not in self._checkpoint.files:
             return None
         self._left.discard(name)
         return self._checkpoint.tensor(name)
@@ -75,7 +75,7 @@ def decoder_io(checkpoint: Checkpoint, form: GraphForm) -> DecoderIO:
         CheckpointError: the model is of an unknown family.
         ConfigError: the caches have more slots than the model has positions.
     """
-    spec = DecoderSpec.from_checkpoint(checkpoint)
+    spec = DecoderSpec.from_config(checkpoint.config)
     return DecoderIO(
         layers=spec.layers,
         kv_heads=spec.kv_heads,
@@ -142,7 +142,7 @@ def export_decoder(
         FormatError: a weight cannot be held in its format.
     """
     _check(checkpoint, config, contract, forms)
-    spec = DecoderSpec.from_checkpoint(checkpoint)
+    spec = DecoderSpec.from_config(checkpoint.config)
     positions = [_max_positions(spec, form) for form in forms]
     if spec.head_dim % 8 and any(form.name == "cpu" for form in forms):
         raise CheckpointError(

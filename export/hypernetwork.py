@@ -101,15 +101,14 @@ def _write_theta(graph: _Graph, adapter: Adapter, formats: ir.Value) -> ir.Value
     joined = graph.op("Concat", seen, "embedded", axis=1)
     scale, shift = graph.constant(theta.norm.weight, "norm.weight"), graph.constant(theta.norm.bias, "norm.bias")
     state = graph.op("LayerNormalization", [joined, scale, shift], "normed", axis=-1, epsilon=theta.norm.eps)
-    if theta.options.features:
+    if theta.preset == "coatrt":
         state = graph.op("Concat", [state, _write_features(graph, adapter, formats)], "seen", axis=1)
     for name, layer in (("hidden", theta.hidden), ("out", theta.out)):
         weight, bias = graph.constant(layer.weight, f"{name}.weight"), graph.constant(layer.bias, f"{name}.bias")
         state = graph.op("Gemm", [state, weight, bias], name, transB=1)
         if name == "hidden":
             state = graph.op("Mul", [state, graph.op("Sigmoid", [state], "gate")], "silu")
-    rank = theta.options.rank
-    return graph.op("Reshape", [state, graph.constant([-1, rank, rank], "square")], "U")
+    return graph.op("Reshape", [state, graph.constant([-1, theta.rank, theta.rank], "square")], "U")
 
 
 def _write_features(graph: _Graph, adapter: Adapter, formats: ir.Value) -> ir.Value:

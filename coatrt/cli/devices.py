@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from coatrt.cli.common import echo_json
+from coatrt.cli.common import JSON, MODEL, PATH, echo_json
 from coatrt.cli.runtime import runtime_options
 from coatrt.devices.profiles import DeviceProfile, device_profiles
 from coatrt.system.text_table import aligned
@@ -24,7 +24,7 @@ def command(ctx: click.Context, as_json: bool) -> None:
 
 
 @command.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@JSON
 def probe(as_json: bool) -> None:
     """Show the GPUs of this machine."""
     from coatrt.devices.probe import probe as ask
@@ -37,10 +37,10 @@ def probe(as_json: bool) -> None:
 
 
 @command.command()
-@click.argument("adapter", type=click.Path(path_type=Path))
-@click.option("--model", help="The adapter's model, where it has moved.")
+@click.argument("adapter", type=PATH)
+@MODEL
 @runtime_options("threads", "accuracy_level")
-@click.option("--json", "as_json", is_flag=True, help="Print the calibration as JSON.")
+@JSON
 def calibrate(adapter: Path, model: str | None, as_json: bool, **runtime: Any) -> None:
     """Time every product of ADAPTER's model on this CPU; `plan --target cpu` predicts with it from then on."""
     from coatrt.adapter.adapter import Adapter

@@ -4,14 +4,16 @@ from pathlib import Path
 
 import click
 
+from coatrt.cli.common import MODEL, PATH
+
 __all__ = ["command"]
 
 
 @click.command()
-@click.argument("adapter", type=click.Path(path_type=Path))
-@click.option("--config", "config_path", required=True, type=click.Path(path_type=Path), help="Configuration file.")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory to write.")
-@click.option("--model", help="The adapter's model, where it has moved.")
+@click.argument("adapter", type=PATH)
+@click.option("--config", "config_path", required=True, type=PATH, help="Configuration file.")
+@click.option("-o", "--output", required=True, type=PATH, help="Directory to write.")
+@MODEL
 @click.option("--activations", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True)
 @click.option("--cpu-activations", type=click.Choice(["float32", "float16"]), default="float32", show_default=True)
 @click.option("--context", type=int, default=2048, show_default=True, help="Slots of the KV cache per sequence.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from coatrt.cli.common import DEVICE, warn_of_idle_gpu
+from coatrt.cli.common import DATA, DEVICE, PATH, warn_of_idle_gpu
 from coatrt.cli.train_options import train_options
 
 if TYPE_CHECKING:
@@ -18,14 +18,7 @@ __all__ = ["command"]
 
 @click.command()
 @click.argument("model")
-@click.option(
-    "--data",
-    "data",
-    multiple=True,
-    required=True,
-    metavar="PATH",
-    help="Text file or directory of *.txt (chat, choice: JSONL file, *.jsonl); repeatable.",
-)
+@DATA
 @click.option(
     "--task",
     type=click.Choice(["text", "chat", "choice"]),
@@ -36,7 +29,7 @@ __all__ = ["command"]
 @click.option(
     "--held-out", multiple=True, metavar="PATH", help="Data to measure on.  [default: every tenth document or line]"
 )
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory of the adapter.")
+@click.option("-o", "--output", required=True, type=PATH, help="Directory of the adapter.")
 @click.option("--resume", is_flag=True, help="Resume from the last checkpoint.")
 @click.option("--overwrite", is_flag=True, help="Replace a finished adapter; discard an unfinished one.")
 @DEVICE

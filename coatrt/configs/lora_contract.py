@@ -1,6 +1,7 @@
 """What a graph, the hypernetwork and every runtime agree on: the LoRA tensors and the decoder's inputs and outputs."""
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -92,12 +93,8 @@ class LoraContract:
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, int]]:
         """Tensor name → shape, in contract order: A then B of each matrix."""
-        return dict(self._pairs())
-
-    def _pairs(self) -> Iterator[tuple[str, tuple[int, int]]]:
-        for tensor in self.tensors:
-            yield tensor.A, (tensor.K, tensor.rank)
-            yield tensor.B, (tensor.rank, tensor.N)
+        pairs = (((t.A, (t.K, t.rank)), (t.B, (t.rank, t.N))) for t in self.tensors)
+        return dict(itertools.chain.from_iterable(pairs))
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON form that `from_json` reads back."""

@@ -2,13 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from coatrt.errors import CheckpointError
-from coatrt.models.config_file import check_unquantized, model_type
-
-if TYPE_CHECKING:
-    from coatrt.models.checkpoint import Checkpoint
+from coatrt.models.config_file import model_type
 
 __all__ = ["FAMILIES", "DecoderSpec"]
 
@@ -75,15 +72,6 @@ class DecoderSpec:
     attention_multiplier: float
     logits_divisor: float
 
-    @classmethod
-    def from_checkpoint(cls, checkpoint: "Checkpoint") -> "DecoderSpec":
-        """Return the specification of a checkpoint.
-
-        Raises:
-            CheckpointError: the family, rope type or activation is unknown, or the checkpoint is quantized already.
-        """
-        return cls.from_config(checkpoint.config)
-
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form that `from_json` reads without torch and transformers."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
@@ -109,7 +97,7 @@ class DecoderSpec:
         """Return the specification in the content of a config.json; transformers fills in what it leaves out.
 
         Raises:
-            CheckpointError: the family, rope type or activation is unknown, or the checkpoint is quantized already.
+            CheckpointError: the family, rope type or activation is unknown.
         """
         family = model_type(values)
         if family not in FAMILIES:
@@ -117,7 +105,6 @@ class DecoderSpec:
                 f"model_type {family or 'missing'} cannot be exported; allowed: {', '.join(FAMILIES)}; "
                 "convert the checkpoint to one of them or add the family to the graph writer"
             )
-        check_unquantized(values, "the checkpoint")
         config = _complete(family, values)
         if config.hidden_act not in _ACTIVATIONS:
             raise CheckpointError(
@@ -164,20 +151,17 @@ def _complete(family: str, values: Mapping[str, Any]) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    _check_rope(rope.get("rope_type", rope.get("type", "default")))  # before transformers asks for its other fields
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in _ROPE_TYPES:  # before transformers asks for its other fields
+        raise CheckpointError(
+            f"rope type {kind!r} cannot be exported: a graph has fixed rotary tables; allowed: {', '.join(_ROPE_TYPES)}"
+        )
     try:
         return CONFIG_MAPPING[family].from_dict(dict(values))
     except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
         raise CheckpointError(
             f"config.json is no valid {family} configuration ({str(error).splitlines()[0]}); fetch the model again"
         ) from None
-
-
-def _check_rope(kind: str) -> None:
-    if kind not in _ROPE_TYPES:
-        raise CheckpointError(
-            f"rope type {kind!r} cannot be exported: a graph has fixed rotary tables; allowed: {', '.join(_ROPE_TYPES)}"
-        )
 
 
 def _rope(config: Any, head_dim: int) -> tuple[tuple[float, ...], float]:
@@ -187,7 +171,6 @@ def _rope(config: Any, head_dim: int) -> tuple[tuple[float, ...], float]:
 
     rope = config.rope_parameters
     kind = rope.get("rope_type", "default")
-    _check_rope(kind)
     if kind == "default":
         # The other families' models rotate whole heads, whatever their configuration says.
         width = int(head_dim * rope["partial_rotary_factor"]) if config.model_type == "stablelm" else head_dim

@@ -2,21 +2,19 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from coatrt.configs.config import QuantConfig
 from coatrt.data.documents import batches
 from coatrt.data.examples import Examples
-from coatrt.errors import CheckpointError, CoatError
+from coatrt.errors import CoatError
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.system.distributed import Processes
 from coatrt.system.progress import Progress, silent
-from coatrt.system.tensors import read_tensors, write_tensors
 from coatrt.training.objective import Pass, accumulate_gradients
 from coatrt.training.options import TrainOptions
 from coatrt.training.protocols import LoraModule
@@ -24,7 +22,6 @@ from coatrt.training.resume_state import load_state, save_state
 
 __all__ = ["History", "optimise"]
 
-_BEST = "best.safetensors"
 _CLIP = 1.0  # largest norm of the gradient
 
 
@@ -35,33 +32,12 @@ class History:
     Args:
         step: optimizer steps.
         losses: per step, the task's loss under each of its configurations, nats per token.
-        seconds: of training, measurements included.
-        measured: (steps done, figure of merit), for early stopping.
+        seconds: of training.
     """
 
     step: int = 0
     losses: list[list[float]] = field(default_factory=list)
     seconds: float = 0.0
-    measured: list[tuple[int, float]] = field(default_factory=list)
-
-    @property
-    def best(self) -> int:
-        """Steps done at the highest figure of merit; -1 where none was measured."""
-        return max(self.measured, key=lambda row: row[1])[0] if self.measured else -1
-
-    def exhausted(self, patience: int) -> bool:
-        """Return whether so many measurements in a row were no better than the best before them."""
-        return patience > 0 and sum(step > self.best for step, _ in self.measured) >= patience
-
-    def ends(self, options: TrainOptions) -> bool:
-        """Return whether training is over: every step is done, or patience is exhausted."""
-        return self.step >= options.steps or self.exhausted(options.patience)
-
-    @classmethod
-    def from_json(cls, facts: Mapping[str, Any]) -> "History":
-        """Return the history that `asdict` gave and a checkpoint holds."""
-        measured = [(int(step), float(merit)) for step, merit in facts["measured"]]
-        return cls(int(facts["step"]), list(facts["losses"]), float(facts["seconds"]), measured)
 
 
 def optimise(
@@ -73,21 +49,19 @@ def optimise(
     state: Path,
     run: str,
     processes: Processes,
-    measure: Callable[[], float] | None = None,
     progress: Progress = silent,
 ) -> History:
     """Train a LoRA module, from its last checkpoint if there is one.
 
     Args:
         model: the frozen base.
-        lora: trained in place; at the end it is the last one, or the best measured where patience stops.
+        lora: trained in place.
         data: what to train on.
         draw: the configurations of a step.
         options: steps, rates, batch and the rest.
         state: directory of checkpoints.
         run: identifies model, data and options; a checkpoint of another run is refused.
         processes: those that train together, each with its share of every batch.
-        measure: figure of merit, higher is better, asked every `options.evaluate_every` steps.
         progress: called after each step.
 
     Raises:
@@ -97,24 +71,19 @@ def optimise(
     """
     optimizer = _optimizer(lora, options)
     saved = load_state(state, lora, optimizer, run)
-    history = History.from_json(saved) if saved else History()
+    history = History(**saved) if saved else History()
     started = time.monotonic() - history.seconds
-    while not history.ends(options):
+    while history.step < options.steps:
         passes = _passes(data, draw(history.step), options, history.step, processes)
         losses = _step(model, lora, optimizer, passes, options, processes, history.step)
         history.step += 1
         history.losses.append(losses)
         progress(history.step, options.steps, "training", f"loss {sum(losses) / len(losses):.3f}")
-        if measure is not None and _is_due(history, options, options.evaluate_every):
-            history.measured.append((history.step, processes.first(measure)))
-            if history.best == history.step and processes.is_first:
-                write_tensors(state / _BEST, dict(lora.named_parameters()))
-        if processes.is_first and (history.ends(options) or _is_due(history, options, options.checkpoint_every)):
+        due = history.step == options.steps or history.step % options.checkpoint_every == 0
+        if due and processes.is_first:
             history.seconds = time.monotonic() - started
             save_state(state, lora, optimizer, run, asdict(history))
     processes.wait()
-    if options.patience and history.best not in (-1, history.step):
-        _load_best(state, lora)
     history.seconds = time.monotonic() - started
     return history
 
@@ -126,11 +95,6 @@ def _optimizer(lora: LoraModule, options: TrainOptions) -> torch.optim.Optimizer
         for name, members in lora.parameter_groups().items()
     ]
     return torch.optim.AdamW(groups, weight_decay=0.0)
-
-
-def _is_due(history: History, options: TrainOptions, every: int) -> bool:
-    """Return whether what is done every so many steps, and after the last one, is done now; never where 0."""
-    return every > 0 and (history.step == options.steps or history.step % every == 0)
 
 
 def _passes(
@@ -169,12 +133,3 @@ def _step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return losses
-
-
-@torch.no_grad()
-def _load_best(state: Path, lora: LoraModule) -> None:
-    stored = read_tensors(state / _BEST)
-    if stored is None:
-        raise CheckpointError(f"{state / _BEST} is missing or damaged; start over with --overwrite")
-    for name, parameter in lora.named_parameters():
-        parameter.copy_(stored[0][name])

@@ -1,20 +1,20 @@
-"""Training checkpoints: parameters and AdamW moments in safetensors, the rest in JSON; a run resumes exactly."""
+"""Training checkpoints: parameters, AdamW moments and progress in one safetensors file; a run resumes exactly."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from coatrt.errors import CheckpointError, ConfigError
-from coatrt.system.files import atomic_file, read_json, sha256_file, write_json
+from coatrt.system.files import read_json, write_json
+from coatrt.system.tensors import read_tensors, write_tensors
 from coatrt.training.protocols import LoraModule
 
 __all__ = ["check_state", "claim_state", "has_state", "load_state", "save_state"]
 
-_STATE = "state.json"
+_STATE = "state.safetensors"
 _RUN = "run.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -22,7 +22,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 def save_state(
     directory: Path, module: LoraModule, optimizer: torch.optim.Optimizer, run: str, progress: Mapping[str, Any]
 ) -> None:
-    """Write a checkpoint; the one before it stays valid until this one is complete.
+    """Write a checkpoint, atomically: the one before it stays until this one is complete.
 
     Args:
         directory: of the training state, made if missing.
@@ -33,20 +33,11 @@ def save_state(
     """
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in module.named_parameters():
-        tensors[f"value.{name}"] = parameter.detach().cpu().contiguous()
+        tensors[f"value.{name}"] = parameter
         for moment in _MOMENTS:
             if moment in optimizer.state[parameter]:
-                tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment].cpu().contiguous()
-    file = f"state-{progress['step']}.safetensors"
-    with atomic_file(directory / file) as temporary:
-        save_file(tensors, str(temporary))
-    write_json(
-        directory / _STATE,
-        {"run": run, "file": file, "sha256": sha256_file(directory / file), "progress": dict(progress)},
-    )
-    for old in directory.glob("state-*.safetensors"):
-        if old.name != file:
-            old.unlink()
+                tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
+    write_tensors(directory / _STATE, tensors, {"run": run, "progress": json.dumps(dict(progress))})
 
 
 def check_state(directory: Path, run: str) -> None:
@@ -55,9 +46,8 @@ def check_state(directory: Path, run: str) -> None:
     Raises:
         ConfigError: it belongs to other options, another model or other data.
     """
-    for name in (_RUN, _STATE):
-        if (directory / name).is_file():
-            _check_run(directory, read_json(directory / name, "training state").get("run"), run)
+    if (directory / _RUN).is_file():
+        _check_run(directory, read_json(directory / _RUN, "training state").get("run"), run)
 
 
 def claim_state(directory: Path, run: str) -> None:
@@ -96,20 +86,16 @@ def load_state(
     """
     if not has_state(directory):
         return None
-    facts = read_json(directory / _STATE, "training state")
-    try:
-        _check_run(directory, facts["run"], run)
-        path = directory / Path(str(facts["file"])).name
-        if sha256_file(path) != facts["sha256"]:
-            raise CheckpointError(f"{path} is damaged; start over with --overwrite")
-        tensors = load_file(str(path))
-        steps = torch.tensor(float(facts["progress"]["step"]))
-        with torch.no_grad():
-            for name, parameter in module.named_parameters():
-                parameter.copy_(tensors[f"value.{name}"])
-                if f"{_MOMENTS[0]}.{name}" in tensors:
-                    moments = {m: tensors[f"{m}.{name}"].to(parameter.device) for m in _MOMENTS}
-                    optimizer.state[parameter] = {"step": steps.clone(), **moments}
-        return dict(facts["progress"])
-    except (KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{directory} is damaged ({error}); start over with --overwrite") from None
+    found = read_tensors(directory / _STATE)
+    if found is None:
+        raise CheckpointError(f"{directory / _STATE} is damaged; start over with --overwrite")
+    tensors, metadata = found
+    _check_run(directory, metadata.get("run"), run)
+    progress: dict[str, Any] = json.loads(metadata["progress"])
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(tensors[f"value.{name}"])
+            if f"{_MOMENTS[0]}.{name}" in tensors:
+                moments = {m: tensors[f"{m}.{name}"].to(parameter.device) for m in _MOMENTS}
+                optimizer.state[parameter] = {"step": torch.tensor(float(progress["step"])), **moments}
+    return progress

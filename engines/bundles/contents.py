@@ -11,6 +11,7 @@ from coatrt.engines.runtime.emitter import Emitter, save_lora
 from coatrt.export.decoder import WEIGHTS_FILE, decoder_io, export_decoder
 from coatrt.export.hypernetwork import export_hypernetwork
 from coatrt.models.checkpoint import Checkpoint, load_tokenizer
+from coatrt.models.config_file import end_tokens
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.system.files import read_json
 from coatrt.system.progress import Progress, silent
@@ -30,12 +31,13 @@ def export_shared(adapter: Adapter, checkpoint: Checkpoint, directory: Path) -> 
     export_hypernetwork(adapter, directory)
     tokenizer = load_tokenizer(checkpoint.directory)
     tokenizer.save_pretrained(str(directory / "tokenizer"))
+    stop_tokens = end_tokens(checkpoint.directory, checkpoint.config) | ({tokenizer.eos_token_id} - {None})
     return {
         "model": {
             "source": adapter.description.source,
             "fingerprint": adapter.description.fingerprint,
             "family": checkpoint.model_type,
-            "stop_tokens": _stop_tokens(checkpoint, tokenizer),
+            "stop_tokens": sorted(stop_tokens),
         },
         "matrices": adapter.description.model.to_json(),
         "quantizer": adapter.description.quantizer,
@@ -98,13 +100,3 @@ def _errors(adapter: Adapter, config: QuantConfig) -> dict[str, float]:
     return {
         name: measured[name][str(fmt)] for name, fmt in config.formats.items() if str(fmt) in measured.get(name, {})
     }
-
-
-def _stop_tokens(checkpoint: Checkpoint, tokenizer: Any) -> list[int]:
-    """Return every token that ends a text, as generation settings, configuration or tokenizer name them."""
-    found: list[Any] = [tokenizer.eos_token_id, checkpoint.config.get("eos_token_id")]
-    path = checkpoint.directory / "generation_config.json"
-    if path.is_file():
-        found.append(read_json(path, "generation settings").get("eos_token_id"))
-    flat = [token for entry in found for token in (entry if isinstance(entry, list) else [entry])]
-    return sorted({int(token) for token in flat if token is not None})

@@ -168,7 +168,7 @@ from coatrt.models.checkpoint import Checkpoint
 from coatrt.configs.config import QuantConfig
 torch.set_num_threads(1)
 decoder.encode(torch.ones(64, 64), "nf4-g64")  # imports and thread pools
-decoder.DecoderSpec.from_checkpoint(checkpoint := Checkpoint.open(sys.argv[1]))
+decoder.DecoderSpec.from_config((checkpoint := Checkpoint.open(sys.argv[1])).config)
 def peak():  # not getrusage: it counts what the parent held before exec
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) << 10
 start = peak()

@@ -16,7 +16,7 @@ from support.families import MODELS, save_model
 @pytest.mark.parametrize("name", MODELS)
 def test_it_comes_back_from_its_json(tmp_path: Path, name: str) -> None:
     save_model(tmp_path, name)
-    spec = DecoderSpec.from_checkpoint(Checkpoint.open(tmp_path))
+    spec = DecoderSpec.from_config(Checkpoint.open(tmp_path).config)
     assert DecoderSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
 
@@ -25,7 +25,7 @@ def test_it_comes_back_from_its_json(tmp_path: Path, name: str) -> None:
     [("layers", "3"), ("layers", True), ("epsilon", None), ("windows", 5), ("activation", None), ("layer_norm", 1)],
 )
 def test_fields_of_other_types_are_refused(tiny_llama: Path, field: str, value: object) -> None:
-    written = DecoderSpec.from_checkpoint(Checkpoint.open(tiny_llama)).to_json()
+    written = DecoderSpec.from_config(Checkpoint.open(tiny_llama).config).to_json()
     with pytest.raises(CheckpointError, match=rf"the decoder's {field} is .*; train the adapter again"):
         DecoderSpec.from_json({**written, field: value})
 
