@@ -1,11 +1,12 @@
 """One file per way to store a weight; `STORAGES` maps the kinds of `coatrt.quantization.weight_format` to them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from coatrt.export.graph import GraphBuilder
-from coatrt.export.weights.base import Storage, Table
+from coatrt.export.weights.base import Storage
 from coatrt.export.weights.float import FloatStorage
 from coatrt.export.weights.fp8 import Fp8Storage
 from coatrt.export.weights.integer import IntegerStorage
@@ -13,7 +14,7 @@ from coatrt.export.weights.normal_float import NormalFloatStorage
 from coatrt.export.weights.nvfp4 import NvFp4Storage
 from coatrt.quantization.codec import QuantizedMatrix
 
-__all__ = ["STORAGES", "Storage", "Table", "write_matrix", "write_table"]
+__all__ = ["STORAGES", "Table", "write_matrix", "write_table"]
 
 _float, _integer, _normal_float = FloatStorage(), IntegerStorage(), NormalFloatStorage()
 STORAGES: Mapping[str, Storage] = {
@@ -41,6 +42,19 @@ def write_matrix(graph: GraphBuilder, name: str, matrix: QuantizedMatrix) -> ir.
     return STORAGES[matrix.format.kind].matrix(graph, f"{name}.weight", matrix)
 
 
+@dataclass(frozen=True)
+class Table:
+    """An embedding table in a graph.
+
+    Args:
+        rows: input ids [B, S] → embeddings [B, S, H].
+        weight: the same table as the head's weight [H, V]; None unless it was asked for.
+    """
+
+    rows: Callable[[ir.Value], ir.Value]
+    weight: ir.Value | None
+
+
 def write_table(graph: GraphBuilder, name: str, matrix: QuantizedMatrix, head: bool) -> Table:
     """Store an embedding table once and return it, with the transpose [H, V] for a tied head where `head` is true.
 
@@ -50,4 +64,11 @@ def write_table(graph: GraphBuilder, name: str, matrix: QuantizedMatrix, head: b
         matrix: the encoded table, N = V rows of K = H values.
         head: whether a tied head reads the table.
     """
-    return STORAGES[matrix.format.kind].table(graph, f"{name}.weight", matrix, head)
+    storage, name = STORAGES[matrix.format.kind], f"{name}.weight"
+    rows = storage.rows(graph, name, matrix)
+    weight = None
+    if head and storage is _integer and not graph.is_engine:  # codes of its own, which ONNX Runtime fuses
+        weight = storage.matrix(graph, f"{name}.head", matrix)
+    elif head:
+        weight = graph.op("Transpose", [rows(None, f"{name}.table")], f"{name}.head", perm=[1, 0])
+    return Table(lambda ids: rows(ids, f"{name}.rows"), weight)

@@ -4,7 +4,7 @@ import onnx_ir as ir
 import torch
 
 from coatrt.export.graph import GraphBuilder
-from coatrt.export.weights.base import Table, gather_rows, transposed
+from coatrt.export.weights.base import Rows, gather_rows, transposed
 from coatrt.quantization.codec import QuantizedMatrix
 
 __all__ = ["FloatStorage"]
@@ -26,14 +26,15 @@ class FloatStorage:
         stored = graph.store(_stored(graph, name, dtype), transposed(matrix.codes), dtype)
         return graph.cast(stored, name)
 
-    def table(self, graph: GraphBuilder, name: str, matrix: QuantizedMatrix, head: bool) -> Table:
-        """Return the table; a tied head reads the same stored values."""
-        stored = graph.store(f"{name}.values", matrix.codes.contiguous(), _DTYPES[matrix.codes.dtype])
+    def rows(self, graph: GraphBuilder, name: str, matrix: QuantizedMatrix) -> Rows:
+        """Return the table's rows; a tied head reads the same stored values."""
+        dtype = _DTYPES[matrix.codes.dtype]
+        stored = graph.store(f"{name}.values", matrix.codes.contiguous(), dtype)
 
-        def rows(ids: ir.Value) -> ir.Value:
-            label = f"{name}.rows"
-            taken = gather_rows(graph, stored, ids, _stored(graph, label, _DTYPES[matrix.codes.dtype]))
+        def rows(ids: ir.Value | None, label: str) -> ir.Value:
+            if ids is None:
+                return graph.cast(stored, name)
+            taken = gather_rows(graph, stored, ids, _stored(graph, label, dtype))
             return graph.cast(taken, label) if taken.name != label else taken
 
-        weight = graph.op("Transpose", [graph.cast(stored, name)], f"{name}.head", perm=[1, 0]) if head else None
-        return Table(rows, weight)
+        return rows

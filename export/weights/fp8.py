@@ -6,7 +6,7 @@ import onnx_ir as ir
 import torch
 
 from coatrt.export.graph import GraphBuilder
-from coatrt.export.weights.base import Table, byte_lookup, gather_rows, scaled, scaled_rows, transposed
+from coatrt.export.weights.base import Rows, byte_lookup, byte_rows, gather_rows, scaled, transposed
 from coatrt.export.weights.scales import write_scales
 from coatrt.quantization.codec import QuantizedMatrix
 
@@ -28,23 +28,14 @@ class Fp8Storage:
         stored = graph.store(f"{name}.codes", codes.view(torch.uint8), ir.DataType.UINT8)
         return scaled(graph, byte_lookup(graph, stored, E4M3_VALUES, name), scales, matrix, name)
 
-    def table(self, graph: GraphBuilder, name: str, matrix: QuantizedMatrix, head: bool) -> Table:
-        """Return the table; a tied head reads the same stored bytes."""
+    def rows(self, graph: GraphBuilder, name: str, matrix: QuantizedMatrix) -> Rows:
+        """Return the table's rows; a tied head reads the same stored bytes."""
         prefix = f"{name}.table"
         codes, scales = matrix.codes.contiguous(), write_scales(graph, prefix, matrix, by_rows=True)
         if graph.is_engine:
             stored = graph.store(f"{prefix}.codes", codes, ir.DataType.FLOAT8E4M3FN)
             flat = graph.op("Reshape", [scales, graph.ints(matrix.N)], f"{prefix}.channel_scales")
             whole = graph.op("DequantizeLinear", [stored, flat], prefix, axis=0)
-            return Table(
-                lambda ids: gather_rows(graph, whole, ids, f"{name}.rows"),
-                graph.op("Transpose", [whole], f"{name}.head", perm=[1, 0]) if head else None,
-            )
+            return lambda ids, label: gather_rows(graph, whole, ids, label)
         stored = graph.store(f"{prefix}.codes", codes.view(torch.uint8), ir.DataType.UINT8)
-
-        def rows(ids: ir.Value | None, label: str) -> ir.Value:
-            taken = gather_rows(graph, stored, ids, f"{label}.row_codes")
-            return scaled_rows(graph, byte_lookup(graph, taken, E4M3_VALUES, label), scales, matrix, ids, label)
-
-        weight = graph.op("Transpose", [rows(None, prefix)], f"{name}.head", perm=[1, 0]) if head else None
-        return Table(lambda ids: rows(ids, f"{name}.rows"), weight)
+        return byte_rows(graph, stored, E4M3_VALUES, scales, matrix, f"{name}.rows.row_codes")

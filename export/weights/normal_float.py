@@ -3,7 +3,7 @@
 import onnx_ir as ir
 
 from coatrt.export.graph import GraphBuilder
-from coatrt.export.weights.base import Table, scaled, scaled_rows, transposed
+from coatrt.export.weights.base import Rows, scaled, scaled_rows, transposed
 from coatrt.export.weights.packing import PackedCodes
 from coatrt.export.weights.scales import write_scales
 from coatrt.quantization.codebooks import codebook
@@ -21,8 +21,8 @@ class NormalFloatStorage:
         levels = codes.lookup(codebook(matrix.format.kind), None, name)
         return scaled(graph, levels, write_scales(graph, name, matrix, by_rows=False), matrix, name)
 
-    def table(self, graph: GraphBuilder, name: str, matrix: QuantizedMatrix, head: bool) -> Table:
-        """Return the table; planes are packed along the hidden axis, rows are taken before they are unpacked."""
+    def rows(self, graph: GraphBuilder, name: str, matrix: QuantizedMatrix) -> Rows:
+        """Return the table's rows, taken before they are unpacked: planes are packed along the hidden axis."""
         prefix = f"{name}.table"
         codes = PackedCodes.store(graph, f"{prefix}.codes", matrix.codes, matrix.format.bits, axis=1)
         scales = write_scales(graph, prefix, matrix, by_rows=True)
@@ -31,5 +31,4 @@ class NormalFloatStorage:
             levels = codes.lookup(codebook(matrix.format.kind), ids, label)
             return scaled_rows(graph, levels, scales, matrix, ids, label)
 
-        weight = graph.op("Transpose", [rows(None, prefix)], f"{name}.head", perm=[1, 0]) if head else None
-        return Table(lambda ids: rows(ids, f"{name}.rows"), weight)
+        return rows

@@ -6,13 +6,13 @@ import torch
 
 from coatrt.export.graph import GraphBuilder
 from coatrt.export.weights.base import (
-    Table,
+    Rows,
     block_dequantized,
     byte_lookup,
+    byte_rows,
     gather_rows,
     nibbles,
     scaled,
-    scaled_rows,
     transposed,
 )
 from coatrt.export.weights.fp8 import E4M3_VALUES
@@ -50,24 +50,15 @@ class NvFp4Storage:
         stored = graph.store(f"{name}.codes", nibbles(codes), ir.DataType.UINT8)
         return scaled(graph, byte_lookup(graph, stored, _BYTE_VALUES, name), scales, matrix, name)
 
-    def table(self, graph: GraphBuilder, name: str, matrix: QuantizedMatrix, head: bool) -> Table:
-        """Return the table; a tied head reads the same stored bytes."""
+    def rows(self, graph: GraphBuilder, name: str, matrix: QuantizedMatrix) -> Rows:
+        """Return the table's rows; a tied head reads the same stored bytes."""
         assert matrix.scales is not None
         prefix = f"{name}.table"
         scales = _scales(graph, prefix, matrix.scales.contiguous(), matrix.constant)
         if graph.is_engine:
             stored = graph.store(f"{prefix}.codes", nibbles(matrix.codes), ir.DataType.FLOAT4E2M1, matrix.codes.shape)
             whole = block_dequantized(graph, stored, scales, matrix, 1, prefix)
-            return Table(
-                lambda ids: gather_rows(graph, whole, ids, f"{name}.rows"),
-                graph.op("Transpose", [whole], f"{name}.head", perm=[1, 0]) if head else None,
-            )
+            return lambda ids, label: gather_rows(graph, whole, ids, label)
         packed = nibbles(matrix.codes).view(matrix.N, -1)
         stored = graph.store(f"{prefix}.codes", packed, ir.DataType.UINT8)
-
-        def rows(ids: ir.Value | None, label: str) -> ir.Value:
-            taken = gather_rows(graph, stored, ids, f"{label}.row_codes")
-            return scaled_rows(graph, byte_lookup(graph, taken, _BYTE_VALUES, label), scales, matrix, ids, label)
-
-        weight = graph.op("Transpose", [rows(None, prefix)], f"{name}.head", perm=[1, 0]) if head else None
-        return Table(lambda ids: rows(ids, f"{name}.rows"), weight)
+        return byte_rows(graph, stored, _BYTE_VALUES, scales, matrix, f"{name}.rows.row_codes")
