@@ -28,7 +28,7 @@ _PLACES = {
     "engines.bundles.targets": ("BundleResult", "Target"),
     "engines.bundles.verify": ("verify",),
     "engines.measure.bench": ("bench",),
-    "engines.measure.cpu_timings": ("calibrate_cpu",),
+    "engines.measure.cpu_timings": ("time_cpu",),
     "engines.runtime.emitter": ("load_lora",),
     "engines.runtime.generate": ("Sampling", "encode_prompt", "generate"),
     "engines.runtime.load": ("load_decoder",),
@@ -71,7 +71,7 @@ if TYPE_CHECKING:  # the same names, for type checkers
     from coatrt.engines.bundles.targets import Target as Target
     from coatrt.engines.bundles.verify import verify as verify
     from coatrt.engines.measure.bench import bench as bench
-    from coatrt.engines.measure.cpu_timings import calibrate_cpu as calibrate_cpu
+    from coatrt.engines.measure.cpu_timings import time_cpu as time_cpu
     from coatrt.engines.runtime.emitter import load_lora as load_lora
     from coatrt.engines.runtime.generate import Sampling as Sampling
     from coatrt.engines.runtime.generate import encode_prompt as encode_prompt
