@@ -104,7 +104,7 @@ def main() -> None:
         "context": CONTEXT,
         "accuracy_level": LEVEL,
         "threads": 1,
-        "calibration_s": seconds,
+        "timing_s": seconds,
         "products": [[p.K, p.N, p.format, p.tokens, p.seconds] for p in timings.products],
         "rest_ms": [rest.seconds * 1e3 for rest in timings.rests],
         "rows": rows,
