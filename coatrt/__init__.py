@@ -23,8 +23,10 @@ _PLACES = {
     "devices.profiles": ("DeviceProfile", "device_profile", "device_profiles"),
     "engines.builders.engine_cache": ("EngineCache",),
     "engines.bundles.adapt": ("adapt",),
-    "engines.bundles.build": ("build", "build_targets"),
+    "engines.bundles.build": ("build",),
+    "engines.bundles.execute": ("execute",),
     "engines.bundles.options": ("BundleOptions",),
+    "engines.bundles.prepare": ("prepare",),
     "engines.bundles.targets": ("BundleResult", "Target"),
     "engines.bundles.verify": ("verify",),
     "engines.measure.bench": ("bench",),
@@ -65,8 +67,9 @@ if TYPE_CHECKING:  # the same names, for type checkers
     from coatrt.engines.builders.engine_cache import EngineCache as EngineCache
     from coatrt.engines.bundles.adapt import adapt as adapt
     from coatrt.engines.bundles.build import build as build
-    from coatrt.engines.bundles.build import build_targets as build_targets
+    from coatrt.engines.bundles.execute import execute as execute
     from coatrt.engines.bundles.options import BundleOptions as BundleOptions
+    from coatrt.engines.bundles.prepare import prepare as prepare
     from coatrt.engines.bundles.targets import BundleResult as BundleResult
     from coatrt.engines.bundles.targets import Target as Target
     from coatrt.engines.bundles.verify import verify as verify

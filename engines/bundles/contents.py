@@ -51,7 +51,7 @@ def export_config(
     directory: Path,
     options: BundleOptions,
     *,
-    codes: CodeStore | None = None,
+    codes: CodeStore,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write the graphs, weights and LoRA of one configuration, and return the manifest's facts about them.
@@ -63,14 +63,13 @@ def export_config(
         shared: where `export_shared` has written.
         directory: an existing directory.
         options: see `BundleOptions`.
-        codes: cache of encoded matrices; by default the adapter's.
+        codes: cache of encoded matrices.
         progress: called after every matrix.
 
     Raises:
         ConfigError: the configuration does not fit the model or the adapter.
     """
     forms, contract = options.forms(), adapter.description.contract
-    codes = codes or adapter.codes(checkpoint, progress)
     export_decoder(checkpoint, config, directory, forms=forms, contract=contract, codes=codes, progress=progress)
     config.save(directory / "configuration.json")
     side = read_json(shared / "hypernet.json", "hypernetwork description")

@@ -91,9 +91,8 @@ def test_decoded_and_packed_weights_give_the_same_logits(adapter: Adapter, tmp_p
         place = tmp_path / text
         place.mkdir()
         export_shared(adapter, checkpoint, place)
-        export_config(
-            adapter, checkpoint, adapter.description.space.uniform(text), place, place, BundleOptions(context=64)
-        )
+        config, options = adapter.description.space.uniform(text), BundleOptions(context=64)
+        export_config(adapter, checkpoint, config, place, place, options, codes=adapter.codes(checkpoint))
         io = decoder_io(checkpoint, GraphForm("cpu", "cpu.onnx", "float32"))
         decoded, packed, fast = (
             OrtDecoder(

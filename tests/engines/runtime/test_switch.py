@@ -10,7 +10,6 @@ import pytest
 from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle
 from coatrt.devices.profiles import device_profile
-from coatrt.engines.bundles.build import build_targets
 from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.bundles.targets import Target
 from coatrt.engines.runtime.decoder import Decoder
@@ -19,6 +18,7 @@ from coatrt.engines.runtime.load import load_decoder
 from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.switch import SwitchingDecoder
 from coatrt.errors import BuildError, BundleError, ConfigError
+from support.bundles import build_targets
 
 
 @pytest.fixture(scope="module")
