@@ -101,7 +101,7 @@ class Nodes:
     def initializer(self, data: ir.TensorProtocol, name: str) -> ir.Value:
         """Add an initializer and return it."""
         value = ir.Value(
-            name=self._claim(name), type=ir.TensorType(data.dtype), shape=ir.Shape(data.shape), const_value=data
+            name=self._claim(name), type=ir.TensorType(data.dtype), shape=ir.Shape(data.shape.numpy()), const_value=data
         )
         self._initializers.append(value)
         return value

@@ -17,11 +17,8 @@ from coatrt.adapter.adapter import Adapter
 from coatrt.export.graph import Nodes
 from coatrt.system.files import write_json
 
-__all__ = ["HYPERNETWORK_FILE", "HYPERNETWORK_INPUT", "SIDE_FILE", "export_hypernetwork"]
+__all__ = ["export_hypernetwork"]
 
-HYPERNETWORK_FILE = "hypernet.onnx"
-HYPERNETWORK_INPUT = "formats"
-SIDE_FILE = "hypernet.json"
 _LARGE = 1 << 30  # a protobuf ends at 2 GiB: beyond this the tensors go to a file of their own
 
 
@@ -48,16 +45,15 @@ def export_hypernetwork(adapter: Adapter, directory: str | Path) -> None:
     """
     directory = Path(directory)
     graph = _Graph()
-    formats = graph.input(HYPERNETWORK_INPUT, ir.DataType.INT64, [len(adapter.encoder.names)])
+    formats = graph.input("formats", ir.DataType.INT64, [len(adapter.encoder.names)])
     updates = _write_theta(graph, adapter, formats) if adapter.lora.theta is not None else None
     _write_lora(graph, adapter, formats, updates)
     model = graph.model("hypernetwork")
     initializers = model.graph.initializers.values()
     size = sum(value.const_value.nbytes for value in initializers if value.const_value is not None)
-    external = Path(HYPERNETWORK_FILE).with_suffix(".bin").name if size > _LARGE else None
-    ir.save(model, directory / HYPERNETWORK_FILE, external_data=external)
+    ir.save(model, directory / "hypernet.onnx", external_data="hypernet.bin" if size > _LARGE else None)
     write_json(
-        directory / SIDE_FILE,
+        directory / "hypernet.json",
         {"matrices": list(adapter.encoder.names), "formats": [str(fmt) for fmt in adapter.description.formats]},
     )
 

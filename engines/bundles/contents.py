@@ -72,8 +72,7 @@ def export_config(
     forms, contract = options.forms(), adapter.description.contract
     export_decoder(checkpoint, config, directory, forms=forms, contract=contract, codes=codes, progress=progress)
     config.save(directory / "configuration.json")
-    side = read_json(shared / "hypernet.json", "hypernetwork description")
-    save_lora(directory / "lora.safetensors", Emitter(shared / "hypernet.onnx", side, contract).emit(config), config)
+    save_lora(directory / "lora.safetensors", Emitter(shared / "hypernet.onnx", contract).emit(config), config)
     decoders = {
         form.name: {"file": form.file, "weights": WEIGHTS_FILE, "io": decoder_io(checkpoint, form).to_json()}
         for form in forms

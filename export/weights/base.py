@@ -30,9 +30,9 @@ Rows = Callable[[ir.Value | None, str], ir.Value]
 
 
 class Storage(Protocol):
-    """How formats are written into a graph; the decoded weight equals `coatrt.quantization.codec.decode`."""
+    """A file of this folder: how its formats are written into a graph; decoded they equal `codec.decode`."""
 
-    def matrix(self, graph: GraphBuilder, name: str, matrix: QuantizedMatrix) -> ir.Value:
+    def weight(self, graph: GraphBuilder, name: str, matrix: QuantizedMatrix) -> ir.Value:
         """Return the weight [K, N] for MatMul, in the activations' dtype."""
 
     def rows(self, graph: GraphBuilder, name: str, matrix: QuantizedMatrix) -> Rows:
@@ -179,8 +179,8 @@ def byte_rows(
         row_codes: name of the bytes of the rows that are read.
     """
 
-    def rows(ids: ir.Value | None, label: str) -> ir.Value:
+    def read(ids: ir.Value | None, label: str) -> ir.Value:
         taken = gather_rows(graph, stored, ids, row_codes)
         return scaled_rows(graph, byte_lookup(graph, taken, values, label), scales, matrix, ids, label)
 
-    return rows
+    return read
