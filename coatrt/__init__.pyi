@@ -16,13 +16,14 @@ from .devices.profiles import device_profiles as device_profiles
 from .engines.builders.engine_cache import EngineCache as EngineCache
 from .engines.bundles.adapt import adapt as adapt
 from .engines.bundles.build import build as build
-from .engines.bundles.build import build_targets as build_targets
+from .engines.bundles.execute import execute as execute
 from .engines.bundles.options import BundleOptions as BundleOptions
+from .engines.bundles.prepare import prepare as prepare
 from .engines.bundles.targets import BundleResult as BundleResult
 from .engines.bundles.targets import Target as Target
 from .engines.bundles.verify import verify as verify
 from .engines.measure.bench import bench as bench
-from .engines.measure.cpu_timings import calibrate_cpu as calibrate_cpu
+from .engines.measure.cpu_timings import time_cpu as time_cpu
 from .engines.runtime.emitter import load_lora as load_lora
 from .engines.runtime.generate import Sampling as Sampling
 from .engines.runtime.generate import encode_prompt as encode_prompt

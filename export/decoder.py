@@ -119,7 +119,7 @@ def export_decoder(
     contract: LoraContract | None = None,
     codes: CodeStore | None = None,
     progress: Progress = silent,
-) -> dict[str, str]:
+) -> None:
     """Write a model as decoder graphs, all reading one `weights.bin`; every matrix is quantized once.
 
     One matrix at a time is in memory, so the peak does not grow with the number of layers.
@@ -132,9 +132,6 @@ def export_decoder(
         contract: LoRA inputs to add to every graph; None for graphs without.
         codes: cache of encoded matrices; None encodes here and keeps nothing.
         progress: called after every matrix.
-
-    Returns:
-        form name → name of the graph file in `directory`.
 
     Raises:
         CheckpointError: the family is unknown or the checkpoint has tensors the graph does not use.
@@ -159,7 +156,6 @@ def export_decoder(
         small.check()
     for graph in graphs:
         graph.save(directory)
-    return {form.name: form.file for form in forms}
 
 
 def _encoded(

@@ -45,14 +45,14 @@ def calibrate(adapter: Path, model: str | None, as_json: bool, **runtime: Any) -
     """Time every product of ADAPTER's model on this CPU; `plan --target cpu` predicts with it from then on."""
     from coatrt.adapter.adapter import Adapter
     from coatrt.cli.progress import drawn_progress
-    from coatrt.engines.measure.cpu_timings import calibrate_cpu
+    from coatrt.engines.measure.cpu_timings import time_cpu
     from coatrt.engines.runtime.options import RuntimeOptions
-    from coatrt.planning.measured_latency import calibration_path
+    from coatrt.planning.measured_latency import timings_path
 
     loaded = Adapter.from_pretrained(adapter)
     with drawn_progress("calibrate") as progress:
-        made = calibrate_cpu(loaded, loaded.checkpoint(model), RuntimeOptions(**runtime), progress=progress)
-    path = calibration_path("cpu")
+        made = time_cpu(loaded, loaded.checkpoint(model), RuntimeOptions(**runtime), progress=progress)
+    path = timings_path("cpu")
     made.save(path)
     if as_json:
         echo_json(made.to_json())

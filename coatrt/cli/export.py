@@ -37,10 +37,10 @@ def command(
     from coatrt.engines.bundles.options import BundleOptions
     from coatrt.engines.bundles.prepare import prepare
     from coatrt.engines.bundles.targets import Target
-    from coatrt.planning.plan import read_config
+    from coatrt.planning.plan import read_choice
 
     description = AdapterDescription.load(adapter)
-    config = read_config(config_path, description.model)
+    config, _ = read_choice(config_path, description.model)
     options = BundleOptions(activations, cpu_activations, context, engine=False)
     target = Target(device_profile("cpu"), config, output)
     preparation = prepare(description, [target], options, overwrite=overwrite)

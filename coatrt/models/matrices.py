@@ -79,6 +79,11 @@ class ModelMatrices:
         return tuple(matrix for matrix in self.matrices if not matrix.is_table)
 
     @cached_property
+    def multiplied(self) -> tuple[Matrix, ...]:
+        """Matrices that every token is multiplied with: an embedding beside a head of its own is only looked up."""
+        return self.matrices if self.tied else self.matrices[1:]
+
+    @cached_property
     def groups(self) -> tuple[tuple[str, ...], ...]:
         """Fused groups (q/k/v; gate/up) and the remaining matrices, each name exactly once, in network order."""
         taken: set[str] = set()

@@ -44,8 +44,8 @@ class Workload:
     batch: int
     prefill: int
     lora_parameters: int
-    heads: int = 0
-    element: int = 2
+    heads: int
+    element: int
 
     @property
     def kv_bytes(self) -> int:
@@ -74,11 +74,8 @@ class Workload:
             element: bytes of an activation, a cache element and a LoRA element.
 
         Raises:
-            ConfigError: context, batch or prefill is not positive, or the context exceeds the model's positions.
+            ConfigError: the context exceeds the model's positions.
         """
-        for name, value in (("context", context), ("batch", batch), ("prefill", prefill)):
-            if value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}")
         spec = adapter.spec
         if context > spec.max_positions:
             raise ConfigError(too_long(context, spec.max_positions))

@@ -13,7 +13,6 @@ from coatrt.export.hypernetwork import export_hypernetwork
 from coatrt.models.checkpoint import Checkpoint, load_tokenizer
 from coatrt.models.config_file import end_tokens
 from coatrt.quantization.code_cache import CodeStore
-from coatrt.system.files import read_json
 from coatrt.system.progress import Progress, silent
 
 __all__ = ["export_config", "export_shared"]
@@ -53,7 +52,7 @@ def export_config(
     directory: Path,
     options: BundleOptions,
     *,
-    codes: CodeStore | None = None,
+    codes: CodeStore,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write the graphs, weights and LoRA of one configuration, and return the manifest's facts about them.
@@ -65,18 +64,16 @@ def export_config(
         shared: where `export_shared` has written.
         directory: an existing directory.
         options: see `BundleOptions`.
-        codes: cache of encoded matrices; by default the adapter's.
+        codes: cache of encoded matrices.
         progress: called after every matrix.
 
     Raises:
         ConfigError: the configuration does not fit the model or the adapter.
     """
     forms, contract = options.forms(), adapter.description.contract
-    codes = codes or adapter.codes(checkpoint, progress)
     export_decoder(checkpoint, config, directory, forms=forms, contract=contract, codes=codes, progress=progress)
     config.save(directory / "configuration.json")
-    side = read_json(shared / "hypernet.json", "hypernetwork description")
-    save_lora(directory / "lora.safetensors", Emitter(shared / "hypernet.onnx", side, contract).emit(config), config)
+    save_lora(directory / "lora.safetensors", Emitter(shared / "hypernet.onnx", contract).emit(config), config)
     decoders = {
         form.name: {"file": form.file, "weights": WEIGHTS_FILE, "io": decoder_io(checkpoint, form).to_json()}
         for form in forms

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +24,8 @@ class Emitter:
     """A loaded hypernetwork.
 
     Args:
-        graph: hypernet.onnx.
-        side: content of hypernet.json: "matrices" (order of the input) and "formats" (what its integers mean).
+        graph: hypernet.onnx; hypernet.json beside it has "matrices" (order of the input) and "formats" (what its
+            integers mean).
         contract: names and shapes of what it emits.
         threads: of the session.
 
@@ -34,9 +33,8 @@ class Emitter:
         BundleError: the lists are missing.
     """
 
-    def __init__(
-        self, graph: Path, side: Mapping[str, Any], contract: LoraContract, threads: int | None = None
-    ) -> None:
+    def __init__(self, graph: Path, contract: LoraContract, threads: int | None = None) -> None:
+        side = json.loads(graph.with_name("hypernet.json").read_text(encoding="utf-8"))
         try:
             self.matrices, self.formats = tuple(map(str, side["matrices"])), tuple(map(str, side["formats"]))
         except (KeyError, TypeError) as error:
@@ -49,10 +47,10 @@ class Emitter:
     @classmethod
     def of(cls, bundle: Bundle, threads: int | None = None) -> "Emitter":
         """Return the hypernetwork of a bundle, every file's hash checked first."""
-        side = json.loads(bundle.path("hypernet.json").read_text(encoding="utf-8"))
+        bundle.path("hypernet.json")
         if "hypernet.bin" in bundle.manifest["files"]:
             bundle.path("hypernet.bin")
-        return cls(bundle.path("hypernet.onnx"), side, bundle.contract, threads)
+        return cls(bundle.path("hypernet.onnx"), bundle.contract, threads)
 
     def ids(self, config: QuantConfig) -> NDArray[np.int64]:
         """Return the hypernetwork's input for a configuration, int64 [M].
