@@ -1,6 +1,6 @@
 """coatrt: one language model on many unlike NVIDIA GPUs, each with its own precision map and a LoRA fitted to it.
 
-Everything the command line does is a name here, listed in `__init__.pyi`. Each is imported when it is first asked for:
+What the commands do are names here, listed in `__init__.pyi`. Each is imported when it is first asked for:
 `import coatrt` itself costs no torch.
 """
 
