@@ -16,7 +16,6 @@ from coatrt.export.weights import Table, write_matrix, write_table
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.models.matrices import EMBEDDING, HEAD
 from coatrt.models.spec import DecoderSpec
-from coatrt.planning.workload import too_long
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import QuantizedMatrix, encode
 from coatrt.system.progress import Progress, silent
@@ -59,8 +58,7 @@ def _max_positions(spec: DecoderSpec, form: GraphForm) -> int:
     """
     if form.cache_length is None:
         return min(spec.max_positions, form.max_positions)
-    if form.cache_length > spec.max_positions:
-        raise ConfigError(too_long(form.cache_length, spec.max_positions))
+    spec.check_context(form.cache_length)
     return form.cache_length
 
 

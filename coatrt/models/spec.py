@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from coatrt.errors import CheckpointError
+from coatrt.errors import CheckpointError, ConfigError
 from coatrt.models.config_file import model_type
 
 __all__ = ["FAMILIES", "DecoderSpec"]
@@ -75,6 +75,18 @@ class DecoderSpec:
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form that `from_json` reads without torch and transformers."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    def check_context(self, context: int) -> None:
+        """Refuse more slots of the KV cache than the model has positions.
+
+        Raises:
+            ConfigError: there are more.
+        """
+        if context > self.max_positions:
+            raise ConfigError(
+                f"a context of {context} is given and the model has {self.max_positions} positions; "
+                f"give --context {self.max_positions} or less"
+            )
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "DecoderSpec":

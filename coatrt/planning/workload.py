@@ -3,16 +3,8 @@
 from dataclasses import dataclass
 
 from coatrt.adapter.description import AdapterDescription
-from coatrt.errors import ConfigError
 
-__all__ = ["Workload", "too_long"]
-
-
-def too_long(context: int, positions: int) -> str:
-    """Return how a context beyond the model's positions is refused."""
-    return (
-        f"a context of {context} is given and the model has {positions} positions; give --context {positions} or less"
-    )
+__all__ = ["Workload"]
 
 
 @dataclass(frozen=True)
@@ -77,8 +69,7 @@ class Workload:
             ConfigError: the context exceeds the model's positions.
         """
         spec = adapter.spec
-        if context > spec.max_positions:
-            raise ConfigError(too_long(context, spec.max_positions))
+        spec.check_context(context)
         return cls(
             layers=spec.layers,
             kv_heads=spec.kv_heads,

@@ -19,7 +19,6 @@ from coatrt.engines.bundles.prepare import Job, Preparation
 from coatrt.engines.bundles.seal import seal_bundle
 from coatrt.engines.bundles.targets import BundleResult
 from coatrt.errors import BuildError, CoatError
-from coatrt.export.decoder import decoder_io
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.system.progress import Progress, silent
@@ -62,11 +61,10 @@ def execute(
     Raises:
         BuildError: a builder is not installed; nothing was made. Or it refuses a graph, or a bundle cannot be
             written; the other bundles are finished.
-        ConfigError: the graphs cannot have as many positions; nothing was made.
     """
     results = dict(preparation.current)
     if preparation.jobs:
-        _check(preparation, checkpoint)
+        _check(preparation)
         codes = adapter.codes(checkpoint, progress)
         first = preparation.jobs[0].targets[0].output.parent
         first.mkdir(parents=True, exist_ok=True)
@@ -77,10 +75,8 @@ def execute(
     return [results[target.output] for target in preparation.targets]
 
 
-def _check(preparation: Preparation, checkpoint: Checkpoint) -> None:
-    """Refuse, before anything is written, a builder that is not installed and more positions than the model has."""
-    for form in preparation.options.forms():
-        decoder_io(checkpoint, form)
+def _check(preparation: Preparation) -> None:
+    """Refuse a builder that is not installed before anything is written."""
     for job in preparation.jobs if preparation.options.engine else ():
         for device in job.rtx_devices:
             installed_builder(device.builder)

@@ -74,8 +74,10 @@ def prepare(
 
     Raises:
         FormatError: a device cannot run a format.
-        ConfigError: a configuration does not fit the adapter, or a place is in use.
+        ConfigError: a configuration does not fit the adapter, a place is in use, or the model has fewer positions than
+            the context has.
     """
+    adapter.spec.check_context(options.context)
     code = writers_hash()
     fingerprints = {target.output: bundle_fingerprint(adapter.hash, target, options, code) for target in targets}
     if len(fingerprints) != len(targets):
