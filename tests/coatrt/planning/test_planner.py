@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from coatrt.adapter.description import AdapterDescription
@@ -43,6 +43,7 @@ def workload(adapter: AdapterDescription, element: int = 2) -> Workload:
 
 @settings(max_examples=60, deadline=None)
 @given(name=NAMES, budgets=st.tuples(st.floats(0, 1), st.floats(0, 1)), speed=st.none() | st.floats(0, 1))
+@example(name="dgx-spark", budgets=(0.0, 1.0), speed=1.0)  # the fastest takes more bytes than the best
 def test_more_memory_never_gives_a_worse_loss_and_less_never_more_bytes(
     adapter: AdapterDescription, name: str, budgets: tuple[float, float], speed: float | None
 ) -> None:
@@ -55,11 +56,12 @@ def test_more_memory_never_gives_a_worse_loss_and_less_never_more_bytes(
     if speed is not None:
         floor = 0.999 * (rich.tokens_per_second + speed * (poor.tokens_per_second - rich.tokens_per_second))
         least = max(least, poor.total_bytes)
+    most = max(least, rich.total_bytes)
     low, high = (
         planner.plan(
             adapter,
             device_profile(name),
-            memory=least + int(share * (rich.total_bytes - least) + 1),
+            memory=least + int(share * (most - least) + 1),
             min_tokens_per_second=floor,
         )
         for share in sorted(budgets)
