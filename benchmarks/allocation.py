@@ -18,7 +18,7 @@ from common import save_result
 from coatrt.configs.space import ConfigSpace
 from coatrt.models.matrices import ModelMatrices, matrices_of
 from coatrt.planning.candidates import candidates
-from coatrt.planning.knapsack import cost_matrix, lagrangian_choice, near_optimal, near_optimal_each
+from coatrt.planning.knapsack import cost_matrix, lagrangian_choice, near_optimal
 from coatrt.quantization.weight_format import WeightFormat
 
 FORMATS = (
@@ -74,7 +74,7 @@ def main() -> None:
     size, rows = space.sizes.astype(float), np.arange(len(space.groups))
     least, most = float(size.min(1).sum()), float(size.max(1).sum())
     budgets = [least + share * (most - least) + 0.5 for share in np.linspace(0.02, 1.0, BUDGETS)]
-    seconds: dict[str, list[float]] = {"candidates": [], "near_optimal_each": [], "near_optimal": []}
+    seconds: dict[str, list[float]] = {"candidates": [], "near_optimal": []}
     above: dict[str, list[float]] = {name: [] for name in seconds}
 
     def timed(name: str, allocate: Callable[[], Any]) -> Any:
@@ -86,13 +86,12 @@ def main() -> None:
     for kind in ("ordered", "sized", "unordered"):
         for seed in range(SEEDS):
             price = cost_matrix(space, tables(space, kind, seed))
-            every = timed("candidates", partial(candidates, space, price)).choices
+            every = timed("candidates", partial(candidates, space, price))
             sizes, prices = size[rows, every].sum(1), price[rows, every].sum(1)
-            each = timed("near_optimal_each", partial(near_optimal_each, price, size, budgets))
-            for budget, choice in zip(budgets, each, strict=True):
+            for budget in budgets:
                 floor = lagrangian_choice(price, size, budget)[1]
                 one = timed("near_optimal", partial(near_optimal, price, size, budget))
-                values = (prices[sizes <= budget].min(), price[rows, choice].sum(), price[rows, one].sum())
+                values = (prices[sizes <= budget].min(), price[rows, one].sum())
                 for name, value in zip(seconds, values, strict=True):
                     above[name].append(float(value / floor - 1))
     result = {

@@ -17,7 +17,6 @@ from coatrt.quantization.codec import decode, encode
 from coatrt.quantization.gptq import InverseFactors
 from coatrt.quantization.input_moments import Calibration, InputMoments
 from coatrt.quantization.quantizers import Quantizer
-from coatrt.system.files import cache_directory
 
 LAYERS = (3, 14, 26)
 FORMATS = ("nf2-g64", "nf3-g64", "nf4-g64")
@@ -41,7 +40,7 @@ def main() -> None:
     checkpoint = smollm2()
     train = sotu(load_tokenizer(checkpoint.directory)).train
     calibration = Calibration.of(train[batches(len(train), BLOCKS, 0, 0)])
-    moments = InputMoments(checkpoint, calibration, cache_directory() / "moments")
+    moments = InputMoments(checkpoint, calibration)
     factors, found = InverseFactors(), defaultdict[tuple[str, Quantizer], list[list[float]]](list)
     for matrix in checkpoint.matrices.matrices:
         if matrix.is_table or matrix.layer not in LAYERS:

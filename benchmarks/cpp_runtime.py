@@ -23,8 +23,9 @@ from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle
 from coatrt.configs.config import ConfigPatterns
 from coatrt.devices.profiles import device_profile
-from coatrt.engines.bundles.build import build_targets
+from coatrt.engines.bundles.execute import execute
 from coatrt.engines.bundles.options import BundleOptions
+from coatrt.engines.bundles.prepare import prepare
 from coatrt.engines.bundles.targets import Target
 from coatrt.engines.runtime.emitter import Emitter, load_lora
 from coatrt.engines.runtime.load import load_decoder
@@ -158,7 +159,8 @@ def main() -> None:
             if not directory.exists():
                 config = ConfigPatterns.from_json(value).resolve(adapter.description.space.model)
                 options = BundleOptions(context=CONTEXT, engine=False)
-                build_targets(adapter, checkpoint, [Target(device_profile("rtx-4090"), config, directory)], options)
+                target = Target(device_profile("rtx-4090"), config, directory)
+                execute(prepare(adapter.description, [target], options), adapter, checkpoint)
             bundle = Bundle.open(directory)
             rows.append({"bundle": kind, **compare(bundle, programs, work, threads, arguments.rounds)})
     command = "python benchmarks/cpp_runtime.py ADAPTER"

@@ -73,7 +73,7 @@ def built_bytes(checkpoint: Checkpoint, config: QuantConfig, sm: int) -> int:
     """Build one engine and return its bytes."""
     with tempfile.TemporaryDirectory() as name:
         form = GraphForm("engine", "base.onnx", "float16", 2048)
-        contract, codes = contract_for(checkpoint.matrices, 16, 32), CodeStore.default(checkpoint)
+        contract, codes = contract_for(checkpoint.matrices, 16, 32), CodeStore(checkpoint)
         export_decoder(checkpoint, config, Path(name), forms=[form], contract=contract, codes=codes)
         graph, engine = Path(name) / "base.onnx", Path(name) / "e.engine"
         return build_engine(graph, engine, device_profile(DEVICES[sm]), shapes=EngineShapes(1, 512)).bytes

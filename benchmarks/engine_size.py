@@ -29,7 +29,7 @@ def export(checkpoint: Checkpoint, text: str, directory: Path, lora: bool) -> Pa
     form = GraphForm("engine", "base.onnx", "float16", 2048)
     contract = contract_for(checkpoint.matrices, 16, 32) if lora else None
     config = QuantConfig.uniform(checkpoint.matrices, text)
-    codes = CodeStore.default(checkpoint) if lora else None
+    codes = CodeStore(checkpoint) if lora else None
     export_decoder(checkpoint, config, directory, forms=[form], contract=contract, codes=codes)
     return directory / "base.onnx"
 

@@ -26,8 +26,9 @@ from coatrt.devices.profiles import device_profile
 from coatrt.engines.builders.builder import build_engine
 from coatrt.engines.builders.builder_slots import BuilderSlots
 from coatrt.engines.builders.engine_cache import EngineCache
-from coatrt.engines.bundles.build import build_targets
+from coatrt.engines.bundles.execute import execute
 from coatrt.engines.bundles.options import BundleOptions
+from coatrt.engines.bundles.prepare import prepare
 from coatrt.engines.bundles.targets import Target
 from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.switch import SwitchingDecoder
@@ -79,12 +80,11 @@ def building(adapter: Adapter, checkpoint: Any, scratch: Path) -> tuple[dict[str
         targets = [Target(device_profile(name), plan.config, place / name, plan) for name, plan in plans.items()]
         cache = EngineCache(scratch / f"cache-{label}")
         started = time.perf_counter()
-        made = build_targets(
-            adapter, checkpoint, targets, BundleOptions(), codes=codes, cache=cache, slots=BuilderSlots(jobs)
-        )
+        preparation = prepare(adapter.description, targets, BundleOptions())
+        made = execute(preparation, adapter, checkpoint, cache=cache, slots=BuilderSlots(jobs))
         found[label] = time.perf_counter() - started
     started = time.perf_counter()
-    again = build_targets(adapter, checkpoint, targets, BundleOptions(), codes=codes, cache=cache)
+    again = execute(prepare(adapter.description, targets, BundleOptions()), adapter, checkpoint)
     found["again_function_s"] = time.perf_counter() - started
     found["again_states"] = [row.state for row in again]
     return found, {row.target.device.id: row.bundle for row in made}

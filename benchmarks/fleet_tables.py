@@ -70,9 +70,9 @@ def switching() -> str:
     return grid(head, lines) + "\n\nMedians over three bundles of SmolLM2-135M in ONNX Runtime (`benchmarks/fleet.py`)."
 
 
-def cpu_calibration() -> str:
+def cpu_timings() -> str:
     """Predicted decode against the real one."""
-    found = load("cpu_calibration")
+    found = load("cpu_timings")
     lines = [
         [
             f"{row['bits']:.2f}",
@@ -128,5 +128,5 @@ def cpu_decode() -> str:
 
 
 FLEET_TABLES = {
-    maker.__name__: maker for maker in (fleet, fleet_engines, fleet_memory, switching, cpu_calibration, cpu_decode)
+    maker.__name__: maker for maker in (fleet, fleet_engines, fleet_memory, switching, cpu_timings, cpu_decode)
 }

@@ -16,7 +16,9 @@ from common import random_config, save_result, smollm2
 
 from coatrt.adapter.adapter import Adapter
 from coatrt.devices.profiles import device_profile
-from coatrt.engines.bundles.build import build_targets
+from coatrt.engines.bundles.execute import execute
+from coatrt.engines.bundles.options import BundleOptions
+from coatrt.engines.bundles.prepare import prepare
 from coatrt.engines.bundles.targets import Target
 from coatrt.engines.measure.bench import percentiles
 from coatrt.engines.runtime.emitter import Emitter
@@ -44,7 +46,8 @@ def main() -> None:
             started = time.monotonic()
             plan = planner.plan(adapter.description, profile, bits=bits)
             target = Target(profile, plan.config, Path(scratch) / name, plan)
-            made = build_targets(adapter, checkpoint, [target])[0].bundle
+            preparation = prepare(adapter.description, [target], BundleOptions())
+            made = execute(preparation, adapter, checkpoint)[0].bundle
             rows.append(
                 {
                     "device": name,

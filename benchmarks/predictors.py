@@ -148,7 +148,7 @@ def main() -> None:
     train, held_out = sotu_documents()
     data = text_task(load_tokenizer(checkpoint.directory), train, LENGTH, held_out=held_out)
     calibration, blocks = spread(data.train, CALIBRATION), spread(data.held_out, HELD_OUT)
-    codes = CodeStore.default(checkpoint, given.quantizer, Calibration(spread(data.train, MOMENTS).tokens))
+    codes = CodeStore(checkpoint, given.quantizer, Calibration(spread(data.train, MOMENTS).tokens))
     model = FakeQuantModel(checkpoint, codes)
     errors = kept(work / "errors.json", lambda: relative_errors(model, codes, space.formats))["value"]
     steps = costs_of(model, codes, space, calibration, work)

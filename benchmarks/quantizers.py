@@ -27,7 +27,6 @@ from coatrt.quantization.codec import decode, encode
 from coatrt.quantization.gptq import InverseFactors
 from coatrt.quantization.input_moments import Calibration, InputMoments
 from coatrt.quantization.quantizers import QUANTIZERS, Quantizer
-from coatrt.system.files import cache_directory
 
 COMMAND = "python benchmarks/quantizers.py"
 FORMATS = ("nf2-g64", "nf3-g64", "nf4-g64", "int4-g64", "nvfp4")
@@ -103,7 +102,7 @@ def main() -> None:
     calibration = Calibration(data.train[order[:CALIBRATION]].tokens)
     truth = InputMoments(checkpoint, Calibration(data.train[order[CALIBRATION:]].tokens))
     examples = data.held_out[:: len(data.held_out) // HELD_OUT][:HELD_OUT]
-    moments = InputMoments(checkpoint, calibration, cache_directory() / "moments")
+    moments = InputMoments(checkpoint, calibration)
     model = FakeQuantModel(checkpoint, CodeStore(checkpoint))
     facts = {"calibration_tokens": calibration.tokens.numel(), "held_out_tokens": examples.tokens.numel(), "threads": 1}
     path = RESULTS / "quantizers.json"

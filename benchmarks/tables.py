@@ -55,7 +55,6 @@ def allocation() -> str:
     found = load("allocation")
     names = {
         "candidates": "the candidates of a plan, all sizes at once",
-        "near_optimal_each": f"{found['budgets']} budgets at once",
         "near_optimal": "one budget",
     }
     rows = [

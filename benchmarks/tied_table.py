@@ -34,7 +34,7 @@ def main() -> None:
     base, rows = measure_held_out(model, data, BLOCKS)["loss"], []
     for text in FORMATS:
         for quantizer in QUANTIZERS:
-            codes = CodeStore.default(checkpoint, quantizer, calibration)
+            codes = CodeStore(checkpoint, quantizer, calibration)
             model.set_weights([(EMBEDDING, decode(codes.get(EMBEDDING, text)))])
             rise = measure_held_out(model, data, BLOCKS)["loss"] - base
             rows.append({"format": text, "quantizer": quantizer, "rise": rise})

@@ -33,7 +33,6 @@ from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.input_moments import Calibration, InputMoments
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.distributed import Processes
-from coatrt.system.files import cache_directory
 from coatrt.training.config_sampler import TrainingSampler
 from coatrt.training.loop import optimise
 from coatrt.training.options import TrainOptions
@@ -74,7 +73,7 @@ class PeftTraining:
 
 def ours(checkpoint: Checkpoint, tokens: Tensor, compute: str) -> tuple[FakeQuantModel, CoaLora, TrainingSampler]:
     """Return model, compensated LoRA and what draws configurations."""
-    codes = CodeStore.default(checkpoint, "absmax")  # the fastest to make; a step costs the same with all
+    codes = CodeStore(checkpoint, "absmax")  # the fastest to make; a step costs the same with all
     formats = tuple(map(WeightFormat.parse, FORMATS))
     space = ConfigSpace(checkpoint.matrices, formats)
     flat = {name: {text: 1e-6 / WeightFormat.parse(text).bits for text in FORMATS} for name in space.model.names}
@@ -82,7 +81,7 @@ def ours(checkpoint: Checkpoint, tokens: Tensor, compute: str) -> tuple[FakeQuan
     lora = CoaLora(contract_for(checkpoint.matrices, 16, 32), ConfigEncoder(checkpoint.matrices, formats, flat))
     lora.to(compute)
     model = FakeQuantModel(checkpoint, codes, compute)
-    moments = InputMoments(checkpoint, Calibration(tokens), cache_directory() / "moments")
+    moments = InputMoments(checkpoint, Calibration(tokens))
     lora.compensate(Compensator(model, moments, lora.contract))
     return model, lora, sampler
 

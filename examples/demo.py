@@ -59,14 +59,13 @@ def bundles(adapter: coatrt.Adapter, checkpoint: coatrt.Checkpoint, output: Path
         plan = coatrt.plan(adapter.description, profile, replace(REQUEST, bits=bits))
         print(f"\n{plan.text()}", flush=True)
         targets.append(coatrt.Target(profile, plan.config, output / name, plan))
+    preparation = coatrt.prepare(adapter.description, targets, coatrt.BundleOptions.of(REQUEST), overwrite=True)
     with coatrt.drawn_progress("bundles") as progress:
-        made = coatrt.build_targets(
+        made = coatrt.execute(
+            preparation,
             adapter,
             checkpoint,
-            targets,
-            coatrt.BundleOptions.of(REQUEST),
             cache=coatrt.EngineCache.default(),
-            overwrite=True,
             progress=progress,
             tell=lambda line: print(line, flush=True),
         )

@@ -16,7 +16,6 @@ from coatrt.export.weights import Table, write_matrix, write_table
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.models.matrices import EMBEDDING, HEAD
 from coatrt.models.spec import DecoderSpec
-from coatrt.planning.workload import too_long
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import QuantizedMatrix, encode
 from coatrt.system.progress import Progress, silent
@@ -29,14 +28,14 @@ class _SmallTensors:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._left = {name for name in checkpoint.tensor_names if not name.endswith("rotary_emb.inv_freq")}
+        self._left = {name for name in checkpoint.files if not name.endswith("rotary_emb.inv_freq")}
         self._left -= {f"{name}.weight" for name in checkpoint.matrices.names}
         if checkpoint.matrices.tied:
             self._left.discard(f"{HEAD}.weight")
 
     def __call__(self, name: str) -> torch.Tensor | None:
         optional = name.endswith((".bias", "q_norm.weight", "k_norm.weight"))
-        if optional and not self._checkpoint.has(name):
+        if optional and name not in self._checkpoint.files:
             return None
         self._left.discard(name)
         return self._checkpoint.tensor(name)
@@ -59,8 +58,7 @@ def _max_positions(spec: DecoderSpec, form: GraphForm) -> int:
     """
     if form.cache_length is None:
         return min(spec.max_positions, form.max_positions)
-    if form.cache_length > spec.max_positions:
-        raise ConfigError(too_long(form.cache_length, spec.max_positions))
+    spec.check_context(form.cache_length)
     return form.cache_length
 
 
@@ -75,7 +73,7 @@ def decoder_io(checkpoint: Checkpoint, form: GraphForm) -> DecoderIO:
         CheckpointError: the model is of an unknown family.
         ConfigError: the caches have more slots than the model has positions.
     """
-    spec = DecoderSpec.from_checkpoint(checkpoint)
+    spec = DecoderSpec.from_config(checkpoint.config)
     return DecoderIO(
         layers=spec.layers,
         kv_heads=spec.kv_heads,
@@ -119,7 +117,7 @@ def export_decoder(
     contract: LoraContract | None = None,
     codes: CodeStore | None = None,
     progress: Progress = silent,
-) -> dict[str, str]:
+) -> None:
     """Write a model as decoder graphs, all reading one `weights.bin`; every matrix is quantized once.
 
     One matrix at a time is in memory, so the peak does not grow with the number of layers.
@@ -133,16 +131,13 @@ def export_decoder(
         codes: cache of encoded matrices; None encodes here and keeps nothing.
         progress: called after every matrix.
 
-    Returns:
-        form name → name of the graph file in `directory`.
-
     Raises:
         CheckpointError: the family is unknown or the checkpoint has tensors the graph does not use.
         ConfigError: configuration, contract or forms do not fit the model.
         FormatError: a weight cannot be held in its format.
     """
     _check(checkpoint, config, contract, forms)
-    spec = DecoderSpec.from_checkpoint(checkpoint)
+    spec = DecoderSpec.from_config(checkpoint.config)
     positions = [_max_positions(spec, form) for form in forms]
     if spec.head_dim % 8 and any(form.name == "cpu" for form in forms):
         raise CheckpointError(
@@ -159,7 +154,6 @@ def export_decoder(
         small.check()
     for graph in graphs:
         graph.save(directory)
-    return {form.name: form.file for form in forms}
 
 
 def _encoded(

@@ -15,7 +15,7 @@ from coatrt.configs.lora_contract import ACTIVATIONS
 from coatrt.errors import ConfigError
 from coatrt.export.weight_file import WEIGHTS_FILE, WeightFile
 
-__all__ = ["IR_VERSION", "OPEN_POSITIONS", "OPSET", "TORCH_DTYPES", "GraphBuilder", "GraphForm"]
+__all__ = ["IR_VERSION", "OPEN_POSITIONS", "OPSET", "TORCH_DTYPES", "GraphBuilder", "GraphForm", "Nodes"]
 
 OPSET = 24  # the first with TensorScatter and Swish
 IR_VERSION = 11
@@ -66,34 +66,15 @@ class GraphForm:
             )
 
 
-class GraphBuilder:
-    """A graph under construction; every value is named by its caller, and a node is named after its output.
+class Nodes:
+    """A graph under construction; every value is named by its caller, and a node is named after its output."""
 
-    Args:
-        form: the form to write.
-        weights: the open file that takes the weights.
-    """
-
-    def __init__(self, form: GraphForm, weights: WeightFile) -> None:
-        self.form = form
-        self.activations = _DTYPES[form.activations]
-        self._weights = weights
+    def __init__(self) -> None:
         self._inputs: list[ir.Value] = []
         self._outputs: list[ir.Value] = []
         self._nodes: list[ir.Node] = []
         self._initializers: list[ir.Value] = []
         self._names: set[str] = set()
-        self._constants: dict[str, ir.Value] = {}
-
-    @property
-    def is_engine(self) -> bool:
-        """Whether this is the TensorRT form."""
-        return self.form.name == "engine"
-
-    @property
-    def node_count(self) -> int:
-        """Nodes so far."""
-        return len(self._nodes)
 
     def _claim(self, name: str) -> str:
         assert name not in self._names, f"the name {name} is taken"
@@ -116,6 +97,47 @@ class GraphBuilder:
         value = ir.Value(name=self._claim(name))
         self._nodes.append(ir.node(op_type, inputs, attributes, outputs=[value], name=name))
         return value
+
+    def initializer(self, data: ir.TensorProtocol, name: str) -> ir.Value:
+        """Add an initializer and return it."""
+        value = ir.Value(
+            name=self._claim(name), type=ir.TensorType(data.dtype), shape=ir.Shape(data.shape.numpy()), const_value=data
+        )
+        self._initializers.append(value)
+        return value
+
+    def model(self, name: str, **domains: int) -> ir.Model:
+        """Return the finished model, with the versions of operator domains beside ONNX's own."""
+        graph = ir.Graph(
+            self._inputs,
+            self._outputs,
+            nodes=self._nodes,
+            initializers=self._initializers,
+            opset_imports={"": OPSET, **domains},
+            name=name,
+        )
+        return ir.Model(graph, ir_version=IR_VERSION, producer_name="coatrt")
+
+
+class GraphBuilder(Nodes):
+    """A decoder graph under construction.
+
+    Args:
+        form: the form to write.
+        weights: the open file that takes the weights.
+    """
+
+    def __init__(self, form: GraphForm, weights: WeightFile) -> None:
+        super().__init__()
+        self.form = form
+        self.activations = _DTYPES[form.activations]
+        self._weights = weights
+        self._constants: dict[str, ir.Value] = {}
+
+    @property
+    def is_engine(self) -> bool:
+        """Whether this is the TensorRT form."""
+        return self.form.name == "engine"
 
     def runtime_op(
         self, op_type: str, inputs: Sequence[ir.Value | None], names: Sequence[str], **attributes: Any
@@ -152,9 +174,7 @@ class GraphBuilder:
         data = ir.ExternalTensor(
             WEIGHTS_FILE, offset, length, dtype, shape=dims, name=name, base_dir=self._weights.directory
         )
-        value = ir.Value(name=self._claim(name), type=ir.TensorType(dtype), shape=dims, const_value=data)
-        self._initializers.append(value)
-        return value
+        return self.initializer(data, name)
 
     def constant(self, array: NDArray[Any]) -> ir.Value:
         """Return a small constant, the same one for equal content."""
@@ -168,10 +188,7 @@ class GraphBuilder:
                 raw = torch.from_numpy(np.frombuffer(array.tobytes(), np.uint8).copy())
                 self._constants[name] = self.store(name, raw, tensor.dtype, array.shape)
             else:
-                kind, shape = ir.TensorType(tensor.dtype), ir.Shape(array.shape)
-                value = ir.Value(name=self._claim(name), type=kind, shape=shape, const_value=tensor)
-                self._initializers.append(value)
-                self._constants[name] = value
+                self._constants[name] = self.initializer(tensor, name)
         return self._constants[name]
 
     def ints(self, *values: int) -> ir.Value:
@@ -205,13 +222,5 @@ class GraphBuilder:
 
     def save(self, directory: Path) -> None:
         """Write the graph file into `directory`, beside its weights file."""
-        graph = ir.Graph(
-            self._inputs,
-            self._outputs,
-            nodes=self._nodes,
-            initializers=self._initializers,
-            opset_imports={"": OPSET} if self.is_engine else {"": OPSET, _RUNTIME_DOMAIN: 1},
-            name="decoder",
-        )
-        model = ir.Model(graph, ir_version=IR_VERSION, producer_name="coatrt")
-        ir.save(model, directory / self.form.file)
+        domains = {} if self.is_engine else {_RUNTIME_DOMAIN: 1}
+        ir.save(self.model("decoder", **domains), directory / self.form.file)

@@ -14,38 +14,25 @@ import torch
 from numpy.typing import NDArray
 
 from coatrt.adapter.adapter import Adapter
-from coatrt.export.graph import IR_VERSION, OPSET
+from coatrt.export.graph import Nodes
 from coatrt.system.json_data import write_json
 
-__all__ = ["HYPERNETWORK_FILE", "HYPERNETWORK_INPUT", "SIDE_FILE", "export_hypernetwork"]
+__all__ = ["export_hypernetwork"]
 
-HYPERNETWORK_FILE = "hypernet.onnx"
-HYPERNETWORK_INPUT = "formats"
-SIDE_FILE = "hypernet.json"
 _LARGE = 1 << 30  # a protobuf ends at 2 GiB: beyond this the tensors go to a file of their own
 
 
-class _Graph:
-    """Nodes and initializers under construction."""
+class _Graph(Nodes):
+    """The hypernetwork under construction."""
 
     def __init__(self) -> None:
-        self.nodes: list[ir.Node] = []
-        self.initializers: list[ir.Value] = []
+        super().__init__()
         self._constants: dict[str, ir.Value] = {}
-
-    def op(self, kind: str, inputs: list[ir.Value], name: str, **attributes: Any) -> ir.Value:
-        value = ir.Value(name=name)
-        self.nodes.append(ir.node(kind, inputs, attributes, outputs=[value], name=name))
-        return value
 
     def constant(self, data: torch.Tensor | NDArray[Any] | list[int], name: str) -> ir.Value:
         if name not in self._constants:
             array = data.detach().cpu().contiguous().numpy() if isinstance(data, torch.Tensor) else np.asarray(data)
-            tensor = ir.tensor(array, name=name)
-            kind, shape = ir.TensorType(tensor.dtype), ir.Shape(array.shape)
-            value = ir.Value(name=name, type=kind, shape=shape, const_value=tensor)
-            self.initializers.append(value)
-            self._constants[name] = value
+            self._constants[name] = self.initializer(ir.tensor(array, name=name), name)
         return self._constants[name]
 
 
@@ -58,28 +45,15 @@ def export_hypernetwork(adapter: Adapter, directory: str | Path) -> None:
     """
     directory = Path(directory)
     graph = _Graph()
-    formats = ir.Value(
-        name=HYPERNETWORK_INPUT, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([len(adapter.encoder.names)])
-    )
+    formats = graph.input("formats", ir.DataType.INT64, [len(adapter.encoder.names)])
     updates = _write_theta(graph, adapter, formats) if adapter.lora.theta is not None else None
-    outputs = _write_lora(graph, adapter, formats, updates)
-    model = ir.Model(
-        ir.Graph(
-            [formats],
-            outputs,
-            nodes=graph.nodes,
-            initializers=graph.initializers,
-            opset_imports={"": OPSET},
-            name="hypernetwork",
-        ),
-        ir_version=IR_VERSION,
-        producer_name="coatrt",
-    )
-    size = sum(value.const_value.nbytes for value in graph.initializers if value.const_value is not None)
-    external = Path(HYPERNETWORK_FILE).with_suffix(".bin").name if size > _LARGE else None
-    ir.save(model, directory / HYPERNETWORK_FILE, external_data=external)
+    _write_lora(graph, adapter, formats, updates)
+    model = graph.model("hypernetwork")
+    initializers = model.graph.initializers.values()
+    size = sum(value.const_value.nbytes for value in initializers if value.const_value is not None)
+    ir.save(model, directory / "hypernet.onnx", external_data="hypernet.bin" if size > _LARGE else None)
     write_json(
-        directory / SIDE_FILE,
+        directory / "hypernet.json",
         {"matrices": list(adapter.encoder.names), "formats": [str(fmt) for fmt in adapter.description.formats]},
     )
 
@@ -101,15 +75,14 @@ def _write_theta(graph: _Graph, adapter: Adapter, formats: ir.Value) -> ir.Value
     joined = graph.op("Concat", seen, "embedded", axis=1)
     scale, shift = graph.constant(theta.norm.weight, "norm.weight"), graph.constant(theta.norm.bias, "norm.bias")
     state = graph.op("LayerNormalization", [joined, scale, shift], "normed", axis=-1, epsilon=theta.norm.eps)
-    if theta.options.features:
+    if theta.preset == "coatrt":
         state = graph.op("Concat", [state, _write_features(graph, adapter, formats)], "seen", axis=1)
     for name, layer in (("hidden", theta.hidden), ("out", theta.out)):
         weight, bias = graph.constant(layer.weight, f"{name}.weight"), graph.constant(layer.bias, f"{name}.bias")
         state = graph.op("Gemm", [state, weight, bias], name, transB=1)
         if name == "hidden":
             state = graph.op("Mul", [state, graph.op("Sigmoid", [state], "gate")], "silu")
-    rank = theta.options.rank
-    return graph.op("Reshape", [state, graph.constant([-1, rank, rank], "square")], "U")
+    return graph.op("Reshape", [state, graph.constant([-1, theta.rank, theta.rank], "square")], "U")
 
 
 def _write_features(graph: _Graph, adapter: Adapter, formats: ir.Value) -> ir.Value:
@@ -126,7 +99,7 @@ def _write_features(graph: _Graph, adapter: Adapter, formats: ir.Value) -> ir.Va
     return graph.op("Concat", [own, whole, layer], "features", axis=1)
 
 
-def _write_lora(graph: _Graph, adapter: Adapter, formats: ir.Value, updates: ir.Value | None) -> list[ir.Value]:
+def _write_lora(graph: _Graph, adapter: Adapter, formats: ir.Value, updates: ir.Value | None) -> None:
     """Write A as it is and B' = s·(I + U)ᵀB + C per stack of equal shapes, split it in contract order."""
     contract, lora = adapter.description.contract, adapter.lora
     made: dict[str, ir.Value] = {}
@@ -156,5 +129,4 @@ def _write_lora(graph: _Graph, adapter: Adapter, formats: ir.Value, updates: ir.
             made[tensor.A] = graph.op("Identity", [graph.constant(A[i], f"{tensor.A}.trained")], tensor.A)
             made[tensor.B] = graph.op("Gather", [folded, at], tensor.B, axis=0)
     for name, shape in contract.shapes.items():
-        made[name].type, made[name].shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
-    return [made[name] for name in contract.shapes]
+        graph.output(made[name], ir.DataType.FLOAT, shape)

@@ -173,9 +173,9 @@ class Network:
         With Attention and TensorScatter of ONNX a token costs as much as a full cache.
         """
         graph, spec, window = self._graph, self._spec, self._spec.windows[layer]
-        query = self._projected(x, f"{prefix}.q_proj", f"{prefix}.q_norm", spec.heads)
-        key = self._projected(x, f"{prefix}.k_proj", f"{prefix}.k_norm", spec.kv_heads)
-        value = self._linear(x, f"{prefix}.v_proj")
+        query = self._heads(x, f"{prefix}.q_proj", f"{prefix}.q_norm", spec.heads)
+        key = self._heads(x, f"{prefix}.k_proj", f"{prefix}.k_norm", spec.kv_heads)
+        value = self._heads(x, f"{prefix}.v_proj", None, spec.kv_heads)
         if spec.rotary[layer]:
             query = self._rotated(query, f"{prefix}.q", num_heads=spec.heads)
             key = self._rotated(key, f"{prefix}.k", num_heads=spec.kv_heads)
@@ -213,29 +213,24 @@ class Network:
         mixed = graph.op("Reshape", [mixed, graph.ints(0, 0, spec.heads * spec.head_dim)], f"{prefix}.joined")
         return mixed, [key, value]
 
-    def _projected(self, x: ir.Value, projection: str, norm: str | None, heads: int) -> ir.Value:
-        """Return a projection [B, S, heads · D], normed where the checkpoint has that norm."""
-        graph, width = self._graph, self._spec.head_dim
-        out = self._linear(x, projection)
-        scale = self._tensor(f"{norm}.weight") if norm is not None else None
-        if scale is None:
-            return out
-        if scale.numel() != width:  # over all heads at once
-            return self._norm(out, str(norm))
-        out = self._norm(graph.op("Reshape", [out, graph.ints(0, 0, heads, width)], f"{projection}.heads"), str(norm))
-        return graph.op("Reshape", [out, graph.ints(0, 0, heads * width)], f"{projection}.normed")
-
     def _heads(self, x: ir.Value, projection: str, norm: str | None, heads: int) -> ir.Value:
-        """Return a projection cut into heads, [B, heads, S, D], normed where the checkpoint has that norm."""
+        """Return a projection, normed where the checkpoint has that norm.
+
+        It is cut into heads [B, heads, S, D] in the engine form, [B, S, heads · D] in the cpu form.
+        """
         graph, width = self._graph, self._spec.head_dim
         out = self._linear(x, projection)
         scale = self._tensor(f"{norm}.weight") if norm is not None else None
         per_head = scale is not None and scale.numel() == width
         if scale is not None and not per_head:  # over all heads at once
             out = self._norm(out, str(norm))
+        if not (graph.is_engine or per_head):
+            return out
         out = graph.op("Reshape", [out, graph.ints(0, 0, heads, width)], f"{projection}.heads")
         if per_head:
             out = self._norm(out, str(norm))
+        if not graph.is_engine:
+            return graph.op("Reshape", [out, graph.ints(0, 0, heads * width)], f"{projection}.normed")
         return graph.op("Transpose", [out], f"{projection}.by_head", perm=[0, 2, 1, 3])
 
     def _rotated(self, x: ir.Value, name: str, **heads: int) -> ir.Value:

@@ -1,6 +1,7 @@
 """Shared fixtures: tiny random models with a byte tokenizer, saved as Hugging Face directories, and a tiny adapter."""
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ if importlib.util.find_spec("torch") is not None:  # the fast tests do without
     torch.set_num_threads(2)
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COATRT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COATRT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +32,5 @@ def tiny_adapter(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     from coatrt.training.run import train
 
     directory = tmp_path_factory.mktemp("adapter") / "adapter"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COATRT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        train(tiny_llama, text_data(tiny_llama), directory, tiny_options(steps=20))
+    train(tiny_llama, text_data(tiny_llama), directory, tiny_options(steps=20))
     return directory

@@ -24,3 +24,12 @@ def test_documents_name_scripts_that_exist() -> None:
     for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
         for script in re.findall(r"`python ([\w/]+\.py)", document.read_text(encoding="utf-8")):
             assert (ROOT / script).is_file(), f"{document.name} names {script}"
+
+
+def test_documents_name_files_that_exist() -> None:
+    folders = "coatrt|export|engines|tests|benchmarks|examples|docs"
+    for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
+        if document.name == "CHANGELOG.md":
+            continue
+        for name in re.findall(rf"`((?:{folders})/[\w./]+)`", document.read_text(encoding="utf-8")):
+            assert (ROOT / name).exists() or "KIND" in name, f"{document.name} names {name}"

@@ -71,7 +71,7 @@ def write_graphs(directory: Path, shape: dict[str, Any], texts: Sequence[str]) -
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = _random_llama(Path(scratch) / "model", **shape)
-        codes = CodeStore.default(checkpoint, "absmax")
+        codes = CodeStore(checkpoint, "absmax")
         contract = contract_for(checkpoint.matrices, 16, 32)
         rng = np.random.default_rng(0)
         lora = {name: (rng.standard_normal(size) * 0.05).astype(np.float32) for name, size in contract.shapes.items()}

@@ -87,6 +87,12 @@ def group(name: str, base: str, lora: str, m: int, dry: bool) -> dict[str, Any]:
     return _measured(graph, tensors, copies, dry)
 
 
+def _rotated(graph: Graph, name: str, inputs: list[str], heads: int, width: int) -> str:
+    """Add a RotaryEmbedding node and return its output."""
+    kind = {"num_heads": heads, "rotary_embedding_dim": width}
+    return graph.node("RotaryEmbedding", inputs, [name], "com.microsoft", **kind)
+
+
 def attention(name: str, rotary: str, context: int, slots: int, dry: bool) -> dict[str, Any]:
     """Time GroupQueryAttention for one new token, caches written in place.
 
@@ -122,17 +128,8 @@ def attention(name: str, rotary: str, context: int, slots: int, dry: bool) -> di
         outs = [f"out{i}", f"present{i}.k", f"present{i}.v"]
         inputs = [packed, "", ""] if rotary == "inside" else [q, k, v]
         if rotary == "before":
-            inputs[:2] = [
-                graph.node(
-                    "RotaryEmbedding",
-                    [value, position, cos, sin],
-                    [f"turned{i}.{value}"],
-                    "com.microsoft",
-                    num_heads=count,
-                    rotary_embedding_dim=width,
-                )
-                for value, count in ((q, heads), (k, kv))
-            ]
+            turned = ((value, count, [value, position, cos, sin]) for value, count in ((q, heads), (k, kv)))
+            inputs[:2] = [_rotated(graph, f"turned{i}.{value}", ins, count, width) for value, count, ins in turned]
         tables, turn = ([], {}) if rotary == "before" else ([cos, sin], {"do_rotary": 1})
         graph.node(
             "GroupQueryAttention",

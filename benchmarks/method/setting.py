@@ -29,7 +29,6 @@ from coatrt.models.checkpoint import Checkpoint, load_tokenizer
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.input_moments import Calibration, InputMoments, calibration_examples
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.system.files import cache_directory
 from coatrt.system.json_data import read_as, write_json
 from coatrt.system.tensors import read_tensors, write_tensors
 from coatrt.training.config_sampler import TrainingSampler
@@ -101,7 +100,7 @@ class Setting:
     @cached_property
     def codes(self) -> CodeStore:
         """Encoded matrices."""
-        return CodeStore.default(self.checkpoint, "feedback", self.tokens)
+        return CodeStore(self.checkpoint, "feedback", self.tokens)
 
     @cached_property
     def tokens(self) -> Calibration:
@@ -111,7 +110,7 @@ class Setting:
     @cached_property
     def moments(self) -> InputMoments:
         """Second moments of what the matrices read."""
-        return InputMoments(self.checkpoint, self.tokens, cache_directory() / "moments")
+        return InputMoments(self.checkpoint, self.tokens)
 
     @cached_property
     def gains(self) -> dict[str, Tensor]:

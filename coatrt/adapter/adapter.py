@@ -88,7 +88,7 @@ class Adapter:
             checkpoint: its model, see `checkpoint`.
             progress: called while second moments are measured.
         """
-        return CodeStore.default(checkpoint, self.description.quantizer, self.calibration, progress)
+        return CodeStore(checkpoint, self.description.quantizer, self.calibration, progress)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the adapter to `directory`, atomically; A and B also for PEFT, without θ and C, in folder peft.

@@ -73,9 +73,9 @@ class Compensator:
         small = [name for name, K in leaders.items() if inputs_are_smaller(tokens.numel(), K)]
         inputs = collect_inputs(model, tokens, small, progress) if small else {}
         grams = {
-            name: Gram(inputs=inputs[name])
-            if name in inputs
-            else Gram(moments.get(name).to(model.compute, torch.float32, copy=True))
+            name: Gram(
+                inputs[name] if name in inputs else moments.get(name).to(model.compute, torch.float32, copy=True)
+            )
             for name in leaders
         }
         self._grams = {tensor.matrix: grams[moments.leader(tensor.matrix)] for tensor in contract.tensors}

@@ -52,8 +52,6 @@ class Evaluator:
         config: QuantConfig | None,
         data: TaskData,
         lora: Mapping[str, Tensor | NDArray[np.float32]] | None = None,
-        *,
-        limit: int | None = None,
     ) -> dict[str, float]:
         """Return {"loss": nats per predicted token}, and for choice tasks "accuracy" (share of questions).
 
@@ -61,9 +59,8 @@ class Evaluator:
             config: the configuration; None is full precision.
             data: its held-out examples are measured on.
             lora: every tensor of the contract, as `Adapter.emit` and `load_lora` give them; None is no LoRA.
-            limit: most held-out examples (questions), the first ones; None is all.
         """
         tensors = None if lora is None else {name: torch.as_tensor(value) for name, value in lora.items()}
         self._model.set_config(config)
         self._model.set_lora(self._contract, tensors)
-        return measure_held_out(self._model, data, limit)
+        return measure_held_out(self._model, data)

@@ -1,18 +1,17 @@
 """The second moment of what one matrix reads: as a matrix, or as the inputs themselves where these are smaller."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from coatrt.evaluation.fake_quant import FakeQuantModel
+from coatrt.quantization.input_moments import visit_inputs
 from coatrt.system.progress import Progress, silent
 
 __all__ = ["Gram", "collect_inputs", "inputs_are_smaller"]
 
 _DAMPING = 1e-4  # of the mean energy of an input, so that inputs that never move count too
-_BATCH = 4  # blocks in one forward pass
 
 
 def inputs_are_smaller(tokens: int, K: int) -> bool:
@@ -24,51 +23,34 @@ class Gram:
     """H = E[x xᵀ] + δI of one input, δ a ten-thousandth of its mean energy.
 
     Args:
-        moment: H before δ, float32 [K, K]; it is not copied, and δ is added to it.
-        inputs: x, bfloat16 [T, K], in place of `moment`.
+        held: H before δ, float32 [K, K], not copied: δ is added to it; or the inputs x themselves, bfloat16 [T, K].
     """
 
-    def __init__(self, moment: Tensor | None = None, inputs: Tensor | None = None) -> None:
-        if (moment is None) == (inputs is None):
-            raise ValueError("give either a moment or inputs")
-        self._moment, self._inputs = moment, inputs
-        if moment is not None:
-            self._damping = float(_DAMPING * moment.diagonal().mean())
-            moment.diagonal().add_(self._damping)
-        else:
-            assert inputs is not None
-            self._damping = float(_DAMPING * inputs.float().square().mean())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        held = self._moment if self._moment is not None else self._inputs
-        assert held is not None
-        return held.nbytes
+    def __init__(self, held: Tensor) -> None:
+        self._held, self._is_moment = held, held.dtype == torch.float32
+        energy = held.diagonal() if self._is_moment else held.float().square()
+        self._damping = float(_DAMPING * energy.mean())
+        if self._is_moment:
+            held.diagonal().add_(self._damping)
 
     def __matmul__(self, A: Tensor) -> Tensor:
         """Return H A, float32 [K, r]."""
-        if self._moment is not None:
-            return self._moment @ A
-        assert self._inputs is not None
-        x = self._inputs.float()
+        x = self._held.float()
+        if self._is_moment:
+            return x @ A
         product: Tensor = (x.T @ (x @ A)).div_(len(x)).add_(A, alpha=self._damping)
         return product
 
     def root(self) -> Tensor:
         """Return the lower Cholesky factor of H, float64 [K, K]."""
-        if self._moment is not None:
-            moment = self._moment.double()
-        else:
-            assert self._inputs is not None
-            x = self._inputs.double()
+        moment = x = self._held.double()
+        if not self._is_moment:
             moment = (x.T @ x).div_(len(x))
             moment.diagonal().add_(self._damping)
         root: Tensor = torch.linalg.cholesky(moment)
         return root
 
 
-@torch.no_grad()
 def collect_inputs(
     model: FakeQuantModel, tokens: Tensor, names: Sequence[str], progress: Progress = silent
 ) -> dict[str, Tensor]:
@@ -81,19 +63,7 @@ def collect_inputs(
         progress: called after each batch.
     """
     found: dict[str, list[Tensor]] = {name: [] for name in names}
-
-    def keep(name: str) -> Callable[[Any, Any], None]:
-        return lambda _, inputs: found[name].append(inputs[0].detach().flatten(0, -2).bfloat16())
-
     model.set_config(None)
     model.set_pairs(None)
-    hooks = [model.model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
-    try:
-        for start in range(0, len(tokens), _BATCH):
-            rows = tokens[start : start + _BATCH]
-            model.logits(rows, torch.tensor([rows.shape[1] - 1]))
-            progress(start + len(rows), len(tokens), "inputs")
-    finally:
-        for hook in hooks:
-            hook.remove()
+    visit_inputs(model.model, tokens, names, lambda name, x: found[name].append(x.bfloat16()), progress, "inputs")
     return {name: torch.cat(parts) for name, parts in found.items()}

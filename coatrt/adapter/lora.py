@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from coatrt.adapter.compensation import Compensator, Reading
 from coatrt.adapter.features import ConfigEncoder
-from coatrt.adapter.hypernetwork import Hypernetwork, HypernetworkOptions
+from coatrt.adapter.hypernetwork import Hypernetwork
 from coatrt.adapter.preset import Preset
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import LoraContract
@@ -44,7 +44,7 @@ class CoaLora(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.theta = (
-                Hypernetwork(HypernetworkOptions(preset, contract.rank, encoder.layers, len(encoder.module_kinds)))
+                Hypernetwork(preset, contract.rank, encoder.layers, len(encoder.module_kinds))
                 if preset != "none"
                 else None
             )
@@ -136,7 +136,7 @@ class CoaLora(nn.Module):
     @property
     def preset(self) -> Preset:
         """Form of θ."""
-        return self.theta.options.preset if self.theta is not None else "none"
+        return self.theta.preset if self.theta is not None else "none"
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Return the parameters of "A", "B" and, if there is one, "theta": each group learns at a rate of its own."""
@@ -165,16 +165,13 @@ class CoaLora(nn.Module):
             if tables:
                 scaled = scaled + tables[stack][torch.arange(len(rows)), ids[rows]].float()
             elif self._compensator is not None:
-                scaled = scaled + self._terms(self._compensator, stack, rows, ids, A)
+                names = [self.contract.tensors[row].matrix for row in rows]
+                formats = [self.encoder.formats[i] for i in ids[rows].tolist()]
+                reading = self._read(self._compensator, stack, rows, A)
+                scaled = scaled + self._compensator.terms(names, formats, reading, exact=False)
             for row, a, b in zip(rows, A.unbind(0), scaled.unbind(0), strict=True):
                 result[self.contract.tensors[row].matrix] = (a, b)
         return result
-
-    def _terms(self, compensator: Compensator, stack: int, rows: list[int], ids: Tensor, A: Tensor) -> Tensor:
-        """Return C as A stands now, float32 [m, r, N]."""
-        names = [self.contract.tensors[row].matrix for row in rows]
-        formats = [self.encoder.formats[i] for i in ids[rows].tolist()]
-        return compensator.terms(names, formats, self._read(compensator, stack, rows, A), False)
 
     def _read(self, compensator: Compensator, stack: int, rows: list[int], A: Tensor) -> Reading:
         """Return what C takes from A as it stands now, computed again only where A has changed."""

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from coatrt.cli.common import PATH
+
 if TYPE_CHECKING:
     from coatrt.engines.bundles.adapt import LoraFormat
 
@@ -12,11 +14,9 @@ __all__ = ["command"]
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option(
-    "--config", "config_path", type=click.Path(path_type=Path), help="Configuration; default: the bundle's own."
-)
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="File (peft: directory) to write.")
+@click.argument("bundle", type=PATH)
+@click.option("--config", "config_path", type=PATH, help="Configuration; default: the bundle's own.")
+@click.option("-o", "--output", required=True, type=PATH, help="File (peft: directory) to write.")
 @click.option(
     "--format",
     "kind",

@@ -5,21 +5,21 @@ from typing import Any
 
 import click
 
-from coatrt.cli.common import check_writable, echo_json
+from coatrt.cli.common import JSON, PATH, check_writable, echo_json
 from coatrt.cli.runtime import runtime_options
 
 __all__ = ["command"]
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=PATH)
 @click.option("--prompt", "prompts", type=int, multiple=True, help="Prompt length in tokens; repeatable. [16, 128]")
 @click.option("--tokens", type=int, default=32, show_default=True, help="Tokens decoded per repetition.")
 @click.option("--repeat", type=int, default=5, show_default=True)
 @runtime_options("backend", "batch", "threads", "accuracy_level")
 @click.option("--profile", "device", help="Device profile of this machine (coatrt devices), for its bandwidth.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the JSON here too.")
+@JSON
+@click.option("-o", "--output", type=PATH, help="Write the JSON here too.")
 def command(
     bundle: Path,
     prompts: tuple[int, ...],

@@ -1,6 +1,6 @@
 """`coatrt build`."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from coatrt.cli.common import BYTES
-from coatrt.cli.plan import plan_options, plan_request
+from coatrt.cli.common import BYTES, MODEL, PATH
+from coatrt.cli.plan import plan_options, plan_request, plans_text
 
 if TYPE_CHECKING:
     from coatrt.engines.builders.builder_slots import BuilderSlots
@@ -23,23 +23,20 @@ _SIZES = ("context", "batch", "prefill")
 
 
 @click.command()
-@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("adapter", type=PATH)
 @click.option("--target", "devices", multiple=True, required=True, help="Device id (coatrt devices); repeatable.")
 @click.option(
     "-o",
     "--output",
     required=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="The bundle's directory; with several devices, the directory of their bundles.",
 )
 @click.option(
-    "--config",
-    "config_path",
-    type=click.Path(path_type=Path),
-    help="This configuration, or plan of one device, instead of planning.",
+    "--config", "config_path", type=PATH, help="This configuration, or plan of one device, instead of planning."
 )
 @plan_options
-@click.option("--model", help="The adapter's model, where it has moved.")
+@MODEL
 @click.option("--activations", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True)
 @click.option("--cpu-activations", type=click.Choice(["float32", "float16"]), default="float32", show_default=True)
 @click.option("--no-engine", is_flag=True, help="Leave the engine out.")
@@ -71,7 +68,8 @@ def command(
     from coatrt.planning.archive import adapter_archive
     from coatrt.planning.plan import read_choice
 
-    given = _given(choices)
+    source = click.get_current_context().get_parameter_source
+    given = [name for name in choices if source(name) is ParameterSource.COMMANDLINE]
     request, slots = plan_request(choices), BuilderSlots(jobs, build_memory)
     profiles = [device_profile(name) for name in dict.fromkeys(devices)]
     description = AdapterDescription.load(adapter)
@@ -81,26 +79,13 @@ def command(
     options = BundleOptions.of(request, activations=activations, cpu_activations=cpu_activations, engine=not no_engine)
     targets = plan_targets(description, profiles, output, request, choice=choice, archive=adapter_archive(adapter))
     if choice is None:
-        click.echo(_plans_text([target.plan for target in targets if target.plan is not None]) + "\n")
+        click.echo(plans_text([target.plan for target in targets if target.plan is not None]) + "\n")
     preparation = prepare(description, targets, options, overwrite=choices["overwrite"] or dry_run)
     if dry_run or not preparation.jobs:  # neither torch nor the model is needed to say so
         for target in targets:
             click.echo(f"{target.output}: {'up to date' if target.output in preparation.current else 'to build'}")
         return
     _execute(adapter, preparation, slots, model=choices["model"], no_cache=choices["no_cache"])
-
-
-def _plans_text(plans: "Sequence[Plan]") -> str:
-    """Return few plans in full, many as a table."""
-    from coatrt.planning.table import fleet_table
-
-    return fleet_table(plans) if len(plans) > 2 else "\n\n".join(plan.text() for plan in plans)
-
-
-def _given(choices: Collection[str]) -> list[str]:
-    """Return which of these options are on the command line."""
-    context = click.get_current_context()
-    return [name for name in choices if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
 
 
 def _request(asked: "PlanRequest", given: Collection[str], path: str, plan: "Plan | None") -> "PlanRequest":

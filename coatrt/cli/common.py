@@ -1,4 +1,4 @@
-"""Parameter types and small helpers shared by the commands."""
+"""Parameters and small helpers shared by the commands."""
 
 import os
 import re
@@ -9,7 +9,7 @@ import click
 
 from coatrt.errors import ConfigError
 
-__all__ = ["BYTES", "DEVICE", "check_writable", "echo_json", "warn_of_idle_gpu"]
+__all__ = ["BYTES", "DATA", "DEVICE", "JSON", "MODEL", "PATH", "check_writable", "echo_json", "warn_of_idle_gpu"]
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
@@ -29,6 +29,16 @@ class _Bytes(click.ParamType[int]):
 BYTES = _Bytes()
 """A number of bytes with an optional unit: 6GiB, 800MB."""
 
+PATH = click.Path(path_type=Path)
+MODEL = click.option("--model", help="The model, where it has moved.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+DATA = click.option(
+    "--data",
+    multiple=True,
+    required=True,
+    metavar="PATH",
+    help="Text file or directory of *.txt (chat, choice: JSONL file, *.jsonl); repeatable.",
+)
 DEVICE = click.option("--device", default="cpu", show_default=True, help="torch device, such as cpu or cuda.")
 """Where train and search compute."""
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import click
 
-from coatrt.cli.common import echo_json
+from coatrt.cli.common import JSON, MODEL, PATH, echo_json
 from coatrt.cli.runtime import runtime_options
 from coatrt.devices.profiles import DeviceProfile, device_profiles
+from coatrt.system.text_table import aligned
 
 __all__ = ["command"]
 
@@ -23,7 +24,7 @@ def command(ctx: click.Context, as_json: bool) -> None:
 
 
 @command.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@JSON
 def probe(as_json: bool) -> None:
     """Show the GPUs of this machine."""
     from coatrt.devices.probe import probe as ask
@@ -36,30 +37,30 @@ def probe(as_json: bool) -> None:
 
 
 @command.command()
-@click.argument("adapter", type=click.Path(path_type=Path))
-@click.option("--model", help="The adapter's model, where it has moved.")
+@click.argument("adapter", type=PATH)
+@MODEL
 @runtime_options("threads", "accuracy_level")
-@click.option("--json", "as_json", is_flag=True, help="Print the calibration as JSON.")
+@JSON
 def calibrate(adapter: Path, model: str | None, as_json: bool, **runtime: Any) -> None:
     """Time every product of ADAPTER's model on this CPU; `plan --target cpu` predicts with it from then on."""
     from coatrt.adapter.adapter import Adapter
     from coatrt.cli.progress import drawn_progress
-    from coatrt.engines.measure.cpu_timings import calibrate_cpu
+    from coatrt.engines.measure.cpu_timings import time_cpu
     from coatrt.engines.runtime.options import RuntimeOptions
-    from coatrt.planning.measured_latency import calibration_path
+    from coatrt.planning.measured_latency import timings_path
     from coatrt.system.json_data import write_json
 
     loaded = Adapter.from_pretrained(adapter)
     with drawn_progress("calibrate") as progress:
-        made = calibrate_cpu(loaded, loaded.checkpoint(model), RuntimeOptions(**runtime), progress=progress)
-    path = calibration_path("cpu")
+        made = time_cpu(loaded, loaded.checkpoint(model), RuntimeOptions(**runtime), progress=progress)
+    path = timings_path("cpu")
     write_json(path, made)
     if as_json:
         echo_json(made)
         return
-    click.echo(f"{'K':>6} {'N':>7} {'tokens':>6} {'µs':>10}  format")
-    for row in made.products:
-        click.echo(f"{row.K:>6} {row.N:>7} {row.tokens:>6} {row.seconds * 1e6:>10.1f}  {row.format}")
+    rows = [("K", "N", "tokens", "µs", "format")]
+    rows += [(str(p.K), str(p.N), str(p.tokens), f"{p.seconds * 1e6:.1f}", p.format) for p in made.products]
+    click.echo(aligned(rows, ">>>><"))
     for rest in made.rests:
         click.echo(f"all else, {rest.tokens} tokens, {rest.context} slots: {rest.seconds * 1e3:.2f} ms")
     click.echo(f"{path}: {made.source}")
@@ -69,9 +70,9 @@ def _show(profiles: Iterable[DeviceProfile], as_json: bool) -> None:
     if as_json:
         echo_json([profile.to_json() for profile in profiles])
         return
-    lines = [("id", "name", "SM", "GiB", "GB/s", "TFLOPS", "builder", "formats")]
+    rows = [("id", "name", "SM", "GiB", "GB/s", "TFLOPS", "builder", "formats")]
     for p in profiles:
-        lines.append(
+        rows.append(
             (
                 p.id,
                 p.name,
@@ -83,10 +84,4 @@ def _show(profiles: Iterable[DeviceProfile], as_json: bool) -> None:
                 " ".join(kind for kind in p.kinds if not kind.startswith("nf")) + " nf2-8",
             )
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    right = {2, 3, 4, 5}
-    for line in lines:
-        cells = (
-            cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        click.echo("  ".join(cells).rstrip())
+    click.echo(aligned(rows, "<<>>>><<"))

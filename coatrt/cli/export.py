@@ -4,14 +4,16 @@ from pathlib import Path
 
 import click
 
+from coatrt.cli.common import MODEL, PATH
+
 __all__ = ["command"]
 
 
 @click.command()
-@click.argument("adapter", type=click.Path(path_type=Path))
-@click.option("--config", "config_path", required=True, type=click.Path(path_type=Path), help="Configuration file.")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory to write.")
-@click.option("--model", help="The adapter's model, where it has moved.")
+@click.argument("adapter", type=PATH)
+@click.option("--config", "config_path", required=True, type=PATH, help="Configuration file.")
+@click.option("-o", "--output", required=True, type=PATH, help="Directory to write.")
+@MODEL
 @click.option("--activations", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True)
 @click.option("--cpu-activations", type=click.Choice(["float32", "float16"]), default="float32", show_default=True)
 @click.option("--context", type=int, default=2048, show_default=True, help="Slots of the KV cache per sequence.")
@@ -35,10 +37,10 @@ def command(
     from coatrt.engines.bundles.options import BundleOptions
     from coatrt.engines.bundles.prepare import prepare
     from coatrt.engines.bundles.targets import Target
-    from coatrt.planning.plan import read_config
+    from coatrt.planning.plan import read_choice
 
     description = AdapterDescription.load(adapter)
-    config = read_config(config_path, description.model)
+    config, _ = read_choice(config_path, description.model)
     options = BundleOptions(activations, cpu_activations, context, engine=False)
     target = Target(device_profile("cpu"), config, output)
     preparation = prepare(description, [target], options, overwrite=overwrite)

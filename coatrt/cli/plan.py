@@ -1,17 +1,18 @@
 """`coatrt plan`."""
 
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from coatrt.cli.common import BYTES, echo_json
+from coatrt.cli.common import BYTES, JSON, PATH, echo_json
 
 if TYPE_CHECKING:
-    from coatrt.planning.plan import PlanRequest
+    from coatrt.planning.plan import Plan, PlanRequest
 
-__all__ = ["command", "plan_options", "plan_request"]
+__all__ = ["command", "plan_options", "plan_request", "plans_text"]
 
 
 class _Pin(click.ParamType[tuple[str, str]]):
@@ -64,12 +65,19 @@ def plan_request(choices: dict[str, Any]) -> "PlanRequest":
     return PlanRequest(**{field.name: choices.pop(field.name) for field in fields(PlanRequest)})
 
 
+def plans_text(plans: "Sequence[Plan]") -> str:
+    """Return few plans in full, many as a table."""
+    from coatrt.planning.table import fleet_table
+
+    return fleet_table(plans) if len(plans) > 2 else "\n\n".join(plan.text() for plan in plans)
+
+
 @click.command()
-@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("adapter", type=PATH)
 @click.option("--target", "devices", multiple=True, required=True, help="Device id (coatrt devices); repeatable.")
 @plan_options
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the plan here (one device).")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("-o", "--output", type=PATH, help="Write the plan here (one device).")
+@JSON
 def command(adapter: Path, devices: tuple[str, ...], output: Path | None, as_json: bool, **choices: Any) -> None:
     """Choose a configuration of ADAPTER per device: least predicted loss, least time per token, or balanced."""
     from coatrt.adapter.description import AdapterDescription
@@ -77,7 +85,6 @@ def command(adapter: Path, devices: tuple[str, ...], output: Path | None, as_jso
     from coatrt.errors import ConfigError
     from coatrt.planning.archive import adapter_archive
     from coatrt.planning.planner import plan_fleet
-    from coatrt.planning.table import fleet_table
     from coatrt.system.json_data import write_json
 
     if output is not None and len(devices) > 1:
@@ -89,7 +96,5 @@ def command(adapter: Path, devices: tuple[str, ...], output: Path | None, as_jso
         write_json(output, plans[0].to_json())
     if as_json:
         echo_json([plan.to_json() for plan in plans] if len(plans) > 1 else plans[0].to_json())
-    elif len(plans) > 2:
-        click.echo(fleet_table(plans))
     else:
-        click.echo("\n\n".join(plan.text() for plan in plans))
+        click.echo(plans_text(plans))

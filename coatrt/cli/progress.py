@@ -1,8 +1,7 @@
 """Progress on standard error: bars in a terminal, a line every half minute elsewhere."""
 
-import contextlib
 import sys
-from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing
 from time import monotonic
 from typing import NoReturn
 
@@ -58,11 +57,6 @@ class _Bars:
             self._bar = None
 
 
-@contextlib.contextmanager
-def drawn_progress(what: str) -> Iterator[Progress]:
-    """Yield what draws the progress of a piece of work called `what`."""
-    shown = _Bars(what) if sys.stderr.isatty() else _Lines(what)
-    try:
-        yield shown
-    finally:
-        shown.close()
+def drawn_progress(what: str) -> AbstractContextManager[Progress]:
+    """Return what draws the progress of a piece of work called `what`."""
+    return closing(_Bars(what) if sys.stderr.isatty() else _Lines(what))

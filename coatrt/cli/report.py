@@ -5,17 +5,18 @@ from typing import Any
 
 import click
 
+from coatrt.cli.common import PATH
 from coatrt.cli.plan import plan_options, plan_request
 
 __all__ = ["command"]
 
 
 @click.command()
-@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("paths", nargs=-1, required=True, type=PATH)
 @click.option("--target", "devices", multiple=True, help="Plan adapters for this device (coatrt devices); repeatable.")
 @plan_options
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The HTML file.")
-@click.option("--png", type=click.Path(path_type=Path), help="Write the figures into this directory too.")
+@click.option("-o", "--output", required=True, type=PATH, help="The HTML file.")
+@click.option("--png", type=PATH, help="Write the figures into this directory too.")
 def command(paths: tuple[Path, ...], devices: tuple[str, ...], output: Path, png: Path | None, **choices: Any) -> None:
     """Write one self-contained HTML page about adapters, bundles and directories of bundles in PATHS."""
     import shlex

@@ -5,13 +5,14 @@ from typing import Any
 
 import click
 
+from coatrt.cli.common import PATH
 from coatrt.cli.runtime import runtime_options
 
 __all__ = ["command"]
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=PATH)
 @click.option("-p", "--prompt", "prompts", multiple=True, required=True, help="Prompt; repeat it for a batch.")
 @click.option("--max-tokens", type=int, default=64, show_default=True)
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token.")
@@ -20,7 +21,7 @@ __all__ = ["command"]
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--chat", is_flag=True, help="Apply the model's chat template.")
 @click.option("--system", help="System message of a chat.")
-@click.option("--lora", type=click.Path(path_type=Path), help="Another LoRA file (coatrt adapt) for this bundle.")
+@click.option("--lora", type=PATH, help="Another LoRA file (coatrt adapt) for this bundle.")
 @click.option("--no-lora", is_flag=True, help="The quantized base alone.")
 @runtime_options("backend", "context", "threads", "accuracy_level")
 def command(

@@ -4,21 +4,14 @@ from pathlib import Path
 
 import click
 
-from coatrt.cli.common import DEVICE, echo_json, warn_of_idle_gpu
+from coatrt.cli.common import DATA, DEVICE, JSON, MODEL, PATH, echo_json, warn_of_idle_gpu
 
 __all__ = ["command"]
 
 
 @click.command()
-@click.argument("adapter", type=click.Path(path_type=Path))
-@click.option(
-    "--data",
-    "data",
-    multiple=True,
-    required=True,
-    metavar="PATH",
-    help="Held-out text file or directory of *.txt (adapters of chat, choice: JSONL file, *.jsonl); repeatable.",
-)
+@click.argument("adapter", type=PATH)
+@DATA
 @click.option("--evaluations", type=int, default=60, show_default=True, help="Configurations to measure in all.")
 @click.option(
     "--blocks",
@@ -32,9 +25,9 @@ __all__ = ["command"]
     show_default="128; for chat and choice as in training",
     help="Tokens of a block of text; most tokens of a line of chat or choice.",
 )
-@click.option("--model", help="The adapter's model, where it has moved.")
+@MODEL
 @DEVICE
-@click.option("--json", "as_json", is_flag=True, help="Print the front as JSON.")
+@JSON
 def command(
     adapter: Path,
     data: tuple[str, ...],

@@ -1,12 +1,13 @@
 """`coatrt train`."""
 
+from collections.abc import Callable, Mapping
 from math import exp
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from coatrt.cli.common import DEVICE, warn_of_idle_gpu
+from coatrt.cli.common import DATA, DEVICE, PATH, warn_of_idle_gpu
 from coatrt.cli.train_options import train_options
 
 if TYPE_CHECKING:
@@ -17,14 +18,7 @@ __all__ = ["command"]
 
 @click.command()
 @click.argument("model")
-@click.option(
-    "--data",
-    "data",
-    multiple=True,
-    required=True,
-    metavar="PATH",
-    help="Text file or directory of *.txt (chat, choice: JSONL file, *.jsonl); repeatable.",
-)
+@DATA
 @click.option(
     "--task",
     type=click.Choice(["text", "chat", "choice"]),
@@ -35,7 +29,7 @@ __all__ = ["command"]
 @click.option(
     "--held-out", multiple=True, metavar="PATH", help="Data to measure on.  [default: every tenth document or line]"
 )
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory of the adapter.")
+@click.option("-o", "--output", required=True, type=PATH, help="Directory of the adapter.")
 @click.option("--resume", is_flag=True, help="Resume from the last checkpoint.")
 @click.option("--overwrite", is_flag=True, help="Replace a finished adapter; discard an unfinished one.")
 @DEVICE
@@ -93,22 +87,17 @@ def _summary(adapter: "Adapter", output: Path) -> str:
     ]
     if metrics["dropped"]:
         lines.append(f"dropped        {metrics['dropped']} lines longer than {metrics['options']['max_length']} tokens")
-    lines += [
-        f"held-out perplexity over {metrics['held_out_tokens']} tokens",
-        f"  full precision, no adapter {exp(measured['full_precision']):8.2f}",
-    ]
-    lines += [
-        f"  {row['bits']:5.2f} bits: without {exp(row['without']):10.2f}   with adapter {exp(row['adapted']):8.2f}"
-        for row in measured["budgets"]
-    ]
+    lines += _held_out(measured, f"perplexity over {metrics['held_out_tokens']} tokens", "", lambda x: f"{exp(x):.2f}")
     if "full_precision_accuracy" in measured:
-        lines += [
-            f"held-out accuracy over {metrics['held_out_examples']} questions",
-            f"  full precision, no adapter {measured['full_precision_accuracy']:8.3f}",
-        ]
-        lines += [
-            f"  {row['bits']:5.2f} bits: without {row['without_accuracy']:10.3f}   "
-            f"with adapter {row['adapted_accuracy']:8.3f}"
-            for row in measured["budgets"]
-        ]
+        title = f"accuracy over {metrics['held_out_examples']} questions"
+        lines += _held_out(measured, title, "_accuracy", "{:.3f}".format)
     return "\n".join(lines)
+
+
+def _held_out(measured: Mapping[str, Any], title: str, suffix: str, text: Callable[[float], str]) -> list[str]:
+    """Return lines of the held-out numbers whose keys end in `suffix`."""
+    lines = [f"held-out {title}", f"  full precision, no adapter {text(measured[f'full_precision{suffix}']):>8}"]
+    for row in measured["budgets"]:
+        without, adapted = text(row[f"without{suffix}"]), text(row[f"adapted{suffix}"])
+        lines.append(f"  {row['bits']:5.2f} bits: without {without:>10}   with adapter {adapted:>8}")
+    return lines

@@ -4,16 +4,16 @@ from pathlib import Path
 
 import click
 
-from coatrt.cli.common import echo_json
+from coatrt.cli.common import JSON, MODEL, PATH, echo_json
 
 __all__ = ["command"]
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--model", help="The bundle's model, where it has moved.")
+@click.argument("bundle", type=PATH)
+@MODEL
 @click.option("--no-torch", is_flag=True, help="Leave out the comparison with torch.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@JSON
 def command(bundle: Path, model: str | None, no_torch: bool, as_json: bool) -> None:
     """Check BUNDLE: hashes, versions, its LoRA, and its logits against torch."""
     from coatrt.bundle import Bundle

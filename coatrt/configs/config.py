@@ -35,9 +35,6 @@ class QuantConfig:
     def __hash__(self) -> int:
         return hash(self.hash)
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, QuantConfig) and self.formats == other.formats
-
     def __getitem__(self, name: str) -> WeightFormat:
         return self.formats[name]
 

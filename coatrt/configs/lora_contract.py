@@ -1,6 +1,7 @@
 """What a graph, the hypernetwork and every runtime agree on: the LoRA tensors and the decoder's inputs and outputs."""
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -91,12 +92,8 @@ class LoraContract:
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, int]]:
         """Tensor name → shape, in contract order: A then B of each matrix."""
-        return dict(self._pairs())
-
-    def _pairs(self) -> Iterator[tuple[str, tuple[int, int]]]:
-        for tensor in self.tensors:
-            yield tensor.A, (tensor.K, tensor.rank)
-            yield tensor.B, (tensor.rank, tensor.N)
+        pairs = (((t.A, (t.K, t.rank)), (t.B, (t.rank, t.N))) for t in self.tensors)
+        return dict(itertools.chain.from_iterable(pairs))
 
 
 def contract_for(model: ModelMatrices, rank: int, alpha: float, ranks: Mapping[str, int] | None = None) -> LoraContract:

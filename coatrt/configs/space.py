@@ -14,6 +14,8 @@ from coatrt.quantization.weight_format import WeightFormat
 
 __all__ = ["ConfigSpace"]
 
+_TOLERANCE = 0.02  # bits per weight between a random configuration and its budget
+
 
 @dataclass(frozen=True)
 class ConfigSpace:
@@ -77,15 +79,15 @@ class ConfigSpace:
         """Return the same space with only those of its formats that are in `formats`."""
         return ConfigSpace(self.model, tuple(fmt for fmt in self.formats if fmt in set(formats)), self.fused)
 
-    def sample_budgeted(self, rng: np.random.Generator, bits: float, tolerance: float = 0.02) -> QuantConfig:
-        """Return a random configuration whose average bits are as near `bits` as the space and `tolerance` allow.
+    def sample_budgeted(self, rng: np.random.Generator, bits: float) -> QuantConfig:
+        """Return a random configuration whose average bits are `bits`, but for 0.02 or as near as the space allows.
 
         Independent draws concentrate at the mean budget (LLM-QFA, ACL 2025). Here the format probabilities are a random
         preference tilted by exp(-λ · bytes), λ set so that the expected size is the budget; single groups then move at
-        random, each nearer, until the size is within `tolerance` bits.
+        random, each nearer, until the size is near enough.
         """
         target = min(max(bits, self.min_bits), self.max_bits) * self.model.parameters / 8
-        slack = tolerance * self.model.parameters / 8
+        slack = _TOLERANCE * self.model.parameters / 8
         per_byte = self.sizes / self.sizes.max(1, keepdims=True)
         preference = rng.normal(size=len(self.formats)) + 0.5 * rng.normal(size=self.sizes.shape)
 

@@ -97,14 +97,14 @@ def _encode(tokenizer: Any, questions: Sequence[Question], progress: Progress) -
 
 def _fitting(
     tokenizer: Any, questions: Sequence[Question], max_length: int, progress: Progress
-) -> tuple[list[Question], list[list[_Row]]]:
-    """Return the questions of which every choice fits into `max_length` tokens, and their rows."""
-    pairs = [
+) -> list[tuple[Question, list[_Row]]]:
+    """Return the questions of which every choice fits into `max_length` tokens, each with its rows."""
+    encoded = _encode(tokenizer, questions, progress)
+    return [
         (question, rows)
-        for question, rows in zip(questions, _encode(tokenizer, questions, progress), strict=True)
+        for question, rows in zip(questions, encoded, strict=True)
         if max(len(tokens) for tokens, _ in rows) <= max_length
     ]
-    return [question for question, _ in pairs], [rows for _, rows in pairs]
 
 
 def choice_task(
@@ -127,19 +127,19 @@ def choice_task(
         ConfigError: a question cannot be scored, or none fits.
     """
     parts = [_fitting(tokenizer, questions, max_length, progress) for questions in (train, held_out)]
-    dropped = len(train) + len(held_out) - sum(len(kept) for kept, _ in parts)
-    for (kept, _), questions, what in zip(parts, (train, held_out), ("train", "measure"), strict=True):
+    dropped = len(train) + len(held_out) - sum(map(len, parts))
+    for kept, questions, what in zip(parts, (train, held_out), ("train", "measure"), strict=True):
         if not kept:
             raise ConfigError(
                 f"none of {len(questions)} questions to {what} on fits into {max_length} "
                 "tokens; give more of them, or a greater max length"
             )
-    (ours, rows), (theirs, sets) = parts
-    right = [choices[question.answer] for question, choices in zip(ours, rows, strict=True)]
+    ours, theirs = parts
+    right = [rows[question.answer] for question, rows in ours]
     choices = ChoiceSets(
-        Examples.of_rows([row for own in sets for row in own]),
-        torch.tensor([i for i, own in enumerate(sets) for _ in own]),
-        torch.tensor([question.answer for question in theirs]),
+        Examples.of_rows([row for _, rows in theirs for row in rows]),
+        torch.tensor([i for i, (_, rows) in enumerate(theirs) for _ in rows]),
+        torch.tensor([question.answer for question, _ in theirs]),
     )
     held = choices.rows[choices.starts + choices.answers]
     return TaskData("choice", Examples.of_rows(right), held, choices, dropped)

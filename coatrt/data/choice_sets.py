@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from coatrt.data.examples import Examples
-from coatrt.errors import ConfigError
 
 __all__ = ["ChoiceSets"]
 
@@ -22,27 +21,11 @@ class ChoiceSets:
         rows: one example per choice, the choices of a question in their order, questions in theirs.
         owner: int64 [rows], the question of each row, counted from 0 without a gap.
         answers: int64 [questions], place of the right choice among the question's.
-
-    Raises:
-        ConfigError: the sizes do not fit together.
     """
 
     rows: Examples
     owner: Tensor
     answers: Tensor
-
-    def __post_init__(self) -> None:
-        sizes = self.owner.bincount(minlength=len(self.answers))
-        if (
-            len(self.owner) != len(self.rows)
-            or len(sizes) != len(self.answers)
-            or bool((self.owner.diff() < 0).any())
-            or bool(((self.answers < 0) | (self.answers >= sizes)).any())
-        ):
-            raise ConfigError(
-                f"{len(self.rows)} choices, {len(self.owner)} owners and {len(self.answers)} answers do not fit "
-                "together; give the choices of each question in order, and the place of its right one"
-            )
 
     def __len__(self) -> int:
         return len(self.answers)

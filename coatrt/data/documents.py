@@ -1,6 +1,6 @@
 """Texts from files, their tokens, and the batches that examples are trained in."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,28 +10,40 @@ from torch import Tensor
 from coatrt.errors import ConfigError
 from coatrt.system.progress import Progress, silent
 
-__all__ = ["batches", "read_documents", "token_ids"]
+__all__ = ["batches", "read_documents", "read_files", "token_ids"]
 
 _PIECE = 64  # texts that are tokenized between two calls of progress
 
 
-def read_documents(sources: Iterable[str | Path]) -> list[str]:
+def read_files(sources: Sequence[str | Path], suffix: str, what: str) -> Iterator[tuple[Path, str]]:
+    """Yield path and text of files, and of all files of a suffix in directories in the order of their names.
+
+    Args:
+        sources: files and directories.
+        suffix: such as ".txt".
+        what: what the files are, for messages ("UTF-8 text").
+
+    Raises:
+        ConfigError: a source is missing, or is no UTF-8 text.
+    """
+    for source in map(Path, sources):
+        if not source.exists():
+            raise ConfigError(f"data {source} does not exist; give {what} files or directories of *{suffix}")
+        for path in sorted(source.rglob(f"*{suffix}")) if source.is_dir() else [source]:
+            try:
+                text = path.read_text(encoding="utf-8")
+            except (UnicodeDecodeError, OSError) as error:
+                raise ConfigError(f"data {path} cannot be read ({error}); give {what} files") from None
+            yield path, text
+
+
+def read_documents(sources: Sequence[str | Path]) -> list[str]:
     """Return the texts of files, and of all `*.txt` files of directories in the order of their names.
 
     Raises:
         ConfigError: a source is missing, is no UTF-8 text, or there is nothing in it.
     """
-    texts = []
-    for source in map(Path, sources):
-        if not source.exists():
-            raise ConfigError(f"text {source} does not exist; give UTF-8 text files or directories of *.txt")
-        for path in sorted(source.rglob("*.txt")) if source.is_dir() else [source]:
-            try:
-                text = path.read_text(encoding="utf-8")
-            except (UnicodeDecodeError, OSError) as error:
-                raise ConfigError(f"text {path} cannot be read ({error}); give UTF-8 text files") from None
-            if text.strip():
-                texts.append(text)
+    texts = [text for _, text in read_files(sources, ".txt", "UTF-8 text") if text.strip()]
     if not texts:
         raise ConfigError(f"no text in {', '.join(map(str, sources))}; give UTF-8 text files or directories of *.txt")
     return texts

@@ -1,13 +1,14 @@
 """Examples: token rows and, in each, the tokens to be predicted; what training and every held-out loss reads."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from coatrt.errors import ConfigError
+from coatrt.system.tensors import hash_tensors
 
 __all__ = ["IGNORED", "Examples"]
 
@@ -70,14 +71,9 @@ class Examples:
         Args:
             rows: per row its token ids and, for each, whether it is a target.
         """
-        width = max((len(tokens) for tokens, _ in rows), default=0)
-        tokens = torch.zeros(len(rows), width, dtype=torch.int64)
-        targets = torch.full_like(tokens, IGNORED)
-        for i, (ids, marks) in enumerate(rows):
-            row = torch.tensor(ids, dtype=torch.int64)
-            tokens[i, : len(ids)] = row
-            targets[i, : len(ids)] = row.masked_fill(~torch.tensor(marks, dtype=torch.bool), IGNORED)
-        return cls(tokens, targets)
+        tokens = pad_sequence([torch.tensor(ids) for ids, _ in rows], batch_first=True)
+        marks = pad_sequence([torch.tensor(marks) for _, marks in rows], batch_first=True)
+        return cls(tokens, tokens.masked_fill(~marks, IGNORED))
 
     @property
     def counts(self) -> Tensor:
@@ -103,7 +99,4 @@ class Examples:
     @property
     def digest(self) -> str:
         """SHA-256 of shape, tokens and targets as 64 hexadecimal digits."""
-        digest = hashlib.sha256(str(tuple(self.tokens.shape)).encode())
-        for tensor in (self.tokens, self.targets):
-            digest.update(tensor.contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return hash_tensors({"tokens": self.tokens, "targets": self.targets})

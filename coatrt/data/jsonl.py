@@ -1,11 +1,12 @@
 """JSON lines: one object a line, each knowing the file and line it came from."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from coatrt.data.documents import read_files
 from coatrt.errors import ConfigError
 from coatrt.system.json_data import parse_json
 
@@ -37,7 +38,7 @@ class Line:
         return value
 
 
-def read_lines(sources: Iterable[str | Path]) -> list[Line]:
+def read_lines(sources: Sequence[str | Path]) -> list[Line]:
     """Return the objects of JSONL files, and of all `*.jsonl` files of directories in the order of their names.
 
     Blank lines are skipped.
@@ -45,19 +46,14 @@ def read_lines(sources: Iterable[str | Path]) -> list[Line]:
     Raises:
         ConfigError: a source is missing, no UTF-8 text, a line is no JSON object, or there is none at all.
     """
-    lines: list[Line] = []
-    paths = [Path(source) for source in sources]
-    for source in paths:
-        if not source.exists():
-            raise ConfigError(f"data {source} does not exist; give JSONL files or directories of *.jsonl")
-        for path in sorted(source.rglob("*.jsonl")) if source.is_dir() else [source]:
-            try:
-                text = path.read_text(encoding="utf-8")
-            except (UnicodeDecodeError, OSError) as error:
-                raise ConfigError(f"data {path} cannot be read ({error}); give UTF-8 JSONL files") from None
-            lines += (_line(f"{path} line {i}", row) for i, row in enumerate(text.split("\n"), 1) if row.strip())
+    lines = [
+        _line(f"{path} line {i}", row)
+        for path, text in read_files(sources, ".jsonl", "UTF-8 JSONL")
+        for i, row in enumerate(text.split("\n"), 1)
+        if row.strip()
+    ]
     if not lines:
-        raise ConfigError(f"no line in {', '.join(map(str, paths))}; give JSONL files or directories of *.jsonl")
+        raise ConfigError(f"no line in {', '.join(map(str, sources))}; give JSONL files or directories of *.jsonl")
     return lines
 
 

@@ -1,8 +1,8 @@
 """The tasks by name: files → data."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, get_args
 
 from coatrt.data.chat import Conversation, chat_task
 from coatrt.data.choice import Question, choice_task
@@ -13,31 +13,10 @@ from coatrt.data.text import text_task
 from coatrt.errors import ConfigError
 from coatrt.system.progress import Progress, silent
 
-__all__ = ["TASKS", "load_task"]
+__all__ = ["load_task"]
 
 Sources = Sequence[str | Path]
 T = TypeVar("T")
-
-
-class _Loader(Protocol):
-    def __call__(
-        self, sources: Sources, tokenizer: Any, max_length: int, held_out: Sources | None, progress: Progress
-    ) -> TaskData: ...
-
-
-def _text(sources: Sources, tokenizer: Any, max_length: int, held_out: Sources | None, progress: Progress) -> TaskData:
-    measured = read_documents(held_out) if held_out is not None else None
-    return text_task(tokenizer, read_documents(sources), max_length, held_out=measured, progress=progress)
-
-
-def _chat(sources: Sources, tokenizer: Any, max_length: int, held_out: Sources | None, progress: Progress) -> TaskData:
-    return chat_task(tokenizer, *_parts(sources, held_out, Conversation.from_line), max_length, progress)
-
-
-def _choice(
-    sources: Sources, tokenizer: Any, max_length: int, held_out: Sources | None, progress: Progress
-) -> TaskData:
-    return choice_task(tokenizer, *_parts(sources, held_out, Question.from_line), max_length, progress)
 
 
 def _parts(sources: Sources, held_out: Sources | None, read: Callable[[Line], T]) -> tuple[list[T], list[T]]:
@@ -49,10 +28,6 @@ def _parts(sources: Sources, held_out: Sources | None, read: Callable[[Line], T]
             f"only one line in {', '.join(map(str, sources))}; give at least two: one to train and one to measure on"
         )
     return split(items)
-
-
-TASKS: Mapping[TaskKind, _Loader] = {"text": _text, "chat": _chat, "choice": _choice}
-"""Loader by kind of task."""
 
 
 def load_task(
@@ -77,8 +52,13 @@ def load_task(
     Raises:
         ConfigError: an unknown kind, or a file, a line or a split that cannot be used; the message names file and line.
     """
-    if kind not in TASKS:
-        raise ConfigError(f"unknown task {kind!r}; allowed: {', '.join(TASKS)}")
     if max_length < 2:
         raise ConfigError(f"max length must be at least 2 tokens, got {max_length}")
-    return TASKS[cast(TaskKind, kind)](sources, tokenizer, max_length, held_out, progress)
+    if kind == "text":
+        measured = read_documents(held_out) if held_out is not None else None
+        return text_task(tokenizer, read_documents(sources), max_length, held_out=measured, progress=progress)
+    if kind == "chat":
+        return chat_task(tokenizer, *_parts(sources, held_out, Conversation.from_line), max_length, progress)
+    if kind == "choice":
+        return choice_task(tokenizer, *_parts(sources, held_out, Question.from_line), max_length, progress)
+    raise ConfigError(f"unknown task {kind!r}; allowed: {', '.join(get_args(TaskKind))}")

@@ -7,6 +7,7 @@ import torch
 
 from coatrt.data.documents import token_ids
 from coatrt.data.examples import Examples
+from coatrt.data.jsonl import split
 from coatrt.data.task_data import TaskData
 from coatrt.errors import ConfigError
 from coatrt.system.progress import Progress, silent
@@ -27,7 +28,7 @@ def text_task(
     Args:
         tokenizer: a transformers tokenizer; its end token closes each document.
         documents: texts.
-        max_length: tokens per block.
+        max_length: tokens per block, at least 2.
         held_out: documents to measure on; by default every tenth document, or, where there are fewer than ten, the last
             tenth of the blocks.
         progress: called as documents are tokenized.
@@ -35,10 +36,8 @@ def text_task(
     Raises:
         ConfigError: not one block for training, or none to measure on.
     """
-    if max_length < 2:
-        raise ConfigError(f"max length must be at least 2 tokens, got {max_length}")
     if held_out is None and len(documents) >= 10:
-        documents, held_out = [text for i, text in enumerate(documents) if i % 10], documents[::10]
+        documents, held_out = split(documents)
     train = _blocks(tokenizer, documents, max_length, progress)
     if held_out is not None:
         test = _blocks(tokenizer, held_out, max_length, progress)

@@ -10,7 +10,7 @@ from coatrt import __version__
 from coatrt.devices.probe import probe
 from coatrt.errors import DeviceError
 
-__all__ = ["environment", "versions"]
+__all__ = ["environment", "usable_cores", "versions"]
 
 _PACKAGES = (
     "torch",
@@ -47,9 +47,13 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def environment() -> dict[str, Any]:
     """Return CPU, usable cores, memory in bytes, GPUs, operating system and versions."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     try:
         gpus = [profile.name for profile in probe()]
@@ -57,7 +61,7 @@ def environment() -> dict[str, Any]:
         gpus = [f"not readable: {error}"]
     return {
         "cpu": _cpu_name(),
-        "cores": cores,
+        "cores": usable_cores(),
         "memory_bytes": memory,
         "gpus": gpus,
         "system": f"{platform.system()} {platform.machine()}",

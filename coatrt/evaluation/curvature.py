@@ -5,7 +5,7 @@ weights themselves need no gradient, so no copy of them is made.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -71,12 +71,10 @@ def _tapped(model: FakeQuantModel, visit: Visitor, batch: Examples) -> Iterator[
     taps = [(m.name, m.name) for m in matrices.matrices]
     if matrices.tied:
         taps.append((HEAD, EMBEDDING))
-    hooks = [model.model.get_submodule(module).register_forward_hook(tap(module, name)) for module, name in taps]
-    try:
+    with ExitStack() as hooks:
+        for module, name in taps:
+            hooks.enter_context(model.model.get_submodule(module).register_forward_hook(tap(module, name)))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def output_gains(model: FakeQuantModel, examples: Examples, progress: Progress = silent) -> dict[str, Tensor]:

@@ -41,7 +41,7 @@ class FakeQuantModel:
     """One base model in memory; a configuration exchanges the weights that it changes, no others.
 
     Args:
-        checkpoint: the model.
+        checkpoint: the model, of a family that `DecoderSpec` knows.
         codes: cache of its encoded matrices.
         compute: torch device that holds the model ("cpu", "cuda").
         decoded_bytes: most bytes of decoded weights kept for the next configuration that wants them, the least recently
@@ -49,7 +49,7 @@ class FakeQuantModel:
         dtype: of the weights and of all products, those of the LoRA among them; its tensors may have another.
 
     Raises:
-        CheckpointError: transformers cannot load it, or its modules are not linear layers.
+        CheckpointError: transformers cannot load it, or does not tie a head that is tied.
     """
 
     def __init__(
@@ -72,18 +72,10 @@ class FakeQuantModel:
         self._adapted: dict[str, _AdaptedLinear] = {}
         self._current: dict[str, str] = dict.fromkeys(checkpoint.matrices.names, "")
         for matrix in checkpoint.matrices.matrices:
-            try:
-                module = self.model.get_submodule(matrix.name)
-            except AttributeError:
-                raise CheckpointError(
-                    f"{checkpoint.directory} holds {matrix.name}, and {checkpoint.model_type} of transformers has no "
-                    "such module (a mixture of experts has none); give a dense model"
-                ) from None
+            module = self.model.get_submodule(matrix.name)
             if matrix.is_table:
                 self._weights[matrix.name] = module.weight
                 continue
-            if not isinstance(module, nn.Linear):
-                raise CheckpointError(f"{matrix.name} is a {type(module).__name__}; coatrt adapts plain linear layers")
             adapted = _AdaptedLinear(module)
             self.model.set_submodule(matrix.name, adapted)
             self._adapted[matrix.name], self._weights[matrix.name] = adapted, adapted.weight

@@ -10,25 +10,27 @@ from coatrt.evaluation.fake_quant import FakeQuantModel
 
 __all__ = ["choice_scores", "log_likelihoods", "mean_loss", "measure_held_out"]
 
+_ROWS = 8  # in one forward pass
+_DISTINCT_ROWS = 16  # in one forward pass, where only a few places need logits
+
 
 @torch.no_grad()
-def mean_loss(model: FakeQuantModel, examples: Examples, batch: int = 8) -> float:
+def mean_loss(model: FakeQuantModel, examples: Examples) -> float:
     """Return the mean cross-entropy over all targets in nats; its exponential is the perplexity.
 
     Args:
         model: configuration and LoRA already set.
-        examples: the rows.
-        batch: rows at once; it changes no number, whatever the rows' targets.
+        examples: the rows; how many are computed at once changes no number, whatever their targets.
     """
     total = 0.0
-    for start in range(0, len(examples), batch):
-        piece = examples[start : start + batch]
+    for start in range(0, len(examples), _ROWS):
+        piece = examples[start : start + _ROWS]
         total += model.loss(piece).item() * piece.predicted
     return total / examples.predicted
 
 
 @torch.no_grad()
-def log_likelihoods(model: FakeQuantModel, examples: Examples, batch: int = 16) -> Tensor:
+def log_likelihoods(model: FakeQuantModel, examples: Examples) -> Tensor:
     """Return the sum of the log-probabilities of each row's targets, in nats, float64 [n].
 
     What a row's score depends on is the tokens before its last target. Rows that share them, such as the choices of one
@@ -37,7 +39,6 @@ def log_likelihoods(model: FakeQuantModel, examples: Examples, batch: int = 16) 
     Args:
         model: configuration and LoRA already set.
         examples: the rows.
-        batch: distinct rows at once.
     """
     last = examples.last
     places = torch.arange(examples.tokens.shape[1])
@@ -47,8 +48,8 @@ def log_likelihoods(model: FakeQuantModel, examples: Examples, batch: int = 16) 
     order = length.argsort(stable=True)  # rows of similar length grouped: little padding
     scores = torch.zeros(len(examples), dtype=torch.float64)
     targets = examples.targets[:, 1:]  # column j is predicted at place j
-    for start in range(0, len(order), batch):
-        piece = order[start : start + batch]
+    for start in range(0, len(order), _DISTINCT_ROWS):
+        piece = order[start : start + _DISTINCT_ROWS]
         rows = torch.isin(member, piece).nonzero().squeeze(1)
         wanted = targets[rows] != IGNORED
         columns = wanted.any(0).nonzero().squeeze(1)
@@ -64,7 +65,7 @@ def log_likelihoods(model: FakeQuantModel, examples: Examples, batch: int = 16) 
 
 
 @torch.no_grad()
-def choice_scores(model: FakeQuantModel, choices: ChoiceSets, batch: int = 16) -> dict[str, float]:
+def choice_scores(model: FakeQuantModel, choices: ChoiceSets) -> dict[str, float]:
     """Return {"loss": …, "accuracy": …} over questions.
 
     The loss is the mean cross-entropy in nats over the tokens of the right choices, the accuracy the share of
@@ -73,9 +74,8 @@ def choice_scores(model: FakeQuantModel, choices: ChoiceSets, batch: int = 16) -
     Args:
         model: configuration and LoRA already set.
         choices: the questions.
-        batch: distinct rows at once.
     """
-    scores = log_likelihoods(model, choices.rows, batch)
+    scores = log_likelihoods(model, choices.rows)
     starts = choices.starts
     table = torch.full((len(choices), int(choices.owner.bincount().max())), -torch.inf, dtype=torch.float64)
     table[choices.owner, torch.arange(len(scores)) - starts[choices.owner]] = scores

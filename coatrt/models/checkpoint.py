@@ -66,19 +66,10 @@ class Checkpoint:
         """The family, as config.json names it: llama, qwen3, and so on."""
         return model_type(self.config)
 
-    @property
-    def tensor_names(self) -> tuple[str, ...]:
-        """All tensor names."""
-        return tuple(self.files)
-
     @cached_property
     def matrices(self) -> ModelMatrices:
         """The quantizable matrices."""
         return matrices_of(self.shapes, ties_head(self.config, f"{HEAD}.weight" in self.shapes))
-
-    def has(self, name: str) -> bool:
-        """Return whether the checkpoint holds a tensor of this name."""
-        return name in self.files
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return a copy of one tensor in its stored dtype; the file is closed again, so no mapping stays in memory.

@@ -7,7 +7,7 @@ from typing import Any
 from coatrt.errors import CheckpointError
 from coatrt.system.json_data import read_as
 
-__all__ = ["architecture", "check_unquantized", "model_type", "read_config", "ties_head"]
+__all__ = ["architecture", "end_tokens", "model_type", "read_config", "ties_head"]
 
 _VOLATILE_KEYS = {
     "transformers_version",
@@ -29,7 +29,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     config = read_as(path, dict[str, Any], "model configuration", "fetch the model again", CheckpointError)
     if not model_type(config):
         raise CheckpointError(f"{path} names no model_type; give a Hugging Face model directory")
-    check_unquantized(config, str(directory))
+    if config.get("quantization_config"):
+        raise CheckpointError(f"{directory} is quantized already; give the 16- or 32-bit model it was made from")
     return config
 
 
@@ -38,19 +39,25 @@ def model_type(config: Mapping[str, Any]) -> str:
     return str(config.get("model_type", ""))
 
 
-def check_unquantized(config: Mapping[str, Any], what: str) -> None:
-    """Refuse a model whose weights are quantized already.
-
-    Raises:
-        CheckpointError: they are; the message calls the model `what`.
-    """
-    if config.get("quantization_config"):
-        raise CheckpointError(f"{what} is quantized already; give the 16- or 32-bit model it was made from")
-
-
 def ties_head(config: Mapping[str, Any], has_head: bool) -> bool:
     """Return whether the head reads the embedding table; where config.json leaves it out, a missing head is tied."""
     return bool(config.get("tie_word_embeddings", not has_head))
+
+
+def end_tokens(directory: Path, config: Mapping[str, Any]) -> set[int]:
+    """Return every token that ends a text, as a model's config.json and generation_config.json name them.
+
+    Args:
+        directory: of the model.
+        config: the content of its config.json.
+
+    Raises:
+        ConfigError: its generation_config.json cannot be read.
+    """
+    path = directory / "generation_config.json"
+    settings = read_as(path, dict[str, Any], "generation settings", "fetch it again") if path.is_file() else {}
+    named = [values.get("eos_token_id") for values in (config, settings)]
+    return {int(token) for one in named if one is not None for token in (one if isinstance(one, list) else [one])}
 
 
 def architecture(config: Mapping[str, Any]) -> dict[str, Any]:

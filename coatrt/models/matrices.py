@@ -1,5 +1,6 @@
 """The quantizable matrices of a model: names, shapes, kinds, layers, and which of them one kernel reads together."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ __all__ = ["EMBEDDING", "HEAD", "Matrix", "ModelMatrices", "matrices_of"]
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -76,6 +78,11 @@ class ModelMatrices:
         return tuple(matrix for matrix in self.matrices if not matrix.is_table)
 
     @cached_property
+    def multiplied(self) -> tuple[Matrix, ...]:
+        """Matrices that every token is multiplied with: an embedding beside a head of its own is only looked up."""
+        return self.matrices if self.tied else self.matrices[1:]
+
+    @cached_property
     def groups(self) -> tuple[tuple[str, ...], ...]:
         """Fused groups (q/k/v; gate/up) and the remaining matrices, each name exactly once, in network order."""
         taken: set[str] = set()
@@ -115,13 +122,8 @@ def matrices_of(shapes: Mapping[str, Sequence[int]], tied: bool) -> ModelMatrice
         if name.endswith(".weight") and len(shape) == 2 and (_LAYER.fullmatch(stem) or stem in (EMBEDDING, HEAD)):
             found.append(Matrix(stem, int(shape[0]), int(shape[1])))
         else:
-            size = 2
-            for extent in shape:
-                size *= int(extent)
-            other += size
-    order = {
-        name: i for i, name in enumerate(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
-    }
+            other += 2 * math.prod(shape)
+    order = {kind: i for i, kind in enumerate(_ORDER)}
     rank = {EMBEDDING: -1, HEAD: 1 << 30}
     found.sort(key=lambda m: (rank.get(m.name, m.layer), order.get(m.kind, len(order)), m.name))
     names = {matrix.name for matrix in found}

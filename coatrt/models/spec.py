@@ -2,13 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from coatrt.errors import CheckpointError
-from coatrt.models.config_file import check_unquantized, model_type
-
-if TYPE_CHECKING:
-    from coatrt.models.checkpoint import Checkpoint
+from coatrt.errors import CheckpointError, ConfigError
+from coatrt.models.config_file import model_type
 
 __all__ = ["FAMILIES", "DecoderSpec"]
 
@@ -75,21 +72,24 @@ class DecoderSpec:
     attention_multiplier: float
     logits_divisor: float
 
-    @classmethod
-    def from_checkpoint(cls, checkpoint: "Checkpoint") -> "DecoderSpec":
-        """Return the specification of a checkpoint.
+    def check_context(self, context: int) -> None:
+        """Refuse more slots of the KV cache than the model has positions.
 
         Raises:
-            CheckpointError: the family, rope type or activation is unknown, or the checkpoint is quantized already.
+            ConfigError: there are more.
         """
-        return cls.from_config(checkpoint.config)
+        if context > self.max_positions:
+            raise ConfigError(
+                f"a context of {context} is given and the model has {self.max_positions} positions; "
+                f"give --context {self.max_positions} or less"
+            )
 
     @classmethod
     def from_config(cls, values: Mapping[str, Any]) -> "DecoderSpec":
         """Return the specification in the content of a config.json; transformers fills in what it leaves out.
 
         Raises:
-            CheckpointError: the family, rope type or activation is unknown, or the checkpoint is quantized already.
+            CheckpointError: the family, rope type or activation is unknown.
         """
         family = model_type(values)
         if family not in FAMILIES:
@@ -97,7 +97,6 @@ class DecoderSpec:
                 f"model_type {family or 'missing'} cannot be exported; allowed: {', '.join(FAMILIES)}; "
                 "convert the checkpoint to one of them or add the family to the graph writer"
             )
-        check_unquantized(values, "the checkpoint")
         config = _complete(family, values)
         if config.hidden_act not in _ACTIVATIONS:
             raise CheckpointError(
@@ -144,20 +143,17 @@ def _complete(family: str, values: Mapping[str, Any]) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    _check_rope(rope.get("rope_type", rope.get("type", "default")))  # before transformers asks for its other fields
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in _ROPE_TYPES:  # before transformers asks for its other fields
+        raise CheckpointError(
+            f"rope type {kind!r} cannot be exported: a graph has fixed rotary tables; allowed: {', '.join(_ROPE_TYPES)}"
+        )
     try:
         return CONFIG_MAPPING[family].from_dict(dict(values))
     except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
         raise CheckpointError(
             f"config.json is no valid {family} configuration ({str(error).splitlines()[0]}); fetch the model again"
         ) from None
-
-
-def _check_rope(kind: str) -> None:
-    if kind not in _ROPE_TYPES:
-        raise CheckpointError(
-            f"rope type {kind!r} cannot be exported: a graph has fixed rotary tables; allowed: {', '.join(_ROPE_TYPES)}"
-        )
 
 
 def _rope(config: Any, head_dim: int) -> tuple[tuple[float, ...], float]:
@@ -167,7 +163,6 @@ def _rope(config: Any, head_dim: int) -> tuple[tuple[float, ...], float]:
 
     rope = config.rope_parameters
     kind = rope.get("rope_type", "default")
-    _check_rope(kind)
     if kind == "default":
         # The other families' models rotate whole heads, whatever their configuration says.
         width = int(head_dim * rope["partial_rotary_factor"]) if config.model_type == "stablelm" else head_dim

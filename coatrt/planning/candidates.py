@@ -4,39 +4,17 @@ A plan picks from one fixed set, whatever its limits, so that more memory can ne
 """
 
 import hashlib
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from coatrt.configs.config import QuantConfig
 from coatrt.configs.space import ConfigSpace
 from coatrt.errors import ConfigError
 
-__all__ = ["CandidateCache", "Candidates", "candidates", "least_cost_by_size"]
+__all__ = ["CandidateCache", "candidates", "least_cost_by_size"]
 
 _BINS = 4096
 _BLENDS = (0.0, 0.1, 0.3, 1.0, 3.0, 30.0)  # weight of the seconds' range against the loss's range
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """Configurations to pick from.
-
-    Args:
-        space: matrices and formats.
-        choices: format number of every group, [n, groups].
-    """
-
-    space: ConfigSpace
-    choices: NDArray[np.int16]
-
-    def __len__(self) -> int:
-        return len(self.choices)
-
-    def config(self, index: int) -> QuantConfig:
-        """Return a candidate as a configuration."""
-        return self.space.config(self.choices[index].astype(np.int64))
 
 
 def least_cost_by_size(cost: NDArray[np.float64], sizes: NDArray[np.int64], bins: int = _BINS) -> NDArray[np.int16]:
@@ -84,8 +62,10 @@ def least_cost_by_size(cost: NDArray[np.float64], sizes: NDArray[np.int64], bins
     return choices
 
 
-def candidates(space: ConfigSpace, cost: NDArray[np.float64], seconds: NDArray[np.float64] | None = None) -> Candidates:
-    """Return the candidates of a space.
+def candidates(
+    space: ConfigSpace, cost: NDArray[np.float64], seconds: NDArray[np.float64] | None = None
+) -> NDArray[np.int16]:
+    """Return the candidates of a space: the format number of every group, [n, groups].
 
     Args:
         space: matrices and formats.
@@ -107,18 +87,18 @@ def candidates(space: ConfigSpace, cost: NDArray[np.float64], seconds: NDArray[n
     if len(found) > 1:  # equal rows have equal keys, and unequal ones of 64 random bits each hardly ever
         words = np.random.default_rng(0).integers(-(1 << 62), 1 << 62, len(cost))
         choices = choices[np.unique(choices @ words, return_index=True)[1]]
-    return Candidates(space, choices)
+    return choices
 
 
 class CandidateCache:
     """Candidates by what decides them: devices with the same formats and relative speeds share theirs."""
 
     def __init__(self) -> None:
-        self._candidates: dict[str, Candidates] = {}
+        self._candidates: dict[str, NDArray[np.int16]] = {}
 
     def get(
         self, space: ConfigSpace, cost: NDArray[np.float64], seconds: NDArray[np.float64] | None = None
-    ) -> Candidates:
+    ) -> NDArray[np.int16]:
         """Return what `candidates` does, with seconds rounded to a hundredth of their range.
 
         Raises:

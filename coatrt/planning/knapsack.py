@@ -4,7 +4,7 @@ A Lagrange multiplier gives a configuration and a bound within milliseconds. Whe
 is a fifth of the model, dynamic programming over sizes finds a better one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from coatrt.configs.space import ConfigSpace
 from coatrt.errors import ConfigError
 from coatrt.planning.candidates import least_cost_by_size
 
-__all__ = ["CostTable", "cost_matrix", "lagrangian_choice", "near_optimal", "near_optimal_each"]
+__all__ = ["CostTable", "cost_matrix", "lagrangian_choice", "near_optimal"]
 
 CostTable = Mapping[str, Mapping[str, float]]
 """Matrix name → format text → predicted loss increase in nats per token."""
@@ -64,28 +64,6 @@ def near_optimal(price: NDArray[np.float64], size: NDArray[np.float64], limit: f
             if price[rows, best].sum() < value:
                 choice = best
     return choice
-
-
-def near_optimal_each(
-    price: NDArray[np.float64], size: NDArray[np.float64], limits: Sequence[float]
-) -> list[NDArray[np.int64]]:
-    """Return what `near_optimal` is for, for many limits at once: dynamic programming over sizes runs a single time.
-
-    Args:
-        price: cost by group and format, [groups, formats].
-        size: bytes, [groups, formats].
-        limits: most bytes; the least of every group together must meet each.
-    """
-    rows = np.arange(len(price))
-    tried = least_cost_by_size(price, size.astype(np.int64))
-    sizes, prices = size[rows, tried].sum(1), price[rows, tried].sum(1)
-    found = []
-    for limit in limits:
-        choice = lagrangian_choice(price, size, limit)[0]
-        best = int(np.where(sizes <= limit, prices, np.inf).argmin())
-        better = sizes[best] <= limit and prices[best] < price[rows, choice].sum()
-        found.append(tried[best].astype(np.int64) if better else choice)
-    return found
 
 
 def lagrangian_choice(

@@ -1,6 +1,6 @@
 """Predicted seconds of decoding and prefill: a device's datasheet, corrected by shares that are assumptions.
 
-A calibration (`coatrt.planning.measured_latency`) has the same interface and takes its place where there is one.
+Timings (`coatrt.planning.measured_latency`) have the same interface and take its place where there are any.
 """
 
 from typing import Protocol
@@ -8,13 +8,14 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from coatrt.configs.config import QuantConfig
 from coatrt.configs.space import ConfigSpace
 from coatrt.devices.profiles import DeviceProfile
 from coatrt.models.matrices import ModelMatrices
 from coatrt.planning.workload import Workload
 from coatrt.quantization.weight_format import WeightFormat
 
-__all__ = ["DatasheetLatency", "LatencyModel", "group_seconds"]
+__all__ = ["DatasheetLatency", "LatencyModel", "group_seconds", "products_seconds"]
 
 BANDWIDTH_SHARE = 0.8
 """Share of the peak bandwidth that products of one token reach: assumed; no engine has run yet."""
@@ -80,7 +81,7 @@ class DatasheetLatency:
         caches = workload.kv_bytes * min(context / workload.context, 1.0)
         read = model.other_bytes + workload.lora_bytes + caches
         flops = 2 * workload.lora_parameters * tokens
-        flops += 4 * workload.layers * max(workload.heads, 1) * workload.head_dim * context * tokens
+        flops += 4 * workload.layers * workload.heads * workload.head_dim * context * tokens
         kernels = workload.layers * (LAYER_KERNELS + (LORA_KERNELS if workload.lora_parameters else 0)) + 4
         return max(read / self._bandwidth, self._compute(flops)) + kernels * LAUNCH_SECONDS
 
@@ -97,10 +98,11 @@ def group_seconds(space: ConfigSpace, latency: LatencyModel, tokens: int) -> NDA
         tokens: rows of the products, the head's among them: tokens decoded at once.
     """
     model, known = space.model, dict[tuple[int, int, WeightFormat], float]()
+    multiplied = {matrix.name for matrix in model.multiplied}
 
     def seconds(name: str, fmt: WeightFormat) -> float:
         matrix = model.by_name[name]
-        if matrix.is_table and name != model.names[-1] and not model.tied:
+        if name not in multiplied:
             return 0.0
         key = (matrix.N, matrix.K, fmt)
         if key not in known:
@@ -108,3 +110,21 @@ def group_seconds(space: ConfigSpace, latency: LatencyModel, tokens: int) -> NDA
         return known[key]
 
     return np.array([[sum(seconds(name, fmt) for name in group) for fmt in space.formats] for group in space.groups])
+
+
+def products_seconds(
+    latency: LatencyModel, model: ModelMatrices, config: QuantConfig, tokens: int, head_tokens: int
+) -> float:
+    """Return the seconds of all products of one call.
+
+    Args:
+        latency: the device's model.
+        model: the matrices.
+        config: their formats.
+        tokens: rows of the products.
+        head_tokens: rows of the head's: of a prompt only the last token gets logits.
+    """
+    return sum(
+        latency.matrix_seconds(matrix.N, matrix.K, config[matrix.name], head_tokens if matrix.is_table else tokens)
+        for matrix in model.multiplied
+    )

@@ -11,7 +11,7 @@ from coatrt.errors import ConfigError
 from coatrt.planning.plan import Objective, PlanRequest
 from coatrt.planning.workload import Workload
 
-__all__ = ["Limit", "Measures", "best", "binding", "impossible", "limits_of"]
+__all__ = ["Limit", "Measures", "best", "binding", "impossible", "keeps_all", "limits_of"]
 
 _MIB = 2**20
 
@@ -97,7 +97,8 @@ def limits_of(request: PlanRequest, device: DeviceProfile, measures: Measures) -
     return found
 
 
-def _all(limits: Sequence[Limit], count: int) -> NDArray[np.bool_]:
+def keeps_all(limits: Sequence[Limit], count: int) -> NDArray[np.bool_]:
+    """Return which of `count` candidates keep every limit."""
     kept = np.ones(count, bool)
     for limit in limits:
         kept &= limit.holds
@@ -129,7 +130,7 @@ def binding(
     aim = measures.seconds if objective == "latency" else measures.loss
     names, steps = [], []
     for limit in limits:
-        others = _all([other for other in limits if other is not limit], len(aim))
+        others = keeps_all([other for other in limits if other is not limit], len(aim))
         better = np.flatnonzero(others & ~limit.holds & (aim < aim[index]))
         if not len(better):
             continue
@@ -176,7 +177,7 @@ def impossible(device: DeviceProfile, limits: Sequence[Limit], workload: Workloa
         )
     ways = []
     for limit in limits:
-        others = _all([other for other in limits if other is not limit], count)
+        others = keeps_all([other for other in limits if other is not limit], count)
         if others.any():
             ways.append(limit.shown(float(limit.measure[others].min())))
     asked = ", ".join(limit.label() for limit in limits)

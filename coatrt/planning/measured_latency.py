@@ -1,4 +1,4 @@
-"""Calibrations: products and all else of a decoder, timed on a device through its real runtime, and read back."""
+"""Timings: products and all else of a decoder, measured on a device through its real runtime, and read back."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.files import cache_directory
 from coatrt.system.json_data import read_as
 
-__all__ = ["CALIBRATION_FORMAT", "Calibrated", "Product", "Rest", "calibration_path", "find_calibration"]
+__all__ = ["MeasuredLatency", "Product", "Rest", "find_timings", "shape_of", "timings_path"]
 
-CALIBRATION_FORMAT = 1
+_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def shape_of(workload: Workload) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Calibrated:
+class MeasuredLatency:
     """Measured seconds of one device; a `coatrt.planning.latency.LatencyModel`.
 
     Args:
@@ -79,7 +79,6 @@ class Calibrated:
         settings: what it was measured with: threads, accuracy level, activations, name of the processor.
         products: timings of products.
         rests: timings of all else, at least one.
-        speed: factor on every second predicted, for a machine that is now slower (> 1) or faster than then.
         format: of the file.
     """
 
@@ -88,32 +87,30 @@ class Calibrated:
     settings: Mapping[str, Any]
     products: tuple[Product, ...]
     rests: tuple[Rest, ...]
-    speed: float = 1.0
-    format: int = CALIBRATION_FORMAT
+    format: int = _FORMAT
 
     @cached_property
-    def _known(self) -> Mapping[tuple[int, int, str], list[Product]]:
-        """Timings of each product, by tokens."""
-        known: dict[tuple[int, int, str], list[Product]] = {}
-        for product in sorted(self.products, key=lambda row: row.tokens):
-            known.setdefault((product.N, product.K, product.format), []).append(product)
-        return known
+    def _points(self) -> dict[tuple[int, int, str], list[tuple[int, float]]]:
+        """(tokens, seconds) by (N, K, format), by ascending tokens."""
+        points: dict[tuple[int, int, str], list[tuple[int, float]]] = {}
+        for product in sorted(self.products, key=lambda product: product.tokens):
+            points.setdefault((product.N, product.K, product.format), []).append((product.tokens, product.seconds))
+        return points
 
     @property
     def source(self) -> str:
         """Where the prediction comes from."""
         known = ", ".join(f"{name} {value}" for name, value in self.settings.items())
-        return f"calibration of {self.device} with {self.runtime} ({known})"
+        return f"timings of {self.device} with {self.runtime} ({known})"
 
     def covers(self, space: ConfigSpace, workload: Workload) -> bool:
         """Return whether every product of a space and the rest of its model were measured."""
         shapes = {
             (matrix.N, matrix.K, str(fmt.effective(matrix.K)))
-            for matrix in space.model.matrices
+            for matrix in space.model.multiplied
             for fmt in space.formats
-            if space.model.tied or matrix.name != space.model.names[0]
         }
-        return shapes <= set(self._known) and any(rest.shape == shape_of(workload) for rest in self.rests)
+        return shapes <= set(self._points) and any(rest.shape == shape_of(workload) for rest in self.rests)
 
     def matrix_seconds(self, N: int, K: int, fmt: WeightFormat, tokens: int) -> float:
         """Return the seconds of one product; between measured numbers of tokens, and beyond, on a straight line.
@@ -121,30 +118,30 @@ class Calibrated:
         Raises:
             ConfigError: the product was not measured.
         """
-        rows = self._known.get((N, K, str(fmt.effective(K))))
-        if not rows:
-            raise ConfigError(f"no calibration of a product {K} × {N} in {fmt}; measure it (coatrt devices calibrate)")
-        return self.speed * _line([(row.tokens, row.seconds) for row in rows], tokens)
+        points = self._points.get((N, K, str(fmt.effective(K))))
+        if points is None:
+            raise ConfigError(f"no timings of a product {K} × {N} in {fmt}; measure it (coatrt devices calibrate)")
+        return _line(points, tokens)
 
     def rest_seconds(self, model: ModelMatrices, workload: Workload, tokens: int, context: int) -> float:
         """Return the seconds of all else, a plane over tokens and slots through the measured calls."""
         rows = [rest for rest in self.rests if rest.shape == shape_of(workload)]
         if not rows:
-            raise ConfigError(f"no calibration of this model on {self.device}; measure it (coatrt devices calibrate)")
+            raise ConfigError(f"no timings of this model on {self.device}; measure it (coatrt devices calibrate)")
         by_tokens: dict[int, list[tuple[int, float]]] = {}
         for row in rows:
             by_tokens.setdefault(row.tokens, []).append((row.context, row.seconds))
         points = [(count, _line(sorted(group), context)) for count, group in sorted(by_tokens.items())]
-        return self.speed * max(_line(points, tokens), 0.0)
+        return max(_line(points, tokens), 0.0)
 
     @classmethod
-    def load(cls, path: str | Path) -> "Calibrated":
-        """Return the calibration in a file.
+    def load(cls, path: str | Path) -> "MeasuredLatency":
+        """Return the timings in a file.
 
         Raises:
             ConfigError: it is missing, garbled, or of another format.
         """
-        return read_as(path, cls, "calibration", "measure again", version=CALIBRATION_FORMAT)
+        return read_as(path, cls, "timings", "measure again", version=_FORMAT)
 
 
 def _line(points: list[tuple[int, float]], at: int) -> float:
@@ -152,25 +149,23 @@ def _line(points: list[tuple[int, float]], at: int) -> float:
     if len(points) == 1:
         place, value = points[0]
         return value * max(at / place, 1.0)
-    for (x0, y0), (x1, y1) in pairwise(points):
-        if at <= x1 or (x1, y1) == points[-1]:
-            return y0 + (y1 - y0) * (at - x0) / (x1 - x0) if at >= x0 else y0
-    raise AssertionError("points are sorted and the last line goes on")
+    (x0, y0), (x1, y1) = next((pair for pair in pairwise(points) if at <= pair[1][0]), points[-2:])
+    return y0 + (y1 - y0) * max(at - x0, 0) / (x1 - x0)
 
 
-def calibration_path(device: str) -> Path:
-    """Return where the calibration of a device is kept, in the user's cache directory."""
-    return cache_directory() / "calibration" / f"{device}.json"
+def timings_path(device: str) -> Path:
+    """Return where the timings of a device are kept, in the user's cache directory."""
+    return cache_directory() / "timings" / f"{device}.json"
 
 
-def find_calibration(device: str, space: ConfigSpace, workload: Workload) -> Calibrated | None:
-    """Return the stored calibration of a device if it covers a space, else None.
+def find_timings(device: str, space: ConfigSpace, workload: Workload) -> MeasuredLatency | None:
+    """Return the stored timings of a device if they cover a space, else None.
 
     Raises:
         ConfigError: the file is garbled.
     """
-    path = calibration_path(device)
+    path = timings_path(device)
     if not path.is_file():
         return None
-    found = Calibrated.load(path)
+    found = MeasuredLatency.load(path)
     return found if found.covers(space, workload) else None

@@ -10,7 +10,7 @@ from coatrt.errors import ConfigError
 from coatrt.models.matrices import ModelMatrices
 from coatrt.system.json_data import convert, read_as, to_data
 
-__all__ = ["Objective", "Plan", "PlanRequest", "read_choice", "read_config"]
+__all__ = ["Objective", "Plan", "PlanRequest", "read_choice"]
 
 Objective = Literal["quality", "latency", "balanced"]
 
@@ -206,13 +206,3 @@ def read_choice(path: str | Path, model: ModelMatrices) -> tuple[QuantConfig, Pl
         plan = Plan.from_json(value, model, f"plan {path}")
         return plan.config, plan
     return ConfigPatterns.from_json(value, str(path)).resolve(model), None
-
-
-def read_config(path: str | Path, model: ModelMatrices) -> QuantConfig:
-    """Return the configuration in a file: a configuration, or the JSON of a plan.
-
-    Raises:
-        ConfigError: it is neither, or does not fit the model.
-        FormatError: it names an unknown format.
-    """
-    return read_choice(path, model)[0]

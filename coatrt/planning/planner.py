@@ -15,9 +15,9 @@ from coatrt.planning.archive import Archive
 from coatrt.planning.candidates import CandidateCache
 from coatrt.planning.engine_size import overhead_of_choices
 from coatrt.planning.knapsack import cost_matrix
-from coatrt.planning.latency import DatasheetLatency, LatencyModel, group_seconds
-from coatrt.planning.limits import Limit, Measures, best, binding, impossible, limits_of
-from coatrt.planning.measured_latency import find_calibration
+from coatrt.planning.latency import DatasheetLatency, LatencyModel, group_seconds, products_seconds
+from coatrt.planning.limits import Measures, best, binding, impossible, keeps_all, limits_of
+from coatrt.planning.measured_latency import find_timings
 from coatrt.planning.memory import fixed_memory, memory_of
 from coatrt.planning.pareto import pareto_indices
 from coatrt.planning.pins import pinned_costs
@@ -35,7 +35,6 @@ def plan(
     request: PlanRequest | None = None,
     *,
     archive: Archive | None = None,
-    latency: LatencyModel | None = None,
     cache: CandidateCache | None = None,
     **asked: Any,
 ) -> Plan:
@@ -50,7 +49,6 @@ def plan(
         request: objective, limits and pins.
         archive: measured configurations. For "quality", the measured one of least loss that keeps the limits is taken
             where the measured one nearest to the pick in bytes lost more.
-        latency: what predicts seconds; by default `latency_of`.
         cache: candidates of plans made before, and of this one.
         asked: fields of `PlanRequest`, in place of a request.
 
@@ -59,13 +57,13 @@ def plan(
         ConfigError: nothing keeps the limits, the message says what would; or an option is out of range.
     """
     request = request or PlanRequest(**asked)
-    problem = _Problem(adapter, device, request, latency, cache or CandidateCache())
-    kept = problem.kept()
+    problem = _Problem(adapter, device, request, cache or CandidateCache())
+    kept = keeps_all(problem.limits, len(problem.candidates))
     if not kept.any():
         raise ConfigError(impossible(device, problem.limits, problem.workload, problem.measures))
     index = best(request.objective, kept, problem.measures)
     binds, steps = binding(request.objective, problem.limits, index, problem.measures)
-    config = problem.found.config(index)
+    config = problem.space.config(problem.candidates[index].astype(np.int64))
     if request.objective == "quality" and archive is not None:
         better = _better_measured(config, archive, problem)
         if better != config:
@@ -86,11 +84,9 @@ def plan_fleet(
 
 
 def latency_of(device: DeviceProfile, space: ConfigSpace, workload: Workload) -> LatencyModel | None:
-    """Return what predicts seconds on a device: its calibration, else its datasheet, None where neither is known."""
-    calibration = find_calibration(device.id, space, workload)
-    if calibration is not None:
-        return calibration
-    return DatasheetLatency(device) if device.bandwidth else None
+    """Return what predicts seconds on a device: its timings, else its datasheet, None where neither is known."""
+    datasheet = DatasheetLatency(device) if device.bandwidth else None
+    return find_timings(device.id, space, workload) or datasheet
 
 
 class _Problem:
@@ -101,14 +97,13 @@ class _Problem:
         adapter: AdapterDescription,
         device: DeviceProfile,
         request: PlanRequest,
-        latency: LatencyModel | None,
         cache: CandidateCache,
     ) -> None:
         self.adapter, self.device, self.request = adapter, device, request
         element = 2 if device.sm else 4
         self.workload = Workload.of(adapter, request.context, request.batch, request.prefill, element)
         self.space = space = _device_space(adapter, device)
-        self.latency = latency = latency or latency_of(device, space, self.workload)
+        self.latency = latency = latency_of(device, space, self.workload)
         self.cost = pinned_costs(space, cost_matrix(space, adapter.sensitivity.costs), request.keep, device)
         self.seconds = group_seconds(space, latency, request.batch) if latency is not None else None
         self.rest = (
@@ -116,36 +111,27 @@ class _Problem:
             if latency is not None
             else 0.0
         )
-        self.found = cache.get(space, self.cost, self.seconds)
+        self.candidates = cache.get(space, self.cost, self.seconds)
         self.fixed = sum(fixed_memory(space.model, device, self.workload).values())
-        self.measures = self._measures(self.found.choices, latency is not None)
+        self.measures = self._measures(self.candidates)
         self.limits = limits_of(request, device, self.measures)
 
-    def _measures(self, choices: NDArray[np.int16], timed: bool) -> Measures:
+    def _measures(self, choices: NDArray[np.int16]) -> Measures:
         rows, space = np.arange(len(self.cost)), self.space
         nbytes = space.sizes[rows, choices].sum(1)
         total = nbytes + overhead_of_choices(space, choices, self.device.sm) + self.fixed
         seconds = self.seconds[rows, choices].sum(1) if self.seconds is not None else nbytes
         loss = np.where(np.isfinite(self.cost), self.cost, 0.0)[rows, choices].sum(1)
         bits = 8 * nbytes / space.model.parameters
-        return Measures(total.astype(np.float64), seconds + self.rest, loss, bits, timed)
-
-    def kept(self) -> NDArray[np.bool_]:
-        """Return which candidates keep every limit."""
-        result = np.ones(len(self.found), bool)
-        for limit in self.limits:
-            result &= limit.holds
-        return result
+        return Measures(total.astype(np.float64), seconds + self.rest, loss, bits, self.latency is not None)
 
     def of_config(self, config: QuantConfig) -> tuple[Measures, bool]:
         """Return what a configuration of the space comes to, and whether it keeps pins and every limit."""
         column = {fmt: i for i, fmt in enumerate(self.space.formats)}
         choice = np.array([[column[config[group[0]]] for group in self.space.groups]], np.int16)
-        measures = self._measures(choice, self.latency is not None)
-        values = {"memory": measures.total, "bits": measures.bits, "loss": measures.loss, "speed": measures.seconds}
-        allowed = bool(np.isfinite(self.cost[np.arange(len(self.cost)), choice[0]]).all())
-        keeps = all(Limit(limit.kind, limit.value, values[limit.kind]).holds[0] for limit in self.limits)
-        return measures, allowed and keeps
+        measures = self._measures(choice)
+        allowed = np.isfinite(self.cost[np.arange(len(self.cost)), choice[0]]).all()
+        return measures, bool(allowed and keeps_all(limits_of(self.request, self.device, measures), 1)[0])
 
 
 def _device_space(adapter: AdapterDescription, device: DeviceProfile) -> ConfigSpace:
@@ -190,14 +176,11 @@ def _described(
 
 
 def _prefill_seconds(config: QuantConfig, problem: _Problem, latency: LatencyModel) -> float:
-    """Return the predicted seconds of a prompt for every sequence; of the head only the last rows are computed."""
+    """Return the predicted seconds of a prompt for every sequence."""
     model, request = problem.space.model, problem.request
     tokens = request.batch * request.prefill
-    return latency.rest_seconds(model, problem.workload, tokens, request.prefill) + sum(
-        latency.matrix_seconds(matrix.N, matrix.K, config[matrix.name], request.batch if matrix.is_table else tokens)
-        for matrix in model.matrices
-        if matrix.name == model.names[-1] or not matrix.is_table or model.tied
-    )
+    products = products_seconds(latency, model, config, tokens, request.batch)
+    return latency.rest_seconds(model, problem.workload, tokens, request.prefill) + products
 
 
 def _front(problem: _Problem) -> tuple[tuple[int, float | None, float], ...]:

@@ -3,17 +3,17 @@
 from collections.abc import Sequence
 
 from coatrt.planning.plan import Plan
+from coatrt.system.text_table import aligned
 
 __all__ = ["fleet_table"]
 
 
 def fleet_table(plans: Sequence[Plan]) -> str:
     """Return one line per plan: configuration, bits, bytes, predicted loss and speed, formats, what binds."""
-    head = ("device", "configuration", "bits", "MiB of", "limit", "loss", "ms/token", "tokens/s", "binds", "formats")
-    lines = [head]
+    rows = [("device", "configuration", "bits", "MiB of", "limit", "loss", "ms/token", "tokens/s", "binds", "formats")]
     for plan in plans:
         decode = plan.decode_seconds
-        lines.append(
+        rows.append(
             (
                 plan.device,
                 plan.config.hash,
@@ -27,14 +27,5 @@ def fleet_table(plans: Sequence[Plan]) -> str:
                 ", ".join(f"{count} {text}" for text, count in plan.config.counts.items()),
             )
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    right = {2, 3, 4, 5, 6, 7}
-    shown = [
-        "  ".join(
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
-    sources = list(dict.fromkeys(plan.latency_source for plan in plans if plan.latency_source))
-    return "\n".join([*shown, "", *(f"predicted by {source}" for source in sources)])
+    sources = dict.fromkeys(plan.latency_source for plan in plans if plan.latency_source)
+    return "\n".join([aligned(rows, "<<>>>>>><<"), "", *(f"predicted by {source}" for source in sources)])

@@ -3,16 +3,8 @@
 from dataclasses import dataclass
 
 from coatrt.adapter.description import AdapterDescription
-from coatrt.errors import ConfigError
 
-__all__ = ["Workload", "too_long"]
-
-
-def too_long(context: int, positions: int) -> str:
-    """Return how a context beyond the model's positions is refused."""
-    return (
-        f"a context of {context} is given and the model has {positions} positions; give --context {positions} or less"
-    )
+__all__ = ["Workload"]
 
 
 @dataclass(frozen=True)
@@ -44,8 +36,8 @@ class Workload:
     batch: int
     prefill: int
     lora_parameters: int
-    heads: int = 0
-    element: int = 2
+    heads: int
+    element: int
 
     @property
     def kv_bytes(self) -> int:
@@ -74,14 +66,10 @@ class Workload:
             element: bytes of an activation, a cache element and a LoRA element.
 
         Raises:
-            ConfigError: context, batch or prefill is not positive, or the context exceeds the model's positions.
+            ConfigError: the context exceeds the model's positions.
         """
-        for name, value in (("context", context), ("batch", batch), ("prefill", prefill)):
-            if value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}")
         spec = adapter.spec
-        if context > spec.max_positions:
-            raise ConfigError(too_long(context, spec.max_positions))
+        spec.check_context(context)
         return cls(
             layers=spec.layers,
             kv_heads=spec.kv_heads,

@@ -1,4 +1,4 @@
-"""Encoded matrices, made once per (matrix, format, quantizer) and kept: in memory up to a bound, and on disk."""
+"""Encoded matrices, made once per (matrix, format, quantizer) and kept: in memory while there is room, and on disk."""
 
 from collections import OrderedDict
 from pathlib import Path
@@ -28,16 +28,15 @@ class CodeStore:
     """The encoded matrices of one checkpoint.
 
     A table (head, tied embedding) is encoded for what the head reads; an embedding with a head of its own reads token
-    ids, so it is encoded with "mse", as all tables are where the quantizer is "absmax".
+    ids, so it is encoded with "mse", as all tables are where the quantizer is "absmax". Codes are kept in the user's
+    cache directory, and in memory as long as 4 GiB of it are free, 1 GiB of them at least; the least recently used go
+    first.
 
     Args:
         checkpoint: where the weights come from.
-        root: directory of the disk cache, shared between checkpoints; None keeps codes in memory only.
         quantizer: how scales and codes are chosen, see `encode`.
         calibration: tokens for the quantizers that need second moments; these are measured when the first matrix that
             is not in the cache asks for them.
-        memory_bytes: most bytes of codes kept in memory; the least recently used go first. None: as many as leave 4 GiB
-            of the machine's memory free, 1 GiB at least.
         progress: called while second moments are measured.
 
     Raises:
@@ -47,39 +46,24 @@ class CodeStore:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        root: Path | None = None,
         quantizer: Quantizer = "mse",
         calibration: Calibration | None = None,
-        memory_bytes: int | None = None,
         progress: Progress = silent,
     ) -> None:
         if quantizer in CALIBRATED and calibration is None:
             raise ConfigError(f"the quantizer {quantizer} is given without calibration tokens; give some, or use mse")
         self.checkpoint = checkpoint
         self.quantizer: Quantizer = quantizer
-        self._root = root / "codes" / checkpoint.fingerprint if root is not None else None
+        self._root = cache_directory() / "codes" / checkpoint.fingerprint
         self._key = f"v{QUANTIZER_VERSION}-{quantizer}"
         self._moments: InputMoments | None = None
         self._tokens = calibration.tokens.numel() if calibration is not None else None
         if quantizer in CALIBRATED and calibration is not None:
             self._key += f"-{calibration.hash}"
-            place = root / "moments" if root is not None else None
-            self._moments = InputMoments(checkpoint, calibration, place, progress=progress)
+            self._moments = InputMoments(checkpoint, calibration, progress)
         self._factors = InverseFactors()
-        self._limit = memory_bytes
         self._held: OrderedDict[tuple[str, str], QuantizedMatrix] = OrderedDict()
         self._bytes = 0
-
-    @classmethod
-    def default(
-        cls,
-        checkpoint: Checkpoint,
-        quantizer: Quantizer = "mse",
-        calibration: Calibration | None = None,
-        progress: Progress = silent,
-    ) -> "CodeStore":
-        """Return a store on the user's cache directory."""
-        return cls(checkpoint, cache_directory(), quantizer, calibration, progress=progress)
 
     def get(self, name: str, weight_format: WeightFormat | str) -> QuantizedMatrix:
         """Return matrix `name` in a format, from memory, disk, or by encoding the checkpoint's weight.
@@ -94,16 +78,17 @@ class CodeStore:
         if key in self._held:
             self._held.move_to_end(key)
             return self._held[key]
-        path = None
-        if self._root is not None and fmt.has_scales:
-            kind = f"v{QUANTIZER_VERSION}-mse" if self._is_plain(name) else self._key
-            path = self._root / kind / str(fmt) / f"{name}.safetensors"
-        found = _read(path, fmt, matrix.N, matrix.K) if path is not None else None
+        kind = f"v{QUANTIZER_VERSION}-mse" if self._is_plain(name) else self._key
+        path = self._root / kind / str(fmt) / f"{name}.safetensors"
+        found = _read(path, fmt, matrix.N, matrix.K) if fmt.has_scales else None
         if found is None:
             found = self._encode(name, fmt)
-            if path is not None:
+            if fmt.has_scales:
                 _write(path, found)
-        self._keep(key, found)
+        self._held[key] = found
+        self._bytes += found.nbytes
+        while self._bytes > _LEAST and free_memory() < _LEFT_FREE:
+            self._bytes -= self._held.popitem(last=False)[1].nbytes
         return found
 
     def _encode(self, name: str, fmt: WeightFormat) -> QuantizedMatrix:
@@ -119,19 +104,6 @@ class CodeStore:
         if not matrices.by_name[name].is_table:
             return False
         return self._moments is None or (name == EMBEDDING and not matrices.tied)
-
-    def _keep(self, key: tuple[str, str], matrix: QuantizedMatrix) -> None:
-        if self._limit is not None and matrix.nbytes > self._limit:
-            return
-        self._held[key] = matrix
-        self._bytes += matrix.nbytes
-        while self._held and self._is_full():
-            self._bytes -= self._held.popitem(last=False)[1].nbytes
-
-    def _is_full(self) -> bool:
-        if self._limit is not None:
-            return self._bytes > self._limit
-        return self._bytes > _LEAST and free_memory() < _LEFT_FREE
 
 
 def _write(path: Path, matrix: QuantizedMatrix) -> None:

@@ -1,6 +1,7 @@
 """Calibration: tokens, and the second moments H = E[x xᵀ] of what every linear matrix reads while they run through."""
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,14 +15,17 @@ from coatrt.data.examples import Examples
 from coatrt.errors import CheckpointError, ConfigError
 from coatrt.models.checkpoint import Checkpoint, load_model
 from coatrt.models.matrices import EMBEDDING, HEAD, ModelMatrices
+from coatrt.system.files import cache_directory
 from coatrt.system.progress import Progress, silent
 from coatrt.system.resources import free_memory
 from coatrt.system.tensors import hash_tensors, read_tensors, write_tensors
 
-__all__ = ["Calibration", "InputMoments", "calibration_examples", "measure_moments", "tokens_wanted"]
+__all__ = ["Calibration", "InputMoments", "calibration_examples", "measure_moments", "tokens_wanted", "visit_inputs"]
 
 _KEY = "tokens"
 _TOKENS_PER_INPUT = 4
+_BATCH = 4  # blocks in one forward pass
+_LEAST = 1 << 30  # bytes of moments measured at once however little memory is free
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,20 +33,10 @@ class Calibration:
     """The tokens that a model is calibrated on.
 
     Args:
-        tokens: int64 [blocks, length].
-
-    Raises:
-        ConfigError: they are not.
+        tokens: int64 [blocks, length], at least one.
     """
 
     tokens: Tensor
-
-    def __post_init__(self) -> None:
-        if self.tokens.dtype != torch.int64 or self.tokens.ndim != 2 or not self.tokens.numel():
-            raise ConfigError(
-                f"calibration tokens {self.tokens.dtype} {tuple(self.tokens.shape)} are given; give int64 "
-                "[blocks, length] with at least one token"
-            )
 
     @classmethod
     def of(cls, examples: Examples) -> "Calibration":
@@ -99,41 +93,59 @@ def tokens_wanted(model: ModelMatrices) -> int:
     return _TOKENS_PER_INPUT * max(matrix.K for matrix in model.targets)
 
 
-def measure_moments(
-    model: Any, tokens: Tensor, names: Sequence[str], batch: int = 4, progress: Progress = silent
-) -> dict[str, Tensor]:
+@torch.no_grad()
+def visit_inputs(
+    model: Any,
+    tokens: Tensor,
+    names: Sequence[str],
+    visit: Callable[[str, Tensor], None],
+    progress: Progress = silent,
+    stage: str = "calibration",
+) -> None:
+    """Call `visit(name, x)` with the inputs x [tokens, K] of linear modules, a few blocks of tokens at a time.
+
+    Args:
+        model: a transformers model.
+        tokens: int64 [blocks, length].
+        names: of the modules, the head among them as `HEAD`.
+        visit: called for every module and batch.
+        progress: called after each batch.
+        stage: what the progress is of.
+    """
+
+    def watch(name: str) -> Callable[[Any, Any], None]:
+        return lambda _, inputs: visit(name, inputs[0].flatten(0, -2))
+
+    with ExitStack() as hooks:
+        for name in names:
+            if name != HEAD:
+                hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(watch(name)))
+        for start in range(0, len(tokens), _BATCH):
+            rows = tokens[start : start + _BATCH].to(model.device)
+            out = model.get_decoder()(input_ids=rows, use_cache=False)
+            if HEAD in names:  # its logits are not needed, only what it reads
+                visit(HEAD, out.last_hidden_state.flatten(0, -2))
+            progress(start + len(rows), len(tokens), stage)
+
+
+def measure_moments(model: Any, tokens: Tensor, names: Sequence[str], progress: Progress = silent) -> dict[str, Tensor]:
     """Return name → H = E[x xᵀ] over all tokens, float32 [K, K], of the inputs x of linear modules.
 
     Args:
         model: a transformers model in full precision.
         tokens: int64 [blocks, length].
-        names: of the modules, the head among them as `HEAD`; all their moments are in memory at once.
-        batch: blocks in one forward pass.
+        names: see `visit_inputs`; all their moments are in memory at once.
         progress: called after each batch.
     """
     moments: dict[str, Tensor] = {}
 
     def collect(name: str, inputs: Tensor) -> None:
-        x = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        x = inputs.float()
         if name not in moments:
             moments[name] = x.new_zeros(x.shape[1], x.shape[1])
         moments[name].addmm_(x.t(), x, alpha=1 / tokens.numel())
 
-    def watch(name: str) -> Callable[[Any, Any], None]:
-        return lambda _, inputs: collect(name, inputs[0])
-
-    hooks = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names if name != HEAD]
-    try:
-        with torch.no_grad():
-            for start in range(0, len(tokens), batch):
-                rows = tokens[start : start + batch].to(model.device)
-                out = model.get_decoder()(input_ids=rows, use_cache=False)
-                if HEAD in names:  # its logits are not needed, only what it reads
-                    collect(HEAD, out.last_hidden_state)
-                progress(start + len(rows), len(tokens), "calibration")
-    finally:
-        for hook in hooks:
-            hook.remove()
+    visit_inputs(model, tokens, names, collect, progress)
     return {name: moment.cpu() for name, moment in moments.items()}
 
 
@@ -141,28 +153,18 @@ class InputMoments:
     """The second moments of one checkpoint under one calibration, measured when first asked for and kept on disk.
 
     Matrices that read the same input (q/k/v, gate/up) share one; a tied table has that of the head. The model is loaded
-    in float32 for as long as moments are measured: as many groups of matrices at once as `memory_bytes` allow, one run
-    over the tokens each.
+    in float32 for as long as moments are measured: as many groups of matrices at once as half of the free memory holds,
+    one run over the tokens each.
 
     Args:
         checkpoint: the model.
         calibration: the tokens.
-        root: directory of the disk cache, shared between checkpoints; None keeps the moments in memory, all of them.
-        memory_bytes: most bytes of moments that are measured at once; None: half of what is free then, 1 GiB at least.
         progress: called while moments are measured.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        calibration: Calibration,
-        root: Path | None = None,
-        memory_bytes: int | None = None,
-        progress: Progress = silent,
-    ) -> None:
-        self._checkpoint, self.calibration, self._limit = checkpoint, calibration, memory_bytes
-        self._progress = progress
-        self._root = root / checkpoint.fingerprint / calibration.hash if root is not None else None
+    def __init__(self, checkpoint: Checkpoint, calibration: Calibration, progress: Progress = silent) -> None:
+        self._checkpoint, self.calibration, self._progress = checkpoint, calibration, progress
+        self._root = cache_directory() / "moments" / checkpoint.fingerprint / calibration.hash
         self._leader = {name: group[0] for group in checkpoint.matrices.groups for name in group}
         if checkpoint.matrices.tied:
             self._leader[EMBEDDING] = HEAD
@@ -181,34 +183,26 @@ class InputMoments:
         leader = self.leader(name)
         if leader not in self._held:
             found = self._read(leader)
-            if self._root is not None:
-                self._held = {}  # the disk has them; those of one group follow each other
-            if found is None:
-                self._measure(leader)
-            else:
-                self._held[leader] = found
+            self._held = {}  # the disk has them; those of one group follow each other
+            self._held[leader] = found if found is not None else self._measure(leader)
         return self._held[leader]
 
     def leader(self, name: str) -> str:
         """Return the first of the matrices that read what matrix `name` reads, by which its moment is kept."""
         return self._leader[name]
 
-    def _path(self, leader: str) -> Path | None:
-        return self._root / f"{leader}.safetensors" if self._root is not None else None
-
     def _read(self, leader: str) -> Tensor | None:
-        path = self._path(leader)
-        found = read_tensors(path) if path is not None else None
+        found = read_tensors(self._root / f"{leader}.safetensors")
         moment = found[0].get("moment") if found is not None else None
         K = self._width[leader]
         return moment if moment is not None and moment.shape == (K, K) else None
 
-    def _measure(self, wanted: str) -> None:
-        """Measure every moment that is not on disk, so that the model is loaded once."""
+    def _measure(self, wanted: str) -> Tensor:
+        """Measure every moment that is not on disk, so that the model is loaded once, and return the one wanted."""
         leaders = [leader for leader in self._width if leader != EMBEDDING]
         missing = [leader for leader in leaders if leader == wanted or self._read(leader) is None]
         model, tokens = load_model(self._checkpoint), self.calibration.tokens
-        limit = self._limit if self._limit is not None else max(1 << 30, free_memory() // 2)
+        limit = max(_LEAST, free_memory() // 2)
         runs: list[list[str]] = [[]]
         size = 0
         for leader in missing:
@@ -219,9 +213,8 @@ class InputMoments:
             runs[-1].append(leader)
             size += more
         for run in runs:
-            for leader, moment in measure_moments(model, tokens, run, progress=self._progress).items():
-                path = self._path(leader)
-                if path is not None:
-                    write_tensors(path, {"moment": moment})
-                if path is None or leader == wanted:
-                    self._held[leader] = moment
+            for leader, moment in measure_moments(model, tokens, run, self._progress).items():
+                write_tensors(self._root / f"{leader}.safetensors", {"moment": moment})
+                if leader == wanted:
+                    found = moment
+        return found

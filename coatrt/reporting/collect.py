@@ -42,6 +42,30 @@ class Entry:
     engine_bytes: int | None = None
     provenance: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def bits(self) -> float:
+        """Average bits per weight, scales included."""
+        return self.config.average_bits(self.model)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A loss measured on held-out data.
+
+    Args:
+        what: what was measured.
+        bits: bits per weight.
+        loss: nats per token.
+        accuracy: share of right answers, None where the task has none.
+        configuration: hash of the configuration, empty where `what` says it.
+    """
+
+    what: str
+    bits: float
+    loss: float
+    accuracy: float | None = None
+    configuration: str = ""
+
 
 @dataclass(frozen=True)
 class Report:
@@ -50,16 +74,14 @@ class Report:
     Args:
         source: the model.
         entries: configurations, the planned ones and those of bundles.
-        archives: name → measured configurations.
-        quality: rows (what, bits per weight or None, loss) of held-out losses.
+        quality: held-out losses.
         training: (what, value) of the adapters.
         versions: package → version.
     """
 
     source: str
     entries: tuple[Entry, ...]
-    archives: Mapping[str, Archive] = field(default_factory=dict)
-    quality: tuple[tuple[str, float | None, float], ...] = ()
+    quality: tuple[Measured, ...] = ()
     training: tuple[tuple[str, str], ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -78,21 +100,17 @@ def collect(paths: Sequence[Path], devices: Sequence[str], request: PlanRequest)
         ConfigError: a path is none of these, or there is nothing to show.
         CheckpointError, BundleError: one is damaged.
     """
+    sources: list[str] = []
     entries: list[Entry] = []
-    archives: dict[str, Archive] = {}
-    quality: list[tuple[str, float | None, float]] = []
+    quality: list[Measured] = []
     training: list[tuple[str, str]] = []
     versions: dict[str, str] = {}
-    source = ""
     for path in paths:
         if (path / "adapter.json").is_file():
-            facts = AdapterDescription.load(path)
-            source = source or facts.source
-            archive = adapter_archive(path)
-            if archive is not None:
-                archives[path.name] = archive
+            facts, archive = AdapterDescription.load(path), adapter_archive(path)
+            sources.append(facts.source)
             entries += _planned(facts, archive, devices, request)
-            quality += _losses(path.name, facts)
+            quality += _losses(path.name, facts, archive)
             training += _training(path, facts)
             continue
         found = [path] if (path / MANIFEST).is_file() else sorted(part.parent for part in path.glob(f"*/{MANIFEST}"))
@@ -102,12 +120,15 @@ def collect(paths: Sequence[Path], devices: Sequence[str], request: PlanRequest)
             )
         for place in found:
             bundle = Bundle.open(place)
-            source = source or str(bundle.manifest["model"]["source"])
+            sources.append(str(bundle.manifest["model"]["source"]))
             versions |= bundle.manifest["versions"]
             entries.append(_bundled(place, bundle))
     if not entries:
         raise ConfigError("nothing to show; give a bundle, or an adapter and --target")
-    return Report(source, tuple(entries), archives, tuple(quality), tuple(training), versions)
+    for entry in entries:
+        if entry.plan.get("measured_loss") is not None:
+            quality.append(Measured(f"{entry.title}: with its LoRA", entry.bits, entry.plan["measured_loss"]))
+    return Report(sources[0], tuple(entries), tuple(quality), tuple(training), versions)
 
 
 def _planned(
@@ -147,27 +168,27 @@ def _bundled(place: Path, bundle: Bundle) -> Entry:
     return Entry(place.name, manifest["device"], bundle.model_matrices, bundle.config, plan, size, tuple(provenance))
 
 
-def _losses(name: str, facts: AdapterDescription) -> list[tuple[str, float | None, float]]:
-    """Return the held-out losses that training measured."""
-    found = facts.metrics.get("held_out") or {}
-    rows: list[tuple[str, float | None, float]] = []
-    for key, value in found.items():
-        if isinstance(value, (int, float)):
-            rows.append((f"{name}: {key.replace('_', ' ')}", 16.0 if key == "full_precision" else None, float(value)))
-    for row in found.get("budgets", ()):
-        bits = row.get("bits")
-        for key, value in row.items():
-            if key not in ("bits", "configuration", "hash") and isinstance(value, (int, float)):
-                rows.append((f"{name}: {key.replace('_', ' ')}", bits, float(value)))
+def _losses(name: str, facts: AdapterDescription, archive: Archive | None) -> list[Measured]:
+    """Return the held-out losses that training measured, then those of the search's front."""
+    held_out = facts.metrics["held_out"]
+    measured = [("full_precision", 16.0, held_out)]
+    measured += [(key, row["bits"], row) for row in held_out["budgets"] for key in ("without", "adapted")]
+    rows = [
+        Measured(f"{name}: {key.replace('_', ' ')}", bits, row[key], row.get(f"{key}_accuracy"))
+        for key, bits, row in measured
+    ]
+    if archive is not None:
+        for point in archive.front():
+            rows.append(Measured(f"{name}: searched", archive.bits(point), point.loss, configuration=point.config.hash))
     return rows
 
 
 def _training(path: Path, facts: AdapterDescription) -> list[tuple[str, str]]:
-    options = facts.metrics.get("options", {})
-    rows = [("adapter", f"{path.name}, hash {facts.hash}"), ("formats", ", ".join(map(str, facts.formats)))]
-    for key in ("quantizer", "preset", "rank", "steps", "batch", "max_length", "seed"):
-        if key in options:
-            rows.append((key, str(options[key])))
-    if "seconds" in facts.metrics:
-        rows.append(("trained for", f"{float(facts.metrics['seconds']):.0f} s"))
-    return rows
+    options = facts.metrics["options"]
+    names = ("quantizer", "preset", "rank", "steps", "batch", "max_length", "seed")
+    return [
+        ("adapter", f"{path.name}, hash {facts.hash}"),
+        ("formats", ", ".join(map(str, facts.formats))),
+        *((name, str(options[name])) for name in names),
+        ("trained for", f"{facts.metrics['seconds']:.0f} s"),
+    ]

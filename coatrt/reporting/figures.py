@@ -2,17 +2,21 @@
 
 import io
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from coatrt.planning.pareto import pareto_indices
 from coatrt.reporting.collect import Entry, Report
 
-__all__ = ["FIGURES", "bits_figure", "draw", "latency_figure", "memory_figure", "pareto_figure"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["FIGURES", "bits_figure", "colour", "draw", "latency_figure", "memory_figure", "pareto_figure"]
 
 COLOURS = ("#3b6fb6", "#d1495b", "#2a9d8f", "#e09f3e", "#7b5ea7", "#4f6d7a", "#b5651d", "#5c8a3a", "#a23e8c", "#1b98a6")
-_INK, _FAINT, _GRID = "#1f2933", "#616e7c", "#e4e7eb"
-MEMORY_COLOURS = {
+BAR_COLOURS = {
     "weights": "#3b6fb6",
     "scales": "#7fa8d9",
     "other tensors": "#b8c4d6",
@@ -21,29 +25,12 @@ MEMORY_COLOURS = {
     "KV cache": "#2a9d8f",
     "activations": "#7b5ea7",
     "runtime": "#cbd2d9",
+    "predicted": "#b8c4d6",
+    "bound: bytes over peak bandwidth": "#3b6fb6",
 }
 
-
-def _style() -> dict[str, Any]:
-    return {
-        "font.family": "DejaVu Sans",
-        "font.size": 9.5,
-        "axes.edgecolor": _GRID,
-        "axes.labelcolor": _FAINT,
-        "axes.titlecolor": _INK,
-        "text.color": _INK,
-        "xtick.color": _FAINT,
-        "ytick.color": _FAINT,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.color": _GRID,
-        "grid.linewidth": 0.8,
-        "axes.axisbelow": True,
-        "svg.fonttype": "path",
-        "figure.facecolor": "white",
-        "svg.hashsalt": "coatrt",
-    }
+Bar = tuple[str, float, float]
+"""A name of `BAR_COLOURS`, where the bar starts, its width."""
 
 
 def colour(entries: Sequence[Entry], entry: Entry) -> str:
@@ -54,89 +41,70 @@ def colour(entries: Sequence[Entry], entry: Entry) -> str:
 def draw(name: str, report: Report, kind: str) -> bytes:
     """Return a figure of `FIGURES` as "svg" or "png"."""
     import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    with matplotlib.rc_context(_style()):
-        figure = FIGURES[name](plt, report)
+    with matplotlib.rc_context(fname=Path(__file__).with_name("figures.mplstyle")):
+        figure = Figure()
+        FIGURES[name](figure, report)
         stream = io.BytesIO()
-        extra = {"metadata": {"Date": None}} if kind == "svg" else {"dpi": 160}
-        figure.savefig(stream, format=kind, bbox_inches="tight", pad_inches=0.08, **extra)
-        plt.close(figure)
+        figure.savefig(stream, format=kind, metadata={"Date": None} if kind == "svg" else None)
     return stream.getvalue()
 
 
-def _loss(entry: Entry) -> float | None:
-    return entry.plan.get("predicted_loss_increase")
-
-
-def pareto_figure(plt: Any, report: Report) -> Any:
-    """Return predicted loss over bytes: each front as a line, the chosen configuration of every device as a point."""
+def pareto_figure(figure: "Figure", report: Report) -> None:
+    """Draw predicted loss over bytes: each front as a line, the chosen configuration of every device as a point."""
     from matplotlib.patheffects import withStroke
 
-    figure, axis = plt.subplots(figsize=(9.2, 4.6), layout="constrained")
-    drawn: set[tuple[tuple[float, float], ...]] = set()
-    for entry in report.entries:
-        points = _own_bytes(entry)
-        if points and points not in drawn:
-            drawn.add(points)
-            axis.plot(*zip(*points, strict=True), color=colour(report.entries, entry), lw=1.4, alpha=0.55)
+    axis = figure.subplots()
+    fronts: dict[tuple[tuple[float, float], ...], str] = {}
     groups: dict[tuple[float, float], list[Entry]] = {}
     for entry in report.entries:
-        loss = _loss(entry)
+        fronts.setdefault(_own_bytes(entry), colour(report.entries, entry))
+        loss = entry.plan.get("predicted_loss_increase")
         if loss is not None:
             size = entry.plan.get("engine_bytes", entry.config.nbytes(entry.model)) / 1e6
             groups.setdefault((round(size, 1), round(loss, 4)), []).append(entry)
-    for number, ((size, loss), members) in enumerate(sorted(groups.items())):
-        axis.scatter(
-            [size], [loss], s=74, color=colour(report.entries, members[0]), edgecolor="white", lw=1.2, zorder=5
-        )
-        names = ", ".join(entry.title for entry in members)
+    for points, shade in fronts.items():
+        if points:
+            axis.plot(*zip(*points, strict=True), color=shade, lw=1.4, alpha=0.55)
+    for number, (point, members) in enumerate(sorted(groups.items())):
+        shade = colour(report.entries, members[0])
+        axis.scatter(*point, s=74, color=shade, edgecolor="white", lw=1.2, zorder=5)
         axis.annotate(
-            names,
-            (size, loss),
+            ", ".join(entry.title for entry in members),
+            point,
             xytext=(10, 12 if number % 2 == 0 else -18),
             textcoords="offset points",
             fontsize=8.5,
-            color=colour(report.entries, members[0]),
+            color=shade,
             weight="bold",
             path_effects=[withStroke(linewidth=3, foreground="white")],
             zorder=6,
         )
-    axis.set_xlabel("engine, MB (predicted)")
-    axis.set_ylabel("predicted loss increase, nats per token (before the adapter)")
+    axis.set(xlabel="engine, MB (predicted)", ylabel="predicted loss increase, nats per token (before the adapter)")
     axis.set_yscale("symlog", linthresh=0.01)
     axis.set_ylim(bottom=0)
-    return figure
 
 
 def _own_bytes(entry: Entry) -> tuple[tuple[float, float], ...]:
     """Return the front as (MB of the engine, loss), what lies beside the engine taken off."""
     front, memory = entry.plan.get("front", ()), entry.plan.get("memory_bytes", {})
     fixed = sum(memory.values()) - entry.plan.get("engine_bytes", 0)
-    points = sorted((round((size - fixed) / 1e6, 2), round(loss, 5)) for size, _, loss in front)
-    best, kept = float("inf"), []
-    for size, loss in points:
-        if loss < best:
-            best = loss
-            kept.append((size, loss))
-    return tuple(kept)
+    points = [(round((size - fixed) / 1e6, 2), round(loss, 5)) for size, _, loss in front]
+    return tuple(points[i] for i in pareto_indices(points))
 
 
-def bits_figure(plt: Any, report: Report) -> Any:
-    """Return bits per weight of every matrix: a panel per distinct configuration, module kinds down, layers across."""
+def bits_figure(figure: "Figure", report: Report) -> None:
+    """Draw bits per weight of every matrix: a panel per distinct configuration, module kinds down, layers across."""
     panels: dict[str, list[Entry]] = {}
     for entry in report.entries:
         panels.setdefault(entry.config.hash, []).append(entry)
     first = report.entries[0].model
     kinds = list(dict.fromkeys(matrix.kind for matrix in first.targets))
     layers = 1 + max(matrix.layer for matrix in first.targets)
-    figure, axes = plt.subplots(
-        len(panels), 1, figsize=(9.2, 0.6 + 1.75 * len(panels)), squeeze=False, layout="constrained", sharex=True
-    )
-    image = None
-    for axis, members in zip(axes[:, 0], panels.values(), strict=True):
+    figure.set_figheight(0.6 + 1.75 * len(panels))
+    axes = figure.subplots(len(panels), squeeze=False, sharex=True)[:, 0]
+    for axis, members in zip(axes, panels.values(), strict=True):
         entry = members[0]
         bits = np.full((len(kinds), layers), np.nan)
         for matrix in entry.model.targets:
@@ -149,81 +117,58 @@ def bits_figure(plt: Any, report: Report) -> Any:
         axis.set_xticks(np.arange(-0.5, layers), minor=True)
         axis.grid(which="minor", color="white", lw=0.9)
         axis.tick_params(which="both", length=0)
-        tables = ", ".join(
-            f"{matrix.kind} {entry.config[matrix.name]}" for matrix in entry.model.matrices if matrix.is_table
-        )
+        axis.spines[:].set_visible(False)
         names = ", ".join(member.title for member in members)
-        title = f"{names}   {entry.config.average_bits(entry.model):.2f} bits   ({tables})"
-        axis.set_title(title, loc="left", fontsize=9, weight="bold")
-        for spine in axis.spines.values():
-            spine.set_visible(False)
-    axes[-1, 0].set_xlabel("decoder layer")
-    bar = figure.colorbar(image, ax=axes[:, 0].tolist(), label="bits per weight, scales included", pad=0.015)
+        tables = ", ".join(f"{m.kind} {entry.config[m.name]}" for m in entry.model.matrices if m.is_table)
+        axis.set_title(f"{names}   {entry.bits:.2f} bits   ({tables})")
+    axes[-1].set_xlabel("decoder layer")
+    bar = figure.colorbar(image, ax=axes.tolist(), label="bits per weight, scales included", pad=0.015)
     bar.outline.set_visible(False)
-    return figure
 
 
-def memory_figure(plt: Any, report: Report) -> Any:
-    """Return what each device holds, stacked by purpose."""
-    shown = [entry for entry in report.entries if entry.plan.get("memory_bytes")]
-    figure, axis = plt.subplots(figsize=(9.2, 1.3 + 0.42 * max(len(shown), 1)), layout="constrained")
-    for row, entry in enumerate(shown):
-        start = 0.0
-        for name, size in entry.plan["memory_bytes"].items():
-            width = size / 2**20
-            axis.barh(
-                row,
-                width,
-                left=start,
-                height=0.62,
-                color=MEMORY_COLOURS.get(name, "#9aa5b1"),
-                label=name if row == 0 else None,
-            )
-            start += width
+def memory_figure(figure: "Figure", report: Report) -> None:
+    """Draw what each device holds, stacked by purpose."""
+    rows = []
+    for entry in report.entries:
+        bars, end = [], 0.0
+        for name, size in entry.plan.get("memory_bytes", {}).items():
+            bars.append((name, end, size / 2**20))
+            end += size / 2**20
         limit = entry.plan.get("limit_bytes")
         room = f"of {limit / 2**30:.3g} GiB" if limit else ""
-        axis.text(start, row, f"  {start:,.0f} MiB {room}", va="center", fontsize=8.5, color=_FAINT)
-    axis.set_yticks(range(len(shown)), [entry.title for entry in shown], color=_INK)
+        if bars:
+            rows.append((entry.title, bars, f"{end:,.0f} MiB {room}"))
+    _draw_bars(figure, rows, "MiB")
+
+
+def latency_figure(figure: "Figure", report: Report) -> None:
+    """Draw predicted milliseconds per token over what peak bandwidth alone would allow."""
+    rows = []
+    for entry in report.entries:
+        seconds, bound = entry.plan.get("decode_seconds"), entry.plan.get("tokens_per_second_bound")
+        if seconds:
+            bars = [("predicted", 0.0, 1e3 * seconds)]
+            if bound:
+                bars.append(("bound: bytes over peak bandwidth", 0.0, 1e3 / bound))
+            rows.append((entry.title, bars, f"{1e3 * seconds:.2f} ms, {1 / seconds:,.0f} tokens/s"))
+    _draw_bars(figure, rows, "ms per token, one sequence, full cache")
+
+
+def _draw_bars(figure: "Figure", rows: Sequence[tuple[str, Sequence[Bar], str]], unit: str) -> None:
+    """Draw a row per entry: its title, its bars and a note behind them."""
+    figure.set_figheight(1.3 + 0.42 * max(len(rows), 1))
+    axis, legend = figure.subplots(), {}
+    for row, (_, bars, note) in enumerate(rows):
+        for name, start, width in bars:
+            legend[name] = axis.barh(row, width, left=start, height=0.62, color=BAR_COLOURS[name])
+        end = max(start + width for _, start, width in bars)
+        axis.text(end, row, f"  {note}", va="center", fontsize=8.5, color="#616e7c")
+    axis.set_yticks(range(len(rows)), [title for title, _, _ in rows], color="#1f2933")
     axis.invert_yaxis()
     axis.margins(x=0.2)
     axis.grid(axis="y", visible=False)
-    axis.set_xlabel("MiB")
-    axis.legend(ncols=4, frameon=False, fontsize=8.5, loc="lower center", bbox_to_anchor=(0.45, 1.0))
-    return figure
-
-
-def latency_figure(plt: Any, report: Report) -> Any:
-    """Return predicted milliseconds per token over what peak bandwidth alone would allow."""
-    shown = [entry for entry in report.entries if entry.plan.get("decode_seconds")]
-    figure, axis = plt.subplots(figsize=(9.2, 1.2 + 0.42 * max(len(shown), 1)), layout="constrained")
-    for row, entry in enumerate(shown):
-        predicted = 1e3 * entry.plan["decode_seconds"]
-        bound = entry.plan.get("tokens_per_second_bound")
-        axis.barh(row, predicted, height=0.62, color="#b8c4d6", label="predicted" if row == 0 else None)
-        if bound:
-            axis.barh(
-                row,
-                1e3 / bound,
-                height=0.62,
-                color="#3b6fb6",
-                label="bound: bytes over peak bandwidth" if row == 0 else None,
-            )
-        axis.text(
-            predicted,
-            row,
-            f"  {predicted:.2f} ms, {1e3 / predicted:,.0f} tokens/s",
-            va="center",
-            fontsize=8.5,
-            color=_FAINT,
-        )
-    axis.set_yticks(range(len(shown)), [entry.title for entry in shown], color=_INK)
-    axis.invert_yaxis()
-    axis.margins(x=0.2)
-    axis.grid(axis="y", visible=False)
-    axis.set_xlabel("ms per token, one sequence, full cache")
-    if shown:
-        axis.legend(ncols=2, frameon=False, fontsize=8.5, loc="lower center", bbox_to_anchor=(0.45, 1.0))
-    return figure
+    axis.set_xlabel(unit)
+    axis.legend(legend.values(), legend.keys(), ncols=4, loc="lower center", bbox_to_anchor=(0.45, 1.0))
 
 
 FIGURES = {"pareto": pareto_figure, "bits": bits_figure, "memory": memory_figure, "latency": latency_figure}

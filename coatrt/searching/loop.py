@@ -13,7 +13,7 @@ from coatrt.configs.config import QuantConfig
 from coatrt.configs.space import ConfigSpace
 from coatrt.errors import ConfigError
 from coatrt.planning.archive import Archive, ArchiveEntry
-from coatrt.planning.knapsack import CostTable, cost_matrix, near_optimal, near_optimal_each
+from coatrt.planning.knapsack import CostTable, cost_matrix, near_optimal
 from coatrt.system.progress import Progress, silent
 
 __all__ = ["extend_archive", "spread_allocations"]
@@ -67,9 +67,9 @@ def extend_archive(
 
 def spread_allocations(space: ConfigSpace, costs: CostTable, count: int) -> list[QuantConfig]:
     """Return allocations at budgets spread evenly from the least bytes of a space to the most, both included."""
-    size = space.sizes.astype(np.float64)
+    price, size = cost_matrix(space, costs), space.sizes.astype(np.float64)
     budgets = np.linspace(size.min(1).sum(), size.max(1).sum(), count) + 0.5  # bytes are whole numbers
-    return [space.config(choice) for choice in near_optimal_each(cost_matrix(space, costs), size, budgets.tolist())]
+    return [space.config(near_optimal(price, size, budget)) for budget in budgets.tolist()]
 
 
 def _in_gaps(space: ConfigSpace, costs: CostTable, archive: Archive) -> Iterator[QuantConfig]:

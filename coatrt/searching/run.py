@@ -15,7 +15,6 @@ from coatrt.planning.archive import ARCHIVE_FILE, Archive
 from coatrt.searching.loop import extend_archive
 from coatrt.system.files import exclusive
 from coatrt.system.progress import Progress, silent
-from coatrt.system.tensors import hash_tensors
 
 __all__ = ["search"]
 
@@ -59,10 +58,10 @@ def search(
     if task != data.kind:
         raise ConfigError(f"the adapter was trained on the task {task}, got data of {data.kind}; give data of its task")
     picked = examples[torch.linspace(0, len(examples) - 1, min(blocks, len(examples))).round().long()]
-    text = hash_tensors({"tokens": picked.tokens, "targets": picked.targets})[:16]
     space, lora = description.space, 2 * description.lora_parameters
     with exclusive(directory / ARCHIVE_FILE, "search of this adapter"):
-        archive = Archive.open(directory / ARCHIVE_FILE, space.model.parameters, f"{description.hash} {text}")
+        identity = f"{description.hash} {picked.digest[:16]}"
+        archive = Archive.open(directory / ARCHIVE_FILE, space.model.parameters, identity)
         evaluator = Evaluator(adapter, model=model, device=device, progress=progress)
         measured_on = replace(data, held_out=picked, choices=None)
 

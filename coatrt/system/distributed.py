@@ -2,7 +2,7 @@
 
 import atexit
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -76,10 +76,6 @@ class Processes:
         together = torch.tensor(values, dtype=torch.float64, device=self._state.device)
         torch.distributed.all_reduce(together)
         return [float(value) for value in together]
-
-    def first(self, measure: Callable[[], float]) -> float:
-        """Return what the first process measures, in every process."""
-        return self.sum([measure() if self.is_first else 0.0])[0]
 
     def wait(self) -> None:
         """Wait until every process is here."""

@@ -139,13 +139,11 @@ def exclusive(path: str | Path, what: str) -> Iterator[None]:
     path = Path(path)
     lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
     try:
-        lock.acquire()
+        held = lock.acquire()
     except Timeout:
         raise ConfigError(f"{path} is being written by another {what}; wait for its end") from None
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 def write_text(path: str | Path, text: str) -> None:

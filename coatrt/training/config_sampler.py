@@ -6,27 +6,13 @@ import numpy as np
 
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.space import ConfigSpace
-from coatrt.errors import ConfigError
 from coatrt.planning.knapsack import CostTable, cost_matrix, near_optimal
 
-__all__ = ["TrainingSampler", "check_budgets"]
+__all__ = ["TrainingSampler"]
 
 _SIDE = 0.2  # of the budget range: as wide are the two parts that the first configuration of a step comes from
 _PLANNED = 0.75  # share of draws that a planner could choose
 _JITTER = 0.7  # standard deviation of the noise on the log of a cost
-
-
-def check_budgets(space: ConfigSpace, low: float, high: float) -> None:
-    """Refuse a range of budgets, in bits per weight, that the formats of a space do not cover.
-
-    Raises:
-        ConfigError: it is empty, or reaches outside of what the formats allow.
-    """
-    least, most = space.min_bits, space.max_bits
-    if not least - 1e-9 <= low <= high <= most + 1e-9:
-        raise ConfigError(
-            f"budgets of {low:g} to {high:g} bits cannot be trained for; the formats allow {least:.3f} to {most:.3f}"
-        )
 
 
 @dataclass(frozen=True)
@@ -42,12 +28,9 @@ class TrainingSampler:
     Args:
         space: matrices and formats.
         costs: sensitivities.
-        low: lowest budget in bits per weight.
-        high: highest budget.
+        low: lowest budget in bits per weight, not below the least bits of the space.
+        high: highest budget, not above the most.
         seed: of the draws.
-
-    Raises:
-        ConfigError: the range is empty or outside of what the formats allow.
     """
 
     space: ConfigSpace
@@ -56,23 +39,16 @@ class TrainingSampler:
     high: float
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        check_budgets(self.space, self.low, self.high)
-
     def draw(self, step: int) -> list[QuantConfig]:
         """Return the two configurations of a step."""
         rng = np.random.default_rng([self.seed, step])
-        configs = []
-        for low, high in (self._side(step), (self.low, self.high)):
+        width, configs = _SIDE * (self.high - self.low), []
+        side = (self.high - width, self.high) if step % 2 else (self.low, self.low + width)
+        for low, high in (side, (self.low, self.high)):
             bits = float(rng.uniform(low, high))
             planned = rng.random() < _PLANNED
             configs.append(self.plan_like(rng, bits) if planned else self.space.sample_budgeted(rng, bits))
         return configs
-
-    def _side(self, step: int) -> tuple[float, float]:
-        """Return the lowest fifth of the range in even steps, the highest in odd ones."""
-        width = _SIDE * (self.high - self.low)
-        return (self.high - width, self.high) if step % 2 else (self.low, self.low + width)
 
     def plan_like(self, rng: np.random.Generator | None, bits: float) -> QuantConfig:
         """Return a near-optimal allocation of at most `bits`, in milliseconds.

@@ -10,11 +10,10 @@ import torch
 from coatrt.configs.config import QuantConfig
 from coatrt.data.documents import batches
 from coatrt.data.examples import Examples
-from coatrt.errors import CheckpointError, CoatError
+from coatrt.errors import CoatError
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.system.distributed import Processes
 from coatrt.system.progress import Progress, silent
-from coatrt.system.tensors import read_tensors, write_tensors
 from coatrt.training.objective import Pass, accumulate_gradients
 from coatrt.training.options import TrainOptions
 from coatrt.training.protocols import LoraModule
@@ -22,7 +21,6 @@ from coatrt.training.resume_state import History, load_state, save_state
 
 __all__ = ["optimise"]
 
-_BEST = "best.safetensors"
 _CLIP = 1.0  # largest norm of the gradient
 
 
@@ -35,21 +33,19 @@ def optimise(
     state: Path,
     run: str,
     processes: Processes,
-    measure: Callable[[], float] | None = None,
     progress: Progress = silent,
 ) -> History:
     """Train a LoRA module, from its last checkpoint if there is one.
 
     Args:
         model: the frozen base.
-        lora: trained in place; at the end it is the last one, or the best measured where patience stops.
+        lora: trained in place.
         data: what to train on.
         draw: the configurations of a step.
         options: steps, rates, batch and the rest.
         state: directory of checkpoints.
         run: identifies model, data and options; a checkpoint of another run is refused.
         processes: those that train together, each with its share of every batch.
-        measure: figure of merit, higher is better, asked every `options.evaluate_every` steps.
         progress: called after each step.
 
     Raises:
@@ -60,22 +56,17 @@ def optimise(
     optimizer = _optimizer(lora, options)
     history = load_state(state, lora, optimizer, run) or History()
     started = time.monotonic() - history.seconds
-    while not history.ends(options):
+    while history.step < options.steps:
         passes = _passes(data, draw(history.step), options, history.step, processes)
         losses = _step(model, lora, optimizer, passes, options, processes, history.step)
         history.step += 1
         history.losses.append(losses)
         progress(history.step, options.steps, "training", f"loss {sum(losses) / len(losses):.3f}")
-        if measure is not None and _is_due(history, options, options.evaluate_every):
-            history.measured.append((history.step, processes.first(measure)))
-            if history.best == history.step and processes.is_first:
-                write_tensors(state / _BEST, dict(lora.named_parameters()))
-        if processes.is_first and (history.ends(options) or _is_due(history, options, options.checkpoint_every)):
+        due = history.step == options.steps or history.step % options.checkpoint_every == 0
+        if due and processes.is_first:
             history.seconds = time.monotonic() - started
             save_state(state, lora, optimizer, run, history)
     processes.wait()
-    if options.patience and history.best not in (-1, history.step):
-        _load_best(state, lora)
     history.seconds = time.monotonic() - started
     return history
 
@@ -87,11 +78,6 @@ def _optimizer(lora: LoraModule, options: TrainOptions) -> torch.optim.Optimizer
         for name, members in lora.parameter_groups().items()
     ]
     return torch.optim.AdamW(groups, weight_decay=0.0)
-
-
-def _is_due(history: History, options: TrainOptions, every: int) -> bool:
-    """Return whether what is done every so many steps, and after the last one, is done now; never where 0."""
-    return every > 0 and (history.step == options.steps or history.step % every == 0)
 
 
 def _passes(
@@ -130,12 +116,3 @@ def _step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return losses
-
-
-@torch.no_grad()
-def _load_best(state: Path, lora: LoraModule) -> None:
-    stored = read_tensors(state / _BEST)
-    if stored is None:
-        raise CheckpointError(f"{state / _BEST} is missing or damaged; start over with --overwrite")
-    for name, parameter in lora.named_parameters():
-        parameter.copy_(stored[0][name])

@@ -95,14 +95,6 @@ class TrainOptions:
         None, "Held-out blocks (examples, questions) to measure on.", least=1, unset="16; for choice 200"
     )
     budgets: tuple[float, ...] = _option((4.0, 5.0, 6.0), "Average bits at which the held-out loss is measured.")
-    evaluate_every: int = _option(
-        0, "Steps between measurements of the hypervolume of bits and held-out loss over the budgets; 0: none.", least=0
-    )
-    patience: int = _option(
-        0,
-        "Measurements without a better hypervolume after which training stops; the best adapter is kept. 0: never.",
-        least=0,
-    )
     checkpoint_every: int = _option(25, "Steps between checkpoints.", least=1)
     seed: int = _option(0, "Seed of start values, batches and configurations.", least=0)
 
@@ -123,8 +115,6 @@ class TrainOptions:
                 raise ConfigError(f"{one.name} must be above {above:g} and finite, got {value}")
         if self.accumulate > self.batch:
             raise ConfigError(f"accumulate must be at most batch, {self.batch}, got {self.accumulate}")
-        if self.patience and not (self.evaluate_every and self.budgets):
-            raise ConfigError("patience needs evaluate_every and budgets; set both, or leave patience out")
 
     @property
     def rates(self) -> Mapping[str, float]:

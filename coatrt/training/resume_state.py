@@ -1,22 +1,19 @@
-"""Training checkpoints: parameters and AdamW moments in safetensors, the rest in JSON; a run resumes exactly."""
+"""Training checkpoints: parameters, AdamW moments and progress in one safetensors file; a run resumes exactly."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from coatrt.errors import CheckpointError, ConfigError
-from coatrt.system.files import atomic_file, sha256_file
-from coatrt.system.json_data import read_as, write_json
-from coatrt.training.options import TrainOptions
+from coatrt.system.json_data import convert, dump_json, parse_json, read_as, write_json
+from coatrt.system.tensors import read_tensors, write_tensors
 from coatrt.training.protocols import LoraModule
 
 __all__ = ["History", "check_state", "claim_state", "has_state", "load_state", "save_state"]
 
-_STATE = "state.json"
+_STATE = "state.safetensors"
 _RUN = "run.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _RESTART = "start over with --overwrite"
@@ -29,43 +26,18 @@ class History:
     Args:
         step: optimizer steps.
         losses: per step, the task's loss under each of its configurations, nats per token.
-        seconds: of training, measurements included.
-        measured: (steps done, figure of merit), for early stopping.
+        seconds: of training.
     """
 
     step: int = 0
     losses: list[list[float]] = field(default_factory=list)
     seconds: float = 0.0
-    measured: list[tuple[int, float]] = field(default_factory=list)
-
-    @property
-    def best(self) -> int:
-        """Steps done at the highest figure of merit; -1 where none was measured."""
-        return max(self.measured, key=lambda row: row[1])[0] if self.measured else -1
-
-    def exhausted(self, patience: int) -> bool:
-        """Return whether so many measurements in a row were no better than the best before them."""
-        return patience > 0 and sum(step > self.best for step, _ in self.measured) >= patience
-
-    def ends(self, options: TrainOptions) -> bool:
-        """Return whether training is over: every step is done, or patience is exhausted."""
-        return self.step >= options.steps or self.exhausted(options.patience)
-
-
-@dataclass(frozen=True)
-class _State:
-    """A checkpoint: the run it belongs to, its tensors' file with its hash, and the progress."""
-
-    run: str
-    file: str
-    sha256: str
-    progress: History
 
 
 def save_state(
     directory: Path, module: LoraModule, optimizer: torch.optim.Optimizer, run: str, progress: History
 ) -> None:
-    """Write a checkpoint; the one before it stays valid until this one is complete.
+    """Write a checkpoint, atomically: the one before it stays until this one is complete.
 
     Args:
         directory: of the training state, made if missing.
@@ -76,17 +48,11 @@ def save_state(
     """
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in module.named_parameters():
-        tensors[f"value.{name}"] = parameter.detach().cpu().contiguous()
+        tensors[f"value.{name}"] = parameter
         for moment in _MOMENTS:
             if moment in optimizer.state[parameter]:
-                tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment].cpu().contiguous()
-    file = f"state-{progress.step}.safetensors"
-    with atomic_file(directory / file) as temporary:
-        save_file(tensors, str(temporary))
-    write_json(directory / _STATE, _State(run, file, sha256_file(directory / file), progress))
-    for old in directory.glob("state-*.safetensors"):
-        if old.name != file:
-            old.unlink()
+                tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
+    write_tensors(directory / _STATE, tensors, {"run": run, "progress": dump_json(progress)})
 
 
 def check_state(directory: Path, run: str) -> None:
@@ -95,9 +61,8 @@ def check_state(directory: Path, run: str) -> None:
     Raises:
         ConfigError: it belongs to other options, another model or other data.
     """
-    for name in (_RUN, _STATE):
-        if (directory / name).is_file():
-            _check_run(directory, read_as(directory / name, dict[str, Any], "training state", _RESTART).get("run"), run)
+    if (directory / _RUN).is_file():
+        _check_run(directory, read_as(directory / _RUN, dict[str, Any], "training state", _RESTART).get("run"), run)
 
 
 def claim_state(directory: Path, run: str) -> None:
@@ -134,20 +99,18 @@ def load_state(directory: Path, module: LoraModule, optimizer: torch.optim.Optim
     """
     if not has_state(directory):
         return None
-    state = read_as(directory / _STATE, _State, "training state", _RESTART, CheckpointError)
-    _check_run(directory, state.run, run)
-    path = directory / Path(state.file).name
-    try:
-        if sha256_file(path) != state.sha256:
-            raise CheckpointError(f"{path} is damaged; {_RESTART}")
-        tensors = load_file(str(path))
-        steps = torch.tensor(float(state.progress.step))
-        with torch.no_grad():
-            for name, parameter in module.named_parameters():
-                parameter.copy_(tensors[f"value.{name}"])
-                if f"{_MOMENTS[0]}.{name}" in tensors:
-                    moments = {m: tensors[f"{m}.{name}"].to(parameter.device) for m in _MOMENTS}
-                    optimizer.state[parameter] = {"step": steps.clone(), **moments}
-        return state.progress
-    except (KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{directory} is damaged ({error}); {_RESTART}") from None
+    found = read_tensors(directory / _STATE)
+    if found is None:
+        raise CheckpointError(f"{directory / _STATE} is damaged; {_RESTART}")
+    tensors, metadata = found
+    _check_run(directory, metadata.get("run"), run)
+    where = f"the progress in {directory / _STATE}"
+    value = parse_json(metadata.get("progress", ""), where, _RESTART, CheckpointError)
+    progress = convert(value, History, where, _RESTART, CheckpointError)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(tensors[f"value.{name}"])
+            if f"{_MOMENTS[0]}.{name}" in tensors:
+                moments = {m: tensors[f"{m}.{name}"].to(parameter.device) for m in _MOMENTS}
+                optimizer.state[parameter] = {"step": torch.tensor(float(progress.step)), **moments}
+    return progress

@@ -3,9 +3,11 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,13 +31,13 @@ from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.input_moments import Calibration, InputMoments, calibration_examples
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.distributed import Processes
-from coatrt.system.files import cache_directory, check_replaceable
+from coatrt.system.files import check_replaceable
 from coatrt.system.json_data import read_as, write_json
 from coatrt.system.progress import Progress, silent
 from coatrt.system.resources import compute_device
 from coatrt.training.calibration import SENSITIVITY_BLOCKS, calibration_blocks
-from coatrt.training.config_sampler import TrainingSampler, check_budgets
-from coatrt.training.held_out import HeldOut
+from coatrt.training.config_sampler import TrainingSampler
+from coatrt.training.held_out import measure_budgets
 from coatrt.training.loop import optimise
 from coatrt.training.options import TrainOptions
 from coatrt.training.resume_state import History, check_state, claim_state, has_state
@@ -81,26 +83,20 @@ def train(
     if run.processes.is_first:
         _claim(output, run.identity, resume, overwrite)
     run.processes.wait()
-    codes = CodeStore.default(run.checkpoint, run.options.quantizer, run.calibration, run.progress)
-    model = _load(run, codes)
+    codes = CodeStore(run.checkpoint, run.options.quantizer, run.calibration, run.progress)
+    run.progress(0, 1, "loading the model")
+    model = FakeQuantModel(run.checkpoint, codes, device, dtype=getattr(torch, run.options.precision))
+    run.progress(1, 1, "loading the model")
     sensitivity = _measure(run, model, codes)
     sampler = TrainingSampler(run.space, sensitivity.costs, *run.budgets, run.options.seed)
     lora = _start(run, model, sensitivity)
-    held_out = HeldOut(model, lora, sampler, data, run.options, run.progress)
     history = optimise(
-        model,
-        lora,
-        data.train,
-        sampler.draw,
-        run.options,
-        run.state,
-        run.identity,
-        run.processes,
-        held_out.hypervolume if run.options.budgets else None,
-        run.progress,
+        model, lora, data.train, sampler.draw, run.options, run.state, run.identity, run.processes, run.progress
     )
     lora.settle(run.progress)
-    adapter = _adapter(run, lora, sensitivity, history, held_out)
+    adapter = _adapter(
+        run, lora, sensitivity, history, measure_budgets(model, lora, sampler, data, run.options, run.progress)
+    )
     if run.processes.is_first:
         adapter.save_pretrained(output)
     run.processes.wait()
@@ -144,7 +140,7 @@ def _open(
 ) -> _Run:
     """Open the model, and refuse what would fail later."""
     checkpoint = Checkpoint.open(source)
-    spec = DecoderSpec.from_checkpoint(checkpoint)  # a model that cannot be exported is refused now, not after training
+    spec = DecoderSpec.from_config(checkpoint.config)  # refuses a model that cannot be exported, before training
     space = ConfigSpace(checkpoint.matrices, tuple(map(WeightFormat.parse, options.formats)))
     processes = Processes(compute_device(device).type)
     processes.share(torch.arange(options.batch))  # refuses a batch that does not divide among them
@@ -168,14 +164,17 @@ def _open(
 
 def _budgets(space: ConfigSpace, options: TrainOptions) -> tuple[float, float]:
     """Return the lowest and the highest budget to train for, in bits per weight."""
-    low = space.min_bits if options.low_bits is None else options.low_bits
-    high = min(space.max_bits, max(low, 8.5)) if options.high_bits is None else options.high_bits
-    check_budgets(space, low, high)
+    least, most = space.min_bits, space.max_bits
+    low = least if options.low_bits is None else options.low_bits
+    high = min(most, max(low, 8.5)) if options.high_bits is None else options.high_bits
+    if not least - 1e-9 <= low <= high <= most + 1e-9:
+        raise ConfigError(
+            f"budgets of {low:g} to {high:g} bits cannot be trained for; the formats allow {least:.3f} to {most:.3f}"
+        )
     for bits in options.budgets:
-        if not space.min_bits <= bits <= space.max_bits:
+        if not least <= bits <= most:
             raise ConfigError(
-                f"a budget of {bits:g} bits cannot be measured; the formats allow {space.min_bits:.3f} to "
-                f"{space.max_bits:.3f}"
+                f"a budget of {bits:g} bits cannot be measured; the formats allow {least:.3f} to {most:.3f}"
             )
     return low, high
 
@@ -204,13 +203,6 @@ def _claim(output: Path, identity: str, resume: bool, overwrite: bool) -> None:
     if overwrite and not resume:
         shutil.rmtree(state, ignore_errors=True)
     check_state(state, identity)
-
-
-def _load(run: _Run, codes: CodeStore) -> FakeQuantModel:
-    run.progress(0, 1, "loading the model")
-    model = FakeQuantModel(run.checkpoint, codes, run.device, dtype=getattr(torch, run.options.precision))
-    run.progress(1, 1, "loading the model")
-    return model
 
 
 def _encode(run: _Run, codes: CodeStore) -> None:
@@ -243,7 +235,7 @@ def _start(run: _Run, model: FakeQuantModel, sensitivity: Sensitivity) -> CoaLor
     lora.to(run.device)
     if not options.compensation:
         return lora
-    moments = InputMoments(run.checkpoint, run.calibration, cache_directory() / "moments", progress=run.progress)
+    moments = InputMoments(run.checkpoint, run.calibration, run.progress)
     compensator = Compensator(model, moments, run.contract, run.progress)
     share = _STARTED_SHARE[options.start]
     if not share or has_state(run.state):
@@ -257,8 +249,10 @@ def _start(run: _Run, model: FakeQuantModel, sensitivity: Sensitivity) -> CoaLor
     return lora
 
 
-def _adapter(run: _Run, lora: CoaLora, sensitivity: Sensitivity, history: History, held_out: HeldOut) -> Adapter:
-    """Return the finished adapter with what is measured of it."""
+def _adapter(
+    run: _Run, lora: CoaLora, sensitivity: Sensitivity, history: History, held_out: Mapping[str, Any]
+) -> Adapter:
+    """Return the finished adapter with what was measured of it."""
     options, data = run.options, run.data
     limit = options.held_out_limit(data.kind)
     description = AdapterDescription(
@@ -278,8 +272,7 @@ def _adapter(run: _Run, lora: CoaLora, sensitivity: Sensitivity, history: Histor
             "held_out_tokens": data.held_out[:limit].predicted,
             "seconds": history.seconds,
             "losses": history.losses,
-            "hypervolumes": history.measured,
-            "held_out": held_out.evaluate(),
+            "held_out": held_out,
         },
         quantizer=options.quantizer,
     )

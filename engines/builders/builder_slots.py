@@ -1,10 +1,10 @@
 """How many builders run at once: single-threaded processes, as many as there are cores and memory for."""
 
 import contextlib
-import os
 import threading
 from collections.abc import Iterator
 
+from coatrt.devices.environment import usable_cores
 from coatrt.errors import ConfigError
 from coatrt.system.resources import free_memory
 
@@ -35,8 +35,7 @@ class BuilderSlots:
     """
 
     def __init__(self, jobs: int | None = None, memory: int | None = None) -> None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.jobs = cores if jobs is None else jobs
+        self.jobs = usable_cores() if jobs is None else jobs
         self.memory = int(0.7 * free_memory()) if memory is None else memory
         if self.jobs < 1 or self.memory < 1:
             raise ConfigError(f"jobs and build memory must be at least 1, got {jobs} and {memory}")

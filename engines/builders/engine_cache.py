@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict
 
-from coatrt.engines.builders import worker as build_worker
+from coatrt.engines.builders import kit_script, worker
 from coatrt.engines.builders.builder import BuildRecord, EngineShapes, installed_builder
 from coatrt.errors import CoatError
 from coatrt.system.files import atomic_file, cache_directory, sha256_file
@@ -34,7 +34,7 @@ def engine_key(directory: Path, builder: str, shapes: EngineShapes) -> str:
         "graph": sha256_file(directory / "base.onnx"),
         "weights": sha256_file(directory / "weights.bin"),
         "builder": f"{builder} {installed_builder(builder)}",
-        "worker": sha256_file(Path(build_worker.__file__)),
+        "worker": [sha256_file(Path(file)) for file in (worker.__file__, kit_script.__file__)],
         "shapes": [shapes.batch, shapes.prefill, shapes.logits],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]

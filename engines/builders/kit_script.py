@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,19 @@ def check(recipe: dict[str, Any], manifest: dict[str, Any]) -> None:
         fail(f"this GPU has compute capability {said[0]}, the bundle is for SM{recipe['sm']}; build on that device")
 
 
+def ranges(network: Any, shapes: dict[str, int]) -> Iterator[tuple[str, list[int], list[int]]]:
+    """Yield each input's name, least shape and greatest shape."""
+    limits = {"input_ids": shapes["prefill"], "position_ids": shapes["prefill"], "logits_index": shapes["logits"]}
+    for i in range(network.num_inputs):
+        tensor = network.get_input(i)
+        least = [1 if size < 0 else size for size in tensor.shape]
+        most = [
+            size if size >= 0 else shapes["batch"] if axis == 0 else limits[tensor.name]
+            for axis, size in enumerate(tensor.shape)
+        ]
+        yield tensor.name, least, most
+
+
 def build(recipe: dict[str, Any], trt: Any) -> bytes:
     """Return the engine: one profile over every dynamic dimension, tuned for decoding one token."""
     logger = trt.Logger(trt.Logger.ERROR)
@@ -50,17 +64,9 @@ def build(recipe: dict[str, Any], trt: Any) -> bytes:
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(HERE / recipe["graph"])):
         fail(f"TensorRT refuses the graph: {parser.get_error(0)}")
-    shapes = recipe["shapes"]
-    limits = {"input_ids": shapes["prefill"], "position_ids": shapes["prefill"], "logits_index": shapes["logits"]}
     profile = builder.create_optimization_profile()
-    for i in range(network.num_inputs):
-        tensor = network.get_input(i)
-        least = [1 if size < 0 else size for size in tensor.shape]
-        most = [
-            size if size >= 0 else shapes["batch"] if axis == 0 else limits[tensor.name]
-            for axis, size in enumerate(tensor.shape)
-        ]
-        profile.set_shape(tensor.name, least, least, most)
+    for name, least, most in ranges(network, recipe["shapes"]):
+        profile.set_shape(name, least, least, most)
     config = builder.create_builder_config()
     config.add_optimization_profile(profile)
     engine = builder.build_serialized_network(network, config)

@@ -5,34 +5,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from coatrt.engines.builders.kit_script import ranges
+
 __all__ = ["build"]
 
 
-def _profile(network: Any, shapes: dict[str, int]) -> Any:
-    """Return one profile over every dynamic dimension, tuned for decoding one token."""
-    from polygraphy.backend.trt import Profile
-
-    limits = {"input_ids": shapes["prefill"], "position_ids": shapes["prefill"], "logits_index": shapes["logits"]}
-    profile = Profile()
-    for i in range(network.num_inputs):
-        tensor = network.get_input(i)
-        least = [1 if size < 0 else size for size in tensor.shape]
-        most = [
-            size if size >= 0 else shapes["batch"] if axis == 0 else limits[tensor.name]
-            for axis, size in enumerate(tensor.shape)
-        ]
-        profile.add(tensor.name, min=least, opt=least, max=most)
-    return profile
-
-
 def build(request: dict[str, Any]) -> None:
-    """Build the engine that a request describes and write it to the request's path."""
-    from polygraphy.backend.trt import CreateConfig, engine_bytes_from_network, network_from_onnx_path
+    """Build the engine that a request describes, tuned for decoding one token, and write it to the request's path."""
+    from polygraphy.backend.trt import CreateConfig, Profile, engine_bytes_from_network, network_from_onnx_path
     from polygraphy.logger import G_LOGGER
 
     G_LOGGER.module_severity = G_LOGGER.ERROR
     builder, network, parser = network_from_onnx_path(request["graph"], strongly_typed=True)
-    options: dict[str, Any] = {"profiles": [_profile(network, request["shapes"])]}
+    profile = Profile()
+    for name, least, most in ranges(network, request["shapes"]):
+        profile.add(name, min=least, opt=least, max=most)
+    options: dict[str, Any] = {"profiles": [profile]}
     if request["builder"] == "tensorrt-rtx":
         from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 

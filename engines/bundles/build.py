@@ -12,14 +12,12 @@ from coatrt.engines.builders.engine_cache import EngineCache
 from coatrt.engines.bundles.execute import execute
 from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.bundles.prepare import prepare
-from coatrt.engines.bundles.targets import BundleResult, Target, plan_targets
-from coatrt.models.checkpoint import Checkpoint
+from coatrt.engines.bundles.targets import BundleResult, plan_targets
 from coatrt.planning.archive import adapter_archive
 from coatrt.planning.plan import PlanRequest
-from coatrt.quantization.code_cache import CodeStore
 from coatrt.system.progress import Progress, silent
 
-__all__ = ["build", "build_targets"]
+__all__ = ["build"]
 
 
 def build(
@@ -74,26 +72,3 @@ def build(
     loaded = Adapter.from_pretrained(adapter)
     checkpoint = loaded.checkpoint(model)
     return execute(preparation, loaded, checkpoint, cache=cache, slots=slots, progress=progress, tell=tell)
-
-
-def build_targets(
-    adapter: Adapter,
-    checkpoint: Checkpoint,
-    targets: Sequence[Target],
-    options: BundleOptions | None = None,
-    *,
-    codes: CodeStore | None = None,
-    cache: EngineCache | None = None,
-    slots: BuilderSlots | None = None,
-    overwrite: bool = False,
-    progress: Progress = silent,
-    tell: Callable[[str], None] | None = None,
-) -> list[BundleResult]:
-    """Make a bundle for each target, with an adapter and a checkpoint that are open already.
-
-    Args and errors are those of `prepare` and `execute`.
-    """
-    preparation = prepare(adapter.description, targets, options, overwrite=overwrite)
-    return execute(
-        preparation, adapter, checkpoint, codes=codes, cache=cache, slots=slots, progress=progress, tell=tell
-    )

@@ -8,12 +8,12 @@ from coatrt.configs.config import QuantConfig
 from coatrt.devices.environment import versions
 from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.runtime.emitter import Emitter, save_lora
-from coatrt.errors import CheckpointError
 from coatrt.export.decoder import WEIGHTS_FILE, decoder_io, export_decoder
 from coatrt.export.hypernetwork import export_hypernetwork
 from coatrt.models.checkpoint import Checkpoint, load_tokenizer
+from coatrt.models.config_file import end_tokens
 from coatrt.quantization.code_cache import CodeStore
-from coatrt.system.json_data import read_as, write_json
+from coatrt.system.json_data import write_json
 from coatrt.system.progress import Progress, silent
 
 __all__ = ["export_config", "export_shared"]
@@ -31,12 +31,13 @@ def export_shared(adapter: Adapter, checkpoint: Checkpoint, directory: Path) -> 
     export_hypernetwork(adapter, directory)
     tokenizer = load_tokenizer(checkpoint.directory)
     tokenizer.save_pretrained(str(directory / "tokenizer"))
+    stop_tokens = end_tokens(checkpoint.directory, checkpoint.config) | ({tokenizer.eos_token_id} - {None})
     return {
         "model": {
             "source": adapter.description.source,
             "fingerprint": adapter.description.fingerprint,
             "family": checkpoint.model_type,
-            "stop_tokens": _stop_tokens(checkpoint, tokenizer),
+            "stop_tokens": sorted(stop_tokens),
         },
         "matrices": adapter.description.model,
         "quantizer": adapter.description.quantizer,
@@ -52,7 +53,7 @@ def export_config(
     directory: Path,
     options: BundleOptions,
     *,
-    codes: CodeStore | None = None,
+    codes: CodeStore,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write the graphs, weights and LoRA of one configuration, and return the manifest's facts about them.
@@ -64,18 +65,16 @@ def export_config(
         shared: where `export_shared` has written.
         directory: an existing directory.
         options: see `BundleOptions`.
-        codes: cache of encoded matrices; by default the adapter's.
+        codes: cache of encoded matrices.
         progress: called after every matrix.
 
     Raises:
         ConfigError: the configuration does not fit the model or the adapter.
     """
     forms, contract = options.forms(), adapter.description.contract
-    codes = codes or adapter.codes(checkpoint, progress)
     export_decoder(checkpoint, config, directory, forms=forms, contract=contract, codes=codes, progress=progress)
     config.save(directory / "configuration.json")
-    emitter = Emitter(shared / "hypernet.onnx", shared / "hypernet.json", contract)
-    save_lora(directory / "lora.safetensors", emitter.emit(config), config)
+    save_lora(directory / "lora.safetensors", Emitter(shared / "hypernet.onnx", contract).emit(config), config)
     decoders = {
         form.name: {"file": form.file, "weights": WEIGHTS_FILE, "io": decoder_io(checkpoint, form)} for form in forms
     }
@@ -98,14 +97,3 @@ def _errors(adapter: Adapter, config: QuantConfig) -> dict[str, float]:
     return {
         name: measured[name][str(fmt)] for name, fmt in config.formats.items() if str(fmt) in measured.get(name, {})
     }
-
-
-def _stop_tokens(checkpoint: Checkpoint, tokenizer: Any) -> list[int]:
-    """Return every token that ends a text, as generation settings, configuration or tokenizer name them."""
-    found: list[Any] = [tokenizer.eos_token_id, checkpoint.config.get("eos_token_id")]
-    path = checkpoint.directory / "generation_config.json"
-    if path.is_file():
-        settings = read_as(path, dict[str, Any], "generation settings", "fetch the model again", CheckpointError)
-        found.append(settings.get("eos_token_id"))
-    flat = [token for entry in found for token in (entry if isinstance(entry, list) else [entry])]
-    return sorted({int(token) for token in flat if token is not None})

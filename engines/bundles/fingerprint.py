@@ -69,7 +69,7 @@ def bundle_fingerprint(adapter: str, target: Target, options: BundleOptions, cod
     content = {
         "adapter": adapter,
         "configuration": target.config.hash,
-        "device": [device.to_json(), sorted(other.sm for other in target.also)],
+        "device": device.to_json(),
         "options": asdict(options),
         "plan": plan.to_json() if plan is not None else None,
         "builder": builder,

@@ -33,8 +33,8 @@ class Job:
     @property
     def rtx_devices(self) -> tuple[DeviceProfile, ...]:
         """One device of each compute capability that the job's one TensorRT-RTX engine must serve, by capability."""
-        profiles = [profile for target in self.targets for profile in target.profiles]
-        by_sm = {profile.sm: profile for profile in profiles if profile.builder == "tensorrt-rtx"}
+        devices = [target.device for target in self.targets if target.device.builder == "tensorrt-rtx"]
+        by_sm = {device.sm: device for device in devices}
         return tuple(by_sm[sm] for sm in sorted(by_sm))
 
 
@@ -60,7 +60,7 @@ class Preparation:
 def prepare(
     adapter: AdapterDescription,
     targets: Sequence[Target],
-    options: BundleOptions | None = None,
+    options: BundleOptions,
     *,
     overwrite: bool = False,
 ) -> Preparation:
@@ -74,9 +74,10 @@ def prepare(
 
     Raises:
         FormatError: a device cannot run a format.
-        ConfigError: a configuration does not fit the adapter, or a place is in use.
+        ConfigError: a configuration does not fit the adapter, a place is in use, or the model has fewer positions than
+            the context has.
     """
-    options = options or BundleOptions()
+    adapter.spec.check_context(options.context)
     code = writers_hash()
     fingerprints = {target.output: bundle_fingerprint(adapter.hash, target, options, code) for target in targets}
     if len(fingerprints) != len(targets):
@@ -84,7 +85,8 @@ def prepare(
     current: dict[Path, BundleResult] = {}
     by_config: dict[str, list[Target]] = {}
     for target in targets:
-        _check_target(adapter, target, options)
+        _check_formats(adapter, target.config)
+        check_formats(target.config, target.device, options.activations)
         if adapter.hash and is_current(target.output, fingerprints[target.output]):
             current[target.output] = BundleResult(target, Bundle.open(target.output), "current", 0.0)
             continue
@@ -94,14 +96,12 @@ def prepare(
     return Preparation(tuple(targets), options, fingerprints, current, jobs)
 
 
-def _check_target(adapter: AdapterDescription, target: Target, options: BundleOptions) -> None:
-    """Refuse a configuration that the adapter or a device does not serve."""
+def _check_formats(adapter: AdapterDescription, config: QuantConfig) -> None:
+    """Refuse a configuration that the adapter does not serve."""
     for tensor in adapter.contract.tensors:
-        fmt = target.config.formats.get(tensor.matrix)
+        fmt = config.formats.get(tensor.matrix)
         if fmt not in adapter.formats:
             raise ConfigError(
                 f"{tensor.matrix} is {fmt or 'not in the configuration'}, which the adapter was not trained for; "
                 f"allowed: {', '.join(map(str, adapter.formats))}"
             )
-    for profile in target.profiles:
-        check_formats(target.config, profile, options.activations)

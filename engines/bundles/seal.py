@@ -2,39 +2,32 @@
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from coatrt.bundle import Bundle, seal
+from coatrt.engines.builders import kit_script
 from coatrt.engines.builders.builder import BuildRecord, build_engine
-from coatrt.engines.builders.kit import KIT_COMMAND, write_kit
 from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.bundles.targets import Target
 from coatrt.errors import BuildError
 from coatrt.system.files import atomic_directory
 from coatrt.system.json_data import write_json
 
-__all__ = ["Parts", "seal_bundle"]
+__all__ = ["KIT_COMMAND", "seal_bundle"]
 
-
-@dataclass(frozen=True)
-class Parts:
-    """The folders a bundle is put together from, and what its manifest says of them.
-
-    Args:
-        folders: the files; other bundles may be put together from the same.
-        facts: the manifest's keys about them.
-        record: of the engine in the last folder; None where there is none.
-    """
-
-    folders: tuple[Path, ...]
-    facts: Mapping[str, Any]
-    record: BuildRecord | None
+KIT_COMMAND = "python build_engine.py"
+"""What to type in the bundle, on the device; it needs the package tensorrt and nothing of coatrt."""
 
 
 def seal_bundle(
-    target: Target, parts: Parts, options: BundleOptions, fingerprint: str, tell: Callable[[str], None]
+    target: Target,
+    folders: tuple[Path, ...],
+    facts: Mapping[str, Any],
+    record: BuildRecord | None,
+    options: BundleOptions,
+    tell: Callable[[str], None],
 ) -> Bundle:
     """Put a bundle together at its target's place and open it.
 
@@ -43,24 +36,25 @@ def seal_bundle(
 
     Args:
         target: the place, and the device.
-        parts: the files.
+        folders: the files; other bundles may be put together from the same.
+        facts: what the manifest says of them, and what the bundle was made from.
+        record: of the TensorRT-RTX engine in the last folder; None where there is none.
         options: see `BundleOptions`.
-        fingerprint: what the bundle was made from.
         tell: called with a line for the user.
     """
     device = target.device
     with atomic_directory(target.output) as temporary:
-        for source in parts.folders:
+        for source in folders:
             shutil.copytree(source, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.engine"))
         engines: list[BuildRecord] = []
-        if device.builder == "tensorrt-rtx" and parts.record is not None:
-            shutil.copyfile(parts.folders[-1] / parts.record.file, temporary / parts.record.file)
-            engines.append(parts.record)
+        if device.builder == "tensorrt-rtx" and record is not None:
+            shutil.copyfile(folders[-1] / record.file, temporary / record.file)
+            engines.append(record)
         elif device.builder == "tensorrt" and options.engine:
             engines += _local_engine(temporary, target, options, tell)
         if target.plan is not None:
             write_json(temporary / "plan.json", target.plan.to_json())
-        seal(temporary, {**parts.facts, "device": device.to_json(), "engines": engines, "fingerprint": fingerprint})
+        seal(temporary, {**facts, "device": device.to_json(), "engines": engines})
     return Bundle.open(target.output)
 
 
@@ -69,11 +63,20 @@ def _local_engine(
 ) -> list[BuildRecord]:
     """Build with regular TensorRT where it is installed and a GPU has the target's SM, else leave a build kit."""
     device = target.device
+    engine = directory / f"sm{device.sm}.engine"
     try:
-        engine = directory / f"sm{device.sm}.engine"
-        record = build_engine(directory / "base.onnx", engine, device, also=target.also, shapes=options.shapes)
-        return [record]
+        return [build_engine(directory / "base.onnx", engine, device, shapes=options.shapes)]
     except BuildError as error:
-        write_kit(directory, device, options.shapes)
+        recipe = {
+            "graph": "base.onnx",
+            "weights": "weights.bin",
+            "engine": engine.name,
+            "sm": device.sm,
+            "device": device.id,
+            "builder": device.builder,
+            "shapes": asdict(options.shapes),
+        }
+        write_json(directory / "build.json", recipe)
+        shutil.copyfile(kit_script.__file__, directory / "build_engine.py")
         tell(f"{device.id}: no engine here ({error}); on the device, in the bundle: {KIT_COMMAND}")
         return []

@@ -25,19 +25,12 @@ class Target:
         config: its configuration.
         output: its directory.
         plan: why this configuration; saved as plan.json.
-        also: further devices that the same engine must serve.
     """
 
     device: DeviceProfile
     config: QuantConfig
     output: Path
     plan: Plan | None = None
-    also: tuple[DeviceProfile, ...] = ()
-
-    @property
-    def profiles(self) -> tuple[DeviceProfile, ...]:
-        """Every device its engine must serve."""
-        return (self.device, *self.also)
 
 
 @dataclass(frozen=True)

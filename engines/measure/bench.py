@@ -19,6 +19,7 @@ from coatrt.engines.runtime.load import load_decoder
 from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.errors import ConfigError
 from coatrt.system.progress import Progress, silent
+from coatrt.system.text_table import aligned
 
 __all__ = ["bench", "bench_text", "percentiles"]
 
@@ -145,21 +146,20 @@ def _bytes_per_token(bundle: Bundle, io: DecoderIO, options: RuntimeOptions) -> 
 def bench_text(result: dict[str, Any]) -> str:
     """Return a benchmark as an aligned table."""
     backend, size = result["backend"], result["bytes_per_token"]
+    timed = [(f"prefill {row['tokens']}, LoRA {'on' if row['lora'] else 'off'}", row) for row in result["prefill"]]
+    timed += [(f"decode, LoRA {'on' if row['lora'] else 'off'}", row) for row in result["decode"]]
+    timed.append(("hypernetwork", result["emission"]))
+    rows = [("", "p50 ms", "p90 ms", "p99 ms", "tokens/s")]
+    for name, row in timed:
+        p50, p90, p99 = (f"{row[key]:.2f}" for key in ("p50_ms", "p90_ms", "p99_ms"))
+        rows.append((name, p50, p90, p99, f"{row['tokens_per_s']:.1f}" if "tokens_per_s" in row else ""))
+    share = result["bandwidth_share"]
+    bound = f"{100 * share:.1f} % of the device's bandwidth" if share is not None else "bandwidth here unknown"
     lines = [
         f"configuration {result['bundle']['configuration']}, {result['bundle']['average_bits']:.3f} bits per weight; "
         f"{backend['backend']} {backend['activations']}, batch {backend['batch']}, "
         f"accuracy level {backend['accuracy_level']}",
-        f"{'':<24}{'p50 ms':>10}{'p90 ms':>10}{'p99 ms':>10}{'tokens/s':>12}",
-    ]
-    rows = [(f"prefill {row['tokens']}, LoRA {'on' if row['lora'] else 'off'}", row) for row in result["prefill"]]
-    rows += [(f"decode, LoRA {'on' if row['lora'] else 'off'}", row) for row in result["decode"]]
-    rows.append(("hypernetwork", result["emission"]))
-    for name, row in rows:
-        speed = f"{row['tokens_per_s']:12.1f}" if "tokens_per_s" in row else ""
-        lines.append(f"{name:<24}{row['p50_ms']:10.2f}{row['p90_ms']:10.2f}{row['p99_ms']:10.2f}{speed}")
-    share = result["bandwidth_share"]
-    bound = f"{100 * share:.1f} % of the device's bandwidth" if share is not None else "bandwidth here unknown"
-    lines += [
+        aligned(rows, "<>>>>"),
         f"LoRA overhead at decode {100 * result['lora_overhead']:+.1f} %; load {result['load_s']:.2f} s",
         f"bytes per token {size['total'] / 1e6:.1f} MB (weights {size['weights'] / 1e6:.1f}, "
         f"LoRA {size['lora'] / 1e6:.1f}, "

@@ -1,4 +1,4 @@
-"""Calibration of this machine's CPU: every product of a model's space, and one whole decoder, timed in ONNX Runtime."""
+"""Timings of this machine's CPU: every product of a model's space, and one whole decoder, in ONNX Runtime."""
 
 import gc
 import statistics
@@ -14,7 +14,6 @@ import torch
 
 from coatrt.adapter.adapter import Adapter
 from coatrt.configs.config import QuantConfig
-from coatrt.configs.lora_contract import DecoderIO
 from coatrt.devices.environment import environment
 from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder, session
@@ -24,21 +23,14 @@ from coatrt.export.graph import GraphBuilder, GraphForm
 from coatrt.export.weight_file import WeightFile
 from coatrt.export.weights import write_matrix
 from coatrt.models.checkpoint import Checkpoint
-from coatrt.models.matrices import Matrix, ModelMatrices
-from coatrt.planning.measured_latency import Calibrated, Product, Rest, shape_of
+from coatrt.planning.latency import products_seconds
+from coatrt.planning.measured_latency import MeasuredLatency, Product, Rest, shape_of
 from coatrt.planning.workload import Workload
 from coatrt.quantization.codec import encode
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.progress import Progress, silent
 
-__all__ = [
-    "Clock",
-    "calibrate_cpu",
-    "decode_seconds",
-    "export_reference",
-    "predicted_decode",
-    "time_product",
-]
+__all__ = ["Clock", "adapted_decoder", "decode_seconds", "time_cpu", "time_product"]
 
 Clock = Callable[[], float]
 
@@ -47,17 +39,18 @@ Clock = Callable[[], float]
 _WORKING_SET = 160 << 20
 _COPIES = (2, 400)
 _BUDGET = 0.25  # seconds of timing for a product
+_STEPS = 8  # tokens decoded to time one
+_FORM = GraphForm("cpu", "cpu.onnx", "float32")
 
 
-def _product_graph(directory: Path, K: int, N: int, fmt: WeightFormat, activations: str) -> tuple[Path, int]:
+def _product_graph(directory: Path, K: int, N: int, fmt: WeightFormat) -> tuple[Path, int]:
     """Write y = Σ x·W_i with as many copies of one weight as fill the working set; return the file and their number."""
     weight = torch.randn(N, K, generator=torch.Generator().manual_seed(0)) / K**0.5
     matrix = encode(weight, fmt, "absmax")
     stored = fmt.nbytes(N, K) if fmt.kind in ("int4", "int8") else 4 * N * K
     copies = int(min(max(_WORKING_SET // stored, _COPIES[0]), _COPIES[1]))
-    form = GraphForm("cpu", "product.onnx", activations)
     with WeightFile(directory) as weights:
-        graph = GraphBuilder(form, weights)
+        graph = GraphBuilder(_FORM, weights)
         x = graph.input("x", graph.activations, ["T", K])
         parts = []
         for copy in range(copies):
@@ -66,7 +59,7 @@ def _product_graph(directory: Path, K: int, N: int, fmt: WeightFormat, activatio
         total = graph.op("Sum", parts, "y")
         graph.output(total, graph.activations, ["T", N])
     graph.save(directory)
-    return directory / form.file, copies
+    return directory / _FORM.file, copies
 
 
 def _turned(codes: torch.Tensor, rows: int) -> torch.Tensor:
@@ -82,7 +75,6 @@ def time_product(
     tokens: Sequence[int],
     *,
     options: RuntimeOptions = RuntimeOptions(),
-    activations: str = "float32",
     clock: Clock = time.perf_counter,
 ) -> list[Product]:
     """Return the timings of one product for several numbers of rows.
@@ -93,19 +85,17 @@ def time_product(
         fmt: the weight's format.
         tokens: rows.
         options: threads and accuracy level.
-        activations: float32 or float16.
         clock: seconds; `time.thread_time` leaves out what other processes took from one thread.
     """
     found = []
-    with tempfile.TemporaryDirectory(prefix="coatrt-calibrate-") as scratch:
-        path, copies = _product_graph(Path(scratch), K, N, fmt, activations)
+    with tempfile.TemporaryDirectory(prefix="coatrt-timings-") as scratch:
+        path, copies = _product_graph(Path(scratch), K, N, fmt)
         made = session(path, options.threads, options.accuracy_level)
         for count in tokens:
             binding = made.io_binding()
             rng = np.random.default_rng(count)
-            x = rng.normal(size=(count, K)).astype(activations)
-            binding.bind_cpu_input("x", x)
-            y = ort.OrtValue.ortvalue_from_numpy(np.zeros((count, N), activations))
+            binding.bind_cpu_input("x", rng.normal(size=(count, K)).astype(np.float32))
+            y = ort.OrtValue.ortvalue_from_numpy(np.zeros((count, N), np.float32))
             binding.bind_ortvalue_output("y", y)
             samples: list[float] = []
             started = clock()
@@ -119,23 +109,34 @@ def time_product(
     return found
 
 
-def export_reference(
-    adapter: Adapter, checkpoint: Checkpoint, config: QuantConfig, directory: Path, activations: str = "float32"
-) -> Path:
-    """Write the cpu form of a configuration with the adapter's LoRA inputs, and return the graph file."""
-    form = GraphForm("cpu", "cpu.onnx", activations)
-    codes = adapter.codes(checkpoint)
-    export_decoder(checkpoint, config, directory, forms=[form], contract=adapter.description.contract, codes=codes)
-    return directory / form.file
+def adapted_decoder(
+    adapter: Adapter, checkpoint: Checkpoint, config: QuantConfig, directory: Path, options: RuntimeOptions
+) -> OrtDecoder:
+    """Return a decoder of a configuration with the adapter's LoRA bound.
+
+    Args:
+        adapter: the adapter.
+        checkpoint: its model.
+        config: the configuration.
+        directory: an existing directory for the graph, which is written where it is not there yet.
+        options: threads, context and accuracy level.
+    """
+    contract = adapter.description.contract
+    if not (directory / _FORM.file).exists():
+        codes = adapter.codes(checkpoint)
+        export_decoder(checkpoint, config, directory, forms=[_FORM], contract=contract, codes=codes)
+    decoder = OrtDecoder(directory / _FORM.file, decoder_io(checkpoint, _FORM), contract, options)
+    decoder.set_lora({name: value.numpy() for name, value in adapter.emit(config).items()})
+    return decoder
 
 
-def decode_seconds(decoder: OrtDecoder, steps: int = 12, clock: Clock = time.perf_counter) -> float:
-    """Return the median seconds of decoding one token per sequence, the cache full but for these steps."""
-    io, filled = decoder.io, max(decoder.capacity - steps - 2, 0)
+def decode_seconds(decoder: OrtDecoder, clock: Clock = time.perf_counter) -> float:
+    """Return the median seconds of decoding one token per sequence, the cache full but for the tokens decoded here."""
+    io, filled = decoder.io, max(decoder.capacity - _STEPS - 2, 0)
     cache = np.zeros((decoder.batch, io.kv_heads, filled, io.head_dim), io.activations)
     decoder.restore((np.full(decoder.batch, filled, np.int64), [cache] * (2 * io.layers)))
     samples = []
-    for step in range(steps + 2):
+    for step in range(_STEPS + 2):
         before = clock()
         decoder.decode([5 + step] * decoder.batch)
         samples.append(clock() - before)
@@ -151,18 +152,16 @@ def _prefill_seconds(decoder: OrtDecoder, tokens: int, clock: Clock) -> float:
     return statistics.median(samples[1:])
 
 
-def calibrate_cpu(
+def time_cpu(
     adapter: Adapter,
     checkpoint: Checkpoint,
     options: RuntimeOptions = RuntimeOptions(),
     *,
-    formats: Sequence[WeightFormat] | None = None,
     tokens: Sequence[int] = (1, 64),
     contexts: Sequence[int] = (128, 2048),
-    activations: str = "float32",
     clock: Clock = time.perf_counter,
     progress: Progress = silent,
-) -> Calibrated:
+) -> MeasuredLatency:
     """Return the timings of this machine for an adapter's model.
 
     The rest of a call is what a whole decoder, every matrix in the first format, takes beyond its products.
@@ -171,10 +170,8 @@ def calibrate_cpu(
         adapter: gives the model, its formats and the LoRA.
         checkpoint: its model.
         options: threads and accuracy level.
-        formats: formats to measure; by default the adapter's.
         tokens: rows of the products: 1, and more than one for prefill.
         contexts: slots of the caches.
-        activations: float32 or float16.
         clock: see `time_product`.
         progress: called after each measurement.
 
@@ -183,68 +180,48 @@ def calibrate_cpu(
     """
     if not tokens or not contexts or min(*tokens, *contexts) < 1:
         raise ConfigError(f"tokens and contexts must be positive numbers, got {list(tokens)} and {list(contexts)}")
-    formats, model = tuple(formats or adapter.description.formats), adapter.description.model
-    shapes = {(matrix.K, matrix.N): matrix.is_table for matrix in _multiplied(model)}
+    formats, model = adapter.description.formats, adapter.description.model
+    shapes = {(matrix.K, matrix.N): matrix.is_table for matrix in model.multiplied}
     total, timed = len(shapes) * len(formats) + 1, []
     reference = QuantConfig.uniform(model, formats[0])
-    with tempfile.TemporaryDirectory(prefix="coatrt-calibrate-") as scratch:
-        graph = export_reference(adapter, checkpoint, reference, Path(scratch), activations)
-        io = decoder_io(checkpoint, GraphForm("cpu", "cpu.onnx", activations))
-        whole = _WholeDecoders(graph, io, adapter, reference, options, contexts, max(tokens), clock)
+    with tempfile.TemporaryDirectory(prefix="coatrt-timings-") as scratch:
+        decoders = [
+            adapted_decoder(adapter, checkpoint, reference, Path(scratch), replace(options, context=context))
+            for context in contexts
+        ]
+        whole = _WholeDecoders(decoders, max(tokens), clock)
         whole.time()
         for (K, N), table in shapes.items():
             rows = (1,) if table else tuple(sorted(set(tokens)))
             for fmt in formats:
-                timed.append(time_product(K, N, fmt, rows, options=options, activations=activations, clock=clock))
+                timed.append(time_product(K, N, fmt, rows, options=options, clock=clock))
                 whole.time()
                 progress(len(timed), total, "products")
     facts = environment()
     settings = {
         "threads": options.threads or facts["cores"],
         "accuracy_level": options.accuracy_level,
-        "activations": activations,
+        "activations": _FORM.activations,
         "processor": facts["cpu"],
     }
     products = tuple(_without_drift(timed, whole.beside))
-    runtime = f"onnxruntime {ort.__version__}"
-    timings = Calibrated("cpu", runtime, settings, products, ())
+    timings = MeasuredLatency("cpu", f"onnxruntime {ort.__version__}", settings, products, ())
     progress(total, total, "products")
-    rests = tuple(whole.rests(timings, adapter, reference, np.dtype(activations).itemsize))
-    return Calibrated("cpu", runtime, settings, products, rests)
-
-
-def _multiplied(model: ModelMatrices) -> list[Matrix]:
-    """Return the matrices that a decoded token is multiplied with: an embedding of its own is only looked up."""
-    return [matrix for matrix in model.matrices if model.tied or matrix.name != model.names[0]]
+    return replace(timings, rests=tuple(whole.rests(timings, adapter, reference)))
 
 
 class _WholeDecoders:
     """One decoder for each number of slots, timed again and again beside the products."""
 
-    def __init__(
-        self,
-        graph: Path,
-        io: DecoderIO,
-        adapter: Adapter,
-        reference: QuantConfig,
-        options: RuntimeOptions,
-        contexts: Sequence[int],
-        prompt: int,
-        clock: Clock,
-    ) -> None:
-        lora = {name: value.numpy() for name, value in adapter.emit(reference).items()}
-        self._decoders: dict[int, OrtDecoder] = {}
-        for context in dict.fromkeys(min(context, io.max_positions) for context in contexts):
-            decoder = OrtDecoder(graph, io, adapter.description.contract, replace(options, context=context))
-            decoder.set_lora(lora)
-            self._decoders[context] = decoder
+    def __init__(self, decoders: Sequence[OrtDecoder], prompt: int, clock: Clock) -> None:
+        self._decoders = {decoder.capacity: decoder for decoder in decoders}
         self._prompt, self._clock = prompt, clock
         self._seconds: dict[tuple[int, int], list[float]] = {}
 
     def time(self) -> None:
         """Time a decoded token, and a prompt where prompts are asked for."""
         for context, decoder in self._decoders.items():
-            self._seconds.setdefault((1, context), []).append(decode_seconds(decoder, 8, self._clock))
+            self._seconds.setdefault((1, context), []).append(decode_seconds(decoder, self._clock))
             if self._prompt > 1:
                 count = min(self._prompt, decoder.capacity)
                 seconds = _prefill_seconds(decoder, count, self._clock)
@@ -255,14 +232,11 @@ class _WholeDecoders:
         """Seconds of a decoded token with the first number of slots, by time."""
         return self._seconds[1, next(iter(self._decoders))]
 
-    def rests(self, timings: Calibrated, adapter: Adapter, reference: QuantConfig, element: int) -> Iterator[Rest]:
+    def rests(self, timings: MeasuredLatency, adapter: Adapter, reference: QuantConfig) -> Iterator[Rest]:
         """Yield what each kind of call takes beyond its products."""
         for (count, context), samples in self._seconds.items():
-            work = Workload.of(adapter.description, context, 1, count, element)
-            known = sum(
-                timings.matrix_seconds(matrix.N, matrix.K, reference[matrix.name], 1 if matrix.is_table else count)
-                for matrix in _multiplied(adapter.description.model)
-            )
+            work = Workload.of(adapter.description, context, 1, count, np.dtype(_FORM.activations).itemsize)
+            known = products_seconds(timings, adapter.description.model, reference, count, 1)
             yield Rest(shape_of(work), count, context, statistics.median(samples) - known)
 
 
@@ -279,12 +253,3 @@ def _without_drift(timed: list[list[Product]], beside: list[float]) -> list[Prod
         for found, before, after in zip(timed, beside, beside[1:], strict=False)
         for product in found
     ]
-
-
-def predicted_decode(calibration: Calibrated, adapter: Adapter, config: QuantConfig, context: int) -> float:
-    """Return what a calibration predicts for decoding a token with a configuration."""
-    work = Workload.of(adapter.description, context, 1, 1, 4)
-    model = adapter.description.model
-    return calibration.rest_seconds(model, work, 1, context) + sum(
-        calibration.matrix_seconds(matrix.N, matrix.K, config[matrix.name], 1) for matrix in _multiplied(model)
-    )

@@ -1,5 +1,6 @@
 """What every runtime offers, and the bookkeeping of positions they share."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 from coatrt.configs.lora_contract import DecoderIO, LoraContract
 from coatrt.errors import ConfigError
 
-__all__ = ["Decoder", "LoraTensors", "check_lora", "check_tokens", "next_step", "pad_right"]
+__all__ = ["CachedDecoder", "Decoder", "LoraTensors", "check_lora", "check_tokens", "pad_right"]
 
 LoraTensors = Mapping[str, NDArray[np.float32]]
 
@@ -66,22 +67,69 @@ def check_tokens(prompts: Sequence[Sequence[int]], io: DecoderIO, batch: int, fi
         raise ConfigError(f"token id {worst} is outside the vocabulary of {io.vocabulary}; use the bundle's tokenizer")
 
 
-def next_step(
-    tokens: Sequence[int | None], io: DecoderIO, lengths: NDArray[np.int64], capacity: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Return what a step of decoding feeds, int64 [B, 1], the slots it writes and the lengths after it, int64 [B].
+class CachedDecoder(ABC):
+    """A decoder that keeps the positions of its sequences.
 
-    A sequence that gets None rests: what it computes goes to its first free slot, or to its last where it has none, and
-    is not counted. The next token overwrites the one, and a full sequence has no next token that would see the other.
-
-    Raises:
-        ConfigError: another number of tokens than sequences, an unknown token, or a full cache.
+    Args:
+        io: inputs and outputs of the graph.
+        batch: sequences at once.
+        slots: of the KV cache per sequence.
     """
-    rests = np.array([token is None for token in tokens], bool)
-    fed = [[0 if token is None else token] for token in tokens]
-    filled = int(lengths[~rests].max(initial=0)) if len(tokens) == len(lengths) else 0
-    check_tokens(fed, io, len(lengths), filled, capacity)
-    return np.array(fed, np.int64), np.minimum(lengths, capacity - 1), lengths + ~rests
+
+    def __init__(self, io: DecoderIO, batch: int, slots: int) -> None:
+        self.io, self.batch = io, batch
+        self._capacity = min(slots, io.max_positions)
+        self._lengths = np.zeros(batch, np.int64)
+
+    @property
+    def capacity(self) -> int:
+        """Most positions of a sequence, prompt included."""
+        return self._capacity
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Positions filled so far, int64 [B]."""
+        return self._lengths.copy()
+
+    def decode(self, tokens: Sequence[int | None]) -> NDArray[np.float32]:
+        """Add one token to each sequence, where not None, and return the logits after it, float32 [B, V].
+
+        A sequence that gets None rests: what it computes goes to its first free slot, or to its last where it has none,
+        and is not counted. The next token overwrites the one, and a full sequence has no next token that would see the
+        other.
+
+        Raises:
+            ConfigError: another number of tokens than sequences, an unknown token, or a full cache.
+        """
+        rests = np.array([token is None for token in tokens], bool)
+        fed = [[0 if token is None else token] for token in tokens]
+        filled = int(self._lengths[~rests].max(initial=0)) if len(tokens) == self.batch else 0
+        check_tokens(fed, self.io, self.batch, filled, self._capacity)
+        starts = np.minimum(self._lengths, self._capacity - 1)
+        logits = self.run(np.array(fed, np.int64), starts, np.zeros((self.batch, 1), np.int64))
+        self._lengths = self._lengths + ~rests
+        return logits[:, 0]
+
+    @abstractmethod
+    def run(
+        self, tokens: NDArray[np.int64], starts: NDArray[np.int64], index: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """Run the graph once: tokens [B, S] from positions `starts` [B]; return logits [B, T, V] at `index` [B, T].
+
+        Positions filled are not counted: `prefill` and `decode` do.
+        """
+
+    def _inputs(
+        self, tokens: NDArray[np.int64], starts: NDArray[np.int64], index: NDArray[np.int64]
+    ) -> dict[str, NDArray[np.int64]]:
+        """Return the graph's inputs; positions of padding may pass the rotary table, and what they write is masked."""
+        positions = starts[:, None] + np.arange(tokens.shape[1])
+        return {
+            "input_ids": tokens,
+            "position_ids": np.minimum(positions, self.io.max_positions - 1),
+            "write_index": starts,
+            "logits_index": index,
+        }
 
 
 def check_lora(contract: LoraContract | None, tensors: LoraTensors) -> None:

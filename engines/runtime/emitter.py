@@ -32,8 +32,8 @@ class Emitter:
     """A loaded hypernetwork.
 
     Args:
-        graph: hypernet.onnx.
-        side: hypernet.json.
+        graph: hypernet.onnx; hypernet.json beside it has "matrices" (order of the input) and "formats" (what its
+            integers mean).
         contract: names and shapes of what it emits.
         threads: of the session.
 
@@ -41,7 +41,8 @@ class Emitter:
         BundleError: hypernet.json is garbled.
     """
 
-    def __init__(self, graph: Path, side: Path, contract: LoraContract, threads: int | None = None) -> None:
+    def __init__(self, graph: Path, contract: LoraContract, threads: int | None = None) -> None:
+        side = graph.with_name("hypernet.json")
         inputs = read_as(side, _Inputs, "hypernetwork description", "build the bundle again", BundleError)
         self.matrices, self.formats = inputs["matrices"], inputs["formats"]
         self.contract = contract
@@ -52,9 +53,10 @@ class Emitter:
     @classmethod
     def of(cls, bundle: Bundle, threads: int | None = None) -> "Emitter":
         """Return the hypernetwork of a bundle, every file's hash checked first."""
+        bundle.path("hypernet.json")
         if "hypernet.bin" in bundle.manifest["files"]:
             bundle.path("hypernet.bin")
-        return cls(bundle.path("hypernet.onnx"), bundle.path("hypernet.json"), bundle.contract, threads)
+        return cls(bundle.path("hypernet.onnx"), bundle.contract, threads)
 
     def ids(self, config: QuantConfig) -> NDArray[np.int64]:
         """Return the hypernetwork's input for a configuration, int64 [M].

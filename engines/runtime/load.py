@@ -18,12 +18,12 @@ def load_decoder(bundle: Bundle, options: RuntimeOptions = RuntimeOptions()) -> 
     Raises:
         BuildError: the backend cannot run here, or the bundle has nothing for it.
     """
-    if options.backend == "trt":
-        from coatrt.engines.runtime.trt import TrtDecoder
+    if options.backend == "ort":
+        graph, io = bundle.decoder("cpu")
+        return OrtDecoder(graph, io, bundle.contract, options)
+    from coatrt.engines.runtime.trt import TrtDecoder
 
-        return TrtDecoder.of(bundle, options.batch)
-    graph, io = bundle.decoder("cpu")
-    return OrtDecoder(graph, io, bundle.contract, options)
+    return TrtDecoder.of(bundle, options.batch)
 
 
 def check_decoder(bundle: Bundle, backend: Backend) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from coatrt.configs.lora_contract import DecoderIO, LoraContract
-from coatrt.engines.runtime.decoder import LoraTensors, check_lora, check_tokens, next_step, pad_right
+from coatrt.devices.environment import usable_cores
+from coatrt.engines.runtime.decoder import CachedDecoder, LoraTensors, check_lora, check_tokens, pad_right
 from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.errors import BuildError, ConfigError
 
@@ -35,8 +35,7 @@ def session(graph: Path, threads: int | None = None, accuracy_level: int = 0) ->
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    options.intra_op_num_threads = threads or cores
+    options.intra_op_num_threads = threads or usable_cores()
     if accuracy_level == 0:  # with quantization off, DequantizeLinear of a constant is folded like any other node
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
@@ -57,7 +56,7 @@ def _give_back() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-class OrtDecoder:
+class OrtDecoder(CachedDecoder):
     """A decoder graph in ONNX Runtime: caches and LoRA are bound once, and the caches are written in place.
 
     Args:
@@ -77,9 +76,9 @@ class OrtDecoder:
         contract: LoraContract | None,
         options: RuntimeOptions = RuntimeOptions(),
     ) -> None:
-        self.io, self.contract, self.batch = io, contract, options.batch
         slots = io.cache_length or min(options.context, io.max_positions)
-        self._capacity = min(slots, io.max_positions)
+        super().__init__(io, options.batch, slots)
+        self.contract = contract
         self._dtype = np.dtype(io.activations)
         self._session = session(graph, options.threads, options.accuracy_level)
         self._binding = self._session.io_binding()
@@ -89,23 +88,7 @@ class OrtDecoder:
             self._binding.bind_ortvalue_input(past, cache)
             self._binding.bind_ortvalue_output(present, cache)
         self._lora: dict[str, Any] = {}
-        self._lengths = np.zeros(options.batch, np.int64)
         self.set_lora(None)
-
-    @property
-    def capacity(self) -> int:
-        """Most positions of a sequence, prompt included."""
-        return self._capacity
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """Positions filled so far, int64 [B]."""
-        return self._lengths.copy()
-
-    @property
-    def cache_addresses(self) -> tuple[int, ...]:
-        """Addresses of the cache buffers; they never change."""
-        return tuple(int(cache.data_ptr()) for cache in self._caches)
 
     def set_lora(self, tensors: LoraTensors | None) -> None:
         """Bind the tensors of the contract (float32, cast here); None: zeros.
@@ -158,17 +141,6 @@ class OrtDecoder:
         self._lengths = lengths
         return logits[:, 0]
 
-    def decode(self, tokens: Sequence[int | None]) -> NDArray[np.float32]:
-        """Add one token to each sequence, where not None, and return the logits after it, float32 [B, V].
-
-        Raises:
-            ConfigError: another number of tokens than the batch, or the cache is full.
-        """
-        fed, starts, lengths = next_step(tokens, self.io, self._lengths, self._capacity)
-        logits = self.run(fed, starts, np.zeros((self.batch, 1), np.int64))
-        self._lengths = lengths
-        return logits[:, 0]
-
     def run(
         self, tokens: NDArray[np.int64], starts: NDArray[np.int64], index: NDArray[np.int64]
     ) -> NDArray[np.float32]:
@@ -185,15 +157,7 @@ class OrtDecoder:
                 f"{tokens.shape[1]} tokens at once behind others are given for {self.batch} sequences; give one token "
                 "at a time, or a batch of 1"
             )
-        positions = starts[:, None] + np.arange(tokens.shape[1], dtype=np.int64)
-        # Positions of padding may pass the rotary table; what they write is masked, then overwritten.
-        inputs = {
-            "input_ids": tokens,
-            "position_ids": np.minimum(positions, self.io.max_positions - 1),
-            "write_index": starts,
-            "logits_index": index,
-        }
-        for name, value in inputs.items():
+        for name, value in self._inputs(tokens, starts, index).items():
             self._binding.bind_cpu_input(name, np.ascontiguousarray(value))
         self._binding.bind_output("logits")
         self._session.run_with_iobinding(self._binding)

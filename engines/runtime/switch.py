@@ -42,11 +42,6 @@ class Switched:
     bind_seconds: float
     kept: bool
 
-    @property
-    def seconds(self) -> float:
-        """Seconds in all."""
-        return self.load_seconds + self.emit_seconds + self.bind_seconds
-
 
 class SwitchingDecoder:
     """A decoder over several bundles of one adapter, one of them current; a `coatrt.engines.runtime.decoder.Decoder`.
@@ -54,20 +49,18 @@ class SwitchingDecoder:
     The hypernetwork is the same in all bundles of an adapter, so one emitter serves every configuration.
 
     Args:
-        bundles: name → opened bundle, at least one.
-        start: the first one's name; by default the first given.
+        bundles: name → opened bundle, at least one; the first is current at the start.
         options: how each runs.
         held: decoders kept in memory; 1 frees the old one before the next is loaded.
 
     Raises:
-        ConfigError: no bundle, or no such name.
+        ConfigError: no bundle.
         BundleError: the bundles are of different models or adapters.
     """
 
     def __init__(
         self,
         bundles: Mapping[str, Bundle],
-        start: str | None = None,
         options: RuntimeOptions = RuntimeOptions(),
         *,
         held: int = 1,
@@ -80,19 +73,19 @@ class SwitchingDecoder:
         self._decoders: OrderedDict[str, Decoder] = OrderedDict()
         self._lora: LoraTensors | None = None  # what the current decoder has bound
         self.current = ""
-        self.switch(start if start is not None else next(iter(bundles)))
+        self.switch(next(iter(bundles)))
 
     def _check(self) -> None:
-        names = list(self.bundles)
-        first = self.bundles[names[0]].manifest
-        for name in names[1:]:
-            other = self.bundles[name].manifest
-            models = [facts["model"]["fingerprint"] for facts in (first, other)]
-            networks = [facts["files"]["hypernet.onnx"]["sha256"] for facts in (first, other)]
-            for what, (mine, its) in (("model", models), ("hypernetwork", networks)):
+        (first, bundle), *others = self.bundles.items()
+        one, graph = bundle.manifest, "hypernet.onnx"
+        for name, other in ((name, bundle.manifest) for name, bundle in others):
+            for what, mine, its in (
+                ("model", one["model"]["fingerprint"], other["model"]["fingerprint"]),
+                ("hypernetwork", one["files"][graph]["sha256"], other["files"][graph]["sha256"]),
+            ):
                 if mine != its:
                     raise BundleError(
-                        f"{names[0]} and {name} have different {what}s ({mine[:12]}, {its[:12]}); "
+                        f"{first} and {name} have different {what}s ({mine[:12]}, {its[:12]}); "
                         "give bundles of one adapter"
                     )
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from coatrt.bundle import Bundle
 from coatrt.configs.lora_contract import DecoderIO, LoraContract
 from coatrt.devices.probe import probe
-from coatrt.engines.runtime.decoder import LoraTensors, check_lora, check_tokens, next_step, pad_right
+from coatrt.engines.runtime.decoder import CachedDecoder, LoraTensors, check_lora, check_tokens, pad_right
 from coatrt.errors import BuildError
 
 __all__ = ["TrtDecoder"]
@@ -24,7 +24,7 @@ _MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 _NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
-class TrtDecoder:
+class TrtDecoder(CachedDecoder):
     """A decoder engine with its caches and LoRA on the GPU.
 
     Args:
@@ -43,10 +43,9 @@ class TrtDecoder:
         from polygraphy import cuda
 
         assert io.cache_length is not None, "the engine form has fixed caches"
-        self.io, self.contract, self.batch, self._prefill = io, contract, batch, prefill
-        self._capacity = min(io.cache_length, io.max_positions)
+        super().__init__(io, batch, io.cache_length)
+        self.contract, self._prefill = contract, prefill
         self._dtype = _NUMPY[io.activations]
-        self._lengths = np.zeros(batch, np.int64)
         self._stream = cuda.Stream()
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
         self._engine = self._runtime.deserialize_cuda_engine(plan)
@@ -112,16 +111,6 @@ class TrtDecoder:
         plan = bundle.path(facts["file"]).read_bytes()
         return cls(trt, plan, io, bundle.contract, batch, facts["shapes"]["prefill"])
 
-    @property
-    def capacity(self) -> int:
-        """Most positions of a sequence, prompt included."""
-        return self._capacity
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """Positions filled so far, int64 [B]."""
-        return self._lengths.copy()
-
     def set_lora(self, tensors: LoraTensors | None) -> None:
         """Copy the tensors of the contract into their buffers, cast to the activations; None: zeros.
 
@@ -145,29 +134,24 @@ class TrtDecoder:
         for start in range(0, tokens.shape[1], self._prefill):
             piece = tokens[:, start : start + self._prefill]
             last = lengths - 1 - start
-            logits = self._run(piece, np.full(self.batch, start), np.clip(last, 0, piece.shape[1] - 1))
+            index = np.clip(last, 0, piece.shape[1] - 1)[:, None]
+            logits = self.run(piece, np.full(self.batch, start), index)
             ends = (0 <= last) & (last < piece.shape[1])
-            result[ends] = logits[ends]
+            result[ends] = logits[ends, 0]
         self._lengths = lengths
         return result
 
-    def decode(self, tokens: Sequence[int | None]) -> NDArray[np.float32]:
-        """Add one token to each sequence, where not None, and return the logits after it, float32 [B, V].
-
-        Raises:
-            ConfigError: another number of tokens than the batch, or the cache is full.
-        """
-        fed, starts, lengths = next_step(tokens, self.io, self._lengths, self._capacity)
-        logits = self._run(fed, starts, np.zeros(self.batch, np.int64))
-        self._lengths = lengths
-        return logits
-
-    def _run(
+    def run(
         self, tokens: NDArray[np.int64], starts: NDArray[np.int64], index: NDArray[np.int64]
     ) -> NDArray[np.float32]:
-        positions = np.minimum(starts[:, None] + np.arange(tokens.shape[1]), self.io.max_positions - 1)
-        inputs = {"input_ids": tokens, "position_ids": positions, "write_index": starts, "logits_index": index[:, None]}
-        for name, value in inputs.items():
+        """Run the engine once: tokens [B, S] from positions `starts` [B]; return logits [B, 1, V] at `index` [B, 1].
+
+        Positions filled are not counted: `prefill` and `decode` do.
+
+        Raises:
+            BuildError: the engine fails.
+        """
+        for name, value in self._inputs(tokens, starts, index).items():
             self._context.set_input_shape(name, value.shape)
             self._write(name, value.astype(np.int64))
         if not self._context.execute_async_v3(self._stream.ptr):
@@ -175,7 +159,7 @@ class TrtDecoder:
         logits = np.empty((self.batch, self.io.vocabulary), self._dtype)
         self._buffers["logits"].copy_to(logits.reshape(-1).view(np.uint8), self._stream)
         self._stream.synchronize()
-        return logits.astype(np.float32)
+        return logits.astype(np.float32)[:, None]
 
     def _write(self, name: str, value: NDArray[Any]) -> None:
         data = np.ascontiguousarray(value).reshape(-1).view(np.uint8)

@@ -1,32 +1,28 @@
 """One file per way to store a weight; `STORAGES` maps the kinds of `coatrt.quantization.weight_format` to them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from coatrt.export.graph import GraphBuilder
-from coatrt.export.weights.base import Storage, Table
-from coatrt.export.weights.float import FloatStorage
-from coatrt.export.weights.fp8 import Fp8Storage
-from coatrt.export.weights.integer import IntegerStorage
-from coatrt.export.weights.normal_float import NormalFloatStorage
-from coatrt.export.weights.nvfp4 import NvFp4Storage
+from coatrt.export.weights import floats, fp8, integer, normal_float, nvfp4
+from coatrt.export.weights.base import Storage
 from coatrt.quantization.codec import QuantizedMatrix
 
-__all__ = ["STORAGES", "Storage", "Table", "write_matrix", "write_table"]
+__all__ = ["STORAGES", "Table", "write_matrix", "write_table"]
 
-_float, _integer, _normal_float = FloatStorage(), IntegerStorage(), NormalFloatStorage()
 STORAGES: Mapping[str, Storage] = {
-    "fp16": _float,
-    "bf16": _float,
-    "int8": _integer,
-    "int4": _integer,
-    "fp8": Fp8Storage(),
-    "nvfp4": NvFp4Storage(),
-    "nf2": _normal_float,
-    "nf3": _normal_float,
-    "nf4": _normal_float,
-    "nf8": _normal_float,
+    "fp16": floats,
+    "bf16": floats,
+    "int8": integer,
+    "int4": integer,
+    "fp8": fp8,
+    "nvfp4": nvfp4,
+    "nf2": normal_float,
+    "nf3": normal_float,
+    "nf4": normal_float,
+    "nf8": normal_float,
 }
 
 
@@ -38,7 +34,20 @@ def write_matrix(graph: GraphBuilder, name: str, matrix: QuantizedMatrix) -> ir.
         name: name of the matrix.
         matrix: the encoded matrix.
     """
-    return STORAGES[matrix.format.kind].matrix(graph, f"{name}.weight", matrix)
+    return STORAGES[matrix.format.kind].weight(graph, f"{name}.weight", matrix)
+
+
+@dataclass(frozen=True)
+class Table:
+    """An embedding table in a graph.
+
+    Args:
+        rows: input ids [B, S] → embeddings [B, S, H].
+        weight: the same table as the head's weight [H, V]; None unless it was asked for.
+    """
+
+    rows: Callable[[ir.Value], ir.Value]
+    weight: ir.Value | None
 
 
 def write_table(graph: GraphBuilder, name: str, matrix: QuantizedMatrix, head: bool) -> Table:
@@ -50,4 +59,11 @@ def write_table(graph: GraphBuilder, name: str, matrix: QuantizedMatrix, head: b
         matrix: the encoded table, N = V rows of K = H values.
         head: whether a tied head reads the table.
     """
-    return STORAGES[matrix.format.kind].table(graph, f"{name}.weight", matrix, head)
+    storage, name = STORAGES[matrix.format.kind], f"{name}.weight"
+    rows = storage.rows(graph, name, matrix)
+    weight = None
+    if head and storage is integer and not graph.is_engine:  # codes of its own, which ONNX Runtime fuses
+        weight = storage.weight(graph, f"{name}.head", matrix)
+    elif head:
+        weight = graph.op("Transpose", [rows(None, f"{name}.table")], f"{name}.head", perm=[1, 0])
+    return Table(lambda ids: rows(ids, f"{name}.rows"), weight)

@@ -1,7 +1,6 @@
 """What every weight storage offers, and the pieces they share: scales, byte tables, nibbles."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -13,10 +12,11 @@ from coatrt.export.graph import GraphBuilder
 from coatrt.quantization.codec import QuantizedMatrix
 
 __all__ = [
+    "Rows",
     "Storage",
-    "Table",
     "block_dequantized",
     "byte_lookup",
+    "byte_rows",
     "gather_rows",
     "nibbles",
     "scaled",
@@ -25,27 +25,18 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class Table:
-    """An embedding table in a graph.
-
-    Args:
-        rows: input ids [B, S] → embeddings [B, S, H].
-        weight: the same table as the head's weight [H, V]; None unless it was asked for.
-    """
-
-    rows: Callable[[ir.Value], ir.Value]
-    weight: ir.Value | None
+Rows = Callable[[ir.Value | None, str], ir.Value]
+"""(input ids [B, S], name) → embeddings [B, S, H] of that name; without ids the whole table [V, H]."""
 
 
 class Storage(Protocol):
-    """How formats are written into a graph; the decoded weight equals `coatrt.quantization.codec.decode`."""
+    """A file of this folder: how its formats are written into a graph; decoded they equal `codec.decode`."""
 
-    def matrix(self, graph: GraphBuilder, name: str, matrix: QuantizedMatrix) -> ir.Value:
+    def weight(self, graph: GraphBuilder, name: str, matrix: QuantizedMatrix) -> ir.Value:
         """Return the weight [K, N] for MatMul, in the activations' dtype."""
 
-    def table(self, graph: GraphBuilder, name: str, matrix: QuantizedMatrix, head: bool) -> Table:
-        """Return an embedding table [V, H], with its transpose for a tied head where `head` is true."""
+    def rows(self, graph: GraphBuilder, name: str, matrix: QuantizedMatrix) -> Rows:
+        """Store an embedding table [V, H] and return what reads it, in the activations' dtype."""
 
 
 def transposed(tensor: torch.Tensor) -> torch.Tensor:
@@ -167,3 +158,29 @@ def scaled_rows(
         return graph.op("Reshape", [product, graph.ints(*lead, width)], name)
     padded = graph.op("Reshape", [product, graph.ints(*lead, width)], f"{name}.padded")
     return graph.op("Slice", [padded, graph.ints(0), graph.ints(matrix.K), graph.ints(-1)], name)
+
+
+def byte_rows(
+    graph: GraphBuilder,
+    stored: ir.Value,
+    values: NDArray[np.float32],
+    scales: ir.Value,
+    matrix: QuantizedMatrix,
+    row_codes: str,
+) -> Rows:
+    """Return what reads a table of bytes, cpu form.
+
+    Args:
+        graph: graph in the cpu form.
+        stored: uint8 [V, …].
+        values: [256, n], see `byte_lookup`.
+        scales: [V, blocks], or [V, 1] per channel.
+        matrix: gives the shape.
+        row_codes: name of the bytes of the rows that are read.
+    """
+
+    def read(ids: ir.Value | None, label: str) -> ir.Value:
+        taken = gather_rows(graph, stored, ids, row_codes)
+        return scaled_rows(graph, byte_lookup(graph, taken, values, label), scales, matrix, ids, label)
+
+    return read

@@ -6,18 +6,17 @@ import torch
 
 from coatrt.export.graph import GraphBuilder
 from coatrt.export.weights.base import (
-    Table,
+    Rows,
     block_dequantized,
-    byte_lookup,
+    byte_rows,
     gather_rows,
     nibbles,
-    scaled_rows,
     transposed,
 )
 from coatrt.export.weights.scales import write_scales
 from coatrt.quantization.codec import QuantizedMatrix
 
-__all__ = ["IntegerStorage"]
+__all__ = ["rows", "weight"]
 
 _SIGNED = np.arange(256, dtype=np.uint8).view(np.int8)
 _HALVES = np.stack([np.arange(256) & 15, np.arange(256) >> 4], axis=1)  # low half first
@@ -51,32 +50,21 @@ def _dequantized(
     return graph.op("DequantizeLinear", [codes, flat], name, axis=1 - axis)
 
 
-class IntegerStorage:
-    """int8 per channel or per block, int4 per block."""
+def weight(graph: GraphBuilder, name: str, matrix: QuantizedMatrix) -> ir.Value:
+    """Return the weight [K, N]; both forms read the same bytes where blocks are whole."""
+    codes = _store(graph, f"{name}.codes", transposed(_cut(graph, matrix)), matrix.format.kind)
+    return _dequantized(graph, codes, write_scales(graph, name, matrix, by_rows=False), matrix, 0, name)
 
-    def matrix(self, graph: GraphBuilder, name: str, matrix: QuantizedMatrix) -> ir.Value:
-        """Return the weight [K, N]; both forms read the same bytes where blocks are whole."""
-        codes = _store(graph, f"{name}.codes", transposed(_cut(graph, matrix)), matrix.format.kind)
-        return _dequantized(graph, codes, write_scales(graph, name, matrix, by_rows=False), matrix, 0, name)
 
-    def table(self, graph: GraphBuilder, name: str, matrix: QuantizedMatrix, head: bool) -> Table:
-        """Return the table; a tied head reads it for TensorRT and has codes of its own, which fuse, for the CPU."""
-        kind, prefix = matrix.format.kind, f"{name}.table"
-        scales = write_scales(graph, prefix, matrix, by_rows=True)
-        if graph.is_engine:
-            codes = _store(graph, f"{prefix}.codes", _cut(graph, matrix).contiguous(), kind)
-            whole = _dequantized(graph, codes, scales, matrix, 1, prefix)
-            return Table(
-                lambda ids: gather_rows(graph, whole, ids, f"{name}.rows"),
-                graph.op("Transpose", [whole], f"{name}.head", perm=[1, 0]) if head else None,
-            )
-        width = matrix.codes.shape[1]
-        packed = matrix.codes.view(torch.uint8) if kind == "int8" else nibbles(matrix.codes).view(-1, width // 2)
-        stored = graph.store(f"{prefix}.codes", packed.contiguous(), ir.DataType.UINT8)
-
-        def rows(ids: ir.Value) -> ir.Value:
-            taken = gather_rows(graph, stored, ids, f"{name}.row_codes")
-            levels = byte_lookup(graph, taken, _BYTE_VALUES[kind], f"{name}.rows")
-            return scaled_rows(graph, levels, scales, matrix, ids, f"{name}.rows")
-
-        return Table(rows, self.matrix(graph, f"{name}.head", matrix) if head else None)
+def rows(graph: GraphBuilder, name: str, matrix: QuantizedMatrix) -> Rows:
+    """Return the table's rows, of which a tied head reads all for TensorRT."""
+    kind, prefix = matrix.format.kind, f"{name}.table"
+    scales = write_scales(graph, prefix, matrix, by_rows=True)
+    if graph.is_engine:
+        codes = _store(graph, f"{prefix}.codes", _cut(graph, matrix).contiguous(), kind)
+        whole = _dequantized(graph, codes, scales, matrix, 1, prefix)
+        return lambda ids, label: gather_rows(graph, whole, ids, label)
+    width = matrix.codes.shape[1]
+    packed = matrix.codes.view(torch.uint8) if kind == "int8" else nibbles(matrix.codes).view(-1, width // 2)
+    stored = graph.store(f"{prefix}.codes", packed.contiguous(), ir.DataType.UINT8)
+    return byte_rows(graph, stored, _BYTE_VALUES[kind], scales, matrix, f"{name}.row_codes")

@@ -3,33 +3,30 @@
 import onnx_ir as ir
 
 from coatrt.export.graph import GraphBuilder
-from coatrt.export.weights.base import Table, scaled, scaled_rows, transposed
+from coatrt.export.weights.base import Rows, scaled, scaled_rows, transposed
 from coatrt.export.weights.packing import PackedCodes
 from coatrt.export.weights.scales import write_scales
 from coatrt.quantization.codebooks import codebook
 from coatrt.quantization.codec import QuantizedMatrix
 
-__all__ = ["NormalFloatStorage"]
+__all__ = ["rows", "weight"]
 
 
-class NormalFloatStorage:
-    """nf2, nf3, nf4 and nf8, scales in float16 or quantized themselves."""
+def weight(graph: GraphBuilder, name: str, matrix: QuantizedMatrix) -> ir.Value:
+    """Return the weight [K, N]; planes are packed along K."""
+    codes = PackedCodes.store(graph, f"{name}.codes", transposed(matrix.codes), matrix.format.bits, axis=0)
+    levels = codes.lookup(codebook(matrix.format.kind), None, name)
+    return scaled(graph, levels, write_scales(graph, name, matrix, by_rows=False), matrix, name)
 
-    def matrix(self, graph: GraphBuilder, name: str, matrix: QuantizedMatrix) -> ir.Value:
-        """Return the weight [K, N]; planes are packed along K."""
-        codes = PackedCodes.store(graph, f"{name}.codes", transposed(matrix.codes), matrix.format.bits, axis=0)
-        levels = codes.lookup(codebook(matrix.format.kind), None, name)
-        return scaled(graph, levels, write_scales(graph, name, matrix, by_rows=False), matrix, name)
 
-    def table(self, graph: GraphBuilder, name: str, matrix: QuantizedMatrix, head: bool) -> Table:
-        """Return the table; planes are packed along the hidden axis, rows are taken before they are unpacked."""
-        prefix = f"{name}.table"
-        codes = PackedCodes.store(graph, f"{prefix}.codes", matrix.codes, matrix.format.bits, axis=1)
-        scales = write_scales(graph, prefix, matrix, by_rows=True)
+def rows(graph: GraphBuilder, name: str, matrix: QuantizedMatrix) -> Rows:
+    """Return the table's rows, taken before they are unpacked: planes are packed along the hidden axis."""
+    prefix = f"{name}.table"
+    codes = PackedCodes.store(graph, f"{prefix}.codes", matrix.codes, matrix.format.bits, axis=1)
+    scales = write_scales(graph, prefix, matrix, by_rows=True)
 
-        def rows(ids: ir.Value | None, label: str) -> ir.Value:
-            levels = codes.lookup(codebook(matrix.format.kind), ids, label)
-            return scaled_rows(graph, levels, scales, matrix, ids, label)
+    def read(ids: ir.Value | None, label: str) -> ir.Value:
+        levels = codes.lookup(codebook(matrix.format.kind), ids, label)
+        return scaled_rows(graph, levels, scales, matrix, ids, label)
 
-        weight = graph.op("Transpose", [rows(None, prefix)], f"{name}.head", perm=[1, 0]) if head else None
-        return Table(lambda ids: rows(ids, f"{name}.rows"), weight)
+    return read

@@ -1,4 +1,7 @@
-"""NVFP4: FP4 (E2M1) values, one FP8 (E4M3) scale per 16 weights, one power of two for the whole tensor."""
+"""NVFP4: FP4 (E2M1) values, one FP8 (E4M3) scale per 16 weights, one power of two for the whole tensor.
+
+FLOAT4E2M1 through DequantizeLinear for TensorRT; for the CPU the same bytes index the 16 values.
+"""
 
 import numpy as np
 import onnx_ir as ir
@@ -6,20 +9,20 @@ import torch
 
 from coatrt.export.graph import GraphBuilder
 from coatrt.export.weights.base import (
-    Table,
+    Rows,
     block_dequantized,
     byte_lookup,
+    byte_rows,
     gather_rows,
     nibbles,
     scaled,
-    scaled_rows,
     transposed,
 )
 from coatrt.export.weights.fp8 import E4M3_VALUES
 from coatrt.quantization.codebooks import E2M1
 from coatrt.quantization.codec import QuantizedMatrix
 
-__all__ = ["NvFp4Storage"]
+__all__ = ["rows", "weight"]
 
 _BYTE_VALUES = np.stack([E2M1[np.arange(256) & 15], E2M1[np.arange(256) >> 4]], axis=1)  # low half first
 
@@ -36,38 +39,27 @@ def _scales(graph: GraphBuilder, name: str, stored: torch.Tensor, constant: floa
     return graph.rounded("Mul", values, unit, f"{name}.scales.values")
 
 
-class NvFp4Storage:
-    """nvfp4: FLOAT4E2M1 through DequantizeLinear for TensorRT; for the CPU the same bytes index the 16 values."""
+def weight(graph: GraphBuilder, name: str, matrix: QuantizedMatrix) -> ir.Value:
+    """Return the weight [K, N]."""
+    assert matrix.scales is not None
+    scales = _scales(graph, name, transposed(matrix.scales), matrix.constant)
+    codes = transposed(matrix.codes)  # whole blocks: 16·N codes fill whole bytes
+    if graph.is_engine:
+        stored = graph.store(f"{name}.codes", nibbles(codes), ir.DataType.FLOAT4E2M1, codes.shape)
+        return block_dequantized(graph, stored, scales, matrix, 0, name)
+    stored = graph.store(f"{name}.codes", nibbles(codes), ir.DataType.UINT8)
+    return scaled(graph, byte_lookup(graph, stored, _BYTE_VALUES, name), scales, matrix, name)
 
-    def matrix(self, graph: GraphBuilder, name: str, matrix: QuantizedMatrix) -> ir.Value:
-        """Return the weight [K, N]."""
-        assert matrix.scales is not None
-        scales = _scales(graph, name, transposed(matrix.scales), matrix.constant)
-        codes = transposed(matrix.codes)  # whole blocks: 16·N codes fill whole bytes
-        if graph.is_engine:
-            stored = graph.store(f"{name}.codes", nibbles(codes), ir.DataType.FLOAT4E2M1, codes.shape)
-            return block_dequantized(graph, stored, scales, matrix, 0, name)
-        stored = graph.store(f"{name}.codes", nibbles(codes), ir.DataType.UINT8)
-        return scaled(graph, byte_lookup(graph, stored, _BYTE_VALUES, name), scales, matrix, name)
 
-    def table(self, graph: GraphBuilder, name: str, matrix: QuantizedMatrix, head: bool) -> Table:
-        """Return the table; a tied head reads the same stored bytes."""
-        assert matrix.scales is not None
-        prefix = f"{name}.table"
-        scales = _scales(graph, prefix, matrix.scales.contiguous(), matrix.constant)
-        if graph.is_engine:
-            stored = graph.store(f"{prefix}.codes", nibbles(matrix.codes), ir.DataType.FLOAT4E2M1, matrix.codes.shape)
-            whole = block_dequantized(graph, stored, scales, matrix, 1, prefix)
-            return Table(
-                lambda ids: gather_rows(graph, whole, ids, f"{name}.rows"),
-                graph.op("Transpose", [whole], f"{name}.head", perm=[1, 0]) if head else None,
-            )
-        packed = nibbles(matrix.codes).view(matrix.N, -1)
-        stored = graph.store(f"{prefix}.codes", packed, ir.DataType.UINT8)
-
-        def rows(ids: ir.Value | None, label: str) -> ir.Value:
-            taken = gather_rows(graph, stored, ids, f"{label}.row_codes")
-            return scaled_rows(graph, byte_lookup(graph, taken, _BYTE_VALUES, label), scales, matrix, ids, label)
-
-        weight = graph.op("Transpose", [rows(None, prefix)], f"{name}.head", perm=[1, 0]) if head else None
-        return Table(lambda ids: rows(ids, f"{name}.rows"), weight)
+def rows(graph: GraphBuilder, name: str, matrix: QuantizedMatrix) -> Rows:
+    """Return the table's rows; a tied head reads the same stored bytes."""
+    assert matrix.scales is not None
+    prefix = f"{name}.table"
+    scales = _scales(graph, prefix, matrix.scales.contiguous(), matrix.constant)
+    if graph.is_engine:
+        stored = graph.store(f"{prefix}.codes", nibbles(matrix.codes), ir.DataType.FLOAT4E2M1, matrix.codes.shape)
+        whole = block_dequantized(graph, stored, scales, matrix, 1, prefix)
+        return lambda ids, label: gather_rows(graph, whole, ids, label)
+    packed = nibbles(matrix.codes).view(matrix.N, -1)
+    stored = graph.store(f"{prefix}.codes", packed, ir.DataType.UINT8)
+    return byte_rows(graph, stored, _BYTE_VALUES, scales, matrix, f"{name}.rows.row_codes")

@@ -92,6 +92,30 @@ class Service:
         assert self.process.returncode == 0, said[-3000:]  # the sanitizers' verdict on leaks as well
 
 
+def telling_prompt(service: Service, configurations: list[Any]) -> tuple[dict[str, Any], list[Any]]:
+    """Return a request whose greedy tokens tell two configurations apart, and the answers to it."""
+    for text in ("the cat sat", "the owl", "a hen", "mat", "x", "cat. dog.", "owl fox bee", "the dog saw"):
+        prompt = {"prompt": text, "max_tokens": 40}
+        answers = [service.generate(**prompt, configuration=value) for value in configurations]
+        if answers[0]["tokens"] != answers[1]["tokens"]:
+            return prompt, answers
+    raise AssertionError("no prompt tells the configurations apart")
+
+
+REFUSED: tuple[tuple[Any, str], ...] = (
+    ("{", "parse error"),
+    ([], "no object"),
+    ({}, "neither prompt nor tokens"),
+    ({"prompt": 3}, "type must be"),
+    ({"prompt": "a", "max_tokens": -1}, "ask for at least 1"),
+    ({"tokens": [99999]}, "outside the vocabulary"),
+    ({"prompt": ""}, "an empty prompt"),
+    ({"prompt": "a" * 200}, "200 positions are needed"),
+    ({"prompt": "a", "temperature": -1}, "temperature -1 is given"),
+    ({"prompt": "a", "configuration": {"default": "int5"}}, "no weight format"),
+)
+
+
 def test_the_service(cpp: Any, tiny_bundle: Path) -> None:
     service = Service(cpp, tiny_bundle, "--sessions", "2", "--queue", "8")
     try:
@@ -100,10 +124,8 @@ def test_the_service(cpp: Any, tiny_bundle: Path) -> None:
             200,
             {"status": "ok", "configuration": Bundle.open(tiny_bundle).config.hash},
         )
-        prompt: dict[str, Any] = {"prompt": "the cat sat", "max_tokens": 40}
         configurations = [{"default": "int8"}, {"default": "nf3-g32"}]
-        expected = [service.generate(**prompt, configuration=value) for value in configurations]
-        assert expected[0]["tokens"] != expected[1]["tokens"]
+        prompt, expected = telling_prompt(service, configurations)
 
         status, body = service.ask("POST", "/generate", {**prompt, "stream": True, "configuration": configurations[1]})
         events = [json.loads(line[6:]) for line in body.splitlines() if line.startswith("data: ")]
@@ -130,18 +152,7 @@ def test_the_service(cpp: Any, tiny_bundle: Path) -> None:
             thread.join()
         assert wrong == []
 
-        for value, message in (
-            ("{", "parse error"),
-            ([], "no object"),
-            ({}, "neither prompt nor tokens"),
-            ({"prompt": 3}, "type must be"),
-            ({"prompt": "a", "max_tokens": -1}, "ask for at least 1"),
-            ({"tokens": [99999]}, "outside the vocabulary"),
-            ({"prompt": ""}, "an empty prompt"),
-            ({"prompt": "a" * 200}, "200 positions are needed"),
-            ({"prompt": "a", "temperature": -1}, "temperature -1 is given"),
-            ({"prompt": "a", "configuration": {"default": "int5"}}, "no weight format"),
-        ):
+        for value, message in REFUSED:
             status, body = service.ask("POST", "/generate", value)
             assert status == 400 and message in json.loads(body)["error"], (value, body)
         assert service.ask("GET", "/nothing")[0] == 404

@@ -1,5 +1,6 @@
-"""One bundle of a configuration, for tests."""
+"""Bundles of configurations, for tests."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,28 @@ from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle
 from coatrt.configs.config import QuantConfig
 from coatrt.devices.profiles import device_profile
-from coatrt.engines.bundles.build import build_targets
+from coatrt.engines.bundles.execute import execute
 from coatrt.engines.bundles.options import BundleOptions
-from coatrt.engines.bundles.targets import Target
+from coatrt.engines.bundles.prepare import prepare
+from coatrt.engines.bundles.targets import BundleResult, Target
+from coatrt.models.checkpoint import Checkpoint
 from coatrt.planning.plan import Plan
 
-__all__ = ["make_bundle"]
+__all__ = ["build_targets", "make_bundle"]
+
+
+def build_targets(
+    adapter: Adapter,
+    checkpoint: Checkpoint,
+    targets: Sequence[Target],
+    options: BundleOptions | None = None,
+    *,
+    overwrite: bool = False,
+    **more: Any,
+) -> list[BundleResult]:
+    """Make a bundle for each target."""
+    preparation = prepare(adapter.description, targets, options or BundleOptions(), overwrite=overwrite)
+    return execute(preparation, adapter, checkpoint, **more)
 
 
 def make_bundle(

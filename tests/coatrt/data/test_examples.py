@@ -7,6 +7,7 @@ import torch
 
 from coatrt.data.examples import IGNORED, Examples
 from coatrt.errors import ConfigError
+from coatrt.evaluation import losses
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.evaluation.losses import log_likelihoods, mean_loss
 from coatrt.models.checkpoint import Checkpoint, load_model
@@ -36,7 +37,9 @@ def alone(model: object, row: tuple[list[int], list[bool]]) -> torch.Tensor:
     return -logits.log_softmax(-1)[places - 1, tokens[places]]
 
 
-def test_text_blocks_have_the_loss_of_transformers(models: tuple[FakeQuantModel, object]) -> None:
+def test_text_blocks_have_the_loss_of_transformers(
+    models: tuple[FakeQuantModel, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
     ours, theirs = models
     blocks = torch.randint(0, 256, (3, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -47,10 +50,13 @@ def test_text_blocks_have_the_loss_of_transformers(models: tuple[FakeQuantModel,
         labels = theirs(input_ids=blocks, labels=blocks).loss.item()  # type: ignore[operator]
         assert ours.loss(Examples.of_blocks(blocks)).item() == plain.item()
     assert plain.item() == pytest.approx(labels, rel=1e-6)
-    assert mean_loss(ours, Examples.of_blocks(blocks), batch=2) == pytest.approx(labels, rel=1e-6)
+    monkeypatch.setattr(losses, "_ROWS", 2)
+    assert mean_loss(ours, Examples.of_blocks(blocks)) == pytest.approx(labels, rel=1e-6)
 
 
-def test_padded_batches_give_the_numbers_of_single_rows(models: tuple[FakeQuantModel, object]) -> None:
+def test_padded_batches_give_the_numbers_of_single_rows(
+    models: tuple[FakeQuantModel, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
     ours, theirs = models
     examples = Examples.of_rows(ROWS)
     single = [alone(theirs, row) for row in ROWS]
@@ -58,9 +64,11 @@ def test_padded_batches_give_the_numbers_of_single_rows(models: tuple[FakeQuantM
     with torch.no_grad():
         assert ours.loss(examples).item() == pytest.approx(everything, rel=1e-5)
     for batch in (1, 3, 8):
-        assert mean_loss(ours, examples, batch=batch) == pytest.approx(everything, rel=1e-5)
-        sums = log_likelihoods(ours, examples, batch=batch)
-        assert sums.tolist() == pytest.approx([-losses.sum().item() for losses in single], rel=1e-5)
+        monkeypatch.setattr(losses, "_ROWS", batch)
+        monkeypatch.setattr(losses, "_DISTINCT_ROWS", batch)
+        assert mean_loss(ours, examples) == pytest.approx(everything, rel=1e-5)
+        sums = log_likelihoods(ours, examples)
+        assert sums.tolist() == pytest.approx([-row.sum().item() for row in single], rel=1e-5)
     wild = Examples(examples.tokens.where(torch.arange(20) <= examples.last[:, None], 33), examples.targets)
     assert mean_loss(ours, wild) == pytest.approx(everything, rel=1e-5)  # whatever stands for padding
 

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from coatrt.errors import CheckpointError
-from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.models.checkpoint import Checkpoint, load_model, load_tokenizer
-from coatrt.quantization.code_cache import CodeStore
+from coatrt.models.spec import DecoderSpec
 from support.tiny import save_tiny_llama
 
 
@@ -42,7 +41,7 @@ def test_shards_are_one_model(tiny_llama: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
     one, many = Checkpoint.open(tiny_llama), Checkpoint.open(tmp_path / "sharded")
     assert one.matrices == many.matrices
-    assert all(torch.equal(one.tensor(name), many.tensor(name)) for name in one.tensor_names)
+    assert all(torch.equal(one.tensor(name), many.tensor(name)) for name in one.files)
     next((tmp_path / "sharded").glob("*2-of*.safetensors")).unlink()
     with pytest.raises(CheckpointError, match="is missing though the index names it"):
         Checkpoint.open(tmp_path / "sharded")
@@ -168,5 +167,5 @@ def test_experts_are_refused(tmp_path: Path) -> None:
     }
     Qwen3MoeForCausalLM(Qwen3MoeConfig(**small)).save_pretrained(tmp_path)
     checkpoint = Checkpoint.open(tmp_path)
-    with pytest.raises(CheckpointError, match="give a dense model"):
-        FakeQuantModel(checkpoint, CodeStore(checkpoint))
+    with pytest.raises(CheckpointError, match="model_type qwen3_moe cannot be exported"):
+        DecoderSpec.from_config(checkpoint.config)

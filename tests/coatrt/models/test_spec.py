@@ -16,7 +16,7 @@ from support.families import MODELS, save_model
 @pytest.mark.parametrize("name", MODELS)
 def test_it_comes_back_from_its_json(tmp_path: Path, name: str) -> None:
     save_model(tmp_path, name)
-    spec = DecoderSpec.from_checkpoint(Checkpoint.open(tmp_path))
+    spec = DecoderSpec.from_config(Checkpoint.open(tmp_path).config)
     assert convert(to_data(spec), DecoderSpec, "decoder", "") == spec
 
 
@@ -25,7 +25,7 @@ def test_it_comes_back_from_its_json(tmp_path: Path, name: str) -> None:
     [("layers", "3"), ("layers", True), ("epsilon", None), ("windows", 5), ("activation", None), ("layer_norm", 1)],
 )
 def test_fields_of_other_types_are_refused(tiny_llama: Path, field: str, value: object) -> None:
-    written = to_data(DecoderSpec.from_checkpoint(Checkpoint.open(tiny_llama)))
+    written = to_data(DecoderSpec.from_config(Checkpoint.open(tiny_llama).config))
     with pytest.raises(CheckpointError, match=rf"the decoder is garbled \(.* - at `\$\.{field}`\); train again"):
         convert({**written, field: value}, DecoderSpec, "the decoder", "train again", CheckpointError)
 

@@ -20,6 +20,11 @@ TOKENS = torch.randint(0, 272, (4, 24), generator=torch.Generator().manual_seed(
 NAME, TABLE = "model.layers.0.mlp.down_proj", "model.embed_tokens"
 
 
+@pytest.fixture(autouse=True)
+def _empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COATRT_CACHE", str(tmp_path))
+
+
 @pytest.fixture
 def checkpoint(tiny_llama: Path) -> Checkpoint:
     return Checkpoint.open(tiny_llama)
@@ -32,7 +37,7 @@ def test_every_quantizer_and_calibration_has_codes_of_its_own(checkpoint: Checkp
     for calibration in (one, two):
         moment = InputMoments(checkpoint, calibration).get(NAME)
         for quantizer in QUANTIZERS:
-            found = CodeStore(checkpoint, tmp_path, quantizer, calibration).get(NAME, "nf3-g32")
+            found = CodeStore(checkpoint, quantizer, calibration).get(NAME, "nf3-g32")
             assert torch.equal(
                 decode(found), decode(encode(weight, "nf3-g32", quantizer, moment, calibration.tokens.numel()))
             )
@@ -46,18 +51,18 @@ def test_the_cache_is_read_and_damage_is_made_again(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calibration = Calibration(TOKENS)
-    first = CodeStore(checkpoint, tmp_path, "feedback", calibration).get(NAME, "nf3-g32-dq4-bf16-64")
+    first = CodeStore(checkpoint, "feedback", calibration).get(NAME, "nf3-g32-dq4-bf16-64")
     (path,) = (tmp_path / "codes").rglob("*.safetensors")
     data = path.read_bytes()
     flipped = bytearray(data)
     flipped[-5] ^= 1
     for damaged in (bytes(flipped), data[:-10], b"{}"):
         path.write_bytes(damaged)
-        found = CodeStore(checkpoint, tmp_path, "feedback", calibration).get(NAME, "nf3-g32-dq4-bf16-64")
+        found = CodeStore(checkpoint, "feedback", calibration).get(NAME, "nf3-g32-dq4-bf16-64")
         assert torch.equal(decode(found), decode(first))
         assert read_tensors(path) is not None
     monkeypatch.setattr(module, "encode", lambda *_: pytest.fail("it was encoded again"))
-    again = CodeStore(checkpoint, tmp_path, "feedback", calibration).get(NAME, "nf3-g32-dq4-bf16-64")
+    again = CodeStore(checkpoint, "feedback", calibration).get(NAME, "nf3-g32-dq4-bf16-64")
     assert torch.equal(decode(again), decode(first))
     assert again.constant == first.constant
 
@@ -68,7 +73,7 @@ def test_tables_are_encoded_for_what_the_head_reads(tmp_path: Path, tied: bool) 
     calibration = Calibration(TOKENS)
     moments = InputMoments(checkpoint, calibration)
     for quantizer in QUANTIZERS:
-        codes = CodeStore(checkpoint, tmp_path / "cache", quantizer, calibration)
+        codes = CodeStore(checkpoint, quantizer, calibration)
         for name in (TABLE,) if tied else (TABLE, "lm_head"):
             weight, calibrated = checkpoint.tensor(f"{name}.weight"), quantizer in ("weighted", "gptq", "feedback")
             if calibrated and (tied or name == "lm_head"):
@@ -82,19 +87,17 @@ def test_tables_are_encoded_for_what_the_head_reads(tmp_path: Path, tied: bool) 
 def test_16_bits_need_no_moments(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(InputMoments, "_measure", lambda *_: pytest.fail("moments were measured"))
     for quantizer in QUANTIZERS:
-        CodeStore(checkpoint, tmp_path, quantizer, Calibration(TOKENS)).get(NAME, "fp16")
+        CodeStore(checkpoint, quantizer, Calibration(TOKENS)).get(NAME, "fp16")
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_a_calibration_must_be_given(checkpoint: Checkpoint) -> None:
     for quantizer in ("weighted", "gptq", "feedback"):
         with pytest.raises(ConfigError, match="without calibration tokens"):
-            CodeStore(checkpoint, None, quantizer)  # type: ignore[arg-type]
+            CodeStore(checkpoint, quantizer)  # type: ignore[arg-type]
 
 
-def test_codes_are_kept_within_a_bound_or_while_memory_is_free(
-    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_codes_are_kept_while_memory_is_free(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     def held(store: CodeStore) -> list[str]:
         found = [f"{name} {fmt}" for name, fmt in store._held]
         assert store._bytes == sum(matrix.nbytes for matrix in store._held.values())
@@ -106,12 +109,6 @@ def test_codes_are_kept_within_a_bound_or_while_memory_is_free(
 
     one = CodeStore(checkpoint).get(NAME, "int8").nbytes  # a byte a weight, and scales
     assert one == 64 * 160 + 2 * 64
-    bounded = CodeStore(checkpoint, memory_bytes=5 * one // 2)
-    fill(bounded)
-    assert held(bounded) == [f"{NAME} nf4-g32", f"{NAME} nvfp4"]
-    nothing = CodeStore(checkpoint, memory_bytes=one // 2)
-    fill(nothing)
-    assert held(nothing) == []
     monkeypatch.setattr(module, "free_memory", lambda: 0)
     few = CodeStore(checkpoint)
     fill(few)
@@ -119,6 +116,9 @@ def test_codes_are_kept_within_a_bound_or_while_memory_is_free(
     monkeypatch.setattr(module, "_LEAST", 5 * one // 2)
     fill(scarce := CodeStore(checkpoint))
     assert held(scarce) == [f"{NAME} nf4-g32", f"{NAME} nvfp4"]
+    monkeypatch.setattr(module, "_LEAST", one // 2)
+    fill(nothing := CodeStore(checkpoint))
+    assert held(nothing) == []
     monkeypatch.setattr(module, "free_memory", lambda: 1 << 40)
     fill(ample := CodeStore(checkpoint))
     assert len(held(ample)) == 3
@@ -134,7 +134,7 @@ def test_matrices_that_read_one_input_are_encoded_with_one_factor(
         return inverse_factor(moment)
 
     monkeypatch.setattr("coatrt.quantization.gptq.inverse_factor", counted)
-    codes = CodeStore(checkpoint, tmp_path, "feedback", Calibration(TOKENS))
+    codes = CodeStore(checkpoint, "feedback", Calibration(TOKENS))
     for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj"):
         for text in ("nf3-g32", "int4-g32"):
             codes.get(f"model.layers.0.{name}", text)

@@ -2,6 +2,9 @@
 
 import json
 import re
+import subprocess
+import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -97,6 +100,33 @@ def tiny_bundle_copy(tiny_adapter: Path, tmp_path: Path) -> Path:
     options = BundleOptions(context=64, engine=False)
     make_bundle(adapter, plan.config, profile.id, place, options, plan=plan)
     return place
+
+
+def test_text_from_outside_is_shown_and_not_read_as_html(tiny_adapter: Path) -> None:
+    report = collect([tiny_adapter], ("rtx-3060",), REQUEST)
+    entry = replace(report.entries[0], title="<i>&", plan={**report.entries[0].plan, "next_steps": ["a < b", "c & d"]})
+    outline = Outline()
+    outline.feed(page(replace(report, entries=(entry,), source="models/<b>"), "coatrt"))
+    assert outline.open == []
+    assert "coatrt: <b>" in outline.text and "<i>&" in outline.text and "a < bc & d" in outline.text
+
+
+def test_accuracies_stand_beside_losses(tiny_adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = AdapterDescription.load(tiny_adapter)
+    assert "accuracy</th>" not in page(collect([tiny_adapter], ("rtx-3060",), REQUEST), "coatrt")
+    row = {"bits": 5.0, "without": 3.0, "without_accuracy": 0.25, "adapted": 2.0, "adapted_accuracy": 0.75}
+    held_out = {"full_precision": 1.0, "full_precision_accuracy": 0.5, "budgets": [row]}
+    choice = replace(facts, metrics={**facts.metrics, "held_out": held_out})
+    monkeypatch.setattr(AdapterDescription, "load", lambda path: choice)
+    report = collect([tiny_adapter], ("rtx-3060",), REQUEST)
+    assert [(row.bits, row.loss, row.accuracy) for row in report.quality] == [(16, 1, 0.5), (5, 3, 0.25), (5, 2, 0.75)]
+    text = page(report, "coatrt")
+    assert "accuracy</th>" in text and '<td class="n">0.750</td>' in text
+
+
+def test_matplotlib_is_imported_only_to_draw() -> None:
+    code = "import sys, coatrt.reporting.write, coatrt.cli.report; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_figures_as_png_and_repeatable_svg(tiny_adapter: Path) -> None:

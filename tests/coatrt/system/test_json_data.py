@@ -22,11 +22,11 @@ from coatrt.errors import CoatError, ConfigError
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.planning import planner
 from coatrt.planning.archive import Archive, ArchiveEntry
-from coatrt.planning.measured_latency import Calibrated, Product, Rest
+from coatrt.planning.measured_latency import MeasuredLatency, Product, Rest
 from coatrt.planning.plan import read_choice
 from coatrt.system.files import sha256_file
 from coatrt.system.json_data import dump_json, parse_json, read_as, to_data, write_json
-from coatrt.training.resume_state import History, check_state, load_state
+from coatrt.training.resume_state import check_state
 from support.bundles import make_bundle
 
 
@@ -62,7 +62,6 @@ def bundle(directory: Path) -> Bundle:
     return Bundle.open(directory)
 
 
-NO_MODULE: Any = SimpleNamespace(named_parameters=list)
 MODEL = SimpleNamespace()  # filled by `valid`
 KINDS = {
     "configuration": Kind("c.json", lambda d: QuantConfig.load(d / "c.json", MODEL.matrices), closed=()),
@@ -77,19 +76,13 @@ KINDS = {
     "sensitivities": Kind("sensitivity.json", adapter, key=("errors",)),
     "metrics": Kind("metrics.json", adapter),
     "archive": Kind("archive.json", lambda d: Archive.load(d / "archive.json"), ("rows", 0, 0), ("identity",)),
-    "calibration": Kind("cpu.json", lambda d: Calibrated.load(d / "cpu.json"), ("products", 0, "K"), ("device",)),
+    "timings": Kind("cpu.json", lambda d: MeasuredLatency.load(d / "cpu.json"), ("products", 0, "K"), ("device",)),
     "manifest": Kind(
         "manifest.json", Bundle.open, ("decoders", "cpu", "io", "layers"), ("decoders", "cpu", "io", "vocabulary")
     ),
     "LoRA contract": Kind("lora_io.json", lambda d: bundle(d).contract, ("tensors", 0, "rank"), ("alpha",)),
     "hypernetwork": Kind("hypernet.json", lambda d: Emitter.of(bundle(d)), key=("formats",)),
     "bundle's configuration": Kind("configuration.json", lambda d: bundle(d).config, closed=()),
-    "training state": Kind(
-        "state.json",
-        lambda d: load_state(d, NO_MODULE, NO_MODULE, "me"),
-        ("progress", "step"),
-        ("file",),
-    ),
     "run": Kind("run.json", lambda d: check_state(d, "me")),
     "model": Kind("config.json", Checkpoint.open),
     "shards": Kind("model.safetensors.index.json", Checkpoint.open, key=("weight_map",)),
@@ -105,15 +98,13 @@ def valid(tiny_adapter: Path, tiny_llama: Path, tmp_path_factory: pytest.TempPat
     plan = planner.plan(loaded.description, profile, bits=5.2, context=96, prefill=32)
     make_bundle(loaded, plan.config, profile.id, place / "b", BundleOptions(context=96, engine=False), plan=plan)
     MODEL.matrices = loaded.description.model
-    for name in ("plan", "calibration", "archive", "training state", "run", "configuration"):
+    for name in ("plan", "timings", "archive", "run", "configuration"):
         (place / name).mkdir()
     write_json(place / "plan" / "plan.json", plan.to_json())
     plan.config.save(place / "configuration" / "c.json")
-    made = Calibrated("cpu", "ort 1", {}, (Product(4, 4, "int8", 1, 1.0),), (Rest((1,), 1, 1, 1.0),))
-    write_json(place / "calibration" / "cpu.json", made)
+    made = MeasuredLatency("cpu", "ort 1", {}, (Product(4, 4, "int8", 1, 1.0),), (Rest((1,), 1, 1, 1.0),))
+    write_json(place / "timings" / "cpu.json", made)
     Archive(1000, place / "archive" / "archive.json", "me").add(ArchiveEntry(plan.config, 100, 1.5))
-    state = {"run": "me", "file": "x", "sha256": "", "progress": to_data(History(step=1))}
-    write_json(place / "training state" / "state.json", state)
     write_json(place / "run" / "run.json", {"run": "me"})
     for name in ("manifest", "LoRA contract", "hypernetwork", "bundle's configuration"):
         shutil.copytree(place / "b", place / name)
@@ -225,9 +216,6 @@ def test_unknown_keys(given: tuple[Kind, Path]) -> None:
         assert "memry" in refused(kind, directory)
     elif kind.name == "archive.json":
         assert len(Archive.load(directory / kind.name)) == 1
-    elif kind.name == "state.json":
-        with pytest.raises(CoatError, match="is damaged"):  # it has no tensors
-            kind.read(directory)
     else:
         kind.read(directory)  # a later coatrt, or Hugging Face, may add keys
 

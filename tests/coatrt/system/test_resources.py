@@ -10,10 +10,15 @@ from coatrt.errors import ConfigError
 from coatrt.system.resources import compute_device, free_memory
 
 
+@pytest.fixture(autouse=True)
+def _mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coatrt.system.resources._MOUNT", tmp_path)
+
+
 def test_without_a_limit_it_is_the_machines(tmp_path: Path) -> None:
-    assert free_memory(tmp_path) == pytest.approx(psutil.virtual_memory().available, rel=0.1)
+    assert free_memory() == pytest.approx(psutil.virtual_memory().available, rel=0.1)
     (tmp_path / "memory.max").write_text("max\n")
-    assert free_memory(tmp_path) > 1 << 28
+    assert free_memory() > 1 << 28
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -24,9 +29,9 @@ def test_a_containers_limit_counts(tmp_path: Path, version: int) -> None:
     for name, value in zip(names, (50 << 20, 30 << 20), strict=True):
         (root / name).write_text(f"{value}\n")
     (root / "memory.stat").write_text(f"inactive_file {4 << 20}\ntotal_inactive_file {4 << 20}\nactive_file 1\n")
-    assert free_memory(tmp_path) == 24 << 20
+    assert free_memory() == 24 << 20
     (root / names[1]).write_text(f"{60 << 20}\n")
-    assert free_memory(tmp_path) == 0
+    assert free_memory() == 0
 
 
 @pytest.mark.parametrize("gpus", [0, 1, 2])

@@ -23,7 +23,6 @@ pytestmark = pytest.mark.fast
         ({"max_length": 1}, "max_length must be at least 2, got 1"),
         ({"calibration": 0}, "calibration must be at least 1, got 0"),
         ({"accumulate": 5}, "accumulate must be at most batch, 4, got 5"),
-        ({"patience": 1}, "patience needs evaluate_every and budgets"),
         ({"precision": "int8"}, "unknown precision 'int8'; allowed: float32, bfloat16"),
         ({"quantizer": "best"}, "unknown quantizer 'best'; allowed: absmax, mse, weighted, gptq, feedback"),
         ({"rate_ratio": 0.0}, "rate_ratio must be above 0 and finite, got 0.0"),

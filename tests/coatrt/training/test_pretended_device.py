@@ -42,8 +42,6 @@ print(json.dumps(said))
         {
             "preset": "coatrt",
             "quantizer": "feedback",
-            "evaluate_every": 2,
-            "patience": 5,
             "budgets": (4.0, 6.0),
             "learning_rate": 1e-3,
         },

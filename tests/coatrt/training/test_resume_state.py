@@ -9,9 +9,11 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from coatrt.configs.config import QuantConfig
@@ -86,11 +88,15 @@ def test_a_killed_process_resumes(tiny_llama: Path, tmp_path: Path) -> None:
         "--checkpoint-every",
         "1",
     ]
-    state = tmp_path / "out" / "training" / "state.json"
+    state = tmp_path / "out" / "training" / "state.safetensors"
     deadline = time.monotonic() + 240
 
+    def progress() -> dict[str, Any]:
+        with safe_open(state, framework="pt") as opened:
+            return json.loads(opened.metadata()["progress"])  # type: ignore[no-any-return]
+
     def wait_for(step: int, process: subprocess.Popen[bytes]) -> None:
-        while not (state.is_file() and json.loads(state.read_text())["progress"]["step"] >= step):
+        while not (state.is_file() and progress()["step"] >= step):
             assert process.poll() is None, "training ended"
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -100,7 +106,7 @@ def test_a_killed_process_resumes(tiny_llama: Path, tmp_path: Path) -> None:
             wait_for(3, process)
         finally:
             os.kill(process.pid, signal.SIGKILL)
-    left = json.loads(state.read_text())["progress"]
+    left = progress()
     assert left["step"] >= 3
     assert all(math.isfinite(loss) for losses in left["losses"] for loss in losses)
     wrong = subprocess.run(arguments, capture_output=True, text=True)
@@ -112,7 +118,7 @@ def test_a_killed_process_resumes(tiny_llama: Path, tmp_path: Path) -> None:
             wait_for(left["step"] + 3, process)
         finally:
             process.kill()
-    assert json.loads(state.read_text())["progress"]["losses"][: left["step"]] == left["losses"]
+    assert progress()["losses"][: left["step"]] == left["losses"]
 
 
 def test_resuming_takes_no_sensitivities_of_another_run(tiny_llama: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle, seal
 from coatrt.devices.profiles import device_profile
 from coatrt.engines.builders.builder import EngineShapes
+from coatrt.engines.bundles.build import build
 from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.bundles.verify import TOLERANCE, verify
 from coatrt.engines.measure.bench import bench, bench_text, percentiles
@@ -22,6 +23,7 @@ from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.errors import BuildError, BundleError, CheckpointError, ConfigError, FormatError
 from coatrt.planning import planner
+from coatrt.planning.plan import PlanRequest
 from coatrt.system.json_data import to_data
 from support.bundles import make_bundle
 from support.tiny import save_tiny_llama
@@ -173,7 +175,7 @@ def test_verify_without_the_model_says_so_and_refuses_another(copy: Path, tmp_pa
 def test_adapt_in_other_formats(tiny_bundle: Path, tmp_path: Path, tiny_llama: Path) -> None:
     import torch
 
-    from coatrt.engines.bundles.lora_formats import write_emitted_peft, write_onnx_adapter
+    from coatrt.engines.bundles.adapt import write_emitted_peft, write_onnx_adapter
 
     ort = pytest.importorskip("onnxruntime")
     bundle = Bundle.open(tiny_bundle)
@@ -281,6 +283,17 @@ def test_assembling_refuses_before_it_writes(
         make_bundle(adapter, config, "cpu", tmp_path / "h", small)
     make_bundle(adapter, adapter.description.space.uniform("fp8"), "cpu", tmp_path / "h", small, overwrite=True)
     assert Bundle.open(tmp_path / "h").config == adapter.description.space.uniform("fp8")
+
+
+def test_the_front_door_plans_and_builds_once(tiny_adapter: Path, tmp_path: Path) -> None:
+    request = PlanRequest(bits=6, context=64, prefill=16)
+    for state in ("built", "current"):
+        rows = build(tiny_adapter, ["cpu", "h100"], tmp_path / "b", request=request)
+        assert [(row.target.output.name, row.state) for row in rows] == [("cpu", state), ("h100", state)]
+    config = rows[0].bundle.config
+    (row,) = build(tiny_adapter, ["cpu"], tmp_path / "c", config=config)
+    assert row.bundle.config == config
+    assert row.target.plan is None
 
 
 @pytest.mark.rtx

@@ -23,11 +23,11 @@ from coatrt.engines.builders.builder_slots import BuilderSlots, builder_bytes
 from coatrt.engines.builders.engine_cache import EngineCache, engine_key
 from coatrt.engines.bundles import execute as execute_module
 from coatrt.engines.bundles import seal as seal_module
-from coatrt.engines.bundles.build import build_targets
 from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.bundles.targets import Target
 from coatrt.errors import BuildError, ConfigError, FormatError
 from coatrt.system.files import sha256_file
+from support.bundles import build_targets
 
 SMALL = BundleOptions(context=64, shapes=EngineShapes(prefill=16))
 

@@ -1,4 +1,4 @@
-"""Calibration on this machine: it covers a space, adds up, and the planner takes it."""
+"""Timings on this machine: they cover a space, add up, and the planner takes them."""
 
 import itertools
 from pathlib import Path
@@ -10,13 +10,13 @@ from coatrt.adapter.adapter import Adapter
 from coatrt.devices.profiles import device_profile
 from coatrt.engines.bundles.contents import export_config, export_shared
 from coatrt.engines.bundles.options import BundleOptions
-from coatrt.engines.measure.cpu_timings import _without_drift, calibrate_cpu, predicted_decode, time_product
+from coatrt.engines.measure.cpu_timings import _without_drift, time_cpu, time_product
 from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.errors import ConfigError
 from coatrt.export.decoder import GraphForm, decoder_io
 from coatrt.planning import planner
-from coatrt.planning.measured_latency import Calibrated, Product, calibration_path
+from coatrt.planning.measured_latency import MeasuredLatency, Product, timings_path
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.json_data import write_json
 
@@ -47,13 +47,13 @@ def test_products_timed_on_a_slow_machine_are_scaled_to_its_median_speed() -> No
     assert [(product.N, product.tokens) for product in found] == [(8, 1), (8, 4), (16, 1)]
 
 
-def test_a_calibration_covers_its_model_and_the_planner_takes_it(
+def test_timings_cover_their_model_and_the_planner_takes_them(
     adapter: Adapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("coatrt.engines.measure.cpu_timings._WORKING_SET", 1 << 16)
     monkeypatch.setattr("coatrt.engines.measure.cpu_timings._BUDGET", 0.005)
     seen: list[int] = []
-    made = calibrate_cpu(
+    made = time_cpu(
         adapter,
         adapter.checkpoint(),
         RuntimeOptions(threads=1),
@@ -65,23 +65,24 @@ def test_a_calibration_covers_its_model_and_the_planner_takes_it(
     shapes = {(m.K, m.N) for m in adapter.description.model.matrices}
     assert {(p.K, p.N) for p in made.products} == shapes
     assert {(rest.tokens, rest.context) for rest in made.rests} == {(1, 32), (8, 32), (1, 64), (8, 64)}
-    write_json(calibration_path("cpu"), made)
+    write_json(timings_path("cpu"), made)
     try:
-        assert Calibrated.load(calibration_path("cpu")) == made
+        assert MeasuredLatency.load(timings_path("cpu")) == made
         plan = planner.plan(
             adapter.description, device_profile("cpu"), objective="latency", max_loss=1e9, context=64, prefill=8
         )
-        assert "calibration of cpu" in plan.latency_source
-        assert plan.decode_seconds == pytest.approx(predicted_decode(made, adapter, plan.config, 64))
+        assert "timings of cpu" in plan.latency_source
         chosen = sum(made.matrix_seconds(m.N, m.K, plan.config[m.name], 1) for m in adapter.description.model.matrices)
+        (rest,) = (rest.seconds for rest in made.rests if (rest.tokens, rest.context) == (1, 64))
+        assert plan.decode_seconds == pytest.approx(chosen + rest)
         for fmt in adapter.description.formats:  # a fused group has one format, so no uniform one can be faster
             assert chosen <= 1.001 * sum(
                 made.matrix_seconds(m.N, m.K, fmt, 1) for m in adapter.description.model.matrices
             )
     finally:
-        calibration_path("cpu").unlink()
+        timings_path("cpu").unlink()
     with pytest.raises(ConfigError, match="must be positive numbers"):
-        calibrate_cpu(adapter, adapter.checkpoint(), tokens=())
+        time_cpu(adapter, adapter.checkpoint(), tokens=())
 
 
 def test_decoded_and_packed_weights_give_the_same_logits(adapter: Adapter, tmp_path: Path) -> None:
@@ -91,9 +92,8 @@ def test_decoded_and_packed_weights_give_the_same_logits(adapter: Adapter, tmp_p
         place = tmp_path / text
         place.mkdir()
         export_shared(adapter, checkpoint, place)
-        export_config(
-            adapter, checkpoint, adapter.description.space.uniform(text), place, place, BundleOptions(context=64)
-        )
+        config, options = adapter.description.space.uniform(text), BundleOptions(context=64)
+        export_config(adapter, checkpoint, config, place, place, options, codes=adapter.codes(checkpoint))
         io = decoder_io(checkpoint, GraphForm("cpu", "cpu.onnx", "float32"))
         decoded, packed, fast = (
             OrtDecoder(

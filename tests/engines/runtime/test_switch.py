@@ -10,7 +10,6 @@ import pytest
 from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle
 from coatrt.devices.profiles import device_profile
-from coatrt.engines.bundles.build import build_targets
 from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.bundles.targets import Target
 from coatrt.engines.runtime.decoder import Decoder
@@ -19,6 +18,7 @@ from coatrt.engines.runtime.load import load_decoder
 from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.switch import SwitchingDecoder
 from coatrt.errors import BuildError, BundleError, ConfigError
+from support.bundles import build_targets
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_a_switched_session_is_a_fresh_one(bundles: dict[str, Bundle], held: int
     for name in ("nf3-g32", "int8", "nf3-g32"):
         switched = session.switch(name)
         assert (switched.name, session.current) == (name, name)
-        assert switched.seconds >= switched.emit_seconds > 0
+        assert switched.emit_seconds > 0
         fresh = load_decoder(bundles[name], RuntimeOptions(context=64))
         fresh.set_lora(load_lora(bundles[name].path("lora.safetensors"), bundles[name].contract))
         np.testing.assert_allclose(session.prefill([prompt]), fresh.prefill([prompt]), atol=1e-5)
@@ -48,7 +48,7 @@ def test_a_switched_session_is_a_fresh_one(bundles: dict[str, Bundle], held: int
 
 
 def test_sequences_go_on_through_a_switch(bundles: dict[str, Bundle]) -> None:
-    session = SwitchingDecoder(bundles, "int8", options=RuntimeOptions(context=64), held=2)
+    session = SwitchingDecoder(bundles, options=RuntimeOptions(context=64), held=2)
     session.prefill([[5, 9, 2, 7]])
     straight = session.decode([3])
     before = session.lengths
@@ -65,7 +65,7 @@ def test_sequences_go_on_through_a_switch(bundles: dict[str, Bundle]) -> None:
 
 
 def test_another_configurations_lora_without_another_graph(bundles: dict[str, Bundle]) -> None:
-    session = SwitchingDecoder(bundles, "int8", options=RuntimeOptions(context=64))
+    session = SwitchingDecoder(bundles, options=RuntimeOptions(context=64))
     own = session.prefill([[1, 2]])
     switched = session.switch("int8", bundles["nf3-g32"].config)
     assert switched.load_seconds == 0
@@ -109,9 +109,7 @@ def test_a_failed_switch_leaves_the_session_as_it_was(
 
     monkeypatch.setattr("coatrt.engines.runtime.switch.load_decoder", load)
     session, calm = (
-        SwitchingDecoder(
-            {"int8": bundles["int8"], "other": other}, "int8", options=RuntimeOptions(context=64), held=held
-        )
+        SwitchingDecoder({"int8": bundles["int8"], "other": other}, options=RuntimeOptions(context=64), held=held)
         for _ in "ab"
     )
     for each in (session, calm):
@@ -128,7 +126,7 @@ def test_a_failed_switch_leaves_the_session_as_it_was(
 def test_a_session_whose_decoder_does_not_come_back_says_so(
     bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session = SwitchingDecoder(bundles, "int8", options=RuntimeOptions(context=64))
+    session = SwitchingDecoder(bundles, options=RuntimeOptions(context=64))
 
     def load(*_: object, **__: object) -> Decoder:
         raise BuildError("no memory")

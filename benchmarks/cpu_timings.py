@@ -1,6 +1,6 @@
-"""Predicted against real decode in ONNX Runtime: ten configurations that the calibration has not seen.
+"""Predicted against real decode in ONNX Runtime: ten configurations that were not timed before.
 
-python benchmarks/cpu_calibration.py   (needs out/demo/adapter: make demo)
+python benchmarks/cpu_timings.py   (needs out/demo/adapter: make demo)
 
 One thread, in seconds of that thread: other processes then disturb neither side. The machine's speed still drifts, so
 a reference decoder is timed beside each configuration, and the prediction is also given times reference now over then.
@@ -21,55 +21,41 @@ from common import save_result, smollm2
 
 from coatrt.adapter.adapter import Adapter
 from coatrt.configs.config import QuantConfig
-from coatrt.engines.measure.cpu_timings import calibrate_cpu, decode_seconds, export_reference, predicted_decode
+from coatrt.engines.measure.cpu_timings import adapted_decoder, decode_seconds, time_cpu
 from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
-from coatrt.export.decoder import GraphForm, decoder_io
-from coatrt.models.checkpoint import Checkpoint
+from coatrt.planning.latency import products_seconds
+from coatrt.planning.measured_latency import MeasuredLatency
+from coatrt.planning.workload import Workload
 
 CONTEXT, LEVEL, ROUNDS = 256, 4, 5
 
 
-class Decoders:
-    """Decoders of an adapter's configurations, one thread each.
+OPTIONS = RuntimeOptions(context=CONTEXT, threads=1, accuracy_level=LEVEL)
 
-    Args:
-        adapter: the adapter.
-        checkpoint: its model.
-        scratch: an existing directory for their graphs.
-    """
 
-    def __init__(self, adapter: Adapter, checkpoint: Checkpoint, scratch: Path) -> None:
-        self._adapter, self._checkpoint, self._scratch = adapter, checkpoint, scratch
-        self._io = decoder_io(checkpoint, GraphForm("cpu", "cpu.onnx", "float32"))
-
-    def make(self, config: QuantConfig) -> OrtDecoder:
-        """Return the decoder of a configuration, its LoRA bound."""
-        place = self._scratch / config.hash
-        place.mkdir(exist_ok=True)
-        graph = export_reference(self._adapter, self._checkpoint, config, place)
-        contract = self._adapter.contract
-        made = OrtDecoder(graph, self._io, contract, RuntimeOptions(context=CONTEXT, threads=1, accuracy_level=LEVEL))
-        made.set_lora({key: value.numpy() for key, value in self._adapter.emit(config).items()})
-        return made
+def predicted_decode(timings: MeasuredLatency, adapter: Adapter, config: QuantConfig) -> float:
+    """Return the predicted seconds of decoding a token with a configuration."""
+    work, model = Workload.of(adapter.description, CONTEXT, 1, 1, 4), adapter.description.model
+    return timings.rest_seconds(model, work, 1, CONTEXT) + products_seconds(timings, model, config, 1, 1)
 
 
 def compare(
-    adapter: Adapter, predict: Callable[[QuantConfig], float], decoders: Decoders, count: int
+    adapter: Adapter, predict: Callable[[QuantConfig], float], decode: Callable[[QuantConfig], OrtDecoder], count: int
 ) -> Iterator[dict[str, Any]]:
     """Yield real and predicted times of one configuration after another, a reference decoder timed beside each."""
     rng = np.random.default_rng(3)
     same = QuantConfig.uniform(
         adapter.description.model, adapter.description.formats[0]
-    )  # what the calibration times beside its products
-    reference, then = decoders.make(same), predict(same)
+    )  # what is timed beside its products
+    reference, then = decode(same), predict(same)
     for number in range(count):
         bits = 3.7 + (7.6 - 3.7) * number / max(count - 1, 1)
         config = adapter.description.space.sample_budgeted(rng, bits)
-        tried, real, now = decoders.make(config), [], []
+        tried, real, now = decode(config), [], []
         for _ in range(ROUNDS):
-            now.append(decode_seconds(reference, 8, time.thread_time))
-            real.append(decode_seconds(tried, 8, time.thread_time))
+            now.append(decode_seconds(reference, time.thread_time))
+            real.append(decode_seconds(tried, time.thread_time))
         del tried
         predicted = predict(config)
         found = statistics.median(real)
@@ -86,41 +72,46 @@ def compare(
 
 
 def main() -> None:
-    """Calibrate, then alternate."""
+    """Time the products, then alternate."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--adapter", type=Path, default=Path("out/demo/adapter"))
     parser.add_argument("--count", type=int, default=10)
     options = parser.parse_args()
     adapter, checkpoint = Adapter.from_pretrained(options.adapter), smollm2()
     started = time.monotonic()
-    calibration = calibrate_cpu(
+    timings = time_cpu(
         adapter,
         checkpoint,
-        RuntimeOptions(threads=1, accuracy_level=LEVEL),
+        OPTIONS,
         tokens=(1,),
         contexts=(CONTEXT,),
         clock=time.thread_time,
         progress=lambda done, total, *_: print(f"{done}/{total}", flush=True),
     )
     seconds, rows = time.monotonic() - started, []
-    predict = partial(predicted_decode, calibration, adapter, context=CONTEXT)
+    predict = partial(predicted_decode, timings, adapter)
+
+    def decode(config: QuantConfig) -> OrtDecoder:
+        place = Path(scratch) / config.hash
+        place.mkdir(exist_ok=True)
+        return adapted_decoder(adapter, checkpoint, config, place, OPTIONS)
+
     with tempfile.TemporaryDirectory() as scratch:
-        decoders = Decoders(adapter, checkpoint, Path(scratch))
-        for row in compare(adapter, predict, decoders, options.count):
+        for row in compare(adapter, predict, decode, options.count):
             rows.append(row)
             print(row, flush=True)
     result = {
         "context": CONTEXT,
         "accuracy_level": LEVEL,
         "threads": 1,
-        "calibration_s": seconds,
-        "products": [[p.K, p.N, p.format, p.tokens, p.seconds] for p in calibration.products],
-        "rest_ms": [rest.seconds * 1e3 for rest in calibration.rests],
+        "timing_s": seconds,
+        "products": [[p.K, p.N, p.format, p.tokens, p.seconds] for p in timings.products],
+        "rest_ms": [rest.seconds * 1e3 for rest in timings.rests],
         "rows": rows,
         "worst_error": max(abs(row["error"]) for row in rows),
         "worst_error_without_drift": max(abs(row["error_without_drift"]) for row in rows),
     }
-    save_result("cpu_calibration", "python benchmarks/cpu_calibration.py", result)
+    save_result("cpu_timings", "python benchmarks/cpu_timings.py", result)
     if result["worst_error_without_drift"] > 0.15:
         sys.exit(f"over the limit: {result['worst_error_without_drift']:.3f}")
 
