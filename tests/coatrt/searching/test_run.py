@@ -67,7 +67,7 @@ def test_losses_are_those_of_the_adapters_own_codes(tiny_llama: Path, tmp_path: 
     entry = min(archive.entries, key=lambda entry: entry.nbytes)
     losses = []
     for quantizer in ("feedback", "mse"):
-        model = FakeQuantModel(checkpoint, CodeStore(checkpoint, None, quantizer, adapter.calibration))
+        model = FakeQuantModel(checkpoint, CodeStore(checkpoint, quantizer, adapter.calibration))
         model.set_config(entry.config)
         model.set_lora(adapter.description.contract, adapter.emit(entry.config))
         with torch.no_grad():
