@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from coatrt.cli.common import BYTES, JSON, PATH, echo_json
+from coatrt.cli.common import BYTES, JSON, PATH, check_writable, echo_json
 
 if TYPE_CHECKING:
     from coatrt.planning.plan import Plan, PlanRequest
@@ -87,10 +87,12 @@ def command(adapter: Path, devices: tuple[str, ...], output: Path | None, as_jso
     from coatrt.planning.planner import plan_fleet
     from coatrt.system.json_data import write_json
 
-    if output is not None and len(devices) > 1:
-        raise ConfigError(f"-o takes one device, {len(devices)} are given; give one, or --json")
     request = plan_request(choices)
     profiles = [device_profile(name) for name in dict.fromkeys(devices)]
+    if output is not None:
+        check_writable(output)
+        if len(profiles) > 1:
+            raise ConfigError(f"-o takes one device, {len(profiles)} are given; give one, or --json")
     plans = plan_fleet(AdapterDescription.load(adapter), profiles, request, archive=adapter_archive(adapter))
     if output is not None:
         write_json(output, plans[0].to_json())

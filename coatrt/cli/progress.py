@@ -1,7 +1,7 @@
 """Progress on standard error: bars in a terminal, a line every half minute elsewhere."""
 
 import sys
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, suppress
 from time import monotonic
 from typing import NoReturn
 
@@ -26,7 +26,8 @@ class _Lines:
         now = monotonic()
         if now - self._last >= _LINE_SECONDS:
             self._last = now
-            click.echo(f"{self._what}: {stage} {done}/{total}{f', {note}' if note else ''}", err=True)
+            with suppress(OSError):  # a line that cannot be printed stops no work
+                click.echo(f"{self._what}: {stage} {done}/{total}{f', {note}' if note else ''}", err=True)
 
     def close(self) -> None:
         """Nothing is open."""
@@ -59,4 +60,4 @@ class _Bars:
 
 def drawn_progress(what: str) -> AbstractContextManager[Progress]:
     """Return what draws the progress of a piece of work called `what`."""
-    return closing(_Bars(what) if sys.stderr.isatty() else _Lines(what))
+    return closing(_Bars(what) if sys.stderr is not None and sys.stderr.isatty() else _Lines(what))

@@ -57,12 +57,14 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 
 def check_replaceable(path: Path) -> None:
-    """Refuse what cannot be replaced as a directory: a file, the current directory, what holds it, a mount point.
+    """Refuse what cannot be replaced as a directory: files, links, mount points, the current directory, what holds it.
 
     Raises:
         ConfigError: it is one of these.
     """
     whole = path.resolve()
+    if path.is_symlink():
+        raise ConfigError(f"{path} is a link; give the directory it names, {whole}")
     if path.is_file():
         raise ConfigError(f"{path} is a file; give a directory")
     if whole == Path.cwd() or whole in Path.cwd().parents:

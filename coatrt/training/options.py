@@ -136,9 +136,9 @@ class TrainOptions:
         return 200 if task == "choice" else 16
 
 
-def _documented() -> str:
+def _documented(docstring: str) -> str:
     """Return the class's docstring with an entry for each option, its help."""
-    summary, rest = (TrainOptions.__doc__ or "").split("\n", 1)
+    summary, _, rest = docstring.partition("\n")
     entries = []
     for one in fields(TrainOptions):
         unset = one.metadata["unset"]
@@ -146,4 +146,4 @@ def _documented() -> str:
     return "\n".join([summary, "\n    Args:", *entries, rest])
 
 
-TrainOptions.__doc__ = _documented()
+TrainOptions.__doc__ = _documented(TrainOptions.__doc__ or "")

@@ -144,7 +144,8 @@ def _open(
     space = ConfigSpace(checkpoint.matrices, tuple(map(WeightFormat.parse, options.formats)))
     processes = Processes(compute_device(device).type)
     processes.share(torch.arange(options.batch))  # refuses a batch that does not divide among them
-    facts = json.dumps([asdict(options), checkpoint.fingerprint, data.digest])
+    asked = {**asdict(options), "checkpoint_every": None}  # which decides nothing but when checkpoints are saved
+    facts = json.dumps([asked, checkpoint.fingerprint, data.digest])
     return _Run(
         source=str(Path(source).absolute()) if Path(source).exists() else str(source),
         checkpoint=checkpoint,
@@ -174,7 +175,7 @@ def _budgets(space: ConfigSpace, options: TrainOptions) -> tuple[float, float]:
     for bits in options.budgets:
         if not least <= bits <= most:
             raise ConfigError(
-                f"a budget of {bits:g} bits cannot be measured; the formats allow {least:.3f} to {most:.3f}"
+                f"a budget of {bits:g} bits cannot be measured; the formats allow {least:.3f} to {most:.3f} (--budgets)"
             )
     return low, high
 

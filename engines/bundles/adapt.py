@@ -54,6 +54,8 @@ def adapt(
     if format not in get_args(LoraFormat):
         raise ConfigError(f"format must be one of {', '.join(get_args(LoraFormat))}, got {format!r}")
     output = Path(output)
+    if output.resolve().is_relative_to(bundle.directory.resolve()):
+        raise ConfigError(f"{output} lies inside the bundle, whose files are sealed; give a path outside")
     if output.is_dir() and any(output.iterdir()):
         raise ConfigError(f"not an empty directory: {output}; give a new path")
     config = config or bundle.config

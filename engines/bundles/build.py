@@ -13,6 +13,7 @@ from coatrt.engines.bundles.execute import execute
 from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.bundles.prepare import prepare
 from coatrt.engines.bundles.targets import BundleResult, plan_targets
+from coatrt.errors import ConfigError
 from coatrt.planning.archive import adapter_archive
 from coatrt.planning.plan import PlanRequest
 from coatrt.system.progress import Progress, silent
@@ -60,6 +61,8 @@ def build(
         BuildError: a builder is not installed or refuses a graph; the other bundles are finished.
         ConfigError: nothing keeps the limits, the configuration does not fit, or a place is in use.
     """
+    if isinstance(devices, str):
+        raise ConfigError(f"devices must be a list of ids, got {devices!r}; give [{devices!r}]")
     request = request or PlanRequest()
     description = AdapterDescription.load(adapter)
     profiles = [device_profile(name) for name in dict.fromkeys(devices)]

@@ -1,5 +1,6 @@
 """A prepared build, done: shared files once, graphs one configuration after another, builders side by side."""
 
+import contextlib
 import shutil
 import tempfile
 import time
@@ -69,10 +70,21 @@ def execute(
         first = preparation.jobs[0].targets[0].output.parent
         first.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".coatrt-", dir=first) as scratch:
-            slots, tell = slots or BuilderSlots(), tell or (lambda _: None)
+            slots, tell = slots or BuilderSlots(), _unfailing(tell)
             build = _Build(preparation, adapter, checkpoint, codes, cache, slots, progress, tell, Path(scratch))
             results |= build.run()
     return [results[target.output] for target in preparation.targets]
+
+
+def _unfailing(tell: Callable[[str], None] | None) -> Callable[[str], None]:
+    """Return a `tell` that stops no bundle where its line cannot be printed."""
+
+    def say(line: str) -> None:
+        with contextlib.suppress(OSError):
+            if tell is not None:
+                tell(line)
+
+    return say
 
 
 def _check(preparation: Preparation) -> None:
@@ -135,8 +147,10 @@ class _Build:
         except CoatError as error:
             self.failures.append(error)
         except OSError as error:
+            # shutil's own error is a list with a reason for every file.
+            reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error
             self.failures.append(
-                BuildError(f"a bundle cannot be written ({error}); check permissions and free disk space, build again")
+                BuildError(f"a bundle cannot be written ({reason}); check permissions and free disk space, build again")
             )
         return None
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coatrt.adapter.description import AdapterDescription
-from coatrt.bundle import Bundle
+from coatrt.bundle import MANIFEST, Bundle
 from coatrt.configs.config import QuantConfig
 from coatrt.devices.profiles import DeviceProfile
 from coatrt.engines.builders.builder import check_formats
@@ -82,6 +82,7 @@ def prepare(
     fingerprints = {target.output: bundle_fingerprint(adapter.hash, target, options, code) for target in targets}
     if len(fingerprints) != len(targets):
         raise ConfigError(f"{len(targets)} bundles have {len(fingerprints)} output directories; give each its own")
+    _check_places([target.output.absolute() for target in targets])
     current: dict[Path, BundleResult] = {}
     by_config: dict[str, list[Target]] = {}
     for target in targets:
@@ -94,6 +95,14 @@ def prepare(
         by_config.setdefault(target.config.hash, []).append(target)
     jobs = tuple(Job(members[0].config, tuple(members)) for members in by_config.values())
     return Preparation(tuple(targets), options, fingerprints, current, jobs)
+
+
+def _check_places(places: Sequence[Path]) -> None:
+    """Refuse a bundle inside another one, of this build or of an earlier one."""
+    for place in places:
+        for parent in place.parents:
+            if parent in places or (parent / MANIFEST).is_file():
+                raise ConfigError(f"{place} lies inside the bundle {parent}; give a directory outside")
 
 
 def _check_formats(adapter: AdapterDescription, config: QuantConfig) -> None:

@@ -64,7 +64,7 @@ def bench(
         ConfigError: a number is not positive or does not fit the decoder.
         BuildError: the backend cannot run here.
     """
-    if min(*prompts, tokens, repeat) < 1:
+    if not prompts or min(*prompts, tokens, repeat) < 1:
         raise ConfigError(
             f"prompt lengths, tokens and repeat must be at least 1, got {list(prompts)}, {tokens} and {repeat}"
         )

@@ -12,6 +12,8 @@ Backend = Literal["ort", "trt"]
 
 AccuracyLevel = Literal[0, 1, 4]
 
+_MOST_THREADS = 512  # starting thousands hangs
+
 
 @dataclass(frozen=True)
 class RuntimeOptions:
@@ -27,7 +29,7 @@ class RuntimeOptions:
             int8, the fastest, and what plans for the CPU assume.
 
     Raises:
-        ConfigError: an unknown backend or level, or a number that is not positive.
+        ConfigError: an unknown backend or level, or a number that is out of range.
     """
 
     backend: Backend = "ort"
@@ -38,9 +40,13 @@ class RuntimeOptions:
 
     def __post_init__(self) -> None:
         for name, allowed in (("backend", get_args(Backend)), ("accuracy_level", get_args(AccuracyLevel))):
-            if getattr(self, name) not in allowed:
+            if isinstance(getattr(self, name), bool) or getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
         for name in ("threads", "context", "batch"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}")
+            if value is None and name == "threads":
+                continue
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if self.threads is not None and self.threads > _MOST_THREADS:
+            raise ConfigError(f"threads must be at most {_MOST_THREADS}, got {self.threads}")

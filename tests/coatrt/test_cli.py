@@ -222,6 +222,9 @@ WRONG = {
     "no bundle": ("verify {here}", "is no bundle"),
     "adapting to no format": ("adapt {bundle} --config {here}/unknown-format.json -o {out}", "no weight format"),
     "adapting to no matrix": ("adapt {bundle} --config {here}/unknown-matrix.json -o {out}", "the model lacks"),
+    "adapting into the bundle": ("adapt {bundle} -o {bundle}/cpu.onnx", "lies inside the bundle"),
+    "plan into a directory": ("plan {adapter} --target t4 -o {here}", "is a directory; give the name of a file"),
+    "threads": ("run {bundle} -p x --threads 100000", "threads must be at most 512"),
     "no lora": ("run {bundle} -p x --lora {here}/none", "does not exist"),
     "no gpu": ("run {bundle} -p x --backend trt", "coatrt: "),
     "empty prompt": ("run {bundle} -p x --max-tokens 0", "ask for at least 1"),
@@ -309,3 +312,8 @@ def test_an_idle_gpu_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: p
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
         warn_of_idle_gpu(device)
         assert ("--device cuda uses it" in capsys.readouterr().err) == said
+
+
+def test_the_options_of_training_need_no_docstring() -> None:
+    command = [sys.executable, "-OO", "-m", "coatrt", "train", "--help"]
+    assert "--rate-ratio" in subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,6 +1,7 @@
 """What progress looks like: lines every half minute in a log, a bar for each stage in a terminal."""
 
 import io
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 
@@ -98,3 +99,9 @@ def test_a_bar_is_closed_where_the_work_fails(monkeypatch: pytest.MonkeyPatch) -
         show(1, 2, "training")
         raise RuntimeError
     assert terminal.getvalue().endswith("\n")
+
+
+def test_without_standard_error_nothing_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    with drawn_progress("train") as progress:
+        progress(1, 2, "steps")

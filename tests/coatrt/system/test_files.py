@@ -119,3 +119,16 @@ def test_a_swap_that_fails_leaves_the_old_directory(tmp_path: Path, monkeypatch:
     with pytest.raises(OSError, match="no"), atomic_directory(path) as temporary:
         (temporary / "two").write_text("2")
     assert [str(entry.relative_to(tmp_path)) for entry in tmp_path.rglob("*")] == ["d", "d/one"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_is_not_replaced(tmp_path: Path, there: bool) -> None:
+    if there:
+        (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with (
+        pytest.raises(ConfigError, match="is a link; give the directory it names"),
+        atomic_directory(tmp_path / "link"),
+    ):
+        pass
+    assert (tmp_path / "link").is_symlink()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -322,3 +323,18 @@ def test_the_build_kit_builds_without_coatrt(adapter: Adapter, tmp_path: Path) -
     done = subprocess.run(command, cwd=moved, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "weights.bin is not what the manifest says" in done.stderr
+
+
+def test_a_line_that_cannot_be_printed_stops_no_bundle(adapter: Adapter, builder: FakeBuilder, tmp_path: Path) -> None:
+    def refuse(_: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    wanted = targets(adapter, tmp_path, rtx_3060="int8", rtx_4090="int8", h100="int8")
+    assert len(build_targets(adapter, adapter.checkpoint(), wanted, SMALL, tell=refuse)) == 3
+
+
+def test_no_bundle_lies_inside_another(adapter: Adapter, builder: FakeBuilder, tmp_path: Path) -> None:
+    outer, inner = targets(adapter, tmp_path, rtx_3060="int8", rtx_4090="int8")
+    with pytest.raises(ConfigError, match="lies inside the bundle"):
+        build_targets(adapter, adapter.checkpoint(), [outer, replace(inner, output=outer.output / "in" / "it")], SMALL)
+    assert not list(tmp_path.iterdir())

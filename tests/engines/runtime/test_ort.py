@@ -189,7 +189,13 @@ def test_generation_ends_at_the_capacity(tiny_bundle: Path) -> None:
         decoder.prefill([[]])
     with pytest.raises(ConfigError, match="2 sequences are given to a decoder of batch 1"):
         decoder.prefill([[1], [2]])
-    for wrong, said in (({"backend": "cuda"}, "one of ort, trt"), ({"context": 0}, "at least 1, got 0")):
+    for wrong, said in (
+        ({"backend": "cuda"}, "one of ort, trt"),
+        ({"context": 0}, "at least 1, got 0"),
+        ({"context": 2.5}, "got 2.5"),
+        ({"threads": "2"}, "got '2'"),
+        ({"accuracy_level": True}, "one of 0, 1, 4"),
+    ):
         with pytest.raises(ConfigError, match=said):
             RuntimeOptions(**wrong)  # type: ignore[arg-type]
 
