@@ -24,7 +24,9 @@ _SIZES = ("context", "batch", "prefill")
 
 @click.command()
 @click.argument("adapter", type=PATH)
-@click.option("--target", "devices", multiple=True, required=True, help="Device id (coatrt devices); repeatable.")
+@click.option(
+    "--target", "--device", "devices", multiple=True, required=True, help="Device id (coatrt devices); repeatable."
+)
 @click.option(
     "-o",
     "--output",

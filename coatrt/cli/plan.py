@@ -74,7 +74,9 @@ def plans_text(plans: "Sequence[Plan]") -> str:
 
 @click.command()
 @click.argument("adapter", type=PATH)
-@click.option("--target", "devices", multiple=True, required=True, help="Device id (coatrt devices); repeatable.")
+@click.option(
+    "--target", "--device", "devices", multiple=True, required=True, help="Device id (coatrt devices); repeatable."
+)
 @plan_options
 @click.option("-o", "--output", type=PATH, help="Write the plan here (one device).")
 @JSON

@@ -13,7 +13,9 @@ __all__ = ["command"]
 
 @click.command()
 @click.argument("paths", nargs=-1, required=True, type=PATH)
-@click.option("--target", "devices", multiple=True, help="Plan adapters for this device (coatrt devices); repeatable.")
+@click.option(
+    "--target", "--device", "devices", multiple=True, help="Plan adapters for this device (coatrt devices); repeatable."
+)
 @plan_options
 @click.option("-o", "--output", required=True, type=PATH, help="The HTML file.")
 @click.option("--png", type=PATH, help="Write the figures into this directory too.")

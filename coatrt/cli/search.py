@@ -21,6 +21,7 @@ __all__ = ["command"]
 )
 @click.option(
     "--max-length",
+    "--length",
     type=click.IntRange(min=2),
     show_default="128; for chat and choice as in training",
     help="Tokens of a block of text; most tokens of a line of chat or choice.",

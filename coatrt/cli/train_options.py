@@ -56,13 +56,14 @@ def train_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def _option(field: "Field[Any]", kind: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
     flag, help, default = "--" + field.name.replace("_", "-"), field.metadata["help"], field.default
+    short = ["--length"] if field.name == "max_length" else []
     if kind is bool:
         flags = f"{flag}/--no-{field.name}" if default else flag
         return click.option(flags, is_flag=True, default=default, show_default=default, help=help)
     if isinstance(default, tuple):
         default = ",".join(f"{value:g}" if isinstance(value, float) else str(value) for value in default)
     shown = field.metadata["unset"] or default != ""
-    return click.option(flag, type=_type(field, kind), default=default, show_default=shown, help=help)
+    return click.option(flag, *short, type=_type(field, kind), default=default, show_default=shown, help=help)
 
 
 def _type(field: "Field[Any]", kind: Any) -> click.ParamType[Any]:

@@ -1,5 +1,8 @@
 """Bundle → decoder: which runtime, which file of the bundle."""
 
+from dataclasses import replace
+from typing import Any
+
 from coatrt.bundle import Bundle
 from coatrt.engines.runtime.decoder import Decoder
 from coatrt.engines.runtime.options import Backend, RuntimeOptions
@@ -8,16 +11,18 @@ from coatrt.engines.runtime.ort import OrtDecoder
 __all__ = ["check_decoder", "load_decoder"]
 
 
-def load_decoder(bundle: Bundle, options: RuntimeOptions = RuntimeOptions()) -> Decoder:
+def load_decoder(bundle: Bundle, options: RuntimeOptions = RuntimeOptions(), **changes: Any) -> Decoder:
     """Return a decoder of a bundle with no LoRA bound; every file is hashed before it is read.
 
     Args:
         bundle: an opened bundle.
         options: how it runs.
+        changes: fields of `RuntimeOptions` that differ from `options`, such as context=4096.
 
     Raises:
         BuildError: the backend cannot run here, or the bundle has nothing for it.
     """
+    options = replace(options, **changes)
     if options.backend == "ort":
         graph, io = bundle.decoder("cpu")
         return OrtDecoder(graph, io, bundle.contract, options)
