@@ -1,6 +1,7 @@
 """Plans: the configuration that serves an objective best on one device within limits of memory, speed and loss."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -50,13 +51,13 @@ def plan(
         archive: measured configurations. For "quality", the measured one of least loss that keeps the limits is taken
             where the measured one nearest to the pick in bytes lost more.
         cache: candidates of plans made before, and of this one.
-        asked: fields of `PlanRequest`, in place of a request.
+        asked: fields of `PlanRequest` that differ from `request`.
 
     Raises:
         DeviceError: the device allows none of the adapter's formats.
         ConfigError: nothing keeps the limits, the message says what would; or an option is out of range.
     """
-    request = request or PlanRequest(**asked)
+    request = replace(request or PlanRequest(), **asked)
     problem = _Problem(adapter, device, request, cache or CandidateCache())
     kept = keeps_all(problem.limits, len(problem.candidates))
     if not kept.any():
