@@ -65,9 +65,8 @@ def bench(
         BuildError: the backend cannot run here.
     """
     if not prompts or min(*prompts, tokens, repeat) < 1:
-        raise ConfigError(
-            f"prompt lengths, tokens and repeat must be at least 1, got {list(prompts)}, {tokens} and {repeat}"
-        )
+        given = f"{list(prompts)}, {tokens} and {repeat}"
+        raise ConfigError(f"prompt lengths, tokens and repeat must be at least 1, got {given}")
     prompts = sorted(set(prompts))  # the longest comes last, and decoding goes on behind it
     options = replace(options, context=prompts[-1] + tokens)
     lora = load_lora(bundle.path("lora.safetensors"), bundle.contract)
@@ -76,34 +75,42 @@ def bench(
     load_seconds = time.perf_counter() - started
     if decoder.capacity < options.context:
         raise ConfigError(f"prompts and tokens need {options.context} positions, the decoder has {decoder.capacity}")
-    emitter, config = Emitter.of(bundle, options.threads), bundle.config
-    emission = [_time(lambda: emitter.emit(config)) for _ in range(max(3, repeat) + 1)][1:]
+    emission = _emission(bundle, options.threads, max(3, repeat))
     prefill, decode = _sample(decoder, lora, options, prompts, repeat, progress)
-    result: dict[str, Any] = {
-        "bundle": {"configuration": config.hash, "average_bits": bundle.manifest["configuration"]["average_bits"]},
+    sizes = _bytes_per_token(bundle, decoder.io, options)
+    rate = sizes["total"] / median(decode[True])
+    return {
+        "bundle": {
+            "configuration": bundle.config.hash,
+            "average_bits": bundle.manifest["configuration"]["average_bits"],
+        },
         "backend": {**asdict(options), "activations": decoder.io.activations},
         "load_s": load_seconds,
         "emission": percentiles(emission),
         "prefill": [
-            {
-                "tokens": length,
-                "lora": on,
-                **percentiles(samples),
-                "tokens_per_s": options.batch * length / median(samples),
-            }
+            {"tokens": length, "lora": on, **_row(samples, options.batch * length)}
             for (length, on), samples in prefill.items()
         ],
         "decode": [
-            {"lora": on, "context": options.context, **percentiles(s), "tokens_per_s": options.batch / median(s)}
-            for on, s in decode.items()
+            {"lora": on, "context": options.context, **_row(samples, options.batch)} for on, samples in decode.items()
         ],
         "lora_overhead": median(decode[True]) / median(decode[False]) - 1,
-        "bytes_per_token": _bytes_per_token(bundle, decoder.io, options),
+        "bytes_per_token": sizes,
         "environment": environment(),
+        "bytes_per_s": rate,
+        "bandwidth_share": rate / device.bandwidth if device is not None and device.bandwidth else None,
     }
-    result["bytes_per_s"] = rate = result["bytes_per_token"]["total"] / median(decode[True])
-    result["bandwidth_share"] = rate / device.bandwidth if device is not None and device.bandwidth else None
-    return result
+
+
+def _emission(bundle: Bundle, threads: int | None, count: int) -> list[float]:
+    """Return the seconds of emitting the LoRA of the bundle's own configuration."""
+    emitter, config = Emitter.of(bundle, threads), bundle.config
+    return [_time(lambda: emitter.emit(config)) for _ in range(count + 1)][1:]
+
+
+def _row(seconds: Sequence[float], tokens: int) -> dict[str, float]:
+    """Return percentiles of calls that each take so many tokens, and tokens per second."""
+    return {**percentiles(seconds), "tokens_per_s": tokens / median(seconds)}
 
 
 def _sample(
