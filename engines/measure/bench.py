@@ -70,11 +70,7 @@ def bench(
     prompts = sorted(set(prompts))  # the longest comes last, and decoding goes on behind it
     options = replace(options, context=prompts[-1] + tokens)
     lora = load_lora(bundle.path("lora.safetensors"), bundle.contract)
-    started = time.perf_counter()
-    decoder = load_decoder(bundle, options)
-    load_seconds = time.perf_counter() - started
-    if decoder.capacity < options.context:
-        raise ConfigError(f"prompts and tokens need {options.context} positions, the decoder has {decoder.capacity}")
+    decoder, load_seconds = _loaded(bundle, options)
     emission = _emission(bundle, options.threads, max(3, repeat))
     prefill, decode = _sample(decoder, lora, options, prompts, repeat, progress)
     sizes = _bytes_per_token(bundle, decoder.io, options)
@@ -100,6 +96,16 @@ def bench(
         "bytes_per_s": rate,
         "bandwidth_share": rate / device.bandwidth if device is not None and device.bandwidth else None,
     }
+
+
+def _loaded(bundle: Bundle, options: RuntimeOptions) -> tuple[Decoder, float]:
+    """Return a decoder that has the context, and the seconds of loading it."""
+    started = time.perf_counter()
+    decoder = load_decoder(bundle, options)
+    seconds = time.perf_counter() - started
+    if decoder.capacity < options.context:
+        raise ConfigError(f"prompts and tokens need {options.context} positions, the decoder has {decoder.capacity}")
+    return decoder, seconds
 
 
 def _emission(bundle: Bundle, threads: int | None, count: int) -> list[float]:
