@@ -26,6 +26,7 @@ from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.evaluation.sensitivity import measure_sensitivity
 from coatrt.evaluation.sensitivity_table import Sensitivity
 from coatrt.models.checkpoint import Checkpoint
+from coatrt.models.exportable import check_exportable
 from coatrt.models.spec import DecoderSpec
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.input_moments import Calibration, InputMoments, calibration_examples
@@ -140,7 +141,8 @@ def _open(
 ) -> _Run:
     """Open the model, and refuse what would fail later."""
     checkpoint = Checkpoint.open(source)
-    spec = DecoderSpec.from_config(checkpoint.config)  # refuses a model that cannot be exported, before training
+    spec = DecoderSpec.from_config(checkpoint.config)
+    check_exportable(checkpoint, spec)
     space = ConfigSpace(checkpoint.matrices, tuple(map(WeightFormat.parse, options.formats)))
     processes = Processes(compute_device(device).type)
     processes.share(torch.arange(options.batch))  # refuses a batch that does not divide among them
