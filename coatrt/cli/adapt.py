@@ -15,7 +15,7 @@ __all__ = ["command"]
 
 @click.command()
 @click.argument("bundle", type=PATH)
-@click.option("--config", "config_path", type=PATH, help="Configuration; default: the bundle's own.")
+@click.option("--config", "config_path", type=PATH, help="Configuration or plan; default: the bundle's own.")
 @click.option("-o", "--output", required=True, type=PATH, help="File (peft: directory) to write.")
 @click.option(
     "--format",
@@ -27,10 +27,10 @@ __all__ = ["command"]
 def command(bundle: Path, config_path: Path | None, output: Path, kind: "LoraFormat") -> None:
     """Emit the LoRA of a configuration with BUNDLE's hypernetwork: no torch, no base model."""
     from coatrt.bundle import Bundle
-    from coatrt.configs.config import QuantConfig
     from coatrt.engines.bundles.adapt import adapt
+    from coatrt.planning.plan import read_choice
 
     opened = Bundle.open(bundle)
-    config = QuantConfig.load(config_path, opened.model_matrices) if config_path is not None else None
+    config = read_choice(config_path, opened.model_matrices)[0] if config_path is not None else None
     made = adapt(opened, output, config, format=kind)
     click.echo(f"{output}: LoRA of {made.config.hash}, {made.tensors} tensors, emitted in {made.seconds * 1e3:.1f} ms")

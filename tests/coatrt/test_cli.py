@@ -256,6 +256,8 @@ def test_a_plan_is_built_again_as_it_was_asked(tiny_adapter: Path, tiny_cli_bund
     again = Bundle.open(tmp_path / "again")
     assert again.path("plan.json").read_bytes() == plan.read_bytes()
     assert again.manifest["decoders"]["engine"]["io"].cache_length == 64
+    said = good("adapt", tiny_cli_bundle, "--config", plan, "-o", tmp_path / "lora.safetensors")
+    assert f"LoRA of {again.config.hash}" in said
     pair = ("--target", "l4", "--target", "rtx-4090", "--config", plan, "-o", tmp_path / "pair", "--no-engine")
     good("build", tiny_adapter, *pair)
     other, same = (Bundle.open(tmp_path / "pair" / name) for name in ("l4", "rtx-4090"))
