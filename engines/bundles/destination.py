@@ -9,7 +9,7 @@ from coatrt.errors import ConfigError
 from coatrt.system.files import check_replaceable
 from coatrt.system.json_data import read_as
 
-__all__ = ["check_output"]
+__all__ = ["check_output", "holds_bundle"]
 
 _SHOWN = 3
 
@@ -39,6 +39,11 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise ConfigError(f"{output} holds other files ({some}); give a new directory")
     if not overwrite:
         raise ConfigError(f"{output} holds a bundle; give a new directory, or --overwrite to replace it")
+
+
+def holds_bundle(directory: Path) -> bool:
+    """Return whether a directory has a bundle's manifest; another program's manifest.json is none."""
+    return (directory / MANIFEST).is_file() and _named(directory) is not None
 
 
 def _named(directory: Path) -> set[str] | None:

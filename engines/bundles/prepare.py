@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coatrt.adapter.description import AdapterDescription
-from coatrt.bundle import MANIFEST, Bundle
+from coatrt.bundle import Bundle
 from coatrt.configs.config import QuantConfig
 from coatrt.devices.profiles import DeviceProfile
 from coatrt.engines.builders.builder import check_formats
-from coatrt.engines.bundles.destination import check_output
+from coatrt.engines.bundles.destination import check_output, holds_bundle
 from coatrt.engines.bundles.fingerprint import bundle_fingerprint, is_current, writers_hash
 from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.bundles.targets import BundleResult, Target
@@ -101,7 +101,7 @@ def _check_places(places: Sequence[Path]) -> None:
     """Refuse a bundle inside another one, of this build or of an earlier one."""
     for place in places:
         for parent in place.parents:
-            if parent in places or (parent / MANIFEST).is_file():
+            if parent in places or holds_bundle(parent):
                 raise ConfigError(f"{place} lies inside the bundle {parent}; give a directory outside")
 
 

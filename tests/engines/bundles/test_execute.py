@@ -338,3 +338,8 @@ def test_no_bundle_lies_inside_another(adapter: Adapter, builder: FakeBuilder, t
     with pytest.raises(ConfigError, match="lies inside the bundle"):
         build_targets(adapter, adapter.checkpoint(), [outer, replace(inner, output=outer.output / "in" / "it")], SMALL)
     assert not list(tmp_path.iterdir())
+    (tmp_path / "manifest.json").write_text('{"name": "an app", "files": {}}')  # another program's refuses nothing
+    (row,) = build_targets(adapter, adapter.checkpoint(), [outer], SMALL)
+    assert row.state == "built"
+    with pytest.raises(ConfigError, match="lies inside the bundle"):  # of an earlier build
+        build_targets(adapter, adapter.checkpoint(), [replace(inner, output=outer.output / "in" / "it")], SMALL)
