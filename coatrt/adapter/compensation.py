@@ -67,7 +67,7 @@ class Compensator:
             tensor.matrix: model.checkpoint.tensor(f"{tensor.matrix}.weight").to(model.compute)
             for tensor in contract.tensors
         }
-        leaders = {moments.leader(tensor.matrix): tensor.K for tensor in contract.tensors}
+        leaders = {moments.leader[tensor.matrix]: tensor.K for tensor in contract.tensors}
         tokens = moments.calibration.tokens
         tokens = tokens[: max(1, _MOST_TOKENS // tokens.shape[1])]
         small = [name for name, K in leaders.items() if inputs_are_smaller(tokens.numel(), K)]
@@ -78,7 +78,7 @@ class Compensator:
             )
             for name in leaders
         }
-        self._grams = {tensor.matrix: grams[moments.leader(tensor.matrix)] for tensor in contract.tensors}
+        self._grams = {tensor.matrix: grams[moments.leader[tensor.matrix]] for tensor in contract.tensors}
 
     @torch.no_grad()
     def reading(self, matrices: Sequence[str], A: Tensor) -> Reading:

@@ -3,8 +3,6 @@
 from collections import OrderedDict
 from pathlib import Path
 
-import torch
-
 from coatrt.errors import ConfigError
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.models.matrices import EMBEDDING
@@ -57,8 +55,9 @@ class CodeStore:
         self._root = cache_directory() / "codes" / checkpoint.fingerprint
         self._key = f"v{QUANTIZER_VERSION}-{quantizer}"
         self._moments: InputMoments | None = None
-        self._tokens = calibration.tokens.numel() if calibration is not None else None
+        self._tokens: int | None = None
         if quantizer in CALIBRATED and calibration is not None:
+            self._tokens = calibration.tokens.numel()
             self._key += f"-{calibration.hash}"
             self._moments = InputMoments(checkpoint, calibration, progress)
         self._factors = InverseFactors()
@@ -84,7 +83,7 @@ class CodeStore:
         if found is None:
             found = self._encode(name, fmt)
             if fmt.has_scales:
-                _write(path, found)
+                write_tensors(path, found.tensors, {"constant": found.constant.hex()})
         self._held[key] = found
         self._bytes += found.nbytes
         while self._bytes > _LEAST and free_memory() < _LEFT_FREE:
@@ -104,12 +103,6 @@ class CodeStore:
         if not matrices.by_name[name].is_table:
             return False
         return self._moments is None or (name == EMBEDDING and not matrices.tied)
-
-
-def _write(path: Path, matrix: QuantizedMatrix) -> None:
-    parts = {"codes": matrix.codes, "scales": matrix.scales, "super_scales": matrix.super_scales}
-    tensors: dict[str, torch.Tensor] = {name: tensor for name, tensor in parts.items() if tensor is not None}
-    write_tensors(path, tensors, {"constant": matrix.constant.hex()})
 
 
 def _read(path: Path, fmt: WeightFormat, N: int, K: int) -> QuantizedMatrix | None:

@@ -15,7 +15,7 @@ from coatrt.errors import FormatError
 from coatrt.quantization.gptq import InverseFactors, feedback_codes
 from coatrt.quantization.grid import Grid
 from coatrt.quantization.quantizers import CALIBRATED, FED_BACK, QUANTIZERS, Quantizer
-from coatrt.quantization.scales import ScaleRule, choose_scales, quantize_scales, tensor_scale_of
+from coatrt.quantization.scales import choose_scales, quantize_scales, tensor_scale_of
 from coatrt.quantization.weight_format import WeightFormat
 
 __all__ = ["QuantizedMatrix", "decode", "decode_scales", "encode", "relative_error"]
@@ -48,20 +48,19 @@ class QuantizedMatrix:
     constant: float = 0.0
 
     @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Those of codes, scales and super scales that it has, by the names of their fields."""
+        found = {"codes": self.codes, "scales": self.scales, "super_scales": self.super_scales}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    @property
     def nbytes(self) -> int:
         """Bytes of its tensors in memory."""
-        return sum(tensor.nbytes for tensor in (self.codes, self.scales, self.super_scales) if tensor is not None)
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def to(self, device: torch.device) -> "QuantizedMatrix":
         """Return the same matrix with its tensors on `device`."""
-        if device == self.codes.device:
-            return self
-        move = {
-            key: tensor.to(device)
-            for key in ("codes", "scales", "super_scales")
-            if (tensor := getattr(self, key)) is not None
-        }
-        return replace(self, **move)
+        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors.items()})
 
 
 def encode(
@@ -139,7 +138,6 @@ def _scaled(
     """Return the matrix with its scales chosen and stored, and codes that are still zero."""
     N, K = weight.shape
     width = fmt.padded(K)
-    rule: ScaleRule = "weighted" if quantizer == "gptq" or quantizer == "feedback" else quantizer
     importance = None
     if quantizer in CALIBRATED:
         assert moment is not None
@@ -147,7 +145,7 @@ def _scaled(
     constant = tensor_scale_of(weight) if fmt.kind == "nvfp4" else 0.0
     chosen = torch.empty(N, width // (fmt.block or width))
     for rows, blocks in _pieces(weight, fmt):
-        chosen[rows] = choose_scales(blocks, fmt, grid, rule, importance, constant)
+        chosen[rows] = choose_scales(blocks, fmt, grid, quantizer != "absmax", importance, constant)
     supers = None
     if fmt.kind == "nvfp4":
         stored = (chosen / constant).to(torch.float8_e4m3fn)
@@ -192,15 +190,9 @@ def decode(matrix: QuantizedMatrix, dtype: torch.dtype = torch.float32) -> Tenso
 
     torch, numpy (tests/support/numpy_decode.py) and the exported graphs give the same bits for float32 and float16.
     """
-    fmt = matrix.format
     if matrix.scales is None:
         return matrix.codes.to(dtype)
-    grid = Grid(fmt.kind)
-    if grid.levels is not None:
-        level = torch.index_select(grid.levels.to(matrix.codes.device, dtype), 0, matrix.codes.view(-1).int())
-    else:
-        level = matrix.codes.to(dtype)
-    scales = decode_scales(matrix, dtype)
+    level, scales = Grid(matrix.format.kind).value(matrix.codes, dtype), decode_scales(matrix, dtype)
     weight = level.view(matrix.N, scales.shape[1], -1).mul_(scales[:, :, None]).view(matrix.N, -1)
     return weight[:, : matrix.K].contiguous() if weight.shape[1] != matrix.K else weight
 

@@ -82,11 +82,12 @@ class Grid:
             return torch.bucketize(values, self._edges, out_int32=True)
         return self._count(values).int()
 
-    def value(self, codes: Tensor) -> Tensor:
-        """Return the level of each code, float32."""
+    def value(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the level of each code, in `dtype`."""
         if self.levels is None:
-            return codes.float()
-        return torch.index_select(self.levels, 0, codes.reshape(-1).int()).view(codes.shape)
+            return codes.to(dtype)
+        levels = self.levels.to(codes.device, dtype)
+        return torch.index_select(levels, 0, codes.reshape(-1).int()).view(codes.shape)
 
     def snap(self, values: Tensor) -> Tensor:
         """Return value(nearest(values)), float32, for codebooks of few levels without the codes between."""

@@ -165,10 +165,11 @@ class InputMoments:
     def __init__(self, checkpoint: Checkpoint, calibration: Calibration, progress: Progress = silent) -> None:
         self._checkpoint, self.calibration, self._progress = checkpoint, calibration, progress
         self._root = cache_directory() / "moments" / checkpoint.fingerprint / calibration.hash
-        self._leader = {name: group[0] for group in checkpoint.matrices.groups for name in group}
+        self.leader = {name: group[0] for group in checkpoint.matrices.groups for name in group}
+        """Matrix → the first of the matrices that read what it reads, by which its moment is kept."""
         if checkpoint.matrices.tied:
-            self._leader[EMBEDDING] = HEAD
-        self._width = {self._leader[matrix.name]: matrix.K for matrix in checkpoint.matrices.matrices}
+            self.leader[EMBEDDING] = HEAD
+        self._width = {self.leader[matrix.name]: matrix.K for matrix in checkpoint.matrices.matrices}
         self._held: dict[str, Tensor] = {}
 
     def get(self, name: str) -> Tensor:
@@ -180,16 +181,12 @@ class InputMoments:
         """
         if name == EMBEDDING and not self._checkpoint.matrices.tied:
             raise ConfigError(f"{name} reads token ids, which have no second moment; encode it with mse")
-        leader = self.leader(name)
+        leader = self.leader[name]
         if leader not in self._held:
             found = self._read(leader)
             self._held = {}  # the disk has them; those of one group follow each other
             self._held[leader] = found if found is not None else self._measure(leader)
         return self._held[leader]
-
-    def leader(self, name: str) -> str:
-        """Return the first of the matrices that read what matrix `name` reads, by which its moment is kept."""
-        return self._leader[name]
 
     def _read(self, leader: str) -> Tensor | None:
         found = read_tensors(self._root / f"{leader}.safetensors")

@@ -1,16 +1,12 @@
 """Scales: one per block, chosen by the error that it leaves, and quantized themselves where the format says so."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from coatrt.quantization.grid import E4M3_MAX, Grid
 from coatrt.quantization.weight_format import WeightFormat
 
-__all__ = ["ScaleRule", "choose_scales", "quantize_scales", "tensor_scale_of"]
-
-ScaleRule = Literal["absmax", "mse", "weighted"]
+__all__ = ["choose_scales", "quantize_scales", "tensor_scale_of"]
 
 _SUPER_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Clipping candidates as fractions of absmax; fewer bits gain from clipping harder.
@@ -39,22 +35,23 @@ def choose_scales(
     blocks: Tensor,
     fmt: WeightFormat,
     grid: Grid,
-    rule: ScaleRule,
+    clip: bool,
     importance: Tensor | None = None,
     tensor_scale: float = 0.0,
 ) -> Tensor:
     """Return one scale per block, float32 but of a value that the format can store.
 
-    "absmax" takes the largest magnitude; "mse" the clipping of it with the least squared error; "weighted" minimises
-    Σ h (w − s·q)², h the energy of the weight's input: the same clippings, of either sign for NormalFloat, then the
-    least-squares scale of the codes found, Σ h·w·q / Σ h·q². More such turns gain nothing that can be measured.
+    Without `clip` it is that of the largest magnitude, with it that of the clipping with the least squared error. With
+    an importance it minimises Σ h (w − s·q)², h the energy of the weight's input: the same clippings, of either sign
+    for NormalFloat, then the least-squares scale of the codes found, Σ h·w·q / Σ h·q². More such turns gain nothing
+    that can be measured.
 
     Args:
         blocks: [rows, blocks, B] float32.
         fmt: the effective format.
         grid: its levels.
-        rule: see above.
-        importance: h, [blocks, B]; for "weighted" only.
+        clip: see above.
+        importance: h, [blocks, B]; None: every weight counts alike.
         tensor_scale: see `tensor_scale_of`; for nvfp4 only.
 
     Returns:
@@ -63,11 +60,11 @@ def choose_scales(
     absmax = blocks.abs().amax(-1)
     # Only a plain NormalFloat scale may be negative: it turns the uneven levels round. TensorRT refuses a negative
     # scale of DequantizeLinear, and double quantization stores the distance from the least scale.
-    signed = rule == "weighted" and fmt.is_normal_float and not fmt.scale_bits
-    ratios = _ratios(fmt.kind, fmt.bits) if rule != "absmax" else (1.0,)
+    signed = importance is not None and fmt.is_normal_float and not fmt.scale_bits
+    ratios = _ratios(fmt.kind, fmt.bits) if clip else (1.0,)
     first, *others = (*ratios, *(-ratio for ratio in ratios)) if signed else ratios
     best = _storable(absmax * (first / grid.reach), fmt, tensor_scale)
-    if not others and rule != "weighted":
+    if not others and importance is None:
         return best
     least = _error(blocks, _levels(blocks, best, grid), best, importance)
 
@@ -79,8 +76,7 @@ def choose_scales(
 
     for ratio in others:
         offer(absmax * (ratio / grid.reach))
-    if rule == "weighted":
-        assert importance is not None
+    if importance is not None:
         level = _levels(blocks, best, grid)
         weighted = level * importance
         fitted = (weighted * blocks).sum(-1) / (weighted * level).sum(-1).clamp(min=1e-30)

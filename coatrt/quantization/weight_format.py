@@ -11,31 +11,19 @@ from coatrt.errors import FormatError
 
 __all__ = ["BLOCKS", "KINDS", "SCALE_BITS", "SCALE_BLOCKS", "SCALE_DTYPES", "WeightFormat"]
 
-_KIND_BITS = {
-    "fp16": 16,
-    "bf16": 16,
-    "int8": 8,
-    "int4": 4,
-    "fp8": 8,
-    "nvfp4": 4,
-    "nf2": 2,
-    "nf3": 3,
-    "nf4": 4,
-    "nf8": 8,
+_KINDS: dict[str, tuple[int, tuple[int, ...]]] = {  # bits of an element, blocks allowed
+    "fp16": (16, (0,)),
+    "bf16": (16, (0,)),
+    "int8": (8, (0, 32, 64, 128)),
+    "int4": (4, (32, 64, 128)),
+    "fp8": (8, (0,)),
+    "nvfp4": (4, (16,)),
+    "nf2": (2, (16, 32, 64)),
+    "nf3": (3, (16, 32, 64)),
+    "nf4": (4, (16, 32, 64)),
+    "nf8": (8, (16, 32, 64)),
 }
-_KIND_BLOCKS = {
-    "fp16": (0,),
-    "bf16": (0,),
-    "int8": (0, 32, 64, 128),
-    "int4": (32, 64, 128),
-    "fp8": (0,),
-    "nvfp4": (16,),
-    "nf2": (16, 32, 64),
-    "nf3": (16, 32, 64),
-    "nf4": (16, 32, 64),
-    "nf8": (16, 32, 64),
-}
-KINDS = tuple(_KIND_BITS)
+KINDS = tuple(_KINDS)
 BLOCKS = (0, 16, 32, 64, 128)
 SCALE_BITS = (0, 2, 3, 4, 8)  # b0 of the paper; 0: scales stay fp16
 SCALE_DTYPES = ("", "bf16", "fp16", "fp32")  # b1 of the paper
@@ -71,7 +59,7 @@ class WeightFormat:
 
     def __post_init__(self) -> None:
         double = (self.scale_bits, self.scale_dtype, self.scale_block)
-        known = self.kind in _KIND_BITS and self.block in _KIND_BLOCKS[self.kind]
+        known = self.kind in _KINDS and self.block in _KINDS[self.kind][1]
         doubled = (
             self.kind.startswith("nf")
             and self.scale_bits in SCALE_BITS[1:]
@@ -108,7 +96,7 @@ class WeightFormat:
     @property
     def bits(self) -> int:
         """Bits of one stored element, scales aside."""
-        return _KIND_BITS[self.kind]
+        return _KINDS[self.kind][0]
 
     @property
     def is_normal_float(self) -> bool:
@@ -135,11 +123,8 @@ class WeightFormat:
         if self.kind == "nvfp4":
             return 4 + 8 / 16
         if self.scale_bits:
-            return (
-                self.bits
-                + self.scale_bits / self.block
-                + _DTYPE_BITS[self.scale_dtype] / (self.block * self.scale_block)
-            )
+            second_level = _DTYPE_BITS[self.scale_dtype] / (self.block * self.scale_block)
+            return self.bits + self.scale_bits / self.block + second_level
         if self.block:
             return self.bits + 16 / self.block
         return self.bits + (16 / K if K else 0.0)
@@ -153,7 +138,7 @@ class WeightFormat:
         if not self.block or K % self.block == 0:
             return self
         for block in (self.block // 2, self.block // 4, self.block // 8):
-            if block in _KIND_BLOCKS[self.kind] and K % block == 0:
+            if block in _KINDS[self.kind][1] and K % block == 0:
                 return replace(self, block=block)
         return self
 
