@@ -171,7 +171,7 @@ def measured_costs(
         model: full precision is set and no LoRA is bound.
         examples: calibration examples.
         space: groups and formats.
-        errors: relative errors, see `coatrt.evaluation.sensitivity.relative_errors`.
+        errors: relative errors, see `coatrt.evaluation.curvature.relative_errors`.
         progress: called after each group.
     """
     uniform = QuantConfig.uniform(space.model, "fp16")

@@ -27,10 +27,9 @@ from coatrt.configs.config import QuantConfig
 from coatrt.configs.space import ConfigSpace
 from coatrt.data.examples import Examples
 from coatrt.data.text import text_task
-from coatrt.evaluation.curvature import token_costs
+from coatrt.evaluation.curvature import relative_errors, token_costs
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.evaluation.losses import mean_loss
-from coatrt.evaluation.sensitivity import relative_errors
 from coatrt.models.checkpoint import load_tokenizer
 from coatrt.planning.knapsack import cost_matrix
 from coatrt.quantization.code_cache import CodeStore

@@ -1,7 +1,7 @@
 """What changing a weight does to the loss, to second order, seen at the inputs and outputs of every matrix.
 
 One pass of forward and backward hands every matrix's inputs x_t and the gradients g_t of its outputs to a visitor; the
-weights themselves need no gradient, so no copy of them is made.
+weights themselves need no gradient, so no copy of them is made. Sensitivities come from the same pass.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,13 +12,14 @@ from torch import Tensor
 
 from coatrt.data.examples import Examples
 from coatrt.evaluation.fake_quant import FakeQuantModel
+from coatrt.evaluation.sensitivity_table import Sensitivity
 from coatrt.models.matrices import EMBEDDING, HEAD
 from coatrt.quantization.code_cache import CodeStore
-from coatrt.quantization.codec import decode
+from coatrt.quantization.codec import decode, relative_error
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.progress import Progress, silent
 
-__all__ = ["output_gains", "token_costs", "visit_outputs"]
+__all__ = ["measure_sensitivity", "output_gains", "relative_errors", "token_costs", "visit_outputs"]
 
 Visitor = Callable[[str, Tensor, Tensor], None]
 _TOKENS = 1024  # of a backward pass, about
@@ -31,11 +32,8 @@ def visit_outputs(model: FakeQuantModel, examples: Examples, visit: Visitor, pro
     (int64 [T] token ids for the embedding); g [T, N]: the gradient of the sum of the batch's token losses with respect
     to the outputs there; both float32. A tied table is visited twice, as embedding and as head, under its one name.
 
-    Args:
-        model: configuration and LoRA already set.
-        examples: examples.
-        visit: called during the backward pass; it must not keep x or g.
-        progress: called after each batch.
+    The model's configuration and LoRA are already set. `visit` is called during the backward pass and must not keep x
+    or g; progress is reported after each batch, here and below.
     """
     done = 0
     order = examples.last.argsort(stable=True)  # rows of similar length grouped: less padding
@@ -80,10 +78,7 @@ def _tapped(model: FakeQuantModel, visit: Visitor, batch: Examples) -> Iterator[
 def output_gains(model: FakeQuantModel, examples: Examples, progress: Progress = silent) -> dict[str, Tensor]:
     """Return linear matrix → Σ g_n² per target, float32 [N], g the gradients of the summed losses at the outputs.
 
-    Args:
-        model: full precision is set and no LoRA is bound.
-        examples: calibration examples.
-        progress: called after each batch.
+    The model has full precision and no LoRA bound; the examples are those of the calibration.
     """
     gains: dict[str, Tensor] = {}
 
@@ -106,14 +101,8 @@ def token_costs(
     """Return matrix → format text → ½ Σ_t (g_tᵀ ΔW x_t)² per target, nats per target.
 
     The empirical Fisher's quadratic form itself, positions taken as independent: no diagonal and no factors are
-    assumed, and no moment is stored. Each format costs a product of the size of a forward pass.
-
-    Args:
-        model: full precision is set and no LoRA is bound.
-        codes: cache of encoded matrices.
-        examples: calibration examples.
-        formats: formats to measure.
-        progress: called after each batch.
+    assumed, and no moment is stored. Each format costs a product of the size of a forward pass. The model has full
+    precision and no LoRA bound; the examples are those of the calibration.
     """
     costs = {name: {str(fmt): 0.0 for fmt in formats} for name in model.checkpoint.matrices.names}
 
@@ -128,3 +117,36 @@ def token_costs(
 
     visit_outputs(model, examples, visit, progress)
     return costs
+
+
+def relative_errors(
+    model: FakeQuantModel, codes: CodeStore, formats: Sequence[WeightFormat], progress: Progress = silent
+) -> dict[str, dict[str, float]]:
+    """Return matrix → format text → ‖W − Q(W)‖ / ‖W‖ of a model at full precision."""
+    errors: dict[str, dict[str, float]] = {}
+    names = model.checkpoint.matrices.names
+    for i, name in enumerate(names):
+        weight = model.weight(name, None)
+        errors[name] = {str(fmt): relative_error(weight, codes.get(name, fmt).to(model.compute)) for fmt in formats}
+        progress(i + 1, len(names), "errors")
+    return errors
+
+
+def measure_sensitivity(
+    model: FakeQuantModel,
+    codes: CodeStore,
+    examples: Examples,
+    formats: Sequence[WeightFormat],
+    progress: Progress = silent,
+) -> Sensitivity:
+    """Measure every matrix in every format.
+
+    A cost is the second-order term of the loss (`token_costs`). It ignores how matrices
+    interact: a ranking, not a forecast (docs/method.md has its rank correlation with measured losses).
+
+    The model is set to full precision and its LoRA is taken away; the examples are those of the calibration.
+    """
+    model.set_config(None)
+    model.set_pairs(None)
+    costs = token_costs(model, codes, examples, formats, progress)
+    return Sensitivity(costs, relative_errors(model, codes, formats, progress))

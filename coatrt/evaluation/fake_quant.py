@@ -95,10 +95,7 @@ class FakeQuantModel:
     def weight(self, name: str, fmt: WeightFormat | None, exact: bool = True) -> Tensor:
         """Return a matrix [N, K] as a format leaves it (None: the checkpoint's own); it is not to be written to.
 
-        Args:
-            name: of the matrix.
-            fmt: the format.
-            exact: float32, whatever dtype the model has; else the model's, which saves decoding what is in use.
+        It is float32 if `exact`, whatever dtype the model has; else the model's, which saves decoding what is in use.
         """
         text = str(fmt) if fmt is not None else ""
         dtype = torch.float32 if exact else self.dtype
@@ -137,30 +134,20 @@ class FakeQuantModel:
 
     def set_lora(self, contract: LoraContract, tensors: Mapping[str, Tensor] | None) -> None:
         """Bind emitted LoRA tensors by their contract names; None takes the LoRA away."""
-        if tensors is None:
-            self.set_pairs(None)
-            return
-        self.set_pairs(
-            {t.matrix: (tensors[t.A].to(self.compute), tensors[t.B].to(self.compute)) for t in contract.tensors}
-        )
+        pairs = {}
+        if tensors is not None:
+            for t in contract.tensors:
+                pairs[t.matrix] = tensors[t.A].to(self.compute), tensors[t.B].to(self.compute)
+        self.set_pairs(pairs)
 
     def logits(self, tokens: Tensor, places: Tensor | None = None) -> Tensor:
-        """Return logits [B, S, V] of token ids [B, S], or [B, P, V] at some places only.
-
-        Args:
-            tokens: int64 [B, S].
-            places: int64 [P], columns of `tokens`; the head computes no others.
-        """
+        """Return logits [B, S, V] of token ids int64 [B, S], or [B, P, V] at some places only, int64 columns [P]."""
         keep = {} if places is None else {"logits_to_keep": places.to(self.compute)}
         result: Tensor = self.model(input_ids=tokens.to(self.compute), use_cache=False, **keep).logits
         return result
 
     def predictions(self, batch: Examples) -> tuple[Tensor, Tensor]:
-        """Return logits [B, P, V] and targets int64 [B, P] at the P places where some row has a target.
-
-        Args:
-            batch: examples.
-        """
+        """Return logits [B, P, V] and targets int64 [B, P] at the P places where some row has a target."""
         examples = batch.trimmed()
         targets = examples.targets[:, 1:]
         places = (targets != IGNORED).any(0).nonzero().squeeze(1)
@@ -169,12 +156,6 @@ class FakeQuantModel:
         return self.logits(examples.tokens[:, :-1], places), targets[:, places].to(self.compute)
 
     def loss(self, batch: Examples) -> Tensor:
-        """Return the mean cross-entropy in nats over the targets of a batch.
-
-        Args:
-            batch: examples.
-        """
+        """Return the mean cross-entropy in nats over the targets of a batch."""
         logits, targets = self.predictions(batch)
-        return nn.functional.cross_entropy(
-            logits.reshape(-1, logits.shape[-1]).float(), targets.reshape(-1), ignore_index=IGNORED
-        )
+        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)

@@ -1,4 +1,4 @@
-"""Held-out numbers of a model as it stands: configuration set, LoRA bound."""
+"""Held-out numbers of a model as it stands: whoever asks has set its configuration and bound its LoRA."""
 
 import torch
 from torch import Tensor
@@ -18,9 +18,7 @@ _DISTINCT_ROWS = 16  # in one forward pass, where only a few places need logits
 def mean_loss(model: FakeQuantModel, examples: Examples) -> float:
     """Return the mean cross-entropy over all targets in nats; its exponential is the perplexity.
 
-    Args:
-        model: configuration and LoRA already set.
-        examples: the rows; how many are computed at once changes no number, whatever their targets.
+    How many rows are computed at once changes no number, whatever their targets.
     """
     total = 0.0
     for start in range(0, len(examples), _ROWS):
@@ -35,10 +33,6 @@ def log_likelihoods(model: FakeQuantModel, examples: Examples) -> Tensor:
 
     What a row's score depends on is the tokens before its last target. Rows that share them, such as the choices of one
     question where each is a single token, are computed once; the score is the same number.
-
-    Args:
-        model: configuration and LoRA already set.
-        examples: the rows.
     """
     last = examples.last
     places = torch.arange(examples.tokens.shape[1])
@@ -70,10 +64,6 @@ def choice_scores(model: FakeQuantModel, choices: ChoiceSets) -> dict[str, float
 
     The loss is the mean cross-entropy in nats over the tokens of the right choices, the accuracy the share of
     questions whose right choice scores highest (the first of equal ones counts).
-
-    Args:
-        model: configuration and LoRA already set.
-        choices: the questions.
     """
     scores = log_likelihoods(model, choices.rows)
     starts = choices.starts
@@ -87,12 +77,8 @@ def choice_scores(model: FakeQuantModel, choices: ChoiceSets) -> dict[str, float
 def measure_held_out(model: FakeQuantModel, data: TaskData, limit: int | None = None) -> dict[str, float]:
     """Return {"loss": mean cross-entropy in nats per target}, and for choice tasks "accuracy" (share of questions).
 
-    Args:
-        model: configuration and LoRA already set.
-        data: the task.
-        limit: most held-out examples (questions) to use, the first ones; None: all.
+    Measured on the first `limit` held-out examples (questions); None: on all of them.
     """
-    count = len(data.held_out) if limit is None else min(limit, len(data.held_out))
     if data.choices is not None:
-        return choice_scores(model, data.choices.first(count))
-    return {"loss": mean_loss(model, data.held_out[:count])}
+        return choice_scores(model, data.choices if limit is None else data.choices.first(limit))
+    return {"loss": mean_loss(model, data.held_out[:limit])}

@@ -7,6 +7,7 @@ the level that best makes up for the errors of the inputs before it.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +61,8 @@ class QuantizedMatrix:
 
     def to(self, device: torch.device) -> "QuantizedMatrix":
         """Return the same matrix with its tensors on `device`."""
-        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors.items()})
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return replace(self, **moved)
 
 
 def encode(

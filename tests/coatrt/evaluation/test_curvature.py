@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from coatrt.data.examples import IGNORED, Examples
-from coatrt.evaluation.curvature import output_gains
+from coatrt.evaluation.curvature import measure_sensitivity, output_gains
 from coatrt.evaluation.fake_quant import FakeQuantModel
-from coatrt.evaluation.sensitivity import measure_sensitivity
 from coatrt.models.checkpoint import Checkpoint, load_model
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import decode, encode

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from coatrt.evaluation.curvature import measure_sensitivity
 from coatrt.evaluation.fake_quant import FakeQuantModel
-from coatrt.evaluation.sensitivity import measure_sensitivity
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.quantization.input_moments import calibration_examples
 from coatrt.training.calibration import calibration_blocks, few_tokens_notice

@@ -9,9 +9,8 @@ import torch
 from coatrt.configs.lora_contract import contract_for
 from coatrt.configs.space import ConfigSpace
 from coatrt.data.examples import Examples
-from coatrt.evaluation.curvature import output_gains
+from coatrt.evaluation.curvature import measure_sensitivity, output_gains
 from coatrt.evaluation.fake_quant import FakeQuantModel
-from coatrt.evaluation.sensitivity import measure_sensitivity
 from coatrt.models.checkpoint import Checkpoint, load_model
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import decode, encode
