@@ -1,8 +1,8 @@
 """The names of the front door; `coatrt/__init__.py` reads this file, and imports each when it is first asked for."""
 
 from .adapter.adapter import Adapter as Adapter
+from .adapter.adapter import Evaluator as Evaluator
 from .adapter.description import AdapterDescription as AdapterDescription
-from .adapter.evaluator import Evaluator as Evaluator
 from .bundle import Bundle as Bundle
 from .cli.progress import drawn_progress as drawn_progress
 from .configs.config import QuantConfig as QuantConfig

@@ -1,8 +1,12 @@
-"""The adapter: everything training leaves behind, as JSON and safetensors in one directory."""
+"""The adapter: all that training leaves behind, JSON and safetensors in one directory; and its held-out numbers."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -12,7 +16,10 @@ from coatrt.adapter.features import ConfigEncoder
 from coatrt.adapter.lora import CoaLora
 from coatrt.adapter.peft_format import write_peft
 from coatrt.configs.config import QuantConfig
+from coatrt.data.task_data import TaskData
 from coatrt.errors import CheckpointError, ConfigError
+from coatrt.evaluation.fake_quant import FakeQuantModel
+from coatrt.evaluation.losses import measure_held_out
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.input_moments import Calibration
@@ -20,8 +27,9 @@ from coatrt.quantization.quantizers import CALIBRATED
 from coatrt.system.files import atomic_directory, sha256_file
 from coatrt.system.json_data import write_json
 from coatrt.system.progress import Progress, silent
+from coatrt.system.resources import compute_device
 
-__all__ = ["Adapter"]
+__all__ = ["Adapter", "Evaluator"]
 
 _FILES = ("adapter.safetensors", "sensitivity.json", "metrics.json")
 _CALIBRATION = "calibration.safetensors"
@@ -61,7 +69,7 @@ class Adapter:
         Raises:
             ConfigError: the configuration uses a format the adapter was not trained for.
         """
-        return self.lora.emit(self.encoder.format_ids(config))
+        return self.lora.emit(config)
 
     def checkpoint(self, source: str | Path | None = None) -> Checkpoint:
         """Open the model the adapter belongs to.
@@ -103,7 +111,7 @@ class Adapter:
             write_json(temporary / "metrics.json", description.metrics)
             if self.calibration is not None:
                 self.calibration.save(temporary / _CALIBRATION)
-            files = [*_FILES, *([_CALIBRATION] if self.calibration is not None else [])]
+            files = _FILES if self.calibration is None else (*_FILES, _CALIBRATION)
             write_peft(temporary / "peft", self.lora.shared(), description.contract, description.source)
             write_json(
                 temporary / "adapter.json",
@@ -140,3 +148,50 @@ class Adapter:
                 lora.eval().requires_grad_(False),
                 Calibration.load(directory / _CALIBRATION) if calibrated else None,
             )
+
+
+class Evaluator:
+    """The base model of an adapter in memory, ready to be measured in any configuration.
+
+    Args:
+        adapter: gives the model, its encoded weights and the LoRA contract.
+        model: where the adapter's model is now; by default where it was at training.
+        device: torch device, such as "cpu" or "cuda".
+        progress: called while second moments are measured.
+
+    Raises:
+        CheckpointError: the model is not there, or it is another one.
+        ConfigError: the device is not there.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        *,
+        model: str | Path | None = None,
+        device: str = "cpu",
+        progress: Progress = silent,
+    ) -> None:
+        compute_device(device)
+        checkpoint = adapter.checkpoint(model)
+        dtype = getattr(torch, adapter.description.metrics["options"]["precision"])
+        self._contract = adapter.description.contract
+        self._model = FakeQuantModel(checkpoint, adapter.codes(checkpoint, progress), device, dtype=dtype)
+
+    def measure(
+        self,
+        config: QuantConfig | None,
+        data: TaskData,
+        lora: Mapping[str, Tensor | NDArray[np.float32]] | None = None,
+    ) -> dict[str, float]:
+        """Return {"loss": nats per predicted token}, and for choice tasks "accuracy" (share of questions).
+
+        Args:
+            config: the configuration; None is full precision.
+            data: its held-out examples are measured on.
+            lora: every tensor of the contract, as `Adapter.emit` and `load_lora` give them; None is no LoRA.
+        """
+        tensors = None if lora is None else {name: torch.as_tensor(value) for name, value in lora.items()}
+        self._model.set_config(config)
+        self._model.set_lora(self._contract, tensors)
+        return measure_held_out(self._model, data)

@@ -6,19 +6,65 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coatrt.adapter.gram import Gram, collect_inputs, inputs_are_smaller
 from coatrt.configs.lora_contract import LoraContract, LoraTensor
 from coatrt.evaluation.fake_quant import FakeQuantModel
-from coatrt.quantization.input_moments import InputMoments
+from coatrt.quantization.input_moments import InputMoments, visit_inputs
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.progress import Progress, silent
 
 __all__ = ["Compensator", "Reading"]
 
+_DAMPING = 1e-4  # of the mean energy of an input, so that inputs that never move count too
 _LEAST_GAIN = 1e-2  # of the mean gain of an output, so that outputs without gradient count too
 _RIDGE = 1e-6  # of the mean energy of A's outputs, so that columns of A that nearly agree can be told apart
 _MOST_TOKENS = 4096  # whose inputs are kept: many times a rank
 _OVERSAMPLING, _ITERATIONS = 16, 6  # of the randomized singular value decomposition
+
+
+class _Gram:
+    """H = E[x xᵀ] + δI of one input, δ a ten-thousandth of its mean energy.
+
+    It is held as a matrix, or as the inputs themselves where these are smaller.
+
+    Args:
+        held: H before δ, float32 [K, K], not copied: δ is added to it; or the inputs x, bfloat16 [T, K].
+    """
+
+    def __init__(self, held: Tensor) -> None:
+        self._held, self._is_moment = held, held.dtype == torch.float32
+        energy = held.diagonal() if self._is_moment else held.float().square()
+        self._damping = float(_DAMPING * energy.mean())
+        if self._is_moment:
+            held.diagonal().add_(self._damping)
+
+    def __matmul__(self, A: Tensor) -> Tensor:
+        """Return H A, float32 [K, r]."""
+        x = self._held.float()
+        if self._is_moment:
+            return x @ A
+        product: Tensor = (x.T @ (x @ A)).div_(len(x)).add_(A, alpha=self._damping)
+        return product
+
+    def root(self) -> Tensor:
+        """Return the lower Cholesky factor of H, float64 [K, K]."""
+        moment = x = self._held.double()
+        if not self._is_moment:
+            moment = (x.T @ x).div_(len(x))
+            moment.diagonal().add_(self._damping)
+        root: Tensor = torch.linalg.cholesky(moment)
+        return root
+
+
+def _inputs(model: FakeQuantModel, tokens: Tensor, names: Sequence[str], progress: Progress) -> dict[str, Tensor]:
+    """Return name → what the matrix reads in full precision, bfloat16 [T, K], all tokens in their order.
+
+    The model is set to full precision and its LoRA is taken away.
+    """
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    model.set_config(None)
+    model.set_pairs(None)
+    visit_inputs(model.model, tokens, names, lambda name, x: found[name].append(x.bfloat16()), progress, "inputs")
+    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 @dataclass(frozen=True)
@@ -70,14 +116,12 @@ class Compensator:
         leaders = {moments.leader[tensor.matrix]: tensor.K for tensor in contract.tensors}
         tokens = moments.calibration.tokens
         tokens = tokens[: max(1, _MOST_TOKENS // tokens.shape[1])]
-        small = [name for name, K in leaders.items() if inputs_are_smaller(tokens.numel(), K)]
-        inputs = collect_inputs(model, tokens, small, progress) if small else {}
-        grams = {
-            name: Gram(
-                inputs[name] if name in inputs else moments.get(name).to(model.compute, torch.float32, copy=True)
-            )
-            for name in leaders
-        }
+        small = [name for name, K in leaders.items() if tokens.numel() < 2 * K]  # bytes of [T, K] below those of [K, K]
+        held = _inputs(model, tokens, small, progress) if small else {}
+        for name in leaders:
+            if name not in held:
+                held[name] = moments.get(name).to(model.compute, torch.float32, copy=True)
+        grams = {name: _Gram(held[name]) for name in leaders}
         self._grams = {tensor.matrix: grams[moments.leader[tensor.matrix]] for tensor in contract.tensors}
 
     @torch.no_grad()

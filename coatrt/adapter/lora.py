@@ -101,14 +101,11 @@ class CoaLora(nn.Module):
         if compensator is None:
             return
         contract, formats = self.contract, len(self.encoder.formats)
-        readings = [self._read(compensator, i, rows, A) for i, (rows, A, _) in enumerate(self.stacks())]
-        tables = [
-            A.new_zeros(len(rows), formats, B.shape[1], B.shape[2], dtype=torch.float16) for rows, A, B in self.stacks()
-        ]
+        tables = [B.new_zeros(len(B), formats, *B.shape[1:], dtype=torch.float16) for B in self.B]
         for f, fmt in enumerate(self.encoder.formats):  # one format after the other: no weight is decoded twice
-            for (rows, _, _), reading, table in zip(self.stacks(), readings, tables, strict=True):
+            for i, (rows, A, _) in enumerate(self.stacks()):
                 names = [contract.tensors[row].matrix for row in rows]
-                table[:, f] = compensator.terms(names, [fmt] * len(names), reading)
+                tables[i][:, f] = compensator.terms(names, [fmt] * len(names), self._read(compensator, i, names, A))
             progress(f + 1, formats, "compensation")
         self._keep(tables)
         self._compensator = None
@@ -145,15 +142,7 @@ class CoaLora(nn.Module):
 
     def pairs(self, config: QuantConfig) -> dict[str, tuple[Tensor, Tensor]]:
         """Return matrix name → (A [K, r], B' [r, N]) for a configuration, B' = s·(I + U)ᵀB + C."""
-        return self(self.encoder.format_ids(config))  # type: ignore[no-any-return]
-
-    def forward(self, ids: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return matrix name → (A [K, r], B' [r, N]) for a configuration, B' = s·(I + U)ᵀB + C.
-
-        Args:
-            ids: int64 [M], see `ConfigEncoder.format_ids`.
-        """
-        device, updates = self.A[0].device, None
+        ids, device, updates = self.encoder.format_ids(config), self.A[0].device, None
         if self.theta is not None:
             updates = self.theta(self.encoder.indices(ids).to(device), self.encoder.features(ids).to(device))
         tables = self.C
@@ -167,25 +156,23 @@ class CoaLora(nn.Module):
             elif self._compensator is not None:
                 names = [self.contract.tensors[row].matrix for row in rows]
                 formats = [self.encoder.formats[i] for i in ids[rows].tolist()]
-                reading = self._read(self._compensator, stack, rows, A)
+                reading = self._read(self._compensator, stack, names, A)
                 scaled = scaled + self._compensator.terms(names, formats, reading, exact=False)
             for row, a, b in zip(rows, A.unbind(0), scaled.unbind(0), strict=True):
                 result[self.contract.tensors[row].matrix] = (a, b)
         return result
 
-    def _read(self, compensator: Compensator, stack: int, rows: list[int], A: Tensor) -> Reading:
+    def _read(self, compensator: Compensator, stack: int, names: list[str], A: Tensor) -> Reading:
         """Return what C takes from A as it stands now, computed again only where A has changed."""
         if stack not in self._readings or not torch.equal(self._readings[stack][0], A):
             now = A.detach().clone()
-            names = [self.contract.tensors[row].matrix for row in rows]
             self._readings[stack] = (now, compensator.reading(names, now))
         return self._readings[stack][1]
 
     @torch.no_grad()
-    def emit(self, ids: Tensor) -> dict[str, Tensor]:
+    def emit(self, config: QuantConfig) -> dict[str, Tensor]:
         """Return every tensor of the contract for a configuration, float32, in contract order."""
-        pairs = self(ids)
-        result = {}
+        pairs, result = self.pairs(config), {}
         for tensor in self.contract.tensors:
             a, b = pairs[tensor.matrix]
             result[tensor.A], result[tensor.B] = a.detach().cpu().clone(), b.detach().cpu().clone()

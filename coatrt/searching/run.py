@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch
 
-from coatrt.adapter.adapter import Adapter
-from coatrt.adapter.evaluator import Evaluator
+from coatrt.adapter.adapter import Adapter, Evaluator
 from coatrt.configs.config import QuantConfig
 from coatrt.data.task_data import TaskData
 from coatrt.errors import ConfigError

@@ -49,7 +49,7 @@ def mixed(model: ModelMatrices) -> QuantConfig:
 @pytest.mark.parametrize("preset", ["paper", "coatrt"])
 def test_an_untrained_hypernetwork_leaves_plain_lora(encoder: ConfigEncoder, model: ModelMatrices, preset: str) -> None:
     lora = CoaLora(contract_for(model, 16, 32), encoder, preset)  # type: ignore[arg-type]
-    emitted = lora.emit(encoder.format_ids(mixed(model)))
+    emitted = lora.emit(mixed(model))
     assert list(emitted) == list(lora.contract.shapes)
     for tensor in lora.contract.tensors:
         a, _ = lora.shared()[tensor.matrix]
@@ -65,7 +65,7 @@ def test_emitted_tensors_are_the_formula(encoder: ConfigEncoder, model: ModelMat
         for parameter in lora.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     ids = encoder.format_ids(mixed(model))
-    emitted = lora.emit(ids)
+    emitted = lora.emit(mixed(model))
     theta = {name: value.detach().double().numpy() for name, value in lora.theta.named_parameters()}
     indices, features = encoder.indices(ids).numpy(), encoder.features(ids).double().numpy()
     for row, tensor in enumerate(lora.contract.tensors):

@@ -13,12 +13,12 @@ TEXTS = [f"the {word} sat on the mat and the {word} saw the hen. " * 30 for word
 _PROGRAM = """
 import json, sys
 import torch
-import coatrt.adapter.evaluator, coatrt.searching.run, coatrt.training.run
+import coatrt.adapter.adapter, coatrt.searching.run, coatrt.training.run
 from support import pretend_device
 from support.tiny import text_data, tiny_options
 
 torch.set_num_threads(1)
-for module in (coatrt.training.run, coatrt.adapter.evaluator):
+for module in (coatrt.training.run, coatrt.adapter.adapter):
     module.compute_device = torch.device
 llama, directory, texts, changes = sys.argv[1], sys.argv[2], *map(json.loads, sys.argv[3:])
 said = {}
