@@ -14,9 +14,8 @@ from coatrt.errors import CoatError
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.system.distributed import Processes
 from coatrt.system.progress import Progress, silent
-from coatrt.training.objective import Pass, accumulate_gradients
+from coatrt.training.objective import LoraModule, Pass, accumulate_gradients
 from coatrt.training.options import TrainOptions
-from coatrt.training.protocols import LoraModule
 from coatrt.training.resume_state import History, load_state, save_state
 
 __all__ = ["optimise"]
@@ -53,12 +52,25 @@ def optimise(
         ConfigError: a checkpoint of another run, or a batch that does not divide among the processes.
         CheckpointError: a checkpoint is damaged.
     """
-    optimizer = _optimizer(lora, options)
+    members = lora.parameter_groups()
+    groups = [{"params": own, "peak": options.rates[name]} for name, own in members.items()]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)  # each step sets the rates
+    parameters = [parameter for own in members.values() for parameter in own]
     history = load_state(state, lora, optimizer, run) or History()
     started = time.monotonic() - history.seconds
     while history.step < options.steps:
         passes = _passes(data, draw(history.step), options, history.step, processes)
-        losses = _step(model, lora, optimizer, passes, options, processes, history.step)
+        losses = processes.sum(accumulate_gradients(model, lora, passes, options.accumulate))
+        if not all(map(math.isfinite, losses)):
+            raise CoatError(
+                f"the loss is not finite at step {history.step + 1}; try a lower --learning-rate or a higher --low-bits"
+            )
+        processes.sum_gradients(parameters)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * options.rate(history.step)
+        torch.nn.utils.clip_grad_norm_(parameters, _CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         history.step += 1
         history.losses.append(losses)
         progress(history.step, options.steps, "training", f"loss {sum(losses) / len(losses):.3f}")
@@ -69,15 +81,6 @@ def optimise(
     processes.wait()
     history.seconds = time.monotonic() - started
     return history
-
-
-def _optimizer(lora: LoraModule, options: TrainOptions) -> torch.optim.Optimizer:
-    """Return AdamW over the LoRA's groups, each with its own peak rate."""
-    groups = [
-        {"params": members, "lr": options.rates[name], "peak": options.rates[name]}
-        for name, members in lora.parameter_groups().items()
-    ]
-    return torch.optim.AdamW(groups, weight_decay=0.0)
 
 
 def _passes(
@@ -91,28 +94,3 @@ def _passes(
         mine = batch[processes.share(torch.arange(len(batch)))].trimmed()
         passes.append(Pass(config, mine, batch.predicted))
     return passes
-
-
-def _step(
-    model: FakeQuantModel,
-    lora: LoraModule,
-    optimizer: torch.optim.Optimizer,
-    passes: Sequence[Pass],
-    options: TrainOptions,
-    processes: Processes,
-    step: int,
-) -> list[float]:
-    """Do one optimizer step and return the task's loss under each configuration."""
-    losses = processes.sum(accumulate_gradients(model, lora, passes, options.accumulate))
-    if not all(map(math.isfinite, losses)):
-        raise CoatError(
-            f"the loss is not finite at step {step + 1}; try a lower --learning-rate or a higher --low-bits"
-        )
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    processes.sum_gradients(parameters)
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * options.rate(step)
-    torch.nn.utils.clip_grad_norm_(parameters, _CLIP)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return losses

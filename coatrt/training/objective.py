@@ -1,7 +1,8 @@
 """The gradients of a step: the task's loss under each of its configurations."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +10,21 @@ from torch import Tensor, nn
 from coatrt.configs.config import QuantConfig
 from coatrt.data.examples import IGNORED, Examples
 from coatrt.evaluation.fake_quant import FakeQuantModel
-from coatrt.training.protocols import LoraModule
 
-__all__ = ["Pass", "accumulate_gradients"]
+__all__ = ["LoraModule", "Pass", "accumulate_gradients"]
+
+
+class LoraModule(Protocol):
+    """What the loop trains: a module that gives each matrix its pair for a configuration."""
+
+    def pairs(self, config: QuantConfig) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """Return matrix name → (A [K, r], scaled B [r, N])."""
+
+    def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:
+        """Return the parameters that learn, by the name of their rate (`TrainOptions.rates`)."""
+
+    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """Return every parameter by name."""
 
 
 @dataclass(frozen=True)
@@ -53,27 +66,16 @@ def accumulate_gradients(
         leaves = {name: (a.detach().requires_grad_(), b.detach().requires_grad_()) for name, (a, b) in pairs.items()}
         model.set_pairs(leaves)
         sum_of_losses = 0.0
-        for part in _parts(one.batch, accumulate):
-            logits, targets = _predicted(model, part)
-            loss = nn.functional.cross_entropy(logits, targets, reduction="sum") / one.total
+        for rows in one.batch.last.argsort(stable=True).chunk(accumulate):  # rows of similar length grouped
+            logits, targets = model.predictions(one.batch[rows])
+            logits, targets = logits.flatten(0, 1), targets.flatten()
+            marked = targets != IGNORED
+            if not bool(marked.all()):  # a copy of the logits that plain text does without
+                logits, targets = logits[marked], targets[marked]
+            loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum") / one.total
             sum_of_losses += loss.item()
             (loss / len(passes)).backward()  # type: ignore[no-untyped-call]
         losses.append(sum_of_losses)
         whole = [tensor for pair in pairs.values() for tensor in pair]
         torch.autograd.backward(whole, [leaf.grad for name in pairs for leaf in leaves[name]])
     return losses
-
-
-def _parts(batch: Examples, count: int) -> list[Examples]:
-    """Return the parts of a batch that pass through the model one after the other, rows of similar length grouped."""
-    return [batch[rows] for rows in batch.last.argsort(stable=True).chunk(count)]
-
-
-def _predicted(model: FakeQuantModel, part: Examples) -> tuple[Tensor, Tensor]:
-    """Return float32 logits [P, V] of the positions that predict a target, and the targets [P]."""
-    logits, targets = model.predictions(part)
-    logits, targets = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
-    marked = targets != IGNORED
-    if not bool(marked.all()):  # a copy of the logits that plain text does without
-        logits, targets = logits[marked], targets[marked]
-    return logits.float(), targets

@@ -9,7 +9,7 @@ import torch
 from coatrt.errors import CheckpointError, ConfigError
 from coatrt.system.json_data import convert, dump_json, parse_json, read_as, write_json
 from coatrt.system.tensors import read_tensors, write_tensors
-from coatrt.training.protocols import LoraModule
+from coatrt.training.objective import LoraModule
 
 __all__ = ["History", "check_state", "claim_state", "has_state", "load_state", "save_state"]
 
