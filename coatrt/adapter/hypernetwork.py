@@ -5,7 +5,6 @@ from torch import Tensor, nn
 
 from coatrt.adapter.features import FEATURES, FIELD_SIZES
 from coatrt.adapter.preset import Preset
-from coatrt.errors import ConfigError
 
 __all__ = ["Hypernetwork"]
 
@@ -22,15 +21,10 @@ class Hypernetwork(nn.Module):
         rank: r.
         layers: decoder layers of the model.
         modules: module kinds of the model.
-
-    Raises:
-        ConfigError: an unknown preset.
     """
 
     def __init__(self, preset: Preset, rank: int, layers: int, modules: int) -> None:
         super().__init__()
-        if preset not in ("coatrt", "paper"):
-            raise ConfigError(f"unknown hypernetwork preset {preset!r}; allowed: coatrt, paper")
         self.preset, self.rank = preset, rank
         vocabularies = (*FIELD_SIZES, layers, modules)
         width = _WIDTH * len(vocabularies)

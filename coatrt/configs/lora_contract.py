@@ -112,15 +112,8 @@ def contract_for(model: ModelMatrices, rank: int, alpha: float, ranks: Mapping[s
     if unknown := set(ranks) - kinds:
         raise ConfigError(f"a rank of {', '.join(sorted(unknown))} is given; the model has {', '.join(sorted(kinds))}")
     tensors = tuple(
-        LoraTensor(
-            matrix.name,
-            f"lora_A.{matrix.name}",
-            f"lora_B.{matrix.name}",
-            matrix.K,
-            matrix.N,
-            ranks.get(matrix.kind, rank),
-        )
-        for matrix in model.targets
+        LoraTensor(m.name, f"lora_A.{m.name}", f"lora_B.{m.name}", m.K, m.N, ranks.get(m.kind, rank))
+        for m in model.targets
     )
     return LoraContract(float(alpha), "float32", tensors)
 

@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 
-from coatrt.data.choice_sets import ChoiceSets
 from coatrt.data.documents import token_ids
 from coatrt.data.examples import Examples
 from coatrt.data.jsonl import Line
-from coatrt.data.task_data import TaskData
+from coatrt.data.task_data import ChoiceSets, TaskData
 from coatrt.errors import ConfigError
 from coatrt.system.progress import Progress, silent
 
@@ -95,18 +94,6 @@ def _encode(tokenizer: Any, questions: Sequence[Question], progress: Progress) -
     return rows
 
 
-def _fitting(
-    tokenizer: Any, questions: Sequence[Question], max_length: int, progress: Progress
-) -> list[tuple[Question, list[_Row]]]:
-    """Return the questions of which every choice fits into `max_length` tokens, each with its rows."""
-    encoded = _encode(tokenizer, questions, progress)
-    return [
-        (question, rows)
-        for question, rows in zip(questions, encoded, strict=True)
-        if max(len(tokens) for tokens, _ in rows) <= max_length
-    ]
-
-
 def choice_task(
     tokenizer: Any,
     train: Sequence[Question],
@@ -126,15 +113,18 @@ def choice_task(
     Raises:
         ConfigError: a question cannot be scored, or none fits.
     """
-    parts = [_fitting(tokenizer, questions, max_length, progress) for questions in (train, held_out)]
-    dropped = len(train) + len(held_out) - sum(map(len, parts))
-    for kept, questions, what in zip(parts, (train, held_out), ("train", "measure"), strict=True):
+    parts = []
+    for questions, what in ((train, "train"), (held_out, "measure")):
+        encoded = zip(questions, _encode(tokenizer, questions, progress), strict=True)
+        kept = [(question, rows) for question, rows in encoded if max(len(tokens) for tokens, _ in rows) <= max_length]
         if not kept:
             raise ConfigError(
                 f"none of {len(questions)} questions to {what} on fits into {max_length} "
                 "tokens; give more of them, or a greater max length"
             )
+        parts.append(kept)
     ours, theirs = parts
+    dropped = len(train) + len(held_out) - len(ours) - len(theirs)
     right = [rows[question.answer] for question, rows in ours]
     choices = ChoiceSets(
         Examples.of_rows([row for _, rows in theirs for row in rows]),

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from coatrt.data.choice_sets import ChoiceSets
 from coatrt.data.examples import IGNORED, Examples
-from coatrt.data.task_data import TaskData
+from coatrt.data.task_data import ChoiceSets, TaskData
 from coatrt.evaluation.fake_quant import FakeQuantModel
 
 __all__ = ["choice_scores", "log_likelihoods", "mean_loss", "measure_held_out"]

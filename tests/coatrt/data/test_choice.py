@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from coatrt.data.choice import Question, choice_task
-from coatrt.data.choice_sets import ChoiceSets
 from coatrt.data.examples import IGNORED
+from coatrt.data.task_data import ChoiceSets
 from coatrt.errors import ConfigError
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.evaluation.losses import choice_scores, mean_loss, measure_held_out
