@@ -12,7 +12,7 @@ from coatrt.configs.config import QuantConfig
 from coatrt.configs.space import ConfigSpace
 from coatrt.devices.profiles import DeviceProfile
 from coatrt.models.matrices import ModelMatrices
-from coatrt.planning.workload import Workload
+from coatrt.planning.memory import Workload
 from coatrt.quantization.weight_format import WeightFormat
 
 __all__ = ["DatasheetLatency", "LatencyModel", "group_seconds", "products_seconds"]
@@ -81,8 +81,9 @@ class DatasheetLatency:
         caches = workload.kv_bytes * min(context / workload.context, 1.0)
         read = model.other_bytes + workload.lora_bytes + caches
         flops = 2 * workload.lora_parameters * tokens
-        flops += 4 * workload.layers * workload.heads * workload.head_dim * context * tokens
-        kernels = workload.layers * (LAYER_KERNELS + (LORA_KERNELS if workload.lora_parameters else 0)) + 4
+        spec = workload.spec
+        flops += 4 * spec.layers * spec.heads * spec.head_dim * context * tokens
+        kernels = spec.layers * (LAYER_KERNELS + (LORA_KERNELS if workload.lora_parameters else 0)) + 4
         return max(read / self._bandwidth, self._compute(flops)) + kernels * LAUNCH_SECONDS
 
     def _compute(self, flops: float) -> float:

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from coatrt.devices.profiles import DeviceProfile
 from coatrt.errors import ConfigError
+from coatrt.planning.memory import Workload
 from coatrt.planning.plan import Objective, PlanRequest
-from coatrt.planning.workload import Workload
 
 __all__ = ["Limit", "Measures", "best", "binding", "impossible", "keeps_all", "limits_of"]
 

@@ -10,7 +10,7 @@ from typing import Any
 from coatrt.configs.space import ConfigSpace
 from coatrt.errors import ConfigError
 from coatrt.models.matrices import ModelMatrices
-from coatrt.planning.workload import Workload
+from coatrt.planning.memory import Workload
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.files import cache_directory
 from coatrt.system.json_data import read_as
@@ -58,15 +58,8 @@ class Rest:
 
 def shape_of(workload: Workload) -> tuple[int, ...]:
     """Return what `Rest.shape` holds."""
-    return (
-        workload.layers,
-        workload.hidden,
-        workload.intermediate,
-        workload.heads,
-        workload.kv_heads,
-        workload.head_dim,
-        workload.lora_parameters,
-    )
+    spec, width, lora = workload.spec, workload.intermediate, workload.lora_parameters
+    return (spec.layers, spec.hidden, width, spec.heads, spec.kv_heads, spec.head_dim, lora)
 
 
 @dataclass(frozen=True)

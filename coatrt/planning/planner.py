@@ -13,17 +13,16 @@ from coatrt.configs.space import ConfigSpace
 from coatrt.devices.profiles import DeviceProfile
 from coatrt.errors import ConfigError, DeviceError
 from coatrt.planning.archive import Archive
-from coatrt.planning.candidates import CandidateCache
+from coatrt.planning.candidates import CandidateCache, candidates
 from coatrt.planning.engine_size import overhead_of_choices
 from coatrt.planning.knapsack import cost_matrix
 from coatrt.planning.latency import DatasheetLatency, LatencyModel, group_seconds, products_seconds
 from coatrt.planning.limits import Measures, best, binding, impossible, keeps_all, limits_of
 from coatrt.planning.measured_latency import find_timings
-from coatrt.planning.memory import fixed_memory, memory_of
+from coatrt.planning.memory import Workload, fixed_memory, memory_of
 from coatrt.planning.pareto import pareto_indices
 from coatrt.planning.pins import pinned_costs
 from coatrt.planning.plan import Plan, PlanRequest
-from coatrt.planning.workload import Workload
 
 __all__ = ["latency_of", "plan", "plan_fleet"]
 
@@ -50,7 +49,7 @@ def plan(
         request: objective, limits and pins.
         archive: measured configurations. For "quality", the measured one of least loss that keeps the limits is taken
             where the measured one nearest to the pick in bytes lost more.
-        cache: candidates of plans made before, and of this one.
+        cache: candidates of plans made before, and of this one, see `candidates`.
         asked: fields of `PlanRequest` that differ from `request`.
 
     Raises:
@@ -58,7 +57,7 @@ def plan(
         ConfigError: nothing keeps the limits, the message says what would; or an option is out of range.
     """
     request = replace(request or PlanRequest(), **asked)
-    problem = _Problem(adapter, device, request, cache or CandidateCache())
+    problem = _Problem(adapter, device, request, cache)
     kept = keeps_all(problem.limits, len(problem.candidates))
     if not kept.any():
         raise ConfigError(impossible(device, problem.limits, problem.workload, problem.measures))
@@ -80,7 +79,7 @@ def plan_fleet(
     archive: Archive | None = None,
 ) -> list[Plan]:
     """Return one plan per device for the same request, see `plan`."""
-    cache = CandidateCache()
+    cache: CandidateCache = {}
     return [plan(adapter, device, request, archive=archive, cache=cache) for device in devices]
 
 
@@ -98,7 +97,7 @@ class _Problem:
         adapter: AdapterDescription,
         device: DeviceProfile,
         request: PlanRequest,
-        cache: CandidateCache,
+        cache: CandidateCache | None,
     ) -> None:
         self.adapter, self.device, self.request = adapter, device, request
         element = 2 if device.sm else 4
@@ -112,7 +111,7 @@ class _Problem:
             if latency is not None
             else 0.0
         )
-        self.candidates = cache.get(space, self.cost, self.seconds)
+        self.candidates = candidates(space, self.cost, self.seconds, cache)
         self.fixed = sum(fixed_memory(space.model, device, self.workload).values())
         self.measures = self._measures(self.candidates)
         self.limits = limits_of(request, device, self.measures)
