@@ -22,8 +22,7 @@ from coatrt.planning.latency import BANDWIDTH_SHARE, FLOPS_SHARE, LAUNCH_SECONDS
 from coatrt.planning.measured_latency import MeasuredLatency, Product, Rest, find_timings, shape_of, timings_path
 from coatrt.planning.memory import Workload, memory_of, scale_bytes
 from coatrt.planning.pins import matched, pinned_costs
-from coatrt.planning.plan import Plan, PlanRequest, read_choice
-from coatrt.planning.table import fleet_table
+from coatrt.planning.plan import Plan, PlanRequest, fleet_table, read_choice
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.json_data import write_json
 from support.knapsack import least_price
