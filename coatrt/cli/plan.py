@@ -67,7 +67,7 @@ def plan_request(choices: dict[str, Any]) -> "PlanRequest":
 
 def plans_text(plans: "Sequence[Plan]") -> str:
     """Return few plans in full, many as a table."""
-    from coatrt.planning.table import fleet_table
+    from coatrt.planning.plan import fleet_table
 
     return fleet_table(plans) if len(plans) > 2 else "\n\n".join(plan.text() for plan in plans)
 

@@ -17,7 +17,7 @@ CandidateCache = dict[tuple[Any, ...], NDArray[np.int16]]
 """Candidates by what decides them: devices with the same formats and relative speeds share theirs."""
 
 _BINS = 4096
-_BLENDS = (0.0, 0.1, 0.3, 1.0, 3.0, 30.0)  # weight of the seconds' range against the loss's range
+_BLENDS: tuple[float, ...] = (0.0, 0.1, 0.3, 1.0, 3.0, 30.0)  # weight of the seconds' range against the loss's range
 
 
 def least_cost_by_size(cost: NDArray[np.float64], sizes: NDArray[np.int64], bins: int = _BINS) -> NDArray[np.int16]:
@@ -84,11 +84,11 @@ def candidates(
         ConfigError: a group has no allowed format.
     """
     cache, sizes, allowed = {} if cache is None else cache, space.sizes, np.isfinite(cost)
-    time, blends = sizes.astype(np.float64), (0.0,)
+    time, blends = sizes.astype(np.float64), _BLENDS[:1]  # bytes alone, and loss
     if seconds is not None:  # what every format of a group takes alike decides nothing
         apart = seconds - seconds.min(1, keepdims=True)
         time = np.round(apart / max(float(apart.max()), 1e-300), 2)
-        blends = (0.0,) if _follows(time, sizes, allowed) else _BLENDS
+        blends = blends if _follows(time, sizes, allowed) else _BLENDS
     key = (space.groups, space.formats, cost.tobytes(), sizes.tobytes(), time.tobytes(), blends)
     if key in cache:
         return cache[key]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.space import ConfigSpace
 from coatrt.models.matrices import ModelMatrices
-from coatrt.quantization.weight_format import KINDS, WeightFormat
+from coatrt.quantization.weight_format import WeightFormat
 
 __all__ = ["EngineSize", "engine_overhead", "overhead_of_choices"]
 
@@ -84,11 +84,9 @@ def engine_overhead(config: QuantConfig, model: ModelMatrices, sm: int) -> int:
 def overhead_of_choices(space: ConfigSpace, choices: NDArray[np.int16], sm: int) -> NDArray[np.int64]:
     """Return `engine_overhead` of many configurations, [n], given the format number of every group, [n, groups]."""
     total = np.full(len(choices), _fixed(space.model, sm) if sm else 0, np.int64)
-    kinds = [fmt.kind for fmt in space.formats]
-    for kind in KINDS:
-        of_kind = np.array([other == kind for other in kinds])
-        if sm and of_kind.any():
-            total += SIZE.of_kind(kind) * of_kind[choices].any(1)
+    for kind in {fmt.kind for fmt in space.formats} if sm else ():
+        of_kind = np.array([fmt.kind == kind for fmt in space.formats])
+        total += SIZE.of_kind(kind) * of_kind[choices].any(1)
     by_name = space.model.by_name
     added = np.array(
         [
@@ -96,6 +94,5 @@ def overhead_of_choices(space: ConfigSpace, choices: NDArray[np.int16], sm: int)
             for group in space.groups
         ]
     )
-    if added.any():
-        total += added[np.arange(len(added)), choices].sum(1)
+    total += added[np.arange(len(added)), choices].sum(1)
     return total

@@ -3,6 +3,7 @@
 Timings (`coatrt.planning.measured_latency`) have the same interface and take its place where there are any.
 """
 
+from functools import cache
 from typing import Protocol
 
 import numpy as np
@@ -98,17 +99,12 @@ def group_seconds(space: ConfigSpace, latency: LatencyModel, tokens: int) -> NDA
         latency: the device's model.
         tokens: rows of the products, the head's among them: tokens decoded at once.
     """
-    model, known = space.model, dict[tuple[int, int, WeightFormat], float]()
-    multiplied = {matrix.name for matrix in model.multiplied}
+    of_shape = cache(latency.matrix_seconds)  # most matrices have the shape of another
+    multiplied = {matrix.name: matrix for matrix in space.model.multiplied}
 
     def seconds(name: str, fmt: WeightFormat) -> float:
-        matrix = model.by_name[name]
-        if name not in multiplied:
-            return 0.0
-        key = (matrix.N, matrix.K, fmt)
-        if key not in known:
-            known[key] = latency.matrix_seconds(matrix.N, matrix.K, fmt, tokens)
-        return known[key]
+        matrix = multiplied.get(name)
+        return of_shape(matrix.N, matrix.K, fmt, tokens) if matrix is not None else 0.0
 
     return np.array([[sum(seconds(name, fmt) for name in group) for fmt in space.formats] for group in space.groups])
 
