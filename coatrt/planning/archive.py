@@ -114,11 +114,7 @@ class Archive:
 
     @classmethod
     def load(cls, path: str | Path, identity: str | None = None) -> "Archive":
-        """Return the archive in a file; what is added to it is written there.
-
-        Args:
-            path: the file.
-            identity: what the losses must belong to; None takes whatever is there.
+        """Return the archive in a file, of any identity where none is given; what is added to it is written there.
 
         Raises:
             ConfigError: it is missing, damaged, or belongs to something else.

@@ -64,15 +64,10 @@ def _added(fmt: WeightFormat, N: int, K: int, sm: int) -> int:
 
 
 def engine_overhead(config: QuantConfig, model: ModelMatrices, sm: int) -> int:
-    """Return the bytes of an engine beyond weights, scales and other tensors.
+    """Return the bytes of an engine beyond weights, scales and other tensors, for a compute capability (SM86: 86).
 
-    The CPU has no engine: there it is what ONNX Runtime decodes to float32 at load, int8 and int4 staying packed
+    The CPU (0) has no engine: there it is what ONNX Runtime decodes to float32 at load, int8 and int4 staying packed
     (accuracy levels 1 and 4; at level 0 these are decoded too).
-
-    Args:
-        config: the configuration.
-        model: its matrices.
-        sm: compute capability, as in SM86: 86.
     """
     added = sum(_added(config[matrix.name], matrix.N, matrix.K, sm) for matrix in model.matrices)
     if sm == 0:

@@ -54,9 +54,6 @@ class DatasheetLatency:
 
     NormalFloat is charged for its unpacking as if a kernel of its own wrote the weight in fp16 and the product read it
     back, 4 bytes a weight beside the packed ones: an assumption on the safe side until it is measured.
-
-    Args:
-        device: its bandwidth and FLOPS are known.
     """
 
     def __init__(self, device: DeviceProfile) -> None:
@@ -92,12 +89,9 @@ class DatasheetLatency:
 
 
 def group_seconds(space: ConfigSpace, latency: LatencyModel, tokens: int) -> NDArray[np.float64]:
-    """Return the seconds of every group in every format, [groups, formats]; an untied embedding is looked up, not read.
+    """Return the seconds of every group in every format, [groups, formats], with `tokens` decoded at once.
 
-    Args:
-        space: groups and formats.
-        latency: the device's model.
-        tokens: rows of the products, the head's among them: tokens decoded at once.
+    All products have as many rows, the head's too; an untied embedding is looked up, not read.
     """
     of_shape = cache(latency.matrix_seconds)  # most matrices have the shape of another
     multiplied = {matrix.name: matrix for matrix in space.model.multiplied}
@@ -112,14 +106,9 @@ def group_seconds(space: ConfigSpace, latency: LatencyModel, tokens: int) -> NDA
 def products_seconds(
     latency: LatencyModel, model: ModelMatrices, config: QuantConfig, tokens: int, head_tokens: int
 ) -> float:
-    """Return the seconds of all products of one call.
+    """Return the seconds of all products of one call with `tokens` rows, the head's with `head_tokens`.
 
-    Args:
-        latency: the device's model.
-        model: the matrices.
-        config: their formats.
-        tokens: rows of the products.
-        head_tokens: rows of the head's: of a prompt only the last token gets logits.
+    Of a prompt only the last token gets logits.
     """
     return sum(
         latency.matrix_seconds(matrix.N, matrix.K, config[matrix.name], head_tokens if matrix.is_table else tokens)

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import groupby, pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class Rest:
 
 
 def shape_of(workload: Workload) -> tuple[int, ...]:
-    """Return what `Rest.shape` holds."""
+    """Return the numbers of a model that decide `Rest.seconds`, as `Rest.shape` holds them."""
     spec, width, lora = workload.spec, workload.intermediate, workload.lora_parameters
     return (spec.layers, spec.hidden, width, spec.heads, spec.kv_heads, spec.head_dim, lora)
 
@@ -118,13 +119,12 @@ class MeasuredLatency:
 
     def rest_seconds(self, model: ModelMatrices, workload: Workload, tokens: int, context: int) -> float:
         """Return the seconds of all else, a plane over tokens and slots through the measured calls."""
-        rows = [rest for rest in self.rests if rest.shape == shape_of(workload)]
+        shape = shape_of(workload)
+        rows = sorted((rest.tokens, rest.context, rest.seconds) for rest in self.rests if rest.shape == shape)
         if not rows:
             raise ConfigError(f"no timings of this model on {self.device}; measure it (coatrt devices calibrate)")
-        by_tokens: dict[int, list[tuple[int, float]]] = {}
-        for row in rows:
-            by_tokens.setdefault(row.tokens, []).append((row.context, row.seconds))
-        points = [(count, _line(sorted(group), context)) for count, group in sorted(by_tokens.items())]
+        by_tokens = groupby(rows, key=itemgetter(0))
+        points = [(count, _line([row[1:] for row in group], context)) for count, group in by_tokens]
         return max(_line(points, tokens), 0.0)
 
     @classmethod

@@ -97,12 +97,6 @@ def memory_of(
     """Return every line: codes, scales, other tensors, engine overhead, LoRA, KV cache, activations, runtime.
 
     The engine's own bytes are the sum of the first four.
-
-    Args:
-        config: the configuration.
-        model: its matrices.
-        device: where it runs.
-        workload: context, batch and prompt length.
     """
     scales = scale_bytes(config, model)
     fixed = fixed_memory(model, device, workload)
