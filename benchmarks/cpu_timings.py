@@ -26,7 +26,7 @@ from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.planning.latency import products_seconds
 from coatrt.planning.measured_latency import MeasuredLatency
-from coatrt.planning.workload import Workload
+from coatrt.planning.memory import Workload
 
 CONTEXT, LEVEL, ROUNDS = 256, 4, 5
 

@@ -34,9 +34,8 @@ from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.switch import SwitchingDecoder
 from coatrt.export.decoder import GraphForm, export_decoder
 from coatrt.planning import planner
-from coatrt.planning.memory import memory_of
+from coatrt.planning.memory import Workload, memory_of
 from coatrt.planning.plan import PlanRequest
-from coatrt.planning.workload import Workload
 
 FLEET = ("rtx-3050-laptop", "rtx-4050-laptop", "t4", "rtx-3060", "rtx-4090", "rtx-5090", "h100", "rtx-pro-6000")
 THREE = {"rtx-3060": 4.5, "rtx-4090": 6.0, "rtx-5090": 5.0}

@@ -5,8 +5,7 @@ from typing import Any
 
 import click
 
-from coatrt.cli.common import JSON, PATH, check_writable, echo_json
-from coatrt.cli.runtime import runtime_options
+from coatrt.cli.common import JSON, PATH, check_writable, echo_json, runtime_options
 
 __all__ = ["command"]
 

@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from coatrt.cli.common import BYTES, MODEL, PATH
+from coatrt.cli.common import BYTES, MODEL, PATH, TARGETS
 from coatrt.cli.plan import plan_options, plan_request, plans_text
 
 if TYPE_CHECKING:
-    from coatrt.engines.builders.builder_slots import BuilderSlots
-    from coatrt.engines.bundles.prepare import Preparation
     from coatrt.engines.bundles.targets import BundleResult
     from coatrt.planning.plan import Plan, PlanRequest
 
@@ -24,9 +22,7 @@ _SIZES = ("context", "batch", "prefill")
 
 @click.command()
 @click.argument("adapter", type=PATH)
-@click.option(
-    "--target", "--device", "devices", multiple=True, required=True, help="Device id (coatrt devices); repeatable."
-)
+@TARGETS
 @click.option(
     "-o",
     "--output",
@@ -87,7 +83,24 @@ def command(
         for target in targets:
             click.echo(f"{target.output}: {'up to date' if target.output in preparation.current else 'to build'}")
         return
-    _execute(adapter, preparation, slots, model=choices["model"], no_cache=choices["no_cache"])
+    from coatrt.adapter.adapter import Adapter
+    from coatrt.cli.progress import drawn_progress
+    from coatrt.engines.builders.engine_cache import EngineCache
+    from coatrt.engines.bundles.execute import execute
+
+    loaded = Adapter.from_pretrained(adapter)
+    with drawn_progress("build") as progress:
+        results = execute(
+            preparation,
+            loaded,
+            loaded.checkpoint(choices["model"]),
+            cache=None if choices["no_cache"] else EngineCache.default(),
+            slots=slots,
+            progress=progress,
+            tell=lambda line: click.echo(line, err=True),
+        )
+    for result in results:
+        click.echo(f"{result.target.output}: {_outcome(result, result.target.config.nbytes(description.model))}")
 
 
 def _request(asked: "PlanRequest", given: Collection[str], path: str, plan: "Plan | None") -> "PlanRequest":
@@ -107,29 +120,6 @@ def _request(asked: "PlanRequest", given: Collection[str], path: str, plan: "Pla
             planned = "without" if was in (None, ()) else f"with {was}"
             raise ConfigError(f"{option} is given and {path} was planned {planned}; leave it out, or plan again")
     return asked if plan is None else plan.request
-
-
-def _execute(
-    adapter: Path, preparation: "Preparation", slots: "BuilderSlots", *, model: str | None, no_cache: bool
-) -> None:
-    from coatrt.adapter.adapter import Adapter
-    from coatrt.cli.progress import drawn_progress
-    from coatrt.engines.builders.engine_cache import EngineCache
-    from coatrt.engines.bundles.execute import execute
-
-    loaded = Adapter.from_pretrained(adapter)
-    with drawn_progress("build") as progress:
-        results = execute(
-            preparation,
-            loaded,
-            loaded.checkpoint(model),
-            cache=None if no_cache else EngineCache.default(),
-            slots=slots,
-            progress=progress,
-            tell=lambda line: click.echo(line, err=True),
-        )
-    for result in results:
-        click.echo(f"{result.target.output}: {_outcome(result, result.target.config.nbytes(loaded.description.model))}")
 
 
 def _outcome(result: "BundleResult", weights: int) -> str:

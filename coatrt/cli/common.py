@@ -2,14 +2,31 @@
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
+from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.errors import ConfigError
 
-__all__ = ["BYTES", "DATA", "DEVICE", "JSON", "MODEL", "PATH", "check_writable", "echo_json", "warn_of_idle_gpu"]
+__all__ = [
+    "BYTES",
+    "DATA",
+    "DEVICE",
+    "JSON",
+    "MODEL",
+    "PATH",
+    "TARGETS",
+    "check_writable",
+    "echo_json",
+    "runtime_options",
+    "warn_of_idle_gpu",
+    "with_options",
+]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
@@ -39,8 +56,52 @@ DATA = click.option(
     metavar="PATH",
     help="Text file or directory of *.txt (chat, choice: JSONL file, *.jsonl); repeatable.",
 )
+TARGETS = click.option(
+    "--target", "--device", "devices", multiple=True, required=True, help="Device id (coatrt devices); repeatable."
+)
 DEVICE = click.option("--device", default="cpu", show_default=True, help="torch device, such as cpu or cuda.")
 """Where train and search compute."""
+
+
+_DEFAULT = RuntimeOptions()
+_RUNTIME = {
+    "backend": click.option(
+        "--backend",
+        type=click.Choice(["ort", "trt"]),
+        default=_DEFAULT.backend,
+        show_default=True,
+        help="ONNX Runtime on the CPU, or the bundle's engine on this machine's GPU.",
+    ),
+    "batch": click.option("--batch", type=int, default=_DEFAULT.batch, show_default=True, help="Sequences at once."),
+    "context": click.option(
+        "--context", type=int, default=_DEFAULT.context, show_default=True, help="Slots of the KV cache (ort)."
+    ),
+    "threads": click.option("--threads", type=int, help="Threads (ort).  [default: all usable cores]"),
+    "accuracy_level": click.option(
+        "--accuracy-level",
+        type=click.Choice(["0", "1", "4"]),
+        default=str(_DEFAULT.accuracy_level),
+        show_default=True,
+        callback=lambda _, __, value: int(value),
+        help="Of int4 and int8 products (ort): 0 decodes at load, exact; 1 packed, exact and slow; 4 packed, fastest.",
+    ),
+}
+
+
+def with_options(*added: Callable[[Any], Any]) -> Callable[[F], F]:
+    """Return a decorator that adds click options to a command, in the order of its help."""
+
+    def decorate(command: F) -> F:
+        for add in reversed(added):
+            command = add(command)
+        return command
+
+    return decorate
+
+
+def runtime_options(*names: str) -> Callable[[F], F]:
+    """Return a decorator that adds the named options of `RuntimeOptions` to a command that runs a bundle."""
+    return with_options(*(_RUNTIME[name] for name in names))
 
 
 def echo_json(value: object) -> None:

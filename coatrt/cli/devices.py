@@ -6,8 +6,7 @@ from typing import Any
 
 import click
 
-from coatrt.cli.common import JSON, MODEL, PATH, echo_json
-from coatrt.cli.runtime import runtime_options
+from coatrt.cli.common import JSON, MODEL, PATH, echo_json, runtime_options
 from coatrt.devices.profiles import DeviceProfile, device_profiles
 from coatrt.system.text_table import aligned
 

@@ -64,22 +64,21 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         cli()
+        return
     except CoatError as error:
-        print(f"coatrt: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        said = " ".join(str(error).split())
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error
-        print(f"coatrt: {what}; check the path, its permissions and the free disk space", file=sys.stderr)
-        sys.exit(2)
+        said = f"{what}; check the path, its permissions and the free disk space"
     except MemoryError as error:
-        print(f"coatrt: not enough memory ({error}); close other programs or use a smaller model", file=sys.stderr)
-        sys.exit(2)
+        said = f"not enough memory ({error}); close other programs or use a smaller model"
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # of torch, which is not imported for it
             raise
         hint = "try coatrt train --precision bfloat16, a higher --accumulate or a shorter --max-length"
-        print(f"coatrt: not enough GPU memory: {hint}", file=sys.stderr)
-        sys.exit(2)
+        said = f"not enough GPU memory: {hint}"
+    print(f"coatrt: {said}", file=sys.stderr)
+    sys.exit(2)

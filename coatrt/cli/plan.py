@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from coatrt.cli.common import BYTES, JSON, PATH, check_writable, echo_json
+from coatrt.cli.common import BYTES, JSON, PATH, TARGETS, check_writable, echo_json, with_options
 
 if TYPE_CHECKING:
     from coatrt.planning.plan import Plan, PlanRequest
@@ -27,7 +27,7 @@ class _Pin(click.ParamType[tuple[str, str]]):
         return pattern, text
 
 
-_OPTIONS = (
+plan_options = with_options(
     click.option("--memory", type=BYTES, help="Bytes the engine may use, like 6GiB; default: the device's memory."),
     click.option("--bits", type=float, help="Cap on average bits per weight."),
     click.option(
@@ -49,13 +49,7 @@ _OPTIONS = (
     click.option("--batch", type=int, default=1, show_default=True, help="Sequences at once."),
     click.option("--prefill", type=int, default=512, show_default=True, help="Most prompt tokens in one call."),
 )
-
-
-def plan_options(function: Any) -> Any:
-    """Add the options that plan and build share."""
-    for option in reversed(_OPTIONS):
-        function = option(function)
-    return function
+"""Adds the options that plan, build and report share."""
 
 
 def plan_request(choices: dict[str, Any]) -> "PlanRequest":
@@ -67,16 +61,14 @@ def plan_request(choices: dict[str, Any]) -> "PlanRequest":
 
 def plans_text(plans: "Sequence[Plan]") -> str:
     """Return few plans in full, many as a table."""
-    from coatrt.planning.table import fleet_table
+    from coatrt.planning.plan import fleet_table
 
     return fleet_table(plans) if len(plans) > 2 else "\n\n".join(plan.text() for plan in plans)
 
 
 @click.command()
 @click.argument("adapter", type=PATH)
-@click.option(
-    "--target", "--device", "devices", multiple=True, required=True, help="Device id (coatrt devices); repeatable."
-)
+@TARGETS
 @plan_options
 @click.option("-o", "--output", type=PATH, help="Write the plan here (one device).")
 @JSON

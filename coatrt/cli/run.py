@@ -5,8 +5,7 @@ from typing import Any
 
 import click
 
-from coatrt.cli.common import PATH
-from coatrt.cli.runtime import runtime_options
+from coatrt.cli.common import PATH, runtime_options
 
 __all__ = ["command"]
 

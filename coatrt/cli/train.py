@@ -1,19 +1,84 @@
 """`coatrt train`."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import Field, fields
 from math import exp
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 import click
 
-from coatrt.cli.common import DATA, DEVICE, PATH, warn_of_idle_gpu
-from coatrt.cli.train_options import train_options
+from coatrt.cli.common import DATA, DEVICE, PATH, warn_of_idle_gpu, with_options
+from coatrt.training.options import TrainOptions
 
 if TYPE_CHECKING:
     from coatrt.adapter.adapter import Adapter
 
-__all__ = ["command"]
+__all__ = ["command", "train_options"]
+
+
+class _Commas(click.ParamType[tuple[Any, ...]]):
+    """Values with commas between them.
+
+    Args:
+        name: shown in the help, such as B,B,….
+        read: text → value; raises ValueError for others.
+        example: shown where a text is refused.
+    """
+
+    def __init__(self, name: str, read: Callable[[str], Any], example: str) -> None:
+        self.name, self._read, self._example = name, read, example
+
+    def convert(
+        self, value: str | tuple[Any, ...], param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[Any, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(self._read(part) for part in value.split(",") if part)
+        except ValueError:
+            self.fail(f"{value!r} cannot be read; separate values with commas, like {self._example}", param, ctx)
+
+
+def _rank(text: str) -> tuple[str, int]:
+    kind, rank = text.split("=")
+    return kind, int(rank)
+
+
+_LISTS = {
+    "formats": _Commas("F,F,…", str, "nf3-g64,int8"),
+    "ranks": _Commas("KIND=R,…", _rank, "down_proj=32,o_proj=32"),
+    "budgets": _Commas("B,B,…", float, "4,5,6"),
+}
+
+
+def _option(field: "Field[Any]", kind: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    flag, help, default = "--" + field.name.replace("_", "-"), field.metadata["help"], field.default
+    short = ["--length"] if field.name == "max_length" else []
+    if kind is bool:
+        flags = f"{flag}/--no-{field.name}" if default else flag
+        return click.option(flags, is_flag=True, default=default, show_default=default, help=help)
+    if isinstance(default, tuple):
+        default = ",".join(f"{value:g}" if isinstance(value, float) else str(value) for value in default)
+    shown = field.metadata["unset"] or default != ""
+    return click.option(flag, *short, type=_type(field, kind), default=default, show_default=shown, help=help)
+
+
+def _type(field: "Field[Any]", kind: Any) -> click.ParamType[Any]:
+    """Return the type of an option, with the limits of the field."""
+    least, above = field.metadata["least"], field.metadata["above"]
+    if field.name in _LISTS:
+        return _LISTS[field.name]
+    if get_origin(kind) is Literal:
+        return click.Choice(get_args(kind))
+    if int in (kind, *get_args(kind)):
+        return click.IntRange(min=least)
+    return click.FLOAT if above is None else click.FloatRange(min=above, min_open=True)
+
+
+_KINDS = get_type_hints(TrainOptions)
+train_options = with_options(*(_option(field, _KINDS[field.name]) for field in fields(TrainOptions)))
+"""Adds an option for each field of `TrainOptions`, named as the field is."""
 
 
 @click.command()
@@ -58,7 +123,6 @@ def command(
     from coatrt.models.checkpoint import Checkpoint, load_tokenizer
     from coatrt.system.resources import compute_device
     from coatrt.training.calibration import few_tokens_notice
-    from coatrt.training.options import TrainOptions
     from coatrt.training.run import train
 
     compute_device(device)

@@ -19,6 +19,7 @@ ARCHIVE_FILE = "archive.json"
 """Its name in an adapter's directory."""
 
 _FORMAT = 4
+_REMEDY = "remove it and search again (coatrt search)"
 
 
 @dataclass(frozen=True)
@@ -113,29 +114,23 @@ class Archive:
 
     @classmethod
     def load(cls, path: str | Path, identity: str | None = None) -> "Archive":
-        """Return the archive in a file; what is added to it is written there.
-
-        Args:
-            path: the file.
-            identity: what the losses must belong to; None takes whatever is there.
+        """Return the archive in a file, of any identity where none is given; what is added to it is written there.
 
         Raises:
             ConfigError: it is missing, damaged, or belongs to something else.
         """
-        path = Path(path)
-        remedy = "remove it and search again (coatrt search)"
-        file = read_as(path, _File, "archive", remedy, version=_FORMAT)
+        file = read_as(path, _File, "archive", _REMEDY, version=_FORMAT)
         if file.sha256 != file.digest:
-            raise ConfigError(f"archive {path} was altered or is damaged; {remedy}")
+            raise ConfigError(f"archive {path} was altered or is damaged; {_REMEDY}")
         try:
             made = cls(file.parameters, path, file.identity)
             made._entries = {entry.config: entry for entry in file.entries}
         except (ValueError, KeyError, ConfigError, FormatError) as error:
-            raise ConfigError(f"archive {path} is garbled ({error}); {remedy}") from None
+            raise ConfigError(f"archive {path} is garbled ({error}); {_REMEDY}") from None
         if identity is not None and made.identity != identity:
             raise ConfigError(
                 f"archive {path} was measured with another adapter or other text ({made.identity}, now {identity}); "
-                "remove it and search again (coatrt search)"
+                f"{_REMEDY}"
             )
         return made
 
@@ -190,7 +185,5 @@ def adapter_archive(directory: str | Path) -> Archive | None:
         return None
     archive = Archive.load(path)
     if archive.identity.partition(" ")[0] != adapter_hash(directory):
-        raise ConfigError(
-            f"archive {path} was measured with another adapter; remove it and search again (coatrt search)"
-        )
+        raise ConfigError(f"archive {path} was measured with another adapter; {_REMEDY}")
     return archive

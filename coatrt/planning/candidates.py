@@ -3,7 +3,7 @@
 A plan picks from one fixed set, whatever its limits, so that more memory can never give a worse predicted loss.
 """
 
-import hashlib
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +13,11 @@ from coatrt.errors import ConfigError
 
 __all__ = ["CandidateCache", "candidates", "least_cost_by_size"]
 
+CandidateCache = dict[tuple[Any, ...], NDArray[np.int16]]
+"""Candidates by what decides them: devices with the same formats and relative speeds share theirs."""
+
 _BINS = 4096
-_BLENDS = (0.0, 0.1, 0.3, 1.0, 3.0, 30.0)  # weight of the seconds' range against the loss's range
+_BLENDS: tuple[float, ...] = (0.0, 0.1, 0.3, 1.0, 3.0, 30.0)  # weight of the seconds' range against the loss's range
 
 
 def least_cost_by_size(cost: NDArray[np.float64], sizes: NDArray[np.int64], bins: int = _BINS) -> NDArray[np.int16]:
@@ -63,22 +66,32 @@ def least_cost_by_size(cost: NDArray[np.float64], sizes: NDArray[np.int64], bins
 
 
 def candidates(
-    space: ConfigSpace, cost: NDArray[np.float64], seconds: NDArray[np.float64] | None = None
+    space: ConfigSpace,
+    cost: NDArray[np.float64],
+    seconds: NDArray[np.float64] | None = None,
+    cache: CandidateCache | None = None,
 ) -> NDArray[np.int16]:
     """Return the candidates of a space: the format number of every group, [n, groups].
 
     Args:
         space: matrices and formats.
         cost: predicted loss increase, [groups, formats]; infinite where a pin or the device forbids a format.
-        seconds: predicted decode seconds in any unit, [groups, formats]; None takes bytes in their place.
+        seconds: predicted decode seconds in any unit, [groups, formats], which are rounded to a hundredth of their
+            range; None takes bytes in their place.
+        cache: candidates that were found before, and these.
 
     Raises:
         ConfigError: a group has no allowed format.
     """
-    sizes = space.sizes
-    allowed = np.isfinite(cost)
-    time = sizes.astype(np.float64) if seconds is None else seconds
-    blends = (0.0,) if seconds is None or _follows(time, sizes, allowed) else _BLENDS
+    cache, sizes, allowed = {} if cache is None else cache, space.sizes, np.isfinite(cost)
+    time, blends = sizes.astype(np.float64), _BLENDS[:1]  # bytes alone, and loss
+    if seconds is not None:  # what every format of a group takes alike decides nothing
+        apart = seconds - seconds.min(1, keepdims=True)
+        time = np.round(apart / max(float(apart.max()), 1e-300), 2)
+        blends = blends if _follows(time, sizes, allowed) else _BLENDS
+    key = (space.groups, space.formats, cost.tobytes(), sizes.tobytes(), time.tobytes(), blends)
+    if key in cache:
+        return cache[key]
     unit = _range(cost, allowed) / max(_range(time, allowed), 1e-300)
     found = [
         least_cost_by_size(cost + blend * unit * time, sizes, _BINS if blend == 0 else _BINS // 4) for blend in blends
@@ -87,33 +100,8 @@ def candidates(
     if len(found) > 1:  # equal rows have equal keys, and unequal ones of 64 random bits each hardly ever
         words = np.random.default_rng(0).integers(-(1 << 62), 1 << 62, len(cost))
         choices = choices[np.unique(choices @ words, return_index=True)[1]]
+    cache[key] = choices
     return choices
-
-
-class CandidateCache:
-    """Candidates by what decides them: devices with the same formats and relative speeds share theirs."""
-
-    def __init__(self) -> None:
-        self._candidates: dict[str, NDArray[np.int16]] = {}
-
-    def get(
-        self, space: ConfigSpace, cost: NDArray[np.float64], seconds: NDArray[np.float64] | None = None
-    ) -> NDArray[np.int16]:
-        """Return what `candidates` does, with seconds rounded to a hundredth of their range.
-
-        Raises:
-            ConfigError: a group has no allowed format.
-        """
-        relative = None
-        if seconds is not None:  # what every format of a group takes alike decides nothing
-            apart = seconds - seconds.min(1, keepdims=True)
-            relative = np.round(apart / max(float(apart.max()), 1e-300), 2)
-        digest = hashlib.sha256(repr((space.groups, [str(fmt) for fmt in space.formats])).encode())
-        digest.update(cost.tobytes() + space.sizes.tobytes() + (relative.tobytes() if relative is not None else b""))
-        key = digest.hexdigest()
-        if key not in self._candidates:
-            self._candidates[key] = candidates(space, cost, relative)
-        return self._candidates[key]
 
 
 def _range(values: NDArray[np.float64], allowed: NDArray[np.bool_]) -> float:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.space import ConfigSpace
 from coatrt.models.matrices import ModelMatrices
-from coatrt.quantization.weight_format import KINDS, WeightFormat
+from coatrt.quantization.weight_format import WeightFormat
 
 __all__ = ["EngineSize", "engine_overhead", "overhead_of_choices"]
 
@@ -64,15 +64,10 @@ def _added(fmt: WeightFormat, N: int, K: int, sm: int) -> int:
 
 
 def engine_overhead(config: QuantConfig, model: ModelMatrices, sm: int) -> int:
-    """Return the bytes of an engine beyond weights, scales and other tensors.
+    """Return the bytes of an engine beyond weights, scales and other tensors, for a compute capability (SM86: 86).
 
-    The CPU has no engine: there it is what ONNX Runtime decodes to float32 at load, int8 and int4 staying packed
+    The CPU (0) has no engine: there it is what ONNX Runtime decodes to float32 at load, int8 and int4 staying packed
     (accuracy levels 1 and 4; at level 0 these are decoded too).
-
-    Args:
-        config: the configuration.
-        model: its matrices.
-        sm: compute capability, as in SM86: 86.
     """
     added = sum(_added(config[matrix.name], matrix.N, matrix.K, sm) for matrix in model.matrices)
     if sm == 0:
@@ -84,11 +79,9 @@ def engine_overhead(config: QuantConfig, model: ModelMatrices, sm: int) -> int:
 def overhead_of_choices(space: ConfigSpace, choices: NDArray[np.int16], sm: int) -> NDArray[np.int64]:
     """Return `engine_overhead` of many configurations, [n], given the format number of every group, [n, groups]."""
     total = np.full(len(choices), _fixed(space.model, sm) if sm else 0, np.int64)
-    kinds = [fmt.kind for fmt in space.formats]
-    for kind in KINDS:
-        of_kind = np.array([other == kind for other in kinds])
-        if sm and of_kind.any():
-            total += SIZE.of_kind(kind) * of_kind[choices].any(1)
+    for kind in {fmt.kind for fmt in space.formats} if sm else ():
+        of_kind = np.array([fmt.kind == kind for fmt in space.formats])
+        total += SIZE.of_kind(kind) * of_kind[choices].any(1)
     by_name = space.model.by_name
     added = np.array(
         [
@@ -96,6 +89,5 @@ def overhead_of_choices(space: ConfigSpace, choices: NDArray[np.int16], sm: int)
             for group in space.groups
         ]
     )
-    if added.any():
-        total += added[np.arange(len(added)), choices].sum(1)
+    total += added[np.arange(len(added)), choices].sum(1)
     return total

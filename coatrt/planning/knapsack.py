@@ -73,13 +73,8 @@ def lagrangian_choice(
 
     Least Σ price + λ·size for the least λ that keeps the limit, then single changes that use up what is left.
 
-    Args:
-        price: cost by group and format, [groups, formats].
-        size: bytes, [groups, formats]; the least of every group together must meet the limit.
-        limit: most bytes.
-
     Returns:
-        (format number of every group, greatest lower bound of the least Σ price).
+        (format number of every group, greatest lower bound of the least Σ price); for the arguments see `near_optimal`.
     """
     rows = np.arange(len(price))
     unit = max(float(np.ptp(price, 1).max()), 1e-300) / max(float(np.ptp(size, 1).max()), 1e-300)

@@ -3,6 +3,7 @@
 Timings (`coatrt.planning.measured_latency`) have the same interface and take its place where there are any.
 """
 
+from functools import cache
 from typing import Protocol
 
 import numpy as np
@@ -12,7 +13,7 @@ from coatrt.configs.config import QuantConfig
 from coatrt.configs.space import ConfigSpace
 from coatrt.devices.profiles import DeviceProfile
 from coatrt.models.matrices import ModelMatrices
-from coatrt.planning.workload import Workload
+from coatrt.planning.memory import Workload
 from coatrt.quantization.weight_format import WeightFormat
 
 __all__ = ["DatasheetLatency", "LatencyModel", "group_seconds", "products_seconds"]
@@ -53,9 +54,6 @@ class DatasheetLatency:
 
     NormalFloat is charged for its unpacking as if a kernel of its own wrote the weight in fp16 and the product read it
     back, 4 bytes a weight beside the packed ones: an assumption on the safe side until it is measured.
-
-    Args:
-        device: its bandwidth and FLOPS are known.
     """
 
     def __init__(self, device: DeviceProfile) -> None:
@@ -81,8 +79,9 @@ class DatasheetLatency:
         caches = workload.kv_bytes * min(context / workload.context, 1.0)
         read = model.other_bytes + workload.lora_bytes + caches
         flops = 2 * workload.lora_parameters * tokens
-        flops += 4 * workload.layers * workload.heads * workload.head_dim * context * tokens
-        kernels = workload.layers * (LAYER_KERNELS + (LORA_KERNELS if workload.lora_parameters else 0)) + 4
+        spec = workload.spec
+        flops += 4 * spec.layers * spec.heads * spec.head_dim * context * tokens
+        kernels = spec.layers * (LAYER_KERNELS + (LORA_KERNELS if workload.lora_parameters else 0)) + 4
         return max(read / self._bandwidth, self._compute(flops)) + kernels * LAUNCH_SECONDS
 
     def _compute(self, flops: float) -> float:
@@ -90,24 +89,16 @@ class DatasheetLatency:
 
 
 def group_seconds(space: ConfigSpace, latency: LatencyModel, tokens: int) -> NDArray[np.float64]:
-    """Return the seconds of every group in every format, [groups, formats]; an untied embedding is looked up, not read.
+    """Return the seconds of every group in every format, [groups, formats], with `tokens` decoded at once.
 
-    Args:
-        space: groups and formats.
-        latency: the device's model.
-        tokens: rows of the products, the head's among them: tokens decoded at once.
+    All products have as many rows, the head's too; an untied embedding is looked up, not read.
     """
-    model, known = space.model, dict[tuple[int, int, WeightFormat], float]()
-    multiplied = {matrix.name for matrix in model.multiplied}
+    of_shape = cache(latency.matrix_seconds)  # most matrices have the shape of another
+    multiplied = {matrix.name: matrix for matrix in space.model.multiplied}
 
     def seconds(name: str, fmt: WeightFormat) -> float:
-        matrix = model.by_name[name]
-        if name not in multiplied:
-            return 0.0
-        key = (matrix.N, matrix.K, fmt)
-        if key not in known:
-            known[key] = latency.matrix_seconds(matrix.N, matrix.K, fmt, tokens)
-        return known[key]
+        matrix = multiplied.get(name)
+        return of_shape(matrix.N, matrix.K, fmt, tokens) if matrix is not None else 0.0
 
     return np.array([[sum(seconds(name, fmt) for name in group) for fmt in space.formats] for group in space.groups])
 
@@ -115,14 +106,9 @@ def group_seconds(space: ConfigSpace, latency: LatencyModel, tokens: int) -> NDA
 def products_seconds(
     latency: LatencyModel, model: ModelMatrices, config: QuantConfig, tokens: int, head_tokens: int
 ) -> float:
-    """Return the seconds of all products of one call.
+    """Return the seconds of all products of one call with `tokens` rows, the head's with `head_tokens`.
 
-    Args:
-        latency: the device's model.
-        model: the matrices.
-        config: their formats.
-        tokens: rows of the products.
-        head_tokens: rows of the head's: of a prompt only the last token gets logits.
+    Of a prompt only the last token gets logits.
     """
     return sum(
         latency.matrix_seconds(matrix.N, matrix.K, config[matrix.name], head_tokens if matrix.is_table else tokens)

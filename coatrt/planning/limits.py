@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from coatrt.devices.profiles import DeviceProfile
 from coatrt.errors import ConfigError
+from coatrt.planning.memory import Workload
 from coatrt.planning.plan import Objective, PlanRequest
-from coatrt.planning.workload import Workload
 
 __all__ = ["Limit", "Measures", "best", "binding", "impossible", "keeps_all", "limits_of"]
 
@@ -79,30 +79,24 @@ def limits_of(request: PlanRequest, device: DeviceProfile, measures: Measures) -
     Raises:
         ConfigError: a speed is asked for where none can be predicted.
     """
-    found = []
-    memory = request.memory if request.memory is not None else device.memory_bytes
-    if memory is not None:
-        found.append(Limit("memory", float(memory), measures.total))
-    if request.bits is not None:
-        found.append(Limit("bits", request.bits, measures.bits))
-    if request.loss_limit is not None:
-        found.append(Limit("loss", request.loss_limit, measures.loss))
-    if request.min_tokens_per_second is not None:
-        if not measures.timed:
-            raise ConfigError(
-                f"--min-tokens-per-second is given and nothing is known of the speed of {device.id}; "
-                "measure it there: coatrt devices calibrate ADAPTER"
-            )
-        found.append(Limit("speed", 1 / request.min_tokens_per_second, measures.seconds))
-    return found
+    speed = request.min_tokens_per_second
+    if speed is not None and not measures.timed:
+        raise ConfigError(
+            f"--min-tokens-per-second is given and nothing is known of the speed of {device.id}; "
+            "measure it there: coatrt devices calibrate ADAPTER"
+        )
+    asked = (
+        ("memory", request.memory if request.memory is not None else device.memory_bytes, measures.total),
+        ("bits", request.bits, measures.bits),
+        ("loss", request.loss_limit, measures.loss),
+        ("speed", 1 / speed if speed is not None else None, measures.seconds),
+    )
+    return [Limit(kind, value, measure) for kind, value, measure in asked if value is not None]
 
 
 def keeps_all(limits: Sequence[Limit], count: int) -> NDArray[np.bool_]:
     """Return which of `count` candidates keep every limit."""
-    kept = np.ones(count, bool)
-    for limit in limits:
-        kept &= limit.holds
-    return kept
+    return np.asarray(np.logical_and.reduce([np.ones(count, bool), *(limit.holds for limit in limits)]))
 
 
 def best(objective: Objective, kept: NDArray[np.bool_], measures: Measures) -> int:

@@ -3,14 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import groupby, pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from coatrt.configs.space import ConfigSpace
 from coatrt.errors import ConfigError
 from coatrt.models.matrices import ModelMatrices
-from coatrt.planning.workload import Workload
+from coatrt.planning.memory import Workload
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.files import cache_directory
 from coatrt.system.json_data import read_as
@@ -57,16 +58,9 @@ class Rest:
 
 
 def shape_of(workload: Workload) -> tuple[int, ...]:
-    """Return what `Rest.shape` holds."""
-    return (
-        workload.layers,
-        workload.hidden,
-        workload.intermediate,
-        workload.heads,
-        workload.kv_heads,
-        workload.head_dim,
-        workload.lora_parameters,
-    )
+    """Return the numbers of a model that decide `Rest.seconds`, as `Rest.shape` holds them."""
+    spec, width, lora = workload.spec, workload.intermediate, workload.lora_parameters
+    return (spec.layers, spec.hidden, width, spec.heads, spec.kv_heads, spec.head_dim, lora)
 
 
 @dataclass(frozen=True)
@@ -125,13 +119,12 @@ class MeasuredLatency:
 
     def rest_seconds(self, model: ModelMatrices, workload: Workload, tokens: int, context: int) -> float:
         """Return the seconds of all else, a plane over tokens and slots through the measured calls."""
-        rows = [rest for rest in self.rests if rest.shape == shape_of(workload)]
+        shape = shape_of(workload)
+        rows = sorted((rest.tokens, rest.context, rest.seconds) for rest in self.rests if rest.shape == shape)
         if not rows:
             raise ConfigError(f"no timings of this model on {self.device}; measure it (coatrt devices calibrate)")
-        by_tokens: dict[int, list[tuple[int, float]]] = {}
-        for row in rows:
-            by_tokens.setdefault(row.tokens, []).append((row.context, row.seconds))
-        points = [(count, _line(sorted(group), context)) for count, group in sorted(by_tokens.items())]
+        by_tokens = groupby(rows, key=itemgetter(0))
+        points = [(count, _line([row[1:] for row in group], context)) for count, group in by_tokens]
         return max(_line(points, tokens), 0.0)
 
     @classmethod

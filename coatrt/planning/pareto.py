@@ -7,12 +7,9 @@ __all__ = ["hypervolume", "pareto_indices"]
 
 
 def pareto_indices(points: ArrayLike) -> NDArray[np.int64]:
-    """Return which points no other point equals or beats in both coordinates, by their first coordinate.
+    """Return which points [n, 2] no other equals or beats in both coordinates, to be made small, by the first of them.
 
     Of equal points the first stays.
-
-    Args:
-        points: [n, 2], both to be made small.
     """
     array = np.asarray(points, dtype=np.float64).reshape(-1, 2)
     order = np.lexsort((np.arange(len(array)), array[:, 1], array[:, 0]))

@@ -1,6 +1,6 @@
 """A plan as data: what was asked, the configuration, and every figure it was chosen by."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -9,8 +9,9 @@ from coatrt.configs.config import ConfigPatterns, QuantConfig
 from coatrt.errors import ConfigError
 from coatrt.models.matrices import ModelMatrices
 from coatrt.system.json_data import convert, read_as, to_data
+from coatrt.system.text_table import aligned
 
-__all__ = ["Objective", "Plan", "PlanRequest", "read_choice"]
+__all__ = ["Objective", "Plan", "PlanRequest", "fleet_table", "read_choice"]
 
 Objective = Literal["quality", "latency", "balanced"]
 
@@ -192,6 +193,29 @@ class Plan:
         lines.append(f"decode bound   {bound} ({self.bytes_per_token / 1e6:.1f} MB read per token)")
         lines += [f"next step      {step}" for step in self.next_steps]
         return "\n".join(lines)
+
+
+def fleet_table(plans: Sequence[Plan]) -> str:
+    """Return one line per plan: configuration, bits, bytes, predicted loss and speed, formats, what binds."""
+    rows = [("device", "configuration", "bits", "MiB of", "limit", "loss", "ms/token", "tokens/s", "binds", "formats")]
+    for plan in plans:
+        decode = plan.decode_seconds
+        rows.append(
+            (
+                plan.device,
+                plan.config.hash,
+                f"{plan.average_bits:.2f}",
+                f"{plan.total_bytes / 2**20:.0f}",
+                f"{plan.limit_bytes / 2**20:.0f}" if plan.limit_bytes else "?",
+                f"+{plan.predicted_loss_increase:.4f}",
+                f"{decode * 1e3:.2f}" if decode else "?",
+                f"{1 / decode:.0f}" if decode else "?",
+                plan.binds,
+                ", ".join(f"{count} {text}" for text, count in plan.config.counts.items()),
+            )
+        )
+    sources = dict.fromkeys(plan.latency_source for plan in plans if plan.latency_source)
+    return "\n".join([aligned(rows, "<<>>>>>><<"), "", *(f"predicted by {source}" for source in sources)])
 
 
 def read_choice(path: str | Path, model: ModelMatrices) -> tuple[QuantConfig, Plan | None]:

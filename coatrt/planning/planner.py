@@ -13,19 +13,18 @@ from coatrt.configs.space import ConfigSpace
 from coatrt.devices.profiles import DeviceProfile
 from coatrt.errors import ConfigError, DeviceError
 from coatrt.planning.archive import Archive
-from coatrt.planning.candidates import CandidateCache
+from coatrt.planning.candidates import CandidateCache, candidates
 from coatrt.planning.engine_size import overhead_of_choices
 from coatrt.planning.knapsack import cost_matrix
-from coatrt.planning.latency import DatasheetLatency, LatencyModel, group_seconds, products_seconds
+from coatrt.planning.latency import DatasheetLatency, group_seconds, products_seconds
 from coatrt.planning.limits import Measures, best, binding, impossible, keeps_all, limits_of
 from coatrt.planning.measured_latency import find_timings
-from coatrt.planning.memory import fixed_memory, memory_of
+from coatrt.planning.memory import Workload, fixed_memory, memory_of
 from coatrt.planning.pareto import pareto_indices
 from coatrt.planning.pins import pinned_costs
 from coatrt.planning.plan import Plan, PlanRequest
-from coatrt.planning.workload import Workload
 
-__all__ = ["latency_of", "plan", "plan_fleet"]
+__all__ = ["plan", "plan_fleet"]
 
 _FRONT_POINTS = 80
 
@@ -50,7 +49,7 @@ def plan(
         request: objective, limits and pins.
         archive: measured configurations. For "quality", the measured one of least loss that keeps the limits is taken
             where the measured one nearest to the pick in bytes lost more.
-        cache: candidates of plans made before, and of this one.
+        cache: candidates of plans made before, and of this one, see `candidates`.
         asked: fields of `PlanRequest` that differ from `request`.
 
     Raises:
@@ -58,7 +57,7 @@ def plan(
         ConfigError: nothing keeps the limits, the message says what would; or an option is out of range.
     """
     request = replace(request or PlanRequest(), **asked)
-    problem = _Problem(adapter, device, request, cache or CandidateCache())
+    problem = _Problem(adapter, device, request, cache)
     kept = keeps_all(problem.limits, len(problem.candidates))
     if not kept.any():
         raise ConfigError(impossible(device, problem.limits, problem.workload, problem.measures))
@@ -80,39 +79,28 @@ def plan_fleet(
     archive: Archive | None = None,
 ) -> list[Plan]:
     """Return one plan per device for the same request, see `plan`."""
-    cache = CandidateCache()
+    cache: CandidateCache = {}
     return [plan(adapter, device, request, archive=archive, cache=cache) for device in devices]
-
-
-def latency_of(device: DeviceProfile, space: ConfigSpace, workload: Workload) -> LatencyModel | None:
-    """Return what predicts seconds on a device: its timings, else its datasheet, None where neither is known."""
-    datasheet = DatasheetLatency(device) if device.bandwidth else None
-    return find_timings(device.id, space, workload) or datasheet
 
 
 class _Problem:
     """One device's candidates, and what any configuration comes to there."""
 
     def __init__(
-        self,
-        adapter: AdapterDescription,
-        device: DeviceProfile,
-        request: PlanRequest,
-        cache: CandidateCache,
+        self, adapter: AdapterDescription, device: DeviceProfile, request: PlanRequest, cache: CandidateCache | None
     ) -> None:
         self.adapter, self.device, self.request = adapter, device, request
         element = 2 if device.sm else 4
         self.workload = Workload.of(adapter, request.context, request.batch, request.prefill, element)
         self.space = space = _device_space(adapter, device)
-        self.latency = latency = latency_of(device, space, self.workload)
+        datasheet = DatasheetLatency(device) if device.bandwidth else None
+        self.latency = latency = find_timings(device.id, space, self.workload) or datasheet
         self.cost = pinned_costs(space, cost_matrix(space, adapter.sensitivity.costs), request.keep, device)
-        self.seconds = group_seconds(space, latency, request.batch) if latency is not None else None
-        self.rest = (
-            latency.rest_seconds(space.model, self.workload, request.batch, request.context)
-            if latency is not None
-            else 0.0
-        )
-        self.candidates = cache.get(space, self.cost, self.seconds)
+        self.seconds, self.rest = None, 0.0  # where neither timings nor a datasheet are known
+        if latency is not None:
+            self.seconds = group_seconds(space, latency, request.batch)
+            self.rest = latency.rest_seconds(space.model, self.workload, request.batch, request.context)
+        self.candidates = candidates(space, self.cost, self.seconds, cache)
         self.fixed = sum(fixed_memory(space.model, device, self.workload).values())
         self.measures = self._measures(self.candidates)
         self.limits = limits_of(request, device, self.measures)
@@ -126,13 +114,19 @@ class _Problem:
         bits = 8 * nbytes / space.model.parameters
         return Measures(total.astype(np.float64), seconds + self.rest, loss, bits, self.latency is not None)
 
-    def of_config(self, config: QuantConfig) -> tuple[Measures, bool]:
-        """Return what a configuration of the space comes to, and whether it keeps pins and every limit."""
-        column = {fmt: i for i, fmt in enumerate(self.space.formats)}
-        choice = np.array([[column[config[group[0]]] for group in self.space.groups]], np.int16)
-        measures = self._measures(choice)
-        allowed = np.isfinite(self.cost[np.arange(len(self.cost)), choice[0]]).all()
-        return measures, bool(allowed and keeps_all(limits_of(self.request, self.device, measures), 1)[0])
+    def of_config(self, config: QuantConfig) -> Measures:
+        """Return what a configuration of the space comes to."""
+        return self._measures(self._choice(config)[None])
+
+    def allows(self, config: QuantConfig) -> bool:
+        """Return whether a configuration is one of the space, fused groups in one format, and keeps pins and limits."""
+        if not self.space.contains(config) or self.space.config(self._choice(config).tolist()) != config:
+            return False
+        pinned = np.isfinite(self.cost[np.arange(len(self.cost)), self._choice(config)]).all()
+        return bool(pinned and keeps_all(limits_of(self.request, self.device, self.of_config(config)), 1)[0])
+
+    def _choice(self, config: QuantConfig) -> NDArray[np.int16]:
+        return np.array([self.space.formats.index(config[group[0]]) for group in self.space.groups], np.int16)
 
 
 def _device_space(adapter: AdapterDescription, device: DeviceProfile) -> ConfigSpace:
@@ -151,8 +145,13 @@ def _described(
 ) -> Plan:
     """Return the plan that a configuration is, with everything that is predicted of it."""
     device, workload, request, model = problem.device, problem.workload, problem.request, problem.space.model
+    latency, prefill = problem.latency, None
+    if latency is not None:
+        tokens = request.batch * request.prefill
+        prefill = latency.rest_seconds(model, workload, tokens, request.prefill)
+        prefill += products_seconds(latency, model, config, tokens, request.batch)
     memory = memory_of(config, model, device, workload)
-    measures, _ = problem.of_config(config)
+    measures = problem.of_config(config)
     per_token = sum(memory[name] for name in ("weights", "scales", "other tensors", "LoRA", "KV cache"))
     entry = archive.find(config) if archive is not None else None
     return Plan(
@@ -166,22 +165,14 @@ def _described(
         predicted_loss_increase=float(measures.loss[0]),
         bytes_per_token=per_token,
         tokens_per_second_bound=device.bandwidth / per_token if device.bandwidth else None,
-        decode_seconds=float(measures.seconds[0]) if problem.latency is not None else None,
-        prefill_seconds=_prefill_seconds(config, problem, problem.latency) if problem.latency is not None else None,
-        latency_source=problem.latency.source if problem.latency is not None else "",
+        decode_seconds=float(measures.seconds[0]) if latency is not None else None,
+        prefill_seconds=prefill,
+        latency_source=latency.source if latency is not None else "",
         next_steps=steps,
         front=_front(problem),
         measured_loss=entry.loss if entry is not None else None,
         adapter=problem.adapter.hash,
     )
-
-
-def _prefill_seconds(config: QuantConfig, problem: _Problem, latency: LatencyModel) -> float:
-    """Return the predicted seconds of a prompt for every sequence."""
-    model, request = problem.space.model, problem.request
-    tokens = request.batch * request.prefill
-    products = products_seconds(latency, model, config, tokens, request.batch)
-    return latency.rest_seconds(model, problem.workload, tokens, request.prefill) + products
 
 
 def _front(problem: _Problem) -> tuple[tuple[int, float | None, float], ...]:
@@ -203,21 +194,10 @@ def _better_measured(config: QuantConfig, archive: Archive, problem: _Problem) -
     A pick is hardly ever among the measured ones; the nearest in bytes that keeps the limits stands for it.
     """
     model = problem.space.model
-    sizes = {
-        entry: entry.config.nbytes(model)
-        for entry in archive
-        if problem.space.contains(entry.config)
-        and _grouped(entry.config, problem.space)
-        and problem.of_config(entry.config)[1]
-    }
+    sizes = {entry: entry.config.nbytes(model) for entry in archive if problem.allows(entry.config)}
     if not sizes:
         return config
     wanted = config.nbytes(model)
     nearest = min(sizes, key=lambda entry: (abs(sizes[entry] - wanted), entry.config != config))
     measured_best = min(sizes, key=lambda entry: (entry.loss, sizes[entry]))
     return measured_best.config if measured_best.loss < nearest.loss else config
-
-
-def _grouped(config: QuantConfig, space: ConfigSpace) -> bool:
-    """Return whether every fused group has one format."""
-    return all(len({config[name] for name in group}) == 1 for group in space.groups)

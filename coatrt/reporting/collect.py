@@ -89,12 +89,8 @@ class Report:
 def collect(paths: Sequence[Path], devices: Sequence[str], request: PlanRequest) -> Report:
     """Return the report of some adapters and bundles.
 
-    A directory of bundles stands for those in it. Every bundle is an entry; an adapter is planned for each device.
-
-    Args:
-        paths: adapters, bundles and directories of bundles.
-        devices: ids that adapters are planned for.
-        request: what the plans are asked.
+    A directory of bundles stands for those in it. Every bundle is an entry; an adapter is planned for each device. For
+    the arguments see `coatrt.reporting.write.report`.
 
     Raises:
         ConfigError: a path is none of these, or there is nothing to show.

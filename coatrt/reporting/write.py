@@ -1,16 +1,19 @@
 """Adapters and bundles → one self-contained HTML page, and its figures."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from coatrt import __version__
 from coatrt.errors import ConfigError
 from coatrt.planning.plan import PlanRequest
 from coatrt.reporting.collect import Report, collect
-from coatrt.reporting.figures import FIGURES, draw
-from coatrt.reporting.page import page
+from coatrt.reporting.figures import FIGURES, colour, draw
 from coatrt.system.files import atomic_file, write_text
 
-__all__ = ["report"]
+__all__ = ["page", "report"]
 
 
 def report(
@@ -44,3 +47,28 @@ def report(
         with atomic_file(Path(str(png)) / f"{name}.png") as temporary:
             temporary.write_bytes(draw(name, found, "png"))
     return found
+
+
+def page(report: Report, command: str) -> str:
+    """Return the HTML of a report that the command line `command` asks for: one page that needs nothing else."""
+    timed = any(entry.plan.get("decode_seconds") for entry in report.entries)
+    svgs = {name: draw(name, report, "svg").decode() for name in FIGURES if name != "latency" or timed}
+    environment = Environment(
+        loader=PackageLoader("coatrt.reporting", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("page.html.jinja").render(
+        report=report,
+        figures={name: svg[svg.index("<svg") :] for name, svg in svgs.items()},
+        configurations=len({entry.config.hash for entry in report.entries}),
+        latency_sources=sorted({entry.plan.get("latency_source", "") for entry in report.entries} - {""}),
+        device_sources=sorted({source for entry in report.entries for source in entry.device.get("sources", ())}),
+        command=command,
+        version=__version__,
+        colour=colour,
+        exp=math.exp,
+    )

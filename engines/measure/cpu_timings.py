@@ -25,7 +25,7 @@ from coatrt.export.weights import write_matrix
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.planning.latency import products_seconds
 from coatrt.planning.measured_latency import MeasuredLatency, Product, Rest, shape_of
-from coatrt.planning.workload import Workload
+from coatrt.planning.memory import Workload
 from coatrt.quantization.codec import encode
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.progress import Progress, silent

@@ -20,11 +20,9 @@ from coatrt.planning.engine_size import engine_overhead, overhead_of_choices
 from coatrt.planning.knapsack import cost_matrix
 from coatrt.planning.latency import BANDWIDTH_SHARE, FLOPS_SHARE, LAUNCH_SECONDS, DatasheetLatency, group_seconds
 from coatrt.planning.measured_latency import MeasuredLatency, Product, Rest, find_timings, shape_of, timings_path
-from coatrt.planning.memory import memory_of, scale_bytes
+from coatrt.planning.memory import Workload, memory_of, scale_bytes
 from coatrt.planning.pins import matched, pinned_costs
-from coatrt.planning.plan import Plan, PlanRequest, read_choice
-from coatrt.planning.table import fleet_table
-from coatrt.planning.workload import Workload
+from coatrt.planning.plan import Plan, PlanRequest, fleet_table, read_choice
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.json_data import write_json
 from support.knapsack import least_price

@@ -18,7 +18,7 @@ from coatrt.planning import planner
 from coatrt.planning.plan import PlanRequest
 from coatrt.reporting.collect import collect
 from coatrt.reporting.figures import FIGURES, draw
-from coatrt.reporting.page import page
+from coatrt.reporting.write import page
 from support.bundles import make_bundle
 
 REQUEST = PlanRequest(bits=5.5, context=64)

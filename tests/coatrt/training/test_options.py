@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from coatrt.cli.main import cli
-from coatrt.cli.train_options import train_options
+from coatrt.cli.train import train_options
 from coatrt.errors import ConfigError, FormatError
 from coatrt.system.json_data import convert, to_data
 from coatrt.training.options import TrainOptions
