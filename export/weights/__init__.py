@@ -27,13 +27,7 @@ STORAGES: Mapping[str, Storage] = {
 
 
 def write_matrix(graph: GraphBuilder, name: str, matrix: QuantizedMatrix) -> ir.Value:
-    """Store a matrix and return its weight [K, N] in the activations' dtype, named `{name}.weight`.
-
-    Args:
-        graph: the graph.
-        name: name of the matrix.
-        matrix: the encoded matrix.
-    """
+    """Store a matrix and return its weight [K, N] in the activations' dtype, named `{name}.weight`."""
     return STORAGES[matrix.format.kind].weight(graph, f"{name}.weight", matrix)
 
 
@@ -51,14 +45,7 @@ class Table:
 
 
 def write_table(graph: GraphBuilder, name: str, matrix: QuantizedMatrix, head: bool) -> Table:
-    """Store an embedding table once and return it, with the transpose [H, V] for a tied head where `head` is true.
-
-    Args:
-        graph: the graph.
-        name: name of the matrix.
-        matrix: the encoded table, N = V rows of K = H values.
-        head: whether a tied head reads the table.
-    """
+    """Store an embedding table [N = V, K = H] once and return it, where `head` is true with a tied head's weight."""
     storage, name = STORAGES[matrix.format.kind], f"{name}.weight"
     rows = storage.rows(graph, name, matrix)
     weight = None

@@ -19,14 +19,8 @@ _SUPER_DTYPES = {"bf16": ir.DataType.BFLOAT16, "fp16": ir.DataType.FLOAT16, "fp3
 def write_scales(graph: GraphBuilder, name: str, matrix: QuantizedMatrix, by_rows: bool) -> ir.Value:
     """Store the scales of a matrix and return them in the activations' dtype.
 
-    Args:
-        graph: the graph.
-        name: name of the matrix.
-        matrix: any format with scales.
-        by_rows: True for [N, blocks] (tables), False for [blocks, N] (weights of MatMul).
-
-    Returns:
-        the scales; code × super scale, rounded, + offset, rounded, under double quantization.
+    They are [N, blocks] for tables (`by_rows`), [blocks, N] for weights of MatMul; under double quantization code ×
+    super scale, rounded, + offset, rounded.
     """
     assert matrix.scales is not None
     fmt = matrix.format
