@@ -90,7 +90,8 @@ class CachedDecoder(ABC):
         for start in range(0, tokens.shape[1], piece):
             part = tokens[:, start : start + piece]
             last = lengths - 1 - start
-            logits = self.run(part, np.full(self.batch, start), np.clip(last, 0, part.shape[1] - 1)[:, None])
+            index = np.clip(last, 0, part.shape[1] - 1)[:, None]
+            logits = self.run(part, np.full(self.batch, start, np.int64), index)
             ends = (0 <= last) & (last < part.shape[1])
             result[ends] = logits[ends, 0]
         self._lengths = lengths
