@@ -63,11 +63,7 @@ def _max_positions(spec: DecoderSpec, form: GraphForm) -> int:
 
 
 def decoder_io(checkpoint: Checkpoint, form: GraphForm) -> DecoderIO:
-    """Return what a runtime has to know to bind the graph of a form.
-
-    Args:
-        checkpoint: the model.
-        form: the form of the graph.
+    """Return what a runtime has to know to bind the graph of a model in one form.
 
     Raises:
         CheckpointError: the model is of an unknown family.

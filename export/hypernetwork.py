@@ -37,12 +37,7 @@ class _Graph(Nodes):
 
 
 def export_hypernetwork(adapter: Adapter, directory: str | Path) -> None:
-    """Write hypernet.onnx and hypernet.json.
-
-    Args:
-        adapter: the trained adapter.
-        directory: an existing directory.
-    """
+    """Write hypernet.onnx and hypernet.json of a trained adapter into an existing directory."""
     directory = Path(directory)
     graph = _Graph()
     formats = graph.input("formats", ir.DataType.INT64, [len(adapter.encoder.names)])

@@ -70,7 +70,8 @@ class Network:
             )
         self._cos, self._sin = self._rotary_tables()
         if graph.is_engine:
-            self._turns = self._rotary_factors() if any(spec.rotary) else None
+            if any(spec.rotary):
+                self._cos_here, self._sin_here = self._rotary_factors()
             self._masks = self._attention_masks()
         else:
             self._ends = self._sequence_ends(ids)
@@ -97,11 +98,8 @@ class Network:
         angles = torch.arange(self._max_positions, dtype=torch.float)[:, None] * torch.tensor(
             self._spec.inverse_frequencies
         )
-        dtype = TORCH_DTYPES[self._graph.form.activations]
-        return tuple(  # type: ignore[return-value]
-            self._graph.store(name, (values * self._spec.rope_scaling).to(dtype), self._graph.activations)
-            for name, values in (("rotary.cos", angles.cos()), ("rotary.sin", angles.sin()))
-        )
+        scaling = self._spec.rope_scaling
+        return self._small("rotary.cos", angles.cos() * scaling), self._small("rotary.sin", angles.sin() * scaling)
 
     def _rotary_factors(self) -> tuple[ir.Value, ir.Value]:
         """Return cos|cos and −sin|sin of the positions at hand, [B, 1, S, rotated dimensions], once for all layers."""
@@ -143,11 +141,10 @@ class Network:
         ends = graph.op("Add", [self._write_index, added], "cache.ends")
         last = graph.op("Sub", [ends, graph.ints(1)], "cache.last.wide")
         most = graph.op("ReduceMax", [ends], "cache.filled.wide", keepdims=0)
-        last, most = (
-            graph.op("Cast", [value], name, to=ir.DataType.INT32)
-            for value, name in ((last, "cache.last"), (most, "cache.filled"))
+        return (
+            graph.op("Cast", [last], "cache.last", to=ir.DataType.INT32),
+            graph.op("Cast", [most], "cache.filled", to=ir.DataType.INT32),
         )
-        return last, most
 
     def _layer(self, x: ir.Value, layer: int) -> tuple[ir.Value, list[ir.Value]]:
         prefix, after = f"model.layers.{layer}", self._spec.norm_after
@@ -164,21 +161,25 @@ class Network:
 
     def _attention(self, x: ir.Value, layer: int, prefix: str) -> tuple[ir.Value, list[ir.Value]]:
         self._read_together(x, [f"{prefix}.{name}_proj" for name in "qkv"], f"{prefix}.qkv")
-        mixed, presents = (self._engine_attention if self._graph.is_engine else self._cpu_attention)(x, layer, prefix)
+        spec = self._spec
+        query = self._heads(x, f"{prefix}.q_proj", f"{prefix}.q_norm", spec.heads)
+        key = self._heads(x, f"{prefix}.k_proj", f"{prefix}.k_norm", spec.kv_heads)
+        value = self._heads(x, f"{prefix}.v_proj", None, spec.kv_heads)
+        attend = self._engine_attention if self._graph.is_engine else self._cpu_attention
+        mixed, presents = attend(query, key, value, layer, prefix)
         return self._linear(mixed, f"{prefix}.o_proj"), presents
 
-    def _cpu_attention(self, x: ir.Value, layer: int, prefix: str) -> tuple[ir.Value, list[ir.Value]]:
+    def _cpu_attention(
+        self, query: ir.Value, key: ir.Value, value: ir.Value, layer: int, prefix: str
+    ) -> tuple[ir.Value, list[ir.Value]]:
         """ONNX Runtime's own operator: it appends to the caches and reads only their filled slots.
 
         With Attention and TensorScatter of ONNX a token costs as much as a full cache.
         """
         graph, spec, window = self._graph, self._spec, self._spec.windows[layer]
-        query = self._heads(x, f"{prefix}.q_proj", f"{prefix}.q_norm", spec.heads)
-        key = self._heads(x, f"{prefix}.k_proj", f"{prefix}.k_norm", spec.kv_heads)
-        value = self._heads(x, f"{prefix}.v_proj", None, spec.kv_heads)
         if spec.rotary[layer]:
-            query = self._rotated(query, f"{prefix}.q", num_heads=spec.heads)
-            key = self._rotated(key, f"{prefix}.k", num_heads=spec.kv_heads)
+            query = self._rotated(query, f"{prefix}.q", spec.heads)
+            key = self._rotated(key, f"{prefix}.k", spec.kv_heads)
         limited = {} if window is None else {"local_window_size": window}
         mixed, *presents = graph.runtime_op(
             "GroupQueryAttention",
@@ -191,13 +192,12 @@ class Network:
         )
         return mixed, presents
 
-    def _engine_attention(self, x: ir.Value, layer: int, prefix: str) -> tuple[ir.Value, list[ir.Value]]:
+    def _engine_attention(
+        self, query: ir.Value, key: ir.Value, value: ir.Value, layer: int, prefix: str
+    ) -> tuple[ir.Value, list[ir.Value]]:
         graph, spec = self._graph, self._spec
-        query = self._heads(x, f"{prefix}.q_proj", f"{prefix}.q_norm", spec.heads)
-        key = self._heads(x, f"{prefix}.k_proj", f"{prefix}.k_norm", spec.kv_heads)
-        value = self._heads(x, f"{prefix}.v_proj", None, spec.kv_heads)
         if spec.rotary[layer]:
-            query, key = (self._turned(part, f"{prefix}.{label}") for part, label in ((query, "q"), (key, "k")))
+            query, key = self._turned(query, f"{prefix}.q"), self._turned(key, f"{prefix}.k")
         past_key, past_value = self._past[layer]
         key = graph.op("TensorScatter", [past_key, key, self._write_index], f"present.{layer}.key", axis=2)
         value = graph.op("TensorScatter", [past_value, value, self._write_index], f"present.{layer}.value", axis=2)
@@ -233,31 +233,28 @@ class Network:
             return graph.op("Reshape", [out, graph.ints(0, 0, heads * width)], f"{projection}.normed")
         return graph.op("Transpose", [out], f"{projection}.by_head", perm=[0, 2, 1, 3])
 
-    def _rotated(self, x: ir.Value, name: str, **heads: int) -> ir.Value:
+    def _rotated(self, x: ir.Value, name: str, heads: int) -> ir.Value:
         half, width = len(self._spec.inverse_frequencies), self._spec.head_dim
         partial = {"rotary_embedding_dim": 2 * half} if 2 * half != width else {}
         inputs = [x, self._cos, self._sin, self._positions]
-        return self._graph.op("RotaryEmbedding", inputs, f"{name}.rotated", **partial, **heads)
+        return self._graph.op("RotaryEmbedding", inputs, f"{name}.rotated", **partial, num_heads=heads)
 
-    def _turned(self, heads: ir.Value, name: str) -> ir.Value:
+    def _turned(self, x: ir.Value, name: str) -> ir.Value:
         """Return RotaryEmbedding of [B, heads, S, D], its arithmetic spelled out.
 
         For that operator TensorRT-RTX 1.7.1 keeps a copy of its kernel's source per layer, 165 kB each; for this one.
         """
         graph, half, width = self._graph, len(self._spec.inverse_frequencies), self._spec.head_dim
-        first, second, rest = (
-            graph.op("Slice", [heads, *(graph.ints(at) for at in (start, end, -1))], f"{name}.{label}")
-            if start < end
-            else None
-            for label, start, end in (("first", 0, half), ("second", half, 2 * half), ("rest", 2 * half, width))
-        )
-        assert first is not None, "a rotary embedding turns something"
-        turned = heads if rest is None else graph.op("Concat", [first, second], f"{name}.turned", axis=-1)
+
+        def part(label: str, start: int, end: int) -> ir.Value:
+            return graph.op("Slice", [x, graph.ints(start), graph.ints(end), graph.ints(-1)], f"{name}.{label}")
+
+        first, second = part("first", 0, half), part("second", half, 2 * half)
+        rest = part("rest", 2 * half, width) if 2 * half < width else None
+        turned = x if rest is None else graph.op("Concat", [first, second], f"{name}.turned", axis=-1)
         swapped = graph.op("Concat", [second, first], f"{name}.swapped", axis=-1)
-        assert self._turns is not None
-        cos, sin = self._turns
-        along = graph.op("Mul", [turned, cos], f"{name}.along")
-        across = graph.op("Mul", [swapped, sin], f"{name}.across")
+        along = graph.op("Mul", [turned, self._cos_here], f"{name}.along")
+        across = graph.op("Mul", [swapped, self._sin_here], f"{name}.across")
         if rest is None:
             return graph.op("Add", [along, across], f"{name}.rotated")
         turned = graph.op("Add", [along, across], f"{name}.turned_by_position")

@@ -26,7 +26,6 @@ from coatrt.system.files import atomic_file
 
 __all__ = ["BuildRecord", "EngineShapes", "build_engine", "check_formats", "installed_builder"]
 
-_MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 _EXTRAS = {"tensorrt-rtx": "rtx", "tensorrt": "tensorrt"}
 
 
@@ -100,14 +99,15 @@ def installed_builder(builder: str) -> str:
     Raises:
         BuildError: it, or Polygraphy, is not installed, or only a stub of it is.
     """
-    module = _MODULES[builder]
-    extra = _EXTRAS[builder]
+    module = builder.replace("-", "_")
     for package in (module, "polygraphy"):
         if importlib.util.find_spec(package) is None:
             where = "" if builder == "tensorrt-rtx" else " on the device itself"
-            raise BuildError(f"{package} is not installed; pip install 'coatrt[{extra}]'{where}, then build again")
+            raise BuildError(
+                f"{package} is not installed; pip install 'coatrt[{_EXTRAS[builder]}]'{where}, then build again"
+            )
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(module.replace("_", "-"))
+        return importlib.metadata.version(builder)
     return str(importlib.import_module(module).__version__)
 
 
@@ -132,7 +132,7 @@ def build_engine(
         BuildError: the builder is absent, has no GPU it needs, refuses the graph, or dies.
     """
     shapes = shapes or EngineShapes()
-    if device.builder not in _MODULES:
+    if device.builder not in _EXTRAS:
         raise BuildError(f"{device.id} runs graphs in {device.builder}; no engine is built for it")
     version = installed_builder(device.builder)
     sms = tuple(sorted({device.sm, *(other.sm for other in also)}))

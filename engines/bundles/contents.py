@@ -20,13 +20,7 @@ __all__ = ["export_config", "export_shared"]
 
 
 def export_shared(adapter: Adapter, checkpoint: Checkpoint, directory: Path) -> dict[str, Any]:
-    """Write hypernetwork, LoRA contract and tokenizer, and return the manifest's facts about them.
-
-    Args:
-        adapter: the trained adapter.
-        checkpoint: its model.
-        directory: an existing directory.
-    """
+    """Write hypernetwork, LoRA contract and tokenizer into a directory; return the manifest's facts about them."""
     write_json(directory / "lora_io.json", adapter.description.contract)
     export_hypernetwork(adapter, directory)
     tokenizer = load_tokenizer(checkpoint.directory)
@@ -75,25 +69,22 @@ def export_config(
     export_decoder(checkpoint, config, directory, forms=forms, contract=contract, codes=codes, progress=progress)
     config.save(directory / "configuration.json")
     save_lora(directory / "lora.safetensors", Emitter(shared / "hypernet.onnx", contract).emit(config), config)
-    decoders = {
-        form.name: {"file": form.file, "weights": WEIGHTS_FILE, "io": decoder_io(checkpoint, form)} for form in forms
-    }
+    measured = adapter.description.sensitivity.errors  # matrix → format → relative error
     return {
         "configuration": {
             "file": "configuration.json",
             "hash": config.hash,
             "average_bits": config.average_bits(adapter.description.model),
             "bytes": config.nbytes(adapter.description.model),
-            "errors": _errors(adapter, config),
+            "errors": {
+                name: measured[name][str(fmt)]
+                for name, fmt in config.formats.items()
+                if str(fmt) in measured.get(name, {})
+            },
         },
-        "decoders": decoders,
+        "decoders": {
+            form.name: {"file": form.file, "weights": WEIGHTS_FILE, "io": decoder_io(checkpoint, form)}
+            for form in forms
+        },
         "lora": "lora.safetensors",
-    }
-
-
-def _errors(adapter: Adapter, config: QuantConfig) -> dict[str, float]:
-    """Return the relative error of every matrix whose format the adapter measured."""
-    measured = adapter.description.sensitivity.errors
-    return {
-        name: measured[name][str(fmt)] for name, fmt in config.formats.items() if str(fmt) in measured.get(name, {})
     }

@@ -65,7 +65,9 @@ def execute(
     """
     results = dict(preparation.current)
     if preparation.jobs:
-        _check(preparation)
+        for job in preparation.jobs if preparation.options.engine else ():  # before anything is written
+            for device in job.rtx_devices:
+                installed_builder(device.builder)
         codes = adapter.codes(checkpoint, progress)
         first = preparation.jobs[0].targets[0].output.parent
         first.mkdir(parents=True, exist_ok=True)
@@ -85,13 +87,6 @@ def _unfailing(tell: Callable[[str], None] | None) -> Callable[[str], None]:
                 tell(line)
 
     return say
-
-
-def _check(preparation: Preparation) -> None:
-    """Refuse a builder that is not installed before anything is written."""
-    for job in preparation.jobs if preparation.options.engine else ():
-        for device in job.rtx_devices:
-            installed_builder(device.builder)
 
 
 @dataclass
@@ -132,8 +127,12 @@ class _Build:
                     self._collect(block=False)
             finally:
                 self._collect(block=True)
+        wanted = len(self.preparation.targets)
+        if self.failures and wanted == 1:
+            raise self.failures[0]
         if self.failures:
-            self._refuse()
+            lost = wanted - len(self.results) - len(self.preparation.current)
+            raise BuildError(f"{lost} of {wanted} bundles failed, the others are finished: {self.failures[0]}")
         return self.results
 
     def _folders(self, job: Job) -> tuple[Path, Path]:
@@ -219,10 +218,3 @@ class _Build:
             self.results[target.output] = result
             if len(self.preparation.targets) > 1:
                 self.tell(f"{target.device.id}: {result.state} after {seconds:.0f} s")
-
-    def _refuse(self) -> None:
-        wanted = len(self.preparation.targets)
-        if wanted == 1:
-            raise self.failures[0]
-        lost = wanted - len(self.results) - len(self.preparation.current)
-        raise BuildError(f"{lost} of {wanted} bundles failed, the others are finished: {self.failures[0]}")

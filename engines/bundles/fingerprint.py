@@ -14,7 +14,7 @@ from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.bundles.targets import Target
 from coatrt.errors import BuildError, BundleError
 
-__all__ = ["WRITERS", "bundle_fingerprint", "code_hash", "is_current", "writers_hash"]
+__all__ = ["WRITERS", "bundle_fingerprint", "code_hash", "current_bundle", "writers_hash"]
 
 WRITERS = (
     "coatrt.bundle",
@@ -79,9 +79,10 @@ def bundle_fingerprint(adapter: str, target: Target, options: BundleOptions, cod
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def is_current(directory: Path, fingerprint: str) -> bool:
-    """Return whether a whole bundle of this fingerprint is there; sizes are compared, `coatrt verify` checks hashes."""
+def current_bundle(directory: Path, fingerprint: str) -> Bundle | None:
+    """Return the whole bundle of a fingerprint, if it is there; sizes are compared, `coatrt verify` checks hashes."""
     try:
-        return bool(Bundle.open(directory).manifest.get("fingerprint") == fingerprint)
+        bundle = Bundle.open(directory)
     except BundleError:
-        return False
+        return None
+    return bundle if bundle.manifest.get("fingerprint") == fingerprint else None

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coatrt.adapter.description import AdapterDescription
-from coatrt.bundle import Bundle
 from coatrt.configs.config import QuantConfig
 from coatrt.devices.profiles import DeviceProfile
 from coatrt.engines.builders.builder import check_formats
 from coatrt.engines.bundles.destination import check_output, holds_bundle
-from coatrt.engines.bundles.fingerprint import bundle_fingerprint, is_current, writers_hash
+from coatrt.engines.bundles.fingerprint import bundle_fingerprint, current_bundle, writers_hash
 from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.bundles.targets import BundleResult, Target
 from coatrt.errors import ConfigError
@@ -88,8 +87,8 @@ def prepare(
     for target in targets:
         _check_formats(adapter, target.config)
         check_formats(target.config, target.device, options.activations)
-        if adapter.hash and is_current(target.output, fingerprints[target.output]):
-            current[target.output] = BundleResult(target, Bundle.open(target.output), "current", 0.0)
+        if adapter.hash and (bundle := current_bundle(target.output, fingerprints[target.output])) is not None:
+            current[target.output] = BundleResult(target, bundle, "current", 0.0)
             continue
         check_output(target.output, overwrite)
         by_config.setdefault(target.config.hash, []).append(target)

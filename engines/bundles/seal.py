@@ -15,10 +15,7 @@ from coatrt.errors import BuildError
 from coatrt.system.files import atomic_directory
 from coatrt.system.json_data import write_json
 
-__all__ = ["KIT_COMMAND", "seal_bundle"]
-
-KIT_COMMAND = "python build_engine.py"
-"""What to type in the bundle, on the device; it needs the package tensorrt and nothing of coatrt."""
+__all__ = ["seal_bundle"]
 
 
 def seal_bundle(
@@ -61,7 +58,10 @@ def seal_bundle(
 def _local_engine(
     directory: Path, target: Target, options: BundleOptions, tell: Callable[[str], None]
 ) -> list[BuildRecord]:
-    """Build with regular TensorRT where it is installed and a GPU has the target's SM, else leave a build kit."""
+    """Build with regular TensorRT where it is installed and a GPU has the target's SM, else leave a build kit.
+
+    The kit needs the package tensorrt on the device, and nothing of coatrt.
+    """
     device = target.device
     engine = directory / f"sm{device.sm}.engine"
     try:
@@ -78,5 +78,5 @@ def _local_engine(
         }
         write_json(directory / "build.json", recipe)
         shutil.copyfile(kit_script.__file__, directory / "build_engine.py")
-        tell(f"{device.id}: no engine here ({error}); on the device, in the bundle: {KIT_COMMAND}")
+        tell(f"{device.id}: no engine here ({error}); on the device, in the bundle: python build_engine.py")
         return []

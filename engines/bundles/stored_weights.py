@@ -10,7 +10,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from coatrt.errors import BundleError
-from coatrt.models.matrices import EMBEDDING, Matrix, ModelMatrices
+from coatrt.models.matrices import EMBEDDING, ModelMatrices
 
 __all__ = ["held_weights"]
 
@@ -36,7 +36,11 @@ def held_weights(graph: Path, model: ModelMatrices) -> Iterator[tuple[str, NDArr
         inputs = {"input_ids": np.arange(matrix.N, dtype=np.int64)[None]} if table else {}
         found = _session(_part(whole, producers, value), graph.parent).run(None, inputs)[0]
         weight = np.asarray(found[0] if table else found.T, np.float32)
-        _check(graph, matrix, weight)
+        if weight.shape != (matrix.N, matrix.K):
+            raise BundleError(
+                f"{graph} holds {matrix.name} as {weight.shape}, the manifest says {(matrix.N, matrix.K)}; "
+                "build it again"
+            )
         yield matrix.name, weight
 
 
@@ -69,10 +73,3 @@ def _session(part: Any, directory: Path) -> Any:
     except Exception as error:  # onnxruntime raises types of its own that share no public base
         reason = str(error).splitlines()[0]
         raise BundleError(f"{directory} does not hold {part.graph.name} ({reason}); build it again") from None
-
-
-def _check(graph: Path, matrix: Matrix, weight: NDArray[np.float32]) -> None:
-    if weight.shape != (matrix.N, matrix.K):
-        raise BundleError(
-            f"{graph} holds {matrix.name} as {weight.shape}, the manifest says {(matrix.N, matrix.K)}; build it again"
-        )

@@ -21,7 +21,7 @@ from coatrt.errors import ConfigError
 from coatrt.system.progress import Progress, silent
 from coatrt.system.text_table import aligned
 
-__all__ = ["bench", "bench_text", "percentiles"]
+__all__ = ["bench", "bench_text", "percentiles", "timed"]
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
@@ -30,10 +30,11 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
     return {"p50_ms": p50, "p90_ms": p90, "p99_ms": p99, "samples": len(seconds)}
 
 
-def _time(call: Callable[[], Any]) -> float:
-    started = time.perf_counter()
+def timed(call: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
+    """Return the seconds that a call takes by a clock."""
+    started = clock()
     call()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def bench(
@@ -111,7 +112,7 @@ def _loaded(bundle: Bundle, options: RuntimeOptions) -> tuple[Decoder, float]:
 def _emission(bundle: Bundle, threads: int | None, count: int) -> list[float]:
     """Return the seconds of emitting the LoRA of the bundle's own configuration."""
     emitter, config = Emitter.of(bundle, threads), bundle.config
-    return [_time(lambda: emitter.emit(config)) for _ in range(count + 1)][1:]
+    return [timed(lambda: emitter.emit(config)) for _ in range(count + 1)][1:]
 
 
 def _row(seconds: Sequence[float], tokens: int) -> dict[str, float]:
@@ -136,9 +137,9 @@ def _sample(
         for on in (True, False) if repetition % 2 else (False, True):
             decoder.set_lora(lora if on else None)
             for length in prompts:
-                prefill[length, on].append(_time(partial(decoder.prefill, [row[:length] for row in text])))
+                prefill[length, on].append(timed(partial(decoder.prefill, [row[:length] for row in text])))
             for step in range(prompts[-1], options.context):
-                decode[on].append(_time(partial(decoder.decode, [row[step] for row in text])))
+                decode[on].append(timed(partial(decoder.decode, [row[step] for row in text])))
         if repetition == -1:
             for samples in (*prefill.values(), *decode.values()):
                 samples.clear()

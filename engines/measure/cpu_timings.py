@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from coatrt.adapter.adapter import Adapter
 from coatrt.configs.config import QuantConfig
 from coatrt.devices.environment import environment
+from coatrt.engines.measure.bench import timed
 from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder, session
 from coatrt.errors import ConfigError
@@ -100,9 +102,7 @@ def time_product(
             samples: list[float] = []
             started = clock()
             while len(samples) < 4 or (clock() - started < _BUDGET and len(samples) < 200):
-                before = clock()
-                made.run_with_iobinding(binding)
-                samples.append(clock() - before)
+                samples.append(timed(partial(made.run_with_iobinding, binding), clock))
             found.append(Product(K, N, str(fmt.effective(K)), count, statistics.median(samples[1:]) / copies))
         del made, binding
     gc.collect()
@@ -135,20 +135,14 @@ def decode_seconds(decoder: OrtDecoder, clock: Clock = time.perf_counter) -> flo
     io, filled = decoder.io, max(decoder.capacity - _STEPS - 2, 0)
     cache = np.zeros((decoder.batch, io.kv_heads, filled, io.head_dim), io.activations)
     decoder.restore((np.full(decoder.batch, filled, np.int64), [cache] * (2 * io.layers)))
-    samples = []
-    for step in range(_STEPS + 2):
-        before = clock()
-        decoder.decode([5 + step] * decoder.batch)
-        samples.append(clock() - before)
+    steps = range(5, 5 + _STEPS + 2)
+    samples = [timed(partial(decoder.decode, [token] * decoder.batch), clock) for token in steps]
     return statistics.median(samples[2:])
 
 
 def _prefill_seconds(decoder: OrtDecoder, tokens: int, clock: Clock) -> float:
-    prompt, samples = [[1 + i % 100 for i in range(tokens)]], []
-    for _ in range(4):
-        before = clock()
-        decoder.prefill(prompt)
-        samples.append(clock() - before)
+    prefill = partial(decoder.prefill, [[1 + i % 100 for i in range(tokens)]])
+    samples = [timed(prefill, clock) for _ in range(4)]
     return statistics.median(samples[1:])
 
 

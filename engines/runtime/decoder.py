@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from coatrt.configs.lora_contract import DecoderIO, LoraContract
 from coatrt.errors import ConfigError
 
-__all__ = ["CachedDecoder", "Decoder", "LoraTensors", "check_lora", "check_tokens", "pad_right"]
+__all__ = ["CachedDecoder", "Decoder", "LoraTensors", "check_lora"]
 
 LoraTensors = Mapping[str, NDArray[np.float32]]
 
@@ -38,58 +38,64 @@ class Decoder(Protocol):
         """Add one token to each sequence, where not None, and return the logits after it, float32 [B, V]."""
 
 
-def pad_right(prompts: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return prompts as one array int64 [B, S], zeros at the right, and their lengths int64 [B]."""
-    lengths = np.array([len(prompt) for prompt in prompts], np.int64)
-    tokens = np.zeros((len(prompts), int(lengths.max(initial=1))), np.int64)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    return tokens, lengths
-
-
-def check_tokens(prompts: Sequence[Sequence[int]], io: DecoderIO, batch: int, filled: int, capacity: int) -> None:
-    """Refuse what a graph cannot run: another batch, nothing, an unknown token, or more positions than there are.
-
-    Raises:
-        ConfigError: one of these.
-    """
-    if len(prompts) != batch:
-        raise ConfigError(f"{len(prompts)} sequences are given to a decoder of batch {batch}; give as many")
-    if not prompts or not all(len(prompt) for prompt in prompts):
-        raise ConfigError("an empty prompt or batch is given; give at least one token per sequence")
-    longest = filled + max(len(prompt) for prompt in prompts)
-    if longest > capacity:
-        raise ConfigError(
-            f"{longest} positions are needed and the decoder has {capacity}; shorten, or build with --context"
-        )
-    worst = max((max(prompt) for prompt in prompts), default=0)
-    if worst >= io.vocabulary or min(min(prompt) for prompt in prompts) < 0:
-        raise ConfigError(f"token id {worst} is outside the vocabulary of {io.vocabulary}; use the bundle's tokenizer")
-
-
 class CachedDecoder(ABC):
     """A decoder that keeps the positions of its sequences.
 
     Args:
         io: inputs and outputs of the graph.
+        contract: its LoRA inputs; None where it has none.
         batch: sequences at once.
         slots: of the KV cache per sequence.
+        piece: most tokens per sequence in one call; None takes every prompt whole.
     """
 
-    def __init__(self, io: DecoderIO, batch: int, slots: int) -> None:
-        self.io, self.batch = io, batch
-        self._capacity = min(slots, io.max_positions)
+    def __init__(
+        self, io: DecoderIO, contract: LoraContract | None, batch: int, slots: int, piece: int | None = None
+    ) -> None:
+        self.io, self.contract, self.batch = io, contract, batch
+        self.capacity = min(slots, io.max_positions)
+        self._piece, self._dtype = piece, np.dtype(io.activations)
         self._lengths = np.zeros(batch, np.int64)
-
-    @property
-    def capacity(self) -> int:
-        """Most positions of a sequence, prompt included."""
-        return self._capacity
 
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Positions filled so far, int64 [B]."""
         return self._lengths.copy()
+
+    def set_lora(self, tensors: LoraTensors | None) -> None:
+        """Bind the tensors of the contract (float32, cast here); None: zeros.
+
+        Raises:
+            ConfigError: they are not those of the contract.
+        """
+        if tensors is not None:
+            check_lora(self.contract, tensors)
+        for name, shape in self.contract.shapes.items() if self.contract is not None else ():
+            value = np.zeros(shape, self._dtype) if tensors is None else np.asarray(tensors[name]).astype(self._dtype)
+            self._bind(name, value)
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """Start new sequences and return the logits after each prompt, float32 [B, V].
+
+        Raises:
+            ConfigError: another number of prompts than the batch, or prompts the graph cannot run.
+        """
+        self._check(prompts, 0)
+        lengths = np.array([len(prompt) for prompt in prompts], np.int64)
+        tokens = np.zeros((self.batch, lengths.max()), np.int64)  # padded at the right
+        for row, prompt in zip(tokens, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        piece = self._piece or tokens.shape[1]
+        result = np.zeros((self.batch, self.io.vocabulary), np.float32)
+        for start in range(0, tokens.shape[1], piece):
+            part = tokens[:, start : start + piece]
+            last = lengths - 1 - start
+            index = np.clip(last, 0, part.shape[1] - 1)[:, None]
+            logits = self.run(part, np.full(self.batch, start, np.int64), index)
+            ends = (0 <= last) & (last < part.shape[1])
+            result[ends] = logits[ends, 0]
+        self._lengths = lengths
+        return result
 
     def decode(self, tokens: Sequence[int | None]) -> NDArray[np.float32]:
         """Add one token to each sequence, where not None, and return the logits after it, float32 [B, V].
@@ -104,11 +110,32 @@ class CachedDecoder(ABC):
         rests = np.array([token is None for token in tokens], bool)
         fed = [[0 if token is None else token] for token in tokens]
         filled = int(self._lengths[~rests].max(initial=0)) if len(tokens) == self.batch else 0
-        check_tokens(fed, self.io, self.batch, filled, self._capacity)
-        starts = np.minimum(self._lengths, self._capacity - 1)
+        self._check(fed, filled)
+        starts = np.minimum(self._lengths, self.capacity - 1)
         logits = self.run(np.array(fed, np.int64), starts, np.zeros((self.batch, 1), np.int64))
         self._lengths = self._lengths + ~rests
         return logits[:, 0]
+
+    def _check(self, prompts: Sequence[Sequence[int]], filled: int) -> None:
+        """Refuse what the graph cannot run: another batch, nothing, an unknown token, or more positions than it has."""
+        if len(prompts) != self.batch:
+            raise ConfigError(f"{len(prompts)} sequences are given to a decoder of batch {self.batch}; give as many")
+        if not prompts or not all(len(prompt) for prompt in prompts):
+            raise ConfigError("an empty prompt or batch is given; give at least one token per sequence")
+        longest = filled + max(len(prompt) for prompt in prompts)
+        if longest > self.capacity:
+            raise ConfigError(
+                f"{longest} positions are needed and the decoder has {self.capacity}; shorten, or build with --context"
+            )
+        worst = max(max(prompt) for prompt in prompts)
+        if worst >= self.io.vocabulary or min(min(prompt) for prompt in prompts) < 0:
+            raise ConfigError(
+                f"token id {worst} is outside the vocabulary of {self.io.vocabulary}; use the bundle's tokenizer"
+            )
+
+    @abstractmethod
+    def _bind(self, name: str, value: NDArray[Any]) -> None:
+        """Make `value` the input `name` of the graph until another is bound."""
 
     @abstractmethod
     def run(

@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 
 from coatrt.configs.lora_contract import DecoderIO, LoraContract
 from coatrt.devices.environment import usable_cores
-from coatrt.engines.runtime.decoder import CachedDecoder, LoraTensors, check_lora, check_tokens, pad_right
+from coatrt.engines.runtime.decoder import CachedDecoder
 from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.errors import BuildError, ConfigError
 
@@ -77,9 +76,7 @@ class OrtDecoder(CachedDecoder):
         options: RuntimeOptions = RuntimeOptions(),
     ) -> None:
         slots = io.cache_length or min(options.context, io.max_positions)
-        super().__init__(io, options.batch, slots)
-        self.contract = contract
-        self._dtype = np.dtype(io.activations)
+        super().__init__(io, contract, options.batch, slots)
         self._session = session(graph, options.threads, options.accuracy_level)
         self._binding = self._session.io_binding()
         shape = (options.batch, io.kv_heads, slots, io.head_dim)
@@ -90,18 +87,9 @@ class OrtDecoder(CachedDecoder):
         self._lora: dict[str, Any] = {}
         self.set_lora(None)
 
-    def set_lora(self, tensors: LoraTensors | None) -> None:
-        """Bind the tensors of the contract (float32, cast here); None: zeros.
-
-        Raises:
-            ConfigError: they are not those of the contract.
-        """
-        if tensors is not None:
-            check_lora(self.contract, tensors)
-        for name, shape in self.contract.shapes.items() if self.contract is not None else ():
-            value = np.zeros(shape, self._dtype) if tensors is None else np.asarray(tensors[name]).astype(self._dtype)
-            self._lora[name] = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value))
-            self._binding.bind_ortvalue_input(name, self._lora[name])
+    def _bind(self, name: str, value: NDArray[Any]) -> None:
+        self._lora[name] = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value))
+        self._binding.bind_ortvalue_input(name, self._lora[name])
 
     def state(self) -> tuple[NDArray[np.int64], list[NDArray[Any]]]:
         """Return lengths and the filled part of every cache, copied."""
@@ -119,9 +107,9 @@ class OrtDecoder(CachedDecoder):
         shape = (self.batch, self.io.kv_heads, filled, self.io.head_dim)
         if len(caches) != len(self._caches) or any(cache.shape != shape for cache in caches):
             raise ConfigError("the sequences belong to another model or batch; start them anew")
-        if filled > self._capacity:
+        if filled > self.capacity:
             raise ConfigError(
-                f"the sequences have {filled} positions and the decoder has {self._capacity}; load it with more context"
+                f"the sequences have {filled} positions and the decoder has {self.capacity}; load it with more context"
             )
         for own, cache in zip(self._caches, caches, strict=True):
             whole = own.numpy().copy()
@@ -129,24 +117,10 @@ class OrtDecoder(CachedDecoder):
             own.update_inplace(np.ascontiguousarray(whole))
         self._lengths = lengths.copy()
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-        """Start new sequences and return the logits after each prompt, float32 [B, V].
-
-        Raises:
-            ConfigError: another number of prompts than the batch, or prompts the graph cannot run.
-        """
-        check_tokens(prompts, self.io, self.batch, 0, self._capacity)
-        tokens, lengths = pad_right(prompts)
-        logits = self.run(tokens, np.zeros(self.batch, np.int64), lengths[:, None] - 1)
-        self._lengths = lengths
-        return logits[:, 0]
-
     def run(
         self, tokens: NDArray[np.int64], starts: NDArray[np.int64], index: NDArray[np.int64]
     ) -> NDArray[np.float32]:
         """Run the graph once: tokens [B, S] from positions `starts` [B]; return logits [B, T, V] at `index` [B, T].
-
-        Positions filled are not counted: `prefill` and `decode` do.
 
         Raises:
             ConfigError: several tokens at once behind others, of more than one sequence: ONNX Runtime's attention does

@@ -147,11 +147,10 @@ class SwitchingDecoder:
         """Have the current decoder again after a switch to another failed: loaded anew where it was freed."""
         if self.current in self._decoders:
             self._decoders.move_to_end(self.current)
-        if self.current in self._decoders or not self.current:
-            return
-        self._decoders.pop(failed, None)
-        self._load(self.current)
-        self._bind(self.current, self._lora, state)
+        elif self.current:
+            self._decoders.pop(failed, None)
+            self._load(self.current)
+            self._bind(self.current, self._lora, state)
 
     @property
     def decoder(self) -> Decoder:

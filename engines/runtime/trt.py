@@ -5,23 +5,19 @@ and present alike, so TensorRT writes them in place; with fixed addresses a deco
 """
 
 import importlib
-from collections.abc import Sequence
 from typing import Any
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401 - with it numpy knows "bfloat16"
 import numpy as np
 from numpy.typing import NDArray
 
 from coatrt.bundle import Bundle
 from coatrt.configs.lora_contract import DecoderIO, LoraContract
 from coatrt.devices.probe import probe
-from coatrt.engines.runtime.decoder import CachedDecoder, LoraTensors, check_lora, check_tokens, pad_right
+from coatrt.engines.runtime.decoder import CachedDecoder
 from coatrt.errors import BuildError
 
 __all__ = ["TrtDecoder"]
-
-_MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
-_NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
 class TrtDecoder(CachedDecoder):
@@ -43,9 +39,7 @@ class TrtDecoder(CachedDecoder):
         from polygraphy import cuda
 
         assert io.cache_length is not None, "the engine form has fixed caches"
-        super().__init__(io, batch, io.cache_length)
-        self.contract, self._prefill = contract, prefill
-        self._dtype = _NUMPY[io.activations]
+        super().__init__(io, contract, batch, io.cache_length, prefill)
         self._stream = cuda.Stream()
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
         self._engine = self._runtime.deserialize_cuda_engine(plan)
@@ -54,17 +48,19 @@ class TrtDecoder(CachedDecoder):
                 "the engine does not load: another TensorRT version or another GPU; build the bundle again"
             )
         self._context = self._engine.create_execution_context()
-        itemsize = np.dtype(self._dtype).itemsize
+        itemsize = self._dtype.itemsize
         self._buffers: dict[str, Any] = {}
 
         def reserve(name: str, nbytes: int) -> None:
             self._buffers[name] = cuda.DeviceArray(shape=(nbytes,), dtype=np.uint8)
             self._context.set_tensor_address(name, self._buffers[name].ptr)
 
+        empty = np.zeros((batch, io.kv_heads, io.cache_length, io.head_dim), self._dtype)
         for past, present in zip(io.past_names, io.present_names, strict=True):
-            reserve(past, batch * io.kv_heads * io.cache_length * io.head_dim * itemsize)
+            reserve(past, empty.nbytes)
             self._context.set_tensor_address(present, self._buffers[past].ptr)
-            self._context.set_input_shape(past, (batch, io.kv_heads, io.cache_length, io.head_dim))
+            self._context.set_input_shape(past, empty.shape)
+            self._bind(past, empty)
         for name, (rows, columns) in contract.shapes.items():
             reserve(name, rows * columns * itemsize)
         for name in ("input_ids", "position_ids"):
@@ -72,8 +68,6 @@ class TrtDecoder(CachedDecoder):
         for name in ("write_index", "logits_index"):
             reserve(name, batch * 8)
         reserve("logits", batch * io.vocabulary * itemsize)
-        for cache in io.past_names:
-            self._write(cache, np.zeros((batch, io.kv_heads, io.cache_length, io.head_dim), self._dtype))
         self.set_lora(None)
 
     @classmethod
@@ -93,7 +87,7 @@ class TrtDecoder(CachedDecoder):
             raise BuildError(f"the bundle has engines for {have}, this GPU is SM{gpus[0].sm}; build one for it")
         facts = fits[0]
         try:
-            trt = importlib.import_module(_MODULES[facts["builder"]])
+            trt = importlib.import_module(facts["builder"].replace("-", "_"))
         except ImportError as error:
             raise BuildError(
                 f"the engine needs {facts['builder']} ({error}); install it, or use --backend ort"
@@ -111,49 +105,17 @@ class TrtDecoder(CachedDecoder):
         plan = bundle.path(facts["file"]).read_bytes()
         return cls(trt, plan, io, bundle.contract, batch, facts["shapes"]["prefill"])
 
-    def set_lora(self, tensors: LoraTensors | None) -> None:
-        """Copy the tensors of the contract into their buffers, cast to the activations; None: zeros.
-
-        Raises:
-            ConfigError: they are not those of the contract.
-        """
-        if tensors is not None:
-            check_lora(self.contract, tensors)
-        for name, shape in self.contract.shapes.items():
-            self._write(name, np.zeros(shape, self._dtype) if tensors is None else tensors[name].astype(self._dtype))
-
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-        """Start new sequences and return the logits after each prompt, float32 [B, V]; long prompts go in pieces.
-
-        Raises:
-            ConfigError: another number of prompts than the batch, or prompts the engine cannot run.
-        """
-        check_tokens(prompts, self.io, self.batch, 0, self._capacity)
-        tokens, lengths = pad_right(prompts)
-        result = np.zeros((self.batch, self.io.vocabulary), np.float32)
-        for start in range(0, tokens.shape[1], self._prefill):
-            piece = tokens[:, start : start + self._prefill]
-            last = lengths - 1 - start
-            index = np.clip(last, 0, piece.shape[1] - 1)[:, None]
-            logits = self.run(piece, np.full(self.batch, start), index)
-            ends = (0 <= last) & (last < piece.shape[1])
-            result[ends] = logits[ends, 0]
-        self._lengths = lengths
-        return result
-
     def run(
         self, tokens: NDArray[np.int64], starts: NDArray[np.int64], index: NDArray[np.int64]
     ) -> NDArray[np.float32]:
         """Run the engine once: tokens [B, S] from positions `starts` [B]; return logits [B, 1, V] at `index` [B, 1].
-
-        Positions filled are not counted: `prefill` and `decode` do.
 
         Raises:
             BuildError: the engine fails.
         """
         for name, value in self._inputs(tokens, starts, index).items():
             self._context.set_input_shape(name, value.shape)
-            self._write(name, value.astype(np.int64))
+            self._bind(name, value.astype(np.int64))
         if not self._context.execute_async_v3(self._stream.ptr):
             raise BuildError("the engine failed to run; look at the TensorRT messages above")
         logits = np.empty((self.batch, self.io.vocabulary), self._dtype)
@@ -161,7 +123,7 @@ class TrtDecoder(CachedDecoder):
         self._stream.synchronize()
         return logits.astype(np.float32)[:, None]
 
-    def _write(self, name: str, value: NDArray[Any]) -> None:
+    def _bind(self, name: str, value: NDArray[Any]) -> None:
         data = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
         self._buffers[name].copy_from(data, self._stream)
         self._stream.synchronize()  # the host array may go away

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from coatrt.export.graph import GraphBuilder
-from coatrt.export.weights import floats, fp8, integer, normal_float, nvfp4
+from coatrt.export.weights import codes, floats, normal_float
 from coatrt.export.weights.base import Storage
 from coatrt.quantization.codec import QuantizedMatrix
 
@@ -15,10 +15,10 @@ __all__ = ["STORAGES", "Table", "write_matrix", "write_table"]
 STORAGES: Mapping[str, Storage] = {
     "fp16": floats,
     "bf16": floats,
-    "int8": integer,
-    "int4": integer,
-    "fp8": fp8,
-    "nvfp4": nvfp4,
+    "int8": codes,
+    "int4": codes,
+    "fp8": codes,
+    "nvfp4": codes,
     "nf2": normal_float,
     "nf3": normal_float,
     "nf4": normal_float,
@@ -27,13 +27,7 @@ STORAGES: Mapping[str, Storage] = {
 
 
 def write_matrix(graph: GraphBuilder, name: str, matrix: QuantizedMatrix) -> ir.Value:
-    """Store a matrix and return its weight [K, N] in the activations' dtype, named `{name}.weight`.
-
-    Args:
-        graph: the graph.
-        name: name of the matrix.
-        matrix: the encoded matrix.
-    """
+    """Store a matrix and return its weight [K, N] in the activations' dtype, named `{name}.weight`."""
     return STORAGES[matrix.format.kind].weight(graph, f"{name}.weight", matrix)
 
 
@@ -51,18 +45,11 @@ class Table:
 
 
 def write_table(graph: GraphBuilder, name: str, matrix: QuantizedMatrix, head: bool) -> Table:
-    """Store an embedding table once and return it, with the transpose [H, V] for a tied head where `head` is true.
-
-    Args:
-        graph: the graph.
-        name: name of the matrix.
-        matrix: the encoded table, N = V rows of K = H values.
-        head: whether a tied head reads the table.
-    """
+    """Store an embedding table [N = V, K = H] once and return it, where `head` is true with a tied head's weight."""
     storage, name = STORAGES[matrix.format.kind], f"{name}.weight"
     rows = storage.rows(graph, name, matrix)
     weight = None
-    if head and storage is integer and not graph.is_engine:  # codes of its own, which ONNX Runtime fuses
+    if head and matrix.format.kind in codes.INTEGERS and not graph.is_engine:  # its own codes, which ONNX Runtime fuses
         weight = storage.weight(graph, f"{name}.head", matrix)
     elif head:
         weight = graph.op("Transpose", [rows(None, f"{name}.table")], f"{name}.head", perm=[1, 0])

@@ -1,6 +1,6 @@
 """What every weight storage offers, and the pieces they share: scales, byte tables, nibbles."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -14,9 +14,8 @@ from coatrt.quantization.codec import QuantizedMatrix
 __all__ = [
     "Rows",
     "Storage",
-    "block_dequantized",
     "byte_lookup",
-    "byte_rows",
+    "cut",
     "gather_rows",
     "nibbles",
     "scaled",
@@ -59,34 +58,9 @@ def gather_rows(graph: GraphBuilder, table: ir.Value, ids: ir.Value | None, name
     return table if ids is None else graph.op("Gather", [table, ids], name, axis=0)
 
 
-def block_dequantized(
-    graph: GraphBuilder, codes: ir.Value, scales: ir.Value, matrix: QuantizedMatrix, axis: int, name: str
-) -> ir.Value:
-    """Return codes × scales by DequantizeLinear, K long along `axis`.
-
-    TensorRT takes the block size from the two shapes, so its codes are padded to whole blocks: with K = 100 and two
-    scales it would use blocks of 50. ONNX Runtime takes a short last block and fuses only without the slice.
-
-    Args:
-        graph: the graph.
-        codes: [K or Kp, N] or, for tables, [N, K or Kp].
-        scales: the same with blocks in place of K.
-        matrix: gives block and K.
-        axis: where K lies.
-        name: name of the weight.
-    """
-    assert codes.shape is not None
-    padded = codes.shape[axis] != matrix.K
-    values = graph.op(
-        "DequantizeLinear",
-        [codes, scales],
-        f"{name}.padded" if padded else name,
-        axis=axis,
-        block_size=matrix.format.block,
-    )
-    if not padded:
-        return values
-    return graph.op("Slice", [values, graph.ints(0), graph.ints(matrix.K), graph.ints(axis)], name)
+def cut(graph: GraphBuilder, value: ir.Value, matrix: QuantizedMatrix, axis: int, name: str) -> ir.Value:
+    """Return `value` without what pads K to whole blocks along `axis`."""
+    return graph.op("Slice", [value, graph.ints(0), graph.ints(matrix.K), graph.ints(axis)], name)
 
 
 def byte_lookup(graph: GraphBuilder, stored: ir.Value, values: NDArray[np.float32], name: str) -> ir.Value:
@@ -119,11 +93,7 @@ def scaled(graph: GraphBuilder, levels: ir.Value, scales: ir.Value, matrix: Quan
     blocks = width // (matrix.format.block or width)
     levels = graph.op("Reshape", [levels, graph.ints(blocks, width // blocks, N)], f"{name}.blocks")
     scales = graph.op("Reshape", [scales, graph.ints(blocks, 1, N)], f"{name}.block_scales")
-    product = graph.rounded("Mul", levels, scales, f"{name}.product")
-    if width == matrix.K:
-        return graph.op("Reshape", [product, graph.ints(width, N)], name)
-    padded = graph.op("Reshape", [product, graph.ints(width, N)], f"{name}.padded")
-    return graph.op("Slice", [padded, graph.ints(0), graph.ints(matrix.K), graph.ints(0)], name)
+    return _multiplied(graph, levels, scales, matrix, (width, N), 0, name)
 
 
 def scaled_rows(
@@ -153,34 +123,20 @@ def scaled_rows(
     levels = graph.op("Reshape", [levels, graph.ints(*lead, blocks, width // blocks)], f"{name}.blocks")
     scales = gather_rows(graph, scales, ids, f"{name}.row_scales")
     scales = graph.op("Unsqueeze", [scales, graph.ints(-1)], f"{name}.block_scales")
-    product = graph.rounded("Mul", levels, scales, f"{name}.product")
-    if width == matrix.K:
-        return graph.op("Reshape", [product, graph.ints(*lead, width)], name)
-    padded = graph.op("Reshape", [product, graph.ints(*lead, width)], f"{name}.padded")
-    return graph.op("Slice", [padded, graph.ints(0), graph.ints(matrix.K), graph.ints(-1)], name)
+    return _multiplied(graph, levels, scales, matrix, (*lead, width), -1, name)
 
 
-def byte_rows(
+def _multiplied(
     graph: GraphBuilder,
-    stored: ir.Value,
-    values: NDArray[np.float32],
+    levels: ir.Value,
     scales: ir.Value,
     matrix: QuantizedMatrix,
-    row_codes: str,
-) -> Rows:
-    """Return what reads a table of bytes, cpu form.
-
-    Args:
-        graph: graph in the cpu form.
-        stored: uint8 [V, …].
-        values: [256, n], see `byte_lookup`.
-        scales: [V, blocks], or [V, 1] per channel.
-        matrix: gives the shape.
-        row_codes: name of the bytes of the rows that are read.
-    """
-
-    def read(ids: ir.Value | None, label: str) -> ir.Value:
-        taken = gather_rows(graph, stored, ids, row_codes)
-        return scaled_rows(graph, byte_lookup(graph, taken, values, label), scales, matrix, ids, label)
-
-    return read
+    shape: Sequence[int],
+    axis: int,
+    name: str,
+) -> ir.Value:
+    """Return levels × scales, given in blocks, in a `shape` of whole blocks, and then cut to K along `axis`."""
+    product = graph.rounded("Mul", levels, scales, f"{name}.product")
+    if matrix.format.padded(matrix.K) == matrix.K:
+        return graph.op("Reshape", [product, graph.ints(*shape)], name)
+    return cut(graph, graph.op("Reshape", [product, graph.ints(*shape)], f"{name}.padded"), matrix, axis, name)
