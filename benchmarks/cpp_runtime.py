@@ -27,8 +27,9 @@ from coatrt.engines.bundles.execute import execute
 from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.bundles.prepare import prepare
 from coatrt.engines.bundles.targets import Target
-from coatrt.engines.runtime.emitter import Emitter, load_lora
+from coatrt.engines.runtime.emitter import Emitter
 from coatrt.engines.runtime.load import load_decoder
+from coatrt.engines.runtime.lora_file import load_lora
 from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
 

@@ -149,7 +149,7 @@ def engine_bytes(
 _PEAK = """
 import json, sys
 from coatrt.bundle import Bundle
-from coatrt.engines.runtime.emitter import load_lora
+from coatrt.engines.runtime.lora_file import load_lora
 from coatrt.engines.runtime.load import load_decoder
 from coatrt.engines.runtime.options import RuntimeOptions
 bundle = Bundle.open(sys.argv[1])

@@ -24,11 +24,11 @@ from .engines.bundles.targets import Target as Target
 from .engines.bundles.verify import verify as verify
 from .engines.measure.bench import bench as bench
 from .engines.measure.cpu_timings import time_cpu as time_cpu
-from .engines.runtime.emitter import load_lora as load_lora
 from .engines.runtime.generate import Sampling as Sampling
 from .engines.runtime.generate import encode_prompt as encode_prompt
 from .engines.runtime.generate import generate as generate
 from .engines.runtime.load import load_decoder as load_decoder
+from .engines.runtime.lora_file import load_lora as load_lora
 from .engines.runtime.options import RuntimeOptions as RuntimeOptions
 from .engines.runtime.switch import SwitchingDecoder as SwitchingDecoder
 from .errors import CoatError as CoatError

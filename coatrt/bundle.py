@@ -1,25 +1,34 @@
 """Bundles: a directory a service can load, with one manifest that names and hashes every file.
 
-Nothing is parsed before its hash is checked: `Bundle.path` hashes a file the first time it is asked for.
+Nothing is parsed before its hash is checked: `Bundle.path` hashes a file the first time it is asked for. The manifest
+has a seal of its own against accident, and may have a detached signature beside it, which is against an enemy.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, NotRequired, TypedDict
+from posixpath import normpath
+from typing import Any, Literal, NotRequired, TypedDict, get_args
 
 from coatrt import __version__
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import DecoderIO, LoraContract
-from coatrt.errors import BundleError
+from coatrt.errors import BundleError, ConfigError
 from coatrt.models.matrices import ModelMatrices
-from coatrt.system.files import sha256_file
+from coatrt.system.files import sha256_file, write_text
 from coatrt.system.json_data import convert, read_as, write_json
+from coatrt.system.notices import warn_once
+from coatrt.system.onnx_files import external_locations
+from coatrt.system.signature import check_signature, sign
 
-__all__ = ["BUNDLE_FORMAT", "MANIFEST", "Bundle", "seal"]
+__all__ = ["BUNDLE_FORMAT", "MANIFEST", "SIGNATURE", "Bundle", "SignaturePolicy", "seal", "sign_manifest"]
 
-BUNDLE_FORMAT = 1
+BUNDLE_FORMAT = 2
 MANIFEST = "manifest.json"
+SIGNATURE = "model.sig"
+SignaturePolicy = Literal["off", "warn", "require"]
+"""What becomes of a bundle that a key has not signed: it is not looked at, said in one line, or refused."""
+
 _AGAIN = "build the bundle again"
 
 
@@ -85,11 +94,25 @@ def seal(directory: Path, facts: Mapping[str, Any]) -> None:
         facts: the manifest's other keys, see `Bundle`.
     """
     files = {
-        str(PurePosixPath(path.relative_to(directory))): {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+        path.relative_to(directory).as_posix(): {"sha256": sha256_file(path), "bytes": path.stat().st_size}
         for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        if path.is_file() and path not in (directory / MANIFEST, directory / SIGNATURE)
     }
-    write_json(directory / MANIFEST, {"format": BUNDLE_FORMAT, "coatrt": __version__, **facts, "files": files})
+    manifest = {"format": BUNDLE_FORMAT, "coatrt": __version__, **facts, "files": files}
+    write_json(directory / MANIFEST, manifest, sealed=True)
+
+
+def sign_manifest(directory: Path, key: str | Path) -> None:
+    """Write the signature of a manifest, which names the hash of every other file, beside it.
+
+    Args:
+        directory: of the bundle.
+        key: PEM file of the private key, see `coatrt.system.signature`.
+
+    Raises:
+        ConfigError: the key does not serve.
+    """
+    write_text(directory / SIGNATURE, sign((directory / MANIFEST).read_bytes(), MANIFEST, key))
 
 
 @dataclass(frozen=True)
@@ -99,24 +122,58 @@ class Bundle:
     Args:
         directory: where it is.
         manifest: the content of manifest.json, its structure checked.
+        signed: whether the key given has signed it; None where none was asked for.
     """
 
     directory: Path
     manifest: Manifest
+    signed: bool | None = None
     _checked: set[str] = field(default_factory=set, repr=False, compare=False)
 
     @classmethod
-    def open(cls, directory: str | Path) -> "Bundle":
+    def open(
+        cls, directory: str | Path, *, key: str | Path | bytes | None = None, policy: SignaturePolicy | None = None
+    ) -> "Bundle":
         """Read and check the manifest; the files themselves are checked when they are used.
 
+        Args:
+            directory: where it is.
+            key: PEM file (or its content) of the public key whose owner is trusted.
+            policy: what becomes of a bundle without a signature by this key; by default "require" with a key, "off"
+                without.
+
         Raises:
-            BundleError: no bundle, another bundle format, a file missing or of another size, or a path that leaves it.
+            BundleError: no bundle, altered, not signed, another bundle format, a file missing or of another size, or a
+                path that leaves it.
+            ConfigError: no such policy, a policy without a key, or the key does not serve.
         """
         directory = Path(directory)
+        policy = policy or ("off" if key is None else "require")
+        if policy not in get_args(SignaturePolicy):
+            raise ConfigError(f"signature must be one of {', '.join(get_args(SignaturePolicy))}, got {policy!r}")
+        if key is None and policy != "off":
+            raise ConfigError(f"signature {policy} needs the public key it is checked with; give one (--key)")
+        told: list[str] = []  # why it is not signed
+
+        def check(manifest: bytes) -> None:
+            if key is None or policy == "off":
+                return
+            path = directory / SIGNATURE
+            found = check_signature(manifest, MANIFEST, path.read_bytes(), key) if path.is_file() else "there is none"
+            told.append(found)
+            by = "the key given" if isinstance(key, bytes) else key
+            line = f"{directory} has no signature by {by} ({found}); fetch the bundle again from who signs it"
+            if found and policy == "require":
+                raise BundleError(line)
+            if found:
+                warn_once(line)
+
         if not (directory / MANIFEST).is_file():
             raise BundleError(f"{directory} is no bundle: it has no {MANIFEST}; make one with coatrt build")
         where = f"bundle manifest {directory / MANIFEST}"
-        manifest = read_as(directory / MANIFEST, object, "bundle manifest", _AGAIN, BundleError)
+        manifest = read_as(
+            directory / MANIFEST, object, "bundle manifest", _AGAIN, BundleError, sealed=True, check=check
+        )
         if not isinstance(manifest, dict) or manifest.get("format") != BUNDLE_FORMAT:
             given = manifest.get("format") if isinstance(manifest, dict) else None
             raise BundleError(
@@ -142,7 +199,18 @@ class Bundle:
                 raise BundleError(
                     f"{name} has {path.stat().st_size} bytes, the manifest says {facts['bytes']}; copy the bundle again"
                 )
-        return cls(directory, convert(manifest, Manifest, where, _AGAIN, BundleError))
+        signed = not told[0] if told else None
+        return cls(directory, convert(manifest, Manifest, where, _AGAIN, BundleError), signed)
+
+    def sign(self, key: str | Path) -> None:
+        """Sign the bundle with a private key (PEM file) after the hash of every file was checked.
+
+        Raises:
+            BundleError: a file was altered, or is one the manifest does not name.
+            ConfigError: the key does not serve.
+        """
+        self.check_all()
+        sign_manifest(self.directory, key)
 
     def path(self, name: str) -> Path:
         """Return the path of a file of the bundle after its hash was checked (once per opened bundle).
@@ -191,7 +259,7 @@ class Bundle:
 
     def _refuse_strays(self, paths: Iterable[Path]) -> None:
         """Refuse links, which may lead to files that no hash guards, and what the manifest does not name."""
-        named = {*self.manifest["files"], MANIFEST}
+        named = {*self.manifest["files"], MANIFEST, SIGNATURE}
         names = {path.relative_to(self.directory).as_posix(): path for path in paths}
         links = sorted(name for name, path in names.items() if path.is_symlink())
         if links:
@@ -210,8 +278,32 @@ class Bundle:
         if form not in decoders:
             raise BundleError(f"{self.directory} has no {form} graph, only {', '.join(decoders)}; build it again")
         facts = decoders[form]
+        graph = self.graph(facts["file"], facts["weights"])
         self.path(facts["weights"])
-        return self.path(facts["file"]), facts["io"]
+        return graph, facts["io"]
+
+    def graph(self, name: str, weights: str = "") -> Path:
+        """Return the path of an ONNX file after its hash was checked, and that it reads no file but `weights`.
+
+        Args:
+            name: of the file.
+            weights: the file its external data may lie in, whose hash the caller checks; none by default.
+
+        Raises:
+            BundleError: see `path`; or it reads another file, whose content nothing guards.
+        """
+        path, mark = self.path(name), f"{name} reads {weights}"
+        if mark not in self._checked:
+            if path.suffix != ".onnx":  # ONNX Runtime takes another kind of file by its ending
+                raise BundleError(f"{path} is no ONNX graph by its name; build the bundle again")
+            for location in sorted(external_locations(path)):
+                if normpath(PurePosixPath(name).parent / location) != weights:
+                    raise BundleError(
+                        f"{path} reads weights from {location!r}, the manifest gives it {weights or 'none'}; "
+                        "do not use this bundle"
+                    )
+            self._checked.add(mark)
+        return path
 
     @property
     def model_matrices(self) -> ModelMatrices:

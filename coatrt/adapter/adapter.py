@@ -31,9 +31,17 @@ from coatrt.system.resources import compute_device
 
 __all__ = ["Adapter", "Evaluator"]
 
-_FILES = ("adapter.safetensors", "sensitivity.json", "metrics.json")
 _CALIBRATION = "calibration.safetensors"
-_OWN = ("adapter.json", *_FILES, _CALIBRATION, "peft", "training", "archive.json")
+_OWN = (
+    "adapter.json",
+    "adapter.safetensors",
+    "sensitivity.json",
+    "metrics.json",
+    _CALIBRATION,
+    "peft",
+    "training",
+    "archive.json",
+)
 
 
 @dataclass(frozen=True)
@@ -111,8 +119,8 @@ class Adapter:
             write_json(temporary / "metrics.json", description.metrics)
             if self.calibration is not None:
                 self.calibration.save(temporary / _CALIBRATION)
-            files = _FILES if self.calibration is None else (*_FILES, _CALIBRATION)
             write_peft(temporary / "peft", self.lora.shared(), description.contract, description.source)
+            files = sorted(path for path in temporary.rglob("*") if path.is_file())
             write_json(
                 temporary / "adapter.json",
                 AdapterFile(
@@ -121,8 +129,9 @@ class Adapter:
                     description.own,
                     self.lora.preset,
                     self.lora.compensated,
-                    {name: sha256_file(temporary / name) for name in files},
+                    {path.relative_to(temporary).as_posix(): sha256_file(path) for path in files},
                 ),
+                sealed=True,
             )
 
     @classmethod
@@ -135,7 +144,7 @@ class Adapter:
         directory = Path(directory)
         description, file = AdapterDescription.load(directory), AdapterFile.load(directory)
         calibrated = _CALIBRATION in file.sha256
-        with adapter_reading(directory, file.sha256, ["adapter.safetensors", *([_CALIBRATION] if calibrated else [])]):
+        with adapter_reading(directory, file.sha256, {"adapter.safetensors", *file.sha256}):
             lora = CoaLora(
                 description.contract,
                 ConfigEncoder(description.model, description.formats, description.sensitivity.errors),

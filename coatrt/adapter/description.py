@@ -22,11 +22,11 @@ from coatrt.system.json_data import convert, read_as
 
 __all__ = ["ADAPTER_FORMAT", "AdapterDescription", "AdapterFile", "adapter_hash", "adapter_reading"]
 
-ADAPTER_FORMAT = 5
+ADAPTER_FORMAT = 6
 
 
 def adapter_hash(directory: str | Path) -> str:
-    """Return 16 digits that stand for every file of an adapter: adapter.json holds their hashes."""
+    """Return 16 digits that stand for every file of an adapter: adapter.json holds their hashes and its own."""
     return sha256_file(Path(directory) / "adapter.json")[:16]
 
 
@@ -61,7 +61,8 @@ class AdapterFile:
         if not path.is_file():
             what = "exists but has no adapter.json" if directory.is_dir() else "does not exist"
             raise CheckpointError(f"adapter {directory} {what}; give the directory that coatrt train wrote")
-        return read_as(path, cls, "adapter", "train it again", CheckpointError, version=ADAPTER_FORMAT)
+        again = "copy it again, or train it again"
+        return read_as(path, cls, "adapter", again, CheckpointError, version=ADAPTER_FORMAT, sealed=True)
 
 
 @contextmanager

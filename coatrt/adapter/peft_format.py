@@ -14,7 +14,11 @@ __all__ = ["write_peft"]
 
 
 def write_peft(
-    directory: str | Path, pairs: Mapping[str, tuple[Tensor, Tensor]], contract: LoraContract, base_model: str
+    directory: str | Path,
+    pairs: Mapping[str, tuple[Tensor, Tensor]],
+    contract: LoraContract,
+    base_model: str,
+    configuration: str = "",
 ) -> None:
     """Write adapter_config.json and adapter_model.safetensors, the directory atomically.
 
@@ -23,6 +27,7 @@ def write_peft(
         pairs: matrix name → (A [K, r], B [r, N]), alpha/rank not folded into B: PEFT applies it.
         contract: rank, alpha and names.
         base_model: name or path of the base model, kept as information.
+        configuration: hash of the configuration they are for, kept in the metadata; empty for all.
     """
     tensors = {}
     for tensor in contract.tensors:
@@ -30,7 +35,8 @@ def write_peft(
         tensors[f"base_model.model.{tensor.matrix}.lora_A.weight"] = a.float().T.contiguous().cpu()
         tensors[f"base_model.model.{tensor.matrix}.lora_B.weight"] = b.float().T.contiguous().cpu()
     with atomic_directory(directory, ("adapter_config.json", "adapter_model.safetensors")) as temporary:
-        save_file(tensors, str(temporary / "adapter_model.safetensors"), metadata={"format": "pt"})
+        metadata = {"format": "pt"} | ({"configuration": configuration} if configuration else {})
+        save_file(tensors, str(temporary / "adapter_model.safetensors"), metadata=metadata)
         write_json(
             temporary / "adapter_config.json",
             {

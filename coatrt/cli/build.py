@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from coatrt.cli.common import BYTES, MODEL, PATH, TARGETS
+from coatrt.cli.common import BYTES, MODEL, PATH, SIGN, TARGETS
 from coatrt.cli.plan import plan_options, plan_request, plans_text
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ _SIZES = ("context", "batch", "prefill")
 @click.option("--build-memory", type=BYTES, help="Memory for all builders; default: 70 % of what is free.")
 @click.option("--no-cache", is_flag=True, help="Build engines that an earlier build has left in the cache, too.")
 @click.option("--dry-run", is_flag=True, help="Only show the plans, and what would be built.")
+@SIGN
 @click.option("--overwrite", is_flag=True, help="Replace bundles that are there and not up to date.")
 def command(
     adapter: Path,
@@ -53,6 +54,7 @@ def command(
     no_engine: bool,
     jobs: int | None,
     build_memory: int | None,
+    sign: Path | None,
     dry_run: bool,
     **choices: Any,
 ) -> None:
@@ -78,7 +80,7 @@ def command(
     targets = plan_targets(description, profiles, output, request, choice=choice, archive=adapter_archive(adapter))
     if choice is None:
         click.echo(plans_text([target.plan for target in targets if target.plan is not None]) + "\n")
-    preparation = prepare(description, targets, options, overwrite=choices["overwrite"] or dry_run)
+    preparation = prepare(description, targets, options, overwrite=choices["overwrite"] or dry_run, sign=sign)
     if dry_run or not preparation.jobs:  # neither torch nor the model is needed to say so
         for target in targets:
             click.echo(f"{target.output}: {'up to date' if target.output in preparation.current else 'to build'}")

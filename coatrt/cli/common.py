@@ -16,8 +16,10 @@ __all__ = [
     "DATA",
     "DEVICE",
     "JSON",
+    "KEY",
     "MODEL",
     "PATH",
+    "SIGN",
     "TARGETS",
     "check_writable",
     "echo_json",
@@ -61,6 +63,9 @@ TARGETS = click.option(
 )
 DEVICE = click.option("--device", default="cpu", show_default=True, help="torch device, such as cpu or cuda.")
 """Where train and search compute."""
+
+SIGN = click.option("--sign", type=PATH, help="Sign with this private key, a PEM file (P-256).")
+KEY = click.option("--key", type=PATH, help="Public key, a PEM file, that must have signed the bundle.")
 
 
 _DEFAULT = RuntimeOptions()

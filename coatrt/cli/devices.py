@@ -53,7 +53,7 @@ def calibrate(adapter: Path, model: str | None, as_json: bool, **runtime: Any) -
     with drawn_progress("calibrate") as progress:
         made = time_cpu(loaded, loaded.checkpoint(model), RuntimeOptions(**runtime), progress=progress)
     path = timings_path("cpu")
-    write_json(path, made)
+    write_json(path, made, sealed=True)
     if as_json:
         echo_json(made)
         return

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from coatrt.cli.common import MODEL, PATH
+from coatrt.cli.common import MODEL, PATH, SIGN
 
 __all__ = ["command"]
 
@@ -17,6 +17,7 @@ __all__ = ["command"]
 @click.option("--activations", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True)
 @click.option("--cpu-activations", type=click.Choice(["float32", "float16"]), default="float32", show_default=True)
 @click.option("--context", type=int, default=2048, show_default=True, help="Slots of the KV cache per sequence.")
+@SIGN
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
 def command(
     adapter: Path,
@@ -26,6 +27,7 @@ def command(
     activations: str,
     cpu_activations: str,
     context: int,
+    sign: Path | None,
     overwrite: bool,
 ) -> None:
     """Write the ONNX graphs, hypernetwork and LoRA of one configuration of ADAPTER: a bundle without an engine."""
@@ -43,7 +45,7 @@ def command(
     config, _ = read_choice(config_path, description.model)
     options = BundleOptions(activations, cpu_activations, context, engine=False)
     target = Target(device_profile("cpu"), config, output)
-    preparation = prepare(description, [target], options, overwrite=overwrite)
+    preparation = prepare(description, [target], options, overwrite=overwrite, sign=sign)
     loaded = Adapter.from_pretrained(adapter)
     with drawn_progress("export") as progress:
         (result,) = execute(preparation, loaded, loaded.checkpoint(model), progress=progress)

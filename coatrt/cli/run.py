@@ -1,11 +1,14 @@
 """`coatrt run`."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from coatrt.cli.common import PATH, runtime_options
+from coatrt.cli.common import KEY, PATH, runtime_options
+
+if TYPE_CHECKING:
+    from coatrt.bundle import SignaturePolicy
 
 __all__ = ["command"]
 
@@ -20,8 +23,15 @@ __all__ = ["command"]
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--chat", is_flag=True, help="Apply the model's chat template.")
 @click.option("--system", help="System message of a chat.")
-@click.option("--lora", type=PATH, help="Another LoRA file (coatrt adapt) for this bundle.")
+@click.option("--lora", type=PATH, help="Another LoRA file (coatrt adapt) on the same weights.")
+@click.option("--strict-lora", is_flag=True, help="Refuse a LoRA of another configuration than the weights'.")
 @click.option("--no-lora", is_flag=True, help="The quantized base alone.")
+@KEY
+@click.option(
+    "--signature",
+    type=click.Choice(["off", "warn", "require"]),
+    help="What becomes of a bundle that --key has not signed.  [default: require with --key, else off]",
+)
 @runtime_options("backend", "context", "threads", "accuracy_level")
 def command(
     bundle: Path,
@@ -34,22 +44,26 @@ def command(
     chat: bool,
     system: str | None,
     lora: Path | None,
+    strict_lora: bool,
     no_lora: bool,
+    key: Path | None,
+    signature: "SignaturePolicy | None",
     **runtime: Any,
 ) -> None:
     """Generate text from BUNDLE."""
     from coatrt.bundle import Bundle
-    from coatrt.engines.runtime.emitter import load_lora
     from coatrt.engines.runtime.generate import Sampling, encode_prompt, generate
-    from coatrt.engines.runtime.load import load_decoder
+    from coatrt.engines.runtime.load import check_decoder, load_decoder
+    from coatrt.engines.runtime.lora_file import load_lora
     from coatrt.engines.runtime.options import RuntimeOptions
     from coatrt.models.checkpoint import load_tokenizer
 
     sampling = Sampling(temperature, top_k, top_p, seed)
-    opened = Bundle.open(bundle)
+    opened = Bundle.open(bundle, key=key, policy=signature)
+    check_decoder(opened, runtime["backend"])
     tokenizer = load_tokenizer(opened.folder("tokenizer"))
     ids = [encode_prompt(tokenizer, prompt, chat=chat, system=system) for prompt in prompts]
-    decoder = load_decoder(opened, RuntimeOptions(batch=len(ids), **runtime))
+    decoder = load_decoder(opened, RuntimeOptions(batch=len(ids), strict_lora=strict_lora, **runtime))
     if not no_lora:
         path = lora if lora is not None else opened.path(opened.manifest["lora"])
         decoder.set_lora(load_lora(path, opened.contract))

@@ -1,9 +1,8 @@
 """The archive: every configuration whose loss was measured, on disk from one evaluation to the next."""
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from coatrt.adapter.description import adapter_hash
@@ -11,14 +10,14 @@ from coatrt.configs.config import QuantConfig
 from coatrt.errors import ConfigError, FormatError
 from coatrt.planning.pareto import hypervolume, pareto_indices
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.system.json_data import dump_json, read_as, write_json
+from coatrt.system.json_data import read_as, write_json
 
 __all__ = ["ARCHIVE_FILE", "Archive", "ArchiveEntry", "adapter_archive"]
 
 ARCHIVE_FILE = "archive.json"
 """Its name in an adapter's directory."""
 
-_FORMAT = 4
+_FORMAT = 5
 _REMEDY = "remove it and search again (coatrt search)"
 
 
@@ -79,7 +78,7 @@ class Archive:
         """Add a measurement and write the file."""
         self._entries[entry.config] = entry
         if self.path is not None:
-            write_json(self.path, self._file())
+            write_json(self.path, self._file(), sealed=True)
 
     def find(self, config: QuantConfig) -> ArchiveEntry | None:
         """Return the measurement of a configuration, None where there is none."""
@@ -109,8 +108,7 @@ class Archive:
         rows = tuple(
             (entry.nbytes, entry.loss, " ".join(column[entry.config[name]] for name in names)) for entry in self.entries
         )
-        file = _File(_FORMAT, self.identity, self.parameters, tuple(names), tuple(map(str, formats)), rows)
-        return replace(file, sha256=file.digest)
+        return _File(_FORMAT, self.identity, self.parameters, tuple(names), tuple(map(str, formats)), rows)
 
     @classmethod
     def load(cls, path: str | Path, identity: str | None = None) -> "Archive":
@@ -119,9 +117,7 @@ class Archive:
         Raises:
             ConfigError: it is missing, damaged, or belongs to something else.
         """
-        file = read_as(path, _File, "archive", _REMEDY, version=_FORMAT)
-        if file.sha256 != file.digest:
-            raise ConfigError(f"archive {path} was altered or is damaged; {_REMEDY}")
+        file = read_as(path, _File, "archive", _REMEDY, version=_FORMAT, sealed=True)
         try:
             made = cls(file.parameters, path, file.identity)
             made._entries = {entry.config: entry for entry in file.entries}
@@ -154,12 +150,6 @@ class _File:
     matrices: tuple[str, ...]
     formats: tuple[str, ...]
     rows: tuple[tuple[int, float, str], ...]  # bytes, loss, for each matrix in turn the number of its format
-    sha256: str = ""
-
-    @property
-    def digest(self) -> str:
-        """What `sha256` must be: the hash of all else."""
-        return hashlib.sha256(dump_json(replace(self, sha256="")).encode()).hexdigest()
 
     @property
     def entries(self) -> Iterator[ArchiveEntry]:

@@ -18,7 +18,7 @@ from coatrt.system.json_data import read_as
 
 __all__ = ["MeasuredLatency", "Product", "Rest", "find_timings", "shape_of", "timings_path"]
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class MeasuredLatency:
         Raises:
             ConfigError: it is missing, garbled, or of another format.
         """
-        return read_as(path, cls, "timings", "measure again", version=_FORMAT)
+        return read_as(path, cls, "timings", "measure again", version=_FORMAT, sealed=True)
 
 
 def _line(points: list[tuple[int, float]], at: int) -> float:

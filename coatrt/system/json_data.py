@@ -1,6 +1,13 @@
-"""JSON files: written atomically, read strictly into the types they hold; what is wrong is one line."""
+"""JSON files: written atomically, read strictly into the types they hold; what is wrong is one line.
+
+A sealed file's first key, "seal", is the SHA-256 of all bytes behind that line: whatever is altered shows before
+anything is parsed. It guards against accident; against an enemy, who can seal as well, a bundle's signature does.
+"""
 
 import difflib
+import hashlib
+import re
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +21,8 @@ from coatrt.system.files import write_text
 __all__ = ["convert", "dump_json", "parse_json", "read_as", "to_data", "write_json"]
 
 T = TypeVar("T")
+
+_SEAL = re.compile(rb'\{\n "seal": "([0-9a-f]{64})",\n')
 
 
 def parse_json(data: bytes | str, where: str, remedy: str, error: type[CoatError] = ConfigError) -> Any:
@@ -36,6 +45,8 @@ def read_as(
     error: type[CoatError] | None = None,
     *,
     version: int | None = None,
+    sealed: bool = False,
+    check: Callable[[bytes], None] | None = None,
 ) -> T:
     """Return the value in a JSON file.
 
@@ -46,9 +57,11 @@ def read_as(
         remedy: what to do where it is garbled ("train the adapter again").
         error: what to raise; None: see `convert`.
         version: what its key "format" must be; None: it has none.
+        sealed: it was written with a seal, which is checked first.
+        check: called with the content before it is parsed.
 
     Raises:
-        CoatError: the file is missing, not JSON, or of another version or structure.
+        CoatError: the file is missing, altered, not JSON, or of another version or structure.
     """
     path, raised = Path(path), error or ConfigError
     try:
@@ -57,7 +70,17 @@ def read_as(
         raise raised(f"{what} {path} does not exist; give the path of an existing file") from None
     except OSError as problem:
         raise raised(f"{what} {path} cannot be read: {problem.strerror}; give the path of a readable file") from None
+    if sealed:
+        seal = _SEAL.match(data)
+        if seal is None:
+            raise raised(f"{what} {path} has no seal: it was altered, or another coatrt wrote it; {remedy}")
+        if hashlib.sha256(data[seal.end() :]).hexdigest() != seal[1].decode():
+            raise raised(f"{what} {path} was altered or is damaged; {remedy}")
+    if check is not None:
+        check(data)
     value = parse_json(data, f"{what} {path}", remedy, raised)
+    if sealed:
+        del value["seal"]
     try:
         msgspec.msgpack.encode(value)  # refuses integers beyond 64 bits, which would overflow where they meet floats
     except (OverflowError, RecursionError) as problem:
@@ -115,6 +138,16 @@ def dump_json(value: object) -> str:
     return msgspec.json.format(_encode(value), indent=1).decode()
 
 
-def write_json(path: str | Path, value: object) -> None:
-    """Write a value to `path` as indented JSON, atomically."""
-    write_text(path, dump_json(value) + "\n")
+def write_json(path: str | Path, value: object, *, sealed: bool = False) -> None:
+    """Write a value to `path` as indented JSON, atomically.
+
+    Args:
+        path: the file.
+        value: the value, an object where it is sealed.
+        sealed: with the hash of all the rest in front, see `read_as`.
+    """
+    text = dump_json(value) + "\n"
+    if sealed:
+        rest = text.removeprefix("{\n")
+        text = f'{{\n "seal": "{hashlib.sha256(rest.encode()).hexdigest()}",\n{rest}'
+    write_text(path, text)

@@ -1,6 +1,7 @@
-"""Safetensors files that carry a hash of their tensors: written atomically, read back whole or not at all."""
+"""Safetensors files that carry a hash of their content: written atomically, read back whole or not at all."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,8 +27,14 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _seal(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Return what the hash in the metadata must be: that of the tensors and of all other metadata."""
+    others = {key: value for key, value in metadata.items() if key != _HASH}
+    return hashlib.sha256(f"{hash_tensors(tensors)} {json.dumps(others, sort_keys=True)}".encode()).hexdigest()
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors with their hash, atomically.
+    """Write tensors and metadata with their hash, atomically.
 
     Args:
         path: the file.
@@ -36,7 +43,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_file(path) as temporary:
-        save_file(held, str(temporary), metadata={**(metadata or {}), _HASH: hash_tensors(held)})
+        save_file(held, str(temporary), metadata={**(metadata or {}), _HASH: _seal(held, metadata or {})})
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
@@ -49,4 +56,4 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
             metadata = dict(shard.metadata() or {})
     except (SafetensorError, OSError, ValueError):
         return None
-    return (tensors, metadata) if metadata.get(_HASH) == hash_tensors(tensors) else None
+    return (tensors, metadata) if metadata.get(_HASH) == _seal(tensors, metadata) else None

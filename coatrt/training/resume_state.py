@@ -62,7 +62,8 @@ def check_state(directory: Path, run: str) -> None:
         ConfigError: it belongs to other options, another model or other data.
     """
     if (directory / _RUN).is_file():
-        _check_run(directory, read_as(directory / _RUN, dict[str, Any], "training state", _RESTART).get("run"), run)
+        state = read_as(directory / _RUN, dict[str, Any], "training state", _RESTART, sealed=True)
+        _check_run(directory, state.get("run"), run)
 
 
 def claim_state(directory: Path, run: str) -> None:
@@ -74,7 +75,7 @@ def claim_state(directory: Path, run: str) -> None:
     check_state(directory, run)
     if not (directory / _RUN).is_file():
         (directory / "sensitivity.json").unlink(missing_ok=True)
-        write_json(directory / _RUN, {"run": run})
+        write_json(directory / _RUN, {"run": run}, sealed=True)
 
 
 def _check_run(directory: Path, found: object, run: str) -> None:

@@ -224,9 +224,9 @@ def _measure(run: _Run, model: FakeQuantModel, codes: CodeStore) -> Sensitivity:
         if not path.is_file():
             _encode(run, codes)
             measured = measure_sensitivity(model, codes, run.sensitivity_examples, run.space.formats, run.progress)
-            write_json(path, measured)
+            write_json(path, measured, sealed=True)
     run.processes.wait()
-    return read_as(path, Sensitivity, "sensitivities", "remove the file to measure them again")
+    return read_as(path, Sensitivity, "sensitivities", "remove the file to measure them again", sealed=True)
 
 
 def _start(run: _Run, model: FakeQuantModel, sensitivity: Sensitivity) -> CoaLora:

@@ -80,7 +80,7 @@ class EngineCache:
         wanted = set(sms)
         for side in sorted((self.root / key).glob("*.json")):
             with contextlib.suppress(OSError, CoatError):
-                entry = read_as(side, _Entry, "cached engine", "remove it")
+                entry = read_as(side, _Entry, "cached engine", "remove it", sealed=True)
                 if not wanted <= set(entry["record"].sms):
                     continue
                 held = side.with_suffix(".engine")
@@ -101,7 +101,7 @@ class EngineCache:
             held = self.root / key / f"{'-'.join(f'sm{sm}' for sm in record.sms)}-{digest[:12]}.engine"
             with atomic_file(held) as temporary:
                 shutil.copyfile(engine, temporary)
-            write_json(held.with_suffix(".json"), _Entry(record=record, sha256=digest))
+            write_json(held.with_suffix(".json"), _Entry(record=record, sha256=digest), sealed=True)
             self._shrink()
 
     def _shrink(self) -> None:

@@ -30,9 +30,24 @@ def digest(path: Path) -> str:
     return value.hexdigest()
 
 
+def sealed(rest: str) -> str:
+    """Return the text of a manifest whose lines behind the seal are `rest` (docs/bundle.md)."""
+    return f'{{\n "seal": "{hashlib.sha256(rest.encode()).hexdigest()}",\n{rest}'
+
+
+def read_manifest() -> dict[str, Any]:
+    """Return the manifest without its seal, which is checked first."""
+    text = (HERE / "manifest.json").read_text(encoding="utf-8")
+    if text != sealed(text.partition(",\n")[2]):
+        fail("manifest.json was altered or is damaged; copy the bundle again")
+    manifest: dict[str, Any] = json.loads(text)
+    del manifest["seal"]
+    return manifest
+
+
 def check(recipe: dict[str, Any], manifest: dict[str, Any]) -> None:
     """Refuse altered files and another GPU."""
-    for name in (recipe["graph"], recipe["weights"]):
+    for name in ("build.json", recipe["graph"], recipe["weights"]):
         if digest(HERE / name) != manifest["files"][name]["sha256"]:
             fail(f"{name} is not what the manifest says; copy the bundle again")
     if shutil.which("nvidia-smi") is None:
@@ -77,8 +92,8 @@ def build(recipe: dict[str, Any], trt: Any) -> bytes:
 
 def main() -> None:
     """Build and enter into the manifest."""
+    manifest = read_manifest()
     recipe = json.loads((HERE / "build.json").read_text(encoding="utf-8"))
-    manifest = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))
     check(recipe, manifest)
     try:
         import tensorrt as trt
@@ -103,8 +118,9 @@ def main() -> None:
     manifest["engines"] = [engine for engine in manifest["engines"] if engine["file"] != name] + [record]
     manifest["files"][name] = {"sha256": digest(path), "bytes": len(data)}
     part = HERE / "manifest.json.part"
-    part.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    part.write_text(sealed(json.dumps(manifest, indent=1).removeprefix("{\n") + "\n"), encoding="utf-8")
     part.replace(HERE / "manifest.json")
+    (HERE / "model.sig").unlink(missing_ok=True)  # it was made over the manifest of before
     print(f"{name}: {len(data) / 1e6:.1f} MB in {seconds:.0f} s, entered into manifest.json")
 
 

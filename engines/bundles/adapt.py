@@ -12,13 +12,16 @@ from numpy.typing import NDArray
 from coatrt.bundle import Bundle
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import LoraContract
-from coatrt.engines.runtime.emitter import Emitter, save_lora
+from coatrt.engines.runtime.emitter import Emitter
+from coatrt.engines.runtime.lora_file import save_lora
 from coatrt.errors import ConfigError
 from coatrt.system.files import atomic_file
 
 __all__ = ["Emission", "LoraFormat", "adapt", "write_emitted_peft", "write_onnx_adapter"]
 
 LoraFormat = Literal["safetensors", "peft", "onnx-adapter"]
+
+_VERSION_DIGITS = 7
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ def adapt(
     if output.is_dir() and any(output.iterdir()):
         raise ConfigError(f"not an empty directory: {output}; give a new path")
     config = config or bundle.config
+    for facts in bundle.manifest["decoders"].values():  # who lies about one graph is not to be believed in another
+        bundle.graph(facts["file"], facts["weights"])
     emitter = Emitter.of(bundle)
     started = time.perf_counter()
     tensors = emitter.emit(config)
@@ -94,14 +99,18 @@ def write_emitted_peft(
         )
         for t in contract.tensors
     }
-    write_peft(directory, pairs, contract, base_model)
+    write_peft(directory, pairs, contract, base_model, getattr(tensors, "configuration", ""))
 
 
 def write_onnx_adapter(path: str | Path, tensors: Mapping[str, NDArray[np.float32]]) -> None:
-    """Write emitted tensors as ONNX Runtime's `.onnx_adapter`, which `RunOptions.add_active_adapter` takes."""
+    """Write emitted tensors as ONNX Runtime's `.onnx_adapter`, which `RunOptions.add_active_adapter` takes.
+
+    Of the configuration's hash, its model version, an int32, holds the first seven digits.
+    """
     import onnxruntime as ort
 
     adapter = ort.AdapterFormat()
     adapter.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in tensors.items()})
+    adapter.set_model_version(int(getattr(tensors, "configuration", "")[:_VERSION_DIGITS] or "0", 16))
     with atomic_file(path) as temporary:
         adapter.export_adapter(str(temporary))

@@ -33,6 +33,7 @@ def build(
     cache: EngineCache | None = None,
     slots: BuilderSlots | None = None,
     overwrite: bool = False,
+    sign: str | Path | None = None,
     progress: Progress = silent,
     tell: Callable[[str], None] | None = None,
 ) -> list[BundleResult]:
@@ -49,6 +50,7 @@ def build(
         cache: engines of earlier builds, see `EngineCache.default`; None builds all.
         slots: how many builders run at once.
         overwrite: replace bundles that are there and are not current.
+        sign: PEM file of the private key that signs them; a bundle that it has not signed is not current.
         progress: called as graphs are written.
         tell: called with a line for the user as bundles finish.
 
@@ -69,7 +71,7 @@ def build(
     choice = None if config is None else (config, None)
     archive = adapter_archive(adapter)
     targets = plan_targets(description, profiles, Path(output), request, choice=choice, archive=archive)
-    preparation = prepare(description, targets, options or BundleOptions.of(request), overwrite=overwrite)
+    preparation = prepare(description, targets, options or BundleOptions.of(request), overwrite=overwrite, sign=sign)
     if not preparation.jobs:
         return [preparation.current[target.output] for target in targets]
     loaded = Adapter.from_pretrained(adapter)

@@ -7,7 +7,8 @@ from coatrt.adapter.adapter import Adapter
 from coatrt.configs.config import QuantConfig
 from coatrt.devices.environment import versions
 from coatrt.engines.bundles.options import BundleOptions
-from coatrt.engines.runtime.emitter import Emitter, save_lora
+from coatrt.engines.runtime.emitter import Emitter
+from coatrt.engines.runtime.lora_file import save_lora
 from coatrt.export.decoder import WEIGHTS_FILE, decoder_io, export_decoder
 from coatrt.export.hypernetwork import export_hypernetwork
 from coatrt.models.checkpoint import Checkpoint, load_tokenizer

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict
 
-from coatrt.bundle import MANIFEST
+from coatrt.bundle import MANIFEST, SIGNATURE
 from coatrt.errors import ConfigError
 from coatrt.system.files import check_replaceable
 from coatrt.system.json_data import read_as
@@ -57,7 +57,7 @@ def _named(directory: Path) -> set[str] | None:
 
 def _others(directory: Path, named: Iterable[str]) -> list[str]:
     """Return what is there beside a bundle's own files, a directory without what it holds."""
-    files = {MANIFEST, *named}
+    files = {MANIFEST, SIGNATURE, *named}
     if "build.json" in files:  # what the build kit leaves where it is stopped
         files.add(f"{MANIFEST}.part")
         files |= {path.name for ending in ("part", "engine") for path in directory.glob(f"sm[0-9]*.{ending}")}

@@ -209,7 +209,8 @@ class _Build:
         for target in job.targets:
             fingerprint = self.preparation.fingerprints[target.output]
             known = {**self.shared, **facts, "fingerprint": fingerprint}
-            work = partial(seal_bundle, target, self._folders(job), known, record, self.preparation.options, self.tell)
+            folders, prepared = self._folders(job), self.preparation
+            work = partial(seal_bundle, target, folders, known, record, prepared.options, self.tell, prepared.sign)
             bundle = self._attempt(work)
             if bundle is None:
                 continue

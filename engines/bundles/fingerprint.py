@@ -79,10 +79,16 @@ def bundle_fingerprint(adapter: str, target: Target, options: BundleOptions, cod
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def current_bundle(directory: Path, fingerprint: str) -> Bundle | None:
-    """Return the whole bundle of a fingerprint, if it is there; sizes are compared, `coatrt verify` checks hashes."""
+def current_bundle(directory: Path, fingerprint: str, key: bytes | None = None) -> Bundle | None:
+    """Return the whole bundle of a fingerprint, if it is there; sizes are compared, `coatrt verify` checks hashes.
+
+    Args:
+        directory: where it is.
+        fingerprint: see `bundle_fingerprint`.
+        key: public key that must have signed it.
+    """
     try:
-        bundle = Bundle.open(directory)
+        bundle = Bundle.open(directory, key=key)
     except BundleError:
         return None
     return bundle if bundle.manifest.get("fingerprint") == fingerprint else None

@@ -13,6 +13,7 @@ from coatrt.engines.bundles.fingerprint import bundle_fingerprint, current_bundl
 from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.bundles.targets import BundleResult, Target
 from coatrt.errors import ConfigError
+from coatrt.system.signature import public_key
 
 __all__ = ["Job", "Preparation", "prepare"]
 
@@ -47,6 +48,7 @@ class Preparation:
         fingerprints: by the place of each target, see `coatrt.engines.bundles.fingerprint`.
         current: results of the bundles that are up to date, by place.
         jobs: what is to do, one for each distinct configuration.
+        sign: PEM file of the private key that signs the bundles; None for none.
     """
 
     targets: tuple[Target, ...]
@@ -54,6 +56,7 @@ class Preparation:
     fingerprints: Mapping[Path, str]
     current: Mapping[Path, BundleResult]
     jobs: tuple[Job, ...]
+    sign: str | Path | None = None
 
 
 def prepare(
@@ -62,6 +65,7 @@ def prepare(
     options: BundleOptions,
     *,
     overwrite: bool = False,
+    sign: str | Path | None = None,
 ) -> Preparation:
     """Return what a build has to do; nothing is written.
 
@@ -70,6 +74,7 @@ def prepare(
         targets: what to make, every place once.
         options: see `BundleOptions`.
         overwrite: replace bundles that are there and are not current.
+        sign: PEM file of the private key that signs them; a bundle that it has not signed is not current.
 
     Raises:
         FormatError: a device cannot run a format.
@@ -77,7 +82,7 @@ def prepare(
             the context has.
     """
     adapter.spec.check_context(options.context)
-    code = writers_hash()
+    code, key = writers_hash(), None if sign is None else public_key(sign)
     fingerprints = {target.output: bundle_fingerprint(adapter.hash, target, options, code) for target in targets}
     if len(fingerprints) != len(targets):
         raise ConfigError(f"{len(targets)} bundles have {len(fingerprints)} output directories; give each its own")
@@ -87,13 +92,14 @@ def prepare(
     for target in targets:
         _check_formats(adapter, target.config)
         check_formats(target.config, target.device, options.activations)
-        if adapter.hash and (bundle := current_bundle(target.output, fingerprints[target.output])) is not None:
-            current[target.output] = BundleResult(target, bundle, "current", 0.0)
+        found = current_bundle(target.output, fingerprints[target.output], key) if adapter.hash else None
+        if found is not None:
+            current[target.output] = BundleResult(target, found, "current", 0.0)
             continue
         check_output(target.output, overwrite)
         by_config.setdefault(target.config.hash, []).append(target)
     jobs = tuple(Job(members[0].config, tuple(members)) for members in by_config.values())
-    return Preparation(tuple(targets), options, fingerprints, current, jobs)
+    return Preparation(tuple(targets), options, fingerprints, current, jobs, sign)
 
 
 def _check_places(places: Sequence[Path]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from coatrt.bundle import Bundle, seal
+from coatrt.bundle import Bundle, seal, sign_manifest
 from coatrt.engines.builders import kit_script
 from coatrt.engines.builders.builder import BuildRecord, build_engine
 from coatrt.engines.bundles.options import BundleOptions
@@ -25,6 +25,7 @@ def seal_bundle(
     record: BuildRecord | None,
     options: BundleOptions,
     tell: Callable[[str], None],
+    sign: str | Path | None = None,
 ) -> Bundle:
     """Put a bundle together at its target's place and open it.
 
@@ -38,6 +39,7 @@ def seal_bundle(
         record: of the TensorRT-RTX engine in the last folder; None where there is none.
         options: see `BundleOptions`.
         tell: called with a line for the user.
+        sign: PEM file of the private key that signs it.
     """
     device = target.device
     with atomic_directory(target.output) as temporary:
@@ -52,6 +54,8 @@ def seal_bundle(
         if target.plan is not None:
             write_json(temporary / "plan.json", target.plan.to_json())
         seal(temporary, {**facts, "device": device.to_json(), "engines": engines})
+        if sign is not None:
+            sign_manifest(temporary, sign)
     return Bundle.open(target.output)
 
 

@@ -13,7 +13,8 @@ from coatrt.bundle import Bundle
 from coatrt.devices.environment import versions
 from coatrt.engines.bundles.stored_weights import held_weights
 from coatrt.engines.runtime.decoder import LoraTensors
-from coatrt.engines.runtime.emitter import Emitter, load_lora
+from coatrt.engines.runtime.emitter import Emitter
+from coatrt.engines.runtime.lora_file import load_lora
 from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.errors import BundleError, CheckpointError, CoatError
@@ -40,6 +41,7 @@ class Verification:
 
     Args:
         files: files whose SHA-256 was checked.
+        signed: whether the key given has signed it; None where none was given.
         versions: package → (version that built the bundle, version here) where they differ.
         engines: one line per engine.
         lora_effect: largest change of a logit by the LoRA, relative to the largest logit.
@@ -51,6 +53,7 @@ class Verification:
     """
 
     files: int
+    signed: bool | None
     versions: dict[str, tuple[str, str]]
     engines: tuple[str, ...]
     lora_effect: float
@@ -61,7 +64,8 @@ class Verification:
 
     def text(self) -> str:
         """Return the report as lines."""
-        lines = [f"files          {self.files} hashes hold"]
+        by = {True: "made by the key given", False: "not made by the key given", None: "not checked: give --key"}
+        lines = [f"signature      {by[self.signed]}", f"files          {self.files} hashes hold"]
         lines += [f"engine         {line}" for line in self.engines]
         lines += [f"version        {name}: built with {old}, here {new}" for name, (old, new) in self.versions.items()]
         lines.append("LoRA           equals what the hypernetwork emits here")
@@ -86,12 +90,15 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, numbers: bool = T
         numbers: compare with torch too; needs the checkpoint and time to load it.
 
     Raises:
-        BundleError: a file was altered, the LoRA is not what the hypernetwork emits, a weight is not its matrix in the
+        BundleError: a file was altered, a graph reads a file that the manifest does not name for it, the errors of a
+            matrix are missing, the LoRA is not what the hypernetwork emits, a weight is not its matrix in the
             configuration's format, or the numbers differ.
         CheckpointError: `model` is given and is not the bundle's model.
     """
     directory = bundle.directory
     files = bundle.check_all()
+    for form in bundle.manifest["decoders"]:
+        bundle.decoder(form)
     here = versions()
     changed = {
         name: (old, here[name])
@@ -101,6 +108,12 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, numbers: bool = T
     contract, config = bundle.contract, bundle.config
     if config.hash != bundle.manifest["configuration"]["hash"]:
         raise BundleError(f"{directory}: configuration.json is not the configuration of the manifest; build it again")
+    errors = bundle.manifest["configuration"]["errors"]
+    if lacking := [tensor.matrix for tensor in contract.tensors if tensor.matrix not in errors]:
+        raise BundleError(
+            f"{directory}: the manifest lacks the errors of {len(lacking)} matrices, like {lacking[0]}, by which "
+            "weights are compared; build the bundle again"
+        )
     lora = load_lora(bundle.path("lora.safetensors"), contract)
     emitted = Emitter.of(bundle).emit(config)
     for name, value in emitted.items():
@@ -125,7 +138,9 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, numbers: bool = T
                 f"{directory}: logits differ from torch by {difference:.2e} of the largest, allowed {tolerance:g}; "
                 "report this with the bundle's manifest"
             )
-    return Verification(files, changed, _engine_lines(bundle, here), effect, weights, difference, tolerance, note)
+    return Verification(
+        files, bundle.signed, changed, _engine_lines(bundle, here), effect, weights, difference, tolerance, note
+    )
 
 
 def _greedy(decoder: OrtDecoder, prompt: Sequence[int]) -> list[int]:
@@ -160,6 +175,8 @@ def _against_torch(
     from coatrt.quantization.code_cache import CodeStore
 
     facts = bundle.manifest["model"]
+    if model is None and not Path(facts["source"]).exists():  # a name on the hub is asked for by the user alone
+        return None, 0, f"the model {facts['source']} is not here; give it with --model"
     try:
         checkpoint = Checkpoint.open(model if model is not None else facts["source"])
     except CoatError as error:
@@ -172,7 +189,7 @@ def _against_torch(
             "give the bundle's model (--model)"
         )
     reference = FakeQuantModel(checkpoint, CodeStore(checkpoint))
-    errors, compared = bundle.manifest["configuration"].get("errors", {}), 0
+    errors, compared = bundle.manifest["configuration"]["errors"], 0
     for name, held in held_weights(bundle.decoder("cpu")[0], bundle.model_matrices):
         weight = torch.from_numpy(held)
         if name in errors:
@@ -202,7 +219,9 @@ def _engine_lines(bundle: Bundle, here: dict[str, str]) -> tuple[str, ...]:
     for engine in bundle.manifest["engines"]:
         version = here.get(engine["builder"])
         state = (
-            "loads here" if version == engine["version"] else f"needs {engine['version']}, here is {version or 'none'}"
+            "its version is installed here; the engine was not run"
+            if version == engine["version"]
+            else f"needs {engine['version']}, here is {version or 'none'}; the engine was not run"
         )
         targets = "/".join(f"SM{sm}" for sm in engine["sms"])
         lines.append(f"{engine['file']}: {targets}, {engine['bytes'] / 1e6:.1f} MB, {engine['builder']} ({state})")

@@ -14,8 +14,9 @@ from coatrt.configs.lora_contract import DecoderIO
 from coatrt.devices.environment import environment
 from coatrt.devices.profiles import DeviceProfile
 from coatrt.engines.runtime.decoder import Decoder, LoraTensors
-from coatrt.engines.runtime.emitter import Emitter, load_lora
+from coatrt.engines.runtime.emitter import Emitter
 from coatrt.engines.runtime.load import load_decoder
+from coatrt.engines.runtime.lora_file import load_lora
 from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.errors import ConfigError
 from coatrt.system.progress import Progress, silent

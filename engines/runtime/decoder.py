@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from coatrt.configs.lora_contract import DecoderIO, LoraContract
 from coatrt.errors import ConfigError
+from coatrt.system.notices import warn_once
 
 __all__ = ["CachedDecoder", "Decoder", "LoraTensors", "check_lora"]
 
@@ -49,6 +50,11 @@ class CachedDecoder(ABC):
         piece: most tokens per sequence in one call; None takes every prompt whole.
     """
 
+    configuration = ""
+    """Hash of the configuration of the graph's weights; empty where it is not known."""
+    strict_lora = False
+    """Whether a LoRA that says to be of another configuration is refused; else that is said in one line."""
+
     def __init__(
         self, io: DecoderIO, contract: LoraContract | None, batch: int, slots: int, piece: int | None = None
     ) -> None:
@@ -66,13 +72,24 @@ class CachedDecoder(ABC):
         """Bind the tensors of the contract (float32, cast here); None: zeros.
 
         Raises:
-            ConfigError: they are not those of the contract.
+            ConfigError: they are not those of the contract, or of another configuration under `strict_lora`.
         """
         if tensors is not None:
             check_lora(self.contract, tensors)
+            self._compare(getattr(tensors, "configuration", self.configuration))
         for name, shape in self.contract.shapes.items() if self.contract is not None else ():
             value = np.zeros(shape, self._dtype) if tensors is None else np.asarray(tensors[name]).astype(self._dtype)
             self._bind(name, value)
+
+    def _compare(self, emitted: str) -> None:
+        """Say or refuse that a LoRA makes up for the errors of another configuration; the weights do not change."""
+        if not self.configuration or emitted == self.configuration:
+            return
+        said = f"was emitted for configuration {emitted}" if emitted else "names no configuration"
+        line = f"the LoRA {said}, the weights are of {self.configuration} and stay so; emit it for theirs"
+        if self.strict_lora:
+            raise ConfigError(f"{line} (coatrt adapt)")
+        warn_once(line)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """Start new sequences and return the logits after each prompt, float32 [B, V].

@@ -1,24 +1,20 @@
 """The hypernetwork at deploy time: a configuration → its LoRA, in ONNX Runtime, without torch."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
 from coatrt.bundle import Bundle
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import LoraContract
-from coatrt.engines.runtime.decoder import check_lora
+from coatrt.engines.runtime.lora_file import Lora
 from coatrt.engines.runtime.ort import session
 from coatrt.errors import BundleError, ConfigError
-from coatrt.system.files import atomic_file
 from coatrt.system.json_data import read_as
 
-__all__ = ["Emitter", "load_lora", "save_lora"]
+__all__ = ["Emitter"]
 
 
 class _Inputs(TypedDict):
@@ -54,9 +50,10 @@ class Emitter:
     def of(cls, bundle: Bundle, threads: int | None = None) -> "Emitter":
         """Return the hypernetwork of a bundle, every file's hash checked first."""
         bundle.path("hypernet.json")
-        if "hypernet.bin" in bundle.manifest["files"]:
-            bundle.path("hypernet.bin")
-        return cls(bundle.path("hypernet.onnx"), bundle.contract, threads)
+        weights = "hypernet.bin" if "hypernet.bin" in bundle.manifest["files"] else ""
+        if weights:
+            bundle.path(weights)
+        return cls(bundle.graph("hypernet.onnx", weights), bundle.contract, threads)
 
     def ids(self, config: QuantConfig) -> NDArray[np.int64]:
         """Return the hypernetwork's input for a configuration, int64 [M].
@@ -74,33 +71,11 @@ class Emitter:
             result[i] = self._index[text]
         return result
 
-    def emit(self, config: QuantConfig) -> dict[str, NDArray[np.float32]]:
+    def emit(self, config: QuantConfig) -> Lora:
         """Return the LoRA of a configuration: every tensor of the contract, float32.
 
         Raises:
             ConfigError: see `ids`.
         """
         values = self._session.run(self._names, {"formats": self.ids(config)})
-        return dict(zip(self._names, values, strict=True))
-
-
-def save_lora(path: str | Path, tensors: Mapping[str, NDArray[np.float32]], config: QuantConfig) -> None:
-    """Write emitted tensors as safetensors, atomically, with the hash of their configuration."""
-    with atomic_file(path) as temporary:
-        save_file(dict(tensors), str(temporary), metadata={"configuration": config.hash})
-
-
-def load_lora(path: Path, contract: LoraContract) -> dict[str, NDArray[np.float32]]:
-    """Return the tensors of a LoRA file, checked against the contract.
-
-    Raises:
-        ConfigError: the file is missing, damaged, or not of this contract.
-    """
-    if not path.is_file():
-        raise ConfigError(f"LoRA {path} does not exist; emit one with coatrt adapt")
-    try:
-        tensors: dict[str, NDArray[np.float32]] = load_file(str(path))
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"LoRA {path} is damaged ({error}); emit it again with coatrt adapt") from None
-    check_lora(contract, tensors)
-    return tensors
+        return Lora(dict(zip(self._names, values, strict=True)), config.hash)

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from coatrt.bundle import Bundle
-from coatrt.engines.runtime.decoder import Decoder
+from coatrt.engines.runtime.decoder import CachedDecoder, Decoder
 from coatrt.engines.runtime.options import Backend, RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
 
@@ -25,10 +25,13 @@ def load_decoder(bundle: Bundle, options: RuntimeOptions = RuntimeOptions(), **c
     options = replace(options, **changes)
     if options.backend == "ort":
         graph, io = bundle.decoder("cpu")
-        return OrtDecoder(graph, io, bundle.contract, options)
-    from coatrt.engines.runtime.trt import TrtDecoder
+        made: CachedDecoder = OrtDecoder(graph, io, bundle.contract, options)
+    else:
+        from coatrt.engines.runtime.trt import TrtDecoder
 
-    return TrtDecoder.of(bundle, options.batch)
+        made = TrtDecoder.of(bundle, options.batch)
+    made.configuration, made.strict_lora = bundle.manifest["configuration"]["hash"], options.strict_lora
+    return made
 
 
 def check_decoder(bundle: Bundle, backend: Backend) -> None:

@@ -27,6 +27,7 @@ class RuntimeOptions:
         accuracy_level: of int4 and int8 products (ort), see `coatrt.engines.runtime.ort.session`: 0 decodes the weights
             when the graph loads, exact; 1 keeps them packed, exact and slow; 4 keeps them packed and accumulates in
             int8, the fastest, and what plans for the CPU assume.
+        strict_lora: refuse a LoRA of another configuration than the weights'; else one line says so.
 
     Raises:
         ConfigError: an unknown backend or level, or a number that is out of range.
@@ -37,6 +38,7 @@ class RuntimeOptions:
     context: int = 2048
     batch: int = 1
     accuracy_level: AccuracyLevel = 4
+    strict_lora: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (("backend", get_args(Backend)), ("accuracy_level", get_args(AccuracyLevel))):

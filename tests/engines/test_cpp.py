@@ -15,12 +15,14 @@ from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle, seal
 from coatrt.configs.config import ConfigPatterns
 from coatrt.engines.bundles.options import BundleOptions
-from coatrt.engines.runtime.emitter import Emitter, load_lora
+from coatrt.engines.runtime.emitter import Emitter
 from coatrt.engines.runtime.generate import generate
 from coatrt.engines.runtime.load import load_decoder
+from coatrt.engines.runtime.lora_file import load_lora
 from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.errors import CoatError
 from support.bundles import make_bundle
+from support.seals import alter_sealed, seal_text
 
 PROMPT = [10, 200, 30, 44, 5, 66, 77]
 
@@ -135,9 +137,7 @@ def test_configurations_are_refused_in_pythons_words(cpp: Any, tiny_bundle: Path
 
 
 def _alter(directory: Path, change: Any) -> None:
-    manifest = json.loads((directory / "manifest.json").read_text())
-    change(manifest)
-    (directory / "manifest.json").write_text(json.dumps(manifest))
+    alter_sealed(directory / "manifest.json", change)
 
 
 def _flip(path: Path, at: int) -> None:
@@ -153,7 +153,9 @@ DAMAGE: dict[str, Any] = {
     "missing": lambda d: (d / "hypernet.onnx").unlink(),
     "a directory instead": lambda d: ((d / "hypernet.onnx").unlink(), (d / "hypernet.onnx").mkdir()),
     "no manifest": lambda d: (d / "manifest.json").unlink(),
-    "another format": lambda d: _alter(d, lambda m: m.update(format=2)),
+    "flipped byte in the manifest": lambda d: _flip(d / "manifest.json", 1000),
+    "no seal": lambda d: _flip(d / "manifest.json", 4),
+    "another format": lambda d: _alter(d, lambda m: m.update(format=3)),
     "format as text": lambda d: _alter(d, lambda m: m.update(format="1")),
     "no files": lambda d: _alter(d, lambda m: m.pop("files")),
     "files as a list": lambda d: _alter(d, lambda m: m.update(files=[])),
@@ -181,8 +183,8 @@ def test_a_damaged_bundle_is_refused_in_pythons_words(cpp: Any, tiny_bundle: Pat
 
 
 OWN_WORDS: dict[str, tuple[Any, str]] = {
-    "not JSON": (lambda d: (d / "manifest.json").write_text('{"format": 1,'), "is not JSON"),
-    "nested": (lambda d: (d / "manifest.json").write_text("[" * 100_000), "nested deeper than 64"),
+    "not JSON": (lambda d: (d / "manifest.json").write_text(seal_text('{"format": 1,')), "is not JSON"),
+    "nested": (lambda d: (d / "manifest.json").write_text(seal_text('"a":' + "[" * 100_000)), "nested deeper than 64"),
     "negative bytes": (lambda d: _alter(d, lambda m: m["files"]["cpu.onnx"].update(bytes=-1)), "gives no sha256"),
     "huge bytes": (lambda d: _alter(d, lambda m: m["files"]["cpu.onnx"].update(bytes=2**64)), "gives no sha256"),
     "NUL in a name": (lambda d: _alter(d, lambda m: m["files"].update({"a\0b": m["files"]["cpu.onnx"]})), "leaves"),

@@ -16,8 +16,9 @@ namespace detail {
 namespace {
 
 constexpr const char* kManifest = "manifest.json";
+constexpr const char* kSignature = "model.sig";
 constexpr const char* kVersion = "0.1.0";
-constexpr std::int64_t kFormat = 1;
+constexpr std::int64_t kFormat = 2;
 constexpr std::uintmax_t kMostManifest = 64 << 20;
 
 bool leaves(const std::string& name) {
@@ -43,6 +44,18 @@ void check_hash(const std::string& where, const Json& facts, const std::string& 
   if (found != said)
     throw Error(where + " was altered: sha256 " + found.substr(0, 12) + "…, the manifest says " + said.substr(0, 12) +
                 "…; copy the bundle again or build it again");
+}
+
+/// A sealed file begins with the SHA-256 of all bytes behind that line: whatever is altered shows before it is parsed.
+void check_seal(const std::string_view text, const std::string& file) {
+  constexpr std::string_view before = "{\n \"seal\": \"", after = "\",\n";
+  constexpr std::size_t digits = 64, start = before.size() + digits + after.size();
+  if (text.size() < start || text.substr(0, before.size()) != before ||
+      text.substr(before.size() + digits, after.size()) != after)
+    throw Error("bundle manifest " + file +
+                " has no seal: it was altered, or another coatrt wrote it; build the bundle again");
+  if (sha256(text.data() + start, text.size() - start) != text.substr(before.size(), digits))
+    throw Error("bundle manifest " + file + " was altered or is damaged; build the bundle again");
 }
 
 /// Presence, place and size of one file that the manifest names.
@@ -95,8 +108,10 @@ std::shared_ptr<BundleState> open_state(const fs::path& directory, const BundleO
   auto state = std::make_shared<BundleState>();
   state->directory = directory;
   state->options = options;
+  const MappedFile mapped(file);
+  check_seal(mapped.text(), file.string());
   try {
-    state->manifest = parse_json(MappedFile(file).text(), "bundle manifest", file.string());
+    state->manifest = parse_json(mapped.text(), "bundle manifest", file.string());
   } catch (const Error& problem) {
     throw Error(std::string(problem.what()) + "; build the bundle again");
   }
@@ -222,7 +237,7 @@ std::size_t Bundle::check_all() const {
     const std::string name = at->path().lexically_relative(state_->directory).generic_string();
     std::error_code unknown;
     if (at->is_symlink(unknown)) links.push_back(name);
-    else if (!at->is_directory(unknown) && name != detail::kManifest && !files.contains(name)) extra.push_back(name);
+    else if (!at->is_directory(unknown) && name != detail::kManifest && name != detail::kSignature && !files.contains(name)) extra.push_back(name);
   }
   std::sort(links.begin(), links.end());
   std::sort(extra.begin(), extra.end());

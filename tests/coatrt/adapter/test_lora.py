@@ -1,6 +1,5 @@
 """A, B, U and the features behind U, against plain numpy; PEFT reads what is saved."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.input_moments import Calibration
 from coatrt.quantization.weight_format import WeightFormat
 from support.formats import random_config
+from support.seals import alter_sealed
 
 FORMATS = tuple(map(WeightFormat.parse, ("nf2-g64", "int4-g64", "nf3-g32-dq4-bf16-256", "int8")))
 
@@ -137,7 +137,18 @@ def test_an_adapter_keeps_its_quantizer(tiny_adapter: Path, tmp_path: Path) -> N
         encoded_by("best")
 
 
-@pytest.mark.parametrize("name", ["adapter.safetensors", "sensitivity.json", "metrics.json", "calibration.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "adapter.json",
+        "adapter.safetensors",
+        "sensitivity.json",
+        "metrics.json",
+        "calibration.safetensors",
+        "peft/adapter_config.json",
+        "peft/adapter_model.safetensors",
+    ],
+)
 def test_an_altered_adapter_is_refused(tiny_adapter: Path, tmp_path: Path, name: str) -> None:
     Adapter.from_pretrained(tiny_adapter).save_pretrained(tmp_path / "a")
     data = bytearray((tmp_path / "a" / name).read_bytes())
@@ -151,7 +162,7 @@ def test_an_altered_adapter_is_refused(tiny_adapter: Path, tmp_path: Path, name:
 def test_an_adapter_without_hashes_is_refused(tiny_adapter: Path, tmp_path: Path, garbled: object) -> None:
     Adapter.from_pretrained(tiny_adapter).save_pretrained(tmp_path / "a")
     path = tmp_path / "a" / "adapter.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"sha256": garbled}))
+    alter_sealed(path, lambda whole: whole.update(sha256=garbled))
     for read in (Adapter.from_pretrained, AdapterDescription.load):
         with pytest.raises(CheckpointError, match=r"adapter\.json is garbled \(Expected .* - at `\$\.sha256`"):
             read(tmp_path / "a")
@@ -160,8 +171,11 @@ def test_an_adapter_without_hashes_is_refused(tiny_adapter: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"format": 3}, r"adapter\.json has format 3, coatrt \S+ reads 5; train it again"),
-        ({"description": None}, r"Expected `object`, got `null` - at `\$\.description`\); train it again"),
+        ({"format": 3}, r"adapter\.json has format 3, coatrt \S+ reads 6; copy it again, or train it again"),
+        (
+            {"description": None},
+            r"Expected `object`, got `null` - at `\$\.description`\); copy it again, or train it again",
+        ),
         ({"spec": {}}, r"Object missing required field `family` - at `\$\.spec`\); train it again"),
         ({"spec": None}, r"Expected `object`, got `null` - at `\$\.spec`\); train it again"),
         ({"quantizer": "best"}, r"Invalid enum value 'best' - at `\$\.quantizer`"),
@@ -173,9 +187,12 @@ def test_a_garbled_description_is_one_line(
 ) -> None:
     Adapter.from_pretrained(tiny_adapter).save_pretrained(tmp_path / "a")
     path = tmp_path / "a" / "adapter.json"
-    whole = json.loads(path.read_text())
-    whole["description"] |= {key: value for key, value in changes.items() if key in whole["description"]}
-    path.write_text(json.dumps(whole | {key: value for key, value in changes.items() if key in whole}))
+
+    def change(whole: dict[str, Any]) -> None:
+        whole["description"] |= {key: value for key, value in changes.items() if key in whole["description"]}
+        whole |= {key: value for key, value in changes.items() if key in whole}
+
+    alter_sealed(path, change)
     for read in (Adapter.from_pretrained, AdapterDescription.load):
         with pytest.raises(CheckpointError, match=said) as refused:
             read(tmp_path / "a")

@@ -58,9 +58,8 @@ def test_the_last_measurement_of_a_configuration_counts() -> None:
     ("old", "new", "said"),
     [
         ("   0.", "   1.", "altered or is damaged"),
-        ('"format": 4', '"format": 2', r"a\.json has format 2, coatrt \S+ reads 4; remove it"),
         ('"identity": "me"', '"identity": "you"', "altered or is damaged"),
-        ("{", "", "not JSON"),
+        ("{", "", "has no seal: it was altered, or another coatrt wrote it; remove it"),
     ],
 )
 def test_damage_is_refused(tmp_path: Path, old: str, new: str, said: str) -> None:
@@ -74,16 +73,18 @@ def test_damage_is_refused(tmp_path: Path, old: str, new: str, said: str) -> Non
 
 
 @pytest.mark.parametrize("choice", ["0 0", "0 0 7", "0 0 -1", "x y z"])
-def test_a_signed_but_garbled_archive_is_refused(tmp_path: Path, choice: str) -> None:
+def test_a_sealed_but_garbled_archive_is_refused(tmp_path: Path, choice: str) -> None:
     from coatrt.planning.archive import _File
 
     archive = Archive(1000, tmp_path / "a.json", "me")
     archive.add(entry(1))
-    file = read_as(tmp_path / "a.json", _File, "archive", "")
+    file = read_as(tmp_path / "a.json", _File, "archive", "", sealed=True)
     (row,) = file.rows
-    file = replace(file, rows=((*row[:2], choice),))
-    write_json(tmp_path / "a.json", replace(file, sha256=file.digest))
+    write_json(tmp_path / "a.json", replace(file, rows=((*row[:2], choice),)), sealed=True)
     with pytest.raises(ConfigError, match="garbled"):
+        Archive.load(tmp_path / "a.json")
+    write_json(tmp_path / "a.json", replace(file, format=2), sealed=True)
+    with pytest.raises(ConfigError, match=r"a\.json has format 2, coatrt \S+ reads 5; remove it"):
         Archive.load(tmp_path / "a.json")
 
 

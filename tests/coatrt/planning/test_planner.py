@@ -274,7 +274,7 @@ def test_timings_are_preferred_and_interpolate(adapter: AdapterDescription, tmp_
     rests = (Rest(shape_of(work), 1, 64, 1e-3), Rest(shape_of(work), 1, 128, 2e-3), Rest(shape_of(work), 16, 64, 4e-3))
     made = MeasuredLatency("cpu", "onnxruntime 1", {"threads": 2}, products, rests)
     assert find_timings("cpu", space, work) is None
-    write_json(timings_path("cpu"), made)
+    write_json(timings_path("cpu"), made, sealed=True)
     try:
         found = find_timings("cpu", space, work)
         assert found == made
@@ -290,8 +290,8 @@ def test_timings_are_preferred_and_interpolate(adapter: AdapterDescription, tmp_
         assert not made.covers(ConfigSpace(space.model, (WeightFormat.parse("fp16"),)), work)
         with pytest.raises(ConfigError, match="no timings of a product"):
             made.matrix_seconds(5, 5, int8, 1)
-        timings_path("cpu").write_text('{"format": 1}')
-        with pytest.raises(ConfigError, match="garbled"):
+        timings_path("cpu").write_text(timings_path("cpu").read_text().replace('"tokens": 16', '"tokens": 17', 1))
+        with pytest.raises(ConfigError, match="altered or is damaged; measure again"):
             find_timings("cpu", space, work)
     finally:
         timings_path("cpu").unlink()

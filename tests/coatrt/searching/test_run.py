@@ -21,6 +21,7 @@ from coatrt.quantization.code_cache import CodeStore
 from coatrt.searching.run import search
 from coatrt.training.run import train
 from support.programs import run_program
+from support.seals import alter_sealed
 from support.tiny import text_data, tiny_options
 
 TEXT = ["the cat sat on the mat and the owl sat on the hen. " * 30]
@@ -167,6 +168,6 @@ def test_another_adapter_or_other_text_is_refused(directory: Path, tiny_llama: P
     with pytest.raises(ConfigError, match="blocks 0 is given"):
         search(directory, text_data(tiny_llama, TEXT, TEXT), **{**facts, "blocks": 0})
     path = directory / "adapter.json"
-    path.write_text(path.read_text() + "\n")
+    alter_sealed(path, lambda whole: whole.update(coatrt="0"))
     with pytest.raises(ConfigError, match="measured with another adapter"):
         adapter_archive(directory)

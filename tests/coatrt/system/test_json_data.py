@@ -28,6 +28,7 @@ from coatrt.system.files import sha256_file
 from coatrt.system.json_data import dump_json, parse_json, read_as, to_data, write_json
 from coatrt.training.resume_state import check_state
 from support.bundles import make_bundle
+from support.seals import alter_sealed, seal_text
 
 
 @dataclass(frozen=True)
@@ -48,17 +49,15 @@ class Kind:
 def adapter(directory: Path) -> AdapterDescription:
     facts = directory / "adapter.json"
     try:
-        whole = json.loads(facts.read_text())
-        whole["sha256"] = {name: sha256_file(directory / name) for name in whole["sha256"]}
-        facts.write_text(json.dumps(whole))  # as someone who alters a file would
+        hashes = {name: sha256_file(directory / name) for name in json.loads(facts.read_text())["sha256"]}
+        alter_sealed(facts, lambda whole: whole.update(sha256=hashes))  # as someone who alters a file would
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass  # adapter.json itself is the garbled one
     return AdapterDescription.load(directory)
 
 
 def bundle(directory: Path) -> Bundle:
-    manifest = json.loads((directory / "manifest.json").read_text())
-    seal(directory, {key: value for key, value in manifest.items() if key not in ("format", "coatrt", "files")})
+    seal(directory, _facts(directory))
     return Bundle.open(directory)
 
 
@@ -103,9 +102,9 @@ def valid(tiny_adapter: Path, tiny_llama: Path, tmp_path_factory: pytest.TempPat
     write_json(place / "plan" / "plan.json", plan.to_json())
     plan.config.save(place / "configuration" / "c.json")
     made = MeasuredLatency("cpu", "ort 1", {}, (Product(4, 4, "int8", 1, 1.0),), (Rest((1,), 1, 1, 1.0),))
-    write_json(place / "timings" / "cpu.json", made)
+    write_json(place / "timings" / "cpu.json", made, sealed=True)
     Archive(1000, place / "archive" / "archive.json", "me").add(ArchiveEntry(plan.config, 100, 1.5))
-    write_json(place / "run" / "run.json", {"run": "me"})
+    write_json(place / "run" / "run.json", {"run": "me"}, sealed=True)
     for name in ("manifest", "LoRA contract", "hypernetwork", "bundle's configuration"):
         shutil.copytree(place / "b", place / name)
     for name in ("adapter", "sensitivities", "metrics"):
@@ -135,14 +134,26 @@ def refused(kind: Kind, directory: Path) -> str:
 
 
 def altered(directory: Path, kind: Kind, place: tuple[Any, ...], change: Callable[[Any, Any], None]) -> None:
-    """Apply `change` to (container, key) of a place in the file; an archive is signed again."""
-    path = directory / kind.name
-    whole = json.loads(path.read_text())
+    """Apply `change` to (container, key) of a place in the file; its seal is renewed."""
+    whole = json.loads((directory / kind.name).read_text())
     inner = whole
     for step in place[:-1]:
         inner = inner[step]
     change(inner, place[-1])
-    path.write_text(json.dumps(whole))
+    put(directory, kind, json.dumps(whole))
+
+
+def put(directory: Path, kind: Kind, text: str) -> None:
+    """Write a text in the place of a file; its seal, where it had one, is renewed."""
+    path = directory / kind.name
+    try:
+        value = json.loads(text) if path.read_text().startswith('{\n "seal"') else None
+    except (ValueError, RecursionError):
+        value = None
+    if isinstance(value, dict) and value:
+        path.write_text(seal_text(json.dumps({key: value[key] for key in value if key != "seal"})))
+    else:
+        path.write_text(seal_text(text) if path.read_text().startswith('{\n "seal"') else text)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +174,7 @@ def altered(directory: Path, kind: Kind, place: tuple[Any, ...], change: Callabl
 )
 def test_what_is_no_json_is_refused(given: tuple[Kind, Path], text: str) -> None:
     kind, directory = given
-    (directory / kind.name).write_text(text)
+    put(directory, kind, text)
     if kind.name in ("lora_io.json", "hypernet.json", "configuration.json"):
         seal(directory, _facts(directory))
     assert "is not JSON" in refused(kind, directory)
@@ -171,7 +182,7 @@ def test_what_is_no_json_is_refused(given: tuple[Kind, Path], text: str) -> None
 
 def _facts(directory: Path) -> dict[str, Any]:
     manifest = json.loads((directory / "manifest.json").read_text())
-    return {key: value for key, value in manifest.items() if key not in ("format", "coatrt", "files")}
+    return {key: value for key, value in manifest.items() if key not in ("seal", "format", "coatrt", "files")}
 
 
 @pytest.mark.parametrize("text", ["[]", "null", "5", '"a"', "{}", '{"format": "1"}', f'{{"default": {2**70}}}'])
@@ -179,12 +190,12 @@ def test_another_structure_is_refused(given: tuple[Kind, Path], text: str) -> No
     kind, directory = given
     if text[0] == "{" and kind.name == "metrics.json":
         return  # any object is metrics
-    (directory / kind.name).write_text(text)
-    if kind.name == "run.json" and text[0] == "{" and "default" not in text:
+    put(directory, kind, text)
+    if kind.name == "run.json" and "format" in text:
         with pytest.raises(ConfigError, match="holds a training with other options"):
             kind.read(directory)
-    elif kind.name == "manifest.json" and "default" not in text:
-        with pytest.raises(CoatError, match=r"has bundle format \S+; this coatrt \S+ reads 1; rebuild it"):
+    elif kind.name == "manifest.json" and "format" in text:
+        with pytest.raises(CoatError, match=r"has bundle format \S+; this coatrt \S+ reads 2; rebuild it"):
             kind.read(directory)
     else:
         refused(kind, directory)

@@ -76,18 +76,28 @@ def test_two_builds_of_one_key_do_not_break_each_other(tmp_path: Path, monkeypat
         (tmp_path / name).mkdir()
     one, two = engine_of(tmp_path / "one", b"first"), engine_of(tmp_path / "two", b"second")
 
-    def other_first(path: Path, value: object) -> None:
+    def other_first(path: Path, value: object, *, sealed: bool) -> None:
         """Let the other build keep its engine between this one's engine and JSON."""
         monkeypatch.setattr(engine_cache, "write_json", real)
         assert cache.fetch("key", [86], tmp_path / "got") is None  # no entry yet, and not deleted
         cache.keep("key", two, RECORD)
-        real(path, value)
+        real(path, value, sealed=sealed)
 
     monkeypatch.setattr(engine_cache, "write_json", other_first)
     cache.keep("key", one, RECORD)
     assert cache.fetch("key", [86], tmp_path / "got") is not None
     assert (tmp_path / "got").read_bytes() in (b"first", b"second")
     assert held(cache) == [".engine", ".engine", ".json", ".json"]  # each whole
+
+
+def test_an_altered_record_is_no_entry(tmp_path: Path) -> None:
+    cache = EngineCache(tmp_path / "c")
+    cache.keep("key", engine_of(tmp_path), RECORD)
+    (side,) = cache.root.rglob("*.json")
+    side.write_text(side.read_text().replace("86", "89"))
+    assert cache.fetch("key", [89], tmp_path / "got") is None
+    cache.keep("key", engine_of(tmp_path), RECORD)
+    assert cache.fetch("key", [86], tmp_path / "got") is not None
 
 
 def test_halves_go_when_they_are_old(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from coatrt.planning import planner
 from coatrt.planning.plan import PlanRequest
 from coatrt.system.json_data import to_data
 from support.bundles import make_bundle
+from support.seals import alter_sealed, seal_text
 from support.tiny import save_tiny_llama
 
 
@@ -126,11 +127,10 @@ def test_nothing_is_read_that_the_manifest_does_not_name(copy: Path, tmp_path: P
     ],
 )
 def test_a_lying_manifest_is_refused(copy: Path, change: dict[str, object], said: str) -> None:
-    manifest = json.loads((copy / "manifest.json").read_text())
-    (copy / "manifest.json").write_text(json.dumps(manifest | change))
+    alter_sealed(copy / "manifest.json", lambda manifest: manifest.update(change))
     with pytest.raises(BundleError, match=said):
         Bundle.open(copy)
-    (copy / "manifest.json").write_text("{")
+    (copy / "manifest.json").write_text(seal_text("{"))
     with pytest.raises(BundleError, match="is not JSON"):
         Bundle.open(copy)
     (copy / "manifest.json").unlink()
@@ -140,11 +140,11 @@ def test_a_lying_manifest_is_refused(copy: Path, change: dict[str, object], said
 
 def reseal(directory: Path) -> None:
     manifest = json.loads((directory / "manifest.json").read_text())
-    seal(directory, {key: value for key, value in manifest.items() if key not in ("format", "coatrt", "files")})
+    seal(directory, {key: value for key, value in manifest.items() if key not in ("seal", "format", "coatrt", "files")})
 
 
 def test_a_lora_of_another_configuration_is_found(copy: Path, tiny_adapter: Path) -> None:
-    from coatrt.engines.runtime.emitter import save_lora
+    from coatrt.engines.runtime.lora_file import save_lora
 
     adapter = Adapter.from_pretrained(tiny_adapter)
     other = adapter.description.space.uniform("nf3-g32")
@@ -164,10 +164,8 @@ def test_weights_that_are_not_the_configuration_are_found(copy: Path) -> None:
 
 
 def test_verify_without_the_model_says_so_and_refuses_another(copy: Path, tmp_path: Path) -> None:
-    manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["model"]["source"] = str(tmp_path / "gone")
-    (copy / "manifest.json").write_text(json.dumps(manifest))
-    assert "not where it was" in verify(Bundle.open(copy)).note
+    alter_sealed(copy / "manifest.json", lambda m: m["model"].update(source=str(tmp_path / "gone")))
+    assert "gone is not here; give it with --model" in verify(Bundle.open(copy)).note
     with pytest.raises(CheckpointError, match="fingerprint"):
         verify(Bundle.open(copy), model=save_tiny_llama(tmp_path / "other", seed=3))
 
@@ -306,4 +304,4 @@ def test_a_bundle_with_an_engine(tiny_adapter: Path, tmp_path: Path) -> None:
     (engine,) = bundle.manifest["engines"]
     assert engine["sms"] == [120]
     assert engine["bytes"] == bundle.path("sm120.engine").stat().st_size > plan.memory_bytes["weights"]
-    assert "loads here" in verify(Bundle.open(tmp_path / "b")).text()
+    assert "(its version is installed here; the engine was not run)" in verify(Bundle.open(tmp_path / "b")).text()

@@ -65,7 +65,7 @@ def test_timings_cover_their_model_and_the_planner_takes_them(
     shapes = {(m.K, m.N) for m in adapter.description.model.matrices}
     assert {(p.K, p.N) for p in made.products} == shapes
     assert {(rest.tokens, rest.context) for rest in made.rests} == {(1, 32), (8, 32), (1, 64), (8, 64)}
-    write_json(timings_path("cpu"), made)
+    write_json(timings_path("cpu"), made, sealed=True)
     try:
         assert MeasuredLatency.load(timings_path("cpu")) == made
         plan = planner.plan(

@@ -9,9 +9,10 @@ import torch
 from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle
 from coatrt.configs.config import QuantConfig
-from coatrt.engines.runtime.emitter import Emitter, load_lora
+from coatrt.engines.runtime.emitter import Emitter
 from coatrt.engines.runtime.generate import Generated, Sampling, encode_prompt, generate, next_token, probabilities
 from coatrt.engines.runtime.load import load_decoder
+from coatrt.engines.runtime.lora_file import load_lora
 from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.errors import ConfigError

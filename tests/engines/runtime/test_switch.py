@@ -13,8 +13,8 @@ from coatrt.devices.profiles import device_profile
 from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.bundles.targets import Target
 from coatrt.engines.runtime.decoder import Decoder
-from coatrt.engines.runtime.emitter import load_lora
 from coatrt.engines.runtime.load import load_decoder
+from coatrt.engines.runtime.lora_file import load_lora
 from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.switch import SwitchingDecoder
 from coatrt.errors import BuildError, BundleError, ConfigError

@@ -1,0 +1,12 @@
+"""Warnings: one line on standard error, each once in a process."""
+
+import functools
+import sys
+
+__all__ = ["warn_once"]
+
+
+@functools.cache
+def warn_once(line: str) -> None:
+    """Print a line on standard error unless it was printed before."""
+    print(f"coatrt: {line}", file=sys.stderr, flush=True)
