@@ -31,7 +31,7 @@ lint: .venv/test.done
 	touch $@
 
 .venv/test.done: .venv/demo.done
-	$(PIP) --editable '.[rtx,gguf,dev]'
+	$(PIP) --editable '.[rtx,gguf,sign,dev]'
 	touch $@
 
 clean:

@@ -15,7 +15,7 @@ import json, pathlib
 root = pathlib.Path("build/fuzz/seeds")
 io = {"layers": 2, "kv_heads": 2, "head_dim": 16, "vocabulary": 272, "cache_length": None, "activations": "float32", "max_positions": 96}
 file = {"sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a", "bytes": 2}  # {}
-manifest = {"format": 1, "coatrt": "0.1.0", "model": {"stop_tokens": [2]}, "configuration": {"file": "a"},
+manifest = {"format": 2, "coatrt": "0.1.0", "model": {"stop_tokens": [2]}, "configuration": {"file": "a"},
             "matrices": {"matrices": [["model.embed_tokens", 272, 64]]}, "engines": [], "versions": {}, "lora": "a",
             "decoders": {"cpu": {"file": "a", "weights": "a", "io": io}}, "files": {"a": file}}
 header = json.dumps({"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}).encode()
@@ -24,7 +24,7 @@ tokenizer = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merge
              "normalizer": {"type": "NFC"}, "added_tokens": [{"id": 3, "content": "<s>", "special": True}],
              "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}}
 for target, seeds in {
-    "manifest": [json.dumps(manifest).encode()],
+    "manifest": [json.dumps(manifest).encode()[1:]],
     "safetensors": [len(header).to_bytes(8, "little") + header + bytes(16), json.dumps(contract).encode(), json.dumps(io).encode()],
     "tokenizer": [json.dumps(tokenizer).encode() + "\0<s>ab (?i:'s|[^\\s\\p{L}]+(?!a){1,3}) e\u0301".encode()],
 }.items():

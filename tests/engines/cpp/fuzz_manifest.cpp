@@ -1,4 +1,4 @@
-// libFuzzer: a manifest, beside a file that it may name. Whatever it holds, opening is refused or the bundle is readable.
+// libFuzzer: a manifest behind its opening brace and a seal that holds, beside a file that it may name. Whatever it holds, opening is refused or the bundle is readable.
 #include <unistd.h>
 
 #include <cstdlib>
@@ -6,6 +6,7 @@
 
 #include "coatrt/bundle.hpp"
 #include "coatrt/error.hpp"
+#include "sha256.hpp"
 #include "state.hpp"
 
 namespace {
@@ -28,7 +29,8 @@ const std::filesystem::path& directory() {
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
-  std::ofstream(directory() / "manifest.json", std::ios::binary).write(reinterpret_cast<const char*>(data), static_cast<std::streamsize>(size));
+  (std::ofstream(directory() / "manifest.json", std::ios::binary) << "{\n \"seal\": \"" << coatrt::detail::sha256(data, size) << "\",\n")
+      .write(reinterpret_cast<const char*>(data), static_cast<std::streamsize>(size));
   try {
     const auto bundle = coatrt::Bundle::open(directory());
     for (const char* form : {"cpu", "engine"}) try {
