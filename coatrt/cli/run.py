@@ -43,7 +43,7 @@ def command(
     from coatrt.engines.runtime.generate import Sampling, encode_prompt, generate
     from coatrt.engines.runtime.load import load_decoder
     from coatrt.engines.runtime.options import RuntimeOptions
-    from coatrt.models.checkpoint import load_tokenizer
+    from coatrt.models.tokenizer import load_tokenizer
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     opened = Bundle.open(bundle)
