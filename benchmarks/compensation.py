@@ -12,7 +12,7 @@ from common import save_result, smollm2
 from method.tasks import sotu
 
 from coatrt.data.documents import batches
-from coatrt.models.checkpoint import load_tokenizer
+from coatrt.models.tokenizer import load_tokenizer
 from coatrt.quantization.codec import decode, encode
 from coatrt.quantization.gptq import InverseFactors
 from coatrt.quantization.input_moments import Calibration, InputMoments

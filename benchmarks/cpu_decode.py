@@ -26,7 +26,8 @@ from coatrt.data.text import text_task
 from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.export.decoder import GraphForm, decoder_io, export_decoder
-from coatrt.models.checkpoint import Checkpoint, load_tokenizer
+from coatrt.models.checkpoint import Checkpoint
+from coatrt.models.tokenizer import load_tokenizer
 
 CONTEXT, PROMPT, STEPS = 512, 128, 24
 OURS, THEIRS = "coatrt int4-g64, level 4", "llama.cpp Q4_1"

@@ -20,7 +20,8 @@ from coatrt.configs.config import QuantConfig
 from coatrt.devices.profiles import device_profile
 from coatrt.engines.builders.builder import EngineShapes, build_engine
 from coatrt.export.decoder import GraphForm, export_decoder
-from coatrt.models.checkpoint import Checkpoint, load_model
+from coatrt.models.checkpoint import Checkpoint
+from coatrt.models.modules import load_model
 
 CONTEXT, PREFILL = 2048, 512
 

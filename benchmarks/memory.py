@@ -57,7 +57,7 @@ def main() -> None:
         checkpoint = random_llama(
             work / "model", hidden=4096, inner=11008, layers=9, heads=32, kv_heads=32, vocabulary=32000, tied=False
         )
-        size = sum(path.stat().st_size for path in set(checkpoint.files.values()))
+        size = sum(path.stat().st_size for path in {tensor.file for tensor in checkpoint.tensors.values()})
         for text in ("int4-g64", "int8", "nf3-g64", "fp16"):
             output = work / "out"
             output.mkdir(exist_ok=True)

@@ -30,7 +30,7 @@ from coatrt.data.text import text_task
 from coatrt.evaluation.curvature import relative_errors, token_costs
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.evaluation.losses import mean_loss
-from coatrt.models.checkpoint import load_tokenizer
+from coatrt.models.tokenizer import load_tokenizer
 from coatrt.planning.knapsack import cost_matrix
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.input_moments import Calibration

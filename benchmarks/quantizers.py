@@ -20,8 +20,9 @@ from coatrt.data.task_data import TaskData
 from coatrt.data.text import text_task
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.evaluation.losses import mean_loss
-from coatrt.models.checkpoint import Checkpoint, load_tokenizer
+from coatrt.models.checkpoint import Checkpoint
 from coatrt.models.matrices import EMBEDDING
+from coatrt.models.tokenizer import load_tokenizer
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import decode, encode
 from coatrt.quantization.gptq import InverseFactors

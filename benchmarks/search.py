@@ -29,8 +29,9 @@ from coatrt.configs.config import QuantConfig
 from coatrt.configs.space import ConfigSpace
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.evaluation.losses import mean_loss
-from coatrt.models.checkpoint import Checkpoint, load_tokenizer
+from coatrt.models.checkpoint import Checkpoint
 from coatrt.models.matrices import EMBEDDING, ModelMatrices
+from coatrt.models.tokenizer import load_tokenizer
 from coatrt.planning.archive import Archive, ArchiveEntry
 from coatrt.planning.pareto import hypervolume
 from coatrt.quantization.code_cache import CodeStore

@@ -12,7 +12,7 @@ from common import save_result, smollm2
 from quantizers import LENGTH, output_energy, speeches
 
 from coatrt.data.documents import batches
-from coatrt.models.checkpoint import load_model
+from coatrt.models.modules import load_model
 from coatrt.quantization.codec import decode, encode
 from coatrt.quantization.gptq import shrunk
 from coatrt.quantization.input_moments import measure_moments

@@ -14,8 +14,8 @@ from tasks import sotu
 from coatrt.data.documents import batches
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.evaluation.losses import measure_held_out
-from coatrt.models.checkpoint import load_tokenizer
 from coatrt.models.matrices import EMBEDDING
+from coatrt.models.tokenizer import load_tokenizer
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import decode
 from coatrt.quantization.input_moments import Calibration

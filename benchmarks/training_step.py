@@ -28,7 +28,8 @@ from coatrt.configs.lora_contract import contract_for
 from coatrt.configs.space import ConfigSpace
 from coatrt.data.examples import Examples
 from coatrt.evaluation.fake_quant import FakeQuantModel
-from coatrt.models.checkpoint import Checkpoint, load_model
+from coatrt.models.checkpoint import Checkpoint
+from coatrt.models.modules import load_model
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.input_moments import Calibration, InputMoments
 from coatrt.quantization.weight_format import WeightFormat

@@ -33,7 +33,7 @@ from .engines.runtime.options import RuntimeOptions as RuntimeOptions
 from .engines.runtime.switch import SwitchingDecoder as SwitchingDecoder
 from .errors import CoatError as CoatError
 from .models.checkpoint import Checkpoint as Checkpoint
-from .models.checkpoint import load_tokenizer as load_tokenizer
+from .models.tokenizer import load_tokenizer as load_tokenizer
 from .planning.plan import Plan as Plan
 from .planning.plan import PlanRequest as PlanRequest
 from .planning.planner import plan as plan

@@ -1,6 +1,15 @@
 """The errors coatrt raises on purpose; each message says what was given, what is allowed and what to do."""
 
-__all__ = ["BuildError", "BundleError", "CheckpointError", "CoatError", "ConfigError", "DeviceError", "FormatError"]
+__all__ = [
+    "BuildError",
+    "BundleError",
+    "CheckpointError",
+    "CoatError",
+    "ConfigError",
+    "DeviceError",
+    "FormatError",
+    "reason",
+]
 
 
 class CoatError(Exception):
@@ -29,3 +38,9 @@ class BuildError(CoatError):
 
 class BundleError(CoatError):
     """A bundle that is incomplete, altered, or made for another version or device."""
+
+
+def reason(error: BaseException) -> str:
+    """Return what an exception of a library says, as one line of at most 300 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:299]}…"

@@ -1,6 +1,6 @@
 """Checkpoint and configuration → decoder graphs and their one weights file."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -14,40 +14,14 @@ from coatrt.export.network import Network
 from coatrt.export.weight_file import WEIGHTS_FILE, WeightFile
 from coatrt.export.weights import Table, write_matrix, write_table
 from coatrt.models.checkpoint import Checkpoint
+from coatrt.models.exportable import check_tensors
 from coatrt.models.matrices import EMBEDDING, HEAD
 from coatrt.models.spec import DecoderSpec
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import QuantizedMatrix, encode
 from coatrt.system.progress import Progress, silent
 
-__all__ = ["WEIGHTS_FILE", "DecoderIO", "GraphForm", "decoder_io", "export_decoder"]
-
-
-class _SmallTensors:
-    """Reads norms and biases, and remembers which tensors of the checkpoint nobody asked for."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-        self._left = {name for name in checkpoint.files if not name.endswith("rotary_emb.inv_freq")}
-        self._left -= {f"{name}.weight" for name in checkpoint.matrices.names}
-        if checkpoint.matrices.tied:
-            self._left.discard(f"{HEAD}.weight")
-
-    def __call__(self, name: str) -> torch.Tensor | None:
-        optional = name.endswith((".bias", "q_norm.weight", "k_norm.weight"))
-        if optional and name not in self._checkpoint.files:
-            return None
-        self._left.discard(name)
-        return self._checkpoint.tensor(name)
-
-    def check(self) -> None:
-        """Refuse a checkpoint with tensors the graph does not use: its arithmetic is not what the graph computes."""
-        if self._left:
-            some = ", ".join(sorted(self._left)[:3])
-            raise CheckpointError(
-                f"{self._checkpoint.directory} has {len(self._left)} tensors that a graph of the family "
-                f"{self._checkpoint.model_type} does not use, like {some}; give a plain checkpoint of the family"
-            )
+__all__ = ["WEIGHTS_FILE", "DecoderIO", "GraphForm", "decoder_io", "export_decoder", "write_graphs"]
 
 
 def _max_positions(spec: DecoderSpec, form: GraphForm) -> int:
@@ -140,14 +114,43 @@ def export_decoder(
             f"{checkpoint.directory} has heads of {spec.head_dim} dimensions; the cpu form takes multiples of 8, as "
             "ONNX Runtime's attention does; give another model, or write the engine form alone (export_decoder)"
         )
-    small = _SmallTensors(checkpoint)
+    check_tensors(checkpoint)
+    matrices = _encoded(checkpoint, config, codes, progress)
+
+    def small(name: str) -> torch.Tensor | None:
+        return checkpoint.tensor(name) if name in checkpoint.tensors else None
+
+    write_graphs(directory, spec, matrices, small, forms, positions, tied=checkpoint.matrices.tied, contract=contract)
+
+
+def write_graphs(
+    directory: Path,
+    spec: DecoderSpec,
+    matrices: Iterable[tuple[str, QuantizedMatrix]],
+    small: Callable[[str], torch.Tensor | None],
+    forms: Sequence[GraphForm],
+    positions: Sequence[int],
+    *,
+    tied: bool,
+    contract: LoraContract | None = None,
+) -> None:
+    """Write encoded matrices and what `spec` says of them as graphs with one weights file.
+
+    Args:
+        directory: an existing directory.
+        spec: what to compute.
+        matrices: (name, codes) in network order, embedding first.
+        small: returns a norm or bias by name, None where the model has none.
+        forms: the graphs.
+        positions: rows of each graph's rotary tables.
+        tied: whether the head reads the embedding.
+        contract: LoRA inputs to add; None for graphs without.
+    """
     with WeightFile(directory) as weights_file:
         graphs = [GraphBuilder(form, weights_file) for form in forms]
-        matrices = _encoded(checkpoint, config, codes, progress)
-        tables, weights = _write_matrices(matrices, graphs, tied=checkpoint.matrices.tied)
+        tables, weights = _write_matrices(matrices, graphs, tied=tied)
         for graph, table, written, rows in zip(graphs, tables, weights, positions, strict=True):
             Network(graph, spec, table, written, small, contract, rows).write()
-        small.check()
     for graph in graphs:
         graph.save(directory)
 

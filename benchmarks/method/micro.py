@@ -14,7 +14,9 @@ import torch
 from tasks import sotu, sotu_documents
 
 from coatrt.data.documents import batches
-from coatrt.models.checkpoint import Checkpoint, load_model, load_tokenizer
+from coatrt.models.checkpoint import Checkpoint
+from coatrt.models.modules import load_model
+from coatrt.models.tokenizer import load_tokenizer
 from coatrt.system.files import atomic_directory, cache_directory
 
 __all__ = ["MicroOptions", "micro_llama"]

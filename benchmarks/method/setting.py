@@ -24,7 +24,8 @@ from coatrt.data.task_data import TaskData
 from coatrt.evaluation.curvature import measure_sensitivity, output_gains
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.evaluation.sensitivity_table import Sensitivity
-from coatrt.models.checkpoint import Checkpoint, load_tokenizer
+from coatrt.models.checkpoint import Checkpoint
+from coatrt.models.tokenizer import load_tokenizer
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.input_moments import Calibration, InputMoments, calibration_examples
 from coatrt.quantization.weight_format import WeightFormat

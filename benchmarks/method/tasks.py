@@ -108,7 +108,7 @@ def main() -> None:
 
     from coatrt.evaluation.fake_quant import FakeQuantModel
     from coatrt.evaluation.losses import measure_held_out
-    from coatrt.models.checkpoint import load_tokenizer
+    from coatrt.models.tokenizer import load_tokenizer
     from coatrt.quantization.code_cache import CodeStore
 
     checkpoint = smollm2()

@@ -56,7 +56,7 @@ def command(
     from coatrt.engines.runtime.load import check_decoder, load_decoder
     from coatrt.engines.runtime.lora_file import load_lora
     from coatrt.engines.runtime.options import RuntimeOptions
-    from coatrt.models.checkpoint import load_tokenizer
+    from coatrt.models.tokenizer import load_tokenizer
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     opened = Bundle.open(bundle, key=key, policy=signature)

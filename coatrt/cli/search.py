@@ -46,7 +46,7 @@ def command(
     from coatrt.adapter.adapter import Adapter
     from coatrt.cli.progress import drawn_progress
     from coatrt.data.registry import load_task
-    from coatrt.models.checkpoint import load_tokenizer
+    from coatrt.models.tokenizer import load_tokenizer
     from coatrt.searching.run import search
     from coatrt.system.json_data import convert
     from coatrt.training.options import TrainOptions

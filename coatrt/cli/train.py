@@ -120,7 +120,8 @@ def command(
     """  # noqa: D301 - click reads the character \b
     from coatrt.cli.progress import drawn_progress
     from coatrt.data.registry import load_task
-    from coatrt.models.checkpoint import Checkpoint, load_tokenizer
+    from coatrt.models.checkpoint import Checkpoint
+    from coatrt.models.tokenizer import load_tokenizer
     from coatrt.system.resources import compute_device
     from coatrt.training.calibration import few_tokens_notice
     from coatrt.training.run import train

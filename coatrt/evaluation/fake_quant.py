@@ -11,8 +11,9 @@ from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import LoraContract
 from coatrt.data.examples import IGNORED, Examples
 from coatrt.errors import CheckpointError
-from coatrt.models.checkpoint import Checkpoint, load_model
+from coatrt.models.checkpoint import Checkpoint
 from coatrt.models.matrices import EMBEDDING
+from coatrt.models.modules import load_model
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import decode
 from coatrt.quantization.weight_format import WeightFormat

@@ -7,22 +7,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from coatrt.errors import CheckpointError
-from coatrt.models.config_file import architecture, model_type, read_config, ties_head
-from coatrt.models.matrices import HEAD, ModelMatrices, matrices_of
-from coatrt.models.sources import locate, quiet_transformers
-from coatrt.system.json_data import read_as
+from coatrt.errors import CheckpointError, reason
+from coatrt.models.config_file import architecture, model_type, read_config
+from coatrt.models.matrices import ModelMatrices, matrices_of
+from coatrt.models.sources import locate
+from coatrt.models.transformers_config import complete_config
+from coatrt.models.weight_files import StoredTensor, stored_tensors
 
-__all__ = ["Checkpoint", "load_model", "load_tokenizer"]
-
-
-class _ShardIndex(TypedDict):
-    weight_map: dict[str, str]  # tensor → file
+__all__ = ["Checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -32,14 +29,12 @@ class Checkpoint:
     Args:
         directory: config.json, safetensors and tokenizer files.
         config: the content of config.json; `DecoderSpec` says what it means.
-        files: tensor name → safetensors file that holds it.
-        shapes: tensor name → shape.
+        tensors: every tensor by name, see `stored_tensors`.
     """
 
     directory: Path
     config: Mapping[str, Any]
-    files: Mapping[str, Path]
-    shapes: Mapping[str, tuple[int, ...]]
+    tensors: Mapping[str, StoredTensor]
 
     @classmethod
     def open(cls, source: str | Path) -> "Checkpoint":
@@ -53,13 +48,7 @@ class Checkpoint:
             CheckpointError: nothing is there, it is damaged, or it is not safetensors.
         """
         directory = locate(str(source))
-        config = read_config(directory)
-        files: dict[str, Path] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
-        for path in _shards(directory):
-            for name, shape in _header(path).items():
-                files[name], shapes[name] = path, shape
-        return cls(directory, config, files, shapes)
+        return cls(directory, read_config(directory), stored_tensors(directory))
 
     @property
     def model_type(self) -> str:
@@ -69,30 +58,38 @@ class Checkpoint:
     @cached_property
     def matrices(self) -> ModelMatrices:
         """The quantizable matrices."""
-        return matrices_of(self.shapes, ties_head(self.config, f"{HEAD}.weight" in self.shapes))
+        tied = bool(complete_config(self.config).tie_word_embeddings)
+        return matrices_of({name: tensor.shape for name, tensor in self.tensors.items()}, tied)
 
-    def tensor(self, name: str) -> torch.Tensor:
+    def tensor(self, name: str, rows: slice | None = None) -> torch.Tensor:
         """Return a copy of one tensor in its stored dtype; the file is closed again, so no mapping stays in memory.
+
+        Args:
+            name: of the tensor.
+            rows: of its first dimension; None: all.
 
         Raises:
             CheckpointError: there is no such tensor, or its file is damaged.
         """
-        if name not in self.files:
+        if name not in self.tensors:
             raise CheckpointError(
                 f"{self.directory} has no tensor {name}; the checkpoint is incomplete or of another family"
             )
         try:
-            with safe_open(str(self.files[name]), framework="pt") as shard:
-                tensor: torch.Tensor = shard.get_tensor(name).clone()
+            with safe_open(str(self.tensors[name].file), framework="pt") as shard:
+                view = shard.get_tensor(name) if rows is None else shard.get_slice(name)[rows]
+                tensor: torch.Tensor = view.clone()
                 return tensor
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.files[name]} cannot be read ({error}); fetch the file again") from None
+            raise CheckpointError(
+                f"{self.tensors[name].file} cannot be read ({reason(error)}); fetch the file again"
+            ) from None
 
     @cached_property
     def fingerprint(self) -> str:
         """16 hexadecimal digits over the architecture, every shard's header and size, and 64 samples of its bytes."""
         digest = hashlib.sha256(json.dumps(architecture(self.config), sort_keys=True).encode())
-        for path in sorted(set(self.files.values())):
+        for path in sorted({tensor.file for tensor in self.tensors.values()}):
             size = path.stat().st_size
             digest.update(struct.pack("<Q", size))
             with path.open("rb") as stream:
@@ -102,63 +99,3 @@ class Checkpoint:
                     stream.seek(8 + length + i * max(0, size - length - 8 - 4096) // 64)
                     digest.update(stream.read(4096))
         return digest.hexdigest()[:16]
-
-
-def _shards(directory: Path) -> list[Path]:
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        shards = read_as(index, _ShardIndex, "shard index", "download the file again", CheckpointError)
-        paths = [directory / Path(name).name for name in sorted(set(shards["weight_map"].values()))]
-    else:
-        paths = sorted(directory.glob("*.safetensors"))
-    if not paths:
-        hint = (
-            "it has only pickled weights, which are never loaded" if any(directory.glob("*.bin")) else "there are none"
-        )
-        raise CheckpointError(f"{directory} needs *.safetensors, and {hint}; save the model with safetensors")
-    for path in paths:
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing though the index names it; fetch the model again")
-    return paths
-
-
-def _header(path: Path) -> dict[str, tuple[int, ...]]:
-    try:
-        with safe_open(str(path), framework="pt") as shard:
-            return {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}  # noqa: SIM118 - no mapping
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or truncated ({error}); fetch the file again") from None
-
-
-def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Any:
-    """Return the transformers model of a checkpoint in eval mode, weights in `dtype`, on the CPU.
-
-    Raises:
-        CheckpointError: transformers cannot load it.
-    """
-    quiet_transformers()
-    from transformers import AutoModelForCausalLM
-
-    try:
-        return AutoModelForCausalLM.from_pretrained(checkpoint.directory, dtype=dtype, local_files_only=True).eval()
-    except (ValueError, OSError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{checkpoint.directory} cannot be loaded ({str(error).splitlines()[0]}); fetch it again"
-        ) from None
-
-
-def load_tokenizer(directory: str | Path) -> Any:
-    """Return the transformers tokenizer saved in a directory.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    quiet_transformers()
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-    except (ValueError, OSError, KeyError, ImportError) as error:
-        raise CheckpointError(
-            f"{directory} holds no tokenizer ({str(error).splitlines()[0]}); save one beside the model"
-        ) from None

@@ -7,7 +7,7 @@ from typing import Any
 from coatrt.errors import CheckpointError
 from coatrt.system.json_data import read_as
 
-__all__ = ["architecture", "end_tokens", "model_type", "read_config", "ties_head"]
+__all__ = ["architecture", "end_tokens", "model_type", "read_config"]
 
 _VOLATILE_KEYS = {
     "transformers_version",
@@ -37,11 +37,6 @@ def read_config(directory: Path) -> dict[str, Any]:
 def model_type(config: Mapping[str, Any]) -> str:
     """Return the family a config.json names: llama, qwen3, and so on; empty where it names none."""
     return str(config.get("model_type", ""))
-
-
-def ties_head(config: Mapping[str, Any], has_head: bool) -> bool:
-    """Return whether the head reads the embedding table; where config.json leaves it out, a missing head is tied."""
-    return bool(config.get("tie_word_embeddings", not has_head))
 
 
 def end_tokens(directory: Path, config: Mapping[str, Any]) -> set[int]:

@@ -4,15 +4,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from coatrt.errors import CheckpointError, ConfigError
+from coatrt.errors import CheckpointError, ConfigError, reason
 from coatrt.models.config_file import model_type
+from coatrt.models.transformers_config import complete_config
 
 __all__ = ["FAMILIES", "DecoderSpec"]
 
 FAMILIES = ("gemma", "granite", "llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3", "stablelm")
 """Values of model_type that the graph writer knows, each tested against transformers."""
 
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_COUNTS = ("num_attention_heads", "num_key_value_heads", "num_hidden_layers", "hidden_size", "vocab_size")
+_COUNTS += ("intermediate_size", "max_position_embeddings")
+_WINDOW_PER_LAYER = ("qwen2", "qwen3", "smollm3")  # those whose modules honour layer_types
 _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -97,20 +100,39 @@ class DecoderSpec:
                 f"model_type {family or 'missing'} cannot be exported; allowed: {', '.join(FAMILIES)}; "
                 "convert the checkpoint to one of them or add the family to the graph writer"
             )
-        config = _complete(family, values)
+        config = complete_config(values)
+        try:
+            return cls._of(family, config)
+        except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError, OverflowError) as error:
+            raise CheckpointError(
+                f"config.json of this {family} model holds a value of a wrong kind ({reason(error)}); fetch it again"
+            ) from None
+
+    @classmethod
+    def _of(cls, family: str, config: Any) -> "DecoderSpec":
+        # A key counts only for the families whose modules in transformers read it.
         if config.hidden_act not in _ACTIVATIONS:
             raise CheckpointError(
                 f"activation {config.hidden_act!r} cannot be exported; allowed: {', '.join(_ACTIVATIONS)}"
             )
-        if getattr(config, "use_parallel_residual", False):
+        if family == "stablelm" and config.use_parallel_residual:
             raise CheckpointError(
                 "parallel residuals cannot be exported; give a checkpoint without use_parallel_residual"
             )
-        heads = int(config.num_attention_heads)
-        head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+        if getattr(config, "use_bidirectional_attention", False):
+            raise CheckpointError("attention in both directions cannot be exported; give a causal language model")
+        for key in _COUNTS:
+            if not isinstance(value := getattr(config, key), int) or value < 1:
+                raise CheckpointError(f"{key} must be a whole number above 0, got {value}; correct config.json")
+        if config.num_attention_heads % config.num_key_value_heads:
+            raise CheckpointError(
+                f"{config.num_attention_heads} attention heads cannot share {config.num_key_value_heads} key-value "
+                "heads evenly; correct config.json"
+            )
+        heads, layers, granite = int(config.num_attention_heads), int(config.num_hidden_layers), family == "granite"
+        own_width = family != "stablelm" and getattr(config, "head_dim", None)
+        head_dim = int(own_width or config.hidden_size // heads)
         frequencies, scaling = _rope(config, head_dim)
-        layers = int(config.num_hidden_layers)
-        no_rope = getattr(config, "no_rope_layers", None) or [1] * layers
         return cls(
             family=family,
             layers=layers,
@@ -127,33 +149,17 @@ class DecoderSpec:
             activation=_ACTIVATIONS[config.hidden_act],  # type: ignore[arg-type]
             inverse_frequencies=frequencies,
             rope_scaling=scaling,
-            windows=_windows(config, layers),
-            rotary=tuple(bool(uses) for uses in no_rope[:layers]),
+            windows=_windows(family, config, layers),
+            rotary=tuple(bool(uses) for uses in config.no_rope_layers[:layers])
+            if family == "smollm3"
+            else (True,) * layers,
             embedding_multiplier=float(
-                config.hidden_size**0.5 if family == "gemma" else getattr(config, "embedding_multiplier", 1.0)
+                config.hidden_size**0.5 if family == "gemma" else config.embedding_multiplier if granite else 1.0
             ),
-            residual_multiplier=float(getattr(config, "residual_multiplier", 1.0)),
-            attention_multiplier=float(getattr(config, "attention_multiplier", head_dim**-0.5)),
-            logits_divisor=float(getattr(config, "logits_scaling", 1.0)),
+            residual_multiplier=float(config.residual_multiplier) if granite else 1.0,
+            attention_multiplier=float(config.attention_multiplier) if granite else head_dim**-0.5,
+            logits_divisor=float(config.logits_scaling) if granite else 1.0,
         )
-
-
-def _complete(family: str, values: Mapping[str, Any]) -> Any:
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in _ROPE_TYPES:  # before transformers asks for its other fields
-        raise CheckpointError(
-            f"rope type {kind!r} cannot be exported: a graph has fixed rotary tables; allowed: {', '.join(_ROPE_TYPES)}"
-        )
-    try:
-        return CONFIG_MAPPING[family].from_dict(dict(values))
-    except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise CheckpointError(
-            f"config.json is no valid {family} configuration ({str(error).splitlines()[0]}); fetch the model again"
-        ) from None
 
 
 def _rope(config: Any, head_dim: int) -> tuple[tuple[float, ...], float]:
@@ -175,10 +181,12 @@ def _rope(config: Any, head_dim: int) -> tuple[tuple[float, ...], float]:
     return tuple(frequencies.tolist()), float(scaling)
 
 
-def _windows(config: Any, layers: int) -> tuple[int | None, ...]:
+def _windows(family: str, config: Any, layers: int) -> tuple[int | None, ...]:
     """Return the attention window of each layer."""
     window = getattr(config, "sliding_window", None)
-    if not window or getattr(config, "use_sliding_window", True) is False:
+    if window is None or family not in ("mistral", *_WINDOW_PER_LAYER):
         return (None,) * layers
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
-    return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds[:layers])
+    if window < 1:
+        raise ValueError(f"sliding_window {window}")
+    kinds = config.layer_types[:layers] if family in _WINDOW_PER_LAYER else ["sliding_attention"] * layers
+    return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)

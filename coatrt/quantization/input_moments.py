@@ -13,8 +13,9 @@ from torch import Tensor
 from coatrt.data.documents import batches
 from coatrt.data.examples import Examples
 from coatrt.errors import CheckpointError, ConfigError
-from coatrt.models.checkpoint import Checkpoint, load_model
+from coatrt.models.checkpoint import Checkpoint
 from coatrt.models.matrices import EMBEDDING, HEAD, ModelMatrices
+from coatrt.models.modules import load_model
 from coatrt.system.files import cache_directory
 from coatrt.system.progress import Progress, silent
 from coatrt.system.resources import free_memory

@@ -24,8 +24,8 @@ from coatrt.errors import ConfigError
 from coatrt.evaluation.curvature import measure_sensitivity, output_gains
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.evaluation.sensitivity_table import Sensitivity
+from coatrt.export.preflight import preflight
 from coatrt.models.checkpoint import Checkpoint
-from coatrt.models.exportable import check_exportable
 from coatrt.models.spec import DecoderSpec
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.input_moments import Calibration, InputMoments, calibration_examples
@@ -141,7 +141,7 @@ def _open(
     """Open the model, and refuse what would fail later."""
     checkpoint = Checkpoint.open(source)
     spec = DecoderSpec.from_config(checkpoint.config)
-    check_exportable(checkpoint, spec)
+    preflight(checkpoint, progress)
     space = ConfigSpace(checkpoint.matrices, tuple(map(WeightFormat.parse, options.formats)))
     processes = Processes(compute_device(device).type)
     processes.share(torch.arange(options.batch))  # refuses a batch that does not divide among them

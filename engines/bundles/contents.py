@@ -11,8 +11,9 @@ from coatrt.engines.runtime.emitter import Emitter
 from coatrt.engines.runtime.lora_file import save_lora
 from coatrt.export.decoder import WEIGHTS_FILE, decoder_io, export_decoder
 from coatrt.export.hypernetwork import export_hypernetwork
-from coatrt.models.checkpoint import Checkpoint, load_tokenizer
+from coatrt.models.checkpoint import Checkpoint
 from coatrt.models.config_file import end_tokens
+from coatrt.models.tokenizer import load_tokenizer
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.system.json_data import write_json
 from coatrt.system.progress import Progress, silent

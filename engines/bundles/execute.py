@@ -20,6 +20,7 @@ from coatrt.engines.bundles.prepare import Job, Preparation
 from coatrt.engines.bundles.seal import seal_bundle
 from coatrt.engines.bundles.targets import BundleResult
 from coatrt.errors import BuildError, CoatError
+from coatrt.export.preflight import preflight
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.system.progress import Progress, silent
@@ -60,6 +61,7 @@ def execute(
         One entry per target, in order.
 
     Raises:
+        CheckpointError: a graph would not compute what the model does, see `preflight`; nothing was made.
         BuildError: a builder is not installed; nothing was made. Or it refuses a graph, or a bundle cannot be
             written; the other bundles are finished.
     """
@@ -68,6 +70,7 @@ def execute(
         for job in preparation.jobs if preparation.options.engine else ():  # before anything is written
             for device in job.rtx_devices:
                 installed_builder(device.builder)
+        preflight(checkpoint, progress)
         codes = adapter.codes(checkpoint, progress)
         first = preparation.jobs[0].targets[0].output.parent
         first.mkdir(parents=True, exist_ok=True)

@@ -164,10 +164,12 @@ from pathlib import Path
 import torch
 import coatrt.export.decoder as decoder
 from coatrt.models.checkpoint import Checkpoint
+from coatrt.models.modules import empty_model
 from coatrt.configs.config import QuantConfig
 torch.set_num_threads(1)
 decoder.encode(torch.ones(64, 64), "nf4-g64")  # imports and thread pools
 decoder.DecoderSpec.from_config((checkpoint := Checkpoint.open(sys.argv[1])).config)
+empty_model(checkpoint)  # imports transformers' modules
 def peak():  # not getrusage: it counts what the parent held before exec
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) << 10
 start = peak()

@@ -53,7 +53,7 @@ def save_byte_tokenizer(directory: Path) -> None:
 def text_data(model: Path, texts: Sequence[str] = TEXTS, held_out: Sequence[str] | None = None) -> Any:
     """Return texts as data to train on, blocks of 32 tokens of a model's tokenizer."""
     from coatrt.data.text import text_task
-    from coatrt.models.checkpoint import load_tokenizer
+    from coatrt.models.tokenizer import load_tokenizer
 
     return text_task(load_tokenizer(model), texts, 32, held_out=held_out)
 

@@ -16,7 +16,8 @@ from coatrt.configs.lora_contract import LoraContract, contract_for
 from coatrt.data.examples import Examples
 from coatrt.evaluation.curvature import output_gains
 from coatrt.evaluation.fake_quant import FakeQuantModel
-from coatrt.models.checkpoint import Checkpoint, load_model
+from coatrt.models.checkpoint import Checkpoint
+from coatrt.models.modules import load_model
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import decode, encode
 from coatrt.quantization.input_moments import Calibration, InputMoments

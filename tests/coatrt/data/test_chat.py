@@ -8,7 +8,7 @@ import pytest
 from coatrt.data.chat import Conversation, chat_task
 from coatrt.data.examples import IGNORED, Examples
 from coatrt.errors import ConfigError
-from coatrt.models.checkpoint import load_tokenizer
+from coatrt.models.tokenizer import load_tokenizer
 
 IM = (
     "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im|>system\nBe kind.<|end|>\n{% endif %}"

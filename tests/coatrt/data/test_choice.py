@@ -12,7 +12,9 @@ from coatrt.data.task_data import ChoiceSets
 from coatrt.errors import ConfigError
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.evaluation.losses import choice_scores, mean_loss, measure_held_out
-from coatrt.models.checkpoint import Checkpoint, load_model, load_tokenizer
+from coatrt.models.checkpoint import Checkpoint
+from coatrt.models.modules import load_model
+from coatrt.models.tokenizer import load_tokenizer
 from coatrt.quantization.code_cache import CodeStore
 
 QUESTIONS = [

@@ -10,7 +10,8 @@ from coatrt.errors import ConfigError
 from coatrt.evaluation import losses
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.evaluation.losses import log_likelihoods, mean_loss
-from coatrt.models.checkpoint import Checkpoint, load_model
+from coatrt.models.checkpoint import Checkpoint
+from coatrt.models.modules import load_model
 from coatrt.quantization.code_cache import CodeStore
 
 # Lengths and targets differ: a whole row, an answer at the end, two answers with a gap, one token.

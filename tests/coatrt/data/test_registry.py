@@ -13,7 +13,7 @@ from coatrt.cli.main import cli
 from coatrt.data.registry import load_task
 from coatrt.data.text import text_task
 from coatrt.errors import ConfigError
-from coatrt.models.checkpoint import load_tokenizer
+from coatrt.models.tokenizer import load_tokenizer
 from coatrt.training.run import train
 from support.tiny import TEXTS, tiny_options
 

@@ -6,7 +6,7 @@ import pytest
 
 from coatrt.data.text import text_task
 from coatrt.errors import ConfigError
-from coatrt.models.checkpoint import load_tokenizer
+from coatrt.models.tokenizer import load_tokenizer
 
 
 def test_held_out_documents_are_not_trained_on(tiny_llama: Path) -> None:

@@ -7,7 +7,8 @@ import torch
 
 from coatrt.configs.config import QuantConfig
 from coatrt.evaluation.fake_quant import FakeQuantModel
-from coatrt.models.checkpoint import Checkpoint, load_model
+from coatrt.models.checkpoint import Checkpoint
+from coatrt.models.modules import load_model
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import decode, encode
 from coatrt.quantization.weight_format import WeightFormat

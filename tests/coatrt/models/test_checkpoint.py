@@ -7,10 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from coatrt.errors import CheckpointError
-from coatrt.models.checkpoint import Checkpoint, load_model, load_tokenizer
+from coatrt.models.checkpoint import Checkpoint
+from coatrt.models.modules import load_model
 from coatrt.models.spec import DecoderSpec
+from coatrt.models.tokenizer import load_tokenizer
+from support.families import save_model
 from support.tiny import save_tiny_llama
 
 
@@ -41,7 +45,7 @@ def test_shards_are_one_model(tiny_llama: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
     one, many = Checkpoint.open(tiny_llama), Checkpoint.open(tmp_path / "sharded")
     assert one.matrices == many.matrices
-    assert all(torch.equal(one.tensor(name), many.tensor(name)) for name in one.files)
+    assert all(torch.equal(one.tensor(name), many.tensor(name)) for name in one.tensors)
     next((tmp_path / "sharded").glob("*2-of*.safetensors")).unlink()
     with pytest.raises(CheckpointError, match="is missing though the index names it"):
         Checkpoint.open(tmp_path / "sharded")
@@ -76,7 +80,7 @@ def test_damage_is_one_clear_line(tiny_llama: Path, tmp_path: Path) -> None:
     cases = {
         truncated: "damaged or truncated",
         header: "damaged or truncated",
-        pickled: "pickled weights, which are never",
+        pickled: "pickled weights are never",
         garbled: "is not JSON",
         nameless: "names no model_type",
         tmp_path / "absent": "does not exist",
@@ -128,20 +132,29 @@ def test_gguf_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(checkpoint.matrices.matrices) == 211
     assert checkpoint.matrices.parameters == 134_479_872
     assert checkpoint.matrices.tied
-    stamp = (checkpoint.directory / "model.safetensors").stat().st_mtime_ns
+    config = checkpoint.directory / "config.json"
+    stamp = config.stat().st_mtime_ns
     again = Checkpoint.open(next(source.glob("*.gguf")))
-    assert (again.directory / "model.safetensors").stat().st_mtime_ns == stamp
+    assert config.stat().st_mtime_ns == stamp
     assert load_tokenizer(again.directory)("The capital")["input_ids"] == [504, 3575]
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_head_is_tied_where_the_key_is_left_out_and_it_has_no_weights(tmp_path: Path, tied: bool) -> None:
+@pytest.mark.parametrize(("family", "tied"), [("gemma", True), ("llama", False)])
+def test_a_head_is_tied_as_its_family_ties_it_where_the_key_is_left_out(
+    family: str, tied: bool, tmp_path: Path
+) -> None:
     """As in the published Gemma configurations: transformers leaves out what is its class's default."""
-    save_tiny_llama(tmp_path, tied=tied)
+    save_model(tmp_path, family)
     config = json.loads((tmp_path / "config.json").read_text())
-    del config["tie_word_embeddings"]
+    config.pop("tie_word_embeddings", None)
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert Checkpoint.open(tmp_path).matrices.tied == tied
+    if not tied:  # transformers would fill the head with random numbers
+        weights = load_file(tmp_path / "model.safetensors")
+        del weights["lm_head.weight"]
+        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=r"has no lm_head.weight and does not tie it"):
+            _ = Checkpoint.open(tmp_path).matrices
 
 
 def test_a_quantized_model_is_refused(tiny_llama: Path, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import torch
 from coatrt.data.documents import batches
 from coatrt.data.examples import Examples
 from coatrt.errors import CheckpointError, ConfigError
-from coatrt.models.checkpoint import Checkpoint, load_model
+from coatrt.models.checkpoint import Checkpoint
+from coatrt.models.modules import load_model
 from coatrt.quantization import input_moments as calibration
 from coatrt.quantization.input_moments import Calibration, InputMoments, calibration_examples, tokens_wanted
 from support.tiny import save_tiny_llama

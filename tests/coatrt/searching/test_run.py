@@ -15,7 +15,8 @@ from coatrt.data.examples import Examples
 from coatrt.data.registry import load_task
 from coatrt.errors import ConfigError
 from coatrt.evaluation.fake_quant import FakeQuantModel
-from coatrt.models.checkpoint import Checkpoint, load_tokenizer
+from coatrt.models.checkpoint import Checkpoint
+from coatrt.models.tokenizer import load_tokenizer
 from coatrt.planning.archive import Archive, adapter_archive
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.searching.run import search

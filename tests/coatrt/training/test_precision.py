@@ -11,7 +11,8 @@ from coatrt.configs.space import ConfigSpace
 from coatrt.data.examples import Examples
 from coatrt.evaluation.curvature import measure_sensitivity, output_gains
 from coatrt.evaluation.fake_quant import FakeQuantModel
-from coatrt.models.checkpoint import Checkpoint, load_model
+from coatrt.models.checkpoint import Checkpoint
+from coatrt.models.modules import load_model
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import decode, encode
 from coatrt.quantization.weight_format import WeightFormat

@@ -285,7 +285,7 @@ def test_sampling_refuses_nonsense(wrong: dict[str, float]) -> None:
 
 
 def test_chat_template_and_plain_prompts(tiny_bundle: Path) -> None:
-    from coatrt.models.checkpoint import load_tokenizer
+    from coatrt.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(Bundle.open(tiny_bundle).folder("tokenizer"))
     assert tokenizer.decode(encode_prompt(tokenizer, "hé")) == "hé"

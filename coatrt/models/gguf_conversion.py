@@ -1,0 +1,96 @@
+"""A GGUF file as a Hugging Face directory in the cache: converted once, sealed by the hashes of its files."""
+
+import contextlib
+import hashlib
+import io
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from coatrt.errors import CheckpointError, CoatError, reason
+from coatrt.models.gguf_file import GgufModel
+from coatrt.models.transformers_config import quiet_transformers
+from coatrt.system.files import atomic_directory, cache_directory, sha256_file
+from coatrt.system.json_data import read_as, write_json
+
+__all__ = ["convert_gguf"]
+
+_VERSION = 3  # of what a file is converted to
+_SEAL = "sha256.json"  # name of each file → its hash
+_SHARD = 2 << 30  # bytes
+
+
+def convert_gguf(path: Path) -> Path:
+    """Return a Hugging Face directory with the decoded weights and the tokenizer of a GGUF file.
+
+    Raises:
+        CheckpointError: see `GgufModel`; or transformers cannot read its tokenizer.
+    """
+    path = path.resolve()
+    stat = path.stat()
+    identity = f"{_VERSION}:{path}:{stat.st_size}:{stat.st_mtime_ns}"
+    target = cache_directory() / "gguf" / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    if _sealed(target):
+        return target
+    model = GgufModel(path)
+    with atomic_directory(target) as temporary:
+        write_json(temporary / "config.json", model.config)
+        write_json(temporary / "generation_config.json", {"eos_token_id": model.end_tokens})
+        _write_tokenizer(model, temporary)
+        _write_shards(model, temporary)
+        write_json(temporary / _SEAL, {file.name: sha256_file(file) for file in sorted(temporary.iterdir())})
+    return target
+
+
+def _sealed(directory: Path) -> bool:
+    """Return whether a conversion is there, every file as it was written."""
+    try:
+        hashes = read_as(directory / _SEAL, dict[str, str], "hashes", "convert it again")
+        names = {file.name for file in directory.iterdir()} - {_SEAL}
+        return names == set(hashes) and all(sha256_file(directory / name) == hashes[name] for name in names)
+    except (CoatError, OSError):
+        return False
+
+
+def _write_shards(model: GgufModel, directory: Path) -> None:
+    """Write the tensors as shards of a bounded size, which is what is in memory at a time."""
+    weights: dict[str, str] = {}
+    shard: dict[str, torch.Tensor] = {}
+    held = 0
+
+    def flush() -> None:
+        if shard:
+            name = f"model-{len(set(weights.values())) + 1:05d}.safetensors"
+            save_file(shard, directory / name, metadata={"format": "pt"})
+            weights.update(dict.fromkeys(shard, name))
+            shard.clear()
+
+    for name, tensor in model.tensors():
+        if held + tensor.nbytes > _SHARD:
+            flush()
+            held = 0
+        shard[name] = tensor
+        held += tensor.nbytes
+    flush()
+    write_json(directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": weights})
+
+
+def _write_tokenizer(model: GgufModel, directory: Path) -> None:
+    quiet_transformers()
+    from transformers import AutoTokenizer
+
+    quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+    try:
+        with quiet:
+            tokenizer = AutoTokenizer.from_pretrained(
+                model.path.parent, gguf_file=model.path.name, trust_remote_code=False
+            )
+        if (end := model.config["eos_token_id"]) is not None:  # transformers 5.17 gives the start token
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+        tokenizer.save_pretrained(directory)
+    except Exception as error:  # of any kind
+        raise CheckpointError(
+            f"the tokenizer in {model.path} cannot be read ({reason(error)}); fetch it again or give safetensors"
+        ) from None

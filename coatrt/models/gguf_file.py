@@ -1,0 +1,255 @@
+"""GGUF files: every key and tensor is used, known to say nothing of the arithmetic, or refused by name."""
+
+import math
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from coatrt.errors import CheckpointError, reason
+
+__all__ = ["GgufModel"]
+
+_SILENT = re.compile(r"GGUF\.|general\.|tokenizer\.|quantize\.")
+"""Keys that say nothing of the arithmetic; the tokenizer's are transformers' to read."""
+_PLAIN = {  # GGUF key after the architecture's name → key of config.json
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+}
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a value by type
+_STRING, _ARRAY = 8, 9
+_FAMILIES = ("llama", "qwen2", "qwen3")
+
+
+class GgufModel:
+    """An open GGUF file of the Llama kind.
+
+    Args:
+        path: the file.
+
+    Raises:
+        CheckpointError: it is damaged, one part of several, of another family, or holds keys or tensors that no
+            config.json of its family stands for; or the gguf package is missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import gguf
+        except ImportError as error:
+            raise CheckpointError(f"{path.name} needs the gguf extra ({error}); pip install 'coatrt[gguf]'") from None
+        self.path = path
+        try:
+            _check_header(path)
+            reader = gguf.GGUFReader(path)
+            self._keys: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
+        except Exception as error:  # the reader's own are of any kind
+            raise self._error(f"cannot be read as GGUF ({reason(error)}); fetch it again") from None
+        self._tensors = {str(tensor.name): tensor for tensor in reader.tensors}
+        if len(self._tensors) != len(reader.tensors):
+            raise self._error("names a tensor twice; fetch it again")
+        self.family = str(self._keys.get("general.architecture"))
+        if self.family not in _FAMILIES or self._keys.get("general.type", "model") != "model":
+            raise self._error(
+                f"is of the architecture {self.family}; allowed: {', '.join(_FAMILIES)}; give safetensors"
+            )
+        if int(self._keys.get("split.count", 1)) > 1:
+            raise self._error(
+                f"is one part of {self._keys['split.count']}; merge them (llama-gguf-split --merge) or give safetensors"
+            )
+        self.config = self._read_config()
+        self._names = self._read_names(gguf)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield every tensor by its Hugging Face name, float16 where it is stored so, else float32."""
+        import gguf
+
+        for name, stored in self._names.items():
+            tensor = self._tensors[stored]
+            half = tensor.tensor_type == gguf.GGMLQuantizationType.F16
+            try:
+                values = tensor.data if half else gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            except NotImplementedError as error:
+                raise self._error(f"holds {stored} in a type that gguf cannot decode ({error})") from None
+            rows = np.array(values).reshape([int(size) for size in reversed(tensor.shape)])
+            heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
+            if self.family == "llama" and heads is not None:  # llama.cpp rotates neighbours: its rows are interleaved
+                count = self.config[heads]
+                rows = rows.reshape(count, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+            yield name, torch.from_numpy(np.ascontiguousarray(rows))
+
+    @property
+    def end_tokens(self) -> list[int]:
+        """Every token that ends a text or a turn."""
+        named = [self._keys.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
+        return sorted({int(token) for token in named if token is not None})
+
+    def _error(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.path} {what}")
+
+    def _read_config(self) -> dict[str, Any]:
+        """Return the config.json that the keys stand for."""
+        left = {key: value for key, value in self._keys.items() if not _SILENT.match(key)}
+        for key in ("split.count", "split.no", "split.tensors.count", f"{self.family}.rope.scaling.finetuned"):
+            left.pop(key, None)
+
+        def take(name: str, default: Any = None) -> Any:
+            value = left.pop(f"{self.family}.{name}", default)
+            if value is None:
+                raise self._error(f"lacks the key {self.family}.{name}; fetch it again or give safetensors")
+            return value
+
+        config = {theirs: take(ours) for ours, theirs in _PLAIN.items() if ours != "attention.head_count_kv"}
+        config["num_key_value_heads"] = take("attention.head_count_kv", config["num_attention_heads"])
+        counts = [value for key, value in config.items() if key != "rms_norm_eps"]
+        if not all(isinstance(value, int) and value > 0 for value in counts):
+            raise self._error(
+                f"gives {config}; whole numbers above 0 are allowed, one for all layers; give safetensors"
+            )
+        width = config["hidden_size"] // config["num_attention_heads"]
+        head = take("attention.key_length", width)
+        for name in ("attention.value_length", "rope.dimension_count"):
+            if (other := take(name, head)) != head:
+                raise self._error(f"has heads of {head} and {name} {other}; one width is allowed; give safetensors")
+        base = float(take("rope.freq_base", 1e4))
+        vocabulary = len(self._keys.get("tokenizer.ggml.tokens", ())) or None
+        end, rope = self._keys.get("tokenizer.ggml.eos_token_id"), {"rope_type": "default", "rope_theta": base}
+        kind = take("rope.scaling.type", "none")
+        if kind in ("linear", "yarn"):
+            rope |= {"rope_type": kind, "factor": float(take("rope.scaling.factor"))}
+            if kind == "yarn":
+                rope["original_max_position_embeddings"] = int(take("rope.scaling.original_context_length"))
+        elif kind != "none":
+            raise self._error(f"scales its rotary positions by {kind!r}; allowed: none, linear, yarn; give safetensors")
+        if "rope_freqs.weight" in self._tensors:
+            if kind != "none":
+                raise self._error("scales its rotary positions twice (rope.scaling.type and rope_freqs.weight)")
+            rope |= self._llama3(base, int(head))
+        config |= {
+            "model_type": self.family,
+            "head_dim": head,
+            "vocab_size": int(take("vocab_size", vocabulary)),
+            "rope_parameters": rope,
+            "tie_word_embeddings": "output.weight" not in self._tensors,
+            "bos_token_id": self._keys.get("tokenizer.ggml.bos_token_id"),
+            "eos_token_id": end,
+            "sliding_window": None,
+        }
+        if left:
+            raise self._error(
+                f"has the keys {', '.join(sorted(left)[:3])}, which config.json has no words for; give safetensors"
+            )
+        return config
+
+    def _llama3(self, base: float, width: int) -> dict[str, Any]:
+        """Return the llama3 scaling whose factors on the wavelengths `rope_freqs.weight` holds.
+
+        Its formula: transformers, `modeling_rope_utils._compute_llama3_parameters`. The low and high factors are those
+        of Llama 3 (1 and 4); the largest factor is the scaling's, and a factor between gives the original length.
+        """
+        factors = np.asarray(self._tensors["rope_freqs.weight"].data, np.float64).reshape(-1)
+        wavelengths = 2 * math.pi * base ** (np.arange(0, width, 2) / width)
+        low, high, most = 1.0, 4.0, float(factors.max())
+        if most == 1.0 and (factors == 1.0).all():
+            return {}
+        between = np.flatnonzero((factors > 1.001) & (factors < 0.999 * most))
+        original = 8192.0
+        if len(between) and factors.shape == wavelengths.shape:
+            i = int(between[0])
+            smooth = (1 / factors[i] - 1 / most) / (1 - 1 / most)
+            original = round(wavelengths[i] * (low + smooth * (high - low)))
+        smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)
+        expected = 1 / ((1 - smooth) / most + smooth)
+        if factors.shape != expected.shape or not np.allclose(expected, factors, rtol=1e-4):
+            raise self._error(
+                "scales its rotary positions by a rope_freqs.weight that is not llama3's; give safetensors"
+            )
+        return {
+            "rope_type": "llama3",
+            "factor": most,
+            "low_freq_factor": low,
+            "high_freq_factor": high,
+            "original_max_position_embeddings": int(original),
+        }
+
+    def _read_names(self, gguf: Any) -> dict[str, str]:
+        """Return Hugging Face name → stored name of every tensor; what is there beside them is refused."""
+        arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.family)
+        layers = self.config["num_hidden_layers"]
+        if layers > len(self._tensors):
+            raise self._error(f"has {len(self._tensors)} tensors for {layers} layers; fetch it again")
+        table = gguf.get_tensor_name_map(arch, layers)
+        modules = ["model.embed_tokens", "model.norm", "lm_head"]
+        parts = ["input_layernorm", "post_attention_layernorm"]
+        parts += [f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")]
+        parts += [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+        modules += [f"model.layers.{layer}.{part}" for layer in range(layers) for part in parts]
+        names = {}
+        for module in modules:
+            stored = table.get_name(module)
+            for kind in ("weight", "bias"):
+                if stored is not None and f"{stored}.{kind}" in self._tensors:
+                    names[f"{module}.{kind}"] = f"{stored}.{kind}"
+        strays = sorted(set(self._tensors) - set(names.values()) - {"rope_freqs.weight"})
+        if strays:
+            raise self._error(
+                f"holds {len(strays)} tensors that a model of the family {self.family} does not have, like "
+                f"{', '.join(strays[:3])}; give the model's safetensors"
+            )
+        return names
+
+
+def _check_header(path: Path) -> None:
+    """Refuse a header whose counts and lengths lead beyond the file: the reader would go on for ever.
+
+    The layout is that of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, little-endian.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+
+        def number(form: str) -> int:
+            data = stream.read(struct.calcsize(form))
+            return int(struct.unpack(form, data)[0])
+
+        def skip(length: int) -> None:
+            if length > size - stream.tell():
+                raise ValueError(f"{length} bytes are promised {size - stream.tell()} before the end")
+            stream.seek(length, 1)
+
+        def value(kind: int) -> None:
+            if kind == _STRING:
+                skip(number("<Q"))
+            elif kind == _ARRAY:
+                inner, count = number("<I"), number("<Q")
+                if inner in _SIZES:
+                    skip(_SIZES[inner] * count)
+                elif inner == _STRING and count <= (size - stream.tell()) // 8:
+                    for _ in range(count):
+                        skip(number("<Q"))
+                else:
+                    raise ValueError(f"an array of {count} values of type {inner}")
+            else:
+                skip(_SIZES[kind])
+
+        if stream.read(4) != b"GGUF" or number("<I") not in (2, 3):
+            raise ValueError("no GGUF of version 2 or 3")
+        tensors, keys = number("<Q"), number("<Q")
+        if max(tensors, keys) > size // 12:
+            raise ValueError(f"{tensors} tensors and {keys} keys in {size} bytes")
+        for _ in range(keys):
+            skip(number("<Q"))
+            value(number("<I"))
+        for _ in range(tensors):
+            skip(number("<Q"))
+            dimensions = number("<I")
+            if dimensions > 4:
+                raise ValueError(f"a tensor of {dimensions} dimensions")
+            skip(8 * dimensions + 4 + 8)

@@ -1,0 +1,102 @@
+"""Which safetensors files hold a model's weights, and what their headers say: the one list for training and export."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+from safetensors import SafetensorError, safe_open
+
+from coatrt.errors import CheckpointError, reason
+from coatrt.system.json_data import read_as
+
+__all__ = ["StoredTensor", "stored_tensors", "weight_files"]
+
+_WHOLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+class _ShardIndex(TypedDict):
+    weight_map: dict[str, str]  # tensor → file
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as a header names it.
+
+    Args:
+        file: the safetensors file.
+        shape: its shape.
+        dtype: as safetensors writes it, such as "BF16".
+    """
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """Return the weight files of a model directory, by transformers' rule, and its index (tensor → file) if it counts.
+
+    `model.safetensors` wins; without it the shards that `model.safetensors.index.json` names. Other files are not read.
+
+    Raises:
+        CheckpointError: there is neither, or a shard that the index names is missing or lies elsewhere.
+    """
+    if (directory / _WHOLE).is_file():
+        return [directory / _WHOLE], None
+    if not (directory / _INDEX).is_file():
+        others = sorted(path.name for path in directory.iterdir() if path.suffix in (".safetensors", ".bin", ".pth"))
+        hint = f"it has {', '.join(others[:3])}" if others else "there is none"
+        raise CheckpointError(
+            f"{directory} needs {_WHOLE} or {_INDEX}, and {hint}; pickled weights are never loaded: "
+            "save the model with save_pretrained"
+        )
+    index = read_as(directory / _INDEX, _ShardIndex, "shard index", "download the file again", CheckpointError)
+    names = sorted(set(index["weight_map"].values()))
+    for name in names:
+        if Path(name).name != name:
+            raise CheckpointError(f"{directory / _INDEX} names {name!r}, which lies elsewhere; do not use this model")
+        if not (directory / name).is_file():
+            raise CheckpointError(f"{directory / name} is missing though the index names it; fetch the model again")
+    return [directory / name for name in names], index["weight_map"]
+
+
+def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """Return every tensor of a model directory by name.
+
+    Raises:
+        CheckpointError: see `weight_files`; a file is damaged, headers and index differ, or a dtype is no float.
+    """
+    files, index = weight_files(directory)
+    tensors: dict[str, StoredTensor] = {}
+    for path in files:
+        for name, tensor in _header(path).items():
+            if name in tensors:
+                raise CheckpointError(f"{path} and {tensors[name].file.name} both hold {name}; fetch the model again")
+            if tensor.dtype not in _DTYPES:
+                raise CheckpointError(
+                    f"{path} holds {name} as {tensor.dtype}; allowed: {', '.join(_DTYPES)}; give the model before it "
+                    "was quantized"
+                )
+            tensors[name] = tensor
+    if index is not None:
+        wrong = sorted({*tensors} ^ {*index} or {name for name in index if tensors[name].file.name != index[name]})
+        if wrong:
+            raise CheckpointError(
+                f"{directory / _INDEX} and the shards differ in {len(wrong)} tensors, like {wrong[0]}; "
+                "fetch the model again"
+            )
+    return tensors
+
+
+def _header(path: Path) -> dict[str, StoredTensor]:
+    try:
+        with safe_open(str(path), framework="np") as shard:
+            found = {}
+            for name in shard.keys():  # noqa: SIM118 - no mapping
+                view = shard.get_slice(name)
+                found[name] = StoredTensor(path, tuple(view.get_shape()), view.get_dtype())
+            return found
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or truncated ({reason(error)}); fetch the file again") from None
