@@ -54,7 +54,8 @@ def load_lora(path: Path, contract: LoraContract) -> Lora:
         raise ConfigError(f"LoRA {path} does not exist; emit one with coatrt adapt")
     try:
         data = path.read_bytes()
-        stored = deserialize(data)  # checks the header that is read again below: it returns no metadata
+        stored = deserialize(data)  # type: ignore[no-untyped-call]
+        # The header, checked by now, is read again for what the line above does not return.
         metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
     except (SafetensorError, OSError, ValueError) as error:
         raise ConfigError(f"LoRA {path} is damaged ({error}); emit it again with coatrt adapt") from None

@@ -25,10 +25,11 @@ def build_targets(
     options: BundleOptions | None = None,
     *,
     overwrite: bool = False,
+    sign: Path | None = None,
     **more: Any,
 ) -> list[BundleResult]:
     """Make a bundle for each target."""
-    preparation = prepare(adapter.description, targets, options or BundleOptions(), overwrite=overwrite)
+    preparation = prepare(adapter.description, targets, options or BundleOptions(), overwrite=overwrite, sign=sign)
     return execute(preparation, adapter, checkpoint, **more)
 
 
