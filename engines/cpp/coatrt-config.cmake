@@ -1,8 +1,9 @@
-# find_package(coatrt [COMPONENTS ort trt c]): the library is compiled from source as part of your build.
+# find_package(coatrt [COMPONENTS ort trt c sign]): the library is compiled from source as part of your build.
 #
 #   coatrt::coatrt   Bundle, Session, Tokenizer over ONNX Runtime
 #   component trt    also TensorRT or TensorRT-RTX: your SDK's include directory in coatrt_TRT_INCLUDE, its library in
 #                    coatrt_TRT_LIBRARY; CUDA's runtime through find_package(CUDAToolkit)
+#   component sign   also signatures of bundles, checked with OpenSSL's libcrypto (1.1.1 or later)
 #   component c      also the C functions of coatrt/coatrt.h
 cmake_minimum_required(VERSION 3.16)
 set(_root "${CMAKE_CURRENT_LIST_DIR}")
@@ -56,6 +57,16 @@ if("trt" IN_LIST coatrt_FIND_COMPONENTS)
   target_include_directories(coatrt SYSTEM PRIVATE "${coatrt_TRT_INCLUDE}")
   target_compile_definitions(coatrt PRIVATE COATRT_TRT=1)
   target_link_libraries(coatrt PUBLIC "${coatrt_TRT_LIBRARY}" CUDA::cudart)
+endif()
+if("sign" IN_LIST coatrt_FIND_COMPONENTS)
+  find_package(OpenSSL 1.1.1 QUIET COMPONENTS Crypto)
+  if(NOT TARGET OpenSSL::Crypto)
+    _coatrt_refuse("component sign needs OpenSSL's headers and libcrypto; install libssl-dev")
+    return()
+  endif()
+  target_sources(coatrt PRIVATE "${_root}/src/sign/signature.cpp")
+  target_compile_definitions(coatrt PRIVATE COATRT_SIGN=1)
+  target_link_libraries(coatrt PUBLIC OpenSSL::Crypto)
 endif()
 if("c" IN_LIST coatrt_FIND_COMPONENTS)
   target_sources(coatrt PRIVATE "${_root}/src/c/coatrt.cpp")

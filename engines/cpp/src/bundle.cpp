@@ -7,6 +7,7 @@
 #include "ort/emitter.hpp"
 #include "safetensors.hpp"
 #include "sha256.hpp"
+#include "signature.hpp"
 #include "state.hpp"
 
 namespace fs = std::filesystem;
@@ -56,6 +57,19 @@ void check_seal(const std::string_view text, const std::string& file) {
                 " has no seal: it was altered, or another coatrt wrote it; build the bundle again");
   if (sha256(text.data() + start, text.size() - start) != text.substr(before.size(), digits))
     throw Error("bundle manifest " + file + " was altered or is damaged; build the bundle again");
+}
+
+/// Refuse a manifest that the user's key has not signed.
+void require_signature([[maybe_unused]] const std::string_view manifest, [[maybe_unused]] const fs::path& directory,
+                       [[maybe_unused]] const std::string& key) {
+#ifdef COATRT_SIGN
+  const std::string wrong = check_signature(manifest, kManifest, directory / kSignature, key);
+  if (!wrong.empty())
+    throw Error(directory.string() + " has no signature by " + key + " (" + wrong +
+                "); fetch the bundle again from who signs it");
+#else
+  throw Error("a signature is required and the library was built without component sign; add it to find_package(coatrt)");
+#endif
 }
 
 /// Presence, place and size of one file that the manifest names.
@@ -109,6 +123,7 @@ std::shared_ptr<BundleState> open_state(const fs::path& directory, const BundleO
   state->directory = directory;
   state->options = options;
   const MappedFile mapped(file);
+  if (!options.public_key.empty()) require_signature(mapped.text(), directory, options.public_key);
   check_seal(mapped.text(), file.string());
   try {
     state->manifest = parse_json(mapped.text(), "bundle manifest", file.string());

@@ -49,6 +49,8 @@ struct BundleOptions {
   /// was built from, else the loader's search path.
   std::string onnxruntime;
   int threads = 0;  ///< of the hypernetwork; 0: all usable cores
+  /// PEM file of the public key that must have signed the bundle (component sign); empty: no signature is asked for.
+  std::string public_key;
 };
 
 /// An opened bundle: a handle to shared, immutable state; copies are cheap, all calls may come from any thread.
