@@ -32,16 +32,8 @@ from coatrt.system.resources import compute_device
 __all__ = ["Adapter", "Evaluator"]
 
 _CALIBRATION = "calibration.safetensors"
-_OWN = (
-    "adapter.json",
-    "adapter.safetensors",
-    "sensitivity.json",
-    "metrics.json",
-    _CALIBRATION,
-    "peft",
-    "training",
-    "archive.json",
-)
+_FILES = ("adapter.json", "adapter.safetensors", "sensitivity.json", "metrics.json", _CALIBRATION)
+_OWN = (*_FILES, "peft", "training", "archive.json")
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,7 @@ _PREDICATE = "https://model_signing/signature/v1.0"
 
 
 def sign(data: bytes, name: str, key: str | Path) -> str:
-    """Return the signature of a file, the text of a model.sig.
-
-    Args:
-        data: its content.
-        name: its name.
-        key: PEM file of the private key, not encrypted.
+    """Return the signature of a file, the text of a model.sig, by the private key in a PEM file.
 
     Raises:
         ConfigError: `cryptography` is not installed, or the key does not serve.
@@ -44,10 +39,10 @@ def sign(data: bytes, name: str, key: str | Path) -> str:
     }
     payload = json.dumps(statement).encode()
     signature = private.sign(_encoded(payload), _ecdsa())
-    half = _pem(private.public_key())
+    hint = hashlib.sha256(public_key(key)).hexdigest()
     bundle = {
         "mediaType": _BUNDLE,
-        "verificationMaterial": {"publicKey": {"hint": hashlib.sha256(half).hexdigest()}, "tlogEntries": []},
+        "verificationMaterial": {"publicKey": {"hint": hint}, "tlogEntries": []},
         "dsseEnvelope": {
             "payload": b64encode(payload).decode(),
             "payloadType": _PAYLOAD,
@@ -93,7 +88,11 @@ def public_key(key: str | Path) -> bytes:
     Raises:
         ConfigError: `cryptography` is not installed, or the key does not serve.
     """
-    return _pem(_key(key, "private").public_key())
+    private = _key(key, "private")
+    from cryptography.hazmat.primitives import serialization as pem
+
+    half: bytes = private.public_key().public_bytes(pem.Encoding.PEM, pem.PublicFormat.SubjectPublicKeyInfo)
+    return half
 
 
 def _encoded(payload: bytes) -> bytes:
@@ -104,16 +103,13 @@ def _encoded(payload: bytes) -> bytes:
 def _key(key: str | Path | bytes, half: str) -> Any:
     """Return a key, refused in one line unless it is of this half and on P-256."""
     try:
-        from cryptography.hazmat.primitives import serialization
+        from cryptography.hazmat.primitives import serialization as pem
         from cryptography.hazmat.primitives.asymmetric import ec
     except ImportError as error:
         raise ConfigError(f"signatures need the sign extra ({error}); pip install 'coatrt[sign]'") from None
     try:
         data = key if isinstance(key, bytes) else Path(key).read_bytes()
-        if half == "private":
-            found: Any = serialization.load_pem_private_key(data, None)
-        else:
-            found = serialization.load_pem_public_key(data)
+        found: Any = pem.load_pem_private_key(data, None) if half == "private" else pem.load_pem_public_key(data)
         if not isinstance(getattr(found, "curve", None), ec.SECP256R1):
             raise ValueError("it is on no P-256 curve")
     except Exception as error:  # the library's own share no public base
@@ -131,11 +127,3 @@ def _ecdsa() -> Any:
     from cryptography.hazmat.primitives.asymmetric import ec
 
     return ec.ECDSA(hashes.SHA256())
-
-
-def _pem(public: Any) -> bytes:
-    from cryptography.hazmat.primitives import serialization
-
-    half = public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    assert isinstance(half, bytes)
-    return half

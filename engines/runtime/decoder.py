@@ -11,7 +11,7 @@ from coatrt.configs.lora_contract import DecoderIO, LoraContract
 from coatrt.errors import ConfigError
 from coatrt.system.notices import warn_once
 
-__all__ = ["CachedDecoder", "Decoder", "LoraTensors", "check_lora"]
+__all__ = ["CachedDecoder", "Decoder", "LoraTensors", "check_configuration", "check_lora"]
 
 LoraTensors = Mapping[str, NDArray[np.float32]]
 
@@ -76,20 +76,11 @@ class CachedDecoder(ABC):
         """
         if tensors is not None:
             check_lora(self.contract, tensors)
-            self._compare(getattr(tensors, "configuration", self.configuration))
+            emitted = getattr(tensors, "configuration", self.configuration)
+            check_configuration(emitted, self.configuration, strict=self.strict_lora)
         for name, shape in self.contract.shapes.items() if self.contract is not None else ():
             value = np.zeros(shape, self._dtype) if tensors is None else np.asarray(tensors[name]).astype(self._dtype)
             self._bind(name, value)
-
-    def _compare(self, emitted: str) -> None:
-        """Say or refuse that a LoRA makes up for the errors of another configuration; the weights do not change."""
-        if not self.configuration or emitted == self.configuration:
-            return
-        said = f"was emitted for configuration {emitted}" if emitted else "names no configuration"
-        line = f"the LoRA {said}, the weights are of {self.configuration} and stay so; emit it for theirs"
-        if self.strict_lora:
-            raise ConfigError(f"{line} (coatrt adapt)")
-        warn_once(line)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """Start new sequences and return the logits after each prompt, float32 [B, V].
@@ -174,6 +165,26 @@ class CachedDecoder(ABC):
             "write_index": starts,
             "logits_index": index,
         }
+
+
+def check_configuration(emitted: str, weights: str, *, strict: bool = False) -> None:
+    """Say in one line that a LoRA makes up for the errors of another configuration than the weights'.
+
+    Args:
+        emitted: hash of the configuration it was emitted for; empty where it names none.
+        weights: hash of theirs; empty where it is not known, and then nothing is said.
+        strict: refuse it.
+
+    Raises:
+        ConfigError: it is of another, and `strict`.
+    """
+    if not weights or emitted == weights:
+        return
+    said = f"was emitted for configuration {emitted}" if emitted else "names no configuration"
+    line = f"the LoRA {said}, the weights are of {weights} and stay so; emit it for theirs (coatrt adapt)"
+    if strict:
+        raise ConfigError(line)
+    warn_once(line)
 
 
 def check_lora(contract: LoraContract | None, tensors: LoraTensors) -> None:

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import LoraContract
-from coatrt.engines.runtime.decoder import check_lora
+from coatrt.engines.runtime.decoder import check_configuration, check_lora
 from coatrt.errors import ConfigError
 from coatrt.system.files import atomic_file
 
@@ -42,13 +42,18 @@ def save_lora(path: str | Path, tensors: Mapping[str, NDArray[np.float32]], conf
         save_file(dict(tensors), str(temporary), metadata={CONFIGURATION: config.hash})
 
 
-def load_lora(path: Path, contract: LoraContract) -> Lora:
+def load_lora(path: Path, contract: LoraContract, weights: str = "", *, strict: bool = False) -> Lora:
     """Return the tensors of a LoRA file, checked against the contract; float16 and bfloat16 become float32.
 
-    A decoder that `load_decoder` returned compares the configuration they were emitted for with that of its weights.
+    Args:
+        path: the file.
+        contract: names and shapes.
+        weights: hash of the configuration of the weights it is for: another is said in one line. A decoder that
+            `load_decoder` returned does so itself.
+        strict: refuse a LoRA of another configuration.
 
     Raises:
-        ConfigError: the file is missing, damaged, not of this contract, of another dtype, or not finite.
+        ConfigError: the file is missing, damaged, not of this contract, of another dtype, not finite, or see `strict`.
     """
     if not path.is_file():
         raise ConfigError(f"LoRA {path} does not exist; emit one with coatrt adapt")
@@ -75,4 +80,6 @@ def load_lora(path: Path, contract: LoraContract) -> Lora:
         check_lora(contract, tensors)
     except ConfigError as error:
         raise ConfigError(f"LoRA {path}: {error}") from None
-    return Lora(tensors, str(metadata.get(CONFIGURATION, "")))
+    lora = Lora(tensors, str(metadata.get(CONFIGURATION, "")))
+    check_configuration(lora.configuration, weights, strict=strict)
+    return lora

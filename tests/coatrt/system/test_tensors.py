@@ -30,6 +30,18 @@ def test_tensors_and_metadata_come_back(tmp_path: Path) -> None:
     assert torch.equal(tensors["t"], TENSORS["a"].t())
 
 
+def test_altered_metadata_are_damage(tmp_path: Path) -> None:
+    path = tmp_path / "file.safetensors"
+    write_tensors(path, TENSORS, {"constant": "0x1.0p+0"})
+    data = path.read_bytes()
+    for old, new in ((b"0x1.0p+0", b"0x1.0p+1"), (b'"constant"', b'"constans"')):
+        assert data.count(old) == 1
+        path.write_bytes(data.replace(old, new))
+        assert read_tensors(path) is None
+    path.write_bytes(data)
+    assert read_tensors(path) is not None
+
+
 def test_the_hash_sees_names_dtypes_shapes_and_values() -> None:
     a = TENSORS["a"]
     others = [{"b": a}, {"a": a.int()}, {"a": a.view(4, 3)}, {"a": a + 1}, {"a": a, "b": a}, {}]

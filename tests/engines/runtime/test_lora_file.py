@@ -106,7 +106,10 @@ def test_a_lora_of_other_weights_is_said_once_or_refused(
     for _ in "ab":
         decoder.set_lora(other)
     said = f"emitted for configuration {config.hash}, the weights are of {bundle.config.hash} and stay so"
-    assert capsys.readouterr().err == f"coatrt: the LoRA was {said}; emit it for theirs\n"
+    assert capsys.readouterr().err == f"coatrt: the LoRA was {said}; emit it for theirs (coatrt adapt)\n"
+    load_lora(bundle.path("lora.safetensors"), bundle.contract, bundle.config.hash, strict=True)
+    with pytest.raises(ConfigError, match=said):
+        load_lora(tmp_path / "other.safetensors", bundle.contract, bundle.config.hash, strict=True)
     with pytest.raises(ConfigError, match=said):
         strict.set_lora(other)
     with pytest.raises(ConfigError, match=said):
