@@ -136,11 +136,15 @@ OF_NO_ONE_MODULE = {
     "coatrt/reporting/test_report": "the report as a whole",
     "coatrt/training/test_precision": "bfloat16, from the base to the adapter",
     "coatrt/training/test_pretended_device": "training and search on a device that is not the CPU",
+    "coatrt/training/test_altered_state": "a training state that was altered",
+    "engines/bundles/test_trust": "whom a bundle is believed",
     "engines/test_cpp_examples": "the C++ programs of examples/",
+    "engines/test_cpp_signature": "signatures in C++",
     "engines/test_cpp_tokenizer": "the C++ library's tokenizer",
     "export/test_files": "the files that an export leaves",
     "export/test_rtx": "graphs as TensorRT-RTX takes them",
     "coatrt/test_init": "the front door",
+    "test_flips": "the campaign of flipped bytes",
     "test_rooms": "the rooms",
 }
 
