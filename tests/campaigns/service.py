@@ -106,7 +106,7 @@ class Prober:
 
 
 def attack(service: Running, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run every attack; the slow ones side by side with the quick ones, and once more alone and longer than a deadline."""
+    """Run every attack; the slow ones beside the quick ones, and once more alone."""
     expected = [(prompt, which, service.tokens(prompt, which)) for prompt in PROMPTS for which in (0, 1)]
     prober = Prober(service)
     unexpected: dict[str, list[int]] = {}

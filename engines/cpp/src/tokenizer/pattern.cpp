@@ -188,37 +188,24 @@ class Parser {
 /// Backtracking match. What is left to match is a chain of frames on the stack, so its depth is that of the pattern, never
 /// that of the text. Groups are not repeated, so what follows an item is always the same: where one has failed at a place
 /// it fails there again, and a match that takes long notes such places, which makes its time polynomial.
-struct Matcher {
-  const std::vector<char32_t>& text;
-  std::size_t begin, end, items;
-  std::size_t& steps;
-  std::size_t light = 2048;          // steps before failures are noted: ordinary matches take fewer
-  std::vector<bool> failed = {};     // by item and place
-
+class Matcher {
+ public:
   struct Rest {
     const Pattern::Sequence* sequence;
     std::size_t item;
     const Rest* then;
   };
 
-  static constexpr std::size_t kMostNoted = std::size_t{1} << 28;  // bits
-
-  void spend(std::size_t count) {
-    if (count > steps) throw Error("the tokenizer's pattern takes too many steps on this text; shorten it or use token ids");
-    steps -= count;
-    if (!failed.empty() || light == 0) return;
-    light -= std::min(light, count);
-    if (light == 0 && end - begin < kMostNoted / items) failed.resize(items * (end - begin + 1));
-  }
-  std::size_t place(const Item& item, std::size_t at) const { return item.number * (end - begin + 1) + (at - begin); }
+  Matcher(const std::vector<char32_t>& text, std::size_t begin, std::size_t end, std::size_t items, std::size_t& steps)
+      : text_(text), begin_(begin), end_(end), items_(items), steps_(steps) {}
 
   bool run(const Rest* rest, std::size_t at, std::size_t& stop) {
     while (rest != nullptr && rest->item == rest->sequence->size()) rest = rest->then;
     if (rest == nullptr) return stop = at, true;
     const Item& item = (*rest->sequence)[rest->item];
-    if (!failed.empty() && failed[place(item, at)]) return false;
+    if (noting_ && failed_[place(item, at)]) return false;
     if (matched(item, rest, at, stop)) return true;
-    if (!failed.empty()) failed[place(item, at)] = true;
+    if (noting_) failed_[place(item, at)] = true;
     return false;
   }
 
@@ -226,7 +213,7 @@ struct Matcher {
     const Rest after{rest->sequence, rest->item + 1, rest->then};
     if (item.kind == Item::kClass) {
       std::size_t count = 0;
-      while (count < item.most && at + count < end && item.what.has(text[at + count])) ++count;
+      while (count < item.most && at + count < end_ && item.what.has(text_[at + count])) ++count;
       spend(count + 1);
       if (count < item.least) return false;
       if (item.possessive) return run(&after, at + count, stop);
@@ -234,6 +221,7 @@ struct Matcher {
         if (run(&after, at + count, stop)) return true;
         if (count == item.least) return false;
         spend(1);
+        if (++turns_back_ == kLight) note();
       }
     }
     bool found = false;
@@ -249,6 +237,29 @@ struct Matcher {
     if (item.kind == Item::kGroup) return item.least == 0 && run(&after, at, stop);
     return found == (item.kind == Item::kAhead) && run(&after, at, stop);
   }
+
+ private:
+  static constexpr std::size_t kLight = 1024;                      // times to turn back before failures are noted
+  static constexpr std::size_t kMostNoted = std::size_t{1} << 28;  // bits
+
+  void spend(std::size_t count) {
+    if (count > steps_) throw Error("the tokenizer's pattern takes too many steps on this text; shorten it or use token ids");
+    steps_ -= count;
+  }
+  void note() {
+    if (end_ - begin_ >= kMostNoted / items_) return;
+    noting_ = true;
+    failed_.resize(items_ * (end_ - begin_ + 1));
+    spend(failed_.size() / 64);
+  }
+  std::size_t place(const Item& item, std::size_t at) const { return item.number * (end_ - begin_ + 1) + (at - begin_); }
+
+  const std::vector<char32_t>& text_;
+  const std::size_t begin_, end_, items_;
+  std::size_t& steps_;
+  std::size_t turns_back_ = 0;
+  bool noting_ = false;
+  std::vector<bool> failed_;  // by item and place
 };
 
 }  // namespace
@@ -278,7 +289,7 @@ Pattern Pattern::literal(std::string_view text) {
 }
 
 std::size_t Pattern::match(const std::vector<char32_t>& text, std::size_t at, std::size_t end, std::size_t& steps) const {
-  Matcher matcher{text, at, end, std::max<std::size_t>(1, items_), steps};
+  Matcher matcher(text, at, end, std::max<std::size_t>(1, items_), steps);
   for (const Sequence& sequence : *alternatives_) {
     const Matcher::Rest rest{&sequence, 0, nullptr};
     std::size_t stop = at;
