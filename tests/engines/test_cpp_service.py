@@ -1,6 +1,7 @@
 """The C++ service under attack: /health answers, SIGTERM ends it, tokens stay right."""
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
+from coatrt.bundle import Bundle, seal
 from support.cpp_service import Service
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,6 +54,27 @@ def test_sigterm_ends_the_service_whatever_it_does(cpp: Any, tiny_bundle: Path) 
     assert time.monotonic() - started < 5
     for connection in (*clients, slow):
         connection.close()
+
+
+def test_sigterm_ends_a_service_that_answers_to_nobody(cpp: Any, tiny_bundle: Path, tmp_path: Path) -> None:
+    """A tokenizer whose pattern takes many steps on this prompt stands for whatever cannot be cancelled."""
+    directory = Path(shutil.copytree(tiny_bundle, tmp_path / "b"))
+    tokenizer = json.loads((directory / "tokenizer" / "tokenizer.json").read_text())
+    split = {"type": "Split", "pattern": {"Regex": "a*a*a*a*b"}, "behavior": "Isolated", "invert": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, level]}
+    (directory / "tokenizer" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    manifest = Bundle.open(tiny_bundle).manifest
+    seal(directory, {key: value for key, value in manifest.items() if key not in ("format", "coatrt", "files")})
+    service = Service(cpp, directory, "--sessions", "1")
+    connection = HTTPConnection("127.0.0.1", service.port)
+    connection.request("POST", "/generate", json.dumps({"prompt": "a" * 1_000_000}))
+    time.sleep(0.3)
+    assert "coatrt_sessions_busy 1" in service.ask("GET", "/metrics")[1]
+    started = time.monotonic()
+    service.stop()
+    assert time.monotonic() - started < 5
+    connection.close()
 
 
 def test_patterns_are_tried_in_the_order_of_the_request(cpp: Any, tiny_bundle: Path) -> None:

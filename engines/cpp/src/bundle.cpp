@@ -146,6 +146,7 @@ fs::path BundleState::path(const std::string& name) {
 }
 
 fs::path BundleState::graph(const std::string& name, const std::string& weights) {
+  if (!weights.empty()) path(weights);
   // ONNX Runtime takes another kind of file by its ending, and what that would read is not known here.
   if (fs::path(name).extension() != ".onnx")
     throw Error((directory / name).string() + " is no ONNX graph by its name; build the bundle again");
@@ -160,7 +161,6 @@ fs::path BundleState::graph(const std::string& name, const std::string& weights)
     if ((fs::path(name).parent_path() / location).lexically_normal() != fs::path(weights))
       throw Error((directory / name).string() + " reads weights from " + repr(location) + ", the manifest gives it " +
                   (weights.empty() ? "none" : weights) + "; do not use this bundle");
-  if (!weights.empty()) path(weights);
   return directory / name;
 }
 
