@@ -122,7 +122,8 @@ class RequestReader {
 };
 
 /// Status line and headers of an answer; `length` is absent for chunks or for a body that the connection's end ends.
-inline std::string response_head(int status, std::string_view type, std::optional<std::size_t> length, bool chunked, bool keep_alive) {
+inline std::string response_head(int status, std::string_view type, std::optional<std::size_t> length, bool chunked,
+                                 bool keep_alive) {
   const char* text = status == 200   ? "OK"
                      : status == 400 ? "Bad Request"
                      : status == 404 ? "Not Found"

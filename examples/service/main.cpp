@@ -42,7 +42,8 @@ Options parse(int argc, char** argv) {
   }
   if (options.bundle.empty()) throw coatrt::Error("usage: service BUNDLE [--port 8080] [--sessions 2]");
   if (options.sessions < 1 || options.sessions > 1024) throw coatrt::Error("--sessions must be from 1 to 1024");
-  if (options.deadline.count() < 1 || options.deadline.count() > 3600) throw coatrt::Error("--deadline must be from 1 to 3600 s");
+  const auto deadline = options.deadline.count();
+  if (deadline < 1 || deadline > 3600) throw coatrt::Error("--deadline must be from 1 to 3600 s");
   if (options.queue > 10000) throw coatrt::Error("--queue must be from 0 to 10000");
   return options;
 }

@@ -16,7 +16,8 @@ inline Json parse_json(const std::string& body) {
   std::size_t keys = 0;
   return Json::parse(body, [&](int depth, Json::parse_event_t event, Json&) {
     if (depth > kDepth) throw coatrt::Error("the request is nested deeper than 32 levels; give fewer");
-    if (event == Json::parse_event_t::key && ++keys > kKeys) throw coatrt::Error("the request has more than 5000 keys; give fewer");
+    if (event == Json::parse_event_t::key && ++keys > kKeys)
+      throw coatrt::Error("the request has more than 5000 keys; give fewer");
     return true;
   });
 }
@@ -59,12 +60,15 @@ struct GenerateRequest {
     constexpr auto most = static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max());
     const bool fits = value.is_number_unsigned() ? value.get<std::uint64_t>() <= most : value.is_number_integer();
     if (!fits || value.get<std::int64_t>() < least)
-      throw coatrt::Error(what + " must be a whole number from " + std::to_string(least) + " to 2^63 - 1, got " + shown(value));
+      throw coatrt::Error(what + " must be a whole number from " + std::to_string(least) + " to 2^63 - 1, got " +
+                          shown(value));
     return value.get<std::int64_t>();
   }
   static double real(const Json& value, const std::string& what) {
     if (!value.is_number()) throw coatrt::Error(what + " must be a number, got " + shown(value));
     return value.get<double>();
   }
-  static std::string shown(const Json& value) { return value.is_primitive() ? value.dump().substr(0, 40) : value.type_name(); }
+  static std::string shown(const Json& value) {
+    return value.is_primitive() ? value.dump().substr(0, 40) : value.type_name();
+  }
 };

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstdio>
+#include <numeric>
 #include <system_error>
 #include <vector>
 
@@ -142,7 +143,8 @@ void Server::accept_all(Clock::time_point now) {
   for (int count = 0; count < kAcceptedAtOnce; ++count) {
     const int made = ::accept4(listener_, nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC);
     if (made < 0) {
-      if ((errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) && !evict()) accept_from_ = now + kTick;
+      const bool full = errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM;
+      if (full && !evict()) accept_from_ = now + kTick;
       return;
     }
     if (connections_.size() >= most_ && !evict()) {
@@ -248,8 +250,8 @@ void Server::wait_and_handle(bool stopping) {
   for (const Connection& connection : connections_) {
     short events = connection.unsent() ? POLLOUT : 0;
     // A client that has closed while its answer is being made is gone; one that closes after that may still read it.
-    if (connection.state == Connection::kAnswering) events |= connection.deadline == Clock::time_point::max() ? POLLRDHUP : 0;
-    else events |= POLLIN;
+    if (connection.state != Connection::kAnswering) events |= POLLIN;
+    else if (connection.deadline == Clock::time_point::max()) events |= POLLRDHUP;
     polled.push_back({connection.descriptor, events, 0});
     at_once = at_once || connection.more;
   }
@@ -270,18 +272,15 @@ void Server::wait_and_handle(bool stopping) {
     else if ((events & (POLLIN | POLLHUP)) != 0) read(connection, now);
     if (now < connection.deadline || connection.over) continue;
     if (connection.state == Connection::kReading && connection.reader.begun())
-      refuse(connection, {408, "the request was not whole within " + std::to_string(deadline_.count()) + " s; send it faster"}, now);
+      refuse(connection, {408, "the request was not whole within " + std::to_string(deadline_.count()) + " s"}, now);
     else connection.over = true;
   }
   connections_.remove_if([](const Connection& connection) { return connection.over; });
-  std::size_t held = 0;
-  for (const Connection& connection : connections_) held += connection.reader.bytes();
-  while (held > kMostHeld) {
-    const std::size_t before = connections_.size();
-    if (!evict() || connections_.size() == before) break;
-    held = 0;
-    for (const Connection& connection : connections_) held += connection.reader.bytes();
-  }
+  const auto held = [&] {
+    return std::accumulate(connections_.begin(), connections_.end(), std::size_t{0},
+                           [](std::size_t sum, const Connection& connection) { return sum + connection.reader.bytes(); });
+  };
+  while (held() > kMostHeld && evict()) continue;
   if ((polled[1].revents & POLLIN) != 0) accept_all(now);
 }
 

@@ -25,8 +25,8 @@ class Waker {
   int descriptor_;
 };
 
-/// The answer to one request, written by one thread, sent by the server's; without one the connection ends. Writing never waits for the client: what it has
-/// not read is kept, and a client that leaves too much unread is gone.
+/// The answer to one request, written by one thread, sent by the server's; without one the connection ends. Writing never
+/// waits for the client: what it has not read is kept, and a client that leaves too much unread is gone.
 class Reply {
  public:
   Reply(std::shared_ptr<const Waker> waker, const HttpRequest& request)

@@ -27,10 +27,12 @@ class Service {
         tokenizer_(bundle_),
         loras_(bundle_),
         slots_(make_slots(bundle_, options)),
-        configuration_(bundle_.configuration()),
+        configuration_(std::make_shared<const coatrt::Configuration>(bundle_.configuration())),
+        hash_(configuration_->hash()),
         server_([this](HttpRequest&& request, const std::shared_ptr<Reply>& reply) { route(std::move(request), reply); },
                 kConnections + options.sessions + options.queue, options.deadline),
-        generating_(options.sessions, options.queue, guarded([this](std::size_t thread, Job& job) { generate(slots_[thread], job); }),
+        generating_(options.sessions, options.queue,
+                    guarded([this](std::size_t thread, Job& job) { generate(slots_[thread], job); }),
                     [this](Job& job) { refuse(job); }),
         configuring_(1, kConfigurationsWaiting, guarded([this](std::size_t, Job& job) { configure(job); }),
                      [this](Job& job) { refuse(job); }) {}
@@ -78,7 +80,7 @@ class Service {
       return answer(*reply, 405, {{"error", std::string("use ") + (get ? "GET" : "POST")}});
     if (request.path == "/metrics")
       return reply->answer(200, "text/plain; version=0.0.4", metrics_.text(generating_.busy(), generating_.waiting()));
-    if (request.path == "/health") return answer(*reply, 200, {{"status", "ok"}, {"configuration", configuration().hash()}});
+    if (request.path == "/health") return answer(*reply, 200, {{"status", "ok"}, {"configuration", configuration().second}});
     Workers& workers = request.path == "/generate" ? generating_ : configuring_;
     Job job{std::move(request), reply};
     if (!workers.offer(job)) refuse(job);
@@ -108,35 +110,42 @@ class Service {
     };
   }
 
-  coatrt::Configuration configuration() {
+  /// The default, and its hash.
+  std::pair<std::shared_ptr<const coatrt::Configuration>, std::string> configuration() {
     const std::lock_guard lock(mutex_);
-    return configuration_;
+    return {configuration_, hash_};
   }
 
   void configure(Job& job) {
     parse_json(job.request.body);  // what a stranger sent is bounded first
-    const auto configuration = bundle_.configuration(job.request.body, "configuration");
+    auto configuration =
+        std::make_shared<const coatrt::Configuration>(bundle_.configuration(job.request.body, "configuration"));
+    const std::string hash = configuration->hash();
     const auto start = Clock::now();
-    loras_.of(configuration, configuration.hash());  // emitted before it is the default, so that no request waits for it
+    loras_.of(*configuration, hash);  // emitted before it is the default, so that no request waits for it
     const double seconds = since(start);
     {
       const std::lock_guard lock(mutex_);
-      configuration_ = configuration;
+      configuration_ = std::move(configuration);
+      hash_ = hash;
     }
-    answer(*job.reply, 200, {{"configuration", configuration.hash()}, {"emitted_ms", seconds * 1e3}});
+    answer(*job.reply, 200, {{"configuration", hash}, {"emitted_ms", seconds * 1e3}});
     metrics_.request(200, since(job.start));
   }
 
   void generate(Slot& slot, Job& job) {
     GenerateRequest request(job.request.body);
-    const auto configuration =
-        request.configuration.empty() ? this->configuration() : bundle_.configuration(request.configuration, "configuration");
-    const std::string hash = configuration.hash();
+    auto [configuration, hash] = this->configuration();
+    if (!request.configuration.empty()) {
+      configuration = std::make_shared<const coatrt::Configuration>(
+          bundle_.configuration(request.configuration, "configuration"));
+      hash = configuration->hash();
+    }
     if (request.prompt) request.tokens = tokenizer_.encode(*request.prompt);
     const auto start = Clock::now();
     if (slot.bound != hash) {
       slot.bound.clear();
-      slot.session.swap(loras_.of(configuration, hash));
+      slot.session.swap(loras_.of(*configuration, hash));
       slot.bound = hash;
       metrics_.swap(since(start));
     }
@@ -146,16 +155,19 @@ class Service {
     const auto event = [&](const Json& value) { reply.part("data: " + dump(value) + "\n\n"); };
     int status = 200;
     try {
-      const auto made = slot.session.generate(request.tokens, request.max_tokens, request.sampling, [&](std::int64_t token) {
+      const auto each = [&](std::int64_t token) {
         if (std::exchange(first, false)) {
           metrics_.first_token(since(start));
           if (request.stream) reply.begin("text/event-stream");
         }
         if (request.stream) event({{"text", text.add(token)}, {"token", token}});
         return !reply.gone();
-      });
+      };
+      const auto made = slot.session.generate(request.tokens, request.max_tokens, request.sampling, each);
       metrics_.tokens(made.tokens.size());
-      Json last{{"tokens", made.tokens}, {"text", tokenizer_.decode(made.tokens)}, {"reason", made.reason}, {"configuration", hash}};
+      Json last{{"tokens", made.tokens}, {"text", tokenizer_.decode(made.tokens)}};
+      last["reason"] = made.reason;
+      last["configuration"] = hash;
       if (!request.stream) {
         answer(reply, 200, last);
       } else {
@@ -178,7 +190,8 @@ class Service {
   Loras loras_;
   std::vector<Slot> slots_;
   std::mutex mutex_;  // of the default configuration
-  coatrt::Configuration configuration_;
+  std::shared_ptr<const coatrt::Configuration> configuration_;
+  std::string hash_;
   Metrics metrics_;
   Server server_;
   Workers generating_, configuring_;  // last, so that their threads end first
