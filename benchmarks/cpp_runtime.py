@@ -39,7 +39,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "int8": {"default": "int8"},
     "int4": {"default": "int4-g64"},
     "nf3 mixed": {
-        "patterns": {r".*\.(v_proj|down_proj)": "int8"},
+        "patterns": {"*.v_proj": "int8", "*.down_proj": "int8"},
         "matrices": {"model.embed_tokens": "int8"},
         "default": "nf3-g64",
     },

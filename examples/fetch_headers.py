@@ -23,12 +23,10 @@ _PACKAGES = {
     "libonnxruntime-dev": "onnxruntime/onnxruntime_c_api.h",
     "doctest-dev": "doctest/doctest.h",
 }
-_HTTP_SOURCE = "cpp-httplib"  # its binary package splits the header from a library of one libc; the source has it whole
 _SHA256 = {
     "nlohmann-json3-dev_3.11.3-2.1_all.deb": "741a6a32f61a14eaf9560ba1814b27da8e78fa3b9bed9e8867ab46316ddf3793",
     "libonnxruntime-dev_1.21.0+dfsg-1_amd64.deb": "14f7d959d5deacbcf1504830d4189f91fc67382b399ed9ae9d3aa9c4050ced08",
     "doctest-dev_2.4.11-1_all.deb": "a41b0d152b707310f40c60658d44f1baf51451f094c3b3e6aaa7e077b3ee005e",
-    "cpp-httplib_0.18.7.orig.tar.xz": "c88f6495da71e778c82c22995b547a92ceb41cc4016f9028df67106a24b9210d",
 }
 
 
@@ -37,18 +35,18 @@ class FetchError(Exception):
 
 
 def fetch(directory: Path) -> Path:
-    """Put nlohmann-json, ONNX Runtime, doctest and cpp-httplib headers into `directory`/include and return that.
+    """Put nlohmann-json, ONNX Runtime and doctest headers into `directory`/include and return that.
 
     Raises:
         FetchError: this machine has no apt-get or no Debian keyring, or a download fails or is not what was pinned.
     """
     include = directory / "include"
-    if all((include / shown).is_file() for shown in (*_PACKAGES.values(), "httplib.h")):
+    if all((include / shown).is_file() for shown in _PACKAGES.values()):
         return include
     if not all(map(shutil.which, ("apt-get", "dpkg-deb"))) or not _KEYRING.is_file():
         raise FetchError(
             "headers are fetched with apt-get and Debian's keyring, which this machine lacks; install nlohmann-json, "
-            "doctest, cpp-httplib and ONNX Runtime's C API headers yourself and name them in CMAKE_PREFIX_PATH"
+            "doctest and ONNX Runtime's C API headers yourself and name them in CMAKE_PREFIX_PATH"
         )
     include.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
@@ -56,18 +54,12 @@ def fetch(directory: Path) -> Path:
         run = _apt(work)
         run("apt-get", "update")
         run("apt-get", "download", *_PACKAGES)
-        run("apt-get", "source", "--download-only", _HTTP_SOURCE)
-        for archive in sorted(work.glob("*.deb")) + sorted(work.glob("*.orig.tar.*")):
+        for archive in sorted(work.glob("*.deb")):
             expected, found = _SHA256.get(archive.name), hashlib.sha256(archive.read_bytes()).hexdigest()
             if expected not in (None, found):
                 raise FetchError(f"{archive.name} has sha256 {found[:12]}…, not {expected[:12]}…; do not use it")
-            if archive.suffix == ".deb":
-                run("dpkg-deb", "--extract", str(archive), str(work / "root"))
-            else:
-                (work / "source").mkdir()
-                run("tar", "-xf", str(archive), "-C", str(work / "source"), "--strip-components=1")
+            run("dpkg-deb", "--extract", str(archive), str(work / "root"))
         shutil.copytree(work / "root/usr/include", include, dirs_exist_ok=True)
-        shutil.copy(work / "source/httplib.h", include)
     return include
 
 
@@ -76,8 +68,7 @@ def _apt(work: Path) -> Callable[..., None]:
     for folder in ("state/lists/partial", "cache/archives/partial"):
         (work / folder).mkdir(parents=True)
     (work / "state/status").touch()
-    entry = f"[signed-by={_KEYRING}] {_repository()} {_SUITE} main\n"
-    (work / "sources.list").write_text(f"deb {entry}deb-src {entry}")
+    (work / "sources.list").write_text(f"deb [signed-by={_KEYRING}] {_repository()} {_SUITE} main\n")
     (work / "apt.conf").write_text(
         f'Dir::State "{work}/state"; Dir::State::status "{work}/state/status"; Dir::Cache "{work}/cache";\n'
         f'Dir::Etc::sourcelist "{work}/sources.list"; Dir::Etc::sourceparts "-"; Acquire::Languages "none";\n'

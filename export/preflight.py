@@ -30,7 +30,7 @@ from coatrt.system.progress import Progress, silent
 
 __all__ = ["TOLERANCE", "compare", "preflight"]
 
-TOLERANCE = 5e-5
+TOLERANCE = 1e-5
 """Largest difference allowed, as a share of the largest logit; float32 alone leaves some 1e-6."""
 
 _TOKENS = 24
@@ -89,7 +89,7 @@ def compare(checkpoint: Checkpoint, spec: DecoderSpec, progress: Progress = sile
         both = zip(part.transformers_logits(layer, ids, starts), part.graph_logits(layer, ids, starts), strict=True)
         for start, (expected, found) in zip(starts, both, strict=True):
             difference = np.abs(found - expected).max(axis=-1) / np.abs(expected).max()  # by position
-            if not difference.max() <= TOLERANCE:
+            if not difference.max() <= TOLERANCE and not difference.max() <= 3 * part.rounding(layer, ids, start):
                 raise CheckpointError(_difference(checkpoint, spec, layer, start, difference))
             worst = max(worst, float(difference.max()))
         progress(done, len(layers), "preflight")
@@ -126,8 +126,15 @@ class _Part:
         rows = slice(0, self.rows) if name in (f"{EMBEDDING}.weight", f"{HEAD}.weight") else None
         return self._checkpoint.tensor(name, rows).to(self._dtype)
 
+    def rounding(self, layer: int, ids: torch.Tensor, start: int) -> float:
+        """Return what float32 leaves of transformers' own logits, as a share of the largest: more where they cancel."""
+        ((single,), (double,)) = (self.transformers_logits(layer, ids, [start], d) for d in (torch.float, torch.double))
+        return float(np.abs(single - double).max() / np.abs(double).max())
+
     @torch.no_grad()
-    def transformers_logits(self, layer: int, ids: torch.Tensor, starts: Sequence[int]) -> list[NDArray[np.float32]]:
+    def transformers_logits(
+        self, layer: int, ids: torch.Tensor, starts: Sequence[int], dtype: torch.dtype = torch.float
+    ) -> list[NDArray[np.float32]]:
         """Return the logits [S, rows] of transformers' modules for ids [1, S] at positions from each start on."""
         model = empty_model(self._checkpoint)
         config, inner = model.config, model.model
@@ -142,7 +149,7 @@ class _Part:
             if name == f"{HEAD}.weight" and self._checkpoint.matrices.tied:
                 state[name] = state[f"{EMBEDDING}.weight"]
             else:
-                state[name] = self._tensor(name.replace("model.layers.0.", f"model.layers.{layer}.")).float()
+                state[name] = self._tensor(name.replace("model.layers.0.", f"model.layers.{layer}.")).to(dtype)
         model.tie_weights = lambda *args, **options: None  # the rows are tied above
         model.load_state_dict(state, assign=True)
         positions = [torch.arange(start, start + ids.shape[1])[None] for start in starts]
@@ -204,13 +211,12 @@ def _difference(
     checkpoint: Checkpoint, spec: DecoderSpec, layer: int, start: int, difference: NDArray[np.float32]
 ) -> str:
     """Return what differs, as far as the positions tell it."""
-    wrong = np.flatnonzero(~(difference <= TOLERANCE))
-    first = int(wrong[0])
+    first = int(np.flatnonzero(~(difference <= max(TOLERANCE, 0.05 * np.nanmax(difference))))[0])
     if start:
         what = "the rotary frequencies or their scaling (rope_parameters, rope_scaling)"
     elif first == 0:
         what = "norms, activation, multipliers, biases or the head"
-    elif first >= _WINDOW:
+    elif first >= _WINDOW and getattr(complete_config(checkpoint.config), "sliding_window", None):
         what = "the attention window (sliding_window, layer_types)"
     else:
         what = "attention, its scale or the rotary positions"

@@ -43,7 +43,7 @@ plan_options = with_options(
         "--keep",
         type=_Pin(),
         multiple=True,
-        help="MATRIX=FORMAT: a name, a kind like down_proj, or a regular expression; repeatable.",
+        help="MATRIX=FORMAT: a name, a kind like down_proj, or a glob like *.mlp.*; repeatable.",
     ),
     click.option("--context", type=int, default=2048, show_default=True, help="Slots of the KV cache per sequence."),
     click.option("--batch", type=int, default=1, show_default=True, help="Sequences at once."),

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -16,7 +17,24 @@ from coatrt.models.matrices import ModelMatrices
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.json_data import read_as, write_json
 
-__all__ = ["ConfigPatterns", "QuantConfig"]
+__all__ = ["ConfigPatterns", "QuantConfig", "names_like"]
+
+
+def names_like(pattern: str, model: ModelMatrices, otherwise: str = "correct or drop it") -> tuple[str, ...]:
+    """Return the matrices whose whole name a glob matches: `*`, `?`, `[abc]`, `[a-z]`, `[!x]`.
+
+    Raises:
+        ConfigError: there are none; `otherwise` says what to do.
+    """
+    names = tuple(name for name in model.names if fnmatchcase(name, pattern))
+    if not names:
+        if re.search(r"\.\*|\\\.|[(|+^$]", pattern):
+            otherwise = "patterns are globs, not regular expressions: write *.mlp.* or *[qkv]_proj"
+        raise ConfigError(
+            f"the pattern {pattern!r} matches none of the model's {len(model.names)} matrices "
+            f"(like {model.names[-1]}); {otherwise}"
+        )
+    return names
 
 
 @dataclass(frozen=True)
@@ -87,7 +105,7 @@ class ConfigPatterns:
 
     Args:
         matrices: matrix name → format; each name must be a matrix of the model.
-        patterns: (regular expression, format), tried in order against the whole name.
+        patterns: (glob, format), tried in order against the whole name.
         default: format of every other matrix; None makes an uncovered matrix an error.
     """
 
@@ -97,10 +115,10 @@ class ConfigPatterns:
 
     @classmethod
     def from_json(cls, value: Any, source: str = "configuration") -> "ConfigPatterns":
-        """Read {"matrices": {name: format}, "patterns": {regex: format}, "default": format}, each key optional.
+        """Read {"matrices": {name: format}, "patterns": {glob: format}, "default": format}, each key optional.
 
         Raises:
-            ConfigError: other keys, wrong types, or a regular expression that does not compile.
+            ConfigError: other keys or wrong types.
             FormatError: an unknown format.
         """
         allowed = {"matrices", "patterns", "default"}
@@ -112,13 +130,6 @@ class ConfigPatterns:
         for key in ("matrices", "patterns"):
             if not isinstance(value.get(key, {}), dict):
                 raise ConfigError(f"{source}: {key} is a {type(value[key]).__name__}; give an object of name: format")
-        for pattern in value.get("patterns", {}):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ConfigError(
-                    f"{source}: pattern {pattern!r} is no regular expression ({error}); correct it"
-                ) from None
 
         def parse(where: str, text: Any) -> WeightFormat:
             try:
@@ -144,17 +155,13 @@ class ConfigPatterns:
                     f"the configuration names {name!r}, which the model lacks; its {len(model.names)} matrices are "
                     f"{model.names[0]}, {model.names[min(1, len(model.names) - 1)]}; correct the name or use patterns"
                 )
-        for pattern, _ in self.patterns:
-            if not any(re.fullmatch(pattern, name) for name in model.names):
-                raise ConfigError(
-                    f"the pattern {pattern!r} matches none of the model's {len(model.names)} matrices "
-                    f"(like {model.names[-1]}); correct or drop it"
-                )
+        matched: dict[str, WeightFormat] = {}
+        for pattern, weight_format in self.patterns:
+            for name in names_like(pattern, model):
+                matched.setdefault(name, weight_format)  # the first pattern wins
         formats = {}
         for name in model.names:
-            chosen = self.matrices.get(name)
-            if chosen is None:
-                chosen = next((fmt for pattern, fmt in self.patterns if re.fullmatch(pattern, name)), self.default)
+            chosen = self.matrices.get(name) or matched.get(name, self.default)
             if chosen is None:
                 raise ConfigError(f"the configuration gives {name} no format; name it, match it, or add a default")
             formats[name] = chosen

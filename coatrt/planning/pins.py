@@ -1,11 +1,11 @@
 """Pins: matrices whose format the user fixes (`--keep lm_head=int8`)."""
 
-import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from coatrt.configs.config import names_like
 from coatrt.configs.space import ConfigSpace
 from coatrt.devices.profiles import DeviceProfile
 from coatrt.errors import ConfigError
@@ -16,12 +16,12 @@ __all__ = ["matched", "pinned_costs"]
 
 
 def matched(model: ModelMatrices, pattern: str) -> tuple[str, ...]:
-    """Return the matrices that a name, a module kind or a regular expression over the whole name means.
+    """Return the matrices that a name, a module kind or a glob over whole names means.
 
     The head of a model that ties it is its embedding.
 
     Raises:
-        ConfigError: none, or the expression does not compile.
+        ConfigError: there are none.
     """
     if pattern == HEAD and model.tied:
         return (EMBEDDING,)
@@ -30,16 +30,7 @@ def matched(model: ModelMatrices, pattern: str) -> tuple[str, ...]:
     kinds = tuple(matrix.name for matrix in model.matrices if matrix.kind == pattern)
     if kinds:
         return kinds
-    try:
-        names = tuple(name for name in model.names if re.fullmatch(pattern, name))
-    except re.error as error:
-        raise ConfigError(f"--keep {pattern!r} is no regular expression ({error}); correct it") from None
-    if not names:
-        raise ConfigError(
-            f"--keep {pattern!r} matches none of the model's {len(model.names)} matrices (like {model.names[-1]}); "
-            "give a name, a kind like down_proj, or a regular expression over whole names"
-        )
-    return names
+    return names_like(pattern, model, "--keep takes a name, a kind like down_proj, or a glob like *.mlp.*")
 
 
 def pinned_costs(

@@ -35,7 +35,7 @@ class PlanRequest:
         context: slots of the KV cache per sequence.
         batch: sequences at once.
         prefill: most prompt tokens in one call.
-        keep: (matrix name or regular expression, format): these matrices get this format.
+        keep: (matrix name, kind or glob, format): these matrices get this format.
 
     Raises:
         ConfigError: an objective that does not exist, or a number out of range.

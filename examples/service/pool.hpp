@@ -1,11 +1,16 @@
 #pragma once
+#include <chrono>
 #include <coatrt/coatrt.hpp>
 #include <condition_variable>
+#include <functional>
 #include <list>
+#include <memory>
 #include <mutex>
-#include <optional>
 #include <string>
+#include <thread>
 #include <vector>
+
+#include "server.hpp"
 
 /// Emitted LoRAs by configuration hash: the last few that were asked for.
 class Loras {
@@ -31,68 +36,84 @@ class Loras {
   std::list<std::pair<std::string, coatrt::Lora>> known_;
 };
 
-/// Sessions to be lent, one to a request. Each remembers the configuration whose LoRA it has bound.
-class Pool {
+/// Threads that work off a bounded queue, in order of arrival.
+class Workers {
  public:
-  struct Slot {
-    coatrt::Session session;
-    std::string bound;
+  struct Job {
+    HttpRequest request;
+    std::shared_ptr<Reply> reply;
+    std::chrono::steady_clock::time_point start = std::chrono::steady_clock::now();
   };
-  /// A lent session, given back at the end of its life.
-  class Lease {
-   public:
-    Lease(Pool& pool, Slot& slot) : pool_(&pool), slot_(&slot) {}
-    Lease(Lease&& other) noexcept : pool_(other.pool_), slot_(other.slot_) { other.slot_ = nullptr; }
-    Lease& operator=(Lease&&) = delete;
-    ~Lease() {
-      if (slot_ != nullptr) pool_->give_back(*slot_);
-    }
-    Slot& operator*() const { return *slot_; }
-    Slot* operator->() const { return slot_; }
+  /// `work` is called with the number of its thread; it must not throw. `refuse` gets what is still queued at the end.
+  using Work = std::function<void(std::size_t thread, Job& job)>;
 
-   private:
-    Pool* pool_;
-    Slot* slot_;
-  };
-
-  Pool(const coatrt::Bundle& bundle, const coatrt::SessionOptions& options, std::size_t sessions, std::size_t queue)
-      : most_waiting_(queue) {
-    for (std::size_t i = 0; i < sessions; ++i) slots_.push_back({coatrt::Session(bundle, options), ""});
-    for (Slot& slot : slots_) free_.push_back(&slot);
+  Workers(std::size_t threads, std::size_t most_waiting, Work work, std::function<void(Job&)> refuse)
+      : most_waiting_(most_waiting), work_(std::move(work)), refuse_(std::move(refuse)) {
+    for (std::size_t i = 0; i < threads; ++i) threads_.emplace_back([this, i] { run(i); });
   }
+  ~Workers() {
+    close();
+    for (std::thread& thread : threads_) thread.join();
+  }
+  Workers(const Workers&) = delete;
+  Workers& operator=(const Workers&) = delete;
 
-  /// A session as soon as one is free, in no order of arrival; nothing where too many wait already.
-  std::optional<Lease> lend() {
-    std::unique_lock lock(mutex_);
-    if (free_.empty() && waiting_ >= most_waiting_) return std::nullopt;
-    ++waiting_;
-    ready_.wait(lock, [&] { return !free_.empty(); });
-    --waiting_;
-    Slot& slot = *free_.back();
-    free_.pop_back();
-    return Lease(*this, slot);
+  /// Take a job; false where too many wait already. Jobs whose client has gone do not count.
+  bool offer(Job& job) {
+    {
+      const std::lock_guard lock(mutex_);
+      if (closed_) return false;
+      if (jobs_.size() + busy_ >= threads_.size() + most_waiting_)
+        jobs_.remove_if([](const Job& waiting) { return waiting.reply->gone(); });
+      if (jobs_.size() + busy_ >= threads_.size() + most_waiting_) return false;
+      jobs_.push_back(std::move(job));
+    }
+    ready_.notify_one();
+    return true;
+  }
+  /// Take no more jobs, and refuse those that wait.
+  void close() {
+    std::list<Job> rest;
+    {
+      const std::lock_guard lock(mutex_);
+      closed_ = true;
+      rest.swap(jobs_);
+    }
+    ready_.notify_all();
+    for (Job& job : rest) refuse_(job);
   }
   std::size_t busy() const {
     const std::lock_guard lock(mutex_);
-    return slots_.size() - free_.size();
+    return busy_;
   }
   std::size_t waiting() const {
     const std::lock_guard lock(mutex_);
-    return waiting_;
+    return jobs_.size();
   }
 
  private:
-  void give_back(Slot& slot) {
-    {
-      const std::lock_guard lock(mutex_);
-      free_.push_back(&slot);
+  void run(std::size_t thread) {
+    std::unique_lock lock(mutex_);
+    for (;;) {
+      ready_.wait(lock, [&] { return closed_ || !jobs_.empty(); });
+      if (jobs_.empty()) return;
+      Job job = std::move(jobs_.front());
+      jobs_.pop_front();
+      ++busy_;
+      lock.unlock();
+      if (!job.reply->gone()) work_(thread, job);
+      job = {};  // the answer is given up before the thread counts as free
+      lock.lock();
+      --busy_;
     }
-    ready_.notify_one();
   }
 
   mutable std::mutex mutex_;
   std::condition_variable ready_;
-  std::list<Slot> slots_;  // places that stay
-  std::vector<Slot*> free_;
-  std::size_t waiting_ = 0, most_waiting_;
+  std::list<Job> jobs_;
+  std::size_t busy_ = 0, most_waiting_;
+  bool closed_ = false;
+  Work work_;
+  std::function<void(Job&)> refuse_;
+  std::vector<std::thread> threads_;
 };

@@ -203,6 +203,7 @@ def campaign(models: list[str], every: int = 1) -> tuple[Counter[str], list[str]
     counts: Counter[str] = Counter()
     wrong = []
     for model in models:
+        print(model, dict(counts), file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory() as scratch:
             save_model(Path(scratch) / "plain", model)
             for number, (key, value) in enumerate(variants(model)):
@@ -215,6 +216,7 @@ def campaign(models: list[str], every: int = 1) -> tuple[Counter[str], list[str]
                 counts[result] += 1
                 if result not in ("refused", "refused by preflight", "equal"):
                     wrong.append(f"{model}: {key} = {'absent' if value is _GONE else value}: {result}: {detail}")
+                    print(wrong[-1], flush=True)
                 shutil.rmtree(directory)
                 shutil.rmtree(Path(scratch) / f"{number}-out", ignore_errors=True)
     return counts, wrong
@@ -227,7 +229,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     counts, wrong = campaign(options.models.split(","), options.every)
-    print("\n".join(wrong))
     print(f"{sum(counts.values())} variants: {dict(counts)}")
     if options.json:
         options.json.write_text(json.dumps({"variants": sum(counts.values()), "outcomes": counts, "wrong": wrong}))

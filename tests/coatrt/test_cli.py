@@ -186,6 +186,7 @@ WRONG = {
     "unknown device": ("plan {adapter} --target rtx-4091", "did you mean rtx-4090"),
     "too little memory": ("plan {adapter} --target rtx-4090 --memory 1MiB", "cannot hold the model"),
     "pin": ("plan {adapter} --target t4 --keep nothing=int8", "matches none"),
+    "expression": ("plan {adapter} --target t4 --keep (.*)*(.*)*(.*)*(.*)*x=int8", "patterns are globs, not regular"),
     "pinned format": ("plan {adapter} --target t4 --keep lm_head=fp8", "for t4 the adapter has"),
     "speed nobody knows": ("plan {adapter} --target cpu --min-tokens-per-second 5", "coatrt devices calibrate"),
     "speed": ("plan {adapter} --target t4 --min-tokens-per-second 1e9", "are predicted; give"),

@@ -32,7 +32,7 @@ def bundles(tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     """int8, int4, and nf3 with int8 and fp16 activations."""
     adapter = Adapter.from_pretrained(tiny_adapter)
     made = {}
-    mixed = ConfigPatterns.from_json({"patterns": {r".*(v_proj|embed_tokens)": "int8"}, "default": "nf3-g32"})
+    mixed = ConfigPatterns.from_json({"patterns": {"*v_proj": "int8", "*embed_tokens": "int8"}, "default": "nf3-g32"})
     for name, config in {
         "int8": adapter.description.space.uniform("int8"),
         "int4": adapter.description.space.uniform("int4-g32"),
@@ -97,7 +97,7 @@ def test_lora_equals_pythons_bit_for_bit(cpp: Any, tiny_bundle: Path, tmp_path: 
     configurations += [
         {"matrices": {name: rng.choice(emitter.formats) for name in bundle.model_matrices.names}} for _ in range(4)
     ]
-    configurations.append({"patterns": {r".*\.(q|k|v)_proj": "int8", ".*_proj": "nf3-g32"}, "default": "fp8"})
+    configurations.append({"patterns": {"*.[qkv]_proj": "int8", "*_proj": "nf3-g32"}, "default": "fp8"})
     for value in configurations:
         (tmp_path / "c.json").write_text(json.dumps(value))
         config = ConfigPatterns.from_json(value).resolve(bundle.model_matrices)
@@ -119,9 +119,13 @@ def test_lora_equals_pythons_bit_for_bit(cpp: Any, tiny_bundle: Path, tmp_path: 
         {"default": "int4"},
         {"formats": {}},
         {},
-        {"patterns": {".*_proj": "int8"}},
+        {"patterns": {"*_proj": "int8"}},
+        {"patterns": {".*_proj": "int8"}, "default": "int8"},
+        {"patterns": {"(.*)*(.*)*(.*)*(.*)*x": "int8"}, "default": "int8"},
+        {"patterns": {"model\\.norm": "int8"}, "default": "int8"},
+        {"patterns": {"[": "int8"}, "default": "int8"},
         {"default": "int8-g64"},
-        {"patterns": {".*": "nf3-g32-dq9-bf16-16"}},
+        {"patterns": {"*": "nf3-g32-dq9-bf16-16"}},
         [1],
         {"matrices": []},
     ],

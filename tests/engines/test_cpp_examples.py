@@ -2,7 +2,6 @@
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 
 from coatrt.bundle import Bundle
+from support.cpp_service import Service
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,42 +56,6 @@ def test_minimal_says_what_coatrt_run_says(cpp: Any, headers: Path, tiny_bundle:
     assert shell(f"{tmp_path}/build/minimal {tiny_bundle} '{text}'") == expected
 
 
-class Service:
-    """The running service."""
-
-    def __init__(self, cpp: Any, bundle: Path, *options: str, wait: bool = True) -> None:
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            self.port = found.getsockname()[1]
-        command = [str(cpp.directory / "service"), str(bundle), "--port", str(self.port), "--context", "96", *options]
-        self.process = subprocess.Popen(command, env=cpp.environment, stderr=subprocess.PIPE, text=True)
-        if not wait:
-            return
-        assert self.process.stderr is not None
-        line = self.process.stderr.readline()
-        assert line.startswith("listening"), line
-
-    def ask(self, method: str, path: str, value: Any = None) -> tuple[int, str]:
-        connection = HTTPConnection("127.0.0.1", self.port, timeout=120)
-        connection.request(
-            method, path, None if value is None else value if isinstance(value, str) else json.dumps(value)
-        )
-        response = connection.getresponse()
-        answer = response.status, response.read().decode()
-        connection.close()
-        return answer
-
-    def generate(self, **request: Any) -> Any:
-        status, body = self.ask("POST", "/generate", request)
-        assert status == 200, body
-        return json.loads(body)
-
-    def stop(self) -> None:
-        self.process.send_signal(signal.SIGTERM)
-        _, said = self.process.communicate(timeout=60)
-        assert self.process.returncode == 0, said[-3000:]  # the sanitizers' verdict on leaks as well
-
-
 def telling_prompt(service: Service, configurations: list[Any]) -> tuple[dict[str, Any], list[Any]]:
     """Return a request whose greedy tokens tell two configurations apart, and the answers to it."""
     for text in ("the cat sat", "the owl", "a hen", "mat", "x", "cat. dog.", "owl fox bee", "the dog saw"):
@@ -104,15 +68,23 @@ def telling_prompt(service: Service, configurations: list[Any]) -> tuple[dict[st
 
 REFUSED: tuple[tuple[Any, str], ...] = (
     ("{", "parse error"),
-    ([], "no object"),
+    ([], "the request must be an object"),
     ({}, "neither prompt nor tokens"),
-    ({"prompt": 3}, "type must be"),
-    ({"prompt": "a", "max_tokens": -1}, "ask for at least 1"),
+    ({"prompt": 3}, "prompt must be a text"),
+    ({"prompt": "a", "max_tokens": -1}, "max_tokens must be a whole number from 1 to 2^63 - 1, got -1"),
     ({"tokens": [99999]}, "outside the vocabulary"),
     ({"prompt": ""}, "an empty prompt"),
     ({"prompt": "a" * 200}, "200 positions are needed"),
     ({"prompt": "a", "temperature": -1}, "temperature -1 is given"),
     ({"prompt": "a", "configuration": {"default": "int5"}}, "no weight format"),
+    ({"prompt": "a", "configuration": {"patterns": {"(.*)*x": "int8"}, "default": "int8"}}, "patterns are globs"),
+    ({"prompt": "a", "configuration": {"patterns": {"*" * 9000: "int8"}}}, "more than 8192 characters"),
+    (
+        {"prompt": "a", "configuration": {"matrices": dict.fromkeys(map(str, range(6000)), "int8")}},
+        "more than 5000 keys",
+    ),
+    ('{"prompt": "a", "configuration": ' + "[" * 400_000 + "]" * 400_000 + "}", "nested deeper than 32 levels"),
+    ("[" * 1_000_000, "nested deeper than 32 levels"),
 )
 
 
@@ -163,7 +135,7 @@ def test_the_service(cpp: Any, tiny_bundle: Path) -> None:
         connection.close()
         assert service.generate(**prompt) == expected[1]
         metrics = service.ask("GET", "/metrics")[1]
-        assert 'coatrt_requests_total{status="400"} 10' in metrics
+        assert f'coatrt_requests_total{{status="400"}} {len(REFUSED)}' in metrics
         assert "coatrt_swap_seconds_count" in metrics
     finally:
         service.stop()

@@ -23,9 +23,9 @@ from support.families import CPU, ENGINE, export, save_model
 
 MIXED = ConfigPatterns(
     patterns=(
-        (r".*layers\.0\..*", WeightFormat.parse("nf3-g16-dq4-bf16-64")),
-        (r".*layers\.1\.mlp\..*", WeightFormat.parse("fp8")),
-        (r".*layers\.1\..*", WeightFormat.parse("nvfp4")),
+        ("*layers.0.*", WeightFormat.parse("nf3-g16-dq4-bf16-64")),
+        ("*layers.1.mlp.*", WeightFormat.parse("fp8")),
+        ("*layers.1.*", WeightFormat.parse("nvfp4")),
     ),
     default=WeightFormat.parse("int4-g32"),
 )

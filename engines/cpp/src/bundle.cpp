@@ -4,6 +4,7 @@
 
 #include "coatrt/error.hpp"
 #include "configuration.hpp"
+#include "external_data.hpp"
 #include "ort/emitter.hpp"
 #include "safetensors.hpp"
 #include "sha256.hpp"
@@ -174,6 +175,25 @@ fs::path BundleState::path(const std::string& name) {
   return directory / name;
 }
 
+fs::path BundleState::graph(const std::string& name, const std::string& weights) {
+  if (!weights.empty()) path(weights);
+  // ONNX Runtime takes another kind of file by its ending, and what that would read is not known here.
+  if (fs::path(name).extension() != ".onnx")
+    throw Error((directory / name).string() + " is no ONNX graph by its name; build the bundle again");
+  const auto file = read(name);
+  std::set<std::string> locations;
+  try {
+    locations = external_data(file->text());
+  } catch (const Error& error) {
+    throw Error((directory / name).string() + " is no ONNX graph (" + error.what() + "); build the bundle again");
+  }
+  for (const std::string& location : locations)
+    if ((fs::path(name).parent_path() / location).lexically_normal() != fs::path(weights))
+      throw Error((directory / name).string() + " reads weights from " + repr(location) + ", the manifest gives it " +
+                  (weights.empty() ? "none" : weights) + "; do not use this bundle");
+  return directory / name;
+}
+
 Json BundleState::json(const std::string& name, const std::string& what) {
   return parse_json(read(name)->text(), what, (directory / name).string());
 }
@@ -191,8 +211,7 @@ std::pair<fs::path, DecoderIO> BundleState::decoder(const std::string& form) {
   const Json* io = find(*facts, "io");
   if (weights == nullptr || graph == nullptr || io == nullptr)
     throw Error((directory / kManifest).string() + " garbles decoders; build the bundle again");
-  path(*weights);
-  return {path(*graph), DecoderIO::from_json(*io)};
+  return {this->graph(*graph, *weights), DecoderIO::from_json(*io)};
 }
 
 Contract BundleState::contract() { return Contract::from_json(json("lora_io.json", "LoRA contract")); }

@@ -2,23 +2,24 @@
 
 #include <algorithm>
 #include <optional>
-#include <regex>
 #include <set>
 
 #include "coatrt/error.hpp"
 #include "formats.hpp"
+#include "glob.hpp"
 #include "sha256.hpp"
 
 namespace coatrt {
 namespace detail {
 namespace {
 
-// std::regex recurses once per character: names are short, and nothing longer is matched.
-constexpr std::size_t kLongestName = 512;
+// A configuration may come from a stranger: these bound the time to read and to match it.
+constexpr std::size_t kMostKeys = 4096;
+constexpr std::size_t kMostPatternCharacters = 8192;
 
 struct Pattern {
   std::string text;
-  std::regex expression;
+  Glob glob;
   std::string format;
 };
 
@@ -35,31 +36,28 @@ std::string parse(const std::string& source, const std::string& where, const nlo
 
 std::vector<Pattern> patterns_of(const nlohmann::ordered_json& value, const std::string& source) {
   std::vector<Pattern> patterns;
+  std::size_t characters = 0;
   for (const auto& [text, format] : value.items()) {
-    if (text.size() > kLongestName)
-      throw Error(source + ": a pattern has " + std::to_string(text.size()) + " characters; give at most 512");
-    try {
-      patterns.push_back({text, std::regex(text, std::regex::ECMAScript), parse(source, text, format)});
-    } catch (const std::regex_error& error) {
-      throw Error(source + ": pattern " + repr(text) + " is no regular expression (" + error.what() + "); correct it");
-    }
+    characters += text.size();
+    if (characters > kMostPatternCharacters)
+      throw Error(source + ": the patterns have more than " + std::to_string(kMostPatternCharacters) +
+                  " characters; give fewer or shorter ones");
+    patterns.push_back({text, Glob(text), parse(source, text, format)});
   }
   return patterns;
 }
 
-bool matches(const Pattern& pattern, const std::string& name) {
-  try {
-    return name.size() <= kLongestName && std::regex_match(name, pattern.expression);
-  } catch (const std::regex_error&) {  // too many steps
-    throw Error("the pattern " + repr(pattern.text) + " takes too long to match; write a simpler one");
-  }
+/// What to do about a pattern that matches nothing.
+std::string advice(const std::string& pattern) {
+  bool expression = pattern.find_first_of("(|+^$") != pattern.npos;
+  for (const char* sign : {".*", "\\."}) expression = expression || pattern.find(sign) != pattern.npos;
+  return expression ? "patterns are globs, not regular expressions: write *.mlp.* or *[qkv]_proj" : "correct or drop it";
 }
 
 }  // namespace
 
 Configuration resolve(std::string_view text, const std::string& source, const std::vector<std::string>& matrices) {
-  parse_json(text, "configuration", source);  // bounds the nesting, words the errors
-  const auto value = nlohmann::ordered_json::parse(text.begin(), text.end());
+  const auto value = parse_ordered_json(text, "configuration", source, kMostKeys);
   std::vector<std::string> given;
   bool known = value.is_object() && !value.empty();
   if (value.is_object())
@@ -91,16 +89,16 @@ Configuration resolve(std::string_view text, const std::string& source, const st
                   std::to_string(matrices.size()) + " matrices are " + matrices.front() + ", " +
                   matrices[std::min<std::size_t>(1, matrices.size() - 1)] + "; correct the name or use patterns");
   for (const Pattern& pattern : patterns)
-    if (std::none_of(matrices.begin(), matrices.end(), [&](const auto& name) { return matches(pattern, name); }))
+    if (std::none_of(matrices.begin(), matrices.end(), [&](const auto& name) { return pattern.glob.matches(name); }))
       throw Error("the pattern " + repr(pattern.text) + " matches none of the model's " +
-                  std::to_string(matrices.size()) + " matrices (like " + matrices.back() + "); correct or drop it");
+                  std::to_string(matrices.size()) + " matrices (like " + matrices.back() + "); " + advice(pattern.text));
   Configuration result;
   for (const std::string& name : matrices) {
     if (const auto found = exact.find(name); found != exact.end()) {
       result.formats[name] = found->second;
       continue;
     }
-    const auto match = std::find_if(patterns.begin(), patterns.end(), [&](const auto& p) { return matches(p, name); });
+    const auto match = std::find_if(patterns.begin(), patterns.end(), [&](const auto& p) { return p.glob.matches(name); });
     if (match == patterns.end() && !otherwise)
       throw Error("the configuration gives " + name + " no format; name it, match it, or add a default");
     result.formats[name] = match != patterns.end() ? match->format : *otherwise;

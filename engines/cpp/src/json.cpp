@@ -29,20 +29,37 @@ std::string join(const std::vector<std::string>& texts) {
   return out;
 }
 
-Json parse_json(std::string_view text, const std::string& what, const std::string& source) {
+namespace {
+
+template <class Value>
+Value parse_bounded(std::string_view text, const std::string& what, const std::string& source, std::size_t most_keys) {
   const auto refuse = [&](const std::string& why) {
     throw Error(what + " " + source + " is not JSON (" + why + "); give a JSON file");
   };
-  const auto bounded = [&](int depth, Json::parse_event_t, Json&) {
+  std::size_t keys = 0;
+  const auto bounded = [&](int depth, typename Value::parse_event_t event, Value&) {
     if (depth > kDepth) refuse("nested deeper than " + std::to_string(kDepth));
+    if (event == Value::parse_event_t::key && ++keys > most_keys)
+      throw Error(what + " " + source + " has more than " + std::to_string(most_keys) + " keys; give fewer");
     return true;
   };
   try {
-    return Json::parse(text.begin(), text.end(), bounded);
-  } catch (const Json::exception& error) {
+    return Value::parse(text.begin(), text.end(), bounded);
+  } catch (const typename Value::exception& error) {
     refuse(error.what());
   }
   return {};
+}
+
+}  // namespace
+
+Json parse_json(std::string_view text, const std::string& what, const std::string& source) {
+  return parse_bounded<Json>(text, what, source, static_cast<std::size_t>(-1));
+}
+
+nlohmann::ordered_json parse_ordered_json(std::string_view text, const std::string& what, const std::string& source,
+                                          std::size_t most_keys) {
+  return parse_bounded<nlohmann::ordered_json>(text, what, source, most_keys);
 }
 
 const Json* find(const Json& value, const char* key) {

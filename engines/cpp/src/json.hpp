@@ -15,6 +15,9 @@ std::string join(const std::vector<std::string>& texts);
 
 /// Parse JSON; `what` and `source` are for the message. Nesting is bounded.
 Json parse_json(std::string_view text, const std::string& what, const std::string& source);
+/// The same with keys in the order of the text. Each key costs a look at those before it, so their number is bounded too.
+nlohmann::ordered_json parse_ordered_json(std::string_view text, const std::string& what, const std::string& source,
+                                          std::size_t most_keys);
 
 /// The value of a key, or nullptr where `value` is no object or lacks it.
 const Json* find(const Json& value, const char* key);

@@ -38,6 +38,8 @@ struct BundleState {
   std::filesystem::path path(const std::string& name);
   /// The file in memory; the bytes returned are the bytes that were hashed.
   std::unique_ptr<MappedFile> read(const std::string& name);
+  /// An ONNX file's path, hash checked; refused where it reads weights from another file than `weights`.
+  std::filesystem::path graph(const std::string& name, const std::string& weights);
   /// A JSON file of the bundle.
   Json json(const std::string& name, const std::string& what);
   /// ONNX file of a graph form, hashes checked with its weights, and its inputs and outputs.

@@ -1,10 +1,11 @@
 import json
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coatrt.configs.config import ConfigPatterns, QuantConfig
+from coatrt.configs.config import ConfigPatterns, QuantConfig, names_like
 from coatrt.errors import CheckpointError, ConfigError, FormatError
 from coatrt.models.matrices import ModelMatrices, matrices_of
 from coatrt.quantization.weight_format import WeightFormat
@@ -51,13 +52,37 @@ def test_exact_name_beats_first_pattern_beats_default():
     config = ConfigPatterns.from_json(
         {
             "default": "int8",
-            "patterns": {r".*\.mlp\..*": "int4-g64", r".*up_proj": "nf2-g64"},
+            "patterns": {"*.mlp.*": "int4-g64", "*up_proj": "nf2-g64"},
             "matrices": {"model.layers.1.mlp.up_proj": "fp16"},
         }
     ).resolve(MODEL)
     assert str(config["model.layers.1.mlp.up_proj"]) == "fp16"
     assert str(config["model.layers.0.mlp.up_proj"]) == "int4-g64"  # the first pattern that matches
     assert str(config["model.layers.0.self_attn.q_proj"]) == "int8"
+
+
+@pytest.mark.parametrize(
+    "pattern, names",
+    [
+        ("*layers.[!1]*.[qk]_proj", {f"model.layers.0.self_attn.{kind}_proj" for kind in "qk"}),
+        (
+            "model.layers.?.mlp.[a-g]*_proj",
+            {f"model.layers.{i}.mlp.{k}_proj" for i in (0, 1) for k in ("gate", "down")},
+        ),
+        ("model.embed_tokens", {"model.embed_tokens"}),
+        ("*", set(MODEL.names)),
+    ],
+)
+def test_a_pattern_is_a_glob_over_the_whole_name(pattern, names):
+    assert set(names_like(pattern, MODEL)) == names
+
+
+@pytest.mark.parametrize("pattern", ["(.*)*(.*)*(.*)*(.*)*x", "*o*o*o*o*o*o*o*o*o*o*o*o*o*o*!", "*" * 5000 + "!"])
+def test_no_pattern_takes_long(pattern):
+    started = time.perf_counter()
+    with pytest.raises(ConfigError, match="matches none of the model's"):
+        names_like(pattern, MODEL)
+    assert time.perf_counter() - started < 1
 
 
 def test_average_bits_by_hand():
@@ -87,7 +112,7 @@ def test_json_round_trip(formats):
     [
         ({"default": "int8", "matrices": {"model.layers.9.mlp.up_proj": "int8"}}, "model.layers.9.mlp.up_proj"),
         ({"default": "int8", "patterns": {"nothing": "int8"}}, "matches none"),
-        ({"default": "int8", "patterns": {"(": "int8"}}, "regular expression"),
+        ({"default": "int8", "patterns": {r".*\.mlp\..*": "int8"}}, "patterns are globs, not regular expressions"),
         ({"matrices": {"model.embed_tokens": "int8"}}, "no format"),
         ({"formats": {}}, "keys"),
         ([], "keys"),

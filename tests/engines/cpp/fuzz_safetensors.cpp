@@ -1,9 +1,10 @@
-// libFuzzer: a safetensors file. Every tensor that is handed out can be read to its end.
+// libFuzzer: a safetensors file, and the walk over a graph. Every tensor that is handed out can be read to its end.
 #include <cstdint>
 #include <string_view>
 
 #include "coatrt/error.hpp"
 #include "contract.hpp"
+#include "external_data.hpp"
 #include "json.hpp"
 #include "safetensors.hpp"
 
@@ -13,6 +14,10 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   try {
     for (const auto& [name, tensor] : coatrt::detail::read_safetensors(file))
       for (const char byte : tensor.bytes) sum = sum + static_cast<unsigned char>(byte);
+  } catch (const coatrt::Error&) {
+  }
+  try {
+    coatrt::detail::external_data(file);
   } catch (const coatrt::Error&) {
   }
   try {  // the same bytes as the JSON of the other readers

@@ -20,7 +20,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     coatrt::detail::to_nfc(coatrt::detail::decode_utf8(text));
     const coatrt::detail::Pattern pattern(text.substr(0, 64));
     const auto points = coatrt::detail::decode_utf8(text.substr(0, 256));
-    pattern.match(points, 0, points.size());
+    std::size_t steps = coatrt::detail::Pattern::steps_for(points.size());
+    pattern.match(points, 0, points.size(), steps);
   } catch (const coatrt::Error&) {
   }
   return 0;

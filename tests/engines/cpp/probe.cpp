@@ -6,6 +6,10 @@
 #include <iterator>
 #include <nlohmann/json.hpp>
 
+#include "glob.hpp"
+#include "tokenizer/pattern.hpp"
+#include "tokenizer/unicode.hpp"
+
 using nlohmann::json;
 
 namespace {
@@ -48,6 +52,29 @@ int answer(int argc, char** argv) {
       std::string streamed;
       for (const auto id : ids) streamed += stream.add(id);
       all.push_back({ids, tokenizer.decode(ids), streamed + stream.finish()});
+    }
+    std::cout << all << "\n";
+    return 0;
+  }
+  if (command == "globs" && argc == 3) {  // [[pattern, name]] → [whether it matches]
+    json all = json::array();
+    for (const json& pair : json::parse(read(argv[2])))
+      all.push_back(coatrt::detail::Glob(pair.at(0).get<std::string>()).matches(pair.at(1).get<std::string>()));
+    std::cout << all << "\n";
+    return 0;
+  }
+  if (command == "split" && argc == 4) {  // pattern, [texts] → [[length of each match]]
+    const coatrt::detail::Pattern pattern(argv[2]);
+    json all = json::array();
+    for (const json& text : json::parse(read(argv[3]))) {
+      const auto points = coatrt::detail::decode_utf8(text.get<std::string>());
+      std::size_t steps = coatrt::detail::Pattern::steps_for(points.size());
+      json lengths = json::array();
+      for (std::size_t at = 0; at < points.size();) {
+        lengths.push_back(pattern.match(points, at, points.size(), steps));
+        at += std::max<std::size_t>(1, lengths.back().get<std::size_t>());
+      }
+      all.push_back(lengths);
     }
     std::cout << all << "\n";
     return 0;

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "coatrt/error.hpp"
+#include "external_data.hpp"
 #include "formats.hpp"
 #include "half.hpp"
 #include "json.hpp"
@@ -105,4 +106,30 @@ TEST_CASE("texts are quoted as Python quotes them") {
   CHECK(product(1LL << 40, 1LL << 30) == -1);
   CHECK(product(-1, 2) == -1);
   CHECK(product(1LL << 40, 1LL << 22) == 1LL << 62);
+}
+
+TEST_CASE("the walk over a graph finds what tensors name, and refuses what is no graph") {
+  const auto field = [](int number, const std::string& inside) {  // of less than 128 bytes
+    std::string made(1, static_cast<char>(number << 3 | 2));
+    if (number > 15) made = {static_cast<char>(((number << 3 | 2) & 127) | 128), static_cast<char>(number >> 4)};
+    return made + static_cast<char>(inside.size()) + inside;
+  };
+  const auto tensor = [&](const std::string& file) { return field(13, field(1, "location") + field(2, file)); };
+  const std::string graph = field(5, tensor("a")) + field(15, field(2, tensor("b"))) +
+                            field(1, field(5, field(6, field(5, tensor("c")))));
+  CHECK(external_data(field(7, graph) + field(7, field(5, tensor("d")))) == std::set<std::string>{"a", "b", "c", "d"});
+  CHECK(external_data(field(25, field(7, field(5, field(10, tensor("e")))))) == std::set<std::string>{"e"});
+  CHECK(external_data(field(14, tensor("f"))).empty());  // metadata
+  CHECK(external_data("").empty());
+  const auto length = [](std::size_t size) {
+    std::string made;
+    for (; size > 127; size >>= 7) made += static_cast<char>((size & 127) | 128);
+    return made + static_cast<char>(size);
+  };
+  std::string deep;  // graphs within attributes within nodes within graphs
+  for (int i = 0; i < 200; ++i)
+    for (const char* tag : {"\x32", "\x2a", "\x0a"}) deep = tag + length(deep.size()) + deep;
+  deep = "\x3a" + length(deep.size()) + deep;
+  for (const std::string& bad : {std::string("\x3a\x7f"), std::string("\x3a"), std::string(11, '\xff'), std::string("\x0b"), deep})
+    CHECK_THROWS_AS(external_data(bad), coatrt::Error);
 }

@@ -10,7 +10,8 @@ using namespace coatrt::detail;
 namespace {
 std::size_t match(const char* pattern, const char* text) {
   const auto points = decode_utf8(text);
-  return Pattern(pattern).match(points, 0, points.size());
+  std::size_t steps = Pattern::steps_for(points.size());
+  return Pattern(pattern).match(points, 0, points.size(), steps);
 }
 }  // namespace
 
@@ -35,7 +36,25 @@ TEST_CASE("patterns match as regular expressions do") {
 
 TEST_CASE("a long text does not deepen the stack") {
   const std::vector<char32_t> text(1 << 21, U' ');
-  CHECK(Pattern(R"(\s*[\r\n]+|\s+(?!\S)|\s+)").match(text, 0, text.size()) == text.size());
+  std::size_t steps = Pattern::steps_for(text.size());
+  CHECK(Pattern(R"(\s*[\r\n]+|\s+(?!\S)|\s+)").match(text, 0, text.size(), steps) == text.size());
+  CHECK_THROWS_AS(Pattern{std::string(2000, 'a')}, coatrt::Error);
+  CHECK_THROWS_AS(Pattern::literal(std::string(2000, 'a')), coatrt::Error);
+}
+
+TEST_CASE("backtracking takes polynomial time, and what it finds stays the same") {
+  const std::string many(600, 'a');
+  CHECK(match("a*a*a*a*a*a*a*a*b", many.c_str()) == 0);
+  CHECK(match("a*a*a*a*a*a*a*a*b", (many + "b").c_str()) == 601);
+  CHECK(match("a*(?:a*|b)(?!c)a*a*(?:x|a*b)|a+", many.c_str()) == 600);
+  CHECK(match("a*(?=a*b)a*a*a*b", (many + "b").c_str()) == 601);
+}
+
+TEST_CASE("a text that takes too many steps is refused in one line") {
+  const std::vector<char32_t> text(1000, U'a');
+  std::size_t steps = 10'000;
+  CHECK_THROWS_WITH_AS(Pattern("a*a*b").match(text, 0, text.size(), steps),
+                       "the tokenizer's pattern takes too many steps on this text; shorten it or use token ids", coatrt::Error);
 }
 
 TEST_CASE("UTF-8 and normal form") {

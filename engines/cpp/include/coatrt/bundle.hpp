@@ -66,7 +66,7 @@ class Bundle {
 
   /// The configuration the graphs were built with.
   Configuration configuration() const;
-  /// Another one from JSON text: {"matrices": {…}, "patterns": {regex: format}, "default": format}.
+  /// Another one from JSON text: {"matrices": {…}, "patterns": {glob: format}, "default": format}.
   Configuration configuration(const std::string& json, const std::string& source = "configuration") const;
 
   /// The LoRA of a configuration, emitted by the hypernetwork.

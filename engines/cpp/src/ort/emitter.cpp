@@ -42,10 +42,10 @@ Emitter::Emitter(BundleState& bundle) : contract_(bundle.contract()) {
   const Json side = bundle.json("hypernet.json", "hypernetwork side file");
   matrices_ = texts(side, "matrices");
   formats_ = texts(side, "formats");
-  if (bundle.manifest.at("files").contains("hypernet.bin")) bundle.path("hypernet.bin");
+  const bool apart = bundle.manifest.at("files").contains("hypernet.bin");
   OrtOptions options;
   options.threads = bundle.options.threads;
-  model_ = std::make_shared<OrtModel>(bundle.ort(), bundle.path("hypernet.onnx"), options);
+  model_ = std::make_shared<OrtModel>(bundle.ort(), bundle.graph("hypernet.onnx", apart ? "hypernet.bin" : ""), options);
 }
 
 std::vector<std::int64_t> Emitter::ids(const Configuration& configuration) const {

@@ -33,6 +33,9 @@ std::string first_line(const std::string& text) { return text.substr(0, text.fin
 }  // namespace
 
 OrtRuntime::OrtRuntime(const std::string& library) {
+  // ONNX Runtime 1.31 reads this as it loads: without it, it writes a device id to the user's cache directory. A value of
+  // the user's own stays.
+  ::setenv("ORT_DISABLE_TELEMETRY", "1", 0);
   std::string problem;
   for (const std::string& name : candidates(library)) {
     // NODELETE: ONNX Runtime leaves threads' destructors behind, so its code must stay.

@@ -1,5 +1,6 @@
 #include "tokenizer/pattern.hpp"
 
+#include <algorithm>
 #include <limits>
 #include <string>
 
@@ -12,6 +13,7 @@ namespace {
 
 constexpr std::size_t kEndless = std::numeric_limits<std::size_t>::max();
 constexpr int kDepth = 16;
+constexpr std::size_t kMostItems = 1024;  // the matcher is as many calls deep
 
 /// What one character may be: any of the terms, or none of them where negated.
 struct Class {
@@ -40,6 +42,7 @@ struct Class {
 }  // namespace
 
 struct Pattern::Item {
+  std::size_t number = 0;  // among all items of the pattern
   enum Kind { kClass, kGroup, kAhead, kNotAhead } kind = kClass;
   Class what;
   Alternatives group;
@@ -54,8 +57,9 @@ using Item = Pattern::Item;
 /// Recursive descent over the pattern's text.
 class Parser {
  public:
-  explicit Parser(std::string_view text) : text_(decode_utf8(text)), shown_(text) {}
+  explicit Parser(std::string_view text) : text_(decode_utf8(text)), shown_(text.substr(0, 200)) {}
 
+  std::size_t items() const { return items_; }
   Pattern::Alternatives parse() {
     Pattern::Alternatives result = alternatives(false, 0);
     if (at_ != text_.size()) refuse("an unmatched )");
@@ -87,6 +91,8 @@ class Parser {
 
   Item item(bool any_case, int depth) {
     Item made;
+    made.number = items_++;
+    if (items_ > kMostItems) refuse("more than 1024 items");
     if (take("(")) {
       made.kind = Item::kGroup;
       if (take("?i:")) any_case = true;
@@ -176,37 +182,50 @@ class Parser {
 
   std::vector<char32_t> text_;
   std::string shown_;
-  std::size_t at_ = 0;
+  std::size_t at_ = 0, items_ = 0;
 };
 
 /// Backtracking match. What is left to match is a chain of frames on the stack, so its depth is that of the pattern, never
-/// that of the text.
-struct Matcher {
-  const std::vector<char32_t>& text;
-  std::size_t end;
-
+/// that of the text. Groups are not repeated, so what follows an item is always the same: where one has failed at a place
+/// it fails there again, and a match that takes long notes such places, which makes its time polynomial.
+class Matcher {
+ public:
   struct Rest {
     const Pattern::Sequence* sequence;
     std::size_t item;
     const Rest* then;
   };
 
-  bool run(const Rest* rest, std::size_t at, std::size_t& stop) const {
+  Matcher(const std::vector<char32_t>& text, std::size_t begin, std::size_t end, std::size_t items, std::size_t& steps)
+      : text_(text), begin_(begin), end_(end), items_(items), steps_(steps) {}
+
+  bool run(const Rest* rest, std::size_t at, std::size_t& stop) {
     while (rest != nullptr && rest->item == rest->sequence->size()) rest = rest->then;
     if (rest == nullptr) return stop = at, true;
     const Item& item = (*rest->sequence)[rest->item];
+    if (noting_ && failed_[place(item, at)]) return false;
+    if (matched(item, rest, at, stop)) return true;
+    if (noting_) failed_[place(item, at)] = true;
+    return false;
+  }
+
+  bool matched(const Item& item, const Rest* rest, std::size_t at, std::size_t& stop) {
     const Rest after{rest->sequence, rest->item + 1, rest->then};
     if (item.kind == Item::kClass) {
       std::size_t count = 0;
-      while (count < item.most && at + count < end && item.what.has(text[at + count])) ++count;
+      while (count < item.most && at + count < end_ && item.what.has(text_[at + count])) ++count;
+      spend(count + 1);
       if (count < item.least) return false;
       if (item.possessive) return run(&after, at + count, stop);
       for (;; --count) {
         if (run(&after, at + count, stop)) return true;
         if (count == item.least) return false;
+        spend(1);
+        if (++turns_back_ == kLight) note();
       }
     }
     bool found = false;
+    spend(item.group.size());
     for (const Pattern::Sequence& sequence : item.group) {
       const Rest inside{&sequence, 0, item.kind == Item::kGroup ? &after : nullptr};
       std::size_t ahead = 0;
@@ -218,28 +237,59 @@ struct Matcher {
     if (item.kind == Item::kGroup) return item.least == 0 && run(&after, at, stop);
     return found == (item.kind == Item::kAhead) && run(&after, at, stop);
   }
+
+ private:
+  static constexpr std::size_t kLight = 1024;                      // times to turn back before failures are noted
+  static constexpr std::size_t kMostNoted = std::size_t{1} << 28;  // bits
+
+  void spend(std::size_t count) {
+    if (count > steps_) throw Error("the tokenizer's pattern takes too many steps on this text; shorten it or use token ids");
+    steps_ -= count;
+  }
+  void note() {
+    if (end_ - begin_ >= kMostNoted / items_) return;
+    noting_ = true;
+    failed_.resize(items_ * (end_ - begin_ + 1));
+    spend(failed_.size() / 64);
+  }
+  std::size_t place(const Item& item, std::size_t at) const { return item.number * (end_ - begin_ + 1) + (at - begin_); }
+
+  const std::vector<char32_t>& text_;
+  const std::size_t begin_, end_, items_;
+  std::size_t& steps_;
+  std::size_t turns_back_ = 0;
+  bool noting_ = false;
+  std::vector<bool> failed_;  // by item and place
 };
 
 }  // namespace
 
-Pattern::Pattern(std::unique_ptr<Alternatives> alternatives) : alternatives_(std::move(alternatives)) {}
-Pattern::Pattern(std::string_view text) : Pattern(std::make_unique<Alternatives>(Parser(text).parse())) {}
+Pattern::Pattern(std::unique_ptr<Alternatives> alternatives, std::size_t items)
+    : alternatives_(std::move(alternatives)), items_(items) {}
+Pattern::Pattern(std::string_view text) {
+  Parser parser(text);
+  alternatives_ = std::make_unique<Alternatives>(parser.parse());
+  items_ = parser.items();
+}
 Pattern::~Pattern() = default;
 Pattern::Pattern(Pattern&&) noexcept = default;
 Pattern& Pattern::operator=(Pattern&&) noexcept = default;
 
 Pattern Pattern::literal(std::string_view text) {
   auto made = std::make_unique<Alternatives>(1);
-  for (const char32_t point : decode_utf8(text)) {
+  const std::vector<char32_t> points = decode_utf8(text);
+  if (points.size() > kMostItems) throw Error("the tokenizer splits at a text of more than 1024 characters; use token ids");
+  for (const char32_t point : points) {
     Item item;
+    item.number = made->front().size();
     item.what.terms.push_back({point, point, 0, false});
     made->front().push_back(std::move(item));
   }
-  return Pattern(std::move(made));
+  return Pattern(std::move(made), points.size());
 }
 
-std::size_t Pattern::match(const std::vector<char32_t>& text, std::size_t at, std::size_t end) const {
-  const Matcher matcher{text, end};
+std::size_t Pattern::match(const std::vector<char32_t>& text, std::size_t at, std::size_t end, std::size_t& steps) const {
+  Matcher matcher(text, at, end, std::max<std::size_t>(1, items_), steps);
   for (const Sequence& sequence : *alternatives_) {
     const Matcher::Rest rest{&sequence, 0, nullptr};
     std::size_t stop = at;

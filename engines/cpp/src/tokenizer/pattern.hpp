@@ -16,16 +16,20 @@ class Pattern {
   Pattern(Pattern&&) noexcept;
   Pattern& operator=(Pattern&&) noexcept;
 
-  /// Length of the match at `at`, 0 for none.
-  std::size_t match(const std::vector<char32_t>& text, std::size_t at, std::size_t end) const;
+  /// Length of the match at `at`, 0 for none. `steps` is what the caller grants, for all matches of a text together; what
+  /// this one takes is subtracted, and an Error says that they do not suffice.
+  std::size_t match(const std::vector<char32_t>& text, std::size_t at, std::size_t end, std::size_t& steps) const;
+  /// Many times what the pattern of any known tokenizer takes on a text of so many characters.
+  static std::size_t steps_for(std::size_t characters) { return 10'000'000 + 200 * characters; }
 
   struct Item;
   using Sequence = std::vector<Item>;
   using Alternatives = std::vector<Sequence>;
 
  private:
-  explicit Pattern(std::unique_ptr<Alternatives> alternatives);
+  Pattern(std::unique_ptr<Alternatives> alternatives, std::size_t items);
   std::unique_ptr<Alternatives> alternatives_;
+  std::size_t items_ = 0;
 };
 
 }  // namespace coatrt::detail

@@ -25,6 +25,7 @@ struct Encoder {
   const Tokenizer::State& state;
   const Text& text;
   std::vector<std::int64_t>& tokens;
+  std::size_t& steps;  // of pattern matching, for the whole text
 
   /// Take out the added tokens of a group; what lies between goes on to the next group, then to the pieces.
   void with_added(Span span, std::size_t group) const {
@@ -32,7 +33,7 @@ struct Encoder {
     if (group == 1 && state.nfc) {  // what is left is normalized before the second group is looked for
       const Text normal = detail::to_nfc({text.begin() + static_cast<std::ptrdiff_t>(span.begin),
                                           text.begin() + static_cast<std::ptrdiff_t>(span.end)});
-      return Encoder{state, normal, tokens}.find_added({0, normal.size()}, group);
+      return Encoder{state, normal, tokens, steps}.find_added({0, normal.size()}, group);
     }
     find_added(span, group);
   }
@@ -60,7 +61,7 @@ struct Encoder {
       Text spaced{U' '};
       spaced.insert(spaced.end(), text.begin() + static_cast<std::ptrdiff_t>(span.begin),
                     text.begin() + static_cast<std::ptrdiff_t>(span.end));
-      Encoder{state, spaced, tokens}.split({0, spaced.size()}, 0);
+      Encoder{state, spaced, tokens, steps}.split({0, spaced.size()}, 0);
     } else {
       split(span, 0);
     }
@@ -71,7 +72,7 @@ struct Encoder {
     if (pattern == state.splits.size()) return encode(span);
     std::size_t begin = span.begin;
     for (std::size_t at = span.begin; at < span.end;) {
-      const std::size_t length = state.splits[pattern].match(text, at, span.end);
+      const std::size_t length = state.splits[pattern].match(text, at, span.end, steps);
       if (length == 0) {
         ++at;
         continue;
@@ -102,7 +103,8 @@ std::vector<std::int64_t> Tokenizer::encode(std::string_view text, bool add_spec
   const Text points = detail::decode_utf8(text);
   std::vector<std::int64_t> tokens;
   if (add_special_tokens) tokens = state_->before;
-  if (!points.empty()) Encoder{*state_, points, tokens}.with_added({0, points.size()}, 0);
+  std::size_t steps = detail::Pattern::steps_for(points.size());
+  if (!points.empty()) Encoder{*state_, points, tokens, steps}.with_added({0, points.size()}, 0);
   if (add_special_tokens) tokens.insert(tokens.end(), state_->after.begin(), state_->after.end());
   return tokens;
 }
