@@ -21,7 +21,7 @@ def _envelope(path: Path, change: Callable[[Any], object]) -> None:
 
 
 CHANGES: dict[str, Callable[[Path], object]] = {
-    "manifest": lambda d: alter_sealed(d / "manifest.json", lambda m: m.update(quantizer="absmax")),
+    "manifest": lambda d: alter_sealed(d / "manifest.json", lambda m: m.update(coatrt="0")),
     "none": lambda d: (d / SIGNATURE).unlink(),
     "garbage": lambda d: (d / SIGNATURE).write_text("{}"),
     "another signature": lambda d: _envelope(d / SIGNATURE, lambda e: e["signatures"][0].update(sig="AAAA")),

@@ -124,8 +124,8 @@ std::shared_ptr<BundleState> open_state(const fs::path& directory, const BundleO
   state->directory = directory;
   state->options = options;
   const MappedFile mapped(file);
-  if (!options.public_key.empty()) require_signature(mapped.text(), directory, options.public_key);
   check_seal(mapped.text(), file.string());
+  if (!options.public_key.empty()) require_signature(mapped.text(), directory, options.public_key);
   try {
     state->manifest = parse_json(mapped.text(), "bundle manifest", file.string());
   } catch (const Error& problem) {

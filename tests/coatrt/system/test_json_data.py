@@ -111,7 +111,9 @@ def valid(tiny_adapter: Path, tiny_llama: Path, tmp_path_factory: pytest.TempPat
         shutil.copytree(tiny_adapter, place / name)
     for name in ("model", "shards"):
         shutil.copytree(tiny_llama, place / name)
-    shards = {"weight_map": {"x": next(tiny_llama.glob("*.safetensors")).name}}
+    shard = place / "shards" / "model-00001-of-00001.safetensors"  # beside a whole model.safetensors no index counts
+    (place / "shards" / "model.safetensors").rename(shard)
+    shards = {"weight_map": {"x": shard.name}}
     write_json(place / "shards" / "model.safetensors.index.json", shards)
     return place
 
