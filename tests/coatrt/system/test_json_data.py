@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from coatrt.adapter.adapter import Adapter
 from coatrt.adapter.description import AdapterDescription
@@ -113,7 +114,7 @@ def valid(tiny_adapter: Path, tiny_llama: Path, tmp_path_factory: pytest.TempPat
         shutil.copytree(tiny_llama, place / name)
     shard = place / "shards" / "model-00001-of-00001.safetensors"  # beside a whole model.safetensors no index counts
     (place / "shards" / "model.safetensors").rename(shard)
-    shards = {"weight_map": {"x": shard.name}}
+    shards = {"weight_map": dict.fromkeys(load_file(shard), shard.name)}
     write_json(place / "shards" / "model.safetensors.index.json", shards)
     return place
 
