@@ -26,6 +26,7 @@ DOCUMENTS = (
     "docs/planning.md",
     "docs/cpp.md",
     "docs/gpu.md",
+    "docs/models.md",
 )
 _PLACE = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -99,7 +100,16 @@ def search() -> str:
     )
 
 
-_MAKERS = (demo, allocation, search)
+def preflight() -> str:
+    """What the preflight takes."""
+    rows = [
+        [row["model"], f"{row['seconds']:.1f}", f"{row['peak_bytes'] / 1e9:.2f}", f"{row['difference']:.1e}"]
+        for row in load("preflight")["rows"]
+    ]
+    return grid(["model", "seconds", "GB above the imports", "difference of logits"], rows)
+
+
+_MAKERS = (demo, allocation, search, preflight)
 TABLES: dict[str, Callable[[], str]] = {
     **{maker.__name__: maker for maker in _MAKERS},
     **ENGINE_TABLES,
