@@ -39,7 +39,7 @@ _ROWS = 64  # of the embedding and the head
 _FAR = 16384  # positions up to which rotary tables are compared
 
 
-def preflight(checkpoint: Checkpoint, progress: Progress = silent) -> float:
+def preflight(checkpoint: Checkpoint, progress: Progress = silent) -> None:
     """Refuse a model that a graph would compute otherwise than transformers does.
 
     The first two layers, the last and one of each kind are compared, each alone between embedding and head, at the
@@ -144,7 +144,7 @@ class _Part:
             config.layer_types = [config.layer_types[layer]]
         for table in (inner.embed_tokens, model.lm_head):
             table.weight = torch.nn.Parameter(torch.empty(self.rows, self._spec.hidden, device="meta"))
-        state = {}
+        state: dict[str, torch.Tensor] = {}
         for name in model.state_dict():
             if name == f"{HEAD}.weight" and self._checkpoint.matrices.tied:
                 state[name] = state[f"{EMBEDDING}.weight"]
@@ -211,7 +211,7 @@ def _difference(
     checkpoint: Checkpoint, spec: DecoderSpec, layer: int, start: int, difference: NDArray[np.float32]
 ) -> str:
     """Return what differs, as far as the positions tell it."""
-    first = int(np.flatnonzero(~(difference <= max(TOLERANCE, 0.05 * np.nanmax(difference))))[0])
+    first = int(np.flatnonzero(~(difference <= max(TOLERANCE, 0.05 * float(np.nanmax(difference)))))[0])
     if start:
         what = "the rotary frequencies or their scaling (rope_parameters, rope_scaling)"
     elif first == 0:

@@ -13,8 +13,15 @@ __all__ = ["FAMILIES", "DecoderSpec"]
 FAMILIES = ("gemma", "granite", "llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3", "stablelm")
 """Values of model_type that the graph writer knows, each tested against transformers."""
 
-_COUNTS = ("num_attention_heads", "num_key_value_heads", "num_hidden_layers", "hidden_size", "vocab_size")
-_COUNTS += ("intermediate_size", "max_position_embeddings")
+_COUNTS = (
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_hidden_layers",
+    "hidden_size",
+    "vocab_size",
+    "intermediate_size",
+    "max_position_embeddings",
+)
 _WINDOW_PER_LAYER = ("qwen2", "qwen3", "smollm3")  # those whose modules honour layer_types
 _ACTIVATIONS = {
     "silu": "silu",
@@ -100,6 +107,8 @@ class DecoderSpec:
                 f"model_type {family or 'missing'} cannot be exported; allowed: {', '.join(FAMILIES)}; "
                 "convert the checkpoint to one of them or add the family to the graph writer"
             )
+        if family == "mistral" and "layer_types" in values:  # transformers reads it as another family
+            raise CheckpointError("a mistral model with layer_types is a Ministral, which cannot be exported")
         config = complete_config(values)
         try:
             return cls._of(family, config)
