@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from coatrt.data.chat import Conversation, chat_task
+from coatrt.data.chat import chat_task
 from coatrt.data.choice import Question, choice_task
+from coatrt.data.conversation import Conversation
 from coatrt.data.documents import read_documents
 from coatrt.data.jsonl import Line, read_lines, split
 from coatrt.data.task_data import TaskData, TaskKind

@@ -7,6 +7,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from coatrt.data.chat_template import Refusal, Rendering, chat_template
+from coatrt.data.encoding import encode
 from coatrt.engines.runtime.decoder import Decoder
 from coatrt.errors import ConfigError
 
@@ -142,21 +144,18 @@ def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool = False, system: st
         ConfigError: the tokenizer has no chat template, its template refuses the turns, or the prompt is empty.
     """
     if chat:
-        from jinja2 import TemplateError
-
-        if not getattr(tokenizer, "chat_template", None):
+        template = chat_template(tokenizer)
+        if template is None:
             raise ConfigError("the model's tokenizer has no chat template; run without --chat")
         turns = [{"role": "system", "content": system}] if system else []
         turns.append({"role": "user", "content": prompt})
-        try:
-            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except (TemplateError, ValueError, TypeError, KeyError) as error:
-            reason = " ".join(str(error).split())
+        (text,) = template.render([Rendering(turns, prompt=True)])
+        if isinstance(text, Refusal):
             hint = "run without --system, or without --chat" if system else "run without --chat"
-            raise ConfigError(f"the model's chat template refuses the prompt ({reason}); {hint}") from None
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            raise ConfigError(f"the chat template of {template.place} refuses the prompt ({text.reason}); {hint}")
+        (ids,) = encode(tokenizer, [text])
     else:
-        ids = tokenizer(prompt)["input_ids"]
+        (ids,) = encode(tokenizer, [prompt], special_tokens=True)
     if not ids:
         raise ConfigError("the prompt has no tokens; give some text")
-    return [int(token) for token in ids]
+    return ids
