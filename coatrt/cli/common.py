@@ -1,5 +1,6 @@
 """Parameters and small helpers shared by the commands."""
 
+import json
 import os
 import re
 from collections.abc import Callable
@@ -105,10 +106,10 @@ def runtime_options(*names: str) -> Callable[[F], F]:
 
 
 def echo_json(value: object) -> None:
-    """Print `value` as JSON."""
+    """Print `value` as JSON, in ASCII: a stream of another encoding than UTF-8 holds it too."""
     from coatrt.system.json_data import dump_json
 
-    click.echo(dump_json(value))
+    click.echo(re.sub(r"[^\x00-\x7f]", lambda found: json.dumps(found[0])[1:-1], dump_json(value)))
 
 
 def check_writable(path: Path) -> None:
