@@ -38,9 +38,10 @@ class _Bytes(click.ParamType[int]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
+        match = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([A-Za-z]{0,3})\s*", str(value), re.ASCII)
         if match is None or match[2].upper() not in _UNITS:
-            self.fail(f"not a size: {value!r}; give a number with GiB, MiB, GB or MB, like 6GiB", param, ctx)
+            shown = f"{str(value)[:40]!r}"
+            self.fail(f"not a size: {shown}; give a number with GiB, MiB, GB or MB, like 6GiB", param, ctx)
         return int(float(match[1]) * _UNITS[match[2].upper()])
 
 

@@ -1,5 +1,6 @@
 """A plan as data: what was asked, the configuration, and every figure it was chosen by."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,6 +17,7 @@ __all__ = ["Objective", "Plan", "PlanRequest", "fleet_table", "read_choice"]
 Objective = Literal["quality", "latency", "balanced"]
 
 _LATENCY_MAX_LOSS = 0.05
+_MOST = {"memory": 2**60, "context": 2**31 - 1, "batch": 65536, "prefill": 2**31 - 1}
 _AGAIN = "plan again (coatrt plan --json)"
 _DERIVED = ("objective", "configuration_hash", "formats", "engine_bytes", "tokens_per_second", "configuration")
 """Keys of a plan's JSON that follow from the others."""
@@ -54,15 +56,15 @@ class PlanRequest:
     def __post_init__(self) -> None:
         if self.objective not in get_args(Objective):
             raise ConfigError(f"no objective {self.objective!r}; give one of {', '.join(get_args(Objective))}")
-        for name, least in (("memory", 1), ("context", 1), ("batch", 1), ("prefill", 1)):
+        for name, most in _MOST.items():
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name} {value} is given; give at least {least}")
-        for name in ("bits", "min_tokens_per_second"):
+            if value is not None and not 1 <= value <= most:
+                raise ConfigError(f"{name} {value} is given; give at least 1, at most {most}")
+        for name, above in (("bits", 0), ("min_tokens_per_second", 1e-100)):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not above < value < math.inf:
                 raise ConfigError(f"{name} {value} is given; give a positive number")
-        if self.max_loss is not None and not self.max_loss >= 0:
+        if self.max_loss is not None and not 0 <= self.max_loss < math.inf:
             raise ConfigError(f"max_loss {self.max_loss} is given; give 0 or a positive number")
 
     @property

@@ -14,6 +14,8 @@ from coatrt.errors import ConfigError
 
 __all__ = ["Generated", "Sampling", "encode_prompt", "generate", "next_token"]
 
+_MOST_SEED = 2**64 - 1
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -41,8 +43,8 @@ class Sampling:
             raise ConfigError(f"top-k {self.top_k} is given; give 0 (all) or a positive number")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top-p {self.top_p} is given; give more than 0, at most 1")
-        if self.seed < 0:
-            raise ConfigError(f"seed {self.seed} is given; give 0 or a positive number")
+        if not 0 <= self.seed <= _MOST_SEED:
+            raise ConfigError(f"seed {self.seed} is given; give 0 or a positive number, at most {_MOST_SEED}")
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ class Generated:
 
 def probabilities(logits: NDArray[np.float32], sampling: Sampling) -> NDArray[np.float64]:
     """Return the distribution the next token is drawn from, float64 [V]: temperature, then top-k, then top-p."""
-    scaled = logits.astype(np.float64) / sampling.temperature
+    with np.errstate(over="ignore"):  # near temperature 0 all but the likeliest go to minus infinity
+        scaled = (logits.astype(np.float64) - float(logits.max())) / sampling.temperature
     if 0 < sampling.top_k < len(scaled):
         scaled[np.argpartition(scaled, -sampling.top_k)[: -sampling.top_k]] = -np.inf
     weights: NDArray[np.float64] = np.exp(scaled - scaled.max())
