@@ -5,6 +5,8 @@ import os
 import sys
 from typing import IO
 
+from coatrt.errors import one_line
+
 __all__ = ["flush", "say", "steady"]
 
 
@@ -27,13 +29,9 @@ def steady() -> None:
 
 
 def say(text: str) -> None:
-    """Print one line on standard error, if anybody hears it: no control characters, 2,000 characters at most."""
-    line = " ".join(text.split())
-    if len(line) > 2000:
-        line = f"{line[:1200]} … {line[-700:]}"
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in line)
+    """Print one line on standard error, if anybody hears it."""
     with contextlib.suppress(OSError, ValueError):
-        print(f"coatrt: {shown}", file=sys.stderr)
+        print(f"coatrt: {one_line(text)}", file=sys.stderr)
 
 
 def flush() -> OSError | None:

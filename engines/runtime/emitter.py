@@ -79,8 +79,16 @@ class Emitter:
 
         Raises:
             ConfigError: see `ids`.
+            BundleError: the graph does not have the contract's tensors.
         """
-        values = self._session.run(self._names, {"formats": self.ids(config)})
+        ids = self.ids(config)
+        try:
+            values = self._session.run(self._names, {"formats": ids})
+        except Exception as error:  # onnxruntime raises types of its own that share no public base
+            reason = str(error).splitlines()[0]
+            raise BundleError(
+                f"the hypernetwork does not fit its contract ({reason}); build the bundle again"
+            ) from None
         return dict(zip(self._names, values, strict=True))
 
 

@@ -1,5 +1,6 @@
 """Mutations that know what they mutate: JSON by its structure, tensor files by their headers, all else by bytes."""
 
+import copy
 import json
 import random
 import struct
@@ -47,7 +48,7 @@ def _structure(rng: random.Random, value: Any) -> Any:
     """Return a JSON value with one thing changed."""
     place = _pick(rng, value)
     if place is None or rng.random() < 0.03:
-        return rng.choice(_VALUES)
+        return copy.deepcopy(rng.choice(_VALUES))
     holder, key = place
     kind = rng.randrange(7)
     if kind == 0:
@@ -68,7 +69,7 @@ def _structure(rng: random.Random, value: Any) -> Any:
         text = holder[key]
         holder[key] = rng.choice((text + " ", text[:-1], text[::-1], text.upper(), text * 100, [text], "\ud800" + text))
     else:
-        holder[key] = rng.choice(_VALUES)
+        holder[key] = copy.deepcopy(rng.choice(_VALUES))
     return value
 
 

@@ -30,7 +30,7 @@ sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in
 from campaigns.inputs import make_inputs, reseal  # noqa: E402
 from campaigns.mutate import mutate  # noqa: E402
 
-__all__ = ["KINDS", "Campaign"]
+__all__ = ["COMMANDS", "KINDS", "Campaign", "run_command"]
 
 _SECONDS = 30
 
@@ -174,7 +174,7 @@ _TRAIN = (
     "--steps 1 --batch 1 --max-length 16 --calibration 1 --evaluation 1 --budgets 9 --formats int8,fp16 "
     "--quantizer absmax"
 )
-_COMMANDS = {
+COMMANDS = {
     "train": f"train {{here}}/model --data {{here}}/data.txt -o {{here}}/out --overwrite {_TRAIN}",
     "train-gguf": f"train {{here}}/model.gguf --data {{here}}/data.txt -o {{here}}/out --overwrite {_TRAIN}",
     "chat": f"train {{here}}/model --task chat --data {{here}}/chat.jsonl -o {{here}}/out --overwrite {_TRAIN}",
@@ -236,8 +236,8 @@ class Campaign:
         """Let a command, as a user types it, read a mutation of a kind."""
         self.mutate(kind, number)
         names = [name for _, names in KINDS[kind][1] for name in names]
-        words = _COMMANDS[names[number % len(names)]].format(here=self.work).split()
-        self._outcome(f"coatrt {words[0]}: {kind}", number, lambda: _command(words))
+        words = COMMANDS[names[number % len(names)]].format(here=self.work).split()
+        self._outcome(f"coatrt {words[0]}: {kind}", number, lambda: run_command(words))
         self.restore(kind)
 
     def _outcome(self, kind: str, number: int, call: Callable[[], object]) -> None:
@@ -261,6 +261,8 @@ class Campaign:
         if fault is not None:
             outcome = "fault"
             name = f"{kind}: {fault.partition(': ')[0]}"
+            if name not in self.faults:
+                print(f"{name} (--number {number})", file=sys.stderr, flush=True)
             self.faults.setdefault(name, {"first": number, "said": fault, "times": 0})["times"] += 1
         self.outcomes.setdefault(kind, Counter())[outcome] += 1
 
@@ -270,7 +272,7 @@ class Campaign:
         return {"seed": self.seed, "outcomes": total, "by_kind": self.outcomes, "faults": self.faults}
 
 
-def _command(words: list[str]) -> None:
+def run_command(words: list[str]) -> None:
     """Run a command to its exit code and what it says on standard error."""
     from coatrt.cli.main import main
 
