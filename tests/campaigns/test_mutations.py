@@ -60,6 +60,7 @@ DAMAGED: dict[str, tuple[str, Callable[[Any], Any], str, str]] = {
     "contract": ("bundle/lora_io.json", lambda c: renamed(c), "adapt", "does not fit its contract"),
     "deep": ("configuration.json", lambda _: "[" * 100000, "adapt", "configuration.json is not JSON"),
     "archive a list": ("adapter/archive.json", lambda _: [], "plan", "archive.json has format None"),
+    "timings twice": ("cpu.json", lambda t: {**t, "products": t["products"] * 2}, "plan-cpu", "name something twice"),
     "timings null": ("cpu.json", lambda _: None, "plan-cpu", "cpu.json"),
 }
 
