@@ -189,6 +189,8 @@ COMMANDS = {
     "report-bundle": "report {here}/bundle -o {here}/out.html",
     "run": "run {here}/bundle -p x --chat --max-tokens 2 --lora {here}/lora.safetensors --context 16 --threads 1",
 }
+for _task in ("chat", "choice"):
+    COMMANDS[_task] = COMMANDS[_task].replace("--max-length 16", "--max-length 400")
 
 
 class Campaign:
