@@ -11,6 +11,7 @@ import contextlib
 import faulthandler
 import io
 import json
+import os
 import random
 import shutil
 import signal
@@ -189,8 +190,7 @@ COMMANDS = {
     "report-bundle": "report {here}/bundle -o {here}/out.html",
     "run": "run {here}/bundle -p x --chat --max-tokens 2 --lora {here}/lora.safetensors --context 16 --threads 1",
 }
-for _task in ("chat", "choice"):
-    COMMANDS[_task] = COMMANDS[_task].replace("--max-length 16", "--max-length 400")
+COMMANDS |= {name: COMMANDS[name].replace("--max-length 16", "--max-length 400") for name in ("chat", "choice")}
 
 
 class Campaign:
@@ -326,8 +326,6 @@ def main() -> None:
     warnings.simplefilter("ignore")
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="coatrt-mutations-") as here, contextlib.suppress(KeyboardInterrupt):
-        import os
-
         os.environ["COATRT_CACHE"] = f"{here}/cache"
         campaign = Campaign(Path(here) / "inputs", asked.seed)
         kinds = [kind for kind in campaign.kinds if asked.only is None or kind in asked.only]
