@@ -336,8 +336,7 @@ def main() -> None:
                 print(i + 1, round(time.monotonic() - started), "s", len(campaign.faults), "faults", file=sys.stderr)
         for i in range(asked.commands):
             campaign.command(kinds[i % len(kinds)], i // len(kinds))
-        result = {"mutations": asked.mutations, "commands": asked.commands, **campaign.result()}
-        result["seconds"] = round(time.monotonic() - started)
+    result = {**campaign.result(), "seconds": round(time.monotonic() - started)}  # of an interrupted campaign too
     text = json.dumps(result, indent=1)
     if asked.output is not None:
         asked.output.write_text(text + "\n")
