@@ -4,7 +4,13 @@ What the commands do are names here, listed in `__init__.pyi`. Each is imported 
 `import coatrt` itself costs no torch.
 """
 
+import os
+
 import lazy_loader
+
+# Read when these libraries are loaded, which is later. A user's own setting wins.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
 

@@ -8,12 +8,29 @@ __all__ = [
     "ConfigError",
     "DeviceError",
     "FormatError",
+    "one_line",
     "reason",
 ]
+
+_MOST = 2000  # characters of a message
+
+
+def one_line(text: str) -> str:
+    """Return a text as one line of 2,000 characters at most, without the control characters that inputs may hold."""
+    if len(text) > _MOST:
+        text = f"{text[:1200]} … {text[-700:]}"
+    return "".join(
+        c if c.isprintable() else " " if c.isspace() else c.encode("unicode_escape", "surrogatepass").decode()
+        for c in text
+    )
 
 
 class CoatError(Exception):
     """Base of every error a user can cause; the CLI prints it as one line and exits with code 2."""
+
+    def __str__(self) -> str:
+        """The message, in one line whatever it quotes."""
+        return one_line(super().__str__())
 
 
 class FormatError(CoatError):

@@ -133,6 +133,9 @@ def test_files_are_short_and_few_lie_beside_the_rooms() -> None:
 
 
 OF_NO_ONE_MODULE = {
+    "campaigns/test_mutations": "a short campaign of mutated inputs",
+    "coatrt/cli/test_offline": "commands without a network",
+    "coatrt/cli/test_options": "the numbers of all commands",
     "coatrt/reporting/test_report": "the report as a whole",
     "coatrt/training/test_precision": "bfloat16, from the base to the adapter",
     "coatrt/training/test_pretended_device": "training and search on a device that is not the CPU",

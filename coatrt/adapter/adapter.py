@@ -176,7 +176,7 @@ class Evaluator:
         compute_device(device)
         checkpoint = adapter.checkpoint(model)
         dtype = getattr(torch, adapter.description.metrics["options"]["precision"])
-        self._contract = adapter.description.contract
+        self._contract, self._rows = adapter.description.contract, checkpoint.matrices.matrices[0].N
         self._model = FakeQuantModel(checkpoint, adapter.codes(checkpoint, progress), device, dtype=dtype)
 
     def measure(
@@ -191,7 +191,11 @@ class Evaluator:
             config: the configuration; None is full precision.
             data: its held-out examples are measured on.
             lora: every tensor of the contract, as `Adapter.emit` and `load_lora` give them; None is no LoRA.
+
+        Raises:
+            ConfigError: the data hold a token that the model has no row for.
         """
+        data.check_rows(self._rows)
         tensors = None if lora is None else {name: torch.as_tensor(value) for name, value in lora.items()}
         self._model.set_config(config)
         self._model.set_lora(self._contract, tensors)

@@ -1,5 +1,6 @@
 """Parameters and small helpers shared by the commands."""
 
+import json
 import os
 import re
 from collections.abc import Callable
@@ -39,9 +40,10 @@ class _Bytes(click.ParamType[int]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
+        match = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([A-Za-z]{0,3})\s*", str(value), re.ASCII)
         if match is None or match[2].upper() not in _UNITS:
-            self.fail(f"not a size: {value!r}; give a number with GiB, MiB, GB or MB, like 6GiB", param, ctx)
+            shown = f"{str(value)[:40]!r}"
+            self.fail(f"not a size: {shown}; give a number with GiB, MiB, GB or MB, like 6GiB", param, ctx)
         return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
@@ -110,10 +112,10 @@ def runtime_options(*names: str) -> Callable[[F], F]:
 
 
 def echo_json(value: object) -> None:
-    """Print `value` as JSON."""
+    """Print `value` as JSON, in ASCII: a stream of another encoding than UTF-8 holds it too."""
     from coatrt.system.json_data import dump_json
 
-    click.echo(dump_json(value))
+    click.echo(re.sub(r"[^\x00-\x7f]", lambda found: json.dumps(found[0])[1:-1], dump_json(value)))
 
 
 def check_writable(path: Path) -> None:

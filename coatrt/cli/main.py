@@ -3,10 +3,12 @@
 import importlib
 import signal
 import sys
+from contextlib import suppress
 
 import click
 
 from coatrt import __version__
+from coatrt.cli import streams
 from coatrt.errors import CoatError
 
 __all__ = ["cli", "main"]
@@ -50,35 +52,88 @@ def cli() -> None:
     """One language model on many GPUs: a precision map per device and a LoRA fitted to it."""
 
 
-def _interrupt(*_: object) -> None:
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: ends as Ctrl-C does, with another exit code."""
+
+
+def _terminate(*_: object) -> None:
     """End as Ctrl-C does: what runs beside is stopped, what is half written is removed."""
     import psutil
 
-    for child in psutil.Process().children():
-        child.terminate()
-    raise KeyboardInterrupt
+    with suppress(psutil.Error):
+        for child in psutil.Process().children():
+            child.terminate()
+    raise _Terminated
 
 
 def main() -> None:
-    """Run the CLI; a CoatError becomes one line on stderr and exit code 2."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    """Run the CLI; an error is one line on standard error.
+
+    Exit codes: 0, 2 for what the user can change, 1 where nobody reads the output any more, 70 for what nobody foresaw
+    (a report is written), 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    streams.steady()
+    signal.signal(signal.SIGTERM, _terminate)
     try:
-        cli()
-        return
-    except CoatError as error:
-        said = " ".join(str(error).split())
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(1)
-    except OSError as error:
-        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error
-        said = f"{what}; check the path, its permissions and the free disk space"
-    except MemoryError as error:
-        said = f"not enough memory ({error}); close other programs or use a smaller model"
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # of torch, which is not imported for it
-            raise
+        code = _run()
+        lost = streams.flush()
+        if lost is not None and code == 0:
+            code = _ending(lost)
+    except KeyboardInterrupt as error:
+        code = _ending(error)
+    streams.flush()
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Run the command and return its exit code, whatever happens."""
+    try:
+        code = cli.main(standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.exceptions.Abort as error:  # click's word for Ctrl-C
+        return _ending(error.__cause__ or error)
+    except click.ClickException as error:
+        with suppress(OSError):
+            error.show()
+        return error.exit_code
+    except SystemExit:
+        raise
+    except BaseException as error:  # panics of libraries in Rust are no Exceptions
+        return _ending(error)
+
+
+def _ending(error: BaseException) -> int:
+    """Say what happened in one line and return the exit code."""
+    if isinstance(error, KeyboardInterrupt | click.exceptions.Abort):
+        ended = isinstance(error, _Terminated)
+        streams.say("terminated" if ended else "interrupted")
+        return 143 if ended else 130
+    if isinstance(error, BrokenPipeError):
+        return 1
+    said = _foreseen(error)
+    if said is not None:
+        streams.say(said)
+        return 2
+    from coatrt.cli.crash_report import write_report
+
+    path = write_report(error, sys.argv[1:])
+    kept = f"a report is in {path}" if path is not None else "no report could be written"
+    streams.say(f"unexpected {type(error).__name__}: {str(error)[:300]}; {kept}; please send it to the authors")
+    return 70
+
+
+def _foreseen(error: BaseException) -> str | None:
+    """Return what to say of an error that the user can do something about, else None."""
+    if isinstance(error, CoatError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        return f"{what}; check the path, its permissions and the free disk space"
+    if isinstance(error, MemoryError):
+        return f"not enough memory ({error}); close other programs or use a smaller model"
+    if type(error).__name__ == "OutOfMemoryError":  # of torch, which is not imported for it
         hint = "try coatrt train --precision bfloat16, a higher --accumulate or a shorter --max-length"
-        said = f"not enough GPU memory: {hint}"
-    print(f"coatrt: {said}", file=sys.stderr)
-    sys.exit(2)
+        return f"not enough GPU memory: {hint}"
+    if isinstance(error, RuntimeError) and "allocate memory" in str(error):  # torch's on the CPU
+        return "not enough memory; close other programs, use a smaller model, or a lower --batch or --max-length"
+    return None

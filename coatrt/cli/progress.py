@@ -47,9 +47,10 @@ class _Bars:
             self._bar = tqdm(
                 desc=f"{self._what}: {stage}", total=total, initial=done, delay=_BAR_DELAY, dynamic_ncols=True
             )
-        if note:
-            self._bar.set_postfix_str(note, refresh=False)
-        self._bar.update(done - self._bar.n)
+        with suppress(OSError):
+            if note:
+                self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(done - self._bar.n)
 
     def close(self) -> None:
         """End the bar of the current stage."""

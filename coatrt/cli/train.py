@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import Field, fields
-from math import exp
+from math import exp, inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -66,14 +66,15 @@ def _option(field: "Field[Any]", kind: Any) -> Callable[[Callable[..., None]], C
 
 def _type(field: "Field[Any]", kind: Any) -> click.ParamType[Any]:
     """Return the type of an option, with the limits of the field."""
-    least, above = field.metadata["least"], field.metadata["above"]
+    least, above, most = (field.metadata[limit] for limit in ("least", "above", "most"))
+    finite = None if most == inf else most
     if field.name in _LISTS:
         return _LISTS[field.name]
     if get_origin(kind) is Literal:
         return click.Choice(get_args(kind))
     if int in (kind, *get_args(kind)):
-        return click.IntRange(min=least)
-    return click.FLOAT if above is None else click.FloatRange(min=above, min_open=True)
+        return click.IntRange(min=least, max=finite)
+    return click.FLOAT if above is None else click.FloatRange(min=above, min_open=True, max=finite)
 
 
 _KINDS = get_type_hints(TrainOptions)

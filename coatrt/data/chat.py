@@ -1,86 +1,43 @@
 """Task "chat": conversations or prompts with completions; only what the assistant says is predicted."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from coatrt.data.chat_template import ChatTemplate, Refusal, Rendering, chat_template
+from coatrt.data.conversation import Conversation
+from coatrt.data.encoding import encode
 from coatrt.data.examples import Examples
-from coatrt.data.jsonl import Line
 from coatrt.data.task_data import TaskData
 from coatrt.errors import ConfigError
 from coatrt.system.progress import Progress, silent
 
-__all__ = ["Conversation", "chat_task"]
+__all__ = ["chat_task"]
 
 _Row = tuple[list[int], list[bool]]
 
 
-@dataclass(frozen=True)
-class Conversation:
-    """Messages, or a prompt and its completion.
-
-    Args:
-        messages: (role, content) in order; at least one of them the assistant's, and not the first.
-        plain: whether it is a prompt and a completion: without a chat template they are put together as they are.
-        where: file and line, for messages.
+def _texts(template: ChatTemplate, conversation: Conversation, wanted: Sequence[Rendering]) -> list[str]:
+    """Return renderings that a template must have; what a conversation claims beside its exchange must change them.
 
     Raises:
-        ConfigError: the assistant says nothing, or speaks first.
+        ConfigError: the template fails, or renders the conversation as if something in it were not there.
     """
-
-    messages: tuple[tuple[str, str], ...]
-    plain: bool = False
-    where: str = "a conversation"
-
-    def __post_init__(self) -> None:
-        roles = [role for role, _ in self.messages]
-        if "assistant" not in roles:
-            raise ConfigError(f"{self.where} has no message of the assistant; give at least one, it is what is learned")
-        if roles[0] == "assistant":
-            raise ConfigError(f"{self.where}: the assistant speaks first; begin with a message of the user")
-
-    @classmethod
-    def from_line(cls, line: Line) -> "Conversation":
-        """Read {"messages": [{"role": text, "content": text}, …]} or {"prompt": text, "completion": text}.
-
-        Raises:
-            ConfigError: a key is missing, or a value is of another kind.
-        """
-        value = line.value
-        if "messages" in value:
-            messages = value["messages"]
-            if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-                raise ConfigError(
-                    f'{line.where}: messages is no list of objects; give [{{"role": …, "content": …}}, …]'
-                )
-            for message in messages:
-                for key in ("role", "content"):
-                    if key not in message:
-                        raise ConfigError(f"{line.where} has a message without {key}; give role and content")
-            pairs = tuple((line.text("role", m["role"]), line.text("content", m["content"])) for m in messages)
-            return cls(pairs, where=line.where)
-        for key in ("prompt", "completion"):
-            if key not in value:
-                raise ConfigError(
-                    f"{line.where} has no {key!r}; a chat line has the key messages, or prompt and completion"
-                )
-        pair = (line.text("prompt", value["prompt"]), line.text("completion", value["completion"]))
-        return cls((("user", pair[0]), ("assistant", pair[1])), True, line.where)
-
-
-def _render(tokenizer: Any, conversation: Conversation, count: int, prompt: bool) -> str:
-    """Return the text of the first `count` messages, and with `prompt` the opening of the assistant's next."""
-    from jinja2 import TemplateError
-
-    messages = [{"role": role, "content": content} for role, content in conversation.messages[:count]]
-    try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-    except (TemplateError, ValueError, TypeError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(
-            f"{conversation.where}: the model's chat template refuses it ({reason}); correct it"
-        ) from None
-    return text
+    claims = conversation.claims()
+    made = template.render([*wanted, *(rendering for _, rendering in claims)])
+    texts = []
+    for text in made[: len(wanted)]:
+        if isinstance(text, Refusal):
+            raise ConfigError(
+                f"{conversation.where}: the chat template of {template.place} refuses it ({text.reason}); correct it"
+            )
+        texts.append(text)
+    for (name, _), text in zip(claims, made[len(wanted) :], strict=True):
+        if text == texts[0]:
+            raise ConfigError(
+                f"{conversation.where}: the chat template of {template.place} leaves out {name}; remove it from the "
+                "line, or train a model whose template has it"
+            )
+    return texts
 
 
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:
@@ -88,8 +45,8 @@ def _shared(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _templated(tokenizer: Any, conversation: Conversation) -> tuple[_Row, list[int]]:
-    """Return the rendered row and the end of each answer in it.
+def _templated(tokenizer: Any, template: ChatTemplate, conversation: Conversation) -> tuple[_Row, list[int]]:
+    """Return the rendered row and the end of each answer in it that is learned.
 
     An answer is what rendering adds between the messages before it, with the opening of an answer, and the messages up
     to and with it; both texts must be beginnings of the whole. Token places are counted as common prefixes of the
@@ -97,26 +54,23 @@ def _templated(tokenizer: Any, conversation: Conversation) -> tuple[_Row, list[i
     follows an answer's last special token is the template's filling between messages (a line break), which no runtime
     asks the model for.
     """
-
-    def encode(text: str) -> list[int]:
-        return [int(token) for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
-
-    count = len(conversation.messages)
-    whole = _render(tokenizer, conversation, count, False)
-    tokens = encode(whole)
+    places = [i for i, turn in enumerate(conversation.turns) if turn.role == "assistant" and turn.learned]
+    wanted = [conversation.rendering()]
+    for i in places:
+        wanted += [conversation.rendering(i, prompt=True), conversation.rendering(i + 1)]
+    texts = _texts(template, conversation, wanted)
+    tokens, *parts = encode(tokenizer, texts)
     special = set(tokenizer.all_special_ids)
     marks, ends = [False] * len(tokens), []
-    for i, (role, _) in enumerate(conversation.messages):
-        if role != "assistant":
-            continue
-        before, through = _render(tokenizer, conversation, i, True), _render(tokenizer, conversation, i + 1, False)
-        if not (through.startswith(before) and whole.startswith(through)):
+    for number, i in enumerate(places):
+        before, through = texts[1 + 2 * number : 3 + 2 * number]
+        if not (through.startswith(before) and texts[0].startswith(through)):
             raise ConfigError(
                 f"{conversation.where}: the model's chat template renders message {i + 1} differently with what stands "
                 "before or after it, so the answer has no fixed place; give lines that end with their only answer, or "
                 "prompt and completion"
             )
-        start, end = _shared(encode(before), tokens), _shared(encode(through), tokens)
+        start, end = _shared(parts[2 * number], tokens), _shared(parts[2 * number + 1], tokens)
         last = next((j for j in range(end - 1, start - 1, -1) if tokens[j] in special), None)
         if last is not None and not tokenizer.decode(tokens[last + 1 : end]).strip():
             end = last + 1
@@ -127,9 +81,8 @@ def _templated(tokenizer: Any, conversation: Conversation) -> tuple[_Row, list[i
 
 def _plain(tokenizer: Any, conversation: Conversation) -> tuple[_Row, list[int]]:
     """Return prompt + completion + end token, tokenized apart, so that the prompt is what a runtime would be given."""
-    (_, prompt), (_, completion) = conversation.messages
-    head = [int(token) for token in tokenizer(prompt, verbose=False)["input_ids"]]
-    tail = [int(token) for token in tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]]
+    prompt, completion = (turn.content for turn in conversation.turns)
+    (head,), (tail,) = encode(tokenizer, [prompt], special_tokens=True), encode(tokenizer, [completion])
     if not head:
         raise ConfigError(f"{conversation.where}: the prompt has no tokens; give some text")
     if tokenizer.eos_token_id is not None:
@@ -139,15 +92,18 @@ def _plain(tokenizer: Any, conversation: Conversation) -> tuple[_Row, list[int]]
 
 def _rows(tokenizer: Any, conversations: Sequence[Conversation], max_length: int, progress: Progress) -> list[_Row]:
     """Return a row for each conversation of which an answer fits, cut after the last answer that fits whole."""
-    templated = bool(getattr(tokenizer, "chat_template", None))
     rows = []
     for i, conversation in enumerate(conversations):
-        if not templated and not conversation.plain:
+        template = chat_template(tokenizer, tools=bool(conversation.tools))
+        if template is None and not conversation.plain:
             raise ConfigError(
                 f"{conversation.where} holds messages, and the model's tokenizer has no chat template; give prompt and "
                 "completion, or a model with a template"
             )
-        (tokens, marks), ends = (_templated if templated else _plain)(tokenizer, conversation)
+        if template is None:
+            (tokens, marks), ends = _plain(tokenizer, conversation)
+        else:
+            (tokens, marks), ends = _templated(tokenizer, template, conversation)
         end = max((end for end in ends if end <= max_length), default=0)
         if any(marks[:end]):
             rows.append((tokens[:end], marks[:end]))

@@ -52,8 +52,9 @@ class Question:
         """Read {"prompt": text, "choices": [text, …], "answer": place of the right one}.
 
         Raises:
-            ConfigError: a key is missing, or a value is of another kind.
+            ConfigError: a key is missing or unknown, or a value is of another kind.
         """
+        line.check_keys(("prompt", "choices", "answer"))
         try:
             prompt, choices, answer = (line.value[key] for key in ("prompt", "choices", "answer"))
         except KeyError as error:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coatrt.data.encoding import encode
 from coatrt.errors import ConfigError
 from coatrt.system.progress import Progress, silent
 
@@ -62,8 +63,7 @@ def token_ids(
     """
     rows: list[list[int]] = []
     for start in range(0, len(texts), _PIECE):
-        piece = list(texts[start : start + _PIECE])
-        rows += tokenizer(piece, add_special_tokens=special_tokens, verbose=False)["input_ids"]
+        rows += encode(tokenizer, texts[start : start + _PIECE], special_tokens=special_tokens)
         progress(len(rows), len(texts), "tokenizing")
     return rows
 

@@ -34,8 +34,26 @@ class Line:
             ConfigError: it is not.
         """
         if not isinstance(value, str) or not value:
-            raise ConfigError(f"{self.where}: {key} is {json.dumps(value)[:60]}; give a text that is not empty")
+            shown = f"a {type(value).__name__}" if isinstance(value, list | dict) else json.dumps(value)[:60]
+            raise ConfigError(f"{self.where}: {key} is {shown}; give a text that is not empty")
         return value
+
+    def check_keys(self, allowed: Sequence[str], value: Mapping[str, Any] | None = None, what: str = "") -> None:
+        """Refuse keys that mean nothing here, rather than leave out what they say.
+
+        Args:
+            allowed: the keys that mean something.
+            value: an object inside the line; None: the line itself.
+            what: where in the line that is, such as " message 2".
+
+        Raises:
+            ConfigError: there is another key.
+        """
+        for key in self.value if value is None else value:
+            if key not in allowed:
+                raise ConfigError(
+                    f"{self.where}{what} has the unknown key {key[:60]!r}; allowed: {', '.join(allowed)}; remove it"
+                )
 
 
 def read_lines(sources: Sequence[str | Path]) -> list[Line]:

@@ -1,11 +1,13 @@
 """The tasks by name: files → data."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from coatrt.data.chat import Conversation, chat_task
+from coatrt.data.chat import chat_task
 from coatrt.data.choice import Question, choice_task
+from coatrt.data.conversation import Conversation
 from coatrt.data.documents import read_documents
 from coatrt.data.jsonl import Line, read_lines, split
 from coatrt.data.task_data import TaskData, TaskKind
@@ -15,6 +17,7 @@ from coatrt.system.progress import Progress, silent
 
 __all__ = ["load_task"]
 
+_MOST_LENGTH = 2**20
 Sources = Sequence[str | Path]
 T = TypeVar("T")
 
@@ -52,13 +55,15 @@ def load_task(
     Raises:
         ConfigError: an unknown kind, or a file, a line or a split that cannot be used; the message names file and line.
     """
-    if max_length < 2:
-        raise ConfigError(f"max length must be at least 2 tokens, got {max_length}")
+    if not 2 <= max_length <= _MOST_LENGTH:
+        raise ConfigError(f"max length must be at least 2 tokens and at most {_MOST_LENGTH}, got {max_length}")
     if kind == "text":
         measured = read_documents(held_out) if held_out is not None else None
-        return text_task(tokenizer, read_documents(sources), max_length, held_out=measured, progress=progress)
-    if kind == "chat":
-        return chat_task(tokenizer, *_parts(sources, held_out, Conversation.from_line), max_length, progress)
-    if kind == "choice":
-        return choice_task(tokenizer, *_parts(sources, held_out, Question.from_line), max_length, progress)
-    raise ConfigError(f"unknown task {kind!r}; allowed: {', '.join(get_args(TaskKind))}")
+        task = text_task(tokenizer, read_documents(sources), max_length, held_out=measured, progress=progress)
+    elif kind == "chat":
+        task = chat_task(tokenizer, *_parts(sources, held_out, Conversation.from_line), max_length, progress)
+    elif kind == "choice":
+        task = choice_task(tokenizer, *_parts(sources, held_out, Question.from_line), max_length, progress)
+    else:
+        raise ConfigError(f"unknown task {kind!r}; allowed: {', '.join(get_args(TaskKind))}")
+    return replace(task, added={place: token for token, place in tokenizer.get_added_vocab().items()})

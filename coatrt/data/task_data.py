@@ -1,12 +1,14 @@
 """The data of a task: examples to train on, held-out ones, and what is measured on them."""
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
 
 from coatrt.data.examples import Examples
+from coatrt.errors import ConfigError
 
 __all__ = ["ChoiceSets", "TaskData", "TaskKind"]
 
@@ -56,6 +58,7 @@ class TaskData:
         held_out: examples to measure the loss on, at least one; none of them is trained on.
         choices: choice tasks: the held-out questions, in the order of `held_out`.
         dropped: lines left out because they are longer than the rows.
+        added: tokens that were added to the tokenizer, by id; for messages.
     """
 
     kind: TaskKind
@@ -63,6 +66,25 @@ class TaskData:
     held_out: Examples
     choices: ChoiceSets | None = None
     dropped: int = 0
+    added: Mapping[int, str] = field(default_factory=dict)
+
+    def check_rows(self, rows: int) -> None:
+        """Refuse tokens that a model's embedding has no row for.
+
+        Args:
+            rows: of the embedding.
+
+        Raises:
+            ConfigError: there is such a token.
+        """
+        parts = [self.train, self.held_out, *([self.choices.rows] if self.choices is not None else [])]
+        largest = max(int(part.tokens.max()) for part in parts if part.tokens.numel())
+        if largest >= rows:
+            named = f" {self.added[largest]!r}" if largest in self.added else ""
+            raise ConfigError(
+                f"the data hold the token {largest}{named} and the model's embedding has {rows} rows; save the model "
+                "with its embedding resized to the tokenizer, or take that text out of the data"
+            )
 
     @property
     def digest(self) -> str:

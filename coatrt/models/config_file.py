@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from coatrt.errors import CheckpointError
+from coatrt.errors import CheckpointError, ConfigError
 from coatrt.system.json_data import read_as
 
 __all__ = ["architecture", "end_tokens", "model_type", "read_config"]
@@ -47,12 +47,18 @@ def end_tokens(directory: Path, config: Mapping[str, Any]) -> set[int]:
         config: the content of its config.json.
 
     Raises:
-        ConfigError: its generation_config.json cannot be read.
+        ConfigError: its generation_config.json cannot be read, or one of them names no token.
     """
     path = directory / "generation_config.json"
     settings = read_as(path, dict[str, Any], "generation settings", "fetch it again") if path.is_file() else {}
-    named = [values.get("eos_token_id") for values in (config, settings)]
-    return {int(token) for one in named if one is not None for token in (one if isinstance(one, list) else [one])}
+    tokens: set[int] = set()
+    for file, values in (("config.json", config), (path.name, settings)):
+        named = values.get("eos_token_id")
+        found = [] if named is None else named if isinstance(named, list) else [named]
+        if not all(type(token) is int and token >= 0 for token in found):
+            raise ConfigError(f"{directory / file}: eos_token_id must be a token id or a list of them, got {named!r}")
+        tokens.update(found)
+    return tokens
 
 
 def architecture(config: Mapping[str, Any]) -> dict[str, Any]:

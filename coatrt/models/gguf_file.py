@@ -192,9 +192,12 @@ class GgufModel:
         parts += [f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")]
         parts += [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
         modules += [f"model.layers.{layer}.{part}" for layer in range(layers) for part in parts]
+        optional = {"lm_head", "q_norm", "k_norm"} if self.family != "qwen3" else {"lm_head"}
         names = {}
         for module in modules:
             stored = table.get_name(module)
+            if f"{stored}.weight" not in self._tensors and module.rsplit(".", 1)[-1] not in optional:
+                raise self._error(f"lacks the tensor {stored}.weight; fetch it again or give safetensors")
             for kind in ("weight", "bias"):
                 if stored is not None and f"{stored}.{kind}" in self._tensors:
                     names[f"{module}.{kind}"] = f"{stored}.{kind}"

@@ -19,6 +19,7 @@ from coatrt.system.json_data import read_as
 __all__ = ["MeasuredLatency", "Product", "Rest", "find_timings", "shape_of", "timings_path"]
 
 _FORMAT = 2
+_MOST_SECONDS = 1e6
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,9 @@ class MeasuredLatency:
         products: timings of products.
         rests: timings of all else, at least one.
         format: of the file.
+
+    Raises:
+        ConfigError: something is measured twice, a size is below 1, or a time cannot be.
     """
 
     device: str
@@ -82,6 +86,19 @@ class MeasuredLatency:
     products: tuple[Product, ...]
     rests: tuple[Rest, ...]
     format: int = _FORMAT
+
+    def __post_init__(self) -> None:
+        keys: list[tuple[object, ...]] = [(p.K, p.N, p.format, p.tokens) for p in self.products]
+        keys += [(rest.shape, rest.tokens, rest.context) for rest in self.rests]
+        sizes = [size for p in self.products for size in (p.K, p.N, p.tokens)]
+        sizes += [size for rest in self.rests for size in (rest.tokens, rest.context)]
+        times = [p.seconds for p in self.products] + [abs(rest.seconds) for rest in self.rests]
+        if len(set(keys)) < len(keys) or min(sizes, default=1) < 1:
+            raise ConfigError(
+                "timings name something twice, or a size below 1; measure again (coatrt devices calibrate)"
+            )
+        if not all(0 <= seconds < _MOST_SECONDS for seconds in times):
+            raise ConfigError(f"timings must be 0 to {_MOST_SECONDS:g} s; measure again (coatrt devices calibrate)")
 
     @cached_property
     def _points(self) -> dict[tuple[int, int, str], list[tuple[int, float]]]:

@@ -1,5 +1,6 @@
 """A plan as data: what was asked, the configuration, and every figure it was chosen by."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,6 +17,10 @@ __all__ = ["Objective", "Plan", "PlanRequest", "fleet_table", "read_choice"]
 Objective = Literal["quality", "latency", "balanced"]
 
 _LATENCY_MAX_LOSS = 0.05
+_ENGINE = ("weights", "scales", "other tensors", "engine")
+_BESIDE = ("LoRA", "KV cache", "activations", "runtime")
+_MOST_FIGURE = 1e18
+_MOST = {"memory": 2**60, "context": 2**31 - 1, "batch": 65536, "prefill": 2**31 - 1}
 _AGAIN = "plan again (coatrt plan --json)"
 _DERIVED = ("objective", "configuration_hash", "formats", "engine_bytes", "tokens_per_second", "configuration")
 """Keys of a plan's JSON that follow from the others."""
@@ -54,15 +59,15 @@ class PlanRequest:
     def __post_init__(self) -> None:
         if self.objective not in get_args(Objective):
             raise ConfigError(f"no objective {self.objective!r}; give one of {', '.join(get_args(Objective))}")
-        for name, least in (("memory", 1), ("context", 1), ("batch", 1), ("prefill", 1)):
+        for name, most in _MOST.items():
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name} {value} is given; give at least {least}")
-        for name in ("bits", "min_tokens_per_second"):
+            if value is not None and not 1 <= value <= most:
+                raise ConfigError(f"{name} {value} is given; give at least 1, at most {most}")
+        for name, above in (("bits", 0), ("min_tokens_per_second", 1e-100)):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not above < value < math.inf:
                 raise ConfigError(f"{name} {value} is given; give a positive number")
-        if self.max_loss is not None and not self.max_loss >= 0:
+        if self.max_loss is not None and not 0 <= self.max_loss < math.inf:
             raise ConfigError(f"max_loss {self.max_loss} is given; give 0 or a positive number")
 
     @property
@@ -95,6 +100,9 @@ class Plan:
         front: (bytes in all, decode seconds or None, predicted loss increase) of configurations that none beats.
         measured_loss: held-out loss with the adapter, nats per token, where the search measured this configuration.
         adapter: hash of the adapter, empty where it has none.
+
+    Raises:
+        ConfigError: a figure that cannot be, or a purpose of memory that there is not.
     """
 
     device: str
@@ -115,6 +123,19 @@ class Plan:
     measured_loss: float | None = None
     adapter: str = ""
 
+    def __post_init__(self) -> None:
+        if not set(_ENGINE) <= set(self.memory_bytes) <= {*_ENGINE, *_BESIDE}:
+            raise ConfigError(
+                f"memory_bytes must have {', '.join(_ENGINE)}, and may have {', '.join(_BESIDE)}; {_AGAIN}"
+            )
+        figures = [self.limit_bytes, abs(self.predicted_loss_increase), self.measured_loss, self.bytes_per_token]
+        figures += [*self.memory_bytes.values(), *(figure for point in self.front for figure in point)]
+        seconds = (self.decode_seconds, self.prefill_seconds, self.tokens_per_second_bound, self.average_bits)
+        if not all(figure is None or 0 <= figure < _MOST_FIGURE for figure in figures) or not all(
+            figure is None or 1 / _MOST_FIGURE < figure < _MOST_FIGURE for figure in seconds
+        ):
+            raise ConfigError(f"a figure of the plan is negative or beyond {_MOST_FIGURE:g}; {_AGAIN}")
+
     @property
     def objective(self) -> str:
         """What was asked to be best."""
@@ -128,7 +149,7 @@ class Plan:
     @property
     def engine_bytes(self) -> int:
         """Predicted bytes of the engine file."""
-        return sum(self.memory_bytes[name] for name in ("weights", "scales", "other tensors", "engine"))
+        return sum(self.memory_bytes[name] for name in _ENGINE)
 
     @property
     def tokens_per_second(self) -> float | None:

@@ -3,21 +3,31 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from coatrt.adapter.description import AdapterDescription
 from coatrt.bundle import MANIFEST, Bundle
 from coatrt.configs.config import QuantConfig
 from coatrt.devices.profiles import device_profile
-from coatrt.errors import ConfigError
+from coatrt.errors import BundleError, ConfigError
 from coatrt.models.matrices import ModelMatrices
 from coatrt.planning.archive import Archive, adapter_archive
-from coatrt.planning.plan import PlanRequest
+from coatrt.planning.plan import Plan, PlanRequest
 from coatrt.planning.planner import plan_fleet
 from coatrt.system.files import sha256_file
-from coatrt.system.json_data import read_as
+from coatrt.system.json_data import convert, read_as
 
 __all__ = ["Entry", "Report", "collect"]
+
+_AGAIN = "build the bundle again"
+
+
+class _Device(TypedDict):
+    """What the page shows of a bundle's device."""
+
+    name: str
+    sm: NotRequired[int | None]
+    sources: NotRequired[list[str]]
 
 
 @dataclass(frozen=True)
@@ -146,22 +156,32 @@ def _planned(
 
 
 def _bundled(place: Path, bundle: Bundle) -> Entry:
-    manifest = bundle.manifest
-    planned = "plan.json" in manifest["files"]
-    plan = read_as(bundle.path("plan.json"), dict[str, Any], "plan", "build the bundle again") if planned else {}
+    manifest, plan = bundle.manifest, {}
+    if "plan.json" in manifest["files"]:
+        value = read_as(bundle.path("plan.json"), object, "plan", _AGAIN, BundleError)
+        plan = Plan.from_json(value, bundle.model_matrices, f"plan {place / 'plan.json'}").to_json()
+    where = f"device in {place / MANIFEST}"
+    device = convert(manifest.get("device", {}), _Device, where, _AGAIN, BundleError)
     engines = manifest["engines"]
+
+    def digest(name: str) -> str:
+        if name not in manifest["files"]:
+            raise BundleError(f"{place} has no file {name}; {_AGAIN}")
+        return manifest["files"][name]["sha256"][:16]
+
     provenance = [
         ("manifest", sha256_file(place / MANIFEST)[:16]),
         ("configuration", manifest["configuration"]["hash"]),
         ("model", manifest["model"]["fingerprint"]),
-        ("weights", manifest["files"]["weights.bin"]["sha256"][:16]),
+        ("weights", digest("weights.bin")),
     ]
     provenance += [
-        (engine["file"], f"{engine['builder']} {engine['version']}, {manifest['files'][engine['file']]['sha256'][:16]}")
-        for engine in engines
+        (engine["file"], f"{engine['builder']} {engine['version']}, {digest(engine['file'])}") for engine in engines
     ]
     size = engines[0]["bytes"] if engines else None
-    return Entry(place.name, manifest["device"], bundle.model_matrices, bundle.config, plan, size, tuple(provenance))
+    return Entry(
+        place.name, {"sm": None, **device}, bundle.model_matrices, bundle.config, plan, size, tuple(provenance)
+    )
 
 
 def _losses(name: str, facts: AdapterDescription, archive: Archive | None) -> list[Measured]:

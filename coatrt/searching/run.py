@@ -56,6 +56,7 @@ def search(
     task, examples = description.metrics["task"], data.held_out
     if task != data.kind:
         raise ConfigError(f"the adapter was trained on the task {task}, got data of {data.kind}; give data of its task")
+    data.check_rows(description.model.matrices[0].N)
     picked = examples[torch.linspace(0, len(examples) - 1, min(blocks, len(examples))).round().long()]
     space, lora = description.space, 2 * description.lora_parameters
     with exclusive(directory / ARCHIVE_FILE, "search of this adapter"):

@@ -15,13 +15,20 @@ __all__ = ["DEFAULT_FORMATS", "TrainOptions"]
 DEFAULT_FORMATS = ("nf3-g64", "nf4-g64", "int4-g64", "nvfp4", "fp8", "int8", "fp16")
 """Some format for every device, from 3.25 bits up."""
 
+_MOST_RANK = 4096
 _WARMUP = 0.1  # share of the steps in which the rates rise
 
 T = TypeVar("T")
 
 
 def _option(
-    default: T, help: str, *, least: int | None = None, above: float | None = None, unset: str | None = None
+    default: T,
+    help: str,
+    *,
+    least: int | None = None,
+    above: float | None = None,
+    most: float = math.inf,
+    unset: str | None = None,
 ) -> T:
     """Return a field of `TrainOptions`.
 
@@ -30,9 +37,10 @@ def _option(
         help: what it does.
         least: smallest value allowed.
         above: every value allowed is larger, and finite.
+        most: largest value allowed.
         unset: what None, the default, stands for.
     """
-    return field(default=default, metadata={"help": help, "least": least, "above": above, "unset": unset})
+    return field(default=default, metadata={"help": help, "least": least, "above": above, "most": most, "unset": unset})
 
 
 @dataclass(frozen=True)
@@ -45,8 +53,8 @@ class TrainOptions:
     """
 
     formats: tuple[str, ...] = _option(DEFAULT_FORMATS, "Weight formats a configuration may use.")
-    rank: int = _option(16, "LoRA rank, a multiple of 16.", least=1)
-    alpha: float = _option(32.0, "LoRA alpha: products are scaled by alpha / rank.")
+    rank: int = _option(16, "LoRA rank, a multiple of 16.", least=1, most=_MOST_RANK)
+    alpha: float = _option(32.0, "LoRA alpha: products are scaled by alpha / rank.", above=0, most=1e6)
     ranks: tuple[tuple[str, int], ...] = _option((), "Ranks of module kinds that differ from --rank: down_proj=32.")
     preset: Preset = _option(
         "none",
@@ -60,28 +68,34 @@ class TrainOptions:
         "columns each. Without compensation always random.",
     )
     quantizer: Quantizer = _option("feedback", "How weights are encoded.")
-    steps: int = _option(300, "Optimizer steps.", least=1)
-    batch: int = _option(4, "Blocks of text (examples) per configuration and step; a step has two.", least=1)
+    steps: int = _option(300, "Optimizer steps.", least=1, most=10**9)
+    batch: int = _option(
+        4, "Blocks of text (examples) per configuration and step; a step has two.", least=1, most=65536
+    )
     accumulate: int = _option(
         1,
         "Parts a batch is cut into to save memory, rows of similar length grouped; the gradient is the same.",
         least=1,
+        most=65536,
     )
-    max_length: int = _option(256, "Tokens of a block of text; most tokens of an example of chat or choice.", least=2)
+    max_length: int = _option(
+        256, "Tokens of a block of text; most tokens of an example of chat or choice.", least=2, most=2**20
+    )
     low_bits: float | None = _option(
         None, "Lowest budget trained for, bits per weight.", above=0, unset="the least the formats allow"
     )
     high_bits: float | None = _option(
         None, "Highest budget trained for.", above=0, unset="the most the formats allow, up to 8.5"
     )
-    learning_rate: float = _option(1e-3, "Peak learning rate of A.", above=0)
+    learning_rate: float = _option(1e-3, "Peak learning rate of A.", above=0, most=100)
     rate_ratio: float | None = _option(
         None,
         "Peak learning rate of B over that of A (LoRA+, arXiv 2402.12354).",
         above=0,
+        most=1e4,
         unset="4 with compensation, 1 without",
     )
-    theta_rate: float = _option(1e-4, "Peak learning rate of the hypernetwork.", above=0)
+    theta_rate: float = _option(1e-4, "Peak learning rate of the hypernetwork.", above=0, most=100)
     precision: Literal["float32", "bfloat16"] = _option(
         "float32", "Precision of the model's weights and products; the LoRA and its optimizer stay float32."
     )
@@ -89,21 +103,23 @@ class TrainOptions:
         None,
         "Blocks of text to calibrate on; of shorter examples as many more as hold the same number of tokens.",
         least=1,
+        most=2**20,
         unset="16; for gptq and feedback, four tokens for each input of the widest matrix",
     )
     evaluation: int | None = _option(
-        None, "Held-out blocks (examples, questions) to measure on.", least=1, unset="16; for choice 200"
+        None, "Held-out blocks (examples, questions) to measure on.", least=1, most=2**20, unset="16; for choice 200"
     )
     budgets: tuple[float, ...] = _option((4.0, 5.0, 6.0), "Average bits at which the held-out loss is measured.")
-    checkpoint_every: int = _option(25, "Steps between checkpoints.", least=1)
-    seed: int = _option(0, "Seed of start values, batches and configurations.", least=0)
+    checkpoint_every: int = _option(25, "Steps between checkpoints.", least=1, most=10**9)
+    seed: int = _option(0, "Seed of start values, batches and configurations.", least=0, most=2**32 - 1)
 
     def __post_init__(self) -> None:
         for text in self.formats:
             WeightFormat.parse(text)
         hints = get_type_hints(TrainOptions)
         for one in fields(self):
-            value, least, above = getattr(self, one.name), one.metadata["least"], one.metadata["above"]
+            value, most = getattr(self, one.name), one.metadata["most"]
+            least, above = one.metadata["least"], one.metadata["above"]
             if value is None:
                 continue
             if get_origin(hints[one.name]) is Literal and value not in get_args(hints[one.name]):
@@ -113,6 +129,11 @@ class TrainOptions:
                 raise ConfigError(f"{one.name} must be at least {least}, got {value}")
             if above is not None and not above < value < math.inf:
                 raise ConfigError(f"{one.name} must be above {above:g} and finite, got {value}")
+            if most < math.inf and not value <= most:
+                raise ConfigError(f"{one.name} must be at most {most:.15g}, got {value}")
+        for kind, rank in self.ranks:
+            if not 1 <= rank <= _MOST_RANK:
+                raise ConfigError(f"the rank of {kind} must be at least 1 and at most {_MOST_RANK}, got {rank}")
         if self.accumulate > self.batch:
             raise ConfigError(f"accumulate must be at most batch, {self.batch}, got {self.accumulate}")
 

@@ -142,6 +142,7 @@ def _open(
     checkpoint = Checkpoint.open(source)
     spec = DecoderSpec.from_config(checkpoint.config)
     preflight(checkpoint, progress)
+    data.check_rows(checkpoint.matrices.matrices[0].N)
     space = ConfigSpace(checkpoint.matrices, tuple(map(WeightFormat.parse, options.formats)))
     processes = Processes(compute_device(device).type)
     processes.share(torch.arange(options.batch))  # refuses a batch that does not divide among them

@@ -11,7 +11,7 @@ from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import LoraContract
 from coatrt.engines.runtime.lora_file import Lora
 from coatrt.engines.runtime.ort import session
-from coatrt.errors import BundleError, ConfigError
+from coatrt.errors import BundleError, ConfigError, reason
 from coatrt.system.json_data import read_as
 
 __all__ = ["Emitter"]
@@ -76,6 +76,13 @@ class Emitter:
 
         Raises:
             ConfigError: see `ids`.
+            BundleError: the graph does not have the contract's tensors.
         """
-        values = self._session.run(self._names, {"formats": self.ids(config)})
+        ids = self.ids(config)
+        try:
+            values = self._session.run(self._names, {"formats": ids})
+        except Exception as error:  # onnxruntime raises types of its own that share no public base
+            raise BundleError(
+                f"the hypernetwork does not fit its contract ({reason(error)}); build the bundle again"
+            ) from None
         return Lora(dict(zip(self._names, values, strict=True)), config.hash)

@@ -7,10 +7,14 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from coatrt.data.chat_template import Refusal, Rendering, chat_template
+from coatrt.data.encoding import encode
 from coatrt.engines.runtime.decoder import Decoder
 from coatrt.errors import ConfigError
 
 __all__ = ["Generated", "Sampling", "encode_prompt", "generate", "next_token"]
+
+_MOST_SEED = 2**64 - 1
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,8 @@ class Sampling:
             raise ConfigError(f"top-k {self.top_k} is given; give 0 (all) or a positive number")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top-p {self.top_p} is given; give more than 0, at most 1")
-        if self.seed < 0:
-            raise ConfigError(f"seed {self.seed} is given; give 0 or a positive number")
+        if not 0 <= self.seed <= _MOST_SEED:
+            raise ConfigError(f"seed {self.seed} is given; give 0 or a positive number, at most {_MOST_SEED}")
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,8 @@ class Generated:
 
 def probabilities(logits: NDArray[np.float32], sampling: Sampling) -> NDArray[np.float64]:
     """Return the distribution the next token is drawn from, float64 [V]: temperature, then top-k, then top-p."""
-    scaled = logits.astype(np.float64) / sampling.temperature
+    with np.errstate(over="ignore"):  # near temperature 0 all but the likeliest go to minus infinity
+        scaled = (logits.astype(np.float64) - float(logits.max())) / sampling.temperature
     if 0 < sampling.top_k < len(scaled):
         scaled[np.argpartition(scaled, -sampling.top_k)[: -sampling.top_k]] = -np.inf
     weights: NDArray[np.float64] = np.exp(scaled - scaled.max())
@@ -142,21 +147,18 @@ def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool = False, system: st
         ConfigError: the tokenizer has no chat template, its template refuses the turns, or the prompt is empty.
     """
     if chat:
-        from jinja2 import TemplateError
-
-        if not getattr(tokenizer, "chat_template", None):
+        template = chat_template(tokenizer)
+        if template is None:
             raise ConfigError("the model's tokenizer has no chat template; run without --chat")
         turns = [{"role": "system", "content": system}] if system else []
         turns.append({"role": "user", "content": prompt})
-        try:
-            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except (TemplateError, ValueError, TypeError, KeyError) as error:
-            reason = " ".join(str(error).split())
+        (text,) = template.render([Rendering(turns, prompt=True)])
+        if isinstance(text, Refusal):
             hint = "run without --system, or without --chat" if system else "run without --chat"
-            raise ConfigError(f"the model's chat template refuses the prompt ({reason}); {hint}") from None
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            raise ConfigError(f"the chat template of {template.place} refuses the prompt ({text.reason}); {hint}")
+        (ids,) = encode(tokenizer, [text])
     else:
-        ids = tokenizer(prompt)["input_ids"]
+        (ids,) = encode(tokenizer, [prompt], special_tokens=True)
     if not ids:
         raise ConfigError("the prompt has no tokens; give some text")
-    return [int(token) for token in ids]
+    return ids

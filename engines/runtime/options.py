@@ -12,7 +12,8 @@ Backend = Literal["ort", "trt"]
 
 AccuracyLevel = Literal[0, 1, 4]
 
-_MOST_THREADS = 512  # starting thousands hangs
+_MOST = {"threads": 512, "context": 2**31 - 1, "batch": 65536}
+# Starting thousands of threads hangs; positions are counted in 32 bits.
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,11 @@ class RuntimeOptions:
         for name, allowed in (("backend", get_args(Backend)), ("accuracy_level", get_args(AccuracyLevel))):
             if isinstance(getattr(self, name), bool) or getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
-        for name in ("threads", "context", "batch"):
+        for name, most in _MOST.items():
             value = getattr(self, name)
             if value is None and name == "threads":
                 continue
             if type(value) is not int or value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
-        if self.threads is not None and self.threads > _MOST_THREADS:
-            raise ConfigError(f"threads must be at most {_MOST_THREADS}, got {self.threads}")
+            if value > most:
+                raise ConfigError(f"{name} must be at most {most}, got {value}")

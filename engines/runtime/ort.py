@@ -65,7 +65,7 @@ class OrtDecoder(CachedDecoder):
         options: threads, batch and accuracy level; the context counts where the graph leaves it open.
 
     Raises:
-        BuildError: ONNX Runtime refuses the graph.
+        BuildError: ONNX Runtime refuses the graph, or it lacks an input that `io` or `contract` names.
     """
 
     def __init__(
@@ -78,6 +78,10 @@ class OrtDecoder(CachedDecoder):
         slots = io.cache_length or min(options.context, io.max_positions)
         super().__init__(io, contract, options.batch, slots)
         self._session = session(graph, options.threads, options.accuracy_level)
+        inputs = {one.name for one in self._session.get_inputs()}
+        for name in (*io.past_names, *(contract.shapes if contract is not None else ())):
+            if name not in inputs:
+                raise BuildError(f"{graph.name} has no input {name}, which its bundle names; build the bundle again")
         self._binding = self._session.io_binding()
         shape = (options.batch, io.kv_heads, slots, io.head_dim)
         self._caches = [ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self._dtype)) for _ in io.past_names]

@@ -1,5 +1,6 @@
-"""The command as a process: how it ends when it is told to."""
+"""How the command ends: told to, without a reader, and when something raises what nobody foresaw."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -8,6 +9,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+from coatrt.cli.main import main
+from coatrt.errors import CoatError
 
 
 @pytest.mark.rtx
@@ -26,9 +30,106 @@ def test_a_build_that_is_terminated_stops_its_builder_and_leaves_nothing(tiny_ad
         assert workers, "no builder was started"
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=60)
-        assert process.returncode == 1
-        assert "Aborted!" in said
+        assert process.returncode == 143
+        assert said.strip() == "coatrt: terminated"
         assert psutil.wait_procs(workers, timeout=30)[1] == []
         assert list(place.iterdir()) == []
     finally:
         process.kill()
+
+
+def ended(arguments: list[object], code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["coatrt", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == code
+
+
+class Panic(BaseException):
+    """As libraries in Rust raise it."""
+
+
+def endlessly(depth: int = 0) -> int:
+    return endlessly(depth + 1) + 1
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (CoatError("not so\n\x1b[31mred"), 2, "not so \\x1b[31mred"),
+        (ZeroDivisionError("division\nby zero"), 70, "unexpected ZeroDivisionError: division by zero; a report is in "),
+        (Panic("index out of range"), 70, "unexpected Panic: index out of range; a report is in "),
+        (None, 70, "unexpected RecursionError: maximum recursion depth exceeded"),
+        (MemoryError("1 TiB"), 2, "not enough memory (1 TiB)"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2, "not enough memory; close other"),
+        (RuntimeError("no\ud83d"), 70, "unexpected RuntimeError: no\\ud83d; a report"),
+        (PermissionError(13, "Permission denied", "/a/b"), 2, "/a/b: Permission denied; check the path"),
+        (OSError(28, "No space left on device"), 2, "No space left on device; check the path"),
+        (ConnectionError("hub"), 70, "unexpected ConnectionError: hub; a report"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (BrokenPipeError(32, "Broken pipe"), 1, ""),
+        (ValueError("x" * 10**6), 70, f"unexpected ValueError: {'x' * 300}; a report"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_whatever_is_raised_is_one_line_and_a_documented_exit_code(
+    raised: BaseException | None,
+    code: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    def fail(*_: object) -> None:
+        if raised is None:
+            endlessly()
+        else:
+            raise raised
+
+    monkeypatch.setenv("COATRT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("coatrt.cli.devices._show", fail)
+    ended(["devices", "--json"], code, monkeypatch)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == bool(said)
+    if said:
+        assert lines[0].startswith(f"coatrt: {said}")
+    reports = list(tmp_path.rglob("*.txt"))
+    assert len(reports) == (code == 70)
+    if reports:
+        assert str(reports[0]) in lines[0]
+        text = reports[0].read_text()
+        assert "Traceback" in text and "coatrt devices --json\n" in text and "python 3." in text
+
+
+def test_streams_that_are_narrow_closed_full_or_unread(tmp_path: Path) -> None:
+    def shell(line: str, **env: str) -> subprocess.CompletedProcess[str]:
+        command = f'coatrt() {{ {sys.executable} -m coatrt "$@"; }}; {line}'
+        return subprocess.run(
+            ["bash", "-c", command],
+            env={**os.environ, **env},
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            check=False,
+        )
+
+    def result(line: str, **env: str) -> tuple[int, str]:
+        done = shell(line, **env)
+        return done.returncode, done.stderr.strip()
+
+    assert result("coatrt devices >&- 2>&- <&-") == (0, "")
+    assert result("coatrt devices > /dev/full") == (
+        2,
+        "coatrt: No space left on device; check the path, its permissions and the free disk space",
+    )
+    assert result("coatrt devices | head -c 1; exit ${PIPESTATUS[0]}", PYTHONUNBUFFERED="1")[1] == ""
+    assert result("set -o pipefail; coatrt devices | true")[0] in (0, 1)
+    assert result("coatrt plan x --target t4 2> /dev/full") == (2, "")
+    assert result("coatrt plan 2> /dev/full") == (2, "")
+    done = shell("coatrt plan ä\U0001f600x --target t4", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr.splitlines()[0]) == (
+        2,
+        "coatrt: adapter \\xe4\\U0001f600x does not exist; give the directory that coatrt train wrote",
+    )

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from coatrt.data.chat import Conversation, chat_task
+from coatrt.data.chat import chat_task
+from coatrt.data.conversation import Conversation
 from coatrt.data.examples import IGNORED, Examples
 from coatrt.errors import ConfigError
 from coatrt.models.tokenizer import load_tokenizer

@@ -124,7 +124,7 @@ def test_wrong_files_kinds_and_lengths_are_refused(files: Path, tokenizer: Any) 
         load_task("chat", [files / "binary.jsonl"], tokenizer, 32)
     with pytest.raises(ConfigError, match="unknown task 'poem'; allowed: text, chat, choice"):
         load_task("poem", [files], tokenizer, 32)
-    with pytest.raises(ConfigError, match="max length must be at least 2 tokens, got 1"):
+    with pytest.raises(ConfigError, match="max length must be at least 2 tokens and at most 1048576, got 1"):
         load_task("chat", [files / "chat.jsonl"], tokenizer, 1)
 
 

@@ -1,0 +1,159 @@
+"""Chat templates: a model's own programs, rendered in a process of their own, limited in time and length."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from coatrt.errors import ConfigError
+
+__all__ = ["ChatTemplate", "Refusal", "Rendering", "chat_template"]
+
+_SECONDS = 10.0  # for the renderings of one conversation, each of which takes a millisecond
+_START_SECONDS = 120.0
+_CHARACTERS = 1 << 24  # of one rendering
+_WORKER = Path(__file__).with_name("template_worker.py")
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """What to render.
+
+    Args:
+        messages: objects with role and content, and what else the template is to see.
+        tools: descriptions of functions.
+        prompt: whether the opening of the assistant's next message follows.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] = ()
+    prompt: bool = False
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a template has not rendered something."""
+
+    reason: str
+
+
+class ChatTemplate:
+    """A template as transformers renders it, in a process that is killed when it takes too long.
+
+    Args:
+        template: its source.
+        special: JSON of special tokens, name → text, which templates may use.
+        place: where the tokenizer is, for messages.
+    """
+
+    def __init__(self, template: str, special: str, place: str) -> None:
+        self.place = place
+        self._given = json.dumps({"template": template, "special": json.loads(special)})
+        self._process: subprocess.Popen[str] | None = None
+        self._lock = threading.Lock()
+
+    def render(self, renderings: Sequence[Rendering]) -> list[str | Refusal]:
+        """Return the text of each rendering, or why there is none.
+
+        Raises:
+            ConfigError: no process can be started here.
+        """
+        wanted = [
+            {"messages": list(r.messages), "tools": list(r.tools) or None, "prompt": r.prompt} for r in renderings
+        ]
+        try:
+            question = json.dumps({"most": _CHARACTERS, "renderings": wanted})
+        except (RecursionError, ValueError, TypeError) as error:
+            return [Refusal(f"its data cannot be passed to a template: {error}")] * len(renderings)
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                self._process = self._start()
+            answer = self._ask(self._process, question, _SECONDS)
+        if answer is None:
+            return [Refusal(f"it does not end within {_SECONDS:g} s, or takes too much memory")] * len(renderings)
+        return [made["text"] if "text" in made else Refusal(" ".join(made["error"].split())[:300]) for made in answer]
+
+    def _start(self) -> "subprocess.Popen[str]":
+        paths = os.pathsep.join(path for path in sys.path if path)
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-P", str(_WORKER)],  # -P: nothing beside that file is imported instead of a package
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                encoding="ascii",
+                env={**os.environ, "PYTHONPATH": paths, "PYTHONSAFEPATH": "1", "OPENBLAS_NUM_THREADS": "1"},
+            )
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot start a process for chat templates ({error}); free some memory") from None
+        answer = self._ask(process, self._given, _START_SECONDS)
+        if answer is None or "error" in answer:
+            reason = answer["error"] if answer else "it ended without an answer"
+            raise ConfigError(f"the process for chat templates does not start ({reason}); install coatrt again")
+        return process
+
+    @staticmethod
+    def _ask(process: "subprocess.Popen[str]", question: str, seconds: float) -> Any:
+        """Return the answer to a line, None where the process was killed or died."""
+        assert process.stdin is not None
+        assert process.stdout is not None
+        timer = threading.Timer(seconds, process.kill)
+        timer.daemon = True
+        timer.start()
+        answer = ""
+        try:
+            process.stdin.write(question + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except OSError:
+            pass  # killed while it was written to
+        finally:
+            timer.cancel()
+            if not answer.endswith("\n"):
+                process.kill()
+                process.wait()
+        return json.loads(answer) if answer.endswith("\n") else None
+
+    def __del__(self) -> None:
+        process = getattr(self, "_process", None)
+        if process is not None:
+            process.kill()
+            process.wait()
+
+
+@lru_cache(maxsize=2)
+def _shared(template: str, special: str, place: str) -> ChatTemplate:
+    return ChatTemplate(template, special, place)
+
+
+def chat_template(tokenizer: Any, *, tools: bool = False) -> ChatTemplate | None:
+    """Return the chat template of a transformers tokenizer, None where it has none.
+
+    Args:
+        tokenizer: the tokenizer.
+        tools: whether functions are described: some models have a template of their own for that.
+
+    Raises:
+        ConfigError: it has several, none of them the default, or something else in the template's place.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    place = str(getattr(tokenizer, "name_or_path", "") or "the model")
+    try:
+        template = tokenizer.get_chat_template(None, tools=[] if tools else None)
+    except (ValueError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"the chat template of {place} cannot be used ({reason}); correct tokenizer_config.json"
+        ) from None
+    if not isinstance(template, str):
+        raise ConfigError(
+            f"the chat template of {place} is a {type(template).__name__}; give a text in tokenizer_config.json"
+        )
+    return _shared(template, json.dumps(tokenizer.special_tokens_map, default=str), place)
