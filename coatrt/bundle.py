@@ -15,6 +15,7 @@ from coatrt.errors import BundleError
 from coatrt.models.matrices import ModelMatrices
 from coatrt.system.files import sha256_file
 from coatrt.system.json_data import convert, read_as, write_json
+from coatrt.system.scratch import restore
 
 __all__ = ["BUNDLE_FORMAT", "MANIFEST", "Bundle", "seal"]
 
@@ -113,6 +114,7 @@ class Bundle:
             BundleError: no bundle, another bundle format, a file missing or of another size, or a path that leaves it.
         """
         directory = Path(directory)
+        restore(directory)
         if not (directory / MANIFEST).is_file():
             raise BundleError(f"{directory} is no bundle: it has no {MANIFEST}; make one with coatrt build")
         where = f"bundle manifest {directory / MANIFEST}"

@@ -1,6 +1,15 @@
 """The errors coatrt raises on purpose; each message says what was given, what is allowed and what to do."""
 
-__all__ = ["BuildError", "BundleError", "CheckpointError", "CoatError", "ConfigError", "DeviceError", "FormatError"]
+__all__ = [
+    "BuildError",
+    "BundleError",
+    "CheckpointError",
+    "CoatError",
+    "ConfigError",
+    "DeviceError",
+    "DiskError",
+    "FormatError",
+]
 
 
 class CoatError(Exception):
@@ -13,6 +22,20 @@ class FormatError(CoatError):
 
 class ConfigError(CoatError):
     """A configuration, option or data file that does not fit the model or the command."""
+
+
+class DiskError(ConfigError):
+    """A file that cannot be written: the disk is full or read-only, or permissions are missing.
+
+    Args:
+        what: the beginning of its line, such as "adapter cannot be written".
+        reason: the system's, such as "No space left on device".
+        remedy: what to do.
+    """
+
+    def __init__(self, what: str, reason: str, remedy: str) -> None:
+        super().__init__(f"{what}: {reason}; {remedy}")
+        self.reason, self.remedy = reason, remedy
 
 
 class CheckpointError(CoatError):

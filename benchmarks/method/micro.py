@@ -15,7 +15,8 @@ from tasks import sotu, sotu_documents
 
 from coatrt.data.documents import batches
 from coatrt.models.checkpoint import Checkpoint, load_model, load_tokenizer
-from coatrt.system.files import atomic_directory, cache_directory
+from coatrt.system.disk import cache_directory
+from coatrt.system.files import atomic_directory
 
 __all__ = ["MicroOptions", "micro_llama"]
 

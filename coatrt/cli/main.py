@@ -1,12 +1,12 @@
 """The `coatrt` command: a lazy click group, so that --help imports nothing heavy."""
 
 import importlib
-import signal
 import sys
 
 import click
 
 from coatrt import __version__
+from coatrt.cli.signals import end_on_signals
 from coatrt.errors import CoatError
 
 __all__ = ["cli", "main"]
@@ -50,18 +50,9 @@ def cli() -> None:
     """One language model on many GPUs: a precision map per device and a LoRA fitted to it."""
 
 
-def _interrupt(*_: object) -> None:
-    """End as Ctrl-C does: what runs beside is stopped, what is half written is removed."""
-    import psutil
-
-    for child in psutil.Process().children():
-        child.terminate()
-    raise KeyboardInterrupt
-
-
 def main() -> None:
     """Run the CLI; a CoatError becomes one line on stderr and exit code 2."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    end_on_signals()
     try:
         cli()
         return

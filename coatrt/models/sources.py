@@ -1,19 +1,26 @@
 """Where a model is: a Hugging Face directory, a GGUF file that is converted once, or a hub name that is downloaded."""
 
+import atexit
 import contextlib
 import hashlib
 import io
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 
 from coatrt.errors import CheckpointError
-from coatrt.system.files import atomic_directory, cache_directory
+from coatrt.system.disk import cache_directory, cache_writing
+from coatrt.system.files import atomic_directory
+from coatrt.system.scratch import scratch
 
 __all__ = ["locate", "quiet_transformers"]
 
 _GGUF_VERSION = 2  # of what a GGUF file is converted to
+_elsewhere: dict[Path, Path] = {}  # conversions that the cache could not hold, by their place there
+_until_exit = contextlib.ExitStack()
+atexit.register(_until_exit.close)
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
 
@@ -67,6 +74,7 @@ def _convert_gguf(path: Path) -> Path:
     identity = f"{_GGUF_VERSION}:{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     target = cache_directory() / "gguf" / f"{path.stem}-{key}"
+    target = _elsewhere.get(target, target)
     if (target / "config.json").is_file():
         return target
     quiet_transformers()
@@ -91,7 +99,15 @@ def _convert_gguf(path: Path) -> Path:
     end = model.config.eos_token_id
     if isinstance(end, int):  # the file's; transformers 5.17 gives the tokenizer the start token
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
-    with atomic_directory(target) as temporary:
-        plain.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-    return target
+
+    def save(place: Path) -> Path:
+        with atomic_directory(place) as temporary:
+            plain.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+        return place
+
+    with cache_writing():
+        return save(target)
+    directory = _until_exit.enter_context(scratch(Path(tempfile.gettempdir()), "gguf"))
+    _elsewhere[target] = directory / target.name
+    return save(_elsewhere[target])

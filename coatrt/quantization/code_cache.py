@@ -11,7 +11,7 @@ from coatrt.quantization.gptq import InverseFactors
 from coatrt.quantization.input_moments import Calibration, InputMoments
 from coatrt.quantization.quantizers import CALIBRATED, QUANTIZER_VERSION, Quantizer
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.system.files import cache_directory
+from coatrt.system.disk import cache_directory, cache_writing
 from coatrt.system.progress import Progress, silent
 from coatrt.system.resources import free_memory
 from coatrt.system.tensors import read_tensors, write_tensors
@@ -83,7 +83,8 @@ class CodeStore:
         if found is None:
             found = self._encode(name, fmt)
             if fmt.has_scales:
-                write_tensors(path, found.tensors, {"constant": found.constant.hex()})
+                with cache_writing():
+                    write_tensors(path, found.tensors, {"constant": found.constant.hex()})
         self._held[key] = found
         self._bytes += found.nbytes
         while self._bytes > _LEAST and free_memory() < _LEFT_FREE:
