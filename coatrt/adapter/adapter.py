@@ -24,9 +24,9 @@ from coatrt.models.checkpoint import Checkpoint
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.input_moments import Calibration
 from coatrt.quantization.quantizers import CALIBRATED
+from coatrt.system.exclusive import exclusive
 from coatrt.system.files import atomic_directory, check_replaceable, sha256_file
 from coatrt.system.json_data import write_json
-from coatrt.system.locks import exclusive
 from coatrt.system.progress import Progress, silent
 from coatrt.system.resources import compute_device
 

@@ -100,14 +100,16 @@ def _convert_gguf(path: Path) -> Path:
     if isinstance(end, int):  # the file's; transformers 5.17 gives the tokenizer the start token
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
 
-    def save(place: Path) -> Path:
+    def save(place: Path) -> None:
         with atomic_directory(place) as temporary:
             plain.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
-        return place
 
     with cache_writing():
-        return save(target)
+        save(target)
+    if target.is_dir():
+        return target
     directory = _until_exit.enter_context(scratch(Path(tempfile.gettempdir()), "gguf"))
     _elsewhere[target] = directory / target.name
-    return save(_elsewhere[target])
+    save(_elsewhere[target])
+    return _elsewhere[target]

@@ -14,6 +14,7 @@ from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.disk import cache_directory, cache_writing
 from coatrt.system.progress import Progress, silent
 from coatrt.system.resources import free_memory
+from coatrt.system.scratch import sweep
 from coatrt.system.tensors import read_tensors, write_tensors
 
 __all__ = ["CodeStore"]
@@ -53,6 +54,8 @@ class CodeStore:
         self.checkpoint = checkpoint
         self.quantizer: Quantizer = quantizer
         self._root = cache_directory() / "codes" / checkpoint.fingerprint
+        for folder in self._root.glob("*/*"):
+            sweep(folder)
         self._key = f"v{QUANTIZER_VERSION}-{quantizer}"
         self._moments: InputMoments | None = None
         self._tokens: int | None = None

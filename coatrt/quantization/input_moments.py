@@ -18,6 +18,7 @@ from coatrt.models.matrices import EMBEDDING, HEAD, ModelMatrices
 from coatrt.system.disk import cache_directory, cache_writing
 from coatrt.system.progress import Progress, silent
 from coatrt.system.resources import free_memory
+from coatrt.system.scratch import sweep
 from coatrt.system.tensors import hash_tensors, read_tensors, write_tensors
 
 __all__ = ["Calibration", "InputMoments", "calibration_examples", "measure_moments", "tokens_wanted", "visit_inputs"]
@@ -165,6 +166,7 @@ class InputMoments:
     def __init__(self, checkpoint: Checkpoint, calibration: Calibration, progress: Progress = silent) -> None:
         self._checkpoint, self.calibration, self._progress = checkpoint, calibration, progress
         self._root = cache_directory() / "moments" / checkpoint.fingerprint / calibration.hash
+        sweep(self._root)
         self.leader = {name: group[0] for group in checkpoint.matrices.groups for name in group}
         """Matrix → the first of the matrices that read what it reads, by which its moment is kept."""
         if checkpoint.matrices.tied:

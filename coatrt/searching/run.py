@@ -12,7 +12,7 @@ from coatrt.data.task_data import TaskData
 from coatrt.errors import ConfigError
 from coatrt.planning.archive import ARCHIVE_FILE, Archive
 from coatrt.searching.loop import extend_archive
-from coatrt.system.locks import exclusive
+from coatrt.system.exclusive import exclusive
 from coatrt.system.progress import Progress, silent
 
 __all__ = ["search"]

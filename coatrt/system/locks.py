@@ -1,16 +1,11 @@
-"""Locks that a living process holds; the system frees them, however their holder ends."""
+"""Locks on files; the system frees them, however their holder ends."""
 
-import contextlib
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
-from coatrt.errors import ConfigError
-from coatrt.system.disk import writing
-
-__all__ = ["LOCK", "exclusive", "hold"]
+__all__ = ["LOCK", "hold"]
 
 LOCK = ".lock"
 """Name of the file that is locked, inside the directory that it stands for."""
@@ -39,33 +34,3 @@ def hold(path: Path) -> int | None:
                 return None
             raise
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def exclusive(directory: str | Path) -> Iterator[None]:
-    """Hold the lock on a directory, made if missing, that one process at a time may write or replace.
-
-    The lock is a file inside it. Whoever replaces the directory holds the old one's, so the new one is free at once.
-
-    Raises:
-        ConfigError: another process holds it, or it cannot be written.
-    """
-    directory = Path(directory)
-    made = not directory.exists()
-    path = directory / LOCK
-    try:
-        with writing(directory):
-            directory.mkdir(parents=True, exist_ok=True)
-            descriptor = hold(path)
-    except BlockingIOError:
-        raise ConfigError(f"{directory} is being written by another training or search; wait for its end") from None
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            if descriptor is not None and os.path.samestat(os.fstat(descriptor), path.stat()):
-                path.unlink()
-            if made:
-                directory.rmdir()  # where nothing was written
-        if descriptor is not None:
-            os.close(descriptor)

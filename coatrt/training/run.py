@@ -32,12 +32,13 @@ from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.input_moments import Calibration, InputMoments, calibration_examples
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.distributed import Processes
+from coatrt.system.exclusive import exclusive
 from coatrt.system.files import check_replaceable
 from coatrt.system.json_data import read_as, write_json
-from coatrt.system.locks import LOCK, exclusive
+from coatrt.system.locks import LOCK
 from coatrt.system.progress import Progress, silent
 from coatrt.system.resources import compute_device
-from coatrt.system.scratch import is_scratch, restore
+from coatrt.system.scratch import sweep
 from coatrt.training.calibration import SENSITIVITY_BLOCKS, calibration_blocks
 from coatrt.training.config_sampler import TrainingSampler
 from coatrt.training.held_out import measure_budgets
@@ -80,7 +81,7 @@ def train(
         CheckpointError: the model cannot be read or exported, or a checkpoint is damaged.
     """
     output = Path(output)
-    restore(output)
+    sweep(output.parent)
     run = _open(source, data, output, options or TrainOptions(), device, progress)
     if resume and not overwrite and (output / "adapter.json").is_file():
         return _finished(output, run.identity)
@@ -208,7 +209,7 @@ def _claim(output: Path, identity: str, resume: bool, overwrite: bool) -> None:
     finished = (output / "adapter.json").is_file()
     if finished and not overwrite:
         raise ConfigError(f"{output} holds a finished adapter; give another directory, or --overwrite to replace it")
-    others = [path for path in output.iterdir() if path.name != LOCK and not is_scratch(path.name)]
+    others = [path for path in output.iterdir() if path.name != LOCK]
     if others and not (finished or state.is_dir()):
         raise ConfigError(f"{output} holds other files; give another directory")
     if state.is_dir() and not resume and not overwrite:

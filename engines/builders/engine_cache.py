@@ -80,6 +80,7 @@ class EngineCache:
             engine: the file to write, atomically.
         """
         wanted = set(sms)
+        sweep(self.root / key)
         for side in sorted((self.root / key).glob("*.json")):
             with contextlib.suppress(OSError, CoatError):
                 entry = read_as(side, _Entry, "cached engine", "remove it")

@@ -8,7 +8,6 @@ from coatrt.bundle import MANIFEST
 from coatrt.errors import ConfigError
 from coatrt.system.files import check_replaceable
 from coatrt.system.json_data import read_as
-from coatrt.system.scratch import restore
 
 __all__ = ["check_output", "holds_bundle"]
 
@@ -30,7 +29,6 @@ def check_output(output: Path, overwrite: bool) -> None:
     Raises:
         ConfigError: it does, or see `check_replaceable`.
     """
-    restore(output)
     check_replaceable(output)
     if not output.is_dir() or not any(output.iterdir()):
         return

@@ -1,8 +1,11 @@
 """Processes that die at a chosen step on the disk."""
 
+import contextlib
 import fcntl
 import os
 import signal
+import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ __all__ = ["arm", "fork", "kill_at_each_step", "leftovers"]
 _STEPS = ("open", "mkdir", "rename", "replace", "link", "symlink", "unlink", "rmdir", "chmod", "fsync")
 
 
-def arm(step: int, names: tuple[str, ...] = _STEPS) -> list[str]:
+def arm(step: int, names: tuple[str, ...] = _STEPS, *, locks: bool = True) -> list[str]:
     """Let this process kill itself before its step number `step`, from 0; the steps it takes are added to the list."""
     taken: list[str] = []
 
@@ -29,21 +32,35 @@ def arm(step: int, names: tuple[str, ...] = _STEPS) -> list[str]:
 
     for name in names:
         setattr(os, name, counted(name, getattr(os, name)))
-    fcntl.flock = counted("flock", fcntl.flock)
+    if locks:
+        fcntl.flock = counted("flock", fcntl.flock)
     files._exchange = counted("exchange", files._exchange)
     return taken
 
 
-def fork(work: Callable[[], object]) -> int:
-    """Do some work in a copy of this process, and return its exit code; negative where a signal ended it."""
+def fork(work: Callable[[], object], started: Callable[[int], object] | None = None) -> int:
+    """Do some work in a copy of this process, and return its exit code; negative where a signal ended it.
+
+    Args:
+        work: what to do; its exit code is 70 where that raises.
+        started: called in this process with the id of the copy.
+    """
     child = os.fork()
     if child == 0:
         code = 70
         try:
             work()
             code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
         finally:
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
             os._exit(code)
+    if started is not None:
+        started(child)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 

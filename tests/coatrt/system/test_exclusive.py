@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from coatrt.errors import ConfigError
+from coatrt.system.exclusive import exclusive
 from coatrt.system.files import atomic_directory
-from coatrt.system.locks import LOCK, exclusive
+from coatrt.system.locks import LOCK
 from support.kills import fork
 
 pytestmark = pytest.mark.fast
