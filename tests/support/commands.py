@@ -55,6 +55,7 @@ def run_command(
     prepare: Callable[[], object] = lambda: None,
     *,
     output: Path | None = None,
+    errors: Path | None = None,
     started: Callable[[int], object] | None = None,
 ) -> int:
     """Run a command in a copy of this process and return its exit code; negative where a signal ended it.
@@ -62,14 +63,17 @@ def run_command(
     Args:
         arguments: of coatrt.
         prepare: called in the copy before.
-        output: file for what it prints on both streams.
+        output: file for what it prints; None for none.
+        errors: file for what it prints on standard error, if another.
         started: called with the copy's process id.
     """
 
     def work() -> None:
-        stream = os.open(output or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        os.dup2(stream, 1)
-        os.dup2(stream, 2)
+        for number, path in ((1, output or os.devnull), (2, errors)):
+            if path is not None:
+                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
+        if errors is None:
+            os.dup2(1, 2)
         sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), write_through=False)
         sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), write_through=True)
         sys.argv = ["coatrt", *map(str, arguments)]
@@ -104,6 +108,8 @@ class Inputs:
             plan = self.adapter / ".." / "config.json"
             assert run_command(["plan", self.adapter, "--target", "cpu", "-o", plan], output=log) == 0, log.read_text()
             log.unlink()
+            for path in folder.rglob("*"):  # for other users too
+                path.chmod(0o755 if path.is_dir() else 0o644)
 
     def _make(self) -> None:
         save_tiny_llama(self.model, num_hidden_layers=1)
@@ -114,7 +120,7 @@ class Inputs:
         """Return the command that trains the adapter at a place."""
         return [
             *("train", self.model, "--data", self.text, "-o", output, "--steps", 3, "--checkpoint-every", 1),
-            *("--formats", FORMATS, "--batch", 2, "--max-length", 32, "--calibration", 8, "--evaluation", 2),
+            *("--formats", FORMATS, "--batch", 2, "--max-length", 32, "--calibration", 20, "--evaluation", 2),
             *("--rank", 16, "--budgets", 5, "--quantizer", "feedback"),
         ]
 
