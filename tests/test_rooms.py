@@ -133,6 +133,8 @@ def test_files_are_short_and_few_lie_beside_the_rooms() -> None:
 
 
 OF_NO_ONE_MODULE = {
+    "campaigns/test_kills": "commands that are killed",
+    "campaigns/test_situations": "disks that are full, signals, no home",
     "coatrt/reporting/test_report": "the report as a whole",
     "coatrt/training/test_precision": "bfloat16, from the base to the adapter",
     "coatrt/training/test_pretended_device": "training and search on a device that is not the CPU",

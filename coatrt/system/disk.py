@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from coatrt.errors import CoatError, DiskError
+from coatrt.system.scratch import is_scratch
 
 __all__ = ["cache_directory", "cache_writing", "writing"]
 
@@ -48,7 +49,7 @@ def _code(error: Exception, path: Path) -> int | None:
         if error.errno in _ANYWHERE or not isinstance(error.filename, str | os.PathLike):
             return error.errno if error.errno in _ANYWHERE else None
         named, place = Path(error.filename).absolute(), path.absolute()
-        near = named.is_relative_to(place.parent) or place.is_relative_to(named)
+        near = named.is_relative_to(place) or place.is_relative_to(named) or any(map(is_scratch, named.parts))
         return error.errno if near and error.errno not in (errno.ENOENT, errno.EAGAIN) else None
     if isinstance(error, CoatError):
         return None

@@ -241,7 +241,7 @@ class Situations:
                 line = [sys.executable, "-m", "coatrt", *map(str, arguments)]
                 environment = {**os.environ, "COATRT_CACHE": str(self.cache)}
                 for situation, redirect, codes in (
-                    ("standard output is closed (| head -1)", "| head -0", (0, 1)),
+                    ("standard output is closed by its reader", "| head -0", (0, 1)),
                     ("standard output is full (/dev/full)", "> /dev/full", (2,)),
                 ):
                     script = f'set -o pipefail; "$@" {redirect}'

@@ -1,10 +1,13 @@
 """The commands of coatrt on tiny inputs, in copies of a process that has imported everything once."""
 
+import atexit
 import gc
 import io
 import json
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,11 @@ def import_everything() -> None:
     """Import what commands need, and let timings be short, so that each copy of this process starts at once."""
     import importlib
 
+    settings = tempfile.mkdtemp()  # of matplotlib, for other users too
+    Path(settings).chmod(0o755)
+    atexit.register(shutil.rmtree, settings, ignore_errors=True)
+    os.environ["MPLCONFIGDIR"] = settings
+
     import onnxruntime
     import torch
     import transformers
@@ -34,6 +42,9 @@ def import_everything() -> None:
         "coatrt.engines.bundles.adapt",
         "coatrt.engines.measure.bench",
         "coatrt.reporting.write",
+        "matplotlib.backends.backend_agg",
+        "matplotlib.backends.backend_svg",
+        "matplotlib.patheffects",
         "transformers.models.llama.modeling_llama",
         "transformers.tokenization_utils_tokenizers",
         "transformers.models.auto.modeling_auto",

@@ -48,6 +48,7 @@ def test_other_reasons(code: int, said: str) -> None:
 def test_errors_about_other_files_are_left_alone(tmp_path: Path) -> None:
     for error in (
         PermissionError(errno.EACCES, "no", "/elsewhere"),
+        PermissionError(errno.EACCES, "no", str(tmp_path / "beside")),
         BrokenPipeError(errno.EPIPE, "closed"),
         FileNotFoundError(errno.ENOENT, "none", str(tmp_path / "x")),
         BuildError("the builder says: No space left on device"),
@@ -56,7 +57,7 @@ def test_errors_about_other_files_are_left_alone(tmp_path: Path) -> None:
         with pytest.raises(type(error)) as caught, writing(tmp_path / "out"):
             raise error
         assert caught.value is error
-    for named in (tmp_path / ".out.coatrt-x" / "new", tmp_path.parent):
+    for named in (tmp_path / ".out.coatrt-12345678" / "new", tmp_path.parent):
         with pytest.raises(DiskError, match="out cannot be written: Permission denied"), writing(tmp_path / "out"):
             raise PermissionError(errno.EACCES, "no", str(named))
 
