@@ -36,7 +36,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     with writing(path), scratch(path.parent, path.name) as directory:
         temporary = directory / "new"
-        temporary.touch()
+        temporary.write_bytes(b"")
         yield temporary
         temporary.chmod(0o644)
         _fsync(temporary)
