@@ -3,8 +3,8 @@
 import contextlib
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +17,7 @@ OLD = "old"
 
 _MARK = ".coatrt-"
 _LONGEST = 200  # characters of a name, so that the hidden one stays below the file system's 255 bytes
-_NAME = re.compile(r"\..*\.coatrt-\w{8}", re.DOTALL)
+_NAME = re.compile(r"\..*\.coatrt-\w{16}", re.DOTALL)
 
 
 def is_scratch(name: str) -> bool:
@@ -35,29 +35,30 @@ def scratch(parent: Path, name: str) -> Iterator[Path]:
     """
     parent.mkdir(parents=True, exist_ok=True)
     sweep(parent)
-    directory, descriptor = _locked(parent, f".{os.fsdecode(os.fsencode(name)[:_LONGEST])}{_MARK}")
+    short, descriptor = os.fsdecode(os.fsencode(name)[:_LONGEST]), None
+    directory = Path()  # until it has a name
     try:
+        while True:  # named before it is made: a signal at any moment finds what to remove
+            directory = parent / f".{short}{_MARK}{secrets.token_hex(8)}"
+            directory.mkdir(mode=0o700)
+            try:
+                descriptor = hold(directory / LOCK)
+                break
+            except (BlockingIOError, FileNotFoundError):
+                continue  # another process found it before it was locked, and sweeps it
         yield directory
     finally:
         try:
-            shutil.rmtree(directory, ignore_errors=True)
+            _remove(directory)
         finally:  # a signal may have ended that one
-            shutil.rmtree(directory, ignore_errors=True)
+            _remove(directory)
             if descriptor is not None:
                 os.close(descriptor)
 
 
-def _locked(parent: Path, prefix: str) -> tuple[Path, int | None]:
-    """Return a new directory, and the descriptor of its lock; None where the file system has no locks."""
-    while True:
-        directory = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-        try:
-            return directory, hold(directory / LOCK)
-        except (BlockingIOError, FileNotFoundError):
-            continue  # another process found it before it was locked, and sweeps it
-        except OSError:
-            shutil.rmtree(directory, ignore_errors=True)
-            raise
+def _remove(directory: Path) -> None:
+    if is_scratch(directory.name):
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def sweep(parent: Path) -> None:

@@ -57,7 +57,7 @@ def test_errors_about_other_files_are_left_alone(tmp_path: Path) -> None:
         with pytest.raises(type(error)) as caught, writing(tmp_path / "out"):
             raise error
         assert caught.value is error
-    for named in (tmp_path / ".out.coatrt-12345678" / "new", tmp_path.parent):
+    for named in (tmp_path / ".out.coatrt-0123456789abcdef" / "new", tmp_path.parent):
         with pytest.raises(DiskError, match="out cannot be written: Permission denied"), writing(tmp_path / "out"):
             raise PermissionError(errno.EACCES, "no", str(named))
 

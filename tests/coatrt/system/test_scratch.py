@@ -32,16 +32,16 @@ def _die(folder: Path, name: str, aside: str | None = None) -> None:
 
 def test_what_a_killed_process_leaves_is_swept_and_a_living_one_keeps_its_own(tmp_path: Path) -> None:
     (tmp_path / ".mine.coatrt-notes").mkdir()
-    (tmp_path / ".file.coatrt-12345678").write_text("a file of someone else")
+    (tmp_path / ".file.coatrt-0123456789abcdef").write_text("a file of someone else")
     for name in ("one", "two\nlines", "ü" * 127):
         _die(tmp_path, name)
         assert sum(map(is_scratch, _names(tmp_path))) == 2  # and the one of a file; the one before is swept
     with scratch(tmp_path, "living") as place:
         assert fork(lambda: sweep(tmp_path)) == 0
         assert place.is_dir()
-        assert _names(tmp_path) == sorted([".file.coatrt-12345678", ".mine.coatrt-notes", place.name])
+        assert _names(tmp_path) == sorted([".file.coatrt-0123456789abcdef", ".mine.coatrt-notes", place.name])
     write_text(tmp_path / "f", "x")
-    assert _names(tmp_path) == [".file.coatrt-12345678", ".mine.coatrt-notes", "f"]
+    assert _names(tmp_path) == [".file.coatrt-0123456789abcdef", ".mine.coatrt-notes", "f"]
 
 
 def test_a_directory_put_aside_comes_back_unless_its_place_is_taken(tmp_path: Path) -> None:
