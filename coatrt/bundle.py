@@ -19,6 +19,7 @@ from coatrt.system.files import sha256_file, write_text
 from coatrt.system.json_data import convert, read_as, write_json
 from coatrt.system.notices import warn_once
 from coatrt.system.onnx_files import external_locations
+from coatrt.system.scratch import restore
 from coatrt.system.signature import check_signature, sign
 
 __all__ = ["BUNDLE_FORMAT", "MANIFEST", "SIGNATURE", "Bundle", "SignaturePolicy", "seal", "sign_manifest"]
@@ -168,6 +169,7 @@ class Bundle:
             if found:
                 warn_once(line)
 
+        restore(directory)
         if not (directory / MANIFEST).is_file():
             raise BundleError(f"{directory} is no bundle: it has no {MANIFEST}; make one with coatrt build")
         where = f"bundle manifest {directory / MANIFEST}"

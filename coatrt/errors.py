@@ -7,6 +7,7 @@ __all__ = [
     "CoatError",
     "ConfigError",
     "DeviceError",
+    "DiskError",
     "FormatError",
     "one_line",
     "reason",
@@ -39,6 +40,20 @@ class FormatError(CoatError):
 
 class ConfigError(CoatError):
     """A configuration, option or data file that does not fit the model or the command."""
+
+
+class DiskError(ConfigError):
+    """A file that cannot be written: the disk is full or read-only, or permissions are missing.
+
+    Args:
+        what: the beginning of its line, such as "adapter cannot be written".
+        reason: the system's, such as "No space left on device".
+        remedy: what to do.
+    """
+
+    def __init__(self, what: str, reason: str, remedy: str) -> None:
+        super().__init__(f"{what}: {reason}; {remedy}")
+        self.reason, self.remedy = reason, remedy
 
 
 class CheckpointError(CoatError):

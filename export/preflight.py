@@ -25,7 +25,7 @@ from coatrt.models.spec import DecoderSpec
 from coatrt.models.transformers_config import complete_config
 from coatrt.quantization.codec import encode
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.system.files import cache_directory
+from coatrt.system.disk import cache_directory
 from coatrt.system.progress import Progress, silent
 
 __all__ = ["TOLERANCE", "compare", "preflight"]

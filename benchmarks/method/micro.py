@@ -17,7 +17,8 @@ from coatrt.data.documents import batches
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.models.modules import load_model
 from coatrt.models.tokenizer import load_tokenizer
-from coatrt.system.files import atomic_directory, cache_directory
+from coatrt.system.disk import cache_directory
+from coatrt.system.files import atomic_directory
 
 __all__ = ["MicroOptions", "micro_llama"]
 

@@ -24,7 +24,8 @@ from coatrt.models.checkpoint import Checkpoint
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.input_moments import Calibration
 from coatrt.quantization.quantizers import CALIBRATED
-from coatrt.system.files import atomic_directory, sha256_file
+from coatrt.system.exclusive import exclusive
+from coatrt.system.files import atomic_directory, check_replaceable, sha256_file
 from coatrt.system.json_data import write_json
 from coatrt.system.progress import Progress, silent
 from coatrt.system.resources import compute_device
@@ -102,7 +103,16 @@ class Adapter:
         """Write the adapter to `directory`, atomically; A and B also for PEFT, without θ and C, in folder peft.
 
         It takes the place of an adapter or an unfinished training there, archive included; other files stay.
+
+        Raises:
+            ConfigError: a training or a search is at work there, or it cannot be written.
         """
+        check_replaceable(Path(directory))
+        with exclusive(directory):
+            self.write(directory)
+
+    def write(self, directory: str | Path) -> None:
+        """Write the adapter as `save_pretrained` does, for one that holds the lock on `directory`."""
         description = self.description
         with atomic_directory(directory, _OWN) as temporary:
             state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.lora.state_dict().items()}

@@ -19,6 +19,7 @@ from coatrt.quantization.quantizers import QUANTIZERS, Quantizer
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.files import sha256_file
 from coatrt.system.json_data import convert, read_as
+from coatrt.system.scratch import restore
 
 __all__ = ["ADAPTER_FORMAT", "AdapterDescription", "AdapterFile", "adapter_hash", "adapter_reading"]
 
@@ -58,6 +59,7 @@ class AdapterFile:
             CheckpointError: there is none, or it is damaged or of another format.
         """
         path = directory / "adapter.json"
+        restore(directory)
         if not path.is_file():
             what = "exists but has no adapter.json" if directory.is_dir() else "does not exist"
             raise CheckpointError(f"adapter {directory} {what}; give the directory that coatrt train wrote")

@@ -50,9 +50,11 @@ def command(
             device=known,
             progress=progress,
         )
-    if output is not None:
-        write_json(output, result)
-    if as_json:
-        echo_json(result)
-    else:
-        click.echo(bench_text(result))
+    try:
+        if output is not None:
+            write_json(output, result)
+    finally:  # what was measured is shown, kept or not
+        if as_json:
+            echo_json(result)
+        else:
+            click.echo(bench_text(result))

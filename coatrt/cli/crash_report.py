@@ -35,7 +35,7 @@ def write_report(error: BaseException, arguments: Sequence[str]) -> Path | None:
 
 
 def _cache() -> Path:
-    from coatrt.system.files import cache_directory
+    from coatrt.system.disk import cache_directory
 
     return cache_directory() / "reports"
 

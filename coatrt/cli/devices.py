@@ -2,13 +2,16 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from coatrt.cli.common import JSON, MODEL, PATH, echo_json, runtime_options
+from coatrt.cli.common import JSON, MODEL, PATH, check_writable, echo_json, runtime_options
 from coatrt.devices.profiles import DeviceProfile, device_profiles
 from coatrt.system.text_table import aligned
+
+if TYPE_CHECKING:
+    from coatrt.planning.measured_latency import MeasuredLatency
 
 __all__ = ["command"]
 
@@ -49,11 +52,19 @@ def calibrate(adapter: Path, model: str | None, as_json: bool, **runtime: Any) -
     from coatrt.planning.measured_latency import timings_path
     from coatrt.system.json_data import write_json
 
-    loaded = Adapter.from_pretrained(adapter)
+    loaded, path = Adapter.from_pretrained(adapter), timings_path("cpu")
+    check_writable(path)
     with drawn_progress("calibrate") as progress:
         made = time_cpu(loaded, loaded.checkpoint(model), RuntimeOptions(**runtime), progress=progress)
-    path = timings_path("cpu")
-    write_json(path, made, sealed=True)
+    try:
+        write_json(path, made, sealed=True)
+    finally:  # what was measured is shown, kept or not
+        _show_timings(made, as_json)
+    if not as_json:
+        click.echo(f"{path}: {made.source}")
+
+
+def _show_timings(made: "MeasuredLatency", as_json: bool) -> None:
     if as_json:
         echo_json(made)
         return
@@ -62,7 +73,6 @@ def calibrate(adapter: Path, model: str | None, as_json: bool, **runtime: Any) -
     click.echo(aligned(rows, ">>>><"))
     for rest in made.rests:
         click.echo(f"all else, {rest.tokens} tokens, {rest.context} slots: {rest.seconds * 1e3:.2f} ms")
-    click.echo(f"{path}: {made.source}")
 
 
 def _show(profiles: Iterable[DeviceProfile], as_json: bool) -> None:

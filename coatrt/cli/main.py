@@ -1,7 +1,6 @@
 """The `coatrt` command: a lazy click group, so that --help imports nothing heavy."""
 
 import importlib
-import signal
 import sys
 from contextlib import suppress
 
@@ -9,6 +8,7 @@ import click
 
 from coatrt import __version__
 from coatrt.cli import streams
+from coatrt.cli.signals import end_on_signals
 from coatrt.errors import CoatError
 
 __all__ = ["cli", "main"]
@@ -52,20 +52,6 @@ def cli() -> None:
     """One language model on many GPUs: a precision map per device and a LoRA fitted to it."""
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM: ends as Ctrl-C does, with another exit code."""
-
-
-def _terminate(*_: object) -> None:
-    """End as Ctrl-C does: what runs beside is stopped, what is half written is removed."""
-    import psutil
-
-    with suppress(psutil.Error):
-        for child in psutil.Process().children():
-            child.terminate()
-    raise _Terminated
-
-
 def main() -> None:
     """Run the CLI; an error is one line on standard error.
 
@@ -73,7 +59,7 @@ def main() -> None:
     (a report is written), 130 after Ctrl-C, 143 after SIGTERM.
     """
     streams.steady()
-    signal.signal(signal.SIGTERM, _terminate)
+    end_on_signals()
     try:
         code = _run()
         lost = streams.flush()
@@ -105,9 +91,8 @@ def _run() -> int:
 def _ending(error: BaseException) -> int:
     """Say what happened in one line and return the exit code."""
     if isinstance(error, KeyboardInterrupt | click.exceptions.Abort):
-        ended = isinstance(error, _Terminated)
-        streams.say("terminated" if ended else "interrupted")
-        return 143 if ended else 130
+        streams.say("interrupted")
+        return 130
     if isinstance(error, BrokenPipeError):
         return 1
     said = _foreseen(error)

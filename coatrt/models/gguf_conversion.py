@@ -1,9 +1,11 @@
 """A GGUF file as a Hugging Face directory in the cache: converted once, sealed by the hashes of its files."""
 
+import atexit
 import contextlib
 import hashlib
 import io
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -12,14 +14,19 @@ from safetensors.torch import save_file
 from coatrt.errors import CheckpointError, CoatError, reason
 from coatrt.models.gguf_file import GgufModel
 from coatrt.models.transformers_config import quiet_transformers
-from coatrt.system.files import atomic_directory, cache_directory, sha256_file
+from coatrt.system.disk import cache_directory, cache_writing
+from coatrt.system.files import atomic_directory, sha256_file
 from coatrt.system.json_data import read_as, write_json
+from coatrt.system.scratch import scratch
 
 __all__ = ["convert_gguf"]
 
 _VERSION = 3  # of what a file is converted to
 _SEAL = "sha256.json"  # name of each file → its hash
 _SHARD = 2 << 30  # bytes
+_elsewhere: dict[Path, Path] = {}  # conversions that the cache could not hold, by their place there
+_until_exit = contextlib.ExitStack()
+atexit.register(_until_exit.close)
 
 
 def convert_gguf(path: Path) -> Path:
@@ -32,16 +39,27 @@ def convert_gguf(path: Path) -> Path:
     stat = path.stat()
     identity = f"{_VERSION}:{path}:{stat.st_size}:{stat.st_mtime_ns}"
     target = cache_directory() / "gguf" / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    target = _elsewhere.get(target, target)
     if _sealed(target):
         return target
     model = GgufModel(path)
+    with cache_writing():
+        _convert(model, target)
+    if target.is_dir():
+        return target
+    directory = _until_exit.enter_context(scratch(Path(tempfile.gettempdir()), "gguf"))
+    _elsewhere[target] = directory / target.name
+    _convert(model, _elsewhere[target])
+    return _elsewhere[target]
+
+
+def _convert(model: GgufModel, target: Path) -> None:
     with atomic_directory(target) as temporary:
         write_json(temporary / "config.json", model.config)
         write_json(temporary / "generation_config.json", {"eos_token_id": model.end_tokens})
         _write_tokenizer(model, temporary)
         _write_shards(model, temporary)
         write_json(temporary / _SEAL, {file.name: sha256_file(file) for file in sorted(temporary.iterdir())})
-    return target
 
 
 def _sealed(directory: Path) -> bool:

@@ -13,7 +13,7 @@ from coatrt.errors import ConfigError
 from coatrt.models.matrices import ModelMatrices
 from coatrt.planning.memory import Workload
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.system.files import cache_directory
+from coatrt.system.disk import cache_directory
 from coatrt.system.json_data import read_as
 
 __all__ = ["MeasuredLatency", "Product", "Rest", "find_timings", "shape_of", "timings_path"]

@@ -11,9 +11,10 @@ from coatrt.quantization.gptq import InverseFactors
 from coatrt.quantization.input_moments import Calibration, InputMoments
 from coatrt.quantization.quantizers import CALIBRATED, QUANTIZER_VERSION, Quantizer
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.system.files import cache_directory
+from coatrt.system.disk import cache_directory, cache_writing
 from coatrt.system.progress import Progress, silent
 from coatrt.system.resources import free_memory
+from coatrt.system.scratch import sweep
 from coatrt.system.tensors import read_tensors, write_tensors
 
 __all__ = ["CodeStore"]
@@ -53,6 +54,8 @@ class CodeStore:
         self.checkpoint = checkpoint
         self.quantizer: Quantizer = quantizer
         self._root = cache_directory() / "codes" / checkpoint.fingerprint
+        for folder in self._root.glob("*/*"):
+            sweep(folder)
         self._key = f"v{QUANTIZER_VERSION}-{quantizer}"
         self._moments: InputMoments | None = None
         self._tokens: int | None = None
@@ -83,7 +86,8 @@ class CodeStore:
         if found is None:
             found = self._encode(name, fmt)
             if fmt.has_scales:
-                write_tensors(path, found.tensors, {"constant": found.constant.hex()})
+                with cache_writing():
+                    write_tensors(path, found.tensors, {"constant": found.constant.hex()})
         self._held[key] = found
         self._bytes += found.nbytes
         while self._bytes > _LEAST and free_memory() < _LEFT_FREE:

@@ -16,9 +16,10 @@ from coatrt.errors import CheckpointError, ConfigError
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.models.matrices import EMBEDDING, HEAD, ModelMatrices
 from coatrt.models.modules import load_model
-from coatrt.system.files import cache_directory
+from coatrt.system.disk import cache_directory, cache_writing
 from coatrt.system.progress import Progress, silent
 from coatrt.system.resources import free_memory
+from coatrt.system.scratch import sweep
 from coatrt.system.tensors import hash_tensors, read_tensors, write_tensors
 
 __all__ = ["Calibration", "InputMoments", "calibration_examples", "measure_moments", "tokens_wanted", "visit_inputs"]
@@ -166,12 +167,14 @@ class InputMoments:
     def __init__(self, checkpoint: Checkpoint, calibration: Calibration, progress: Progress = silent) -> None:
         self._checkpoint, self.calibration, self._progress = checkpoint, calibration, progress
         self._root = cache_directory() / "moments" / checkpoint.fingerprint / calibration.hash
+        sweep(self._root)
         self.leader = {name: group[0] for group in checkpoint.matrices.groups for name in group}
         """Matrix → the first of the matrices that read what it reads, by which its moment is kept."""
         if checkpoint.matrices.tied:
             self.leader[EMBEDDING] = HEAD
         self._width = {self.leader[matrix.name]: matrix.K for matrix in checkpoint.matrices.matrices}
         self._held: dict[str, Tensor] = {}
+        self._kept = True  # whether the last ones could be written
 
     def get(self, name: str) -> Tensor:
         """Return the moment [K, K] of the input of matrix `name`, float32.
@@ -196,8 +199,11 @@ class InputMoments:
         return moment if moment is not None and moment.shape == (K, K) else None
 
     def _measure(self, wanted: str) -> Tensor:
-        """Measure every moment that is not on disk, so that the model is loaded once, and return the one wanted."""
-        leaders = [leader for leader in self._width if leader != EMBEDDING]
+        """Measure every moment that is not on disk, so that the model is loaded once, and return the one wanted.
+
+        Where the disk takes none, only the one wanted: memory may not hold all.
+        """
+        leaders = [leader for leader in self._width if leader != EMBEDDING] if self._kept else [wanted]
         missing = [leader for leader in leaders if leader == wanted or self._read(leader) is None]
         model, tokens = load_model(self._checkpoint), self.calibration.tokens
         limit = max(_LEAST, free_memory() // 2)
@@ -212,7 +218,10 @@ class InputMoments:
             size += more
         for run in runs:
             for leader, moment in measure_moments(model, tokens, run, self._progress).items():
-                write_tensors(self._root / f"{leader}.safetensors", {"moment": moment})
+                self._kept = False
+                with cache_writing():
+                    write_tensors(self._root / f"{leader}.safetensors", {"moment": moment})
+                    self._kept = True
                 if leader == wanted:
                     found = moment
         return found

@@ -1,6 +1,7 @@
 """The figures of a report, drawn with matplotlib: every one goes into the page as SVG and can be written as PNG."""
 
 import io
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +41,7 @@ def colour(entries: Sequence[Entry], entry: Entry) -> str:
 
 def draw(name: str, report: Report, kind: str) -> bytes:
     """Return a figure of `FIGURES` as "svg" or "png"."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # its cache without a home is no one's concern
     import matplotlib
     from matplotlib.figure import Figure
 

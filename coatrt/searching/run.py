@@ -12,7 +12,7 @@ from coatrt.data.task_data import TaskData
 from coatrt.errors import ConfigError
 from coatrt.planning.archive import ARCHIVE_FILE, Archive
 from coatrt.searching.loop import extend_archive
-from coatrt.system.files import exclusive
+from coatrt.system.exclusive import exclusive
 from coatrt.system.progress import Progress, silent
 
 __all__ = ["search"]
@@ -46,11 +46,25 @@ def search(
     Raises:
         CheckpointError: adapter or model cannot be read.
         ConfigError: the archive belongs to other text or another adapter, the adapter was trained on another task, an
-            option is out of range, the device is not there, or another search of the adapter is running.
+            option is out of range, the device is not there, or another search or training of the adapter is running.
     """
     if blocks < 1:
         raise ConfigError(f"blocks {blocks} is given; give at least 1")
-    directory = Path(directory)
+    if not Path(directory).is_dir():
+        Adapter.from_pretrained(directory)  # says what is wrong
+    with exclusive(directory):
+        return _search(Path(directory), data, evaluations, blocks, model, device, progress)
+
+
+def _search(
+    directory: Path,
+    data: TaskData,
+    evaluations: int,
+    blocks: int,
+    model: str | Path | None,
+    device: str,
+    progress: Progress,
+) -> tuple[Archive, tuple[float, float]]:
     adapter = Adapter.from_pretrained(directory)
     description = adapter.description
     task, examples = description.metrics["task"], data.held_out
@@ -59,15 +73,14 @@ def search(
     data.check_rows(description.model.matrices[0].N)
     picked = examples[torch.linspace(0, len(examples) - 1, min(blocks, len(examples))).round().long()]
     space, lora = description.space, 2 * description.lora_parameters
-    with exclusive(directory / ARCHIVE_FILE, "search of this adapter"):
-        identity = f"{description.hash} {picked.digest[:16]}"
-        archive = Archive.open(directory / ARCHIVE_FILE, space.model.parameters, identity)
-        evaluator = Evaluator(adapter, model=model, device=device, progress=progress)
-        measured_on = replace(data, held_out=picked, choices=None)
+    identity = f"{description.hash} {picked.digest[:16]}"
+    archive = Archive.open(directory / ARCHIVE_FILE, space.model.parameters, identity)
+    evaluator = Evaluator(adapter, model=model, device=device, progress=progress)
+    measured_on = replace(data, held_out=picked, choices=None)
 
-        def evaluate(config: QuantConfig) -> float:
-            return evaluator.measure(config, measured_on, adapter.emit(config))["loss"]
+    def evaluate(config: QuantConfig) -> float:
+        return evaluator.measure(config, measured_on, adapter.emit(config))["loss"]
 
-        costs = description.sensitivity.costs
-        extend_archive(space, costs, evaluate, evaluations, archive, lora_bytes=lora, progress=progress)
+    costs = description.sensitivity.costs
+    extend_archive(space, costs, evaluate, evaluations, archive, lora_bytes=lora, progress=progress)
     return archive, (space.max_bits + 8 * lora / space.model.parameters, math.log(description.spec.vocabulary))

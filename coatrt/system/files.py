@@ -1,33 +1,21 @@
-"""Atomic files and hashes: nothing half-written is ever visible under its final name."""
+"""Atomic files and hashes: nothing half-written is ever visible under its final name, and nothing is ever missing."""
 
 import contextlib
+import ctypes
 import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from coatrt.errors import ConfigError
+from coatrt.system.disk import writing
+from coatrt.system.locks import LOCK
+from coatrt.system.scratch import OLD, is_scratch, scratch
 
-__all__ = [
-    "atomic_directory",
-    "atomic_file",
-    "cache_directory",
-    "check_replaceable",
-    "exclusive",
-    "sha256_file",
-    "write_text",
-]
+__all__ = ["atomic_directory", "atomic_file", "check_replaceable", "sha256_file", "write_text"]
 
-
-def cache_directory() -> Path:
-    """Return the directory for what can be made again: $COATRT_CACHE, $XDG_CACHE_HOME/coatrt or ~/.cache/coatrt."""
-    if "COATRT_CACHE" in os.environ:
-        return Path(os.environ["COATRT_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "coatrt"
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
 
 
 def _fsync(path: Path) -> None:
@@ -40,20 +28,20 @@ def _fsync(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is synced and renamed to `path`, on error removed."""
+    """Yield the path of an empty file beside `path`; on success it is synced and renamed to `path`, on error removed.
+
+    Raises:
+        DiskError: the disk is full or read-only, or permissions are missing.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
+    with writing(path), scratch(path.parent, path.name) as directory:
+        temporary = directory / "new"
+        temporary.write_bytes(b"")
         yield temporary
         temporary.chmod(0o644)
         _fsync(temporary)
         temporary.replace(path)
         _fsync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_replaceable(path: Path) -> None:
@@ -77,75 +65,81 @@ def check_replaceable(path: Path) -> None:
 def atomic_directory(path: str | Path, own: Collection[str] | None = None) -> Iterator[Path]:
     """Yield a temporary directory beside `path`; on success it takes the place of `path`, on error it is removed.
 
-    A directory already at `path` is replaced only when the new one is complete.
+    A directory already at `path` is replaced only when the new one is complete, and at no moment is there neither: the
+    two change places. Where a file system cannot do that, the old one waits in a hidden directory between two renames,
+    and `coatrt.system.scratch.restore` puts it back after a kill.
 
     Args:
         path: the directory.
-        own: names inside `path` that go with the directory replaced; others move into the new one. None: all go.
+        own: names inside `path` that go with the directory replaced; others are in the new one too. None: all go.
 
     Raises:
         ConfigError: `path` cannot be replaced, see `check_replaceable`.
+        DiskError: the disk is full or read-only, or permissions are missing.
     """
     path = Path(path)
     check_replaceable(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                file.chmod(0o644)
-                _fsync(file)
+    with writing(path), scratch(path.parent, path.name) as directory:
+        new = directory / "new"
+        new.mkdir()
+        yield new
+        new.chmod(0o755)
+        for entry in new.rglob("*"):
+            if entry.is_file():
+                entry.chmod(0o644)
+            if entry.exists():
+                _fsync(entry)
         if path.exists():
-            _replace(path, temporary, own)
+            _replace(path, new, own)
         else:
-            temporary.rename(path)
+            new.rename(path)
         _fsync(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _replace(path: Path, new: Path, own: Collection[str] | None) -> None:
-    """Put directory `new` in the place of `path`; what fails leaves `path` as it was."""
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-    old = aside / path.name
-    try:
+    """Let directory `new` change places with `path`; what fails leaves `path` as it was."""
+    if own is not None:
+        _share(path, new, own)
+    _fsync(new)
+    if not _exchange(new, path):
+        old = new.parent / OLD / path.name
+        old.parent.mkdir()
         path.rename(old)
         try:
             new.rename(path)
         except OSError:
             old.rename(path)
             raise
-    except OSError:
-        aside.rmdir()
-        raise
+        old.rename(new)  # so that it is not taken for one to put back
     if own is not None:
-        for entry in sorted(old.iterdir()):
-            if entry.name not in own and not (path / entry.name).exists():
-                entry.rename(path / entry.name)
-    shutil.rmtree(aside, ignore_errors=True)
+        _share(new, path, own)  # what was written there in the meantime
 
 
-@contextlib.contextmanager
-def exclusive(path: str | Path, what: str) -> Iterator[None]:
-    """Hold the lock on a file that one process at a time may go on writing; the system frees it, however that ends.
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two directories change places in one step, and return whether the file system can."""
+    call = getattr(ctypes.CDLL(None), "renameat2", None)
+    return call is not None and call(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
 
-    Args:
-        path: the file; the lock is a hidden file beside it.
-        what: what holds it, for the message ("search of this adapter").
 
-    Raises:
-        ConfigError: another one holds it.
-    """
-    path = Path(path)
-    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
+def _share(source: Path, target: Path, own: Collection[str]) -> None:
+    """Give `target` what `source` holds of others and `target` does not: the same files, by hard links."""
+    for entry in sorted(source.iterdir()):
+        place = target / entry.name
+        if entry.name in own or entry.name == LOCK or is_scratch(entry.name) or os.path.lexists(place):
+            continue
+        if entry.is_symlink() or not entry.is_dir():
+            _link(entry, place)
+            continue
+        if mounted := next((folder for folder, _, _ in os.walk(entry) if os.path.ismount(folder)), None):
+            raise ConfigError(f"{mounted} is a mount point inside a directory to be replaced; unmount it first")
+        shutil.copytree(entry, place, symlinks=True, copy_function=_link)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
     try:
-        held = lock.acquire()
-    except Timeout:
-        raise ConfigError(f"{path} is being written by another {what}; wait for its end") from None
-    with held:
-        yield
+        os.link(source, target, follow_symlinks=False)
+    except OSError:  # no hard links there, or not of files that belong to someone else
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def write_text(path: str | Path, text: str) -> None:

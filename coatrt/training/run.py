@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,10 +32,13 @@ from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.input_moments import Calibration, InputMoments, calibration_examples
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.distributed import Processes
+from coatrt.system.exclusive import exclusive
 from coatrt.system.files import check_replaceable
 from coatrt.system.json_data import read_as, write_json
+from coatrt.system.locks import LOCK
 from coatrt.system.progress import Progress, silent
 from coatrt.system.resources import compute_device
+from coatrt.system.scratch import sweep
 from coatrt.training.calibration import SENSITIVITY_BLOCKS, calibration_blocks
 from coatrt.training.config_sampler import TrainingSampler
 from coatrt.training.held_out import measure_budgets
@@ -77,29 +81,17 @@ def train(
         CheckpointError: the model cannot be read or exported, or a checkpoint is damaged.
     """
     output = Path(output)
+    sweep(output.parent)
     run = _open(source, data, output, options or TrainOptions(), device, progress)
     if resume and not overwrite and (output / "adapter.json").is_file():
         return _finished(output, run.identity)
-    if run.processes.is_first:
-        _claim(output, run.identity, resume, overwrite)
-    run.processes.wait()
-    codes = CodeStore(run.checkpoint, run.options.quantizer, run.calibration, run.progress)
-    run.progress(0, 1, "loading the model")
-    model = FakeQuantModel(run.checkpoint, codes, device, dtype=getattr(torch, run.options.precision))
-    run.progress(1, 1, "loading the model")
-    sensitivity = _measure(run, model, codes)
-    sampler = TrainingSampler(run.space, sensitivity.costs, *run.budgets, run.options.seed)
-    lora = _start(run, model, sensitivity)
-    history = optimise(
-        model, lora, data.train, sampler.draw, run.options, run.state, run.identity, run.processes, run.progress
-    )
-    lora.settle(run.progress)
-    adapter = _adapter(
-        run, lora, sensitivity, history, measure_budgets(model, lora, sampler, data, run.options, run.progress)
-    )
-    if run.processes.is_first:
-        adapter.save_pretrained(output)
-    run.processes.wait()
+    check_replaceable(output)
+    with exclusive(output) if run.processes.is_first else nullcontext():
+        if run.processes.is_first:
+            _claim(output, run.identity, resume, overwrite)
+        run.processes.wait()
+        _train(run, output)
+        run.processes.wait()
     return Adapter.from_pretrained(output)
 
 
@@ -133,6 +125,26 @@ class _Run:
 
     def _examples(self, blocks: int) -> Examples:
         return calibration_examples(self.data.train, blocks, self.options.max_length, self.options.seed)
+
+
+def _train(run: _Run, output: Path) -> None:
+    """Train, and save the adapter."""
+    codes = CodeStore(run.checkpoint, run.options.quantizer, run.calibration, run.progress)
+    run.progress(0, 1, "loading the model")
+    model = FakeQuantModel(run.checkpoint, codes, run.device, dtype=getattr(torch, run.options.precision))
+    run.progress(1, 1, "loading the model")
+    sensitivity = _measure(run, model, codes)
+    sampler = TrainingSampler(run.space, sensitivity.costs, *run.budgets, run.options.seed)
+    lora = _start(run, model, sensitivity)
+    history = optimise(
+        model, lora, run.data.train, sampler.draw, run.options, run.state, run.identity, run.processes, run.progress
+    )
+    lora.settle(run.progress)
+    adapter = _adapter(
+        run, lora, sensitivity, history, measure_budgets(model, lora, sampler, run.data, run.options, run.progress)
+    )
+    if run.processes.is_first:
+        adapter.write(output)
 
 
 def _open(
@@ -196,10 +208,10 @@ def _claim(output: Path, identity: str, resume: bool, overwrite: bool) -> None:
     """Refuse a directory in use, and forget an unfinished training that is not to be resumed."""
     state = output / "training"
     finished = (output / "adapter.json").is_file()
-    check_replaceable(output)
     if finished and not overwrite:
         raise ConfigError(f"{output} holds a finished adapter; give another directory, or --overwrite to replace it")
-    if output.is_dir() and any(output.iterdir()) and not (finished or state.is_dir()):
+    others = [path for path in output.iterdir() if path.name != LOCK]
+    if others and not (finished or state.is_dir()):
         raise ConfigError(f"{output} holds other files; give another directory")
     if state.is_dir() and not resume and not overwrite:
         raise ConfigError(f"{output} holds an unfinished training; give --resume to go on or --overwrite to start over")

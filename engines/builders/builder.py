@@ -9,9 +9,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +21,7 @@ from coatrt.devices.probe import probe
 from coatrt.devices.profiles import DeviceProfile, least_sm
 from coatrt.errors import BuildError, DeviceError, FormatError
 from coatrt.system.files import atomic_file
+from coatrt.system.processes import run_child
 
 __all__ = ["BuildRecord", "EngineShapes", "build_engine", "check_formats", "installed_builder"]
 
@@ -179,14 +178,11 @@ def _gpu(sms: tuple[int, ...]) -> dict[str, str]:
 def _run_worker(request: dict[str, Any], what: str, chosen: Mapping[str, str]) -> None:
     rtx = str(int(request["builder"] == "tensorrt-rtx"))
     environment = {**os.environ, **chosen, "POLYGRAPHY_USE_TENSORRT_RTX": rtx}
-    with tempfile.TemporaryDirectory(prefix="coatrt-build-") as directory:
-        path = Path(directory) / "request.json"
-        path.write_text(json.dumps(request), encoding="utf-8")
-        command = [sys.executable, "-m", "coatrt.engines.builders.worker", str(path)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "coatrt.engines.builders.worker", json.dumps({**request, "parent": os.getpid()})]
+    said, code = run_child(command, environment)
     size = Path(request["engine"]).stat().st_size
-    if done.returncode or not size:
-        raise BuildError(f"building {what} failed: {_reason(done.stdout + done.stderr, done.returncode)}")
+    if code or not size:
+        raise BuildError(f"building {what} failed: {_reason(said, code)}")
 
 
 def _reason(output: str, code: int) -> str:

@@ -13,8 +13,10 @@ from typing import TypedDict
 from coatrt.engines.builders import kit_script, worker
 from coatrt.engines.builders.builder import BuildRecord, EngineShapes, installed_builder
 from coatrt.errors import CoatError
-from coatrt.system.files import atomic_file, cache_directory, sha256_file
+from coatrt.system.disk import cache_directory, cache_writing
+from coatrt.system.files import atomic_file, sha256_file
 from coatrt.system.json_data import read_as, write_json
+from coatrt.system.scratch import sweep
 
 __all__ = ["EngineCache", "engine_key"]
 
@@ -78,6 +80,7 @@ class EngineCache:
             engine: the file to write, atomically.
         """
         wanted = set(sms)
+        sweep(self.root / key)
         for side in sorted((self.root / key).glob("*.json")):
             with contextlib.suppress(OSError, CoatError):
                 entry = read_as(side, _Entry, "cached engine", "remove it", sealed=True)
@@ -96,7 +99,7 @@ class EngineCache:
 
     def keep(self, key: str, engine: Path, record: BuildRecord) -> None:
         """Copy an engine into the cache, where there is room and leave to."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), cache_writing():
             digest = sha256_file(engine)
             held = self.root / key / f"{'-'.join(f'sm{sm}' for sm in record.sms)}-{digest[:12]}.engine"
             with atomic_file(held) as temporary:
@@ -108,6 +111,8 @@ class EngineCache:
         """Remove the least recently used entries beyond the limit, and what builds that were stopped have left."""
         entries: list[tuple[float, int, Path]] = []
         stale = time.time() - _STALE_SECONDS
+        for folder in self.root.glob("*"):
+            sweep(folder)
         for path in self.root.glob("*/*"):
             with contextlib.suppress(OSError):  # another build may have removed it
                 used, held = path.stat().st_mtime, path.with_suffix(".engine")

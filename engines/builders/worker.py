@@ -1,4 +1,4 @@
-"""The builder process: `python -m coatrt.engines.builders.worker request.json`."""
+"""The builder process: `python -m coatrt.engines.builders.worker REQUEST`, as JSON; it ends with its parent."""
 
 import json
 import sys
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from coatrt.engines.builders.kit_script import ranges
+from coatrt.system.processes import end_with_parent
 
 __all__ = ["build"]
 
@@ -34,4 +35,6 @@ def build(request: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    build(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    asked = json.loads(sys.argv[1])
+    end_with_parent(asked["parent"])
+    build(asked)

@@ -113,4 +113,8 @@ def write_onnx_adapter(path: str | Path, tensors: Mapping[str, NDArray[np.float3
     adapter.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in tensors.items()})
     adapter.set_model_version(int(getattr(tensors, "configuration", "")[:_VERSION_DIGITS] or "0", 16))
     with atomic_file(path) as temporary:
-        adapter.export_adapter(str(temporary))
+        try:
+            adapter.export_adapter(str(temporary))
+        except RuntimeError:  # which does not say why; the system does
+            temporary.write_bytes(bytes(sum(value.nbytes for value in tensors.values())))
+            raise

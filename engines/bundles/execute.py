@@ -2,7 +2,6 @@
 
 import contextlib
 import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -23,7 +22,10 @@ from coatrt.errors import BuildError, CoatError
 from coatrt.export.preflight import preflight
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.quantization.code_cache import CodeStore
+from coatrt.system.disk import writing
+from coatrt.system.processes import end_children
 from coatrt.system.progress import Progress, silent
+from coatrt.system.scratch import scratch
 
 __all__ = ["execute"]
 
@@ -72,11 +74,10 @@ def execute(
                 installed_builder(device.builder)
         preflight(checkpoint, progress)
         codes = adapter.codes(checkpoint, progress)
-        first = preparation.jobs[0].targets[0].output.parent
-        first.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".coatrt-", dir=first) as scratch:
+        output = preparation.jobs[0].targets[0].output
+        with writing(output), scratch(output.parent, "build") as place:
             slots, tell = slots or BuilderSlots(), _unfailing(tell)
-            build = _Build(preparation, adapter, checkpoint, codes, cache, slots, progress, tell, Path(scratch))
+            build = _Build(preparation, adapter, checkpoint, codes, cache, slots, progress, tell, place)
             results |= build.run()
     return [results[target.output] for target in preparation.targets]
 
@@ -128,8 +129,16 @@ class _Build:
                     if facts is not None:
                         self.running[pool.submit(self._engine, job)] = job, facts
                     self._collect(block=False)
-            finally:
                 self._collect(block=True)
+            except Exception:
+                self._collect(block=True)
+                raise
+            except BaseException:  # told to end
+                pool.shutdown(wait=False, cancel_futures=True)
+                while not all(future.done() for future in self.running):
+                    end_children()  # a builder may just be starting
+                    wait(self.running, timeout=0.1)
+                raise
         wanted = len(self.preparation.targets)
         if self.failures and wanted == 1:
             raise self.failures[0]
@@ -159,6 +168,10 @@ class _Build:
     def _write(self, number: int, job: Job) -> dict[str, Any]:
         """Write the files of job `number`, counted from 0, and return the manifest's facts about them."""
         shared, directory = self._folders(job)
+        with writing(job.targets[0].output):
+            return self._written(number, job, shared, directory)
+
+    def _written(self, number: int, job: Job, shared: Path, directory: Path) -> dict[str, Any]:
         if not self.shared:
             shutil.rmtree(shared, ignore_errors=True)
             shared.mkdir()

@@ -13,6 +13,7 @@ from coatrt.engines.bundles.fingerprint import bundle_fingerprint, current_bundl
 from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.bundles.targets import BundleResult, Target
 from coatrt.errors import ConfigError
+from coatrt.system.scratch import sweep
 from coatrt.system.signature import public_key
 
 __all__ = ["Job", "Preparation", "prepare"]
@@ -90,6 +91,7 @@ def prepare(
     current: dict[Path, BundleResult] = {}
     by_config: dict[str, list[Target]] = {}
     for target in targets:
+        sweep(target.output.parent)
         _check_formats(adapter, target.config)
         check_formats(target.config, target.device, options.activations)
         found = current_bundle(target.output, fingerprints[target.output], key) if adapter.hash else None

@@ -5,6 +5,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,9 @@ from coatrt.planning.measured_latency import MeasuredLatency, Product, Rest, sha
 from coatrt.planning.memory import Workload
 from coatrt.quantization.codec import encode
 from coatrt.quantization.weight_format import WeightFormat
+from coatrt.system.disk import writing
 from coatrt.system.progress import Progress, silent
+from coatrt.system.scratch import scratch
 
 __all__ = ["Clock", "adapted_decoder", "decode_seconds", "time_cpu", "time_product"]
 
@@ -70,6 +73,13 @@ def _turned(codes: torch.Tensor, rows: int) -> torch.Tensor:
     return plain.roll(rows, 0).view(codes.dtype)
 
 
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    folder = Path(tempfile.gettempdir())
+    with writing(folder), scratch(folder, "timings") as place:
+        yield place
+
+
 def time_product(
     K: int,
     N: int,
@@ -90,8 +100,8 @@ def time_product(
         clock: seconds; `time.thread_time` leaves out what other processes took from one thread.
     """
     found = []
-    with tempfile.TemporaryDirectory(prefix="coatrt-timings-") as scratch:
-        path, copies = _product_graph(Path(scratch), K, N, fmt)
+    with _scratch() as place:
+        path, copies = _product_graph(place, K, N, fmt)
         made = session(path, options.threads, options.accuracy_level)
         for count in tokens:
             binding = made.io_binding()
@@ -178,9 +188,9 @@ def time_cpu(
     shapes = {(matrix.K, matrix.N): matrix.is_table for matrix in model.multiplied}
     total, timed = len(shapes) * len(formats) + 1, []
     reference = QuantConfig.uniform(model, formats[0])
-    with tempfile.TemporaryDirectory(prefix="coatrt-timings-") as scratch:
+    with _scratch() as place:
         decoders = [
-            adapted_decoder(adapter, checkpoint, reference, Path(scratch), replace(options, context=context))
+            adapted_decoder(adapter, checkpoint, reference, place, replace(options, context=context))
             for context in contexts
         ]
         whole = _WholeDecoders(decoders, max(tokens), clock)

@@ -15,11 +15,20 @@ from coatrt.errors import CoatError
 
 
 @pytest.mark.rtx
-def test_a_build_that_is_terminated_stops_its_builder_and_leaves_nothing(tiny_adapter: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_build_that_is_told_to_end_stops_its_builder_and_leaves_nothing(
+    tiny_adapter: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     pytest.importorskip("tensorrt_rtx")
-    place = tmp_path / "bundles"
-    command = ["-m", "coatrt", "build", tiny_adapter, "--target", "rtx-5090", "-o", place / "b", "--no-cache"]
-    process = subprocess.Popen([sys.executable, *map(str, command)], stderr=subprocess.PIPE, text=True)
+    place, temporary = tmp_path / "bundles", tmp_path / "tmp"
+    temporary.mkdir()
+
+    def start(*options: str) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-m", "coatrt", "build", str(tiny_adapter), "-o", str(place / "b"), *options]
+        environment = {**os.environ, "TMPDIR": str(temporary)}
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+
+    process = start("--target", "rtx-5090", "--no-cache")
     try:
         workers: list[psutil.Process] = []
         deadline = time.monotonic() + 120
@@ -28,12 +37,21 @@ def test_a_build_that_is_terminated_stops_its_builder_and_leaves_nothing(tiny_ad
                 child for child in psutil.Process(process.pid).children() if "worker" in " ".join(child.cmdline())
             ]
         assert workers, "no builder was started"
-        process.send_signal(signal.SIGTERM)
+        if number == signal.SIGKILL:
+            time.sleep(0.5)  # it asks the system to end with its parent first of all
+        process.send_signal(number)
         _, said = process.communicate(timeout=60)
-        assert process.returncode == 143
-        assert said.strip() == "coatrt: terminated"
+        assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
+        assert not said
         assert psutil.wait_procs(workers, timeout=30)[1] == []
-        assert list(place.iterdir()) == []
+        assert [path.name for path in temporary.iterdir() if "coatrt" in path.name] == []
+        if number == signal.SIGKILL:
+            assert list(place.iterdir())
+            again = start("--target", "cpu")
+            again.communicate(timeout=60)
+            assert (again.returncode, [path.name for path in place.iterdir()]) == (0, ["b"])
+        else:
+            assert list(place.iterdir()) == []
     finally:
         process.kill()
 

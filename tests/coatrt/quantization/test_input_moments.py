@@ -12,6 +12,7 @@ from coatrt.models.checkpoint import Checkpoint
 from coatrt.models.modules import load_model
 from coatrt.quantization import input_moments as calibration
 from coatrt.quantization.input_moments import Calibration, InputMoments, calibration_examples, tokens_wanted
+from coatrt.system import disk
 from support.tiny import save_tiny_llama
 
 TOKENS = torch.randint(0, 272, (6, 20), generator=torch.Generator().manual_seed(0))
@@ -136,3 +137,29 @@ def test_short_examples_make_up_in_number() -> None:
     assert sum(used) >= 18 > sum(used[:-1])
     assert len(set(found.tokens[:, 0].tolist())) == len(used)
     assert Calibration.of(found).tokens.numel() > 18 - 6
+
+
+def test_moments_that_cannot_be_kept_are_measured_one_by_one(
+    tiny_llama: Path,
+    expected: dict[str, torch.Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("COATRT_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(disk, "_warned", [])
+    runs: list[int] = []
+    measure = calibration.measure_moments
+
+    def counted(model, tokens, names, *options):  # type: ignore[no-untyped-def]
+        runs.append(len(names))
+        return measure(model, tokens, names, *options)
+
+    monkeypatch.setattr(calibration, "measure_moments", counted)
+    moments = InputMoments(Checkpoint.open(tiny_llama), Calibration(TOKENS))
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"]
+    for name in names:
+        torch.testing.assert_close(moments.get(name).double(), expected[name], rtol=1e-5, atol=1e-5)
+    assert runs[1:] == [1]
+    assert len(capsys.readouterr().err.splitlines()) == 1

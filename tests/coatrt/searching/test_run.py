@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -110,10 +111,39 @@ def test_a_second_search_at_once_is_refused(directory: Path, tiny_llama: Path) -
         said.append(run_program(_SEARCH, directory, tiny_llama).stdout)
 
     archive, _ = search(directory, text_data(tiny_llama, TEXT, TEXT), evaluations=2, blocks=2, progress=begin_another)
-    assert said == ["archive.json is being written by another search of this adapter; wait for its end\n"] * 2
+    assert said == ["adapter is being written by another training or search; wait for its end\n"] * 2
     assert len(archive) == 2
     search(directory, text_data(tiny_llama, TEXT, TEXT), evaluations=3, blocks=2)  # the lock is free again
     assert len(Archive.load(directory / "archive.json")) == 3
+
+
+def test_a_search_and_a_training_of_the_same_adapter_exclude_each_other(directory: Path, tiny_llama: Path) -> None:
+    said: list[str] = []
+    data = text_data(tiny_llama, TEXT, TEXT)
+
+    def refused(work: Callable[[], object]) -> None:
+        with pytest.raises(ConfigError, match="adapter is being written by another training or search; wait for") as e:
+            work()
+        said.append(str(e.value))
+
+    def train_over(*_: object) -> None:
+        refused(lambda: train(tiny_llama, data, directory, tiny_options(steps=1), overwrite=True))
+        refused(lambda: Adapter.from_pretrained(directory).save_pretrained(directory))
+
+    def search_beside(done: int, total: int, stage: str, *_: object) -> None:
+        if stage == "training":
+            refused(lambda: search(directory, data, evaluations=3, blocks=2))
+
+    search(directory, data, evaluations=2, blocks=2, progress=train_over)
+    assert len(said) >= 4
+    (directory / "notes").write_text("mine")
+    said.clear()
+    train(tiny_llama, data, directory, tiny_options(steps=2), overwrite=True, progress=search_beside)
+    assert len(said) == 2
+    assert adapter_archive(directory) is None
+    assert (directory / "notes").is_file()
+    search(directory, data, evaluations=2, blocks=2)
+    assert not list(directory.glob(".*"))
 
 
 _SEARCH = """

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from coatrt.errors import ConfigError
+from coatrt.system import files
 from coatrt.system.files import atomic_directory, atomic_file, sha256_file
+from coatrt.system.scratch import restore
+from support.kills import kill_at_each_step
 
 pytestmark = pytest.mark.fast
 
@@ -115,6 +119,7 @@ def test_a_swap_that_fails_leaves_the_old_directory(tmp_path: Path, monkeypatch:
             raise OSError("no")
         return rename(self, target)
 
+    monkeypatch.setattr(files, "_exchange", lambda *_: False)
     monkeypatch.setattr(Path, "rename", failing)
     with pytest.raises(OSError, match="no"), atomic_directory(path) as temporary:
         (temporary / "two").write_text("2")
@@ -132,3 +137,86 @@ def test_a_link_is_not_replaced(tmp_path: Path, there: bool) -> None:
     ):
         pass
     assert (tmp_path / "link").is_symlink()
+
+
+def _content(path: Path) -> dict[str, str]:
+    return {str(file.relative_to(path)): file.read_text() for file in path.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+@pytest.mark.parametrize("own", [None, ("a", "b")])
+def test_kill_9_at_any_step_leaves_the_old_directory_or_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool, own: tuple[str, ...] | None
+) -> None:
+    if not exchange:
+        monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    theirs = {"mine/deep/notes": "1", "mine/list": "2", "todo": "3"} if own else {}
+    old, new = {"a": "old", **theirs}, {"a": "new", "sub/b": "new", **theirs}
+
+    def replace() -> None:
+        with atomic_directory(tmp_path / "d", own) as temporary:
+            (temporary / "a").write_text("new")
+            (temporary / "sub").mkdir()
+            (temporary / "sub" / "b").write_text("new")
+
+    def begin() -> None:
+        for name, text in old.items():
+            (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "d" / name).write_text(text)
+
+    begin()
+    seen = []
+    for _ in kill_at_each_step(replace):
+        if not exchange:
+            restore(tmp_path / "d")
+        found = _content(tmp_path / "d")
+        assert found in (old, new)
+        seen.append(found == new)
+        replace()
+        assert _content(tmp_path / "d") == new
+        assert [entry.name for entry in tmp_path.iterdir()] == ["d"]
+        shutil.rmtree(tmp_path / "d")
+        begin()
+    assert len(seen) > 20 and set(seen) == {True, False}
+
+
+def test_kill_9_at_any_step_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
+    path, seen = tmp_path / "f", []
+
+    def replace() -> None:
+        with atomic_file(path) as temporary:
+            temporary.write_text("new")
+
+    path.write_text("old")
+    for _ in kill_at_each_step(replace):
+        seen.append(path.read_text())
+        replace()
+        assert [entry.name for entry in tmp_path.iterdir()] == ["f"]
+        path.write_text("old")
+    assert len(seen) > 8 and set(seen) == {"old", "new"}
+
+
+def test_files_of_others_stay_the_same_files_and_come_along_where_there_are_no_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "d"
+    path.mkdir()
+    (path / "mine").write_text("1")
+    (path / "mine").chmod(0o600)
+    (path / "link").symlink_to("nowhere")
+    number = (path / "mine").stat().st_ino
+    with atomic_directory(path, ()) as temporary:
+        (temporary / "a").write_text("a")
+        (path / "late").write_text("while the new one is made")
+    assert (path / "mine").stat().st_ino == number
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError("no links")
+
+    monkeypatch.setattr(os, "link", refused)
+    with atomic_directory(path, ()):
+        pass
+    assert (path / "mine").read_text() == "1"
+    assert (path / "mine").stat().st_mode & 0o777 == 0o600
+    assert (path / "link").readlink() == Path("nowhere")
+    assert (path / "late").is_file()

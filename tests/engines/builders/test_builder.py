@@ -1,6 +1,5 @@
 """Profiles and the real builder agree on every format at every edge; failures of the builder are one line."""
 
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -70,7 +69,7 @@ def test_one_engine_serves_several_gpus(graphs: Path, tmp_path: Path) -> None:
 
 
 def test_formats_are_refused_before_the_builder(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("the builder was called"))
+    monkeypatch.setattr(builder, "run_child", lambda *_: pytest.fail("the builder was called"))
     model = Checkpoint.open(tiny_llama).matrices
     with pytest.raises(FormatError, match=r"rtx-3060 \(SM86\) cannot run fp8 .* and 14 more .* needs SM89 or later"):
         check_formats(QuantConfig.uniform(model, "fp8"), device_profile("rtx-3060"))
@@ -94,11 +93,11 @@ def test_a_refusal_names_the_reason_and_leaves_nothing(graphs: Path, tmp_path: P
 
 
 def test_a_dying_builder_is_one_error(graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def died(*_: object, **__: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.CompletedProcess([], -11, "", "[E] something native\nSegmentation fault\n")
+    def died(*_: object) -> tuple[str, int]:
+        return "[E] something native\nSegmentation fault\n", -11
 
     monkeypatch.setattr(builder, "installed_builder", lambda _: "1.0")
-    monkeypatch.setattr(builder.subprocess, "run", died)
+    monkeypatch.setattr(builder, "run_child", died)
     with pytest.raises(BuildError, match=r"something native.*signal 11"):
         build_engine(graphs / "int8" / "base.onnx", tmp_path / "e.engine", device_profile("rtx-3060"))
     assert not any(tmp_path.iterdir())
