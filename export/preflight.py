@@ -25,8 +25,9 @@ from coatrt.models.spec import DecoderSpec
 from coatrt.models.transformers_config import complete_config
 from coatrt.quantization.codec import encode
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.system.disk import cache_directory
+from coatrt.system.disk import cache_directory, writing
 from coatrt.system.progress import Progress, silent
+from coatrt.system.scratch import scratch
 
 __all__ = ["TOLERANCE", "compare", "preflight"]
 
@@ -190,10 +191,11 @@ class _Part:
         options.enable_cpu_mem_arena = False
         length, zeros = ids.shape[1], np.zeros(1, np.int64)
         cache = np.zeros((1, spec.kv_heads, length, spec.head_dim), np.float32)
-        with tempfile.TemporaryDirectory(prefix="coatrt-") as scratch:
+        place = Path(tempfile.gettempdir())
+        with writing(place), scratch(place, "preflight") as directory:
             tied = self._checkpoint.matrices.tied
-            write_graphs(Path(scratch), spec, encoded, small, [form], [max(starts) + length], tied=tied)
-            session = ort.InferenceSession(f"{scratch}/cpu.onnx", options, providers=["CPUExecutionProvider"])
+            write_graphs(directory, spec, encoded, small, [form], [max(starts) + length], tied=tied)
+            session = ort.InferenceSession(str(directory / form.file), options, providers=["CPUExecutionProvider"])
             feeds = {
                 "input_ids": ids.numpy(),
                 "write_index": zeros,

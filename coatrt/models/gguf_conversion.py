@@ -7,8 +7,10 @@ import io
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from coatrt.errors import CheckpointError, CoatError, reason
@@ -19,10 +21,11 @@ from coatrt.system.files import atomic_directory, sha256_file
 from coatrt.system.json_data import read_as, write_json
 from coatrt.system.scratch import scratch
 
-__all__ = ["convert_gguf"]
+__all__ = ["check_conversion", "convert_gguf"]
 
 _VERSION = 3  # of what a file is converted to
 _SEAL = "sha256.json"  # name of each file → its hash
+_INDEX = "model.safetensors.index.json"
 _SHARD = 2 << 30  # bytes
 _elsewhere: dict[Path, Path] = {}  # conversions that the cache could not hold, by their place there
 _until_exit = contextlib.ExitStack()
@@ -51,6 +54,19 @@ def convert_gguf(path: Path) -> Path:
     _elsewhere[target] = directory / target.name
     _convert(model, _elsewhere[target])
     return _elsewhere[target]
+
+
+def check_conversion(path: Path, directory: Path) -> None:
+    """Refuse a conversion whose tensors are not those of its GGUF file, decoded anew.
+
+    Raises:
+        CheckpointError: they differ; or see `GgufModel`.
+    """
+    index = read_as(directory / _INDEX, dict[str, Any], "shard index", "convert it again")["weight_map"]
+    for name, tensor in GgufModel(path).tensors():
+        with safe_open(str(directory / index[name]), framework="pt") as shard:
+            if not torch.equal(shard.get_tensor(name), tensor):
+                raise CheckpointError(f"{directory}: {name} is not what {path} holds; remove that directory")
 
 
 def _convert(model: GgufModel, target: Path) -> None:
@@ -92,7 +108,7 @@ def _write_shards(model: GgufModel, directory: Path) -> None:
         shard[name] = tensor
         held += tensor.nbytes
     flush()
-    write_json(directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": weights})
+    write_json(directory / _INDEX, {"metadata": {}, "weight_map": weights})
 
 
 def _write_tokenizer(model: GgufModel, directory: Path) -> None:

@@ -5,9 +5,17 @@ from pathlib import Path
 from coatrt.errors import CheckpointError, reason
 from coatrt.models.gguf_conversion import convert_gguf
 
-__all__ = ["locate"]
+__all__ = ["gguf_file", "locate"]
 
 _HUB_FILES = ["*.json", "model*.safetensors", "*.model", "*.jinja", "*.txt"]
+
+
+def gguf_file(path: Path) -> Path | None:
+    """Return the GGUF file that a path means: itself, or the only one of a directory without config.json."""
+    if path.is_dir() and not (path / "config.json").is_file():
+        found = sorted(path.glob("*.gguf"))
+        return found[0] if len(found) == 1 else None
+    return path if path.is_file() and path.suffix == ".gguf" else None
 
 
 def locate(source: str) -> Path:
@@ -17,16 +25,14 @@ def locate(source: str) -> Path:
         CheckpointError: nothing is there, or it cannot be read.
     """
     path = Path(source).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
-        return convert_gguf(path)
+    if (file := gguf_file(path)) is not None:
+        return convert_gguf(file)
     if path.is_dir():
         if (path / "config.json").is_file():
             return path
-        found = sorted(path.glob("*.gguf"))
-        if len(found) == 1:
-            return convert_gguf(found[0])
         raise CheckpointError(
-            f"{path} has no config.json and {len(found)} GGUF files; give a Hugging Face directory or one GGUF file"
+            f"{path} has no config.json and {len(list(path.glob('*.gguf')))} GGUF files; give a Hugging Face directory "
+            "or one GGUF file"
         )
     if path.exists():
         raise CheckpointError(f"not a model: {path}; give a Hugging Face directory, a GGUF file or a hub name")

@@ -172,6 +172,8 @@ def _against_torch(
 
     from coatrt.evaluation.fake_quant import FakeQuantModel
     from coatrt.models.checkpoint import Checkpoint
+    from coatrt.models.gguf_conversion import check_conversion
+    from coatrt.models.sources import gguf_file
     from coatrt.quantization.code_cache import CodeStore
 
     facts = bundle.manifest["model"]
@@ -188,6 +190,9 @@ def _against_torch(
             f"{checkpoint.directory} has the fingerprint {checkpoint.fingerprint}, not {facts['fingerprint']}; "
             "give the bundle's model (--model)"
         )
+    source = gguf_file(Path(model if model is not None else facts["source"]).expanduser())
+    if source is not None:  # the file itself, not our conversion of it, is what the bundle claims to be
+        check_conversion(source, checkpoint.directory)
     reference = FakeQuantModel(checkpoint, CodeStore(checkpoint))
     errors, compared = bundle.manifest["configuration"]["errors"], 0
     for name, held in held_weights(bundle.decoder("cpu")[0], bundle.model_matrices):

@@ -1,6 +1,6 @@
 """Models whose config.json or tensors say something odd: refused, or the graph computes what transformers does.
 
-python tests/campaigns/configs.py [--models llama,qwen2] [--every N] [--json FILE]
+python tests/campaigns/configs.py [--models llama,qwen2] [--every N] [--short] [-o FILE]
 """
 
 import argparse
@@ -226,12 +226,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--every", type=int, default=1, help="try one variant in N")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--short", action="store_true", help="three models, one variant in 20")
+    parser.add_argument("-o", "--output", type=Path, help="JSON of the outcomes")
     options = parser.parse_args()
-    counts, wrong = campaign(options.models.split(","), options.every)
+    models = "qwen2-window-yarn,granite,mistral-window" if options.short else options.models
+    counts, wrong = campaign(models.split(","), 20 if options.short else options.every)
     print(f"{sum(counts.values())} variants: {dict(counts)}")
-    if options.json:
-        options.json.write_text(json.dumps({"variants": sum(counts.values()), "outcomes": counts, "wrong": wrong}))
+    if options.output:
+        options.output.write_text(json.dumps({"variants": sum(counts.values()), "outcomes": counts, "wrong": wrong}))
     sys.exit(bool(wrong))
 
 

@@ -28,7 +28,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in sys.path]
 
-from campaigns.inputs import make_inputs, reseal  # noqa: E402
+from campaigns.inputs import SEALED, make_inputs, reseal, seal_again  # noqa: E402
 from campaigns.mutate import mutate  # noqa: E402
 
 __all__ = ["COMMANDS", "KINDS", "Campaign", "run_command"]
@@ -41,9 +41,10 @@ class Hang(BaseException):
 
 
 def _model(path: Path) -> None:
-    from coatrt.models.checkpoint import Checkpoint, load_model
+    from coatrt.models.checkpoint import Checkpoint
     from coatrt.models.config_file import end_tokens
     from coatrt.models.exportable import check_exportable
+    from coatrt.models.modules import load_model
     from coatrt.models.spec import DecoderSpec
 
     checkpoint = Checkpoint.open(path)
@@ -55,7 +56,7 @@ def _model(path: Path) -> None:
 
 def _tokenizer(path: Path) -> None:
     from coatrt.engines.runtime.generate import encode_prompt
-    from coatrt.models.checkpoint import load_tokenizer
+    from coatrt.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(path)
     encode_prompt(tokenizer, "hé <|end|>")
@@ -66,7 +67,7 @@ def _tokenizer(path: Path) -> None:
 def _data(kind: str) -> Callable[[Path], None]:
     def read(path: Path) -> None:
         from coatrt.data.registry import load_task
-        from coatrt.models.checkpoint import load_tokenizer
+        from coatrt.models.tokenizer import load_tokenizer
 
         load_task(kind, [path], load_tokenizer(path.parent / "model"), 64).check_rows(272)
 
@@ -104,8 +105,7 @@ def _report(path: Path) -> None:
 
 
 def _bundle(path: Path) -> None:
-    from coatrt.bundle import Bundle
-    from coatrt.engines.runtime.emitter import Emitter, load_lora
+    from coatrt.engines.runtime.emitter import Emitter
     from coatrt.engines.runtime.generate import generate
     from coatrt.engines.runtime.load import load_decoder
 
@@ -117,9 +117,6 @@ def _bundle(path: Path) -> None:
 
 
 def _lora(path: Path) -> None:
-    from coatrt.bundle import Bundle
-    from coatrt.engines.runtime.emitter import load_lora
-
     load_lora(path, Bundle.open(path.parent / "bundle").contract)
 
 
@@ -218,6 +215,8 @@ class Campaign:
         parts = Path(kind).parts
         if parts[0] in ("adapter", "bundle") and rng.random() < 0.9:
             reseal(self.work / parts[0], str(Path(*parts[1:])))
+        elif kind in SEALED and rng.random() < 0.9:
+            seal_again(self.work / kind)
 
     def restore(self, kind: str) -> None:
         """Undo `mutate`."""
@@ -243,7 +242,9 @@ class Campaign:
         self.restore(kind)
 
     def _outcome(self, kind: str, number: int, call: Callable[[], object]) -> None:
-        from coatrt.errors import CoatError
+        from coatrt.bundle import Bundle
+from coatrt.engines.runtime.lora_file import load_lora
+from coatrt.errors import CoatError
 
         outcome, fault = "works", None
         try:

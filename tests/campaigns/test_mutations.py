@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from campaigns.inputs import reseal
+from campaigns.inputs import reseal, seal_again
 from campaigns.mutate import mutate
 from campaigns.mutations import COMMANDS, KINDS, Campaign, run_command
 from coatrt.errors import CoatError
@@ -60,7 +60,7 @@ DAMAGED: dict[str, tuple[str, Callable[[Any], Any], str, str]] = {
     "contract": ("bundle/lora_io.json", lambda c: renamed(c), "adapt", "does not fit its contract"),
     "contract to run": ("bundle/lora_io.json", lambda c: renamed(c), "run", "cpu.onnx has no input another"),
     "deep": ("configuration.json", lambda _: "[" * 100000, "adapt", "configuration.json is not JSON"),
-    "archive a list": ("adapter/archive.json", lambda _: [], "plan", "archive.json has format None"),
+    "archive a list": ("adapter/archive.json", lambda _: [], "plan", "archive.json has no seal"),
     "timings twice": ("cpu.json", lambda t: {**t, "products": t["products"] * 2}, "plan-cpu", "name something twice"),
     "timings null": ("cpu.json", lambda _: None, "plan-cpu", "cpu.json"),
 }
@@ -84,7 +84,9 @@ def test_damaged_inputs_are_one_line_of_a_command(case: str, campaign: Campaign)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(made if isinstance(made, str) else json.dumps(made))
     parts = Path(kind).parts
-    if len(parts) > 1:
+    if kind == "cpu.json":
+        seal_again(target)
+    elif len(parts) > 1:
         reseal(campaign.work / parts[0], str(Path(*parts[1:])))
     try:
         with pytest.raises(CoatError, match=re.escape(said)):
@@ -97,7 +99,7 @@ def test_damaged_inputs_are_one_line_of_a_command(case: str, campaign: Campaign)
 
 def test_a_training_state_of_another_type_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("[]")
-    with pytest.raises(CoatError, match=r"run\.json is garbled"):
+    with pytest.raises(CoatError, match=r"run\.json has no seal"):
         check_state(tmp_path, "x")
 
 

@@ -146,7 +146,7 @@ def content(directory: Path) -> dict[str, Any]:
         found[name] = path.read_bytes()
         if path.name in ("adapter.json", "metrics.json", "manifest.json"):
             value = json.loads(found[name])
-            for measured in ("seconds", "sha256", "engines", "fingerprint"):  # the last hashes sources
+            for measured in ("seconds", "sha256", "engines", "fingerprint", "seal"):  # the last hashes sources
                 value.pop(measured, None)
             for file in [file for file in value.get("files", ()) if file.endswith(".engine")]:
                 del value["files"][file]

@@ -14,7 +14,7 @@ __all__ = ["alter_sealed", "seal_text"]
 def seal_text(text: str) -> str:
     """Return a text with a seal in front, whether that gives JSON or not."""
     rest = text.removeprefix("{").removeprefix("\n")
-    return f'{{\n "seal": "{hashlib.sha256(rest.encode()).hexdigest()}",\n{rest}'
+    return f'{{\n "seal": "{hashlib.sha256(rest.encode("utf-8", "surrogateescape")).hexdigest()}",\n{rest}'
 
 
 def alter_sealed(path: Path, change: Callable[[Any], Any]) -> None:

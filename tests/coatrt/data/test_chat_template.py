@@ -12,7 +12,7 @@ from coatrt.data import chat_template as module
 from coatrt.data.chat_template import ChatTemplate, Refusal, Rendering, chat_template
 from coatrt.engines.runtime.generate import encode_prompt
 from coatrt.errors import ConfigError
-from coatrt.models.checkpoint import load_tokenizer
+from coatrt.models.tokenizer import load_tokenizer
 
 MESSAGES = [{"role": "user", "content": "hï\ud83d"}]
 

@@ -12,7 +12,7 @@ from coatrt.data.examples import IGNORED
 from coatrt.data.jsonl import Line
 from coatrt.data.registry import load_task
 from coatrt.errors import ConfigError
-from coatrt.models.checkpoint import load_tokenizer
+from coatrt.models.tokenizer import load_tokenizer
 
 USER, YES = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
 CALL = {"id": "c1", "type": "function", "function": {"name": "sum", "arguments": '{"b": 1, "a": 2}'}}

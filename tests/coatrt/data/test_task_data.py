@@ -10,7 +10,7 @@ import pytest
 from coatrt.adapter.adapter import Adapter, Evaluator
 from coatrt.data.registry import load_task
 from coatrt.errors import ConfigError
-from coatrt.models.checkpoint import load_tokenizer
+from coatrt.models.tokenizer import load_tokenizer
 from coatrt.searching.run import search
 from coatrt.training.run import train
 from support.tiny import text_data, tiny_options

@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from coatrt.errors import CheckpointError
 from coatrt.models import gguf_conversion
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.models.gguf_conversion import convert_gguf
@@ -38,6 +40,17 @@ def test_any_flipped_byte_of_a_conversion_makes_it_again(file: Path) -> None:
     (made / "model-00002.safetensors").write_bytes(b"")  # a file that was not there
     convert_gguf(file)
     assert {path.name for path in made.iterdir()} == set(contents)
+
+
+def test_a_conversion_is_compared_with_its_file(file: Path) -> None:
+    made = convert_gguf(file)
+    gguf_conversion.check_conversion(file, made)
+    shard = next(made.glob("*.safetensors"))
+    tensors = load_file(shard)
+    tensors["model.norm.weight"] *= 1.001
+    save_file(tensors, shard)
+    with pytest.raises(CheckpointError, match=r"model.norm.weight is not what .*m.gguf holds"):
+        gguf_conversion.check_conversion(file, made)
 
 
 def test_a_large_model_is_written_in_shards(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
