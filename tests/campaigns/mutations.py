@@ -41,10 +41,9 @@ class Hang(BaseException):
 
 
 def _model(path: Path) -> None:
-    from coatrt.models.checkpoint import Checkpoint
+    from coatrt.models.checkpoint import Checkpoint, load_model
     from coatrt.models.config_file import end_tokens
     from coatrt.models.exportable import check_exportable
-    from coatrt.models.modules import load_model
     from coatrt.models.spec import DecoderSpec
 
     checkpoint = Checkpoint.open(path)
@@ -105,19 +104,20 @@ def _report(path: Path) -> None:
 
 
 def _bundle(path: Path) -> None:
+    import coatrt
     from coatrt.engines.runtime.emitter import Emitter
-    from coatrt.engines.runtime.generate import generate
-    from coatrt.engines.runtime.load import load_decoder
 
-    bundle = Bundle.open(path)
+    bundle = coatrt.Bundle.open(path)
     Emitter.of(bundle, 1).emit(bundle.config)
-    decoder = load_decoder(bundle, context=16, threads=1)
-    decoder.set_lora(load_lora(bundle.path(bundle.manifest.get("lora", "lora.safetensors")), bundle.contract))
-    generate(decoder, [[1, 2, 3]], max_tokens=2, stop=bundle.manifest["model"]["stop_tokens"])
+    decoder = coatrt.load_decoder(bundle, context=16, threads=1)
+    decoder.set_lora(coatrt.load_lora(bundle.path(bundle.manifest.get("lora", "lora.safetensors")), bundle.contract))
+    coatrt.generate(decoder, [[1, 2, 3]], max_tokens=2, stop=bundle.manifest["model"]["stop_tokens"])
 
 
 def _lora(path: Path) -> None:
-    load_lora(path, Bundle.open(path.parent / "bundle").contract)
+    import coatrt
+
+    coatrt.load_lora(path, coatrt.Bundle.open(path.parent / "bundle").contract)
 
 
 def _timings(path: Path) -> None:
@@ -242,9 +242,7 @@ class Campaign:
         self.restore(kind)
 
     def _outcome(self, kind: str, number: int, call: Callable[[], object]) -> None:
-        from coatrt.bundle import Bundle
-from coatrt.engines.runtime.lora_file import load_lora
-from coatrt.errors import CoatError
+        from coatrt.errors import CoatError
 
         outcome, fault = "works", None
         try:
