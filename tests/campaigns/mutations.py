@@ -41,9 +41,10 @@ class Hang(BaseException):
 
 
 def _model(path: Path) -> None:
-    from coatrt.models.checkpoint import Checkpoint, load_model
+    from coatrt.models.checkpoint import Checkpoint
     from coatrt.models.config_file import end_tokens
     from coatrt.models.exportable import check_exportable
+    from coatrt.models.modules import load_model
     from coatrt.models.spec import DecoderSpec
 
     checkpoint = Checkpoint.open(path)

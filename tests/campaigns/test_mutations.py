@@ -25,14 +25,14 @@ def campaign(tmp_path_factory: pytest.TempPathFactory) -> Campaign:
 
 
 def test_mutated_inputs_work_or_are_refused_in_one_line(campaign: Campaign) -> None:
-    kinds = [kind for kind in campaign.kinds if kind not in SLOW and "tokenizer" not in kind]
+    kinds = [kind for kind in campaign.kinds if kind not in SLOW]
     for i in range(130):
         campaign.read(kinds[i % len(kinds)], i // len(kinds))
     for i, kind in enumerate(("configuration.json", "bundle/manifest.json", "adapter/archive.json", "chat.jsonl")):
         campaign.command(kind, i)
     assert campaign.faults == {}
     total = campaign.result()["outcomes"]
-    assert total["works"] > 10 and total["refused"] > 50
+    assert total["works"] > 5 and total["refused"] > 50
 
 
 PLAN = {"binds": "x", "memory_bytes": {}}
