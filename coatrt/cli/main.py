@@ -74,13 +74,15 @@ def main() -> None:
 def _run() -> int:
     """Run the command and return its exit code, whatever happens."""
     try:
-        code = cli.main(standalone_mode=False)
+        code = cli.main(prog_name="coatrt", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except click.exceptions.Abort as error:  # click's word for Ctrl-C
         return _ending(error.__cause__ or error)
     except click.ClickException as error:
         with suppress(OSError):
-            error.show()
+            context = error.ctx if isinstance(error, click.UsageError) else None
+            help = f"; {context.command_path} --help lists what is allowed" if context is not None else ""
+            streams.say(f"{error.format_message().rstrip('.')}{help}")
         return error.exit_code
     except SystemExit:
         raise

@@ -23,7 +23,7 @@ class _Pin(click.ParamType[tuple[str, str]]):
             return value
         pattern, sign, text = str(value).rpartition("=")
         if not (sign and pattern and text):
-            self.fail(f"{value!r} is no pin; give MATRIX=FORMAT, like lm_head=int8 or '.*down_proj=int8'", param, ctx)
+            self.fail(f"{value!r} is no pin; give MATRIX=FORMAT, like lm_head=int8 or '*down_proj=int8'", param, ctx)
         return pattern, text
 
 

@@ -122,6 +122,7 @@ def command(
     from coatrt.cli.progress import drawn_progress
     from coatrt.data.registry import load_task
     from coatrt.models.checkpoint import Checkpoint
+    from coatrt.models.spec import DecoderSpec
     from coatrt.models.tokenizer import load_tokenizer
     from coatrt.system.resources import compute_device
     from coatrt.training.calibration import few_tokens_notice
@@ -131,6 +132,7 @@ def command(
     warn_of_idle_gpu(device)
     options = TrainOptions(**choices)
     checkpoint = Checkpoint.open(model)
+    DecoderSpec.from_config(checkpoint.config)  # what is wrong there is not the tokenizer's fault
     tokenizer = load_tokenizer(checkpoint.directory)
     with drawn_progress("train") as progress:
         loaded = load_task(task, data, tokenizer, options.max_length, held_out=held_out or None, progress=progress)

@@ -48,7 +48,13 @@ class Checkpoint:
             CheckpointError: nothing is there, it is damaged, or it is not safetensors.
         """
         directory = locate(str(source))
-        return cls(directory, read_config(directory), stored_tensors(directory))
+        config, tensors = read_config(directory), stored_tensors(directory)
+        layers = config.get("num_hidden_layers")
+        if isinstance(layers, int) and layers > len(tensors):  # transformers would make them all
+            raise CheckpointError(
+                f"{directory / 'config.json'} says {layers} layers, the files hold {len(tensors)} tensors; correct it"
+            )
+        return cls(directory, config, tensors)
 
     @property
     def model_type(self) -> str:
@@ -69,21 +75,22 @@ class Checkpoint:
             rows: of its first dimension; None: all.
 
         Raises:
-            CheckpointError: there is no such tensor, or its file is damaged.
+            CheckpointError: there is no such tensor, it holds values that are not finite, or its file is damaged.
         """
         if name not in self.tensors:
             raise CheckpointError(
                 f"{self.directory} has no tensor {name}; the checkpoint is incomplete or of another family"
             )
+        file = self.tensors[name].file
         try:
-            with safe_open(str(self.tensors[name].file), framework="pt") as shard:
+            with safe_open(str(file), framework="pt") as shard:
                 view = shard.get_tensor(name) if rows is None else shard.get_slice(name)[rows]
                 tensor: torch.Tensor = view.clone()
-                return tensor
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{self.tensors[name].file} cannot be read ({reason(error)}); fetch the file again"
-            ) from None
+            raise CheckpointError(f"{file} cannot be read ({reason(error)}); fetch the file again") from None
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{file}: {name} holds values that are not finite; fetch the model again")
+        return tensor
 
     @cached_property
     def fingerprint(self) -> str:

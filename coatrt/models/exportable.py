@@ -4,6 +4,7 @@ import torch
 
 from coatrt.errors import CheckpointError
 from coatrt.models.checkpoint import Checkpoint
+from coatrt.models.config_file import end_tokens
 from coatrt.models.matrices import EMBEDDING, HEAD
 from coatrt.models.modules import empty_model
 from coatrt.models.spec import DecoderSpec
@@ -19,6 +20,7 @@ def check_exportable(checkpoint: Checkpoint, spec: DecoderSpec) -> None:
         spec: what it computes.
 
     Raises:
+        ConfigError: its end tokens cannot be read.
         CheckpointError: see `check_tensors`; or its heads have a width that ONNX Runtime's attention does not take.
     """
     if spec.head_dim % 8:
@@ -27,6 +29,7 @@ def check_exportable(checkpoint: Checkpoint, spec: DecoderSpec) -> None:
             "of 8; give another model"
         )
     check_tensors(checkpoint)
+    end_tokens(checkpoint.directory, checkpoint.config)
 
 
 def check_tensors(checkpoint: Checkpoint) -> None:
@@ -60,6 +63,8 @@ def check_tensors(checkpoint: Checkpoint) -> None:
                 f"{checkpoint.directory}: {name} has the shape {list(given[name])}, config.json says {list(shape)}; "
                 "correct config.json or fetch the model again"
             )
+        if len(shape) < 2:  # matrices are read before the first step; reading refuses what is not finite
+            checkpoint.tensor(name)
 
 
 def _check_tied_head(checkpoint: Checkpoint, table: str, head: str) -> None:

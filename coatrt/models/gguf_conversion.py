@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from coatrt.errors import CheckpointError, CoatError, reason
 from coatrt.models.gguf_file import GgufModel
+from coatrt.models.spec import DecoderSpec
 from coatrt.models.transformers_config import quiet_transformers
 from coatrt.system.disk import cache_directory, cache_writing
 from coatrt.system.files import atomic_directory, sha256_file
@@ -73,6 +74,7 @@ def _convert(model: GgufModel, target: Path) -> None:
     with atomic_directory(target) as temporary:
         write_json(temporary / "config.json", model.config)
         write_json(temporary / "generation_config.json", {"eos_token_id": model.end_tokens})
+        DecoderSpec.from_config(model.config)  # what is wrong there is not the tokenizer's fault
         _write_tokenizer(model, temporary)
         _write_shards(model, temporary)
         write_json(temporary / _SEAL, {file.name: sha256_file(file) for file in sorted(temporary.iterdir())})

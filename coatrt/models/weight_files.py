@@ -47,6 +47,8 @@ def weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
         return [directory / _WHOLE], None
     if not (directory / _INDEX).is_file():
         others = sorted(path.name for path in directory.iterdir() if path.suffix in (".safetensors", ".bin", ".pth"))
+        if (directory / _WHOLE).is_symlink():
+            raise CheckpointError(f"{directory / _WHOLE} is a link to a file that is not there; fetch the model again")
         hint = f"it has {', '.join(others[:3])}" if others else "there is none"
         raise CheckpointError(
             f"{directory} needs {_WHOLE} or {_INDEX}, and {hint}; pickled weights are never loaded: "
@@ -55,7 +57,7 @@ def weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
     index = read_as(directory / _INDEX, _ShardIndex, "shard index", "download the file again", CheckpointError)
     names = sorted(set(index["weight_map"].values()))
     for name in names:
-        if Path(name).name != name:
+        if not name or Path(name).name != name:
             raise CheckpointError(f"{directory / _INDEX} names {name!r}, which lies elsewhere; do not use this model")
         if not (directory / name).is_file():
             raise CheckpointError(f"{directory / name} is missing though the index names it; fetch the model again")
@@ -91,6 +93,11 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
 
 
 def _header(path: Path) -> dict[str, StoredTensor]:
+    try:
+        with path.open("rb"):  # safetensors does not say that permission is missing
+            pass
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}; give a path of readable files") from None
     try:
         with safe_open(str(path), framework="np") as shard:
             found = {}

@@ -82,12 +82,13 @@ class CodeStore:
             return self._held[key]
         kind = f"v{QUANTIZER_VERSION}-mse" if self._is_plain(name) else self._key
         path = self._root / kind / str(fmt) / f"{name}.safetensors"
-        found = _read(path, fmt, matrix.N, matrix.K) if fmt.has_scales else None
+        place = path.relative_to(self._root.parent).as_posix()  # a file under another name is another matrix
+        found = _read(path, place, fmt, matrix.N, matrix.K) if fmt.has_scales else None
         if found is None:
             found = self._encode(name, fmt)
             if fmt.has_scales:
                 with cache_writing():
-                    write_tensors(path, found.tensors, {"constant": found.constant.hex()})
+                    write_tensors(path, found.tensors, {"constant": found.constant.hex(), "place": place})
         self._held[key] = found
         self._bytes += found.nbytes
         while self._bytes > _LEAST and free_memory() < _LEFT_FREE:
@@ -109,7 +110,7 @@ class CodeStore:
         return self._moments is None or (name == EMBEDDING and not matrices.tied)
 
 
-def _read(path: Path, fmt: WeightFormat, N: int, K: int) -> QuantizedMatrix | None:
+def _read(path: Path, place: str, fmt: WeightFormat, N: int, K: int) -> QuantizedMatrix | None:
     """Return the matrix in a cache file, or None where the file is missing or damaged and has to be made again."""
     found = read_tensors(path)
     if found is None:
@@ -119,6 +120,6 @@ def _read(path: Path, fmt: WeightFormat, N: int, K: int) -> QuantizedMatrix | No
         codes, constant = tensors["codes"], float.fromhex(metadata["constant"])
     except (KeyError, ValueError):
         return None
-    if codes.shape != (N, fmt.padded(K)):
+    if metadata.get("place") != place or codes.shape != (N, fmt.padded(K)):
         return None
     return QuantizedMatrix(fmt, N, K, codes, tensors.get("scales"), tensors.get("super_scales"), constant)

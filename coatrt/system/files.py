@@ -30,10 +30,17 @@ def _fsync(path: Path) -> None:
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield the path of an empty file beside `path`; on success it is synced and renamed to `path`, on error removed.
 
+    A link stays: the file it names is replaced.
+
     Raises:
+        ConfigError: `path` is a device, a pipe or a directory.
         DiskError: the disk is full or read-only, or permissions are missing.
     """
     path = Path(path)
+    if path.is_symlink():
+        path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path} is no regular file and cannot be replaced by one; give the path of a file")
     with writing(path), scratch(path.parent, path.name) as directory:
         temporary = directory / "new"
         temporary.write_bytes(b"")

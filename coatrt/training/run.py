@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from coatrt.configs.lora_contract import LoraContract, contract_for
 from coatrt.configs.space import ConfigSpace
 from coatrt.data.examples import Examples
 from coatrt.data.task_data import TaskData
-from coatrt.errors import ConfigError
+from coatrt.errors import CheckpointError, ConfigError
 from coatrt.evaluation.curvature import measure_sensitivity, output_gains
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.evaluation.sensitivity_table import Sensitivity
@@ -237,6 +238,10 @@ def _measure(run: _Run, model: FakeQuantModel, codes: CodeStore) -> Sensitivity:
         if not path.is_file():
             _encode(run, codes)
             measured = measure_sensitivity(model, codes, run.sensitivity_examples, run.space.formats, run.progress)
+            if not all(isfinite(cost) for row in measured.costs.values() for cost in row.values()):
+                raise CheckpointError(
+                    f"{run.checkpoint.directory}: its outputs are not finite numbers; a norm or bias is beyond measure"
+                )
             write_json(path, measured, sealed=True)
     run.processes.wait()
     return read_as(path, Sensitivity, "sensitivities", "remove the file to measure them again", sealed=True)

@@ -109,7 +109,7 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, numbers: bool = T
     if config.hash != bundle.manifest["configuration"]["hash"]:
         raise BundleError(f"{directory}: configuration.json is not the configuration of the manifest; build it again")
     errors = bundle.manifest["configuration"]["errors"]
-    if lacking := [tensor.matrix for tensor in contract.tensors if tensor.matrix not in errors]:
+    if lacking := [name for name in bundle.model_matrices.names if name not in errors]:
         raise BundleError(
             f"{directory}: the manifest lacks the errors of {len(lacking)} matrices, like {lacking[0]}, by which "
             "weights are compared; build the bundle again"

@@ -13,7 +13,7 @@ from coatrt.configs.lora_contract import DecoderIO, LoraContract
 from coatrt.devices.environment import usable_cores
 from coatrt.engines.runtime.decoder import CachedDecoder
 from coatrt.engines.runtime.options import RuntimeOptions
-from coatrt.errors import BuildError, ConfigError
+from coatrt.errors import BuildError, BundleError, ConfigError
 
 __all__ = ["OrtDecoder", "session"]
 
@@ -33,7 +33,7 @@ def session(graph: Path, threads: int | None = None, accuracy_level: int = 0) ->
         BuildError: ONNX Runtime refuses the graph.
     """
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what it refuses comes back as an error
     options.intra_op_num_threads = threads or usable_cores()
     if accuracy_level == 0:  # with quantization off, DequantizeLinear of a constant is folded like any other node
         options.add_session_config_entry("session.disable_quant_qdq", "1")
@@ -84,7 +84,10 @@ class OrtDecoder(CachedDecoder):
                 raise BuildError(f"{graph.name} has no input {name}, which its bundle names; build the bundle again")
         self._binding = self._session.io_binding()
         shape = (options.batch, io.kv_heads, slots, io.head_dim)
-        self._caches = [ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self._dtype)) for _ in io.past_names]
+        try:
+            self._caches = [ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self._dtype)) for _ in io.past_names]
+        except ValueError as error:  # of numbers that only an altered manifest holds
+            raise BundleError(f"caches of the shape {shape} cannot be made ({error}); build the bundle again") from None
         for past, present, cache in zip(io.past_names, io.present_names, self._caches, strict=True):
             self._binding.bind_ortvalue_input(past, cache)
             self._binding.bind_ortvalue_output(present, cache)

@@ -44,7 +44,8 @@ std::int64_t likeliest(const Logits& logits) {
 
 std::vector<double> probabilities(const Logits& logits, const Sampling& sampling) {
   std::vector<double> weights(logits.data, logits.data + logits.size);
-  for (double& weight : weights) weight /= sampling.temperature;
+  const double most = *std::max_element(weights.begin(), weights.end());
+  for (double& weight : weights) weight = (weight - most) / sampling.temperature;  // at most 0 at any temperature
   std::vector<std::size_t> order(weights.size());
   std::iota(order.begin(), order.end(), std::size_t{0});
   const auto k = static_cast<std::size_t>(sampling.top_k);
@@ -53,8 +54,7 @@ std::vector<double> probabilities(const Logits& logits, const Sampling& sampling
     std::nth_element(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(k), order.end(), greater);
     for (std::size_t i = k; i < order.size(); ++i) weights[order[i]] = -HUGE_VAL;
   }
-  const double most = *std::max_element(weights.begin(), weights.end());
-  for (double& weight : weights) weight = std::exp(weight - most);
+  for (double& weight : weights) weight = std::exp(weight);
   normalize(weights);
   if (sampling.top_p < 1) {
     std::iota(order.begin(), order.end(), std::size_t{0});

@@ -151,3 +151,10 @@ def test_streams_that_are_narrow_closed_full_or_unread(tmp_path: Path) -> None:
         2,
         "coatrt: adapter \\xe4\\U0001f600x does not exist; give the directory that coatrt train wrote",
     )
+
+
+def test_a_wrong_option_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    ended(["plan", "x", "--target", "t4", "--memory", "x"], 2, monkeypatch)
+    said = capsys.readouterr().err
+    assert said.startswith("coatrt: Invalid value for '--memory'")
+    assert said.endswith("; coatrt plan --help lists what is allowed\n") and said.count("\n") == 1

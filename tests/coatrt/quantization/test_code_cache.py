@@ -67,6 +67,18 @@ def test_the_cache_is_read_and_damage_is_made_again(
     assert again.constant == first.constant
 
 
+def test_a_file_under_another_matrix_name_is_made_again(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    names = [f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)]
+    store = CodeStore(checkpoint)
+    right = [decode(store.get(name, "int8")) for name in names]
+    one, two = (next(tmp_path.rglob(f"{name}.safetensors")) for name in names)
+    content = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(content)
+    again = CodeStore(checkpoint)
+    assert all(torch.equal(decode(again.get(name, "int8")), weight) for name, weight in zip(names, right, strict=True))
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_tables_are_encoded_for_what_the_head_reads(tmp_path: Path, tied: bool) -> None:
     checkpoint = Checkpoint.open(save_tiny_llama(tmp_path / "model", tied=tied))

@@ -12,7 +12,7 @@ import pytest
 
 from coatrt.errors import ConfigError
 from coatrt.system import files
-from coatrt.system.files import atomic_directory, atomic_file, sha256_file
+from coatrt.system.files import atomic_directory, atomic_file, sha256_file, write_text
 from coatrt.system.scratch import restore
 from support.kills import kill_at_each_step
 
@@ -220,3 +220,17 @@ def test_files_of_others_stay_the_same_files_and_come_along_where_there_are_no_l
     assert (path / "mine").stat().st_mode & 0o777 == 0o600
     assert (path / "link").readlink() == Path("nowhere")
     assert (path / "late").is_file()
+
+
+def test_devices_pipes_and_links_are_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/null"), tmp_path):
+        with pytest.raises(ConfigError, match="is no regular file and cannot be replaced by one"):
+            write_text(path, "x")
+    assert (tmp_path / "pipe").is_fifo() and Path("/dev/null").is_char_device()
+    (tmp_path / "to").mkdir()
+    (tmp_path / "to" / "file").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "to" / "file")
+    write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "to" / "file").read_text() == "new"
