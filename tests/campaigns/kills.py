@@ -146,7 +146,8 @@ class Campaign:
                 os.kill(child, number)
 
             code = self._run(arguments, started=kill)
-            if code == 0:
+            if code == 0:  # it had ended before
+                arguments = scenario.again
                 continue
             what = f"{scenario.name}, signal {number} after {moment:.3f} s"
             self.kills[f"{scenario.name}: {signal.Signals(number).name}"] += 1

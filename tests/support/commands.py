@@ -79,6 +79,8 @@ def run_command(
         started: called with the copy's process id.
     """
 
+    from coatrt.cli.main import main  # before the child begins, whom a signal may meet at once
+
     def work() -> None:
         for number, path in ((1, output or os.devnull), (2, errors)):
             if path is not None:
@@ -89,8 +91,6 @@ def run_command(
         sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), write_through=True)
         sys.argv = ["coatrt", *map(str, arguments)]
         prepare()
-        from coatrt.cli.main import main
-
         main()
 
     return fork(work, started)
