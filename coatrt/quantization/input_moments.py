@@ -194,9 +194,13 @@ class InputMoments:
 
     def _read(self, leader: str) -> Tensor | None:
         found = read_tensors(self._root / f"{leader}.safetensors")
-        moment = found[0].get("moment") if found is not None else None
+        moment = found[0].get("moment") if found is not None and found[1].get("place") == self._place(leader) else None
         K = self._width[leader]
         return moment if moment is not None and moment.shape == (K, K) else None
+
+    def _place(self, leader: str) -> str:
+        """Return what a file says of itself: under another matrix's name it is measured again."""
+        return f"{self._root.parent.name}/{self._root.name}/{leader}"
 
     def _measure(self, wanted: str) -> Tensor:
         """Measure every moment that is not on disk, so that the model is loaded once, and return the one wanted.
@@ -220,7 +224,9 @@ class InputMoments:
             for leader, moment in measure_moments(model, tokens, run, self._progress).items():
                 self._kept = False
                 with cache_writing():
-                    write_tensors(self._root / f"{leader}.safetensors", {"moment": moment})
+                    write_tensors(
+                        self._root / f"{leader}.safetensors", {"moment": moment}, {"place": self._place(leader)}
+                    )
                     self._kept = True
                 if leader == wanted:
                     found = moment
