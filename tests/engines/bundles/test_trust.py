@@ -174,8 +174,13 @@ def test_a_graph_of_another_kind_is_refused(copy: Path) -> None:
 
 
 def test_a_manifest_without_errors_is_not_verified(copy: Path) -> None:
+    errors = Bundle.open(copy).manifest["configuration"]["errors"]
     alter_sealed(copy / "manifest.json", lambda m: m["configuration"].update(errors={}))
     with pytest.raises(BundleError, match=r"lacks the errors of \d+ matrices, like model\S+, by which weights"):
+        verify(Bundle.open(copy), numbers=False)
+    alter_sealed(copy / "manifest.json", lambda m: m["configuration"].update(errors=errors))
+    alter_sealed(copy / "manifest.json", lambda m: m["configuration"]["errors"].pop("model.embed_tokens"))
+    with pytest.raises(BundleError, match=r"lacks the errors of 1 matrices, like model.embed_tokens"):
         verify(Bundle.open(copy), numbers=False)
     manifest = json.loads((copy / "manifest.json").read_text())
     del manifest["configuration"]["errors"]

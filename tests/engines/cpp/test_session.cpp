@@ -88,6 +88,7 @@ TEST_CASE("sampling: temperature, then top-k, then top-p") {
   CHECK(p[1] == doctest::Approx(1 / (1 + std::exp(-1.0))));
   p = coatrt::detail::probabilities(logits, {1.0, 0, 0.7, 0});  // 0.64, 0.24, 0.09, 0.03
   CHECK(p[1] + p[2] == doctest::Approx(1));
+  for (const double tiny : {1e-300, 1e-308, 1e-320}) CHECK(coatrt::detail::probabilities(logits, {tiny, 0, 1, 0})[1] == 1);
   std::mt19937_64 random(0);
   int hits = 0;
   for (int i = 0; i < 2000; ++i) hits += coatrt::detail::next_token(logits, {1.0, 2, 1, 0}, random) == 1;
