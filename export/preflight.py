@@ -1,11 +1,11 @@
 """Preflight: the graph's own arithmetic against transformers' modules, a layer at a time, on a few tokens."""
 
 import hashlib
+import json
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from coatrt.devices.environment import versions
 from coatrt.errors import CheckpointError, reason
 from coatrt.export.decoder import write_graphs
 from coatrt.export.graph import GraphForm
@@ -66,9 +67,7 @@ def preflight(checkpoint: Checkpoint, progress: Progress = silent) -> None:
 
 def _identity(checkpoint: Checkpoint) -> str:
     """Return what stands for a model, the code that reads and writes it, and the libraries."""
-    digest = hashlib.sha256(checkpoint.fingerprint.encode())
-    for name in ("transformers", "torch"):
-        digest.update(f"{name} {version(name)}".encode())
+    digest = hashlib.sha256(f"{checkpoint.fingerprint} {json.dumps(versions())}".encode())
     for folder in (Path(__file__).parent, Path(spec_module.__file__).parent):
         for path in sorted(folder.rglob("*.py")):
             digest.update(path.read_bytes())

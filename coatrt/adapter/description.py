@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from coatrt.adapter.preset import Preset
 from coatrt.configs.lora_contract import LoraContract
 from coatrt.configs.space import ConfigSpace
-from coatrt.errors import CheckpointError, ConfigError, FormatError
+from coatrt.errors import CheckpointError, ConfigError, FormatError, reason
 from coatrt.evaluation.sensitivity_table import Sensitivity
 from coatrt.models.matrices import ModelMatrices
 from coatrt.models.spec import DecoderSpec
@@ -85,8 +85,7 @@ def adapter_reading(directory: Path, sha256: Mapping[str, str], names: Iterable[
                 raise CheckpointError(f"{directory / name} was altered or is damaged; copy or train the adapter again")
         yield
     except (OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{directory} is a damaged adapter ({reason}); copy or train it again") from None
+        raise CheckpointError(f"{directory} is a damaged adapter ({reason(error)}); copy or train it again") from None
     except (ConfigError, FormatError) as error:
         raise CheckpointError(f"{directory} is a damaged adapter: {error}") from None
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from coatrt.errors import ConfigError
+from coatrt.errors import ConfigError, reason
 
 __all__ = ["ChatTemplate", "Refusal", "Rendering", "chat_template"]
 
@@ -94,8 +94,8 @@ class ChatTemplate:
             raise ConfigError(f"cannot start a process for chat templates ({error}); free some memory") from None
         answer = self._ask(process, self._given, _START_SECONDS)
         if answer is None or "error" in answer:
-            reason = answer["error"] if answer else "it ended without an answer"
-            raise ConfigError(f"the process for chat templates does not start ({reason}); install coatrt again")
+            said = answer["error"] if answer else "it ended without an answer"
+            raise ConfigError(f"the process for chat templates does not start ({said}); install coatrt again")
         return process
 
     @staticmethod
@@ -148,9 +148,8 @@ def chat_template(tokenizer: Any, *, tools: bool = False) -> ChatTemplate | None
     try:
         template = tokenizer.get_chat_template(None, tools=[] if tools else None)
     except (ValueError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
         raise ConfigError(
-            f"the chat template of {place} cannot be used ({reason}); correct tokenizer_config.json"
+            f"the chat template of {place} cannot be used ({reason(error)}); correct tokenizer_config.json"
         ) from None
     if not isinstance(template, str):
         raise ConfigError(

@@ -4,11 +4,11 @@ import contextlib
 import errno
 import os
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from coatrt.errors import CoatError, DiskError
+from coatrt.system.notices import warn_once
 from coatrt.system.scratch import is_scratch
 
 __all__ = ["cache_directory", "cache_writing", "writing"]
@@ -16,7 +16,6 @@ __all__ = ["cache_directory", "cache_writing", "writing"]
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _ANYWHERE = (*_FULL, errno.EROFS, errno.EFBIG)  # of writes alone, whichever file they name
 _WORDS = {os.strerror(code): code for code in _ANYWHERE}
-_warned: list[str] = []
 
 
 @contextlib.contextmanager
@@ -60,15 +59,12 @@ def _code(error: Exception, path: Path) -> int | None:
 
 @contextlib.contextmanager
 def cache_writing() -> Iterator[None]:
-    """Go on where what is written inside, which can be made again, cannot be kept; one line a process says so."""
+    """Go on where what is written inside, which can be made again, cannot be kept; one line says so, once a process."""
     try:
         yield
     except DiskError as error:
-        if not _warned:
-            _warned.append(error.reason)
-            with contextlib.suppress(OSError):
-                where = f"the cache {cache_directory()} cannot be written"
-                print(f"coatrt: {where} ({error.reason}); later runs compute again what it would hold", file=sys.stderr)
+        where = f"the cache {cache_directory()} cannot be written"
+        warn_once(f"{where} ({error.reason}); later runs compute again what it would hold")
 
 
 def cache_directory() -> Path:

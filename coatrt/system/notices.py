@@ -1,5 +1,6 @@
 """Warnings: one line on standard error, each once in a process."""
 
+import contextlib
 import functools
 import sys
 
@@ -8,5 +9,6 @@ __all__ = ["warn_once"]
 
 @functools.cache
 def warn_once(line: str) -> None:
-    """Print a line on standard error unless it was printed before."""
-    print(f"coatrt: {line}", file=sys.stderr, flush=True)
+    """Print a line on standard error, if anybody hears it, unless it was printed before."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"coatrt: {line}", file=sys.stderr, flush=True)

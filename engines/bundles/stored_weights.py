@@ -9,7 +9,7 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from coatrt.errors import BundleError
+from coatrt.errors import BundleError, reason
 from coatrt.models.matrices import EMBEDDING, ModelMatrices
 
 __all__ = ["held_weights"]
@@ -71,5 +71,4 @@ def _session(part: Any, directory: Path) -> Any:
     try:
         return ort.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises types of its own that share no public base
-        reason = str(error).splitlines()[0]
-        raise BundleError(f"{directory} does not hold {part.graph.name} ({reason}); build it again") from None
+        raise BundleError(f"{directory} does not hold {part.graph.name} ({reason(error)}); build it again") from None

@@ -13,7 +13,7 @@ from coatrt.configs.lora_contract import DecoderIO, LoraContract
 from coatrt.devices.environment import usable_cores
 from coatrt.engines.runtime.decoder import CachedDecoder
 from coatrt.engines.runtime.options import RuntimeOptions
-from coatrt.errors import BuildError, BundleError, ConfigError
+from coatrt.errors import BuildError, BundleError, ConfigError, reason
 
 __all__ = ["OrtDecoder", "session"]
 
@@ -41,7 +41,7 @@ def session(graph: Path, threads: int | None = None, accuracy_level: int = 0) ->
     try:
         made = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises types of its own that share no public base
-        raise BuildError(f"ONNX Runtime refuses {graph.name} ({str(error).splitlines()[0]}); export it again") from None
+        raise BuildError(f"ONNX Runtime refuses {graph.name} ({reason(error)}); export it again") from None
     _give_back()
     return made
 

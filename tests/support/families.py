@@ -33,7 +33,7 @@ _BASE: dict[str, Any] = {
     "eos_token_id": None,
 }
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
-_LLAMA3 = {
+LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 1e4,
     "factor": 8.0,
@@ -44,7 +44,7 @@ _LLAMA3 = {
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-tied-biases": ("Llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
-    "llama-llama3-head_dim": ("Llama", {"rope_parameters": _LLAMA3, "head_dim": 32}),
+    "llama-llama3-head_dim": ("Llama", {"rope_parameters": LLAMA3, "head_dim": 32}),
     "llama-linear-gelu": (
         "Llama",
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}, "hidden_act": "gelu"},

@@ -14,20 +14,13 @@ from coatrt.models.exportable import check_exportable
 from coatrt.models.gguf_file import GgufModel
 from coatrt.models.modules import load_model
 from coatrt.models.spec import DecoderSpec
-from support.families import save_model
+from support.families import LLAMA3, save_model
 from support.gguf_files import write_gguf
 
 pytest.importorskip("gguf", reason="needs the gguf extra")
 
 _BIG = {"vocab_size": 272, "max_position_embeddings": 256, "eos_token_id": 256}
-_LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 1e4,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
+_LLAMA3 = {**LLAMA3, "original_max_position_embeddings": 32}
 
 
 def _model(tmp_path: Path, name: str = "llama", **changes: Any) -> Any:

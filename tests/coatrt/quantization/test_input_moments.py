@@ -12,7 +12,7 @@ from coatrt.models.checkpoint import Checkpoint
 from coatrt.models.modules import load_model
 from coatrt.quantization import input_moments as calibration
 from coatrt.quantization.input_moments import Calibration, InputMoments, calibration_examples, tokens_wanted
-from coatrt.system import disk
+from coatrt.system.notices import warn_once
 from coatrt.system.tensors import read_tensors
 from support.tiny import save_tiny_llama
 
@@ -164,7 +164,7 @@ def test_moments_that_cannot_be_kept_are_measured_one_by_one(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("COATRT_CACHE", str(tmp_path / "file"))
-    monkeypatch.setattr(disk, "_warned", [])
+    warn_once.cache_clear()
     runs: list[int] = []
     measure = calibration.measure_moments
 

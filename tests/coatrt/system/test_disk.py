@@ -8,8 +8,8 @@ import pytest
 from safetensors import SafetensorError
 
 from coatrt.errors import BuildError, ConfigError, DiskError
-from coatrt.system import disk
 from coatrt.system.disk import cache_directory, cache_writing, writing
+from coatrt.system.notices import warn_once
 
 pytestmark = pytest.mark.fast
 
@@ -65,7 +65,7 @@ def test_errors_about_other_files_are_left_alone(tmp_path: Path) -> None:
 def test_a_cache_that_cannot_be_written_is_one_line_a_process(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(disk, "_warned", [])
+    warn_once.cache_clear()
     monkeypatch.setenv("COATRT_CACHE", "/cache")
     for _ in range(2):
         with cache_writing(), writing("/cache/codes"):
