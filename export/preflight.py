@@ -26,7 +26,7 @@ from coatrt.models.spec import DecoderSpec
 from coatrt.models.transformers_config import complete_config
 from coatrt.quantization.codec import encode
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.system.disk import cache_directory, writing
+from coatrt.system.disk import cache_directory, is_cached, writing
 from coatrt.system.progress import Progress, silent
 from coatrt.system.scratch import scratch
 
@@ -58,7 +58,7 @@ def preflight(checkpoint: Checkpoint, progress: Progress = silent) -> None:
     spec = DecoderSpec.from_config(checkpoint.config)
     check_exportable(checkpoint, spec)
     passed = cache_directory() / "preflight" / _identity(checkpoint)
-    if not passed.is_file():
+    if not is_cached(passed):
         compare(checkpoint, spec, progress)
         with suppress(OSError):
             passed.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from coatrt.errors import CheckpointError, CoatError, reason
 from coatrt.models.gguf_file import GgufModel
 from coatrt.models.spec import DecoderSpec
 from coatrt.models.transformers_config import quiet_transformers
-from coatrt.system.disk import cache_directory, cache_writing
+from coatrt.system.disk import cache_directory, cache_writing, cached
 from coatrt.system.files import atomic_directory, sha256_file
 from coatrt.system.json_data import read_as, write_json
 from coatrt.system.scratch import scratch
@@ -28,6 +28,7 @@ _VERSION = 3  # of what a file is converted to
 _SEAL = "sha256.json"  # name of each file → its hash
 _INDEX = "model.safetensors.index.json"
 _SHARD = 2 << 30  # bytes
+_STEM = 40  # characters of a name, of four bytes at most each: a file name may have 255
 _elsewhere: dict[Path, Path] = {}  # conversions that the cache could not hold, by their place there
 _until_exit = contextlib.ExitStack()
 atexit.register(_until_exit.close)
@@ -42,14 +43,14 @@ def convert_gguf(path: Path) -> Path:
     path = path.resolve()
     stat = path.stat()
     identity = f"{_VERSION}:{path}:{stat.st_size}:{stat.st_mtime_ns}"
-    target = cache_directory() / "gguf" / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    target = cache_directory() / "gguf" / f"{path.stem[:_STEM]}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     target = _elsewhere.get(target, target)
     if _sealed(target):
         return target
     model = GgufModel(path)
     with cache_writing():
         _convert(model, target)
-    if target.is_dir():
+    if cached(target, _SEAL):
         return target
     directory = _until_exit.enter_context(scratch(Path(tempfile.gettempdir()), "gguf"))
     _elsewhere[target] = directory / target.name

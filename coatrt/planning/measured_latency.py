@@ -13,7 +13,7 @@ from coatrt.errors import ConfigError
 from coatrt.models.matrices import ModelMatrices
 from coatrt.planning.memory import Workload
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.system.disk import cache_directory
+from coatrt.system.disk import cache_directory, is_cached
 from coatrt.system.json_data import read_as
 
 __all__ = ["MeasuredLatency", "Product", "Rest", "find_timings", "shape_of", "timings_path"]
@@ -175,7 +175,7 @@ def find_timings(device: str, space: ConfigSpace, workload: Workload) -> Measure
         ConfigError: the file is garbled.
     """
     path = timings_path(device)
-    if not path.is_file():
+    if not is_cached(path):
         return None
     found = MeasuredLatency.load(path)
     return found if found.covers(space, workload) else None

@@ -11,7 +11,7 @@ from coatrt.quantization.gptq import InverseFactors
 from coatrt.quantization.input_moments import Calibration, InputMoments
 from coatrt.quantization.quantizers import CALIBRATED, QUANTIZER_VERSION, Quantizer
 from coatrt.quantization.weight_format import WeightFormat
-from coatrt.system.disk import cache_directory, cache_writing
+from coatrt.system.disk import cache_directory, cache_writing, cached
 from coatrt.system.progress import Progress, silent
 from coatrt.system.resources import free_memory
 from coatrt.system.scratch import sweep
@@ -54,7 +54,7 @@ class CodeStore:
         self.checkpoint = checkpoint
         self.quantizer: Quantizer = quantizer
         self._root = cache_directory() / "codes" / checkpoint.fingerprint
-        for folder in self._root.glob("*/*"):
+        for folder in cached(self._root, "*/*"):
             sweep(folder)
         self._key = f"v{QUANTIZER_VERSION}-{quantizer}"
         self._moments: InputMoments | None = None

@@ -7,14 +7,15 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from coatrt.errors import CoatError, DiskError
+from coatrt.errors import CoatError, ConfigError, DiskError
 from coatrt.system.notices import warn_once
 from coatrt.system.scratch import is_scratch
 
-__all__ = ["cache_directory", "cache_writing", "writing"]
+__all__ = ["cache_directory", "cache_writing", "cached", "is_cached", "writing"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _ANYWHERE = (*_FULL, errno.EROFS, errno.EFBIG)  # of writes alone, whichever file they name
+_NAMELESS = (*_ANYWHERE, errno.EIO)  # where the error names no file
 _WORDS = {os.strerror(code): code for code in _ANYWHERE}
 
 
@@ -46,10 +47,15 @@ def _code(error: Exception, path: Path) -> int | None:
     """Return the number of the system's error behind an exception, None where it is not about writing `path`."""
     if isinstance(error, OSError) and error.errno is not None:  # shutil's own has none
         if error.errno in _ANYWHERE or not isinstance(error.filename, str | os.PathLike):
-            return error.errno if error.errno in _ANYWHERE else None
+            return error.errno if error.errno in _NAMELESS else None
         named, place = Path(error.filename).absolute(), path.absolute()
-        near = named.is_relative_to(place) or place.is_relative_to(named) or any(map(is_scratch, named.parts))
-        return error.errno if near and error.errno not in (errno.ENOENT, errno.EAGAIN) else None
+        above = place.is_relative_to(named)
+        if (
+            error.errno == errno.ENOENT
+        ):  # no directory can be made there, as in /proc; else a file to be read is missing
+            return error.errno if above or is_scratch(named.name) else None
+        near = above or named.is_relative_to(place) or any(map(is_scratch, named.parts))
+        return error.errno if near and error.errno != errno.EAGAIN else None
     if isinstance(error, CoatError):
         return None
     if (found := re.search(r"\(os error (\d+)\)", str(error))) and int(found[1]) != errno.ENOENT:  # as Rust says it
@@ -62,9 +68,26 @@ def cache_writing() -> Iterator[None]:
     """Go on where what is written inside, which can be made again, cannot be kept; one line says so, once a process."""
     try:
         yield
-    except DiskError as error:
+    except (ConfigError, OSError) as error:
+        said = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
         where = f"the cache {cache_directory()} cannot be written"
-        warn_once(f"{where} ({error.reason}); later runs compute again what it would hold")
+        warn_once(f"{where} ({said}); later runs compute again what it would hold")
+
+
+def cached(folder: Path, pattern: str) -> list[Path]:
+    """Return what a glob matches in a folder of the cache, sorted; nothing where that cannot be looked at."""
+    try:
+        return sorted(folder.glob(pattern))
+    except OSError:  # a name too long, no permission
+        return []
+
+
+def is_cached(path: Path) -> bool:
+    """Return whether a file of the cache is there; one that cannot be looked at is not."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def cache_directory() -> Path:

@@ -37,10 +37,11 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         DiskError: the disk is full or read-only, or permissions are missing.
     """
     path = Path(path)
-    if path.is_symlink():
-        path = path.resolve()
-    if path.exists() and not path.is_file():
-        raise ConfigError(f"{path} is no regular file and cannot be replaced by one; give the path of a file")
+    with writing(path):  # a name too long shows here
+        if path.is_symlink():
+            path = path.resolve()
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path} is no regular file and cannot be replaced by one; give the path of a file")
     with writing(path), scratch(path.parent, path.name) as directory:
         temporary = directory / "new"
         temporary.write_bytes(b"")

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from coatrt.system.disk import is_cached
 from coatrt.system.files import atomic_file
 
 __all__ = ["hash_tensors", "read_tensors", "write_tensors"]
@@ -48,7 +49,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
     """Return tensors and metadata of a file; None where it is missing, damaged, or its hash is another."""
-    if not path.is_file():
+    if not is_cached(path):
         return None
     try:
         with safe_open(str(path), framework="pt") as shard:

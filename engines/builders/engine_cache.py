@@ -13,7 +13,7 @@ from typing import TypedDict
 from coatrt.engines.builders import kit_script, worker
 from coatrt.engines.builders.builder import BuildRecord, EngineShapes, installed_builder
 from coatrt.errors import CoatError
-from coatrt.system.disk import cache_directory, cache_writing
+from coatrt.system.disk import cache_directory, cache_writing, cached
 from coatrt.system.files import atomic_file, sha256_file
 from coatrt.system.json_data import read_as, write_json
 from coatrt.system.scratch import sweep
@@ -81,7 +81,7 @@ class EngineCache:
         """
         wanted = set(sms)
         sweep(self.root / key)
-        for side in sorted((self.root / key).glob("*.json")):
+        for side in cached(self.root / key, "*.json"):
             with contextlib.suppress(OSError, CoatError):
                 entry = read_as(side, _Entry, "cached engine", "remove it", sealed=True)
                 if not wanted <= set(entry["record"].sms):
@@ -99,7 +99,7 @@ class EngineCache:
 
     def keep(self, key: str, engine: Path, record: BuildRecord) -> None:
         """Copy an engine into the cache, where there is room and leave to."""
-        with contextlib.suppress(OSError), cache_writing():
+        with cache_writing():
             digest = sha256_file(engine)
             held = self.root / key / f"{'-'.join(f'sm{sm}' for sm in record.sms)}-{digest[:12]}.engine"
             with atomic_file(held) as temporary:
@@ -111,9 +111,9 @@ class EngineCache:
         """Remove the least recently used entries beyond the limit, and what builds that were stopped have left."""
         entries: list[tuple[float, int, Path]] = []
         stale = time.time() - _STALE_SECONDS
-        for folder in self.root.glob("*"):
+        for folder in cached(self.root, "*"):
             sweep(folder)
-        for path in self.root.glob("*/*"):
+        for path in cached(self.root, "*/*"):
             with contextlib.suppress(OSError):  # another build may have removed it
                 used, held = path.stat().st_mtime, path.with_suffix(".engine")
                 if path.suffix == ".json" and held.is_file():

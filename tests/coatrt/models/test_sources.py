@@ -19,14 +19,18 @@ print(opened[0].fingerprint, *{str(each.directory) for each in opened})
 """
 
 
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [("file/cache", "Not a directory"), ("a" * 300, "File name too long"), ("/proc/x", "No such file or directory")],
+)
 def test_a_conversion_that_the_cache_cannot_hold_lasts_as_long_as_the_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write_gguf(tmp_path / "m.gguf", save_model(tmp_path / "m", "llama", vocab_size=272))
+    path = write_gguf(tmp_path / f"{'é' * 120}.gguf", save_model(tmp_path / "m", "llama", vocab_size=272))
     fingerprint = Checkpoint.open(path).fingerprint
     (tmp_path / "file").touch()
     (tmp_path / "tmp").mkdir()
-    monkeypatch.setenv("COATRT_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setenv("COATRT_CACHE", str(tmp_path / place))
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     done = run_program(_OPEN, path)
     assert done.returncode == 0, done.stderr
@@ -35,4 +39,4 @@ def test_a_conversion_that_the_cache_cannot_hold_lasts_as_long_as_the_process(
     assert Path(directory).is_relative_to(tmp_path / "tmp")
     assert not list((tmp_path / "tmp").glob("*coatrt*"))
     said = [line for line in done.stderr.splitlines() if line.startswith("coatrt")]
-    assert len(said) == 1 and "cannot be written (Not a directory); later runs compute again" in said[0]
+    assert len(said) == 1 and f"cannot be written ({reason}); later runs compute again" in said[0]
