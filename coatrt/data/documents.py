@@ -10,6 +10,7 @@ from torch import Tensor
 from coatrt.data.encoding import encode
 from coatrt.errors import ConfigError
 from coatrt.system.progress import Progress, silent
+from coatrt.system.utf8 import decode
 
 __all__ = ["batches", "read_documents", "read_files", "token_ids"]
 
@@ -19,22 +20,30 @@ _PIECE = 64  # texts that are tokenized between two calls of progress
 def read_files(sources: Sequence[str | Path], suffix: str, what: str) -> Iterator[tuple[Path, str]]:
     """Yield path and text of files, and of all files of a suffix in directories in the order of their names.
 
+    A byte order mark in front is dropped; lines end with LF in what is yielded, in files also with CRLF or CR.
+
     Args:
         sources: files and directories.
         suffix: such as ".txt".
         what: what the files are, for messages ("UTF-8 text").
 
     Raises:
-        ConfigError: a source is missing, or is no UTF-8 text.
+        ConfigError: a source is missing, or a line of it is no UTF-8 text.
     """
     for source in map(Path, sources):
         if not source.exists():
             raise ConfigError(f"data {source} does not exist; give {what} files or directories of *{suffix}")
         for path in sorted(source.rglob(f"*{suffix}")) if source.is_dir() else [source]:
             try:
-                text = path.read_text(encoding="utf-8")
-            except (UnicodeDecodeError, OSError) as error:
+                text = decode(path.read_bytes(), f"data {path}")
+            except OSError as error:
                 raise ConfigError(f"data {path} cannot be read ({error}); give {what} files") from None
+            text = text.replace("\r\n", "\n").replace("\r", "\n")
+            if "\0" in text:
+                line = 1 + text[: text.index("\0")].count("\n")
+                raise ConfigError(
+                    f"data {path} line {line} holds a NUL character, which no text does; give {what} files"
+                )
             yield path, text
 
 

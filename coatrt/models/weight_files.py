@@ -7,12 +7,13 @@ from typing import TypedDict
 from safetensors import SafetensorError, safe_open
 
 from coatrt.errors import CheckpointError, reason
-from coatrt.system.json_data import read_as
+from coatrt.system.json_data import parse_json, read_as
 
 __all__ = ["StoredTensor", "stored_tensors", "weight_files"]
 
 _WHOLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_MOST_HEADER = 100_000_000  # bytes, of safetensors
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
 
@@ -94,8 +95,9 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
 
 def _header(path: Path) -> dict[str, StoredTensor]:
     try:
-        with path.open("rb"):  # safetensors does not say that permission is missing
-            pass
+        with path.open("rb") as stream:  # safetensors does not say that permission is missing
+            length = int.from_bytes(stream.read(8), "little")
+            header = stream.read(min(length, _MOST_HEADER))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}; give a path of readable files") from None
     try:
@@ -104,6 +106,7 @@ def _header(path: Path) -> dict[str, StoredTensor]:
             for name in shard.keys():  # noqa: SIM118 - no mapping
                 view = shard.get_slice(name)
                 found[name] = StoredTensor(path, tuple(view.get_shape()), view.get_dtype())
-            return found
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or truncated ({reason(error)}); fetch the file again") from None
+    parse_json(header, f"the header of {path}", "fetch the file again", CheckpointError)  # a tensor named twice
+    return found

@@ -6,6 +6,7 @@ anything is parsed. It guards against accident; against an enemy, who can seal a
 
 import difflib
 import hashlib
+import json
 import re
 from collections.abc import Callable
 from dataclasses import fields
@@ -17,6 +18,7 @@ import msgspec
 from coatrt import __version__
 from coatrt.errors import CoatError, ConfigError
 from coatrt.system.files import write_text
+from coatrt.system.utf8 import MARK, decode
 
 __all__ = ["convert", "dump_json", "parse_json", "read_as", "to_data", "write_json"]
 
@@ -29,12 +31,23 @@ def parse_json(data: bytes | str, where: str, remedy: str, error: type[CoatError
     """Return what a JSON text says; `where` names it in the message.
 
     Raises:
-        CoatError: it is not JSON.
+        CoatError: it is not JSON in UTF-8, or an object in it has a key twice: which of the two counts is not said.
     """
+    text = decode(data, where, error) if isinstance(data, bytes) else data
+    if text.startswith(MARK):
+        raise error(f"{where} begins with a byte order mark (U+FEFF) where no file begins; remove that character")
+
+    def unique(pairs: list[tuple[str, Any]]) -> None:
+        if len(dict(pairs)) < len(pairs):
+            key = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+            raise error(f"{where} has the key {key[:60]!r} twice in one object; remove one of them")
+
     try:
-        return msgspec.json.decode(data)
-    except (UnicodeError, msgspec.DecodeError, RecursionError) as problem:
+        value = msgspec.json.decode(text)
+        json.loads(text, object_pairs_hook=unique, parse_int=str, parse_float=str)  # msgspec takes the last one
+    except (UnicodeError, msgspec.DecodeError, ValueError, RecursionError) as problem:
         raise error(f"{where} is not JSON ({problem}); {remedy}") from None
+    return value
 
 
 def read_as(

@@ -10,7 +10,8 @@ from base64 import b64decode, b64encode
 from pathlib import Path
 from typing import Any
 
-from coatrt.errors import ConfigError
+from coatrt.errors import CoatError, ConfigError
+from coatrt.system.json_data import parse_json
 
 __all__ = ["check_signature", "public_key", "sign"]
 
@@ -68,15 +69,15 @@ def check_signature(data: bytes, name: str, signature: bytes, key: str | Path | 
     from cryptography.exceptions import InvalidSignature
 
     try:
-        envelope = json.loads(signature)["dsseEnvelope"]
+        envelope = parse_json(signature, "the signature", "sign again")["dsseEnvelope"]
         payload = b64decode(envelope["payload"], validate=True)
         public.verify(b64decode(envelope["signatures"][0]["sig"], validate=True), _encoded(payload), _ecdsa())
-        statement = json.loads(payload)  # of the key's owner from here on
+        statement = parse_json(payload, "its payload", "sign again")  # of the key's owner from here on
         told = (envelope["payloadType"], statement["_type"], statement["predicateType"])
         signed = statement["predicate"]["resources"]
     except InvalidSignature:
         return "another key made it, or it was altered"
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+    except (ValueError, TypeError, LookupError, AttributeError, CoatError):
         return "it is garbled"
     mine = {"name": name, "algorithm": "sha256", "digest": hashlib.sha256(data).hexdigest()}
     return "" if told == (_PAYLOAD, _STATEMENT, _PREDICATE) and signed == [mine] else "it is of another content"

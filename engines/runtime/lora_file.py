@@ -1,6 +1,5 @@
 """LoRA files: the tensors emitted for one configuration, which the file names."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,12 +13,14 @@ from coatrt.configs.lora_contract import LoraContract
 from coatrt.engines.runtime.decoder import check_configuration, check_lora
 from coatrt.errors import ConfigError
 from coatrt.system.files import atomic_file
+from coatrt.system.json_data import parse_json
 
 __all__ = ["CONFIGURATION", "Lora", "load_lora", "save_lora"]
 
 CONFIGURATION = "configuration"
 """Key of the configuration's hash in the metadata of LoRA files, of PEFT's too."""
 
+_AGAIN = "emit it again with coatrt adapt"
 _DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
@@ -61,20 +62,19 @@ def load_lora(path: Path, contract: LoraContract, weights: str = "", *, strict: 
         data = path.read_bytes()
         stored = deserialize(data)  # type: ignore[no-untyped-call]
         # The header, checked by now, is read again for what the line above does not return.
-        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
+        header = data[8 : 8 + int.from_bytes(data[:8], "little")]
+        metadata = parse_json(header, f"the header of LoRA {path}", _AGAIN).get("__metadata__") or {}
     except (SafetensorError, OSError, ValueError) as error:
-        raise ConfigError(f"LoRA {path} is damaged ({error}); emit it again with coatrt adapt") from None
+        raise ConfigError(f"LoRA {path} is damaged ({error}); {_AGAIN}") from None
     tensors: dict[str, NDArray[np.float32]] = {}
     for name, facts in stored:
         dtype = facts["dtype"]
         if dtype not in _DTYPES:
-            raise ConfigError(
-                f"LoRA {path}: {name} is {dtype}; allowed: {', '.join(_DTYPES)}; emit it again with coatrt adapt"
-            )
+            raise ConfigError(f"LoRA {path}: {name} is {dtype}; allowed: {', '.join(_DTYPES)}; {_AGAIN}")
         raw = np.frombuffer(facts["data"], _DTYPES[dtype])
         value = (raw.astype("<u4") << 16).view("<f4") if dtype == "BF16" else raw.astype("<f4")
         if not np.isfinite(value).all():
-            raise ConfigError(f"LoRA {path}: {name} has numbers that are not finite; emit it again with coatrt adapt")
+            raise ConfigError(f"LoRA {path}: {name} has numbers that are not finite; {_AGAIN}")
         tensors[name] = value.reshape(facts["shape"])
     try:
         check_lora(contract, tensors)

@@ -104,3 +104,17 @@ def test_tensors_that_are_no_floats_are_refused(dtype: torch.dtype, whole: Path)
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"model.layers.0.mlp.up_proj.weight as .*; allowed: F64, F32, F16, BF16"):
         Checkpoint.open(whole)
+
+
+def test_a_tensor_named_twice_in_a_header_is_refused(whole: Path) -> None:
+    path = whole / "model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    facts = json.dumps(header["model.norm.weight"])
+    text = json.dumps(header)[:-1] + f', "model.norm.weight": {facts}}}'
+    path.write_bytes(len(text).to_bytes(8, "little") + text.encode() + data[8 + length :])
+    with pytest.raises(
+        CheckpointError, match=r"header of .*model\.safetensors has the key 'model\.norm\.weight' twice"
+    ):
+        stored_tensors(whole)

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -183,6 +183,20 @@ def test_what_is_no_json_is_refused(given: tuple[Kind, Path], text: str) -> None
     assert "is not JSON" in refused(kind, directory)
 
 
+def test_a_key_given_twice_is_refused_with_its_name(given: tuple[Kind, Path]) -> None:
+    kind, directory = given
+    path = directory / kind.name
+    text = path.read_text()
+    sealed = text.startswith('{\n "seal"')
+    text = '{"zz": 1, "zz": 2, ' + text.partition(",\n" if sealed else "{")[2]
+    path.write_text(seal_text(text) if sealed else text)
+    if kind.name in ("lora_io.json", "hypernet.json", "configuration.json"):
+        seal(directory, _facts(directory))
+    if kind.name == "adapter.json":  # whose reader here writes it anew
+        kind = replace(kind, read=AdapterDescription.load)
+    assert "has the key 'zz' twice in one object" in refused(kind, directory)
+
+
 def _facts(directory: Path) -> dict[str, Any]:
     manifest = json.loads((directory / "manifest.json").read_text())
     return {key: value for key, value in manifest.items() if key not in ("seal", "format", "coatrt", "files")}
@@ -257,5 +271,5 @@ def test_missing_and_unreadable_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read: Is a directory; give the path of a readable file"):
         read_as(tmp_path, object, "thing", "")
     (tmp_path / "bin").write_bytes(b'"\xff"')
-    with pytest.raises(ConfigError, match=r"thing .*bin is not JSON .*; make it again"):
+    with pytest.raises(ConfigError, match=r"thing .*bin line 1 is no UTF-8 text .*; save it as UTF-8"):
         read_as(tmp_path / "bin", object, "thing", "make it again")

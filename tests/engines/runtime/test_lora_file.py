@@ -137,3 +137,13 @@ def test_every_form_names_its_configuration(bundle: Bundle, tmp_path: Path) -> N
     adapt(bundle, tmp_path / "l.onnx_adapter", format="onnx-adapter")
     version = ort.AdapterFormat.read_adapter(str(tmp_path / "l.onnx_adapter")).get_model_version()
     assert f"{version:07x}" == bundle.config.hash[:7]
+
+
+def test_a_header_that_names_something_twice_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    data = bundle.path("lora.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    for more in (b'"__metadata__":{"configuration":"a","configuration":"b"},', b'"__metadata__":{},'):
+        header = b"{" + more + data[9 : 8 + length]
+        (tmp_path / "l.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+        with pytest.raises(ConfigError, match=r"LoRA .*l\.safetensors .*(twice in one object|duplicate field)"):
+            load_lora(tmp_path / "l.safetensors", bundle.contract)
