@@ -127,6 +127,12 @@ class ChatTemplate:
             process.wait()
 
 
+def _place(model: str) -> str:
+    """Return the file that a tokenizer's template is in, the model where neither is there; transformers' order."""
+    files = (Path(model) / name for name in ("chat_template.jinja", "tokenizer_config.json"))
+    return str(next((path for path in files if path.is_file()), model))
+
+
 @lru_cache(maxsize=2)
 def _shared(template: str, special: str, place: str) -> ChatTemplate:
     return ChatTemplate(template, special, place)
@@ -144,15 +150,11 @@ def chat_template(tokenizer: Any, *, tools: bool = False) -> ChatTemplate | None
     """
     if not getattr(tokenizer, "chat_template", None):
         return None
-    place = str(getattr(tokenizer, "name_or_path", "") or "the model")
+    place = _place(str(getattr(tokenizer, "name_or_path", "") or "the model"))
     try:
         template = tokenizer.get_chat_template(None, tools=[] if tools else None)
     except (ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"the chat template of {place} cannot be used ({reason(error)}); correct tokenizer_config.json"
-        ) from None
+        raise ConfigError(f"the chat template of {place} cannot be used ({reason(error)}); correct it") from None
     if not isinstance(template, str):
-        raise ConfigError(
-            f"the chat template of {place} is a {type(template).__name__}; give a text in tokenizer_config.json"
-        )
+        raise ConfigError(f"the chat template of {place} is a {type(template).__name__}; give a text")
     return _shared(template, json.dumps(tokenizer.special_tokens_map, default=str), place)

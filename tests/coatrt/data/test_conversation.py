@@ -70,7 +70,10 @@ def test_tools_and_calls_reach_the_template(tokenizer: Any) -> None:
 
 def test_what_the_template_leaves_out_is_refused_by_name(tokenizer: Any) -> None:
     line = (USER, CALLS, RESULT, YES)
-    with pytest.raises(ConfigError, match=r"x.jsonl line 7: the chat template of .*llama leaves out tools; remove it"):
+    with pytest.raises(
+        ConfigError,
+        match=r"x.jsonl line 7: the chat template of .*llama/chat_template.jinja leaves out tools; remove it",
+    ):
         chat_task(tokenizer, [conversation(USER, YES, tools=TOOLS)], [], 2000)
     with pytest.raises(ConfigError, match="leaves out tool_calls of message 2"):
         chat_task(tokenizer, [conversation(*line)], [], 2000)
