@@ -1,11 +1,14 @@
 """`coatrt bench`."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from coatrt.cli.common import JSON, PATH, check_writable, echo_json, runtime_options
+from coatrt.cli.common import JSON, PATH, check_writable, echo_json, runtime_options, trust_options
+
+if TYPE_CHECKING:
+    from coatrt.bundle import SignaturePolicy
 
 __all__ = ["command"]
 
@@ -17,6 +20,7 @@ __all__ = ["command"]
 @click.option("--repeat", type=int, default=5, show_default=True)
 @runtime_options("backend", "batch", "threads", "accuracy_level")
 @click.option("--profile", "device", help="Device profile of this machine (coatrt devices), for its bandwidth.")
+@trust_options
 @JSON
 @click.option("-o", "--output", type=PATH, help="Write the JSON here too.")
 def command(
@@ -25,6 +29,8 @@ def command(
     tokens: int,
     repeat: int,
     device: str | None,
+    key: Path | None,
+    signature: "SignaturePolicy | None",
     as_json: bool,
     output: Path | None,
     **runtime: Any,
@@ -40,9 +46,10 @@ def command(
     if output is not None:
         check_writable(output)
     known = profile(device) if device is not None else None
+    opened = Bundle.open(bundle, key=key, policy=signature)
     with drawn_progress("bench") as progress:
         result = bench(
-            Bundle.open(bundle),
+            opened,
             RuntimeOptions(**runtime),
             prompts=prompts or (16, 128),
             tokens=tokens,

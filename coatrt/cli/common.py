@@ -17,7 +17,6 @@ __all__ = [
     "DATA",
     "DEVICE",
     "JSON",
-    "KEY",
     "MODEL",
     "PATH",
     "SIGN",
@@ -25,6 +24,7 @@ __all__ = [
     "check_writable",
     "echo_json",
     "runtime_options",
+    "trust_options",
     "warn_of_idle_gpu",
     "with_options",
 ]
@@ -67,8 +67,6 @@ DEVICE = click.option("--device", default="cpu", show_default=True, help="torch 
 """Where train and search compute."""
 
 SIGN = click.option("--sign", type=PATH, help="Sign with this private key, a PEM file (P-256).")
-KEY = click.option("--key", type=PATH, help="Public key, a PEM file, that must have signed the bundle.")
-
 
 _DEFAULT = RuntimeOptions()
 _RUNTIME = {
@@ -104,6 +102,17 @@ def with_options(*added: Callable[[Any], Any]) -> Callable[[F], F]:
         return command
 
     return decorate
+
+
+trust_options = with_options(
+    click.option("--key", type=PATH, help="Public key, a PEM file, that must have signed the bundle."),
+    click.option(
+        "--signature",
+        type=click.Choice(["off", "warn", "require"]),
+        help="What becomes of a bundle that --key has not signed.  [default: require with --key, else off]",
+    ),
+)
+"""Whom a bundle is believed, for a command that opens one: arguments `key` and `policy` of `Bundle.open`."""
 
 
 def runtime_options(*names: str) -> Callable[[F], F]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from coatrt.cli.common import KEY, PATH, runtime_options
+from coatrt.cli.common import PATH, runtime_options, trust_options
 
 if TYPE_CHECKING:
     from coatrt.bundle import SignaturePolicy
@@ -26,12 +26,7 @@ __all__ = ["command"]
 @click.option("--lora", type=PATH, help="Another LoRA file (coatrt adapt) on the same weights.")
 @click.option("--strict-lora", is_flag=True, help="Refuse a LoRA of another configuration than the weights'.")
 @click.option("--no-lora", is_flag=True, help="The quantized base alone.")
-@KEY
-@click.option(
-    "--signature",
-    type=click.Choice(["off", "warn", "require"]),
-    help="What becomes of a bundle that --key has not signed.  [default: require with --key, else off]",
-)
+@trust_options
 @runtime_options("backend", "context", "threads", "accuracy_level")
 def command(
     bundle: Path,

@@ -1,10 +1,14 @@
 """`coatrt verify`."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from coatrt.cli.common import JSON, KEY, MODEL, PATH, echo_json
+from coatrt.cli.common import JSON, MODEL, PATH, echo_json, trust_options
+
+if TYPE_CHECKING:
+    from coatrt.bundle import SignaturePolicy
 
 __all__ = ["command"]
 
@@ -12,15 +16,22 @@ __all__ = ["command"]
 @click.command()
 @click.argument("bundle", type=PATH)
 @MODEL
-@KEY
+@trust_options
 @click.option("--no-torch", is_flag=True, help="Leave out the comparison with torch.")
 @JSON
-def command(bundle: Path, model: str | None, key: Path | None, no_torch: bool, as_json: bool) -> None:
+def command(
+    bundle: Path,
+    model: str | None,
+    key: Path | None,
+    signature: "SignaturePolicy | None",
+    no_torch: bool,
+    as_json: bool,
+) -> None:
     """Check BUNDLE: signature, hashes, versions, its LoRA, and its logits against torch."""
     from coatrt.bundle import Bundle
     from coatrt.engines.bundles.verify import verify
 
-    report = verify(Bundle.open(bundle, key=key), model=model, numbers=not no_torch)
+    report = verify(Bundle.open(bundle, key=key, policy=signature), model=model, numbers=not no_torch)
     if as_json:
         echo_json(report)
     else:

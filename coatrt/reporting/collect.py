@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from coatrt.adapter.description import AdapterDescription
-from coatrt.bundle import MANIFEST, Bundle
+from coatrt.bundle import MANIFEST, Bundle, SignaturePolicy
 from coatrt.configs.config import QuantConfig
 from coatrt.devices.profiles import device_profile
 from coatrt.errors import BundleError, ConfigError
@@ -20,6 +20,7 @@ from coatrt.system.json_data import convert, read_as
 __all__ = ["Entry", "Report", "collect"]
 
 _AGAIN = "build the bundle again"
+_SIGNED = {True: "made by the key given", False: "not made by the key given"}
 
 
 class _Device(TypedDict):
@@ -41,6 +42,7 @@ class Entry:
         config: the configuration.
         plan: JSON of the plan, empty where a bundle has none.
         engine_bytes: of the engine, None where there is none.
+        bundled: whether it is that of a bundle.
         provenance: (what, value) for the table at the end.
     """
 
@@ -50,6 +52,7 @@ class Entry:
     config: QuantConfig
     plan: Mapping[str, Any]
     engine_bytes: int | None = None
+    bundled: bool = False
     provenance: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -96,15 +99,21 @@ class Report:
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
-def collect(paths: Sequence[Path], devices: Sequence[str], request: PlanRequest) -> Report:
+def collect(
+    paths: Sequence[Path],
+    devices: Sequence[str],
+    request: PlanRequest,
+    key: str | Path | bytes | None = None,
+    policy: SignaturePolicy | None = None,
+) -> Report:
     """Return the report of some adapters and bundles.
 
     A directory of bundles stands for those in it. Every bundle is an entry; an adapter is planned for each device. For
     the arguments see `coatrt.reporting.write.report`.
 
     Raises:
-        ConfigError: a path is none of these, or there is nothing to show.
-        CheckpointError, BundleError: one is damaged.
+        ConfigError: a path is none of these, there is nothing to show, or no bundle where a key is given.
+        CheckpointError, BundleError: one is damaged, or not signed by the key.
     """
     sources: list[str] = []
     entries: list[Entry] = []
@@ -125,10 +134,12 @@ def collect(paths: Sequence[Path], devices: Sequence[str], request: PlanRequest)
                 f"{path} is no adapter, no bundle and no directory of bundles; give what coatrt train or build wrote"
             )
         for place in found:
-            bundle = Bundle.open(place)
+            bundle = Bundle.open(place, key=key, policy=policy)
             sources.append(str(bundle.manifest["model"]["source"]))
             versions |= bundle.manifest["versions"]
             entries.append(_bundled(place, bundle))
+    if (key is not None or policy not in (None, "off")) and not any(entry.bundled for entry in entries):
+        raise ConfigError("a key or signature policy is given and no bundle; adapters are not signed: give bundles too")
     if not entries:
         raise ConfigError("nothing to show; give a bundle, or an adapter and --target")
     for entry in entries:
@@ -174,13 +185,14 @@ def _bundled(place: Path, bundle: Bundle) -> Entry:
         ("configuration", manifest["configuration"]["hash"]),
         ("model", manifest["model"]["fingerprint"]),
         ("weights", digest("weights.bin")),
+        *((("signature", _SIGNED[bundle.signed]),) if bundle.signed is not None else ()),
     ]
     provenance += [
         (engine["file"], f"{engine['builder']} {engine['version']}, {digest(engine['file'])}") for engine in engines
     ]
     size = engines[0]["bytes"] if engines else None
     return Entry(
-        place.name, {"sm": None, **device}, bundle.model_matrices, bundle.config, plan, size, tuple(provenance)
+        place.name, {"sm": None, **device}, bundle.model_matrices, bundle.config, plan, size, True, tuple(provenance)
     )
 
 

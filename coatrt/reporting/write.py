@@ -7,6 +7,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from coatrt import __version__
+from coatrt.bundle import SignaturePolicy
 from coatrt.errors import ConfigError
 from coatrt.planning.plan import PlanRequest
 from coatrt.reporting.collect import Report, collect
@@ -24,6 +25,8 @@ def report(
     request: PlanRequest | None = None,
     png: str | Path | None = None,
     command: str = "",
+    key: str | Path | bytes | None = None,
+    policy: SignaturePolicy | None = None,
 ) -> Report:
     """Write a page about adapters and bundles, and return what it shows.
 
@@ -34,14 +37,19 @@ def report(
         request: what is asked of these plans.
         png: directory to write the figures into too.
         command: the command line that the page names as its origin.
+        key: public key that must have signed the bundles, see `Bundle.open`.
+        policy: what becomes of one that it has not signed.
 
     Raises:
-        ConfigError: nothing to report is found, or `output` is a directory.
+        ConfigError: nothing to report is found, a key is given and no bundle, or `output` is a directory.
+        CheckpointError, BundleError: one is damaged, or not signed by the key.
     """
     output = Path(output)
     if output.is_dir():
         raise ConfigError(f"{output} is a directory; give the name of the HTML file")
-    found = collect([Path(path) for path in paths], tuple(dict.fromkeys(devices)), request or PlanRequest())
+    found = collect(
+        [Path(path) for path in paths], tuple(dict.fromkeys(devices)), request or PlanRequest(), key, policy
+    )
     write_text(output, page(found, command))
     for name in FIGURES if png is not None else ():
         with atomic_file(Path(str(png)) / f"{name}.png") as temporary:

@@ -100,17 +100,36 @@ def test_the_commands_ask_for_a_signature(tiny_adapter: Path, tmp_path: Path) ->
     (tmp_path / "c.json").write_text('{"default": "int8"}')
     output = str(tmp_path / "b")
     export = ["export", str(tiny_adapter), "--config", str(tmp_path / "c.json"), "-o", output, "--context", "64"]
-    run = ["run", output, "-p", "hi", "--max-tokens", "1", "--context", "32", "--key", str(public)]
     assert CliRunner().invoke(cli, [*export, "--sign", str(private)]).exit_code == 0
-    assert CliRunner().invoke(cli, run).exit_code == 0
-    shown = CliRunner().invoke(cli, ["verify", output, "--no-torch", "--key", str(public)]).output
-    assert "signature      made by the key given" in shown
+    page = tmp_path / "r.html"
+    commands = {  # what it does where the bundle is signed, and where it is not and that is only said
+        ("run", output, "-p", "hi", "--max-tokens", "1", "--context", "32"): ("", ""),
+        ("verify", output, "--no-torch"): ("signature      made by the key given", "not made by the key given"),
+        ("bench", output, "--prompt", "4", "--tokens", "1", "--repeat", "1"): ("decode", "decode"),
+        ("adapt", output, "-o", str(tmp_path / "l.safetensors")): ("LoRA of", "LoRA of"),
+        ("report", output, "-o", str(page)): ("1 configurations", "1 configurations"),
+    }
+    for command, (said, _) in commands.items():
+        shown = CliRunner().invoke(cli, [*command, "--key", str(public)])
+        assert shown.exit_code == 0 and said in shown.output, (command, shown.output, shown.exception)
+    assert "<code>made by the key given</code>" in page.read_text()
+    assert "made by the key given" not in CliRunner().invoke(cli, ["verify", output, "--no-torch"]).output
     (tmp_path / "b" / SIGNATURE).unlink()
-    assert isinstance(CliRunner().invoke(cli, run).exception, BundleError)
-    warned = CliRunner().invoke(cli, [*run, "--signature", "warn"])
-    assert warned.exit_code == 0
-    assert "has no signature by" in warned.output
-    assert isinstance(CliRunner().invoke(cli, [*run[:-2], "--signature", "require"]).exception, ConfigError)
+    for command, (_, said) in commands.items():
+        for more in ((), ("--signature", "require")):
+            refused = CliRunner().invoke(cli, [*command, "--key", str(public), *more])
+            assert isinstance(refused.exception, BundleError), command
+            assert "has no signature by" in str(refused.exception)
+        warn_once.cache_clear()
+        warned = CliRunner().invoke(cli, [*command, "--key", str(public), "--signature", "warn"])
+        assert warned.exit_code == 0 and said in warned.output, (command, warned.exception)
+        assert "has no signature by" in warned.output
+        off = CliRunner().invoke(cli, [*command, "--key", str(public), "--signature", "off"])
+        assert off.exit_code == 0 and "signature by" not in off.output
+        assert isinstance(CliRunner().invoke(cli, [*command, "--signature", "require"]).exception, ConfigError)
+    plan = ["report", str(tiny_adapter), "--target", "t4", "-o", str(page), "--key", str(public)]
+    said = str(CliRunner().invoke(cli, plan).exception)
+    assert said == "a key or signature policy is given and no bundle; adapters are not signed: give bundles too"
 
 
 def _externals(message: Any) -> list[Any]:
