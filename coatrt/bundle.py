@@ -18,7 +18,8 @@ from coatrt.models.matrices import ModelMatrices
 from coatrt.system.files import sha256_file, write_text
 from coatrt.system.json_data import convert, read_as, write_json
 from coatrt.system.notices import warn_once
-from coatrt.system.onnx_files import external_locations
+from coatrt.system.onnx_files import read_onnx
+from coatrt.system.ranges import Bytes, Count, Measure, Whole
 from coatrt.system.scratch import restore
 from coatrt.system.signature import check_signature, sign
 
@@ -37,15 +38,15 @@ class _Model(TypedDict):
     source: str
     fingerprint: str
     family: str
-    stop_tokens: list[int]
+    stop_tokens: list[Whole]
 
 
 class _Configuration(TypedDict):
     file: str
     hash: str
-    average_bits: float
-    bytes: int
-    errors: dict[str, float]
+    average_bits: Measure
+    bytes: Bytes
+    errors: dict[str, Measure]
 
 
 class _Decoder(TypedDict):
@@ -56,17 +57,17 @@ class _Decoder(TypedDict):
 
 class _Engine(TypedDict):
     file: str
-    sms: list[int]
+    sms: list[Whole]
     builder: str
     version: str
-    seconds: float
-    bytes: int
-    shapes: dict[str, int]
+    seconds: Measure
+    bytes: Bytes
+    shapes: dict[str, Count]
 
 
 class _File(TypedDict):
     sha256: str
-    bytes: int
+    bytes: Bytes
 
 
 class Manifest(TypedDict):
@@ -298,7 +299,7 @@ class Bundle:
         if mark not in self._checked:
             if path.suffix != ".onnx":  # ONNX Runtime takes another kind of file by its ending
                 raise BundleError(f"{path} is no ONNX graph by its name; build the bundle again")
-            for location in sorted(external_locations(path)):
+            for location in sorted(read_onnx(path).external):
                 if normpath(PurePosixPath(name).parent / location) != weights:
                     raise BundleError(
                         f"{path} reads weights from {location!r}, the manifest gives it {weights or 'none'}; "

@@ -88,6 +88,11 @@ def compare(checkpoint: Checkpoint, spec: DecoderSpec, progress: Progress = sile
     for done, layer in enumerate(layers, 1):
         both = zip(part.transformers_logits(layer, ids, starts), part.graph_logits(layer, ids, starts), strict=True)
         for start, (expected, found) in zip(starts, both, strict=True):
+            if not (np.isfinite(expected).all() and expected.any()):
+                raise CheckpointError(
+                    f"{checkpoint.directory}: the logits of layer {layer} are not finite or all zero; a norm or "
+                    "bias is beyond measure: fetch the model again"
+                )
             difference = np.abs(found - expected).max(axis=-1) / np.abs(expected).max()  # by position
             if not difference.max() <= TOLERANCE and not difference.max() <= 3 * part.rounding(layer, ids, start):
                 raise CheckpointError(_difference(checkpoint, spec, layer, start, difference))

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from coatrt.bundle import Bundle
 from coatrt.devices.environment import versions
+from coatrt.engines.bundles.graph_check import check_graph
 from coatrt.engines.bundles.stored_weights import held_weights
 from coatrt.engines.runtime.decoder import LoraTensors
 from coatrt.engines.runtime.emitter import Emitter
@@ -98,7 +99,7 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, numbers: bool = T
     directory = bundle.directory
     files = bundle.check_all()
     for form in bundle.manifest["decoders"]:
-        bundle.decoder(form)
+        check_graph(*bundle.decoder(form), bundle.contract)
     here = versions()
     changed = {
         name: (old, here[name])
@@ -123,9 +124,9 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, numbers: bool = T
     decoder = OrtDecoder(graph, io, contract, RuntimeOptions(context=64, accuracy_level=0))
     prompt = [token % io.vocabulary for token in _PROMPT]
     tokens = _greedy(decoder, prompt)
-    plain = _teacher_forced(decoder, prompt, tokens)
+    plain = _sound(_teacher_forced(decoder, prompt, tokens), f"{graph} without its LoRA")
     decoder.set_lora(lora)
-    adapted = _teacher_forced(decoder, prompt, tokens)
+    adapted = _sound(_teacher_forced(decoder, prompt, tokens), f"{graph} with its LoRA")
     effect = float(np.abs(adapted - plain).max() / np.abs(plain).max())
     if not effect > 0:
         raise BundleError(f"{directory}: the LoRA changes nothing; train the adapter, then build again")
@@ -153,6 +154,14 @@ def _greedy(decoder: OrtDecoder, prompt: Sequence[int]) -> list[int]:
 def _teacher_forced(decoder: OrtDecoder, prompt: Sequence[int], tokens: Sequence[int]) -> NDArray[np.float32]:
     """Return the logits after the prompt and after each token, float32 [1 + steps, V]."""
     return np.stack([decoder.prefill([prompt])[0], *(decoder.decode([token])[0] for token in tokens)])
+
+
+def _sound(logits: NDArray[np.float32], what: str) -> NDArray[np.float32]:
+    """Return logits, refused where nothing can be compared with them: not finite, or all zero."""
+    if not (np.isfinite(logits).all() and logits.any()):
+        kind = "all zero" if np.isfinite(logits).all() else "not finite (NaN or infinity)"
+        raise BundleError(f"the logits of {what} are {kind}; build the bundle again, train again where that remains")
+    return logits
 
 
 def _against_torch(
@@ -205,12 +214,15 @@ def _against_torch(
     with torch.no_grad():
         ids = torch.tensor([[*prompt, *tokens]])
         expected = reference.logits(ids)[0, len(prompt) - 1 :].numpy()
+    _sound(expected, "torch, with the weights and the LoRA of the bundle,")
     return float(np.abs(expected - logits).max() / np.abs(expected).max()), compared, ""
 
 
 def _check_weight(bundle: Bundle, name: str, weight: "Tensor", held: "Tensor", expected: float) -> None:
     """Refuse a matrix that is farther from the model's, or nearer, than encoding left it."""
     found = float((weight - held).norm() / weight.norm().clamp(min=1e-30))
+    if not math.isfinite(found):
+        raise BundleError(f"{bundle.directory}: {name} holds numbers that are not finite; build the bundle again")
     relative, absolute = _ERROR_SLACK
     if not abs(found - expected) <= relative * expected + absolute:
         raise BundleError(
@@ -222,6 +234,11 @@ def _check_weight(bundle: Bundle, name: str, weight: "Tensor", held: "Tensor", e
 def _engine_lines(bundle: Bundle, here: dict[str, str]) -> tuple[str, ...]:
     lines = []
     for engine in bundle.manifest["engines"]:
+        if not 0 < engine["bytes"] == bundle.path(engine["file"]).stat().st_size:
+            raise BundleError(
+                f"{bundle.path(engine['file'])} has {bundle.path(engine['file']).stat().st_size} bytes, its record "
+                f"says {engine['bytes']}; build the bundle again"
+            )
         version = here.get(engine["builder"])
         state = (
             "its version is installed here; the engine was not run"

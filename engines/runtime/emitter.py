@@ -44,7 +44,7 @@ class Emitter:
         self.contract = contract
         self._names = list(contract.shapes)
         self._index = {text: i for i, text in enumerate(self.formats)}
-        self._session = session(graph, threads)
+        self._graph, self._session = graph, session(graph, threads)
 
     @classmethod
     def of(cls, bundle: Bundle, threads: int | None = None) -> "Emitter":
@@ -76,7 +76,7 @@ class Emitter:
 
         Raises:
             ConfigError: see `ids`.
-            BundleError: the graph does not have the contract's tensors.
+            BundleError: the graph does not have the contract's tensors, or emits numbers that are not finite.
         """
         ids = self.ids(config)
         try:
@@ -85,4 +85,9 @@ class Emitter:
             raise BundleError(
                 f"the hypernetwork does not fit its contract ({reason(error)}); build the bundle again"
             ) from None
+        for name, value in zip(self._names, values, strict=True):
+            if not np.isfinite(value).all():
+                raise BundleError(
+                    f"{self._graph} emits {name} with numbers that are not finite; train the adapter again, then build"
+                )
         return Lora(dict(zip(self._names, values, strict=True)), config.hash)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from coatrt.data.chat_template import Refusal, Rendering, chat_template
 from coatrt.data.encoding import encode
 from coatrt.engines.runtime.decoder import Decoder
-from coatrt.errors import ConfigError
+from coatrt.errors import BundleError, ConfigError
 
 __all__ = ["Generated", "Sampling", "encode_prompt", "generate", "next_token"]
 
@@ -77,7 +77,16 @@ def probabilities(logits: NDArray[np.float32], sampling: Sampling) -> NDArray[np
 
 
 def next_token(logits: NDArray[np.float32], sampling: Sampling, rng: np.random.Generator) -> int:
-    """Return the next token for logits float32 [V]."""
+    """Return the next token for logits float32 [V].
+
+    Raises:
+        BundleError: the largest of them is not finite, or one is no number.
+    """
+    if not np.isfinite(logits.max()):
+        raise BundleError(
+            "the logits are not finite: weights or LoRA are damaged, or too large for the graph's activations; check "
+            "the bundle (coatrt verify), or run without the LoRA (--no-lora)"
+        )
     if sampling.temperature == 0:
         return int(logits.argmax())
     return int(rng.choice(len(logits), p=probabilities(logits, sampling)))
