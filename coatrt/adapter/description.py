@@ -8,6 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from coatrt.adapter.metrics import Metrics
 from coatrt.adapter.preset import Preset
 from coatrt.configs.lora_contract import LoraContract
 from coatrt.configs.space import ConfigSpace
@@ -90,6 +91,13 @@ def adapter_reading(directory: Path, sha256: Mapping[str, str], names: Iterable[
         raise CheckpointError(f"{directory} is a damaged adapter: {error}") from None
 
 
+def _metrics(path: Path) -> dict[str, Any]:
+    """Return all that metrics.json holds, what is read from it checked."""
+    values = read_as(path, dict[str, Any], "training metrics", "train again")
+    convert(values, Metrics, f"training metrics {path}", "train again")
+    return values
+
+
 @dataclass(frozen=True)
 class AdapterDescription:
     """An adapter without its tensors: all that planning needs.
@@ -156,7 +164,7 @@ class AdapterDescription:
         with adapter_reading(directory, file.sha256, ("sensitivity.json", "metrics.json")):
             files = {
                 "sensitivity": read_as(directory / "sensitivity.json", Sensitivity, "sensitivities", "train again"),
-                "metrics": read_as(directory / "metrics.json", dict[str, Any], "training metrics", "train again"),
+                "metrics": _metrics(directory / "metrics.json"),
                 "hash": adapter_hash(directory),
             }
             where = f"the description in {directory / 'adapter.json'}"

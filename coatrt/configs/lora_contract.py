@@ -8,10 +8,12 @@ from typing import Literal
 
 from coatrt.errors import ConfigError
 from coatrt.models.matrices import ModelMatrices
+from coatrt.system.ranges import Count, Layers
 
 __all__ = ["ACTIVATIONS", "DecoderIO", "LoraContract", "LoraTensor", "contract_for"]
 
 ACTIVATIONS = ("float32", "float16", "bfloat16")
+_MOST_ALPHA = 1e6  # of training too
 _RANK_STEP = 16  # tensor cores work on tiles of 16: another rank would be padded by every runtime
 
 
@@ -31,9 +33,9 @@ class LoraTensor:
     matrix: str
     A: str
     B: str
-    K: int
-    N: int
-    rank: int
+    K: Count
+    N: Count
+    rank: Count
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,10 @@ class LoraContract:
                 raise ConfigError(
                     f"LoRA rank {tensor.rank} is given; allowed: multiples of {_RANK_STEP}; choose 16 or 32"
                 )
-        if not 0 < self.alpha < float("inf"):
-            raise ConfigError(f"LoRA alpha {self.alpha} is given; give a positive number, such as 32")
+        if not 0 < self.alpha <= _MOST_ALPHA:
+            raise ConfigError(
+                f"LoRA alpha {self.alpha} is given; give a positive number up to {_MOST_ALPHA:g}, such as 32"
+            )
         if self.dtype not in ACTIVATIONS:
             raise ConfigError(f"LoRA dtype {self.dtype!r} is given; allowed: {', '.join(ACTIVATIONS)}; use float32")
         names = list(self.shapes)
@@ -135,13 +139,13 @@ class DecoderIO:
         ConfigError: a count is not positive or the dtype is unknown.
     """
 
-    layers: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    cache_length: int | None
+    layers: Layers
+    kv_heads: Count
+    head_dim: Count
+    vocabulary: Count
+    cache_length: Count | None
     activations: str
-    max_positions: int
+    max_positions: Count
 
     def __post_init__(self) -> None:
         for name in ("layers", "kv_heads", "head_dim", "vocabulary", "cache_length", "max_positions"):

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from coatrt.system.ranges import Measure, Real
+
 __all__ = ["Sensitivity"]
 
 
@@ -15,5 +17,5 @@ class Sensitivity:
         errors: matrix → format text → ‖W − Q(W)‖ / ‖W‖.
     """
 
-    costs: Mapping[str, Mapping[str, float]]
-    errors: Mapping[str, Mapping[str, float]]
+    costs: Mapping[str, Mapping[str, Real]]
+    errors: Mapping[str, Mapping[str, Measure]]

@@ -55,7 +55,7 @@ def end_tokens(directory: Path, config: Mapping[str, Any]) -> set[int]:
     for file, values in (("config.json", config), (path.name, settings)):
         named = values.get("eos_token_id")
         found = [] if named is None else named if isinstance(named, list) else [named]
-        if not all(type(token) is int and token >= 0 for token in found):
+        if not all(type(token) is int and 0 <= token < 2**31 for token in found):
             raise ConfigError(f"{directory / file}: eos_token_id must be a token id or a list of them, got {named!r}")
         tokens.update(found)
     return tokens

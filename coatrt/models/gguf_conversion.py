@@ -7,7 +7,6 @@ import io
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -17,6 +16,7 @@ from coatrt.errors import CheckpointError, CoatError, reason
 from coatrt.models.gguf_file import GgufModel
 from coatrt.models.spec import DecoderSpec
 from coatrt.models.transformers_config import quiet_transformers
+from coatrt.models.weight_files import stored_tensors
 from coatrt.system.disk import cache_directory, cache_writing, cached
 from coatrt.system.files import atomic_directory, sha256_file
 from coatrt.system.json_data import read_as, write_json
@@ -64,11 +64,14 @@ def check_conversion(path: Path, directory: Path) -> None:
     Raises:
         CheckpointError: they differ; or see `GgufModel`.
     """
-    index = read_as(directory / _INDEX, dict[str, Any], "shard index", "convert it again")["weight_map"]
+    stored = stored_tensors(directory)
     for name, tensor in GgufModel(path).tensors():
-        with safe_open(str(directory / index[name]), framework="pt") as shard:
-            if not torch.equal(shard.get_tensor(name), tensor):
-                raise CheckpointError(f"{directory}: {name} is not what {path} holds; remove that directory")
+        found = None
+        if name in stored:
+            with safe_open(str(stored[name].file), framework="pt") as shard:
+                found = shard.get_tensor(name)
+        if found is None or not torch.equal(found, tensor):
+            raise CheckpointError(f"{directory}: {name} is not what {path} holds; remove that directory")
 
 
 def _convert(model: GgufModel, target: Path) -> None:

@@ -8,12 +8,15 @@ from functools import cached_property
 from typing import NamedTuple
 
 from coatrt.errors import CheckpointError
+from coatrt.system.ranges import Bytes, Count
 
 __all__ = ["EMBEDDING", "HEAD", "Matrix", "ModelMatrices", "matrices_of"]
 
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_MOST_DIGITS = 4  # of a layer's number
+_MOST_PARAMETERS = 2**50  # of which sums of bits stay below 2^63
 _ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -28,8 +31,8 @@ class Matrix(NamedTuple):
     """
 
     name: str
-    N: int
-    K: int
+    N: Count
+    K: Count
 
     @property
     def layer(self) -> int:
@@ -56,11 +59,27 @@ class ModelMatrices:
         matrices: embedding first, then layer by layer, then the head where it is a table of its own.
         tied: whether the head reads the embedding table (then the table is counted once).
         other_bytes: bytes of everything that is never quantized (norms, biases), at 2 bytes an element.
+
+    Raises:
+        CheckpointError: none, a name twice, a layer or a number of weights beyond all measure.
     """
 
     matrices: tuple[Matrix, ...]
     tied: bool
-    other_bytes: int = 0
+    other_bytes: Bytes = 0
+
+    def __post_init__(self) -> None:
+        if not self.matrices or len(self.by_name) < len(self.matrices):
+            raise CheckpointError(
+                "a model needs matrices, each of a name of its own; take it from the checkpoint again"
+            )
+        for matrix in self.matrices:
+            if (found := _LAYER.fullmatch(matrix.name)) and len(found[1]) > _MOST_DIGITS:
+                raise CheckpointError(
+                    f"{matrix.name[:80]} lies in no layer below {10**_MOST_DIGITS}; fetch the model again"
+                )
+        if self.parameters > _MOST_PARAMETERS:
+            raise CheckpointError(f"{self.parameters} weights are more than {_MOST_PARAMETERS}; fetch the model again")
 
     @cached_property
     def by_name(self) -> Mapping[str, Matrix]:

@@ -22,6 +22,10 @@ _COUNTS = (
     "intermediate_size",
     "max_position_embeddings",
 )
+_MOST = {"layers": 4096, "hidden": 2**20, "heads": 2**16, "kv_heads": 2**16, "head_dim": 2**16, "vocabulary": 2**31 - 1}
+_MOST |= {"max_positions": 2**31 - 1}
+_MOST_GIVEN = {"num_hidden_layers": _MOST["layers"], "head_dim": _MOST["head_dim"]}  # others: those of any number
+_MOST_FACTOR = 1e18
 _WINDOW_PER_LAYER = ("qwen2", "qwen3", "smollm3")  # those whose modules honour layer_types
 _ACTIVATIONS = {
     "silu": "silu",
@@ -82,6 +86,21 @@ class DecoderSpec:
     attention_multiplier: float
     logits_divisor: float
 
+    def __post_init__(self) -> None:
+        for name, most in _MOST.items():
+            if not 1 <= getattr(self, name) <= most:
+                raise CheckpointError(f"{name} must be 1 to {most}, got {getattr(self, name)}; fetch the model again")
+        factors = (self.rope_scaling, self.embedding_multiplier, self.residual_multiplier, self.attention_multiplier)
+        numbers = (*self.inverse_frequencies, *factors, self.norm_offset, self.epsilon, self.logits_divisor)
+        if self.logits_divisor == 0 or not all(abs(number) <= _MOST_FACTOR for number in numbers):
+            raise CheckpointError(
+                f"a factor is not finite, beyond {_MOST_FACTOR:g}, or a divisor of 0; fetch the model again"
+            )
+        if not len(self.windows) == len(self.rotary) == self.layers or len(self.inverse_frequencies) > self.head_dim:
+            raise CheckpointError("windows and rotary have an entry for each layer; fetch the model again")
+        if not all(window is None or 1 <= window < 2**31 for window in self.windows):
+            raise CheckpointError("a window must be 1 to 2147483647 positions; fetch the model again")
+
     def check_context(self, context: int) -> None:
         """Refuse more slots of the KV cache than the model has positions.
 
@@ -99,7 +118,7 @@ class DecoderSpec:
         """Return the specification in the content of a config.json; transformers fills in what it leaves out.
 
         Raises:
-            CheckpointError: the family, rope type or activation is unknown.
+            CheckpointError: the family, rope type or activation is unknown, or a number is beyond all measure.
         """
         family = model_type(values)
         if family not in FAMILIES:
@@ -109,6 +128,10 @@ class DecoderSpec:
             )
         if family == "mistral" and "layer_types" in values:  # transformers reads it as another family
             raise CheckpointError("a mistral model with layer_types is a Ministral, which cannot be exported")
+        for key in (*_COUNTS, "head_dim"):  # before transformers makes lists of that length
+            most, value = _MOST_GIVEN.get(key, 2**31 - 1), values.get(key)
+            if isinstance(value, int) and (value > most or (key == "head_dim" and value < 0)):
+                raise CheckpointError(f"config.json: {key} must be 1 to {most}, got {value}; fetch it again")
         config = complete_config(values)
         try:
             return cls._of(family, config)
@@ -131,7 +154,7 @@ class DecoderSpec:
         if getattr(config, "use_bidirectional_attention", False):
             raise CheckpointError("attention in both directions cannot be exported; give a causal language model")
         for key in _COUNTS:
-            if not isinstance(value := getattr(config, key), int) or value < 1:
+            if type(value := getattr(config, key)) is not int or value < 1:
                 raise CheckpointError(f"{key} must be a whole number above 0, got {value}; correct config.json")
         if config.num_attention_heads % config.num_key_value_heads:
             raise CheckpointError(

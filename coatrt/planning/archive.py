@@ -11,6 +11,7 @@ from coatrt.errors import ConfigError, FormatError
 from coatrt.planning.pareto import hypervolume, pareto_indices
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.json_data import read_as, write_json
+from coatrt.system.ranges import Bytes, Real
 
 __all__ = ["ARCHIVE_FILE", "Archive", "ArchiveEntry", "adapter_archive"]
 
@@ -146,10 +147,10 @@ class _File:
 
     format: int
     identity: str
-    parameters: int
+    parameters: Bytes
     matrices: tuple[str, ...]
     formats: tuple[str, ...]
-    rows: tuple[tuple[int, float, str], ...]  # bytes, loss, for each matrix in turn the number of its format
+    rows: tuple[tuple[Bytes, Real, str], ...]  # bytes, loss, for each matrix in turn the number of its format
 
     @property
     def entries(self) -> Iterator[ArchiveEntry]:

@@ -15,6 +15,7 @@ from coatrt.planning.memory import Workload
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.disk import cache_directory, is_cached
 from coatrt.system.json_data import read_as
+from coatrt.system.ranges import Bytes, Count
 
 __all__ = ["MeasuredLatency", "Product", "Rest", "find_timings", "shape_of", "timings_path"]
 
@@ -34,10 +35,10 @@ class Product:
         seconds: median of its timings.
     """
 
-    K: int
-    N: int
+    K: Count
+    N: Count
     format: str
-    tokens: int
+    tokens: Count
     seconds: float
 
 
@@ -52,9 +53,9 @@ class Rest:
         seconds: the call's, less its products'.
     """
 
-    shape: tuple[int, ...]
-    tokens: int
-    context: int
+    shape: tuple[Bytes, ...]
+    tokens: Count
+    context: Count
     seconds: float
 
 

@@ -16,6 +16,7 @@ from coatrt.planning.plan import Plan, PlanRequest
 from coatrt.planning.planner import plan_fleet
 from coatrt.system.files import sha256_file
 from coatrt.system.json_data import convert, read_as
+from coatrt.system.ranges import Whole
 
 __all__ = ["Entry", "Report", "collect"]
 
@@ -27,7 +28,7 @@ class _Device(TypedDict):
     """What the page shows of a bundle's device."""
 
     name: str
-    sm: NotRequired[int | None]
+    sm: NotRequired[Whole | None]
     sources: NotRequired[list[str]]
 
 

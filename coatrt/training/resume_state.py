@@ -8,6 +8,7 @@ import torch
 
 from coatrt.errors import CheckpointError, ConfigError
 from coatrt.system.json_data import convert, dump_json, parse_json, read_as, write_json
+from coatrt.system.ranges import Measure, Real, Whole
 from coatrt.system.tensors import read_tensors, write_tensors
 from coatrt.training.objective import LoraModule
 
@@ -29,9 +30,9 @@ class History:
         seconds: of training.
     """
 
-    step: int = 0
-    losses: list[list[float]] = field(default_factory=list)
-    seconds: float = 0.0
+    step: Whole = 0
+    losses: list[list[Real]] = field(default_factory=list)
+    seconds: Measure = 0.0
 
 
 def save_state(

@@ -22,6 +22,7 @@ from coatrt.devices.profiles import DeviceProfile, least_sm
 from coatrt.errors import BuildError, DeviceError, FormatError
 from coatrt.system.files import atomic_file
 from coatrt.system.processes import run_child
+from coatrt.system.ranges import Bytes, Count, Measure, Whole
 
 __all__ = ["BuildRecord", "EngineShapes", "build_engine", "check_formats", "installed_builder"]
 
@@ -41,9 +42,9 @@ class EngineShapes:
         BuildError: a number is not positive.
     """
 
-    batch: int = 1
-    prefill: int = 512
-    logits: int = 1
+    batch: Count = 1
+    prefill: Count = 512
+    logits: Count = 1
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -66,11 +67,11 @@ class BuildRecord:
     """
 
     file: str
-    sms: tuple[int, ...]
+    sms: tuple[Whole, ...]
     builder: str
     version: str
-    seconds: float
-    bytes: int
+    seconds: Measure
+    bytes: Bytes
     shapes: EngineShapes
 
 

@@ -21,6 +21,7 @@ from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.runtime.emitter import Emitter
 from coatrt.errors import CoatError, ConfigError
 from coatrt.models.checkpoint import Checkpoint
+from coatrt.models.spec import DecoderSpec
 from coatrt.planning import planner
 from coatrt.planning.archive import Archive, ArchiveEntry
 from coatrt.planning.measured_latency import MeasuredLatency, Product, Rest
@@ -74,7 +75,7 @@ KINDS = {
     ),
     "adapter": Kind("adapter.json", adapter, ("description", "spec", "layers"), ("description", "fingerprint")),
     "sensitivities": Kind("sensitivity.json", adapter, key=("errors",)),
-    "metrics": Kind("metrics.json", adapter),
+    "metrics": Kind("metrics.json", adapter, ("dropped",), ("task",)),
     "archive": Kind("archive.json", lambda d: Archive.load(d / "archive.json"), ("rows", 0, 0), ("identity",)),
     "timings": Kind("cpu.json", lambda d: MeasuredLatency.load(d / "cpu.json"), ("products", 0, "K"), ("device",)),
     "manifest": Kind(
@@ -205,8 +206,6 @@ def _facts(directory: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("text", ["[]", "null", "5", '"a"', "{}", '{"format": "1"}', f'{{"default": {2**70}}}'])
 def test_another_structure_is_refused(given: tuple[Kind, Path], text: str) -> None:
     kind, directory = given
-    if text[0] == "{" and kind.name == "metrics.json":
-        return  # any object is metrics
     put(directory, kind, text)
     if kind.name == "run.json" and "format" in text:
         with pytest.raises(ConfigError, match="holds a training with other options"):
@@ -226,6 +225,78 @@ def test_a_number_of_another_type_is_refused_with_its_place(given: tuple[Kind, P
     said = refused(kind, directory)
     if abs(value if isinstance(value, int) else 0) < 2**64:
         assert str(kind.number[-1]) in said.partition("`$")[2]
+
+
+HOSTILE: list[tuple[str, tuple[Any, ...]]] = [
+    ("manifest", ("matrices", "matrices", 0, 1)),
+    ("manifest", ("matrices", "matrices", 1, 2)),
+    ("manifest", ("matrices", "other_bytes")),
+    ("manifest", ("configuration", "average_bits")),
+    ("manifest", ("configuration", "bytes")),
+    ("manifest", ("configuration", "errors", "model.embed_tokens")),
+    *(("manifest", ("decoders", "cpu", "io", name)) for name in ("layers", "kv_heads", "head_dim", "vocabulary")),
+    ("manifest", ("model", "stop_tokens", 0)),
+    ("metrics", ("held_out", "budgets", 0, "bits")),
+    ("metrics", ("held_out", "budgets", 0, "adapted")),
+    ("metrics", ("held_out", "full_precision")),
+    ("metrics", ("losses", 0, 0)),
+    ("metrics", ("seconds",)),
+    *(("metrics", ("options", name)) for name in ("rank", "batch", "max_length", "precision")),
+    ("sensitivities", ("costs", "model.embed_tokens", "int8")),
+    ("sensitivities", ("errors", "model.embed_tokens", "int8")),
+    *(("adapter", ("description", "spec", name)) for name in ("layers", "hidden", "heads", "vocabulary")),
+    ("adapter", ("description", "space", "model", "matrices", 1, 1)),
+    ("adapter", ("description", "contract", "tensors", 0, "N")),
+    ("adapter", ("description", "contract", "alpha")),
+    ("archive", ("parameters",)),
+    ("archive", ("rows", 0, 0)),
+    ("archive", ("rows", 0, 1)),
+    *(("timings", ("products", 0, name)) for name in ("K", "N", "tokens", "seconds")),
+    ("timings", ("rests", 0, "context")),
+    ("LoRA contract", ("tensors", 0, "K")),
+    ("plan", ("bytes_per_token",)),
+    ("plan", ("request", "context")),
+    *(("model", (name,)) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "head_dim")),
+    ("model", ("vocab_size",)),
+]
+_FLOATS = ("adapted", "full_precision", 0, 1, "int8")  # which may be negative, in metrics, costs and archives
+
+
+@pytest.mark.parametrize("value", [2**62, 2**63 - 1, -1, {}, [], "x", True, 1e300, -1e300], ids=str)
+@pytest.mark.parametrize(("name", "place"), HOSTILE, ids=lambda part: str(part).replace(" ", ""))
+def test_a_number_that_cannot_be_is_refused_with_its_place(
+    name: str, place: tuple[Any, ...], value: object, valid: Path, tmp_path: Path
+) -> None:
+    kind, whole = KINDS[name], json.loads((valid / name / KINDS[name].name).read_text())
+    inner = whole
+    for step in place[:-1]:
+        inner = inner.setdefault(step, {}) if isinstance(inner, dict) else inner[step]
+    if value == -1 and place[-1] in _FLOATS and "costs" not in place and isinstance(inner[place[-1]], float):
+        return
+    directory = Path(shutil.copytree(valid / name, tmp_path / "d"))
+    altered(directory, kind, place, lambda inner, key: inner.__setitem__(key, value))
+    if name == "model":
+        kind = replace(kind, read=lambda d: DecoderSpec.from_config(Checkpoint.open(d).config))
+        with pytest.raises(CoatError):
+            kind.read(directory)
+        return
+    said = refused(kind, directory)
+    if "`$" in said:
+        assert str(place[-1]) in said.partition("`$")[2] or "[...]" in said  # a key that is a name
+
+
+def test_sizes_that_cannot_be_together_are_refused(valid: Path, tmp_path: Path) -> None:
+    """Every number is one that could be, all of them are not: sums would overflow, lists would fill the memory."""
+    for change, said in (
+        (lambda m: [row.__setitem__(slice(1, 3), [2**31 - 1] * 2) for row in m], r"weights are more than \d+"),
+        (lambda m: m.clear(), "a model needs matrices"),
+        (lambda m: m.append(m[1]), "each of a name of its own"),
+        (lambda m: m[1].__setitem__(0, f"model.layers.{'9' * 5000}.mlp.up_proj"), "lies in no layer below 10000"),
+    ):
+        directory = Path(shutil.copytree(valid / "manifest", tmp_path / said[:3], dirs_exist_ok=True))
+        alter_sealed(directory / "manifest.json", lambda whole, change=change: change(whole["matrices"]["matrices"]))
+        with pytest.raises(CoatError, match=rf"bundle manifest .*manifest\.json: .*{said}"):
+            Bundle.open(directory)
 
 
 @pytest.mark.parametrize("given", [name for name, kind in KINDS.items() if kind.key], indirect=True)
