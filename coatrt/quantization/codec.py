@@ -22,6 +22,7 @@ from coatrt.quantization.weight_format import WeightFormat
 __all__ = ["QuantizedMatrix", "decode", "decode_scales", "encode", "relative_error"]
 
 _CHUNK = 1 << 20  # weights per piece of work: a few buffers of this size stay in cache
+_CHUNK_BESIDE = 1 << 26  # the same on a GPU: a buffer takes a quarter of a GiB
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,14 @@ def encode(
     """Return `weight` encoded in a format.
 
     Args:
-        weight: [N, K], any floating dtype.
+        weight: [N, K], any floating dtype, on the device that is to encode it; the result is there too.
         weight_format: the format asked for; its block is fitted to K by `WeightFormat.effective`.
         quantizer: "mse" picks per block the clipping with the least squared error; "absmax" takes the largest magnitude
             (the NormalFloat preset of arXiv 2509.25214); "weighted" weighs every error with the energy of its input,
             the diagonal of `moment`; "gptq" codes one input after another under those scales, each making up for the
             errors before it (`coatrt.quantization.gptq`); "feedback" does so as far as `tokens` bear out the moment.
-        moment: H = E[x xᵀ] of the inputs, [K, K]; needed by "weighted", "gptq" and "feedback", else ignored.
+        moment: H = E[x xᵀ] of the inputs, [K, K]; needed by "weighted", "gptq" and "feedback", else ignored. It is
+            moved to the weight's device, so keep it there where it serves several matrices.
         tokens: how many tokens the moment is the mean of, for "feedback" (`coatrt.quantization.gptq.shrunk`); None: it
             is exact.
         factors: for "gptq" and "feedback": where the factor made from the moment is kept for the next matrix; None: it
@@ -98,6 +100,8 @@ def encode(
     if not fmt.has_scales:
         return _as_stored(weight, fmt)
     _check(quantizer, moment, K)
+    if moment is not None:
+        moment = moment.to(weight.device)
     grid = Grid(fmt.kind)
     result = _scaled(weight, fmt, grid, quantizer, moment)
     scales = decode_scales(result)
@@ -105,7 +109,7 @@ def encode(
         assert moment is not None
         trusted = tokens if quantizer == "feedback" else None
         order, factor = (factors or InverseFactors()).get(moment.float(), trusted)
-        result.codes[:, K:] = grid.nearest(torch.zeros(1)).to(grid.dtype)
+        result.codes[:, K:] = grid.nearest(torch.zeros(1, device=weight.device)).to(grid.dtype)
         result.codes[:, :K] = feedback_codes(weight.float(), scales, fmt.block or K, grid, order, factor)
         return result
     safe = torch.where(scales != 0, scales, torch.ones_like(scales))
@@ -127,7 +131,7 @@ def _pieces(weight: Tensor, fmt: WeightFormat) -> Iterator[tuple[slice, Tensor]]
     """Yield (rows, their blocks [rows, blocks, block], float32, the last one padded with zeros)."""
     N, K = weight.shape
     width = fmt.padded(K)
-    step = max(1, _CHUNK // width)
+    step = max(1, (_CHUNK if weight.device.type == "cpu" else _CHUNK_BESIDE) // width)
     for start in range(0, N, step):
         rows = slice(start, min(start + step, N))
         part = torch.nn.functional.pad(weight[rows].float(), (0, width - K)) if width != K else weight[rows].float()
@@ -145,7 +149,7 @@ def _scaled(
         assert moment is not None
         importance = torch.nn.functional.pad(moment.diagonal().float(), (0, width - K)).view(-1, fmt.block or width)
     constant = tensor_scale_of(weight) if fmt.kind == "nvfp4" else 0.0
-    chosen = torch.empty(N, width // (fmt.block or width))
+    chosen = torch.empty(N, width // (fmt.block or width), device=weight.device)
     for rows, blocks in _pieces(weight, fmt):
         chosen[rows] = choose_scales(blocks, fmt, grid, quantizer != "absmax", importance, constant)
     supers = None
@@ -155,7 +159,8 @@ def _scaled(
         stored, supers, constant = quantize_scales(chosen, fmt)
     else:
         stored = chosen.half()
-    return QuantizedMatrix(fmt, N, K, torch.zeros(N, width, dtype=grid.dtype), stored, supers, constant)
+    codes = torch.zeros(N, width, dtype=grid.dtype, device=weight.device)
+    return QuantizedMatrix(fmt, N, K, codes, stored, supers, constant)
 
 
 def _check(quantizer: Quantizer, moment: Tensor | None, K: int) -> None:

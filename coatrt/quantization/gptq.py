@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from coatrt.errors import FormatError
+from coatrt.quantization.feedback_blocks import block_codes
+from coatrt.quantization.float32 import full_float32
 from coatrt.quantization.grid import Grid
 
 __all__ = ["DAMPING", "InverseFactors", "feedback_codes", "inverse_factor", "shrunk"]
@@ -52,14 +54,15 @@ def inverse_factor(moment: Tensor) -> Tensor:
     """
     if not torch.isfinite(moment).all():
         raise FormatError("the second moment of an input is not finite; calibrate with other text")
-    identity = torch.eye(len(moment))
+    identity = torch.eye(len(moment), device=moment.device)
     shift = DAMPING * max(float(moment.diagonal().mean()), 1e-30)
-    while True:
-        lower, failed = torch.linalg.cholesky_ex((moment + shift * identity).flip(0, 1))
-        if not failed:
-            factor: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-            return factor
-        shift *= 10
+    with full_float32():
+        while True:
+            lower, failed = torch.linalg.cholesky_ex((moment + shift * identity).flip(0, 1))
+            if not failed:
+                factor: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+                return factor
+            shift *= 10
 
 
 class InverseFactors:
@@ -91,7 +94,7 @@ def feedback_codes(weight: Tensor, scales: Tensor, block: int, grid: Grid, order
     """Return codes that keep tr((W − Q) H (W − Q)ᵀ) small instead of every single |w − q|.
 
     Args:
-        weight: W, float32 [N, K].
+        weight: W, float32 [N, K]; all others lie on its device.
         scales: as decoding uses them, float32 [N, blocks].
         block: weights along K that share a scale.
         grid: the levels.
@@ -101,6 +104,8 @@ def feedback_codes(weight: Tensor, scales: Tensor, block: int, grid: Grid, order
     Returns:
         [N, K] in the grid's dtype.
     """
+    if weight.device.type != "cpu":
+        return block_codes(weight, scales, block, grid, order, factor)
     blocks = (order // block).tolist()
     codes = torch.empty(weight.shape[1], len(weight), dtype=grid.dtype)
     for start in range(0, len(weight), _ROWS):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,10 @@ class Grid:
         assert self.levels is not None
         return self.levels[:8] if self.kind == "nvfp4" else self.levels
 
+    def steps(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the ascending edges, and the heights between them, of a codebook (nvfp4: of the magnitudes)."""
+        return _on(self.kind, device)
+
     @cached_property
     def _count(self) -> "_Staircase":
         return _Staircase.of(self._edges, torch.arange(len(self._edges) + 1, dtype=torch.float32))
@@ -76,22 +80,26 @@ class Grid:
         if self.kind == "fp8":
             return values.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
         if self.kind == "nvfp4":
-            magnitude = self._count(values.abs()).int()
+            magnitude = self._passed(values.abs())
             return torch.where((values < 0) & (magnitude > 0), magnitude + 8, magnitude)
-        if len(self._edges) > _MANY:
-            return torch.bucketize(values, self._edges, out_int32=True)
+        return self._passed(values)
+
+    def _passed(self, values: Tensor) -> Tensor:
+        """Return how many edges lie below each value, int32."""
+        if len(self._edges) > _MANY or values.device.type != "cpu":
+            return torch.bucketize(values, self.steps(values.device)[0], out_int32=True)
         return self._count(values).int()
 
     def value(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the level of each code, in `dtype`."""
         if self.levels is None:
             return codes.to(dtype)
-        levels = self.levels.to(codes.device, dtype)
+        levels = _levels_on(self.kind, codes.device, dtype)
         return torch.index_select(levels, 0, codes.reshape(-1).int()).view(codes.shape)
 
     def snap(self, values: Tensor) -> Tensor:
         """Return value(nearest(values)), float32, for codebooks of few levels without the codes between."""
-        if self.levels is None or len(self._edges) > _MANY:
+        if self.levels is None or len(self._edges) > _MANY or values.device.type != "cpu":
             return self.value(self.nearest(values))
         return self._round(values.abs()).copysign_(values) if self.kind == "nvfp4" else self._round(values)
 
@@ -130,6 +138,21 @@ class Grid:
             return codes, levels.take(codes)
 
         return ascending
+
+
+@lru_cache
+def _on(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return a codebook's edges and heights on a device, copied there once."""
+    grid = Grid(kind)
+    return grid._edges.to(device), grid._ascending.to(device)
+
+
+@lru_cache
+def _levels_on(kind: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return a codebook's levels on a device, copied there once."""
+    levels = Grid(kind).levels
+    assert levels is not None
+    return levels.to(device, dtype)
 
 
 @dataclass(frozen=True)
