@@ -7,7 +7,7 @@
 
 Each section is a process of its own and writes OUT/SECTION.jsonl row by row. A section that loses its CUDA context is
 started again and passes over the row at fault. Rows of an earlier run stay and are not measured again, so that a run
-can be cut into several. graphs.py and training.py need coatrt; no other section does. `--dry-run` runs every
+can be cut into several. graphs.py and training.py need coatrt, encoding.py its quantization room alone; no other section does. `--dry-run` runs every
 measurement in tiny shapes on the CPU; nvfp4 and fp8 products fail there, as ONNX Runtime has them on CUDA only.
 """
 
@@ -27,6 +27,7 @@ SECTIONS = {
     "lora": 40,
     "groups": 60,
     "training": 90,
+    "encoding": 90,
     "rival": 90,
 }
 """Section → most seconds it may start measurements in, the first section first."""

@@ -90,14 +90,15 @@ class Adapter:
             )
         return checkpoint
 
-    def codes(self, checkpoint: Checkpoint, progress: Progress = silent) -> CodeStore:
+    def codes(self, checkpoint: Checkpoint, progress: Progress = silent, device: str = "cpu") -> CodeStore:
         """Return the encoded matrices the adapter was trained on, from the user's cache or encoded as then.
 
         Args:
             checkpoint: its model, see `checkpoint`.
             progress: called while second moments are measured.
+            device: torch device that encodes what the cache lacks.
         """
-        return CodeStore(checkpoint, self.description.quantizer, self.calibration, progress)
+        return CodeStore(checkpoint, self.description.quantizer, self.calibration, progress, device)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the adapter to `directory`, atomically; A and B also for PEFT, without θ and C, in folder peft.
@@ -187,7 +188,7 @@ class Evaluator:
         checkpoint = adapter.checkpoint(model)
         dtype = getattr(torch, adapter.description.metrics["options"]["precision"])
         self._contract, self._rows = adapter.description.contract, checkpoint.matrices.matrices[0].N
-        self._model = FakeQuantModel(checkpoint, adapter.codes(checkpoint, progress), device, dtype=dtype)
+        self._model = FakeQuantModel(checkpoint, adapter.codes(checkpoint, progress, device), device, dtype=dtype)
 
     def measure(
         self,

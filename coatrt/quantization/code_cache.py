@@ -3,6 +3,8 @@
 from collections import OrderedDict
 from pathlib import Path
 
+import torch
+
 from coatrt.errors import ConfigError
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.models.matrices import EMBEDDING
@@ -19,6 +21,7 @@ from coatrt.system.tensors import read_tensors, write_tensors
 
 __all__ = ["CodeStore"]
 
+_CPU = torch.device("cpu")
 _LEAST = 1 << 30  # bytes of codes kept whatever else the machine does
 _LEFT_FREE = 4 << 30  # bytes of memory that codes leave to others
 
@@ -37,6 +40,7 @@ class CodeStore:
         calibration: tokens for the quantizers that need second moments; these are measured when the first matrix that
             is not in the cache asks for them.
         progress: called while second moments are measured.
+        compute: torch device that encodes and measures moments; codes are handed out on the CPU.
 
     Raises:
         ConfigError: the quantizer needs a calibration and none is given.
@@ -48,11 +52,13 @@ class CodeStore:
         quantizer: Quantizer = "mse",
         calibration: Calibration | None = None,
         progress: Progress = silent,
+        compute: str | torch.device = "cpu",
     ) -> None:
         if quantizer in CALIBRATED and calibration is None:
             raise ConfigError(f"the quantizer {quantizer} is given without calibration tokens; give some, or use mse")
         self.checkpoint = checkpoint
         self.quantizer: Quantizer = quantizer
+        self._compute = torch.device(compute)
         self._root = cache_directory() / "codes" / checkpoint.fingerprint
         for folder in cached(self._root, "*/*"):
             sweep(folder)
@@ -62,7 +68,7 @@ class CodeStore:
         if quantizer in CALIBRATED and calibration is not None:
             self._tokens = calibration.tokens.numel()
             self._key += f"-{calibration.hash}"
-            self._moments = InputMoments(checkpoint, calibration, progress)
+            self._moments = InputMoments(checkpoint, calibration, progress, self._compute)
         self._factors = InverseFactors()
         self._held: OrderedDict[tuple[str, str], QuantizedMatrix] = OrderedDict()
         self._bytes = 0
@@ -95,12 +101,18 @@ class CodeStore:
             self._bytes -= self._held.popitem(last=False)[1].nbytes
         return found
 
+    def release(self) -> None:
+        """Free the memory that only encoding takes, of the last moment and its factor: gigabytes on a training GPU."""
+        self._factors = InverseFactors()
+        if self._moments is not None:
+            self._moments.release()
+
     def _encode(self, name: str, fmt: WeightFormat) -> QuantizedMatrix:
-        weight = self.checkpoint.tensor(f"{name}.weight")
+        weight = self.checkpoint.tensor(f"{name}.weight").to(self._compute)
         if self._is_plain(name):
-            return encode(weight, fmt, "mse")
+            return encode(weight, fmt, "mse").to(_CPU)
         moment = self._moments.get(name) if self._moments is not None and fmt.has_scales else None
-        return encode(weight, fmt, self.quantizer, moment, self._tokens, self._factors)
+        return encode(weight, fmt, self.quantizer, moment, self._tokens, self._factors).to(_CPU)
 
     def _is_plain(self, name: str) -> bool:
         """Return whether a matrix is a table that no second moment speaks of."""

@@ -57,9 +57,7 @@ def _levels(
     for start in range(0, len(left), _BLOCK):
         stop = min(start + _BLOCK, len(left))
         made = errors[: stop - start]
-        step(
-            left[start:stop], made, factor[start:stop, start:stop].t().contiguous(), places[start:stop], spans, grid
-        )
+        step(left[start:stop], made, factor[start:stop, start:stop].t().contiguous(), places[start:stop], spans, grid)
         left[stop:].addmm_(factor[start:stop, stop:].t(), made, alpha=-1)
     return left
 
@@ -95,7 +93,10 @@ def _kernel_step() -> Step:
         from coatrt.quantization.feedback_kernel import step
 
         one = torch.ones(1, 1, device="cuda")
-        step(one.clone(), one.clone(), one, one.int() - 1, one, Grid("int8"))
+        level, error = one * 2.25, one.clone()
+        step(level, error, one, torch.zeros(1, dtype=torch.int32, device="cuda"), one, Grid("int8"))
+        if (float(level), float(error)) != (2.0, 0.25):
+            raise ArithmeticError(f"2.25 is coded as {float(level):g} and {float(error):g}")
     except Exception as error:  # no Triton, no C compiler for it, a GPU it does not know
         warn_once(f"error feedback runs without Triton, some ten times as slow ({type(error).__name__}: {error})")
         return torch_step

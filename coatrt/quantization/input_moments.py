@@ -16,9 +16,10 @@ from coatrt.errors import CheckpointError, ConfigError
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.models.matrices import EMBEDDING, HEAD, ModelMatrices
 from coatrt.models.modules import load_model
+from coatrt.quantization.float32 import full_float32
 from coatrt.system.disk import cache_directory, cache_writing
 from coatrt.system.progress import Progress, silent
-from coatrt.system.resources import free_memory
+from coatrt.system.resources import free_device_memory, free_memory
 from coatrt.system.scratch import sweep
 from coatrt.system.tensors import hash_tensors, read_tensors, write_tensors
 
@@ -131,7 +132,7 @@ def visit_inputs(
 
 
 def measure_moments(model: Any, tokens: Tensor, names: Sequence[str], progress: Progress = silent) -> dict[str, Tensor]:
-    """Return name → H = E[x xᵀ] over all tokens, float32 [K, K], of the inputs x of linear modules.
+    """Return name → H = E[x xᵀ] over all tokens, float32 [K, K] on the model's device, of the inputs of linear modules.
 
     Args:
         model: a transformers model in full precision.
@@ -145,27 +146,40 @@ def measure_moments(model: Any, tokens: Tensor, names: Sequence[str], progress: 
         x = inputs.float()
         if name not in moments:
             moments[name] = x.new_zeros(x.shape[1], x.shape[1])
-        moments[name].addmm_(x.t(), x, alpha=1 / tokens.numel())
+        with full_float32():
+            moments[name].addmm_(x.t(), x, alpha=1 / tokens.numel())
 
     visit_inputs(model, tokens, names, collect, progress)
-    return {name: moment.cpu() for name, moment in moments.items()}
+    return moments
+
+
+def _free(device: torch.device) -> int:
+    return free_device_memory(device) if device.type == "cuda" else free_memory()
 
 
 class InputMoments:
     """The second moments of one checkpoint under one calibration, measured when first asked for and kept on disk.
 
     Matrices that read the same input (q/k/v, gate/up) share one; a tied table has that of the head. The model is loaded
-    in float32 for as long as moments are measured: as many groups of matrices at once as half of the free memory holds,
-    one run over the tokens each.
+    in float32 for as long as moments are measured, on `compute` if it fits in half of the memory free there: as many
+    groups of matrices at once as half of what is then free holds, one run over the tokens each.
 
     Args:
         checkpoint: the model.
         calibration: the tokens.
         progress: called while moments are measured.
+        compute: torch device that the model runs on, and where moments are handed out.
     """
 
-    def __init__(self, checkpoint: Checkpoint, calibration: Calibration, progress: Progress = silent) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        calibration: Calibration,
+        progress: Progress = silent,
+        compute: str | torch.device = "cpu",
+    ) -> None:
         self._checkpoint, self.calibration, self._progress = checkpoint, calibration, progress
+        self._compute = torch.device(compute)
         self._root = cache_directory() / "moments" / checkpoint.fingerprint / calibration.hash
         sweep(self._root)
         self.leader = {name: group[0] for group in checkpoint.matrices.groups for name in group}
@@ -189,8 +203,12 @@ class InputMoments:
         if leader not in self._held:
             found = self._read(leader)
             self._held = {}  # the disk has them; those of one group follow each other
-            self._held[leader] = found if found is not None else self._measure(leader)
+            self._held[leader] = (found if found is not None else self._measure(leader)).to(self._compute)
         return self._held[leader]
+
+    def release(self) -> None:
+        """Free the memory of the last moment; the disk has it."""
+        self._held = {}
 
     def _read(self, leader: str) -> Tensor | None:
         found = read_tensors(self._root / f"{leader}.safetensors")
@@ -210,7 +228,9 @@ class InputMoments:
         leaders = [leader for leader in self._width if leader != EMBEDDING] if self._kept else [wanted]
         missing = [leader for leader in leaders if leader == wanted or self._read(leader) is None]
         model, tokens = load_model(self._checkpoint), self.calibration.tokens
-        limit = max(_LEAST, free_memory() // 2)
+        if sum(weight.nbytes for weight in model.parameters()) <= _free(self._compute) // 2:
+            model = model.to(self._compute)
+        limit = max(_LEAST, _free(model.device) // 2)
         runs: list[list[str]] = [[]]
         size = 0
         for leader in missing:
@@ -221,7 +241,8 @@ class InputMoments:
             runs[-1].append(leader)
             size += more
         for run in runs:
-            for leader, moment in measure_moments(model, tokens, run, self._progress).items():
+            for leader, measured in measure_moments(model, tokens, run, self._progress).items():
+                moment = measured.cpu()
                 self._kept = False
                 with cache_writing():
                     write_tensors(

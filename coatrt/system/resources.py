@@ -8,7 +8,7 @@ import torch
 
 from coatrt.errors import ConfigError
 
-__all__ = ["compute_device", "free_memory"]
+__all__ = ["compute_device", "free_device_memory", "free_memory"]
 
 _MOUNT = Path("/sys/fs/cgroup")  # of Linux's control groups
 _CGROUPS = (
@@ -28,6 +28,12 @@ def free_memory() -> int:
             files = next((int(line.split()[1]) for line in lines if line.startswith(f"{cached} ")), 0)
             free = min(free, max(0, most - taken + files))
     return free
+
+
+def free_device_memory(device: torch.device) -> int:
+    """Return the bytes that tensors can still take on a GPU, those that torch holds unused among them."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused
 
 
 def compute_device(text: str) -> torch.device:

@@ -130,7 +130,7 @@ class _Run:
 
 def _train(run: _Run, output: Path) -> None:
     """Train, and save the adapter."""
-    codes = CodeStore(run.checkpoint, run.options.quantizer, run.calibration, run.progress)
+    codes = CodeStore(run.checkpoint, run.options.quantizer, run.calibration, run.progress, run.device)
     run.progress(0, 1, "loading the model")
     model = FakeQuantModel(run.checkpoint, codes, run.device, dtype=getattr(torch, run.options.precision))
     run.progress(1, 1, "loading the model")
@@ -228,6 +228,7 @@ def _encode(run: _Run, codes: CodeStore) -> None:
         for fmt in run.space.formats:
             codes.get(name, fmt)
         run.progress(i + 1, len(names), "encoding")
+    codes.release()
 
 
 def _measure(run: _Run, model: FakeQuantModel, codes: CodeStore) -> Sensitivity:
@@ -255,7 +256,7 @@ def _start(run: _Run, model: FakeQuantModel, sensitivity: Sensitivity) -> CoaLor
     lora.to(run.device)
     if not options.compensation:
         return lora
-    moments = InputMoments(run.checkpoint, run.calibration, run.progress)
+    moments = InputMoments(run.checkpoint, run.calibration, run.progress, run.device)
     compensator = Compensator(model, moments, run.contract, run.progress)
     share = _STARTED_SHARE[options.start]
     if not share or has_state(run.state):
