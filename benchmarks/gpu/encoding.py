@@ -27,7 +27,7 @@ except ImportError:
     sys.modules["lazy_loader"] = nothing
 
 from coatrt.quantization import feedback_blocks  # noqa: E402
-from coatrt.quantization.codec import decode_scales, encode  # noqa: E402
+from coatrt.quantization.codec import QuantizedMatrix, decode_scales, encode  # noqa: E402
 from coatrt.quantization.gptq import InverseFactors  # noqa: E402
 from coatrt.quantization.grid import Grid  # noqa: E402
 from support.feedback_check import output_error, ties_of  # noqa: E402
@@ -102,22 +102,18 @@ def timed(N: int, K: int, text: str, moments: Moments, device: torch.device) -> 
     """Return the seconds of an encoding, on the GPU alone and with the copies to and fro, and its peak memory."""
     moment, factors = moments.get(K)
     stored = weight_of(N, K)
-    weight = stored.to(device)
-    found: dict[str, Any] = {
-        "seconds": round(seconds(lambda: encode(weight, text, "feedback", moment, 4 * K, factors), device), 5),
-    }
+
+    def there(weight: torch.Tensor) -> QuantizedMatrix:
+        return encode(weight, text, "feedback", moment, 4 * K, factors)
+
+    near = stored.to(device)
+    found: dict[str, Any] = {"seconds": round(seconds(partial(there, near), device), 5)}
     if device.type == "cuda":
-        held = torch.cuda.memory_allocated()
+        found["held_gb"] = round(torch.cuda.memory_allocated() / 1e9, 3)
         torch.cuda.reset_peak_memory_stats()
-        encode(weight, text, "feedback", moment, 4 * K, factors)
+        there(near)
         found["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
-        found["held_gb"] = round(held / 1e9, 3)
-    del weight
-
-    def whole() -> None:
-        encode(stored.to(device), text, "feedback", moment, 4 * K, factors).to(CPU)
-
-    found["with_copies"] = round(seconds(whole, device), 5)
+    found["with_copies"] = round(seconds(lambda: there(stored.to(device)).to(CPU), device), 5)
     return found
 
 

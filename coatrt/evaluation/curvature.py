@@ -121,7 +121,7 @@ def token_costs(
 
     visit_outputs(model, examples, visit, progress)
     share = 0.5 / examples.predicted
-    return {name: dict(zip(texts, (row * share).tolist(), strict=True)) for name, row in sums.items()}
+    return {name: dict(zip(texts, (row * share).cpu().tolist(), strict=True)) for name, row in sums.items()}
 
 
 def relative_errors(
