@@ -155,6 +155,7 @@ def compared(N: int, K: int, text: str, device: torch.device) -> dict[str, Any]:
         "rows_that_differ": round(float(differ.any(1).double().mean()), 6),
         "scales_that_differ": int(scales.sum()),
         "rows_whose_scales_differ": int(scales.any(1).sum()),
+        "differ_in_other_rows": round(float(differ[~scales.any(1)].double().mean()), 8),
         "output_error": two,
         "relative_difference": abs(one - two) / one,
         "near_ties": {name: found.count for name, found in ties.items()},

@@ -18,7 +18,7 @@ BLOCK = 64
 _TILE = 32  # rows of W that one warp codes; each of its threads holds all errors of one row
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _code(  # type: ignore[no-untyped-def]
     columns,
     errors,

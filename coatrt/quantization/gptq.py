@@ -54,12 +54,15 @@ def inverse_factor(moment: Tensor) -> Tensor:
     """
     if not torch.isfinite(moment).all():
         raise FormatError("the second moment of an input is not finite; calibrate with other text")
-    identity = torch.eye(len(moment), device=moment.device)
     shift = DAMPING * max(float(moment.diagonal().mean()), 1e-30)
     with full_float32():
         while True:
-            lower, failed = torch.linalg.cholesky_ex((moment + shift * identity).flip(0, 1))
+            damped = moment.flip(0, 1)
+            damped.diagonal().add_(shift)
+            lower, failed = torch.linalg.cholesky_ex(damped)
+            del damped  # on a GPU every matrix of this size counts
             if not failed:
+                identity = torch.eye(len(moment), device=moment.device)
                 factor: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
                 return factor
             shift *= 10

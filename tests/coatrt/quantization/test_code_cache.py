@@ -151,3 +151,15 @@ def test_matrices_that_read_one_input_are_encoded_with_one_factor(
         for text in ("nf3-g32", "int4-g32"):
             codes.get(f"model.layers.0.{name}", text)
     assert sizes == [64, 160]
+
+
+def test_what_only_encoding_needs_is_released_and_made_again(checkpoint: Checkpoint) -> None:
+    codes = CodeStore(checkpoint, "feedback", Calibration(TOKENS))
+    codes.get(NAME, "nf3-g32")
+    assert codes._moments is not None and codes._moments._held and codes._factors._value is not None
+    codes.release()
+    assert not codes._moments._held and codes._factors._value is None
+    moment = InputMoments(checkpoint, Calibration(TOKENS)).get(NAME)
+    want = encode(checkpoint.tensor(f"{NAME}.weight"), "int4-g32", "feedback", moment, TOKENS.numel())
+    assert torch.equal(codes.get(NAME, "int4-g32").codes, want.codes)
+    CodeStore(checkpoint).release()  # which has no moments

@@ -14,6 +14,7 @@ from coatrt.quantization import input_moments as calibration
 from coatrt.quantization.input_moments import Calibration, InputMoments, calibration_examples, tokens_wanted
 from coatrt.system.notices import warn_once
 from coatrt.system.tensors import read_tensors
+from support.programs import run_program
 from support.tiny import save_tiny_llama
 
 TOKENS = torch.randint(0, 272, (6, 20), generator=torch.Generator().manual_seed(0))
@@ -179,3 +180,35 @@ def test_moments_that_cannot_be_kept_are_measured_one_by_one(
         torch.testing.assert_close(moments.get(name).double(), expected[name], rtol=1e-5, atol=1e-5)
     assert runs[1:] == [1]
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+_BESIDE = """
+import sys
+import torch
+import coatrt.quantization.input_moments as module
+from coatrt.models.checkpoint import Checkpoint
+from support import pretend_device
+
+torch.set_num_threads(1)
+tokens = torch.arange(120).view(4, 30)
+ran, real = [], module.measure_moments
+module.measure_moments = lambda model, *rest: ran.append(model.device.type) or real(model, *rest)
+found = {}
+for place, free, compute in (("a", 1 << 40, "cpu"), ("b", 1 << 40, pretend_device.NAME), ("c", 0, pretend_device.NAME)):
+    module.free_memory = lambda: free
+    moments = module.InputMoments(Checkpoint.open(sys.argv[1]), module.Calibration(tokens), compute=compute)
+    moments._root = moments._root.with_name(place)
+    found[place] = moments.get("model.layers.0.mlp.down_proj")
+    assert found[place].device.type == compute, place
+assert ran[:2] == ["cpu", pretend_device.NAME] and set(ran[2:]) == {"cpu"}, ran
+for place in "bc":
+    torch.testing.assert_close(found[place].cpu(), found["a"])
+"""
+
+
+def test_moments_are_measured_on_the_device_where_the_model_fits(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COATRT_CACHE", str(tmp_path))
+    done = run_program(_BESIDE, tiny_llama)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from coatrt.errors import ConfigError
-from coatrt.system.resources import compute_device, free_memory
+from coatrt.system.resources import compute_device, free_device_memory, free_memory
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +32,12 @@ def test_a_containers_limit_counts(tmp_path: Path, version: int) -> None:
     assert free_memory() == 24 << 20
     (root / names[1]).write_text(f"{60 << 20}\n")
     assert free_memory() == 0
+
+
+def test_a_gpu_has_what_the_driver_and_torch_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"mem_get_info": (5, 80), "memory_reserved": 40, "memory_allocated": 37}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert free_device_memory(torch.device("cuda")) == 8
 
 
 @pytest.mark.parametrize("gpus", [0, 1, 2])
