@@ -1,5 +1,7 @@
 #pragma once
 #include <coatrt/coatrt.hpp>
+#include <coatrt/json_check.hpp>
+#include <iterator>
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -10,16 +12,9 @@ using Json = nlohmann::ordered_json;  // the patterns of a configuration are tri
 
 /// Parse what a stranger sent. Depth is bounded as everything that walks a value recurses; keys are, as each one costs a
 /// look at those before it.
-inline Json parse_json(const std::string& body) {
-  constexpr int kDepth = 32;
-  constexpr std::size_t kKeys = 5000;
-  std::size_t keys = 0;
-  return Json::parse(body, [&](int depth, Json::parse_event_t event, Json&) {
-    if (depth > kDepth) throw coatrt::Error("the request is nested deeper than 32 levels; give fewer");
-    if (event == Json::parse_event_t::key && ++keys > kKeys)
-      throw coatrt::Error("the request has more than 5000 keys; give fewer");
-    return true;
-  });
+inline Json parse_json(const std::string& body, const std::string& example) {
+  coatrt::check_json(body, "the request", "send an object like " + example, {32, 5000, false});
+  return Json::parse(body);
 }
 
 /// What POST /generate asks for.
@@ -32,7 +27,7 @@ struct GenerateRequest {
   bool stream = false;
 
   explicit GenerateRequest(const std::string& body) {
-    const Json in = parse_json(body);
+    const Json in = parse_json(body, R"({"prompt": "Once"})");
     if (!in.is_object()) throw coatrt::Error("the request must be an object like {\"prompt\": \"Once\"}");
     if (in.contains("tokens")) {
       if (!in["tokens"].is_array()) throw coatrt::Error("tokens must be a list of token ids");

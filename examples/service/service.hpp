@@ -93,19 +93,17 @@ class Service {
 
   /// Errors become one JSON line: 400 for what the client got wrong, 500 for the rest.
   Workers::Work guarded(Workers::Work work) {
-    const auto fail = [this](Job& job, int status, const std::exception& error) {
-      answer(*job.reply, status, {{"error", std::string(error.what()).substr(0, kLongestMessage)}});
+    const auto fail = [this](Job& job, int status, const std::string& message) {
+      answer(*job.reply, status, {{"error", message.substr(0, kLongestMessage)}});
       metrics_.request(status, since(job.start));
     };
     return [work, fail](std::size_t thread, Job& job) {
       try {
         work(thread, job);
       } catch (const coatrt::Error& error) {
-        fail(job, 400, error);
-      } catch (const Json::exception& error) {
-        fail(job, 400, error);
+        fail(job, 400, error.what());
       } catch (const std::exception& error) {
-        fail(job, 500, error);
+        fail(job, 500, std::string("the service failed (") + error.what() + "); try again, or tell who runs it");
       }
     };
   }
@@ -117,7 +115,7 @@ class Service {
   }
 
   void configure(Job& job) {
-    parse_json(job.request.body);  // what a stranger sent is bounded first
+    parse_json(job.request.body, R"({"default": "int8"})");  // what a stranger sent is bounded first
     auto configuration =
         std::make_shared<const coatrt::Configuration>(bundle_.configuration(job.request.body, "configuration"));
     const std::string hash = configuration->hash();

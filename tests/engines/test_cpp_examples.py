@@ -67,7 +67,16 @@ def telling_prompt(service: Service, configurations: list[Any]) -> tuple[dict[st
 
 
 REFUSED: tuple[tuple[Any, str], ...] = (
-    ("{", "parse error"),
+    (
+        "{",
+        'the request is not JSON (line 1, byte 2: it ends too early); send an object like {"prompt": "Once"}',
+    ),
+    ("", "(line 1, byte 1: it ends too early)"),
+    ('{\n"prompt": Once}', "(line 2, byte 13: unexpected 'O' after "),
+    ('{"prompt": "a"} x', "(line 1, byte 17: unexpected 'x' after "),
+    ('{"prompt": "a\nb"}', "(line 1, byte 14: unexpected '?' after "),
+    (r'{"prompt": "\ud800"}', r"""(line 1, byte 19: unexpected '"' after '"""),
+    ('{"prompt": "a", "temperature": 1e999}', "(line 1, byte 36: the number '1e999' is outside the range of float64)"),
     ([], "the request must be an object"),
     ({}, "neither prompt nor tokens"),
     ({"prompt": 3}, "prompt must be a text"),
@@ -128,6 +137,16 @@ def test_the_service(cpp: Any, tiny_bundle: Path) -> None:
             status, body = service.ask("POST", "/generate", value)
             assert status == 400 and message in json.loads(body)["error"], (value, body)
         assert service.ask("GET", "/nothing")[0] == 404
+        for value, message in (
+            ('{"default": "int8"', 'it ends too early); send an object like {"default": "int8"}'),
+            ('{"default": "int8", "default": "fp8"}', "the request gives the key 'default' twice"),
+            ({"default": "int8", "formats": {}}, "holds default, formats; a configuration has the keys"),
+        ):
+            status, body = service.ask("POST", "/configuration", value)
+            assert status == 400 and message in json.loads(body)["error"], (value, body)
+        status, body = service.ask("POST", "/generate?stream=true", {"prompt": "a"})
+        assert status == 400 and "the path has a query, which is not read" in body
+        assert service.ask("GET", "/health?now")[0] == 200  # what some probes add
 
         connection = HTTPConnection("127.0.0.1", service.port, timeout=60)  # a client that goes away
         connection.request("POST", "/generate", json.dumps({**prompt, "max_tokens": 80, "stream": True}))

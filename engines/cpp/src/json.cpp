@@ -1,10 +1,10 @@
 #include "json.hpp"
 
-#include "coatrt/error.hpp"
+#include "coatrt/json_check.hpp"
 
 namespace coatrt::detail {
 namespace {
-constexpr int kDepth = 64;
+constexpr const char* kRemedy = "give a JSON file";
 constexpr std::int64_t kMost = std::int64_t{1} << 62;
 }  // namespace
 
@@ -29,37 +29,17 @@ std::string join(const std::vector<std::string>& texts) {
   return out;
 }
 
-namespace {
-
-template <class Value>
-Value parse_bounded(std::string_view text, const std::string& what, const std::string& source, std::size_t most_keys) {
-  const auto refuse = [&](const std::string& why) {
-    throw Error(what + " " + source + " is not JSON (" + why + "); give a JSON file");
-  };
-  std::size_t keys = 0;
-  const auto bounded = [&](int depth, typename Value::parse_event_t event, Value&) {
-    if (depth > kDepth) refuse("nested deeper than " + std::to_string(kDepth));
-    if (event == Value::parse_event_t::key && ++keys > most_keys)
-      throw Error(what + " " + source + " has more than " + std::to_string(most_keys) + " keys; give fewer");
-    return true;
-  };
-  try {
-    return Value::parse(text.begin(), text.end(), bounded);
-  } catch (const typename Value::exception& error) {
-    refuse(error.what());
-  }
-  return {};
-}
-
-}  // namespace
-
 Json parse_json(std::string_view text, const std::string& what, const std::string& source) {
-  return parse_bounded<Json>(text, what, source, static_cast<std::size_t>(-1));
+  check_json(text, what + " " + source, kRemedy);
+  return Json::parse(text.begin(), text.end());
 }
 
 nlohmann::ordered_json parse_ordered_json(std::string_view text, const std::string& what, const std::string& source,
                                           std::size_t most_keys) {
-  return parse_bounded<nlohmann::ordered_json>(text, what, source, most_keys);
+  JsonLimits limits;
+  limits.keys = most_keys;
+  check_json(text, what + " " + source, kRemedy, limits);
+  return nlohmann::ordered_json::parse(text.begin(), text.end());
 }
 
 const Json* find(const Json& value, const char* key) {

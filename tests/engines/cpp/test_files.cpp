@@ -5,6 +5,7 @@
 #include <string>
 
 #include "coatrt/error.hpp"
+#include "coatrt/json_check.hpp"
 #include "external_data.hpp"
 #include "formats.hpp"
 #include "half.hpp"
@@ -89,6 +90,41 @@ TEST_CASE("a safetensors file is read, a lying one refused") {
   CHECK(one(R"("dtype":"F32","shape":[2],"data_offsets":[8,16])", 16) == "a follows a hole");
   CHECK(why(file(R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}})",
                  12)) == "b overlaps another tensor");
+}
+
+TEST_CASE("what is not JSON is one line with the place, in words of our own") {
+  const auto why_not = [](const std::string& text, const coatrt::JsonLimits& limits = {}) -> std::string {
+    try {
+      coatrt::check_json(text, "it", "send JSON", limits);
+    } catch (const coatrt::Error& error) {
+      return error.what();
+    }
+    return "";
+  };
+  for (const char* good : {"1", " null ", "\"\xc3\xa9\"", R"({"a":[1,2.5e3,{"a":"\u00e9\ud83d\ude00"}]})", R"({"a":1,"a":2})", "\xef\xbb\xbf{}"})
+    CHECK(why_not(good) == "");
+  CHECK(why_not("") == "it is not JSON (line 1, byte 1: it ends too early); send JSON");
+  CHECK(why_not("{\n \"a\": [1,\n") == "it is not JSON (line 3, byte 13: it ends too early); send JSON");
+  CHECK(why_not("{\"a\":\n 1 2}") == "it is not JSON (line 2, byte 10: unexpected '2' after '{\"a\":? 1 '); send JSON");
+  CHECK(why_not("x") == "it is not JSON (line 1, byte 1: unexpected 'x'); send JSON");
+  CHECK(why_not("[1,]") == "it is not JSON (line 1, byte 4: unexpected ']' after '[1,'); send JSON");
+  CHECK(why_not("[01]") == "it is not JSON (line 1, byte 3: unexpected '1' after '[0'); send JSON");
+  CHECK(why_not("[1e400]") == "it is not JSON (line 1, byte 6: the number '1e400' is outside the range of float64); send JSON");
+  CHECK(why_not("\"\xff\"") == "it is not JSON (line 1, byte 2: text that is not UTF-8, or not within quotes); send JSON");
+  CHECK(why_not("\"" + std::string(100, 'a') + "\n\"")==
+        "it is not JSON (line 1, byte 102: unexpected '?' after '" + std::string(20, 'a') + "'); send JSON");
+  for (const std::string& bad : {std::string("{]"), std::string("nul"), std::string("'a'"), std::string("1 1"), std::string("\0", 1), std::string("{\"a\":1,\"b\"}"),
+                                 std::string("\"\\x\""), std::string("\"\\ud800\""), std::string("-"), std::string("[1\"")}) {
+    CHECK(why_not(bad).find("it is not JSON (line 1, byte ") == 0);
+    CHECK(why_not(bad).find("exception") == std::string::npos);
+  }
+  CHECK(why_not("[[[]]]", {3}) == "");
+  CHECK(why_not("[[[[]]]]", {3}) == "it is nested deeper than 3 levels; give fewer");
+  CHECK(why_not(std::string(1 << 20, '[')) == "it is nested deeper than 64 levels; give fewer");
+  CHECK(why_not(R"({"a":1,"b":{"c":2}})", {64, 3}) == "");
+  CHECK(why_not(R"({"a":1,"b":{"c":2}})", {64, 2}) == "it has more than 2 keys; give fewer");
+  CHECK(why_not(R"({"a":{"a":1},"b":{"a":1}})", {64, 100, false}) == "");
+  CHECK(why_not(R"({"b":{"a":1,"c":[{}],"a":2}})", {64, 100, false}) == "it gives the key 'a' twice in one object; give it once");
 }
 
 TEST_CASE("texts of weight formats") {
