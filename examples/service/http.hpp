@@ -8,7 +8,7 @@
 
 /// One request, whole.
 struct HttpRequest {
-  std::string method, path, body;
+  std::string method, path, query, body;
   bool keep_alive = true;  // whether the connection may serve another
   bool chunked = true;     // whether the client reads chunks: HTTP/1.1
 };
@@ -76,7 +76,9 @@ class RequestReader {
     const std::string_view target = line.substr(one + 1, two - one - 1), version = line.substr(two + 1);
     if (version != "HTTP/1.1" && version != "HTTP/1.0") throw HttpRefusal{505, "HTTP/1.1 and HTTP/1.0 are served here"};
     request.method = line.substr(0, one);
-    request.path = target.substr(0, target.find('?'));
+    const std::size_t mark = std::min(target.find('?'), target.size());
+    request.path = target.substr(0, mark);
+    request.query = target.substr(mark);
     request.keep_alive = request.chunked = version == "HTTP/1.1";
   }
 

@@ -5,46 +5,56 @@
 //                       "configuration": {…}, "stream": true} → JSON, or server-sent events of {"text", "token"}
 // POST /configuration  {"default": "int8", …}: the LoRA of requests that name none
 // GET /health, /metrics
+#include <charconv>
 #include <coatrt/coatrt.hpp>
 #include <csignal>
 #include <condition_variable>
 #include <cstdlib>
 #include <iostream>
+#include <set>
 
 #include "service.hpp"
 
 namespace {
 
+/// The whole number that an option is given.
+template <class Number>
+void read_number(const std::string& name, const std::string& text, long least, long most, Number& number) {
+  long value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc() || end != text.data() + text.size() || value < least || value > most)
+    throw coatrt::Error(name + " must be a whole number from " + std::to_string(least) + " to " + std::to_string(most) +
+                        ", got " + text);
+  number = static_cast<Number>(value);
+}
+
 Options parse(int argc, char** argv) {
   Options options;
   options.session.threads = 1;  // requests run side by side: one core each
+  std::set<std::string> given;
+  long deadline = options.deadline.count();
   for (int i = 1; i < argc; ++i) {
     const std::string name = argv[i];
     if (name.compare(0, 2, "--") != 0) {
+      if (!options.bundle.empty()) throw coatrt::Error("two bundles are given, " + options.bundle + " and " + name + "; give one");
       options.bundle = name;
       continue;
     }
     if (++i == argc) throw coatrt::Error(name + " has no value; give one");
     const std::string value = argv[i];
-    try {
-      if (name == "--host") options.host = value;
-      else if (name == "--port") options.port = std::stoi(value);
-      else if (name == "--sessions") options.sessions = std::stoul(value);
-      else if (name == "--queue") options.queue = std::stoul(value);
-      else if (name == "--threads") options.session.threads = std::stoi(value);
-      else if (name == "--context") options.session.context = std::stoll(value);
-      else if (name == "--deadline") options.deadline = std::chrono::seconds(std::stoi(value));
-      else if (name == "--backend") options.session.backend = value;
-      else throw coatrt::Error(name + " is no option; see the head of main.cpp");
-    } catch (const std::logic_error&) {
-      throw coatrt::Error(name + " " + value + " is given; give a number");
-    }
+    if (!given.insert(name).second) throw coatrt::Error(name + " is given twice; give it once");
+    if (name == "--host") options.host = value;
+    else if (name == "--port") read_number(name, value, 0, 65535, options.port);
+    else if (name == "--sessions") read_number(name, value, 1, 1024, options.sessions);
+    else if (name == "--queue") read_number(name, value, 0, 10000, options.queue);
+    else if (name == "--threads") read_number(name, value, 0, 1024, options.session.threads);
+    else if (name == "--context") read_number(name, value, 1, 1L << 30, options.session.context);
+    else if (name == "--deadline") read_number(name, value, 1, 3600, deadline);
+    else if (name == "--backend") options.session.backend = value;
+    else throw coatrt::Error(name + " is no option; see the head of main.cpp");
   }
+  options.deadline = std::chrono::seconds(deadline);
   if (options.bundle.empty()) throw coatrt::Error("usage: service BUNDLE [--port 8080] [--sessions 2]");
-  if (options.sessions < 1 || options.sessions > 1024) throw coatrt::Error("--sessions must be from 1 to 1024");
-  const auto deadline = options.deadline.count();
-  if (deadline < 1 || deadline > 3600) throw coatrt::Error("--deadline must be from 1 to 3600 s");
-  if (options.queue > 10000) throw coatrt::Error("--queue must be from 0 to 10000");
   return options;
 }
 

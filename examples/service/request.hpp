@@ -1,4 +1,5 @@
 #pragma once
+#include <algorithm>
 #include <coatrt/coatrt.hpp>
 #include <coatrt/json_check.hpp>
 #include <iterator>
@@ -29,6 +30,7 @@ struct GenerateRequest {
   explicit GenerateRequest(const std::string& body) {
     const Json in = parse_json(body, R"({"prompt": "Once"})");
     if (!in.is_object()) throw coatrt::Error("the request must be an object like {\"prompt\": \"Once\"}");
+    check_keys(in);
     if (in.contains("tokens")) {
       if (!in["tokens"].is_array()) throw coatrt::Error("tokens must be a list of token ids");
       for (const Json& token : in["tokens"]) tokens.push_back(whole(token, "a token id", 0));
@@ -51,6 +53,17 @@ struct GenerateRequest {
   }
 
  private:
+  static void check_keys(const Json& in) {
+    constexpr const char* kAllowed[] = {"prompt", "tokens", "max_tokens", "temperature", "top_k", "top_p", "seed",
+                                        "configuration", "stream"};
+    std::string allowed;
+    for (const char* name : kAllowed) allowed += (allowed.empty() ? "" : ", ") + std::string(name);
+    for (const auto& [key, _] : in.items())
+      if (std::find(std::begin(kAllowed), std::end(kAllowed), key) == std::end(kAllowed))
+        throw coatrt::Error("the request has the unknown key " + shown(key) + "; allowed: " + allowed);
+    if (in.contains("prompt") && in.contains("tokens"))
+      throw coatrt::Error("the request has both prompt and tokens; give one");
+  }
   static std::int64_t whole(const Json& value, const std::string& what, std::int64_t least) {
     constexpr auto most = static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max());
     const bool fits = value.is_number_unsigned() ? value.get<std::uint64_t>() <= most : value.is_number_integer();

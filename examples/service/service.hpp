@@ -78,6 +78,8 @@ class Service {
       return answer(*reply, 404, {{"error", "no such path; there are /generate, /configuration, /health, /metrics"}});
     if (request.method != (get ? "GET" : "POST"))
       return answer(*reply, 405, {{"error", std::string("use ") + (get ? "GET" : "POST")}});
+    if (post && request.query.size() > 1)
+      return answer(*reply, 400, {{"error", "the path has a query, which is not read; give its fields in the JSON object"}});
     if (request.path == "/metrics")
       return reply->answer(200, "text/plain; version=0.0.4", metrics_.text(generating_.busy(), generating_.waiting()));
     if (request.path == "/health") return answer(*reply, 200, {{"status", "ok"}, {"configuration", configuration().second}});

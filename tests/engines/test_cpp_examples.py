@@ -78,6 +78,23 @@ REFUSED: tuple[tuple[Any, str], ...] = (
     (r'{"prompt": "\ud800"}', r"""(line 1, byte 19: unexpected '"' after '"""),
     ('{"prompt": "a", "temperature": 1e999}', "(line 1, byte 36: the number '1e999' is outside the range of float64)"),
     ([], "the request must be an object"),
+    (
+        {"prompt": "a", "max_token": 3},
+        'the request has the unknown key "max_token"; allowed: prompt, tokens, max_tokens, temperature, top_k, '
+        "top_p, seed, configuration, stream",
+    ),
+    ({"prompt": "a", "Stream": True}, 'the unknown key "Stream"; allowed: '),
+    ({"prompt": "a", "": 1}, 'the unknown key ""; allowed: '),
+    ({"prompt": "a", "x" * 900: 1}, 'the unknown key "' + "x" * 39 + "; allowed: "),
+    ({"prompt": "a", "configuration": {"default": "int8", "pattern": {}}}, "has the keys default, matrices, patterns"),
+    ({"prompt": "a", "tokens": [1]}, "both prompt and tokens; give one"),
+    ('{"prompt": "a", "prompt": "b"}', "the request gives the key 'prompt' twice in one object; give it once"),
+    ('{"prompt": "a", "stream": true, "stream": true}', "gives the key 'stream' twice"),
+    ('{"prompt": "a", "configuration": {"default": "int8", "default": "int8"}}', "gives the key 'default' twice"),
+    (
+        '{"prompt": "a", "configuration": {"patterns": {"*": "int8", "*": "fp8"}}}',
+        "gives the key '*' twice in one object",
+    ),
     ({}, "neither prompt nor tokens"),
     ({"prompt": 3}, "prompt must be a text"),
     ({"prompt": "a", "max_tokens": -1}, "max_tokens must be a whole number from 1 to 2^63 - 1, got -1"),
@@ -154,7 +171,7 @@ def test_the_service(cpp: Any, tiny_bundle: Path) -> None:
         connection.close()
         assert service.generate(**prompt) == expected[1]
         metrics = service.ask("GET", "/metrics")[1]
-        assert f'coatrt_requests_total{{status="400"}} {len(REFUSED)}' in metrics
+        assert f'coatrt_requests_total{{status="400"}} {len(REFUSED) + 3}' in metrics
         assert "coatrt_swap_seconds_count" in metrics
     finally:
         service.stop()
@@ -197,7 +214,14 @@ def test_the_service_refuses_in_one_line(cpp: Any, tmp_path: Path) -> None:
     for arguments, message in (
         ([tmp_path], "is no bundle"),
         ([], "usage: service BUNDLE"),
-        ([tmp_path, "--port", "x"], "--port x is given"),
+        ([tmp_path, "--port", "x"], "--port must be a whole number from 0 to 65535, got x"),
+        ([tmp_path, "--port", "80x"], "got 80x"),
+        ([tmp_path, "--port", "99999"], "got 99999"),
+        ([tmp_path, "--sessions", "-1"], "--sessions must be a whole number from 1 to 1024, got -1"),
+        ([tmp_path, "--context", "0"], "--context must be a whole number from 1 "),
+        ([tmp_path, "--deadline", "1.5"], "--deadline must be a whole number from 1 to 3600, got 1.5"),
+        ([tmp_path, "--queue", "1", "--queue", "2"], "--queue is given twice"),
+        ([tmp_path, tmp_path], "two bundles are given"),
         ([tmp_path, "--colour", "1"], "--colour is no option"),
         ([tmp_path, "--port"], "--port has no value"),
     ):

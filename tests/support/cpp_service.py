@@ -12,7 +12,8 @@ class Service:
     """The running service."""
 
     def __init__(self, cpp: Any, bundle: Path, *options: str, wait: bool = True) -> None:
-        command = [str(cpp.directory / "service"), str(bundle), "--port", "0", "--context", "96", *options]
+        context = () if "--context" in options else ("--context", "96")
+        command = [str(cpp.directory / "service"), str(bundle), "--port", "0", *context, *options]
         self.process = subprocess.Popen(command, env=cpp.environment, stderr=subprocess.PIPE, text=True)
         if not wait:
             return
