@@ -132,14 +132,19 @@ class CachedDecoder(ABC):
             raise ConfigError("an empty prompt or batch is given; give at least one token per sequence")
         longest = filled + max(len(prompt) for prompt in prompts)
         if longest > self.capacity:
-            raise ConfigError(
-                f"{longest} positions are needed and the decoder has {self.capacity}; shorten, or build with --context"
-            )
+            raise ConfigError(f"{longest} positions are needed and the decoder has {self.capacity}, {self._limit}")
         worst = max(max(prompt) for prompt in prompts)
         if worst >= self.io.vocabulary or min(min(prompt) for prompt in prompts) < 0:
             raise ConfigError(
                 f"token id {worst} is outside the vocabulary of {self.io.vocabulary}; use the bundle's tokenizer"
             )
+
+    @property
+    def _limit(self) -> str:
+        """What sets the capacity, and what to do about it."""
+        if self.io.cache_length or self.capacity == self.io.max_positions:
+            return "as many as the bundle was built for; shorten, or build it with more (--context)"
+        return "the context it was loaded with; shorten, or load it with more (--context)"
 
     @abstractmethod
     def _bind(self, name: str, value: NDArray[Any]) -> None:

@@ -133,6 +133,16 @@ class Service {
     metrics_.request(200, since(job.start));
   }
 
+  static void check_length(std::size_t tokens, const coatrt::Session& session) {
+    const auto most = static_cast<std::size_t>(session.capacity());
+    if (tokens <= most) return;
+    const std::string limit = std::to_string(most), what = "the prompt has " + std::to_string(tokens) + " tokens and ";
+    if (session.limit() == coatrt::Limit::context)
+      throw coatrt::Error(what + "the service runs with --context " + limit +
+                          "; shorten it, or have the service started with more");
+    throw coatrt::Error(what + "the bundle was built for " + limit + "; shorten it, or have it built with more (--context)");
+  }
+
   void generate(Slot& slot, Job& job) {
     GenerateRequest request(job.request.body);
     auto [configuration, hash] = this->configuration();
@@ -142,6 +152,7 @@ class Service {
       hash = configuration->hash();
     }
     if (request.prompt) request.tokens = tokenizer_.encode(*request.prompt);
+    check_length(request.tokens.size(), slot.session);
     const auto start = Clock::now();
     if (slot.bound != hash) {
       slot.bound.clear();

@@ -100,7 +100,12 @@ REFUSED: tuple[tuple[Any, str], ...] = (
     ({"prompt": "a", "max_tokens": -1}, "max_tokens must be a whole number from 1 to 2^63 - 1, got -1"),
     ({"tokens": [99999]}, "outside the vocabulary"),
     ({"prompt": ""}, "an empty prompt"),
-    ({"prompt": "a" * 200}, "200 positions are needed"),
+    (
+        {"prompt": "a" * 200},
+        "the prompt has 200 tokens and the service runs with --context 96; shorten it, or have the service started "
+        "with more",
+    ),
+    ({"tokens": [1] * 97}, "the prompt has 97 tokens and the service runs with --context 96"),
     ({"prompt": "a", "temperature": -1}, "temperature -1 is given"),
     ({"prompt": "a", "configuration": {"default": "int5"}}, "no weight format"),
     ({"prompt": "a", "configuration": {"patterns": {"(.*)*x": "int8"}, "default": "int8"}}, "patterns are globs"),
@@ -173,6 +178,16 @@ def test_the_service(cpp: Any, tiny_bundle: Path) -> None:
         metrics = service.ask("GET", "/metrics")[1]
         assert f'coatrt_requests_total{{status="400"}} {len(REFUSED) + 3}' in metrics
         assert "coatrt_swap_seconds_count" in metrics
+    finally:
+        service.stop()
+
+
+def test_a_prompt_too_long_for_the_bundle_says_so(cpp: Any, tiny_bundle: Path) -> None:
+    service = Service(cpp, tiny_bundle, "--sessions", "1", "--context", "100000")
+    try:
+        status, body = service.ask("POST", "/generate", {"tokens": [1] * 8193})
+        said = "the prompt has 8193 tokens and the bundle was built for 8192; shorten it, or have it built with more"
+        assert (status, json.loads(body)["error"]) == (400, f"{said} (--context)")
     finally:
         service.stop()
 

@@ -9,6 +9,15 @@
 #include "state.hpp"
 
 namespace coatrt {
+namespace {
+
+/// What sets the capacity, and what to do about it, in Python's words.
+const char* advice(Limit limit) {
+  return limit == Limit::context ? "the context it was loaded with; shorten, or load it with more (--context)"
+                                 : "as many as the bundle was built for; shorten, or build it with more (--context)";
+}
+
+}  // namespace
 
 struct Session::State {
   Bundle bundle;
@@ -25,7 +34,7 @@ struct Session::State {
     const std::size_t positions = static_cast<std::size_t>(filled) + count;
     if (positions > static_cast<std::size_t>(decoder->capacity()))
       throw Error(std::to_string(positions) + " positions are needed and the decoder has " +
-                  std::to_string(decoder->capacity()) + "; shorten, or build with --context");
+                  std::to_string(decoder->capacity()) + ", " + advice(decoder->limit()));
     const auto [least, most] = std::minmax_element(tokens, tokens + count);
     if (*most >= decoder->vocabulary() || *least < 0)
       throw Error("token id " + std::to_string(*most >= decoder->vocabulary() ? *most : *least) +
@@ -117,6 +126,7 @@ void Session::swap(const Lora& lora) {
 void Session::drop_lora() { state_->decoder->set_lora(nullptr); }
 
 std::int64_t Session::capacity() const { return state_->decoder->capacity(); }
+Limit Session::limit() const { return state_->decoder->limit(); }
 std::int64_t Session::length() const { return state_->length; }
 
 namespace detail {

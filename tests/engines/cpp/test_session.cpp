@@ -55,7 +55,7 @@ TEST_CASE("a session splits prompts, counts positions and refuses what does not 
   CHECK_THROWS_AS(session.decode(-1), coatrt::Error);
   session.decode(1);
   session.decode(1);
-  CHECK_THROWS_WITH_AS(session.decode(1), "11 positions are needed and the decoder has 10; shorten, or build with --context", coatrt::Error);
+  CHECK_THROWS_WITH_AS(session.decode(1), "11 positions are needed and the decoder has 10, as many as the bundle was built for; shorten, or build it with more (--context)", coatrt::Error);
   CHECK_THROWS_WITH_AS(session.prefill({}), "an empty prompt or batch is given; give at least one token per sequence", coatrt::Error);
   CHECK_THROWS_AS(session.prefill(std::vector<std::int64_t>(11, 1)), coatrt::Error);
   CHECK(session.length() == 10);  // a refused prompt leaves the sequence as it was

@@ -142,7 +142,9 @@ def test_pieces_of_a_prompt_give_the_logits_of_the_whole(decoder: TrtDecoder, ti
 def test_wrong_calls_are_refused(decoder: TrtDecoder) -> None:
     with pytest.raises(ConfigError, match="1 sequences are given to a decoder of batch 2"):
         decoder.prefill([[1]])
-    with pytest.raises(ConfigError, match="97 positions are needed and the decoder has 96"):
+    with pytest.raises(
+        ConfigError, match="97 positions are needed and the decoder has 96, as many as the bundle was built for"
+    ):
         decoder.prefill([[1] * 97, [1]])
     with pytest.raises(ConfigError, match="differ in"):
         decoder.set_lora({})

@@ -67,6 +67,7 @@ class Session {
   void drop_lora();
 
   std::int64_t capacity() const;
+  Limit limit() const;          ///< what sets the capacity
   std::int64_t length() const;  ///< positions filled so far
 
  private:

@@ -35,6 +35,9 @@ class OrtDecoder final : public Decoder {
   ~OrtDecoder() override { runtime_.api().ReleaseIoBinding(binding_); }
 
   std::int64_t capacity() const override { return capacity_; }
+  Limit limit() const override {
+    return io_.cache_length > 0 || capacity_ == io_.max_positions ? Limit::bundle : Limit::context;
+  }
   std::int64_t prefill_limit() const override { return capacity_; }
   std::int64_t vocabulary() const override { return io_.vocabulary; }
 
