@@ -60,7 +60,9 @@ class Service {
 
   static std::vector<Slot> make_slots(const coatrt::Bundle& bundle, const Options& options) {
     std::vector<Slot> slots;
-    for (std::size_t i = 0; i < options.sessions; ++i) slots.push_back({coatrt::Session(bundle, options.session), ""});
+    coatrt::SessionOptions session = options.session;
+    session.notice = [](const std::string&) {};  // whoever asks for another configuration's LoRA knows
+    for (std::size_t i = 0; i < options.sessions; ++i) slots.push_back({coatrt::Session(bundle, session), ""});
     return slots;
   }
 

@@ -9,18 +9,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from click.testing import CliRunner
+from safetensors.numpy import load_file, save_file
 
 from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle, seal
+from coatrt.cli.main import cli
 from coatrt.configs.config import ConfigPatterns
 from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.runtime.emitter import Emitter
 from coatrt.engines.runtime.generate import generate
 from coatrt.engines.runtime.load import load_decoder
-from coatrt.engines.runtime.lora_file import load_lora
+from coatrt.engines.runtime.lora_file import load_lora, save_lora
 from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.errors import CoatError
+from coatrt.system.notices import warn_once
 from support.bundles import make_bundle
 from support.seals import alter_sealed, seal_text
 
@@ -107,7 +110,8 @@ def test_lora_equals_pythons_bit_for_bit(cpp: Any, tiny_bundle: Path, tmp_path: 
         assert set(found) == set(expected)
         for name, tensor in expected.items():
             assert found[name].tobytes() == tensor.tobytes(), name
-    assert cpp.probe("lora", tiny_bundle, tmp_path / "lora.safetensors")["tensors"] == len(expected)
+    found = cpp.probe("lora", tiny_bundle, tmp_path / "lora.safetensors")
+    assert found == {"tensors": len(expected), "configuration": config.hash}
 
 
 @pytest.mark.parametrize(
@@ -225,8 +229,6 @@ def test_lies_about_the_graph_are_refused(cpp: Any, tiny_bundle: Path, tmp_path:
 
 
 def test_a_lora_of_another_model_is_refused(cpp: Any, tiny_bundle: Path, tmp_path: Path) -> None:
-    from safetensors.numpy import save_file
-
     tensors = load_file(tiny_bundle / "lora.safetensors")
     name = next(iter(tensors))
     for change, message in (
@@ -239,6 +241,57 @@ def test_a_lora_of_another_model_is_refused(cpp: Any, tiny_bundle: Path, tmp_pat
     assert "does not exist" in cpp.refusal("lora", tiny_bundle, tmp_path / "nothing")
     (tmp_path / "l.safetensors").write_bytes(b"\xff" * 64)
     assert "is damaged (its header claims" in cpp.refusal("lora", tiny_bundle, tmp_path / "l.safetensors")
+
+
+def test_loras_name_their_configuration_in_both_languages(cpp: Any, tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    (tmp_path / "c.json").write_text('{"default": "nf3-g32"}')
+    (tmp_path / "own.json").write_bytes(bundle.path(bundle.manifest["configuration"]["file"]).read_bytes())
+    config = ConfigPatterns.from_json({"default": "nf3-g32"}).resolve(bundle.model_matrices)
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("cpp", "python", "own", "plain")}
+    assert cpp.probe("adapt", tiny_bundle, tmp_path / "c.json", files["cpp"])["hash"] == config.hash
+    cpp.probe("adapt", tiny_bundle, tmp_path / "own.json", files["own"])
+    save_lora(files["python"], Emitter.of(bundle).emit(config), config)
+    save_file(load_file(files["cpp"]), files["plain"])  # says nothing of its configuration
+    expected = {"cpp": config.hash, "python": config.hash, "own": bundle.config.hash, "plain": ""}
+    for name, path in files.items():
+        assert load_lora(path, bundle.contract).configuration == expected[name]
+        assert cpp.probe("lora", tiny_bundle, path)["configuration"] == expected[name]
+        assert (tmp_path / path.name).read_bytes()[8:].startswith(b'{"__metadata__"') == (name != "plain")
+
+    said = f"the LoRA was emitted for configuration {config.hash}, the weights are of {bundle.config.hash} and stay so"
+    nothing = f"the LoRA names no configuration, the weights are of {bundle.config.hash} and stay so"
+    for name, line in {"cpp": said, "python": said, "own": "", "plain": nothing}.items():
+        line = line and f"{line}; emit it for theirs (coatrt adapt)"
+        request = {"prompt": PROMPT, "tokens": 4, "context": 64, "lora_file": str(files[name])}
+        done = cpp.run("probe", "run", tiny_bundle, json.dumps(request))
+        assert (done.returncode, done.stderr) == (0, line and f"coatrt: {line}\n")
+        warn_once.cache_clear()
+        arguments = ["run", str(tiny_bundle), "-p", "x", "--max-tokens", "1", "--context", "32", "--lora"]
+        shown = CliRunner().invoke(cli, [*arguments, str(files[name])])
+        assert (shown.exit_code, shown.stderr) == (0, line and f"coatrt: {line}\n")
+        strict = json.dumps(request | {"strict_lora": True})
+        if line:
+            assert cpp.refusal("run", tiny_bundle, strict) == line
+        else:
+            cpp.probe("run", tiny_bundle, strict)
+    named = {"prompt": PROMPT, "tokens": 4, "context": 64, "configuration": {"default": "nf3-g32"}}
+    done = cpp.run("probe", "run", tiny_bundle, json.dumps(named))
+    assert (done.returncode, done.stderr) == (0, "")  # whoever names the configuration knows
+    assert said in cpp.refusal("run", tiny_bundle, json.dumps(named | {"strict_lora": True}))
+
+
+@pytest.mark.parametrize("metadata", ["[]", "1", '{"configuration": 1}', '{"configuration": {"a": "b"}}'])
+def test_a_lora_whose_metadata_lies_is_refused(cpp: Any, tiny_bundle: Path, tmp_path: Path, metadata: str) -> None:
+    data = (tiny_bundle / "lora.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    text = json.dumps(header | {"__metadata__": json.loads(metadata)}).encode()
+    (tmp_path / "l.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    said = cpp.refusal("lora", tiny_bundle, tmp_path / "l.safetensors")
+    assert said.endswith("is damaged (its metadata is no object of texts); emit it again with coatrt adapt")
+    with pytest.raises(CoatError, match="is damaged"):
+        load_lora(tmp_path / "l.safetensors", Bundle.open(tiny_bundle).contract)
 
 
 def test_the_c_functions(cpp: Any, bundles: dict[str, Path]) -> None:

@@ -220,12 +220,13 @@ namespace {
 
 /// The tensors of a LoRA file, checked against the contract; `file` stays mapped as long as the LoRA lives.
 Lora lora_of(std::shared_ptr<MappedFile> file, const std::string& where, const Contract& contract) {
-  std::map<std::string, StoredTensor> stored;
+  SafetensorsFile read;
   try {
-    stored = read_safetensors(file->text());
+    read = read_safetensors(file->text());
   } catch (const Error& error) {
     throw Error("LoRA " + where + " is damaged (" + error.what() + "); emit it again with coatrt adapt");
   }
+  const auto& stored = read.tensors;
   std::vector<std::string> wrong;
   std::set<std::string> known;
   for (const auto& tensor : contract.tensors) {
@@ -251,7 +252,7 @@ Lora lora_of(std::shared_ptr<MappedFile> file, const std::string& where, const C
       throw Error("LoRA " + where + " is damaged (its tensors are not aligned); emit it again with coatrt adapt");
     tensors.push_back({name, rows, columns, reinterpret_cast<const float*>(found.bytes.data())});
   }
-  return {std::move(tensors), std::move(file)};
+  return {std::move(tensors), std::move(file), read.metadata[kConfiguration]};
 }
 
 }  // namespace

@@ -12,6 +12,7 @@ namespace detail {
 namespace {
 
 constexpr std::uint64_t kMostHeader = 100'000'000;  // as the Rust implementation
+constexpr const char* kMetadata = "__metadata__";
 
 std::int64_t itemsize(const std::string& dtype) {
   static const std::map<std::string, std::int64_t> sizes{
@@ -45,9 +46,19 @@ StoredTensor read_tensor(const std::string& name, const Json& facts, std::string
   return tensor;
 }
 
+std::map<std::string, std::string> read_metadata(const Json& facts) {
+  std::map<std::string, std::string> metadata;
+  if (!facts.is_object()) throw Error("its metadata is no object of texts");
+  for (const auto& [key, value] : facts.items()) {
+    if (!value.is_string()) throw Error("its metadata is no object of texts");
+    metadata.emplace(key, value.get<std::string>());
+  }
+  return metadata;
+}
+
 }  // namespace
 
-std::map<std::string, StoredTensor> read_safetensors(std::string_view file) {
+SafetensorsFile read_safetensors(std::string_view file) {
   if (file.size() < 8) throw Error("the file is too short for a header");
   std::uint64_t length = 0;
   for (int i = 7; i >= 0; --i) length = length << 8 | static_cast<unsigned char>(file[static_cast<std::size_t>(i)]);
@@ -56,9 +67,11 @@ std::map<std::string, StoredTensor> read_safetensors(std::string_view file) {
   const Json header = parse_json(file.substr(8, static_cast<std::size_t>(length)), "header", "of the file");
   if (!header.is_object()) throw Error("its header is no object");
   const std::string_view data = file.substr(8 + static_cast<std::size_t>(length));
-  std::map<std::string, StoredTensor> tensors;
+  SafetensorsFile read;
+  auto& tensors = read.tensors;
   for (const auto& [name, facts] : header.items())
-    if (name != "__metadata__") tensors.emplace(name, read_tensor(name, facts, data));
+    if (name == kMetadata) read.metadata = read_metadata(facts);
+    else tensors.emplace(name, read_tensor(name, facts, data));
 
   std::vector<std::pair<const char*, std::string>> order;
   for (const auto& [name, tensor] : tensors) order.emplace_back(tensor.bytes.data(), name);
@@ -72,13 +85,14 @@ std::map<std::string, StoredTensor> read_safetensors(std::string_view file) {
     expected = begin + tensors.at(name).bytes.size();
   }
   if (expected != data.data() + data.size()) throw Error("bytes after the last tensor belong to none");
-  return tensors;
+  return read;
 }
 
 }  // namespace detail
 
 void Lora::save(const std::filesystem::path& path) const {
   nlohmann::ordered_json header = nlohmann::ordered_json::object();
+  if (!configuration_.empty()) header["__metadata__"][detail::kConfiguration] = configuration_;
   std::vector<std::string_view> parts;
   std::size_t at = 0;
   for (const LoraTensor& tensor : tensors_) {

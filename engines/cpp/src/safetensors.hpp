@@ -14,8 +14,16 @@ struct StoredTensor {
   std::string_view bytes;
 };
 
+/// Key of the configuration's hash in the metadata of a LoRA file, as Python writes it.
+constexpr const char* kConfiguration = "configuration";
+
+struct SafetensorsFile {
+  std::map<std::string, StoredTensor> tensors;
+  std::map<std::string, std::string> metadata;
+};
+
 /// Read a safetensors file from memory: the header is bounded, dtype·shape = bytes of every tensor, and the tensors
 /// cover the data with no hole and no overlap. Throws `Error` with the reason alone.
-std::map<std::string, StoredTensor> read_safetensors(std::string_view file);
+SafetensorsFile read_safetensors(std::string_view file);
 
 }  // namespace coatrt::detail

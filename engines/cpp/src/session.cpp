@@ -1,6 +1,8 @@
 #include "coatrt/session.hpp"
 
 #include <algorithm>
+#include <iostream>
+#include <set>
 
 #include "backend.hpp"
 #include "coatrt/error.hpp"
@@ -23,6 +25,8 @@ struct Session::State {
   Bundle bundle;
   std::unique_ptr<Decoder> decoder;
   detail::Contract contract;
+  SessionOptions options;
+  std::set<std::string> told;
   std::int64_t length = 0;
   const float* logits = nullptr;  // after the last token; none before a prefill
 
@@ -65,13 +69,32 @@ struct Session::State {
     if (!std::equal(given.begin(), given.end(), contract.tensors.begin(), contract.tensors.end(), same))
       throw Error("the LoRA and its contract differ: it belongs to another bundle's model; emit it again");
   }
+
+  /// Say, or refuse, that a LoRA makes up for the errors of another configuration than the weights'.
+  void check_configuration(const std::string& emitted, bool named) {
+    const std::string* weights = detail::find_text(bundle.state()->manifest.at("configuration"), "hash");
+    if (weights == nullptr || emitted == *weights) return;
+    const std::string line = "the LoRA " +
+                             (emitted.empty() ? "names no configuration" : "was emitted for configuration " + emitted) +
+                             ", the weights are of " + *weights + " and stay so; emit it for theirs (coatrt adapt)";
+    if (options.strict_lora) throw Error(line);
+    if (named || !told.insert(line).second) return;
+    if (options.notice) options.notice(line);
+    else std::cerr << "coatrt: " << line << std::endl;
+  }
+
+  void bind(const Lora& lora, bool named) {
+    check_lora(lora);
+    check_configuration(lora.configuration(), named);
+    decoder->set_lora(&lora);
+  }
 };
 
 Session::Session(const Bundle& bundle, const SessionOptions& options)
-    : Session(bundle, detail::make_decoder(bundle.state(), options)) {}
+    : Session(bundle, detail::make_decoder(bundle.state(), options), options) {}
 
-Session::Session(const Bundle& bundle, std::unique_ptr<Decoder> decoder)
-    : state_(new State{bundle, std::move(decoder), bundle.state()->contract()}) {
+Session::Session(const Bundle& bundle, std::unique_ptr<Decoder> decoder, const SessionOptions& options)
+    : state_(new State{bundle, std::move(decoder), bundle.state()->contract(), options, {}}) {
   swap(bundle.lora());
 }
 
@@ -116,12 +139,8 @@ Generated Session::generate(const std::vector<std::int64_t>& prompt, std::size_t
   }
 }
 
-void Session::swap(const Configuration& configuration) { swap(state_->bundle.adapt(configuration)); }
-
-void Session::swap(const Lora& lora) {
-  state_->check_lora(lora);
-  state_->decoder->set_lora(&lora);
-}
+void Session::swap(const Configuration& configuration) { state_->bind(state_->bundle.adapt(configuration), true); }
+void Session::swap(const Lora& lora) { state_->bind(lora, false); }
 
 void Session::drop_lora() { state_->decoder->set_lora(nullptr); }
 

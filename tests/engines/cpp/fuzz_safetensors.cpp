@@ -12,7 +12,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   const std::string_view file(reinterpret_cast<const char*>(data), size);
   volatile unsigned sum = 0;
   try {
-    for (const auto& [name, tensor] : coatrt::detail::read_safetensors(file))
+    const auto read = coatrt::detail::read_safetensors(file);
+    for (const auto& [name, tensor] : read.tensors)
       for (const char byte : tensor.bytes) sum = sum + static_cast<unsigned char>(byte);
   } catch (const coatrt::Error&) {
   }

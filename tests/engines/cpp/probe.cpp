@@ -19,15 +19,19 @@ std::string read(const std::string& path) {
   return {std::istreambuf_iterator<char>(file), {}};
 }
 
-// {"prompt": [ids], "tokens": n, "threads": n, "context": n, "accuracy_level": n, "lora": true} → tokens, and the logits of every step
+// {"prompt": [ids], "tokens": n, "threads": n, "context": n, "accuracy_level": n, "lora": true, "lora_file": path,
+// "configuration": {…}, "strict_lora": false} → tokens, and the logits of every step
 json run(const coatrt::Bundle& bundle, const json& request) {
   coatrt::SessionOptions options;
   options.threads = request.value("threads", 1);
   options.context = request.value("context", 2048);
   options.backend = request.value("backend", "ort");
   options.accuracy_level = request.value("accuracy_level", options.accuracy_level);
+  options.strict_lora = request.value("strict_lora", false);
   coatrt::Session session(bundle, options);
   if (!request.value("lora", true)) session.drop_lora();
+  if (request.contains("lora_file")) session.swap(bundle.lora(std::filesystem::path(request.at("lora_file").get<std::string>())));
+  if (request.contains("configuration")) session.swap(bundle.configuration(request.at("configuration").dump()));
   const auto prompt = request.at("prompt").get<std::vector<std::int64_t>>();
   json answer{{"capacity", session.capacity()}, {"logits", json::array()}};
   coatrt::Logits logits = session.prefill(prompt);
@@ -84,7 +88,8 @@ int answer(int argc, char** argv) {
   if (command == "check") {
     std::cout << json{{"files", bundle.check_all()}, {"configuration", bundle.configuration().hash()}} << "\n";
   } else if (command == "lora" && argc == 4) {
-    std::cout << json{{"tensors", bundle.lora(std::filesystem::path(argv[3])).tensors().size()}} << "\n";
+    const auto lora = bundle.lora(std::filesystem::path(argv[3]));
+    std::cout << json{{"tensors", lora.tensors().size()}, {"configuration", lora.configuration()}} << "\n";
   } else if (command == "adapt" && argc == 5) {  // configuration, output
     const auto configuration = bundle.configuration(read(argv[3]), argv[3]);
     bundle.adapt(configuration).save(argv[4]);

@@ -65,8 +65,11 @@ TEST_CASE("a safetensors file is read, a lying one refused") {
   const std::string good = R"({"a":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]},"__metadata__":{"x":"y"},)"
                            R"("b":{"dtype":"I8","shape":[],"data_offsets":[16,17]}})";
   const std::string bytes = file(good, 17);
-  const auto tensors = read_safetensors(bytes);
+  const auto [tensors, metadata] = read_safetensors(bytes);
   CHECK(tensors.size() == 2);
+  CHECK(metadata == std::map<std::string, std::string>{{"x", "y"}});
+  for (const char* bad : {"[]", "1", R"({"x":1})", R"({"x":{"y":"z"}})", "null"})
+    CHECK(why(file(std::string("{\"__metadata__\":") + bad + "}", 0)) == "its metadata is no object of texts");
   CHECK(tensors.at("a").shape == std::vector<std::int64_t>{2, 2});
   CHECK(tensors.at("b").bytes == "\1");
   CHECK(why(file(good, 18)) == "bytes after the last tensor belong to none");

@@ -32,15 +32,18 @@ struct LoraTensor {
 class Lora {
  public:
   Lora() = default;
-  Lora(std::vector<LoraTensor> tensors, std::shared_ptr<const void> owner)
-      : tensors_(std::move(tensors)), owner_(std::move(owner)) {}
+  Lora(std::vector<LoraTensor> tensors, std::shared_ptr<const void> owner, std::string configuration = "")
+      : tensors_(std::move(tensors)), owner_(std::move(owner)), configuration_(std::move(configuration)) {}
   const std::vector<LoraTensor>& tensors() const { return tensors_; }
-  /// Write safetensors (what `coatrt run --lora` and `Bundle::lora` read), atomically.
+  /// Hash of the configuration it was emitted for; empty where nobody knows.
+  const std::string& configuration() const { return configuration_; }
+  /// Write safetensors (what `coatrt run --lora` and `Bundle::lora` read) with that hash, atomically.
   void save(const std::filesystem::path& path) const;
 
  private:
   std::vector<LoraTensor> tensors_;
   std::shared_ptr<const void> owner_;
+  std::string configuration_;
 };
 
 /// Where the runtime is and how the hypernetwork runs.

@@ -17,6 +17,8 @@ struct SessionOptions {
   std::int64_t context = 2048;  ///< ort: slots of the cache where the graph leaves them open
   int accuracy_level = 4;      ///< ort: of int4 and int8 products; 4 keeps them packed and accumulates in int8, 1 decodes
                                ///< them in every call, 0 once, at load: both exact
+  bool strict_lora = false;    ///< refuse a LoRA of another configuration than the weights'; else `notice` is told so
+  std::function<void(const std::string&)> notice;  ///< gets one line, once a session; empty: standard error
 };
 
 /// How the next token is chosen.
@@ -44,7 +46,7 @@ class Session {
  public:
   explicit Session(const Bundle& bundle, const SessionOptions& options = {});
   /// Over a backend of one's own. `stop` as in the bundle's manifest.
-  Session(const Bundle& bundle, std::unique_ptr<Decoder> decoder);
+  Session(const Bundle& bundle, std::unique_ptr<Decoder> decoder, const SessionOptions& options = {});
   ~Session();
   Session(Session&&) noexcept;
   Session& operator=(Session&&) noexcept;
@@ -60,7 +62,8 @@ class Session {
                      const std::function<bool(std::int64_t)>& on_token = {});
 
   /// Change the LoRA: to another configuration's, emitted now, or to one at hand. The next `prefill` should follow:
-  /// cached keys and values keep the LoRA they were made with.
+  /// cached keys and values keep the LoRA they were made with. Who names a configuration is not told that the weights
+  /// have another; `strict_lora` refuses it all the same.
   void swap(const Configuration& configuration);
   void swap(const Lora& lora);
   /// The quantized base alone.

@@ -92,7 +92,7 @@ Lora Emitter::emit(const Configuration& configuration) const {
     runtime.check(runtime.api().GetTensorMutableData(outputs[i], &data), said.name);
     tensors.push_back({said.name, said.rows, said.columns, static_cast<const float*>(data)});
   }
-  return {std::move(tensors), std::move(values)};
+  return {std::move(tensors), std::move(values), configuration.hash()};
 }
 
 std::shared_ptr<Emitter> emitter_of(BundleState& bundle) {
