@@ -146,6 +146,7 @@ OF_NO_ONE_MODULE = {
     "engines/bundles/test_trust": "whom a bundle is believed",
     "engines/test_cpp_examples": "the C++ programs of examples/",
     "engines/test_cpp_signature": "signatures in C++",
+    "engines/test_cpp_fuzz": "the readers of the C++ library and the service",
     "engines/test_cpp_guards": "what the C++ library does not read or write",
     "engines/test_cpp_patterns": "the C++ library's globs and regular expressions",
     "engines/test_cpp_service": "the C++ service under attack",
