@@ -4,9 +4,10 @@ from pathlib import Path
 
 from coatrt.configs.lora_contract import DecoderIO, LoraContract
 from coatrt.errors import BundleError
+from coatrt.models.matrices import ModelMatrices
 from coatrt.system.onnx_files import read_onnx
 
-__all__ = ["check_graph"]
+__all__ = ["check_graph", "check_matrices"]
 
 _TOKENS = ("input_ids", "position_ids", "write_index", "logits_index")
 
@@ -51,3 +52,26 @@ def check_graph(graph: Path, io: DecoderIO, contract: LoraContract) -> None:
     except Exception as error:  # ValidationError shares no public base with what reading raises
         said = " ".join(str(error).split())[:300]
         raise BundleError(f"{graph} is no valid ONNX graph ({said}); build the bundle again") from None
+
+
+def check_matrices(directory: Path, model: ModelMatrices, io: DecoderIO, contract: LoraContract) -> None:
+    """Refuse matrices of a manifest whose sizes are not those of its decoder and its LoRA contract.
+
+    Args:
+        directory: of the bundle, for messages.
+        model: the matrices.
+        io: of a graph that `check_graph` has checked.
+        contract: the LoRA contract.
+
+    Raises:
+        BundleError: one has another size.
+    """
+    for matrix in model.matrices:
+        pair = contract.by_matrix.get(matrix.name)
+        told = (matrix.N, matrix.K) if not matrix.is_table else (matrix.N,)
+        held = (pair.N, pair.K) if pair is not None else (io.vocabulary,) if matrix.is_table else ()
+        if told != held:
+            raise BundleError(
+                f"{directory}: the manifest gives {matrix.name} the size {told}, decoder and LoRA contract {held}; "
+                "build the bundle again"
+            )

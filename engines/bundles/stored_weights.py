@@ -34,7 +34,11 @@ def held_weights(graph: Path, model: ModelMatrices) -> Iterator[tuple[str, NDArr
         table = matrix.name == EMBEDDING
         value = f"{matrix.name}.weight.rows" if table else f"{matrix.name}.weight"
         inputs = {"input_ids": np.arange(matrix.N, dtype=np.int64)[None]} if table else {}
-        found = _session(_part(whole, producers, value), graph.parent).run(None, inputs)[0]
+        session = _session(_part(whole, producers, value), graph.parent)
+        try:
+            found = session.run(None, inputs)[0]
+        except Exception as error:  # onnxruntime's own, as of more rows than there are
+            raise BundleError(f"{graph} does not decode {matrix.name} ({reason(error)}); build it again") from None
         weight = np.asarray(found[0] if table else found.T, np.float32)
         if weight.shape != (matrix.N, matrix.K):
             raise BundleError(

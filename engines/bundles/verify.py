@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from coatrt.bundle import Bundle
 from coatrt.devices.environment import versions
-from coatrt.engines.bundles.graph_check import check_graph
+from coatrt.engines.bundles.graph_check import check_graph, check_matrices
 from coatrt.engines.bundles.stored_weights import held_weights
 from coatrt.engines.runtime.decoder import LoraTensors
 from coatrt.engines.runtime.emitter import Emitter
@@ -99,7 +99,9 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, numbers: bool = T
     directory = bundle.directory
     files = bundle.check_all()
     for form in bundle.manifest["decoders"]:
-        check_graph(*bundle.decoder(form), bundle.contract)
+        graph, io = bundle.decoder(form)
+        check_graph(graph, io, bundle.contract)
+        check_matrices(directory, bundle.model_matrices, io, bundle.contract)
     here = versions()
     changed = {
         name: (old, here[name])

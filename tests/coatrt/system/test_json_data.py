@@ -271,7 +271,7 @@ def test_a_number_that_cannot_be_is_refused_with_its_place(
     inner = whole
     for step in place[:-1]:
         inner = inner.setdefault(step, {}) if isinstance(inner, dict) else inner[step]
-    if value == -1 and place[-1] in _FLOATS and "costs" not in place and isinstance(inner[place[-1]], float):
+    if value == -1 and place[-1] in _FLOATS and "errors" not in place and isinstance(inner[place[-1]], float):
         return
     directory = Path(shutil.copytree(valid / name, tmp_path / "d"))
     altered(directory, kind, place, lambda inner, key: inner.__setitem__(key, value))

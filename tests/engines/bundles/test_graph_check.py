@@ -19,6 +19,7 @@ from coatrt.engines.runtime.generate import Sampling, generate, next_token
 from coatrt.engines.runtime.load import load_decoder
 from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.errors import BundleError
+from support.seals import alter_sealed
 
 GRAPHS = ("base.onnx", "cpu.onnx", "hypernet.onnx")
 
@@ -198,3 +199,13 @@ def test_the_next_token_of_logits_that_are_no_numbers() -> None:
             with pytest.raises(BundleError, match="are not finite"):
                 next_token(np.array([0.0, bad, 1.0], np.float32), sampling, rng)
     assert next_token(np.array([0.0, -np.inf, 1.0], np.float32), Sampling(), rng) == 2
+
+
+@pytest.mark.parametrize("place", [(0, 1), (3, 1), (3, 2), (-1, 1)])
+def test_matrices_of_another_size(copy: Path, place: tuple[int, int]) -> None:
+    def change(manifest: Any) -> None:
+        row = manifest["matrices"]["matrices"][place[0]]
+        row[place[1]] += 1
+
+    alter_sealed(copy / MANIFEST, change)
+    assert f"{copy}: the manifest gives model." in refused(Bundle.open(copy))
