@@ -86,11 +86,11 @@ class LoraBank(nn.Module):
         )
         self.B = nn.ParameterList(torch.zeros(count, t.rank, t.N) for t in contract.tensors)
 
-    def pairs(self, config: QuantConfig) -> dict[str, tuple[Tensor, Tensor]]:
+    def pairs(self, config: QuantConfig, dtype: torch.dtype = torch.float32) -> dict[str, tuple[Tensor, Tensor]]:
         """Return matrix name → (A [K, r], s·B [r, N]) of the format each matrix has."""
         ids = self.encoder.format_ids(config).tolist()
         return {
-            t.matrix: (a[i], b[i] * self.contract.scale(t))
+            t.matrix: (a[i].to(dtype), (b[i] * self.contract.scale(t)).to(dtype))
             for t, i, a, b in zip(self.contract.tensors, ids, self.A, self.B, strict=True)
         }
 

@@ -1,6 +1,6 @@
 """Compensation: what the LoRA of a matrix can make up for in its quantization, in closed form for every format."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,30 @@ _DAMPING = 1e-4  # of the mean energy of an input, so that inputs that never mov
 _LEAST_GAIN = 1e-2  # of the mean gain of an output, so that outputs without gradient count too
 _RIDGE = 1e-6  # of the mean energy of A's outputs, so that columns of A that nearly agree can be told apart
 _MOST_TOKENS = 4096  # whose inputs are kept: many times a rank
+_STACKED = 1 << 28  # bytes of matrices that a GPU copies together, so that their products are one
 _OVERSAMPLING, _ITERATIONS = 16, 6  # of the randomized singular value decomposition
+
+
+def _stacks(matrices: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield matrices of one shape in stacks, float32 [m, N, K]: of one on the CPU, where products outweigh calls."""
+    part: list[Tensor] = []
+    for matrix in matrices:
+        part.append(matrix)
+        if matrix.device.type == "cpu" or 4 * matrix.numel() * (len(part) + 1) > _STACKED:
+            yield (torch.stack(part) if len(part) > 1 else matrix[None]).float()
+            part.clear()
+    if part:
+        yield torch.stack(part).float()
+
+
+def _products(matrices: Iterable[Tensor], others: Tensor, gram: bool = False) -> Tensor:
+    """Return W A of every matrix W [N, K] and its A [K, r], or Wᵀ W A if `gram`; float32 [m, N or K, r]."""
+    done, parts = 0, []
+    for stack in _stacks(matrices):
+        product = stack @ others[done : done + len(stack)]
+        parts.append(stack.mT @ product if gram else product)
+        done += len(stack)
+    return torch.cat(parts)
 
 
 class _Gram:
@@ -33,17 +56,18 @@ class _Gram:
     def __init__(self, held: Tensor) -> None:
         self._held, self._is_moment = held, held.dtype == torch.float32
         energy = held.diagonal() if self._is_moment else held.float().square()
-        self._damping = float(_DAMPING * energy.mean())
+        self._damping = _DAMPING * energy.mean()
         if self._is_moment:
             held.diagonal().add_(self._damping)
 
-    def __matmul__(self, A: Tensor) -> Tensor:
-        """Return H A, float32 [K, r]."""
-        x = self._held.float()
-        if self._is_moment:
-            return x @ A
-        product: Tensor = (x.T @ (x @ A)).div_(len(x)).add_(A, alpha=self._damping)
-        return product
+    @staticmethod
+    def products(grams: "Sequence[_Gram]", A: Tensor) -> Tensor:
+        """Return H A of m inputs of one width, which are held in one way, float32 [m, K, r]."""
+        held = [gram._held for gram in grams]
+        if grams[0]._is_moment:
+            return _products(held, A)
+        dampings = torch.stack([gram._damping for gram in grams])
+        return _products(held, A, gram=True).div_(len(held[0])).addcmul_(A, dampings[:, None, None])
 
     def root(self) -> Tensor:
         """Return the lower Cholesky factor of H, float64 [K, K]."""
@@ -132,12 +156,12 @@ class Compensator:
             matrices: names of m matrices of one shape.
             A: float32 [m, K, r].
         """
-        moved = torch.stack([self._grams[name] @ a for name, a in zip(matrices, A, strict=True)])
+        moved = _Gram.products([self._grams[name] for name in matrices], A)
         energy = (A.mT @ moved).double()
         diagonal = energy.diagonal(dim1=1, dim2=2)
         diagonal.add_(_RIDGE * diagonal.mean(1, keepdim=True))
         factors, pivots, _ = torch.linalg.lu_factor_ex(energy)  # its checked form waits for a GPU
-        kept = torch.stack([self._weights[name].float() @ one for name, one in zip(matrices, moved, strict=True)])
+        kept = _products((self._weights[name] for name in matrices), moved)
         return Reading(moved, kept, factors, pivots)
 
     @torch.no_grad()
@@ -152,12 +176,8 @@ class Compensator:
             reading: see `reading`.
             exact: see `FakeQuantModel.weight`.
         """
-        lost = torch.stack(
-            [
-                kept - self._model.weight(name, fmt, exact).float() @ moved
-                for name, fmt, kept, moved in zip(matrices, formats, reading.kept, reading.moved, strict=True)
-            ]
-        )
+        now = (self._model.weight(name, fmt, exact) for name, fmt in zip(matrices, formats, strict=True))
+        lost = reading.kept - _products(now, reading.moved)
         term: Tensor = torch.linalg.lu_solve(reading.factors, reading.pivots, lost.mT.double())
         return term.float()
 

@@ -108,14 +108,16 @@ class ConfigEncoder:
         index = {fmt: i for i, fmt in enumerate(self.formats)}
         ids = []
         for name in self.names:
-            if name not in config.formats:
+            fmt = config.formats.get(name)
+            if fmt is None:
                 raise ConfigError(f"the configuration gives {name} no format; resolve it against this model")
-            if config[name] not in index:
+            place = index.get(fmt)
+            if place is None:
                 raise ConfigError(
-                    f"{name} is {config[name]}, which the adapter was not trained for; "
+                    f"{name} is {fmt}, which the adapter was not trained for; "
                     f"allowed: {', '.join(map(str, self.formats))}"
                 )
-            ids.append(index[config[name]])
+            ids.append(place)
         return torch.tensor(ids, dtype=torch.int64)
 
     def indices(self, ids: Tensor) -> Tensor:

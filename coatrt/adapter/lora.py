@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from coatrt.adapter.compensation import Compensator, Reading
 from coatrt.adapter.features import ConfigEncoder
@@ -12,8 +13,23 @@ from coatrt.adapter.preset import Preset
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import LoraContract
 from coatrt.system.progress import Progress, silent
+from coatrt.system.tensors import to_device
 
 __all__ = ["CoaLora"]
+
+
+class _Steps:
+    """Counts the steps of all optimizers."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        register_optimizer_step_post_hook(self._step)
+
+    def _step(self, *_: object) -> None:
+        self.count += 1
+
+
+_steps = _Steps()
 
 
 class CoaLora(nn.Module):
@@ -55,7 +71,7 @@ class CoaLora(nn.Module):
             self.A = nn.ParameterList(torch.randn(len(rows), K, r) / K**0.5 for (K, _, r), rows in shapes.items())
             self.B = nn.ParameterList(torch.zeros(len(rows), r, N) for (_, N, r), rows in shapes.items())
         self._compensator: Compensator | None = None
-        self._readings: dict[int, tuple[Tensor, Reading]] = {}
+        self._readings: dict[int, tuple[tuple[int, int], Reading]] = {}
         if compensated:
             self._keep(
                 [
@@ -140,16 +156,18 @@ class CoaLora(nn.Module):
         groups = {"A": list(self.A), "B": list(self.B)}
         return groups if self.theta is None else {**groups, "theta": list(self.theta.parameters())}
 
-    def pairs(self, config: QuantConfig) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return matrix name → (A [K, r], B' [r, N]) for a configuration, B' = s·(I + U)ᵀB + C."""
+    def pairs(self, config: QuantConfig, dtype: torch.dtype = torch.float32) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return matrix name → (A [K, r], B' [r, N]) for a configuration, B' = s·(I + U)ᵀB + C, cast to a dtype."""
         ids, device, updates = self.encoder.format_ids(config), self.A[0].device, None
         if self.theta is not None:
-            updates = self.theta(self.encoder.indices(ids).to(device), self.encoder.features(ids).to(device))
+            order = [row for rows in self._members for row in rows]  # stack by stack: no gathering on the device
+            inputs = (made[order] for made in (self.encoder.indices(ids), self.encoder.features(ids)))
+            updates = self.theta(*(to_device(made, device) for made in inputs)).split([*map(len, self._members)])
         tables = self.C
         result: dict[str, tuple[Tensor, Tensor]] = {}
         for stack, (rows, A, B) in enumerate(self.stacks()):
             r = A.shape[-1]
-            folded = B if updates is None else torch.baddbmm(B, updates[rows, :r, :r].transpose(1, 2), B)
+            folded = B if updates is None else torch.baddbmm(B, updates[stack][:, :r, :r].mT, B)
             scaled = folded * self.contract.scale(self.contract.tensors[rows[0]])
             if tables:
                 scaled = scaled + tables[stack][torch.arange(len(rows)), ids[rows]].float()
@@ -158,15 +176,19 @@ class CoaLora(nn.Module):
                 formats = [self.encoder.formats[i] for i in ids[rows].tolist()]
                 reading = self._read(self._compensator, stack, names, A)
                 scaled = scaled + self._compensator.terms(names, formats, reading, exact=False)
-            for row, a, b in zip(rows, A.unbind(0), scaled.unbind(0), strict=True):
+            for row, a, b in zip(rows, A.to(dtype).unbind(0), scaled.to(dtype).unbind(0), strict=True):
                 result[self.contract.tensors[row].matrix] = (a, b)
         return result
 
     def _read(self, compensator: Compensator, stack: int, names: list[str], A: Tensor) -> Reading:
-        """Return what C takes from A as it stands now, computed again only where A has changed."""
-        if stack not in self._readings or not torch.equal(self._readings[stack][0], A):
-            now = A.detach().clone()
-            self._readings[stack] = (now, compensator.reading(names, now))
+        """Return what C takes from A as it stands now, computed again only where A has changed.
+
+        Counts say so, which a GPU need not be waited for: torch's of changes in place, and, as fused optimizers evade
+        that one, of optimizer steps.
+        """
+        now = (A._version, _steps.count)
+        if stack not in self._readings or self._readings[stack][0] != now:
+            self._readings[stack] = (now, compensator.reading(names, A.detach()))
         return self._readings[stack][1]
 
     @torch.no_grad()

@@ -17,25 +17,50 @@ from coatrt.models.modules import load_model
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import decode
 from coatrt.quantization.weight_format import WeightFormat
+from coatrt.system.tensors import to_device
 
 __all__ = ["FakeQuantModel"]
 
+_LEFT_FREE = 1 / 8  # of a GPU's memory, beside decoded weights
+
+
+def _most_decoded(device: torch.device) -> int:
+    """Return how many bytes of decoded weights are kept unless something else is said."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0]) // 2
+    return 4 << 30 if device.type == "cpu" else 0
+
+
+def _free_share(device: torch.device) -> float:
+    """Return how much of a GPU's memory no process has taken, as a share."""
+    free, total = torch.cuda.mem_get_info(device)
+    return free / total
+
 
 class _AdaptedLinear(nn.Module):
-    """A frozen linear layer plus an optional pair (A [K, r], B [r, N])."""
+    """A frozen linear layer plus its pair (A [K, r], B [r, N]), if there is one.
 
-    def __init__(self, linear: nn.Linear) -> None:
+    Args:
+        linear: the layer.
+        name: of its matrix.
+        pairs: of all matrices; whoever binds others changes it.
+    """
+
+    def __init__(self, linear: nn.Linear, name: str, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         super().__init__()
         self.weight = linear.weight
         self.bias = linear.bias
-        self.pair: tuple[Tensor, Tensor] | None = None
+        self._name, self._pairs = name, pairs
 
     def forward(self, x: Tensor) -> Tensor:
-        out = nn.functional.linear(x, self.weight, self.bias)
-        if self.pair is not None:
-            A, B = self.pair
-            out = out + (x @ A.to(x.dtype)) @ B.to(x.dtype)
-        return out
+        pair = self._pairs.get(self._name)
+        if pair is None:
+            return nn.functional.linear(x, self.weight, self.bias)
+        A, B = pair
+        rows = x.reshape(-1, x.shape[-1])
+        out = nn.functional.linear(rows, self.weight, self.bias)
+        out.addmm_(rows @ A.to(x.dtype), B.to(x.dtype))
+        return out.view(*x.shape[:-1], -1)
 
 
 class FakeQuantModel:
@@ -46,7 +71,8 @@ class FakeQuantModel:
         codes: cache of its encoded matrices.
         compute: torch device that holds the model ("cpu", "cuda").
         decoded_bytes: most bytes of decoded weights kept for the next configuration that wants them, the least recently
-            used going first; by default 4 GiB on the CPU and none on a GPU, which decodes fast and has little memory.
+            used going first; by default 4 GiB on the CPU and half of the memory that a GPU has free beside the model.
+            A GPU keeps no more of them while less than an eighth of its memory is free.
         dtype: of the weights and of all products, those of the LoRA among them; its tensors may have another.
 
     Raises:
@@ -66,20 +92,17 @@ class FakeQuantModel:
         self.model: Any = load_model(checkpoint, dtype).to(compute).requires_grad_(False)
         self.compute = torch.device(compute)
         self._codes = codes
-        self._limit = decoded_bytes if decoded_bytes is not None else (4 << 30) * (self.compute.type == "cpu")
+        self._limit = decoded_bytes if decoded_bytes is not None else _most_decoded(self.compute)
         self._decoded: OrderedDict[tuple[str, str, torch.dtype], Tensor] = OrderedDict()
         self._bytes = 0
         self._weights: dict[str, Tensor] = {}
-        self._adapted: dict[str, _AdaptedLinear] = {}
+        self._pairs: dict[str, tuple[Tensor, Tensor]] = {}
         self._current: dict[str, str] = dict.fromkeys(checkpoint.matrices.names, "")
         for matrix in checkpoint.matrices.matrices:
             module = self.model.get_submodule(matrix.name)
-            if matrix.is_table:
-                self._weights[matrix.name] = module.weight
-                continue
-            adapted = _AdaptedLinear(module)
-            self.model.set_submodule(matrix.name, adapted)
-            self._adapted[matrix.name], self._weights[matrix.name] = adapted, adapted.weight
+            self._weights[matrix.name] = module.weight
+            if not matrix.is_table:
+                self.model.set_submodule(matrix.name, _AdaptedLinear(module, matrix.name, self._pairs))
         if checkpoint.matrices.tied and self.model.lm_head.weight is not self._weights[EMBEDDING]:
             raise CheckpointError(f"{checkpoint.directory} says its head is tied, and it is not; fetch the model again")
 
@@ -115,6 +138,8 @@ class FakeQuantModel:
             value = decode(self._codes.get(name, text).to(self.compute)).to(dtype)
         else:
             value = self.checkpoint.tensor(f"{name}.weight").to(self.compute, dtype)
+        if self.compute.type == "cuda" and _free_share(self.compute) < _LEFT_FREE:
+            self._limit = min(self._limit, self._bytes)
         if value.nbytes <= self._limit:
             self._decoded[key] = value
             self._bytes += value.nbytes
@@ -130,8 +155,8 @@ class FakeQuantModel:
 
     def set_pairs(self, pairs: Mapping[str, tuple[Tensor, Tensor]] | None) -> None:
         """Put (A [K, r], scaled B [r, N]) beside each matrix named; None or a name left out: nothing."""
-        for name, module in self._adapted.items():
-            module.pair = pairs.get(name) if pairs is not None else None
+        self._pairs.clear()
+        self._pairs.update(pairs or {})
 
     def set_lora(self, contract: LoraContract, tensors: Mapping[str, Tensor] | None) -> None:
         """Bind emitted LoRA tensors by their contract names; None takes the LoRA away."""
@@ -143,20 +168,26 @@ class FakeQuantModel:
 
     def logits(self, tokens: Tensor, places: Tensor | None = None) -> Tensor:
         """Return logits [B, S, V] of token ids int64 [B, S], or [B, P, V] at some places only, int64 columns [P]."""
-        keep = {} if places is None else {"logits_to_keep": places.to(self.compute)}
-        result: Tensor = self.model(input_ids=tokens.to(self.compute), use_cache=False, **keep).logits
+        keep = {} if places is None else {"logits_to_keep": to_device(places, self.compute)}
+        result: Tensor = self.model(input_ids=to_device(tokens, self.compute), use_cache=False, **keep).logits
         return result
 
     def predictions(self, batch: Examples) -> tuple[Tensor, Tensor]:
-        """Return logits [B, P, V] and targets int64 [B, P] at the P places where some row has a target."""
+        """Return logits float32 [T, V] and tokens int64 [T] of the T targets of a batch, row by row.
+
+        Which these are is decided on the CPU, where the batch is: no GPU is waited for.
+        """
         examples = batch.trimmed()
         targets = examples.targets[:, 1:]
-        places = (targets != IGNORED).any(0).nonzero().squeeze(1)
-        if len(places) == targets.shape[1]:
-            return self.logits(examples.tokens)[:, :-1], targets.to(self.compute)
-        return self.logits(examples.tokens[:, :-1], places), targets[:, places].to(self.compute)
+        marked = targets != IGNORED
+        places = marked.any(0).nonzero().squeeze(1)
+        every = len(places) == targets.shape[1]
+        logits = self.logits(examples.tokens[:, :-1], None if every else places).flatten(0, 1)
+        chosen = marked[:, places].flatten().nonzero().squeeze(1)
+        if len(chosen) < len(logits):  # a copy of the logits that plain text does without
+            logits = logits.index_select(0, to_device(chosen, self.compute))
+        return logits.float(), to_device(targets[marked], self.compute)
 
     def loss(self, batch: Examples) -> Tensor:
         """Return the mean cross-entropy in nats over the targets of a batch."""
-        logits, targets = self.predictions(batch)
-        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
+        return nn.functional.cross_entropy(*self.predictions(batch))

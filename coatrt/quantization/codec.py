@@ -61,8 +61,10 @@ class QuantizedMatrix:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def to(self, device: torch.device) -> "QuantizedMatrix":
-        """Return the same matrix with its tensors on `device`."""
-        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        """Return the same matrix with its tensors on `device`; on the way to a GPU nothing waits for what it does."""
+        moved: dict[str, Any] = {
+            name: tensor.to(device, non_blocking=device.type == "cuda") for name, tensor in self.tensors.items()
+        }
         return replace(self, **moved)
 
 

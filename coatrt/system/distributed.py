@@ -2,7 +2,7 @@
 
 import atexit
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -69,13 +69,12 @@ class Processes:
             for parameter in parameters:
                 torch.distributed.broadcast(parameter, 0)
 
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """Return numbers summed over all processes."""
-        if self.count == 1:
-            return list(values)
-        together = torch.tensor(values, dtype=torch.float64, device=self._state.device)
-        torch.distributed.all_reduce(together)
-        return [float(value) for value in together]
+    def sum(self, values: Tensor) -> list[float]:
+        """Return numbers [n] summed over all processes; they may be overwritten."""
+        if self.count > 1:
+            torch.distributed.all_reduce(values)
+        found: list[float] = values.tolist()
+        return found
 
     def wait(self) -> None:
         """Wait until every process is here."""

@@ -1,4 +1,4 @@
-"""Safetensors files that carry a hash of their content: written atomically, read back whole or not at all."""
+"""Tensors on their way: to a device, and to safetensors files with a hash of their content, whole or not at all."""
 
 import hashlib
 import json
@@ -13,9 +13,16 @@ from torch import Tensor
 from coatrt.system.disk import is_cached
 from coatrt.system.files import atomic_file
 
-__all__ = ["hash_tensors", "read_tensors", "write_tensors"]
+__all__ = ["hash_tensors", "read_tensors", "to_device", "write_tensors"]
 
 _HASH = "sha256"
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a small tensor on a device; nobody waits until a GPU has it, or for what the GPU is doing."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:

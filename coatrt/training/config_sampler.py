@@ -1,8 +1,10 @@
 """Which configurations training sees: in every step one of few or of many bits, and one of any."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.space import ConfigSpace
@@ -39,6 +41,11 @@ class TrainingSampler:
     high: float
     seed: int = 0
 
+    @cached_property
+    def _prices(self) -> NDArray[np.float64]:
+        """What each format costs each group."""
+        return cost_matrix(self.space, self.costs)
+
     def draw(self, step: int) -> list[QuantConfig]:
         """Return the two configurations of a step."""
         rng = np.random.default_rng([self.seed, step])
@@ -57,7 +64,7 @@ class TrainingSampler:
             rng: disturbs the costs; None leaves them as they are.
             bits: average bits per weight.
         """
-        price = cost_matrix(self.space, self.costs)
+        price = self._prices
         if rng is not None:
             price = price * np.exp(_JITTER * rng.normal(size=price.shape))
         budget = max(bits * self.space.model.parameters / 8 + 0.5, float(self.space.sizes.min(1).sum()))

@@ -60,17 +60,18 @@ def optimise(
     started = time.monotonic() - history.seconds
     while history.step < options.steps:
         passes = _passes(data, draw(history.step), options, history.step, processes)
-        losses = processes.sum(accumulate_gradients(model, lora, passes, options.accumulate))
-        if not all(map(math.isfinite, losses)):
-            raise CoatError(
-                f"the loss is not finite at step {history.step + 1}; try a lower --learning-rate or a higher --low-bits"
-            )
+        found = accumulate_gradients(model, lora, passes, options.accumulate)
         processes.sum_gradients(parameters)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * options.rate(history.step)
         torch.nn.utils.clip_grad_norm_(parameters, _CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        losses = processes.sum(found)  # a GPU is waited for here, once a step, with all its work handed over
+        if not all(map(math.isfinite, losses)):
+            raise CoatError(
+                f"the loss is not finite at step {history.step + 1}; try a lower --learning-rate or a higher --low-bits"
+            )
         history.step += 1
         history.losses.append(losses)
         progress(history.step, options.steps, "training", f"loss {sum(losses) / len(losses):.3f}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from coatrt.configs.config import QuantConfig
-from coatrt.data.examples import IGNORED, Examples
+from coatrt.data.examples import Examples
 from coatrt.evaluation.fake_quant import FakeQuantModel
 
 __all__ = ["LoraModule", "Pass", "accumulate_gradients"]
@@ -17,8 +17,8 @@ __all__ = ["LoraModule", "Pass", "accumulate_gradients"]
 class LoraModule(Protocol):
     """What the loop trains: a module that gives each matrix its pair for a configuration."""
 
-    def pairs(self, config: QuantConfig) -> Mapping[str, tuple[Tensor, Tensor]]:
-        """Return matrix name → (A [K, r], scaled B [r, N])."""
+    def pairs(self, config: QuantConfig, dtype: torch.dtype = torch.float32) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """Return matrix name → (A [K, r], scaled B [r, N]), computed in float32 and then cast."""
 
     def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:
         """Return the parameters that learn, by the name of their rate (`TrainOptions.rates`)."""
@@ -44,11 +44,12 @@ class Pass:
 
 def accumulate_gradients(
     model: FakeQuantModel, lora: LoraModule, passes: Sequence[Pass], accumulate: int = 1
-) -> list[float]:
+) -> Tensor:
     """Add to the LoRA's gradients those of the mean loss over configurations.
 
-    The pairs of a configuration are leaves while the model runs, so that they are computed and differentiated once,
-    however many parts the batch is cut into.
+    Where a batch is cut into parts, the pairs of its configuration are leaves while the model runs, so that they are
+    computed and differentiated once, and the gradients of all parts are summed in float32. On a GPU nothing here waits
+    for what it computes.
 
     Args:
         model: the base; its configuration and pairs are left as they happen to be.
@@ -57,25 +58,23 @@ def accumulate_gradients(
         accumulate: parts each batch is cut into.
 
     Returns:
-        per configuration this process's part of the task's loss, nats per token.
+        per configuration this process's part of the task's loss, nats per token, float64 on the model's device.
     """
     losses = []
     for one in passes:
         model.set_config(one.config)
-        pairs = lora.pairs(one.config)
-        leaves = {name: (a.detach().requires_grad_(), b.detach().requires_grad_()) for name, (a, b) in pairs.items()}
-        model.set_pairs(leaves)
-        sum_of_losses = 0.0
-        for rows in one.batch.last.argsort(stable=True).chunk(accumulate):  # rows of similar length grouped
-            logits, targets = model.predictions(one.batch[rows])
-            logits, targets = logits.flatten(0, 1), targets.flatten()
-            marked = targets != IGNORED
-            if not bool(marked.all()):  # a copy of the logits that plain text does without
-                logits, targets = logits[marked], targets[marked]
-            loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum") / one.total
-            sum_of_losses += loss.item()
-            (loss / len(passes)).backward()  # type: ignore[no-untyped-call]
-        losses.append(sum_of_losses)
+        parts = one.batch.last.argsort(stable=True).chunk(accumulate)  # rows of similar length grouped
+        cut = len(parts) > 1
+        pairs = lora.pairs(one.config, torch.float32 if cut else model.dtype)
         whole = [tensor for pair in pairs.values() for tensor in pair]
-        torch.autograd.backward(whole, [leaf.grad for name in pairs for leaf in leaves[name]])
-    return losses
+        leaves = [tensor.detach().requires_grad_() for tensor in whole] if cut else whole
+        model.set_pairs(dict(zip(pairs, zip(leaves[::2], leaves[1::2], strict=True), strict=True)))
+        found = []
+        for rows in parts:
+            loss = nn.functional.cross_entropy(*model.predictions(one.batch[rows]), reduction="sum") / one.total
+            found.append(loss.detach())
+            (loss / len(passes)).backward()  # type: ignore[no-untyped-call]
+        losses.append(torch.stack(found).double().sum())
+        if cut:
+            torch.autograd.backward(whole, [leaf.grad for leaf in leaves])
+    return torch.stack(losses)
