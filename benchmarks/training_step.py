@@ -13,7 +13,9 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import save_result, smollm2
@@ -48,21 +50,23 @@ class PeftTraining:
 
     Args:
         checkpoint: the model.
-        tokens: int64 [16, length].
+        tokens: int64 [rows, length].
         compute: torch device.
+        batch: rows of a pass.
     """
 
-    def __init__(self, checkpoint: Checkpoint, tokens: Tensor, compute: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, tokens: Tensor, compute: str, batch: int = 2) -> None:
         config = LoraConfig(r=16, lora_alpha=32, target_modules=KINDS)
         self._model = get_peft_model(load_model(checkpoint).to(compute), config)
         self._model.train()
         parameters = [p for p in self._model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
-        self._tokens, self._compute = tokens, compute
+        self._tokens, self._compute, self._batch = tokens, compute, batch
 
     def step(self, step: int) -> None:
-        """Do two forward and backward passes of two rows and one step of the optimizer."""
-        rows = self._tokens[[2 * step % 16, (2 * step + 1) % 16]].to(self._compute)
+        """Do two forward and backward passes of the same rows and one step of the optimizer."""
+        chosen = (torch.arange(self._batch) + self._batch * step) % len(self._tokens)
+        rows = self._tokens[chosen].to(self._compute)
         for _ in range(2):
             logits = self._model(input_ids=rows, use_cache=False).logits[:, :-1]
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
@@ -72,26 +76,58 @@ class PeftTraining:
         self._optimizer.zero_grad(set_to_none=True)
 
 
-def ours(checkpoint: Checkpoint, tokens: Tensor, compute: str) -> tuple[FakeQuantModel, CoaLora, TrainingSampler]:
-    """Return model, compensated LoRA and what draws configurations."""
-    codes = CodeStore(checkpoint, "absmax")  # the fastest to make; a step costs the same with all
-    formats = tuple(map(WeightFormat.parse, FORMATS))
-    space = ConfigSpace(checkpoint.matrices, formats)
-    flat = {name: {text: 1e-6 / WeightFormat.parse(text).bits for text in FORMATS} for name in space.model.names}
-    sampler = TrainingSampler(space, flat, 3.8, 6.5)
-    lora = CoaLora(contract_for(checkpoint.matrices, 16, 32), ConfigEncoder(checkpoint.matrices, formats, flat))
-    lora.to(compute)
-    model = FakeQuantModel(checkpoint, codes, compute)
-    moments = InputMoments(checkpoint, Calibration(tokens))
-    lora.compensate(Compensator(model, moments, lora.contract))
-    return model, lora, sampler
+class OurTraining:
+    """coatrt's own loop with a compensated LoRA.
+
+    Args:
+        checkpoint: the model.
+        tokens: int64 [rows, length].
+        compute: torch device.
+        batch: rows of a pass.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, tokens: Tensor, compute: str, batch: int = 2) -> None:
+        codes = CodeStore(checkpoint, "absmax")  # the fastest to make; a step costs the same with all
+        formats = tuple(map(WeightFormat.parse, FORMATS))
+        space = ConfigSpace(checkpoint.matrices, formats)
+        flat = {name: {text: 1e-6 / WeightFormat.parse(text).bits for text in FORMATS} for name in space.model.names}
+        self._sampler = TrainingSampler(space, flat, 3.8, 6.5)
+        contract = contract_for(checkpoint.matrices, 16, 32)
+        self._lora = CoaLora(contract, ConfigEncoder(checkpoint.matrices, formats, flat)).to(compute)
+        self._model = FakeQuantModel(checkpoint, codes, compute)
+        moments = InputMoments(checkpoint, Calibration(tokens[:, :128]))
+        self._lora.compensate(Compensator(self._model, moments, contract))
+        self._tokens, self._batch = tokens, batch
+
+    def warm(self) -> None:
+        """Encode and decode every matrix in every format, as a long training does in its first steps."""
+        for text in FORMATS:
+            self._model.set_config(QuantConfig.uniform(self._model.checkpoint.matrices, text))
+
+    def run(self, steps: int, between: Callable[[int], None]) -> None:
+        """Do some steps, calling `between` with their count before each and after the last."""
+
+        def draw(step: int) -> list[QuantConfig]:
+            between(step)
+            return self._sampler.draw(step)
+
+        count = steps + 1  # the last one ends with a checkpoint
+        options = TrainOptions(
+            formats=FORMATS, steps=count, batch=self._batch, max_length=self._tokens.shape[1], checkpoint_every=count
+        )
+        data = Examples.of_blocks(self._tokens)
+        with tempfile.TemporaryDirectory() as scratch:
+            optimise(self._model, self._lora, data, draw, options, Path(scratch), "benchmark", Processes())
 
 
-def alternate(checkpoint: Checkpoint, steps: int, compute: str) -> dict[str, list[float]]:
+def tokens_of(length: int) -> Tensor:
+    """Return 16 rows of random tokens, up to 512 long; the shorter ones are where the longer ones begin."""
+    longest = torch.randint(0, 40000, (16, 512), generator=torch.Generator().manual_seed(0))
+    return longest[:, :length].contiguous()
+
+
+def alternate(peft: PeftTraining, ours: OurTraining, steps: int, compute: str) -> dict[str, list[float]]:
     """Return the seconds of every step of both, done in turn."""
-    tokens = torch.randint(0, 40000, (16, 128), generator=torch.Generator().manual_seed(0))
-    peft = PeftTraining(checkpoint, tokens, compute)
-    model, lora, sampler = ours(checkpoint, tokens, compute)
     seconds: dict[str, list[float]] = {"coatrt": [], "peft": []}
     started = 0.0
 
@@ -99,7 +135,7 @@ def alternate(checkpoint: Checkpoint, steps: int, compute: str) -> dict[str, lis
         if compute != "cpu":
             torch.cuda.synchronize()
 
-    def draw(step: int) -> list[QuantConfig]:
+    def between(step: int) -> None:
         # Between two of our steps PEFT does one; its time is not ours.
         nonlocal started
         wait()
@@ -110,12 +146,20 @@ def alternate(checkpoint: Checkpoint, steps: int, compute: str) -> dict[str, lis
         wait()
         seconds["peft"].append(time.perf_counter() - now)
         started = time.perf_counter()
-        return sampler.draw(step)
 
-    options = TrainOptions(formats=FORMATS, steps=steps + 1, batch=2, max_length=128, checkpoint_every=steps + 1)
-    with tempfile.TemporaryDirectory() as scratch:
-        optimise(model, lora, Examples.of_blocks(tokens), draw, options, Path(scratch), "benchmark", Processes())
+    ours.run(steps, between)
     return seconds
+
+
+def figures(seconds: dict[str, list[float]], skipped: int) -> dict[str, Any]:
+    """Return medians and the ratio of both; the first steps encode and decode what is not in the caches yet."""
+    warm = range(skipped, len(seconds["coatrt"]))
+    ratios = sorted(seconds["coatrt"][i] / statistics.mean(seconds["peft"][i : i + 2]) for i in warm)
+    return {
+        "median_s": {name: statistics.median(values[i] for i in warm) for name, values in seconds.items()},
+        "ratio": statistics.median(ratios),
+        "ratio_quartiles": [ratios[len(ratios) // 4], ratios[-len(ratios) // 4]],
+    }
 
 
 def main() -> None:
@@ -125,16 +169,11 @@ def main() -> None:
     parser.add_argument("--compute", default="cpu", help="torch device")
     given = parser.parse_args()
     steps, compute = given.steps, given.compute
-    seconds = alternate(smollm2(), steps, compute)
-    warm = range(steps // 4, steps)  # the first steps encode and decode what is not in the caches yet
-    ratios = sorted(seconds["coatrt"][i] / statistics.mean(seconds["peft"][i : i + 2]) for i in warm)
-    result = {
-        "seconds": seconds,
-        "median_s": {name: statistics.median(values[i] for i in warm) for name, values in seconds.items()},
-        "ratio": statistics.median(ratios),
-        "ratio_quartiles": [ratios[len(ratios) // 4], ratios[-len(ratios) // 4]],
-        "first_steps_mean_s": statistics.mean(seconds["coatrt"][: steps // 4]),
-    }
+    checkpoint, tokens = smollm2(), tokens_of(128)
+    peft, ours = PeftTraining(checkpoint, tokens, compute), OurTraining(checkpoint, tokens, compute)
+    seconds = alternate(peft, ours, steps, compute)
+    first = statistics.mean(seconds["coatrt"][: steps // 4])
+    result = {"seconds": seconds, **figures(seconds, steps // 4), "first_steps_mean_s": first}
     more = f" --compute {compute}" if compute != "cpu" else ""
     save_result("training_step" + ("_gpu" if more else ""), f"python benchmarks/training_step.py{more}", result)
     if result["ratio"] > LIMIT:

@@ -5,11 +5,10 @@ python benchmarks/gpu/coatrt_parts.py DIRECTORY     writes the graphs, on any ma
 
 import argparse
 import json
-import math
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import encode
 from coatrt.quantization.weight_format import WeightFormat
 
-__all__ = ["MODELS", "encode_seconds", "training_step", "write_graphs"]
+__all__ = ["MODELS", "Trainings", "encode_seconds", "write_graphs"]
 
 FORMATS = (
     "fp16",
@@ -130,21 +129,46 @@ def encode_seconds(text: str, quantizer: str, N: int, K: int, tokens: int) -> di
     return {"seconds": round(time.perf_counter() - began, 3), "threads": torch.get_num_threads()}
 
 
-def training_step(shape: dict[str, Any], compute: str, steps: int) -> dict[str, Any]:
-    """Run benchmarks/training_step.py on a random checkpoint and return its figures."""
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    import training_step as benchmark
+class Trainings:
+    """PEFT's training and coatrt's, of a random checkpoint, made one at a time or both.
 
-    found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        checkpoint = _random_llama(Path(scratch) / "model", **shape)
-        benchmark.smollm2 = lambda: checkpoint
-        benchmark.save_result = lambda name, command, result: found.update(result)
-        benchmark.LIMIT = math.inf
-        sys.argv = ["training_step.py", "--steps", str(steps), "--compute", compute]
-        benchmark.main()
-    found.pop("seconds", None)
-    return found
+    Args:
+        directory: the checkpoint is written here.
+        shape: of the model, see `MODELS`.
+        compute: torch device.
+        length: tokens of a row.
+        batch: rows of a pass; a step has two passes.
+    """
+
+    def __init__(self, directory: Path, shape: dict[str, Any], compute: str, length: int, batch: int) -> None:
+        sys.path.insert(0, str(Path(__file__).parents[1]))
+        import training_step
+
+        self._parts, self._compute, self._batch = training_step, compute, batch
+        there = (directory / "config.json").is_file()
+        self._checkpoint = Checkpoint.open(directory) if there else _random_llama(directory, **shape)
+        self._tokens = training_step.tokens_of(length)
+
+    def run(self, name: str, steps: int, between: Callable[[int], None]) -> None:
+        """Do some steps of one ("peft" or "coatrt"), calling `between` with their count before, between and after."""
+        if name == "coatrt":
+            ours = self._parts.OurTraining(self._checkpoint, self._tokens, self._compute, self._batch)
+            ours.warm()
+            ours.run(steps, between)
+            return
+        peft = self._parts.PeftTraining(self._checkpoint, self._tokens, self._compute, self._batch)
+        for step in range(steps):
+            between(step)
+            peft.step(step)
+        between(steps)
+
+    def compare(self, steps: int) -> dict[str, Any]:
+        """Return the figures of benchmarks/training_step.py after a quarter of some steps done in turn."""
+        peft = self._parts.PeftTraining(self._checkpoint, self._tokens, self._compute, self._batch)
+        ours = self._parts.OurTraining(self._checkpoint, self._tokens, self._compute, self._batch)
+        ours.warm()
+        found: dict[str, Any] = self._parts.figures(self._parts.alternate(peft, ours, steps, self._compute), steps // 4)
+        return found
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ class Processes:
         """Return numbers [n] summed over all processes; they may be overwritten."""
         if self.count > 1:
             torch.distributed.all_reduce(values)
-        found: list[float] = values.tolist()
+        found: list[float] = values.cpu().tolist()
         return found
 
     def wait(self) -> None:
