@@ -31,10 +31,12 @@ def _most_decoded(device: torch.device) -> int:
     return 4 << 30 if device.type == "cpu" else 0
 
 
-def _free_share(device: torch.device) -> float:
-    """Return how much of a GPU's memory no process has taken, as a share."""
+def _short_of_memory(device: torch.device) -> bool:
+    """Return whether a GPU has too little memory left for more decoded weights."""
+    if device.type != "cuda":
+        return False
     free, total = torch.cuda.mem_get_info(device)
-    return free / total
+    return free < _LEFT_FREE * total
 
 
 class _AdaptedLinear(nn.Module):
@@ -72,7 +74,7 @@ class FakeQuantModel:
         compute: torch device that holds the model ("cpu", "cuda").
         decoded_bytes: most bytes of decoded weights kept for the next configuration that wants them, the least recently
             used going first; by default 4 GiB on the CPU and half of the memory that a GPU has free beside the model.
-            A GPU keeps no more of them while less than an eighth of its memory is free.
+            Once less than an eighth of a GPU's memory is free it keeps no more bytes than it does then.
         dtype: of the weights and of all products, those of the LoRA among them; its tensors may have another.
 
     Raises:
@@ -138,7 +140,7 @@ class FakeQuantModel:
             value = decode(self._codes.get(name, text).to(self.compute)).to(dtype)
         else:
             value = self.checkpoint.tensor(f"{name}.weight").to(self.compute, dtype)
-        if self.compute.type == "cuda" and _free_share(self.compute) < _LEFT_FREE:
+        if _short_of_memory(self.compute):
             self._limit = min(self._limit, self._bytes)
         if value.nbytes <= self._limit:
             self._decoded[key] = value

@@ -17,6 +17,10 @@ DEVICE = torch.device(NAME, 0)
 
 _INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 _COPYING = {"aten::copy_", "aten::_to_copy"}
+_WAITING = {"aten::_local_scalar_dense", "aten::equal", "aten::nonzero"}
+
+waits: list[str] = []
+"""Operations whose result the CPU sees, for which it would wait for a GPU; in their order."""
 
 
 class Pretend(Tensor):
@@ -68,6 +72,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     kwargs = {key: torch.device("cpu") if key == "device" else value for key, value in kwargs.items()}
     known = {id(operand.held): operand for operand in tree_leaves((args, kwargs)) if isinstance(operand, Pretend)}
     out = func(*tree_map(_held, args), **tree_map(_held, kwargs))
+    if target.type == "cpu" or name in _WAITING:
+        waits.append(name)
     if target.type == "cpu":
         return out
 

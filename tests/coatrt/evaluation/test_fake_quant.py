@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from coatrt.configs.config import QuantConfig
@@ -54,6 +55,23 @@ def test_decoded_weights_are_kept_within_a_bound(tiny_llama: Path) -> None:
         held = sum(value.nbytes for value in model._decoded.values())
         assert held == model._bytes <= limit
         assert bool(held) == bool(limit)
+
+
+def test_decoded_weights_take_no_more_of_a_gpu_that_is_short_of_memory(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint.open(tiny_llama)
+    model = FakeQuantModel(checkpoint, CodeStore(checkpoint))
+    model.set_config(QuantConfig.uniform(checkpoint.matrices, "int8"))
+    held = model._bytes
+    assert held == 4 * checkpoint.matrices.parameters
+    monkeypatch.setattr("coatrt.evaluation.fake_quant._short_of_memory", lambda device: True)
+    for text in ("fp8", "nf4-g32"):
+        model.set_config(QuantConfig.uniform(checkpoint.matrices, text))
+        assert model._bytes <= held
+        for name in checkpoint.matrices.names:
+            expected = decode(encode(checkpoint.tensor(f"{name}.weight"), text))
+            assert torch.equal(model.model.get_submodule(name).weight, expected)
 
 
 def test_weights_from_elsewhere_stay_until_a_format_is_set(tiny_llama: Path) -> None:

@@ -25,9 +25,16 @@ said = {}
 for device in ("cpu", pretend_device.NAME):
     place = f"{directory}/{device}"
     data = text_data(llama, texts)
-    adapter = coatrt.training.run.train(llama, data, place, tiny_options(**changes), device=device)
+    seen = []
+
+    def note(done, total, stage, text=""):
+        if stage == "training":
+            seen.append(len(pretend_device.waits))
+
+    adapter = coatrt.training.run.train(llama, data, place, tiny_options(**changes), device=device, progress=note)
     found, _ = coatrt.searching.run.search(place, data, evaluations=2, blocks=2, device=device)
     said[device] = {"losses": adapter.description.metrics["losses"], "measured": [entry.loss for entry in found]}
+    said[device]["waits"] = [later - earlier for earlier, later in zip(seen, seen[1:])]
 try:
     torch.ones(3, device=pretend_device.NAME) + torch.ones(3)
 except RuntimeError as error:
@@ -50,7 +57,7 @@ print(json.dumps(said))
     ],
 )
 def test_losses_on_another_device_are_the_cpus(tiny_llama: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
-    texts, steps = json.dumps(TEXTS), json.dumps({**changes, "steps": 4})
+    texts, steps = json.dumps(TEXTS), json.dumps({**changes, "steps": 4, "checkpoint_every": 4})
     done = run_program(_PROGRAM, tiny_llama, tmp_path, texts, steps)
     assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads(done.stdout.splitlines()[-1])
@@ -59,4 +66,6 @@ def test_losses_on_another_device_are_the_cpus(tiny_llama: Path, tmp_path: Path,
     assert len(said["cpu"]["losses"]) == 4
     for mine, expected in zip(said["pretend"]["losses"], said["cpu"]["losses"], strict=True):
         assert mine == pytest.approx(expected, rel=tolerance)
+    # Once a step for the losses, and once a pass transformers asks whether rows are packed.
+    assert all(1 <= count <= 1 + 2 * changes.get("accumulate", 1) for count in said["pretend"]["waits"])
     assert said["pretend"]["measured"] == pytest.approx(said["cpu"]["measured"], rel=tolerance)
