@@ -131,7 +131,7 @@ def test_wrong_files_kinds_and_lengths_are_refused(files: Path, tokenizer: Any) 
 def test_training_raises_the_accuracy_of_a_choice_task(files: Path, tiny_llama: Path, tokenizer: Any) -> None:
     held_out = write(files / "held-out.jsonl", [question(i) for i in range(60, 72)])
     data = load_task("choice", [files / "choice.jsonl"], tokenizer, 32, held_out=[held_out])
-    options = tiny_options(steps=20, batch=8, evaluation=12, formats=("nf4-g32", "int8"), checkpoint_every=20)
+    options = tiny_options(steps=60, batch=8, evaluation=12, formats=("nf4-g32", "int8"), checkpoint_every=60)
     adapter = train(tiny_llama, data, files / "out", options)
     found = adapter.description.metrics["held_out"]
     row = found["budgets"][0]
