@@ -17,10 +17,7 @@ import torch
 
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import contract_for
-from coatrt.engines.runtime.options import RuntimeOptions
-from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.evaluation.fake_quant import FakeQuantModel
-from coatrt.export.decoder import GraphForm, decoder_io, export_decoder
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import encode
@@ -67,6 +64,11 @@ def write_graphs(directory: Path, shape: dict[str, Any], texts: Sequence[str]) -
     A directory per format holds the graphs and case.npz: tokens, LoRA, the logits of torch in float32 with the
     decoded weights, and those of each graph on the CPU.
     """
+    # Graphs need ONNX Runtime, which a machine that only trains may lack.
+    from coatrt.engines.runtime.options import RuntimeOptions
+    from coatrt.engines.runtime.ort import OrtDecoder
+    from coatrt.export.decoder import GraphForm, decoder_io, export_decoder
+
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = _random_llama(Path(scratch) / "model", **shape)
