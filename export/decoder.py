@@ -109,9 +109,9 @@ def export_decoder(
     _check(checkpoint, config, contract, forms)
     spec = DecoderSpec.from_config(checkpoint.config)
     positions = [_max_positions(spec, form) for form in forms]
-    if spec.head_dim % 8 and any(form.name == "cpu" for form in forms):
+    if spec.head_dim % 8 and (refused := [form.name for form in forms if form.name != "engine"]):
         raise CheckpointError(
-            f"{checkpoint.directory} has heads of {spec.head_dim} dimensions; the cpu form takes multiples of 8, as "
+            f"{checkpoint.directory} has heads of {spec.head_dim} dimensions; the {refused[0]} form takes multiples of 8, as "
             "ONNX Runtime's attention does; give another model, or write the engine form alone (export_decoder)"
         )
     check_tensors(checkpoint)

@@ -32,10 +32,11 @@ class GraphForm:
     """One way to write a model down, for one kind of runtime.
 
     Args:
-        name: "engine" for TensorRT (quantized constants read by DequantizeLinear only) or "cpu" for ONNX Runtime.
+        name: "engine" for TensorRT (quantized constants read by DequantizeLinear only), "cpu" for ONNX Runtime, or "cuda"
+            for its CUDA provider (all of it on the GPU, so that a step can be captured as a CUDA graph).
         file: name of the graph file.
-        activations: dtype of activations, caches and LoRA inputs; the cpu form has no bfloat16.
-        cache_length: slots of each key/value cache; None leaves them open (cpu form only).
+        activations: dtype of activations, caches and LoRA inputs; the cpu form has no bfloat16, the cuda form has float16.
+        cache_length: slots of each key/value cache; None leaves them open (not in the engine form).
         max_positions: most rows of the rotary tables where the caches are open; the model's own limit lowers it. With a
             cache length there is a row per slot.
 
@@ -43,16 +44,16 @@ class GraphForm:
         ConfigError: the combination does not exist.
     """
 
-    name: Literal["engine", "cpu"]
+    name: Literal["engine", "cpu", "cuda"]
     file: str
     activations: str
     cache_length: int | None = None
     max_positions: int = OPEN_POSITIONS
 
     def __post_init__(self) -> None:
-        allowed = {"engine": ACTIVATIONS, "cpu": ("float32", "float16")}
+        allowed = {"engine": ACTIVATIONS, "cpu": ("float32", "float16"), "cuda": ("float16",)}
         if self.name not in allowed:
-            raise ConfigError(f"graph form {self.name!r} is given; allowed: engine, cpu")
+            raise ConfigError(f"graph form {self.name!r} is given; allowed: {', '.join(allowed)}")
         if self.activations not in allowed[self.name]:
             raise ConfigError(
                 f"{self.activations} activations are given for the {self.name} form; "
@@ -139,15 +140,20 @@ class GraphBuilder(Nodes):
         """Whether this is the TensorRT form."""
         return self.form.name == "engine"
 
+    @property
+    def is_cuda(self) -> bool:
+        """Whether this is the form of ONNX Runtime's CUDA provider."""
+        return self.form.name == "cuda"
+
     def runtime_op(
         self, op_type: str, inputs: Sequence[ir.Value | None], names: Sequence[str], **attributes: Any
     ) -> list[ir.Value]:
         """Add one node of ONNX Runtime's own operators (domain com.microsoft) and return its outputs, called `names`.
 
-        The node is called like the first of them.
+        The node is called like the first of them; an output without a name is left out.
         """
         assert not self.is_engine, f"TensorRT has no {op_type}"
-        outputs = [ir.Value(name=self._claim(name)) for name in names]
+        outputs = [ir.Value(name=self._claim(name) if name else "") for name in names]
         self._nodes.append(ir.node(op_type, inputs, attributes, domain=_RUNTIME_DOMAIN, outputs=outputs, name=names[0]))
         return outputs
 

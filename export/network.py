@@ -45,15 +45,25 @@ class Network:
         # TensorRT-RTX 1.7.1 copies keys and values once per query head, the whole cache for every token, unless the
         # queries that share them come as rows of one head.
         self._grouped = graph.is_engine and spec.heads != spec.kv_heads
+        rotated = 2 * len(spec.inverse_frequencies)
+        # GroupQueryAttention rotates where both widths are multiples of 16, and then takes positions from `seqlens_k`.
+        self._rotates_inside = graph.is_cuda and rotated % 16 == 0 and spec.head_dim % 16 == 0
 
     def write(self) -> None:
         """Add inputs, nodes and outputs."""
         graph, spec = self._graph, self._spec
         integer = ir.DataType.INT64
         ids = graph.input("input_ids", integer, ["B", "S"])
-        self._positions = graph.input("position_ids", integer, ["B", "S"])
-        self._write_index = graph.input("write_index", integer, ["B"])
-        index = graph.input("logits_index", integer, ["B", "T"])
+        if not graph.is_cuda or (any(spec.rotary) and not self._rotates_inside):
+            self._positions = graph.input("position_ids", integer, ["B", "S"])
+        if graph.is_cuda:
+            self._ends = (
+                graph.input("seqlens_k", ir.DataType.INT32, ["B"]),
+                graph.input("total_sequence_length", ir.DataType.INT32, []),
+            )
+        else:
+            self._write_index = graph.input("write_index", integer, ["B"])
+        index = graph.input("logits_rows" if graph.is_cuda else "logits_index", integer, ["B", "T"])
         slots = graph.form.cache_length if graph.form.cache_length is not None else "L"
         shape = ("B", spec.kv_heads, slots, spec.head_dim)
         self._past = [
@@ -73,18 +83,17 @@ class Network:
             if any(spec.rotary):
                 self._cos_here, self._sin_here = self._rotary_factors()
             self._masks = self._attention_masks()
-        else:
+        elif not graph.is_cuda:
             self._ends = self._sequence_ends(ids)
 
         x = self._multiplied(self._table.rows(ids), spec.embedding_multiplier, "embedding.multiplied")  # [B, S, H]
-        presents = []
+        hidden, presents = x if spec.norm_after else self._norm(x, "model.layers.0.input_layernorm"), []
         for layer in range(spec.layers):
-            x, present = self._layer(x, layer)
+            x, hidden, present = self._layer(x, hidden, layer)
             presents += present
-        # Only the positions asked for reach the last norm and the head.
-        asked = graph.op("Unsqueeze", [index, graph.ints(-1)], "logits_positions")  # [B, T, 1]
-        x = graph.op("GatherND", [x, asked], "last_hidden", batch_dims=1)  # [B, T, H]
-        x = self._norm(x, "model.norm")
+        x = self._asked(hidden, index)  # only the positions asked for reach the head
+        if self._last_norm is None:
+            x = self._norm(x, "model.norm")
         divided = spec.logits_divisor != 1.0
         logits = graph.op("MatMul", [x, self._weights[HEAD]], "logits.undivided" if divided else "logits")
         if divided:
@@ -146,18 +155,43 @@ class Network:
             graph.op("Cast", [most], "cache.filled", to=ir.DataType.INT32),
         )
 
-    def _layer(self, x: ir.Value, layer: int) -> tuple[ir.Value, list[ir.Value]]:
+    @property
+    def _last_norm(self) -> str | None:
+        """The norm that is one with the last addition; None where only the positions asked for are normed."""
+        return "model.norm" if self._graph.is_cuda and not self._spec.norm_after else None
+
+    def _asked(self, hidden: ir.Value, index: ir.Value) -> ir.Value:
+        """Return the positions that get logits, [B, T, H].
+
+        In the cuda form `index` counts through all B·S positions: a captured GatherND would copy from host memory that
+        ONNX Runtime has freed by then.
+        """
+        graph = self._graph
+        if graph.is_cuda:
+            return graph.op("Gather", [graph.op("Flatten", [hidden], "all_hidden", axis=2), index], "last_hidden", axis=0)
+        asked = graph.op("Unsqueeze", [index, graph.ints(-1)], "logits_positions")  # [B, T, 1]
+        return graph.op("GatherND", [hidden, asked], "last_hidden", batch_dims=1)
+
+    def _layer(self, x: ir.Value, hidden: ir.Value, layer: int) -> tuple[ir.Value, ir.Value, list[ir.Value]]:
+        """Return the residual stream behind a layer, what the next layer reads, and the caches.
+
+        Args:
+            x: the residual stream.
+            hidden: what the layer reads: its norm, or x itself in families that norm behind.
+            layer: which.
+        """
         prefix, after = f"model.layers.{layer}", self._spec.norm_after
-        hidden = x if after else self._norm(x, f"{prefix}.input_layernorm")
-        hidden, presents = self._attention(hidden, layer, f"{prefix}.self_attn")
+        update, presents = self._attention(hidden, layer, f"{prefix}.self_attn")
+        middle: str | None = f"{prefix}.post_attention_layernorm"
+        following = f"model.layers.{layer + 1}.input_layernorm" if layer + 1 < self._spec.layers else self._last_norm
         if after:
-            hidden = self._norm(hidden, f"{prefix}.post_attention_layernorm")
-        x = self._added(x, hidden, f"{prefix}.attention_residual")
-        hidden = x if after else self._norm(x, f"{prefix}.post_attention_layernorm")
-        hidden = self._mlp(hidden, f"{prefix}.mlp")
+            update, middle, following = self._norm(update, f"{prefix}.post_attention_layernorm"), None, None
+        x, hidden = self._added(x, update, f"{prefix}.attention_residual", middle)
+        update = self._mlp(hidden, f"{prefix}.mlp")
         if after:
-            hidden = self._norm(hidden, f"{prefix}.post_feedforward_layernorm")
-        return self._added(x, hidden, f"{prefix}.mlp_residual"), presents
+            update = self._norm(update, f"{prefix}.post_feedforward_layernorm")
+        x, hidden = self._added(x, update, f"{prefix}.mlp_residual", following)
+        return x, hidden, presents
 
     def _attention(self, x: ir.Value, layer: int, prefix: str) -> tuple[ir.Value, list[ir.Value]]:
         self._read_together(x, [f"{prefix}.{name}_proj" for name in "qkv"], f"{prefix}.qkv")
@@ -177,18 +211,22 @@ class Network:
         With Attention and TensorScatter of ONNX a token costs as much as a full cache.
         """
         graph, spec, window = self._graph, self._spec, self._spec.windows[layer]
-        if spec.rotary[layer]:
+        inside = self._rotates_inside and spec.rotary[layer]
+        if spec.rotary[layer] and not inside:
             query = self._rotated(query, f"{prefix}.q", spec.heads)
             key = self._rotated(key, f"{prefix}.k", spec.kv_heads)
-        limited = {} if window is None else {"local_window_size": window}
+        more = {"do_rotary": 1} if inside else {}
+        if window is not None:
+            more["local_window_size"] = window
+        tables = (self._cos, self._sin) if inside else ()
         mixed, *presents = graph.runtime_op(
             "GroupQueryAttention",
-            [query, key, value, *self._past[layer], *self._ends],
+            [query, key, value, *self._past[layer], *self._ends, *tables],
             [f"{prefix}.attention", f"present.{layer}.key", f"present.{layer}.value"],
             num_heads=spec.heads,
             kv_num_heads=spec.kv_heads,
             scale=spec.attention_multiplier,
-            **limited,
+            **more,
         )
         return mixed, presents
 
@@ -300,13 +338,15 @@ class Network:
         return out
 
     def _norm(self, x: ir.Value, name: str) -> ir.Value:
+        op = "LayerNormalization" if self._spec.layer_norm else "RMSNormalization"
+        return self._graph.op(op, [x, *self._scales(name)], name, axis=-1, epsilon=self._spec.epsilon)
+
+    def _scales(self, name: str) -> list[ir.Value]:
+        """Return the weight of a norm and, where it has one, its bias."""
         weight, bias = self._tensor(f"{name}.weight"), self._tensor(f"{name}.bias") if self._spec.layer_norm else None
         assert weight is not None, f"the tensor reader refuses a checkpoint without {name}.weight"
-        inputs = [x, self._small(f"{name}.weight", weight.float() + self._spec.norm_offset)]
-        if bias is not None:
-            inputs.append(self._small(f"{name}.bias", bias))
-        op = "LayerNormalization" if self._spec.layer_norm else "RMSNormalization"
-        return self._graph.op(op, inputs, name, axis=-1, epsilon=self._spec.epsilon)
+        scales = [self._small(f"{name}.weight", weight.float() + self._spec.norm_offset)]
+        return scales if bias is None else [*scales, self._small(f"{name}.bias", bias)]
 
     def _small(self, name: str, tensor: torch.Tensor) -> ir.Value:
         dtype = TORCH_DTYPES[self._graph.form.activations]
@@ -315,6 +355,14 @@ class Network:
     def _multiplied(self, x: ir.Value, factor: float, name: str) -> ir.Value:
         return x if factor == 1.0 else self._graph.op("Mul", [x, self._graph.real(factor)], name)
 
-    def _added(self, x: ir.Value, update: ir.Value, name: str) -> ir.Value:
-        update = self._multiplied(update, self._spec.residual_multiplier, f"{name}.multiplied")
-        return self._graph.op("Add", [x, update], name)
+    def _added(self, x: ir.Value, update: ir.Value, name: str, norm: str | None) -> tuple[ir.Value, ir.Value]:
+        """Return x + update and the norm of that sum; without a norm the sum twice."""
+        graph, spec = self._graph, self._spec
+        update = self._multiplied(update, spec.residual_multiplier, f"{name}.multiplied")
+        if norm is None or not graph.is_cuda:
+            total = graph.op("Add", [x, update], name)
+            return total, total if norm is None else self._norm(total, norm)
+        op = "SkipLayerNormalization" if spec.layer_norm else "SkipSimplifiedLayerNormalization"
+        inputs = [x, update, *self._scales(norm)]
+        normed, *_, total = graph.runtime_op(op, inputs, [norm, "", "", name], epsilon=spec.epsilon)
+        return total, normed

@@ -75,9 +75,21 @@ class CachedDecoder(ABC):
             ConfigError: they are not those of the contract, or of another configuration under `strict_lora`.
         """
         if tensors is not None:
-            check_lora(self.contract, tensors)
-            emitted = getattr(tensors, "configuration", self.configuration)
-            check_configuration(emitted, self.configuration, strict=self.strict_lora)
+            self._check_lora(tensors)
+        self._take_lora(tensors)
+
+    def _check_lora(self, tensors: LoraTensors) -> str:
+        """Return the configuration that a LoRA names, the decoder's where it names none.
+
+        Raises:
+            ConfigError: see `set_lora`.
+        """
+        check_lora(self.contract, tensors)
+        emitted: str = getattr(tensors, "configuration", self.configuration)
+        check_configuration(emitted, self.configuration, strict=self.strict_lora)
+        return emitted
+
+    def _take_lora(self, tensors: LoraTensors | None) -> None:
         for name, shape in self.contract.shapes.items() if self.contract is not None else ():
             value = np.zeros(shape, self._dtype) if tensors is None else np.asarray(tensors[name]).astype(self._dtype)
             self._bind(name, value)
@@ -146,9 +158,9 @@ class CachedDecoder(ABC):
             return "as many as the bundle was built for; shorten, or build it with more (--context)"
         return "the context it was loaded with; shorten, or load it with more (--context)"
 
-    @abstractmethod
     def _bind(self, name: str, value: NDArray[Any]) -> None:
-        """Make `value` the input `name` of the graph until another is bound."""
+        """Make `value` the input `name` of the graph until another is bound; for decoders that bind one by one."""
+        raise NotImplementedError
 
     @abstractmethod
     def run(

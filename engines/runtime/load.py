@@ -10,6 +10,8 @@ from coatrt.engines.runtime.ort import OrtDecoder
 
 __all__ = ["check_decoder", "load_decoder"]
 
+_FORMS: dict[Backend, str] = {"ort": "cpu", "trt": "engine", "cuda": "cuda"}
+
 
 def load_decoder(bundle: Bundle, options: RuntimeOptions = RuntimeOptions(), **changes: Any) -> Decoder:
     """Return a decoder of a bundle with no LoRA bound; every file is hashed before it is read.
@@ -26,6 +28,10 @@ def load_decoder(bundle: Bundle, options: RuntimeOptions = RuntimeOptions(), **c
     if options.backend == "ort":
         graph, io = bundle.decoder("cpu")
         made: CachedDecoder = OrtDecoder(graph, io, bundle.contract, options)
+    elif options.backend == "cuda":
+        from coatrt.engines.runtime.cuda import CudaDecoder
+
+        made = CudaDecoder.of(bundle, options)
     else:
         from coatrt.engines.runtime.trt import TrtDecoder
 
@@ -40,6 +46,6 @@ def check_decoder(bundle: Bundle, backend: Backend) -> None:
     Raises:
         BundleError: a file was altered, or the bundle has no such graph.
     """
-    bundle.decoder("cpu" if backend == "ort" else "engine")
+    bundle.decoder(_FORMS[backend])
     for name in ("lora_io.json", *(engine["file"] for engine in bundle.manifest["engines"] if backend == "trt")):
         bundle.path(name)

@@ -7,8 +7,8 @@ from coatrt.errors import ConfigError
 
 __all__ = ["AccuracyLevel", "Backend", "RuntimeOptions"]
 
-Backend = Literal["ort", "trt"]
-"""ONNX Runtime on the CPU, or the bundle's TensorRT engine on this machine's GPU."""
+Backend = Literal["ort", "trt", "cuda"]
+"""ONNX Runtime on the CPU, the bundle's TensorRT engine on this machine's GPU, or ONNX Runtime on the GPU."""
 
 AccuracyLevel = Literal[0, 1, 4]
 
@@ -21,9 +21,10 @@ class RuntimeOptions:
     """How a bundle runs.
 
     Args:
-        backend: "ort" for ONNX Runtime on the CPU, "trt" for the bundle's engine on this machine's GPU.
+        backend: "ort" for ONNX Runtime on the CPU, "trt" for the bundle's engine on this machine's GPU, "cuda" for ONNX
+            Runtime's CUDA provider.
         threads: threads of an operator (ort); None for all usable cores.
-        context: slots of the KV cache per sequence (ort; an engine's are fixed).
+        context: slots of the KV cache per sequence (ort and cuda; an engine's are fixed).
         batch: sequences at once.
         accuracy_level: of int4 and int8 products (ort), see `coatrt.engines.runtime.ort.session`: 0 decodes the weights
             when the graph loads, exact; 1 keeps them packed, exact and slow; 4 keeps them packed and accumulates in

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from coatrt.configs.lora_contract import DecoderIO, LoraContract
 from coatrt.devices.environment import usable_cores
-from coatrt.engines.runtime.decoder import CachedDecoder
 from coatrt.engines.runtime.options import RuntimeOptions
-from coatrt.errors import BuildError, BundleError, ConfigError, reason
+from coatrt.engines.runtime.state import StatefulDecoder
+from coatrt.errors import BuildError, BundleError, reason
 
 __all__ = ["OrtDecoder", "session"]
 
@@ -55,7 +55,7 @@ def _give_back() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-class OrtDecoder(CachedDecoder):
+class OrtDecoder(StatefulDecoder):
     """A decoder graph in ONNX Runtime: caches and LoRA are bound once, and the caches are written in place.
 
     Args:
@@ -103,31 +103,14 @@ class OrtDecoder(CachedDecoder):
         self._lora[name] = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value))
         self._binding.bind_ortvalue_input(name, self._lora[name])
 
-    def state(self) -> tuple[NDArray[np.int64], list[NDArray[Any]]]:
-        """Return lengths and the filled part of every cache, copied."""
-        filled = int(self._lengths.max(initial=0))
-        return self.lengths, [cache.numpy()[:, :, :filled].copy() for cache in self._caches]
+    def _read_caches(self, filled: int) -> list[NDArray[Any]]:
+        return [cache.numpy()[:, :, :filled].copy() for cache in self._caches]
 
-    def restore(self, state: tuple[NDArray[np.int64], list[NDArray[Any]]]) -> None:
-        """Go on from another decoder's state; its model must have the same layers and heads.
-
-        Raises:
-            ConfigError: it has other caches, or more positions than this decoder.
-        """
-        lengths, caches = state
-        filled = int(lengths.max(initial=0))
-        shape = (self.batch, self.io.kv_heads, filled, self.io.head_dim)
-        if len(caches) != len(self._caches) or any(cache.shape != shape for cache in caches):
-            raise ConfigError("the sequences belong to another model or batch; start them anew")
-        if filled > self.capacity:
-            raise ConfigError(
-                f"the sequences have {filled} positions and the decoder has {self.capacity}; load it with more context"
-            )
+    def _write_caches(self, caches: list[NDArray[Any]]) -> None:
         for own, cache in zip(self._caches, caches, strict=True):
             whole = own.numpy().copy()
-            whole[:, :, :filled] = cache.astype(self._dtype)
+            whole[:, :, : cache.shape[2]] = cache
             own.update_inplace(np.ascontiguousarray(whole))
-        self._lengths = lengths.copy()
 
     def run(
         self, tokens: NDArray[np.int64], starts: NDArray[np.int64], index: NDArray[np.int64]
@@ -138,11 +121,7 @@ class OrtDecoder(CachedDecoder):
             ConfigError: several tokens at once behind others, of more than one sequence: ONNX Runtime's attention does
                 not take them.
         """
-        if self.batch > 1 and tokens.shape[1] > 1 and starts.any():
-            raise ConfigError(
-                f"{tokens.shape[1]} tokens at once behind others are given for {self.batch} sequences; give one token "
-                "at a time, or a batch of 1"
-            )
+        self._check_pieces(tokens, starts)
         for name, value in self._inputs(tokens, starts, index).items():
             self._binding.bind_cpu_input(name, np.ascontiguousarray(value))
         self._binding.bind_output("logits")

@@ -16,12 +16,10 @@ from coatrt.engines.runtime.decoder import Decoder, LoraTensors
 from coatrt.engines.runtime.emitter import Emitter
 from coatrt.engines.runtime.load import check_decoder, load_decoder
 from coatrt.engines.runtime.options import RuntimeOptions
-from coatrt.engines.runtime.ort import OrtDecoder
+from coatrt.engines.runtime.state import State, StatefulDecoder
 from coatrt.errors import BundleError, ConfigError
 
 __all__ = ["Switched", "SwitchingDecoder"]
-
-_State = tuple[NDArray[np.int64], list[NDArray[Any]]]  # of `OrtDecoder.state`
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ class SwitchingDecoder:
             raise ConfigError(f"no bundle {name!r}; there are {', '.join(self.bundles)}")
         bundle, old = self.bundles[name], self._decoders.get(self.current)
         goes_on = old is not None and name == self.current
-        state = old.state() if isinstance(old, OrtDecoder) and not goes_on else None
+        state = old.state() if isinstance(old, StatefulDecoder) and not goes_on else None
         del old
         started = time.perf_counter()
         tensors = self._emitter.emit(config or bundle.config)
@@ -126,7 +124,7 @@ class SwitchingDecoder:
         except BaseException:
             self._return(name, state)
             raise
-        kept = goes_on or (state is not None and isinstance(self._decoders[name], OrtDecoder))
+        kept = goes_on or (state is not None and isinstance(self._decoders[name], StatefulDecoder))
         self._decoders.move_to_end(name)
         self.current, self._lora = name, tensors
         return Switched(name, loaded, emitted - started, time.perf_counter() - before, kept)
@@ -137,13 +135,13 @@ class SwitchingDecoder:
             self._decoders.popitem(last=False)
         self._decoders[name] = load_decoder(self.bundles[name], self._options)
 
-    def _bind(self, name: str, tensors: LoraTensors | None, state: _State | None) -> None:
+    def _bind(self, name: str, tensors: LoraTensors | None, state: State | None) -> None:
         decoder = self._decoders[name]
         decoder.set_lora(tensors)
-        if state is not None and isinstance(decoder, OrtDecoder):
+        if state is not None and isinstance(decoder, StatefulDecoder):
             decoder.restore(state)
 
-    def _return(self, failed: str, state: _State | None) -> None:
+    def _return(self, failed: str, state: State | None) -> None:
         """Have the current decoder again after a switch to another failed: loaded anew where it was freed."""
         if self.current in self._decoders:
             self._decoders.move_to_end(self.current)

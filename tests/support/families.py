@@ -16,6 +16,7 @@ from coatrt.models.checkpoint import Checkpoint
 
 CPU = GraphForm("cpu", "cpu.onnx", "float32")
 ENGINE = GraphForm("engine", "base.onnx", "float32", 48)
+CUDA = GraphForm("cuda", "cuda.onnx", "float16")
 
 _BASE: dict[str, Any] = {
     "vocab_size": 96,
@@ -126,14 +127,19 @@ class Runner:
         self, ids: NDArray[Any], starts: NDArray[Any], index: NDArray[Any], lora: dict[str, NDArray[Any]] | None = None
     ) -> NDArray[Any]:
         """Run ids [B, S] that start at positions `starts` [B]; return the logits [B, T, V] at `index` [B, T]."""
-        feed = {
+        ends = starts + ids.shape[1]
+        every: dict[str, NDArray[Any]] = {
             "input_ids": ids,
             "position_ids": starts[:, None] + np.arange(ids.shape[1]),
             "write_index": starts,
             "logits_index": index,
-            **self.cache,
-            **(lora or {}),
+            "logits_rows": index + ids.shape[1] * np.arange(len(ids))[:, None],
+            "seqlens_k": (ends - 1).astype(np.int32),
+            "total_sequence_length": np.array(ends.max(), np.int32),
         }
+        named = {value.name for value in self.session.get_inputs()}
+        feed = {name: value for name, value in every.items() if name in named} | self.cache
+        feed |= {name: value.astype(self.dtype) for name, value in (lora or {}).items()}
         logits, *presents = self.session.run(["logits", *self.io.present_names], feed)
         self.cache = dict(zip(self.io.past_names, presents, strict=True))
         return np.asarray(logits)

@@ -1,0 +1,227 @@
+"""The NVIDIA driver through ctypes: which GPU is here, how much of its memory is free, buffers and copies.
+
+libcuda comes with the driver, so that all of this works before any CUDA library is found, and says what is missing.
+"""
+
+import ctypes
+import functools
+import sys
+import weakref
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coatrt.engines.runtime.memory import Memory
+from coatrt.errors import BuildError
+
+__all__ = ["CudaDriver", "DeviceMemory", "open_driver"]
+
+_LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+_NO_DEVICE, _OUT_OF_MEMORY = 100, 2
+_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_…
+_NON_BLOCKING = 1  # the stream does not wait for the default stream
+_OTHERWISE = "run the bundle with --backend ort"
+
+_Size, _Pointer, _Address = ctypes.c_size_t, ctypes.c_void_p, ctypes.c_uint64
+_SIGNATURES: dict[str, list[Any]] = {
+    "cuInit": [ctypes.c_uint],
+    "cuDeviceGetCount": [_Pointer],
+    "cuDeviceGet": [_Pointer, ctypes.c_int],
+    "cuDeviceGetAttribute": [_Pointer, ctypes.c_int, ctypes.c_int],
+    "cuDevicePrimaryCtxRetain": [_Pointer, ctypes.c_int],
+    "cuCtxSetCurrent": [_Pointer],
+    "cuMemGetInfo_v2": [_Pointer, _Pointer],
+    "cuMemAlloc_v2": [_Pointer, _Size],
+    "cuMemFree_v2": [_Address],
+    "cuMemHostAlloc": [_Pointer, _Size, ctypes.c_uint],
+    "cuMemFreeHost": [_Pointer],
+    "cuMemsetD8Async": [_Address, ctypes.c_ubyte, _Size, _Pointer],
+    "cuMemcpyHtoDAsync_v2": [_Address, _Pointer, _Size, _Pointer],
+    "cuMemcpyDtoHAsync_v2": [_Pointer, _Address, _Size, _Pointer],
+    "cuStreamCreate": [_Pointer, ctypes.c_uint],
+    "cuStreamSynchronize": [_Pointer],
+    "cuGetErrorString": [ctypes.c_int, _Pointer],
+}
+
+
+@functools.cache
+def open_driver() -> "CudaDriver":
+    """Return the driver with the first GPU it shows.
+
+    Raises:
+        BuildError: no driver, no GPU, or a driver that fails.
+    """
+    try:
+        library = ctypes.CDLL(_LIBRARY)
+    except OSError:
+        raise BuildError(f"no NVIDIA driver here ({_LIBRARY} is missing); {_OTHERWISE}") from None
+    return CudaDriver(library)
+
+
+class CudaDriver:
+    """The driver's calls, on its first GPU.
+
+    Args:
+        library: libcuda.
+
+    Raises:
+        BuildError: it shows no GPU, or fails.
+    """
+
+    def __init__(self, library: Any) -> None:
+        self._library = library
+        for name, arguments in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, ctypes.c_int
+        status = library.cuInit(0)
+        if status not in (0, _NO_DEVICE):
+            raise BuildError(f"the NVIDIA driver does not start ({self._reason(status)}); repair it, or {_OTHERWISE}")
+        count, device = ctypes.c_int(0), ctypes.c_int(0)
+        if status == 0:
+            self._call("cuDeviceGetCount", ctypes.byref(count))
+        if count.value == 0:
+            raise BuildError(f"no NVIDIA GPU here; {_OTHERWISE}")
+        self._call("cuDeviceGet", ctypes.byref(device), 0)
+        parts = []
+        for attribute in (_MAJOR, _MINOR):
+            value = ctypes.c_int(0)
+            self._call("cuDeviceGetAttribute", ctypes.byref(value), attribute, device)
+            parts.append(value.value)
+        self.sm = 10 * parts[0] + parts[1]
+        self._device, self._context = device, ctypes.c_void_p()
+        self._streams: list[int] = []
+
+    def _reason(self, status: int) -> str:
+        text = ctypes.c_char_p()
+        self._library.cuGetErrorString(status, ctypes.byref(text))
+        return (text.value or b"").decode(errors="replace") or f"error {status}"
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        status = getattr(self._library, name)(*arguments)
+        if status == _OUT_OF_MEMORY:
+            raise BuildError(f"not enough memory on the GPU or in the host ({name}); give less --context or batch")
+        if status:
+            raise BuildError(f"the NVIDIA driver fails ({name}: {self._reason(status)}); {_OTHERWISE}")
+
+    def enter(self) -> None:
+        """Make the GPU's primary context, which ONNX Runtime and torch share, current in this thread."""
+        if not self._context:
+            self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device)
+        self._call("cuCtxSetCurrent", self._context)
+
+    def memory(self) -> tuple[int, int]:
+        """Return the free and all bytes of the GPU."""
+        self.enter()
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self._call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+        return free.value, total.value
+
+    def take_stream(self) -> int:
+        """Return a stream; `give_stream` takes it back. It is never destroyed: a session may still know it."""
+        if self._streams:
+            return self._streams.pop()
+        stream = ctypes.c_void_p()
+        self._call("cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING)
+        return int(stream.value or 0)
+
+    def give_stream(self, stream: int) -> None:
+        """Take a stream back that nothing runs on."""
+        self._streams.append(stream)
+
+    def allocate(self, nbytes: int) -> int:
+        """Return the address of a new buffer on the GPU."""
+        address = ctypes.c_uint64()
+        self._call("cuMemAlloc_v2", ctypes.byref(address), nbytes)
+        return int(address.value)
+
+    def allocate_host(self, nbytes: int) -> int:
+        """Return the address of page-locked memory of the host."""
+        address = ctypes.c_void_p()
+        self._call("cuMemHostAlloc", ctypes.byref(address), nbytes, 0)
+        return int(address.value or 0)
+
+    def write(self, address: int, data: NDArray[Any], stream: int) -> None:
+        """Start a copy to the GPU."""
+        self._call("cuMemcpyHtoDAsync_v2", address, data.ctypes.data, data.nbytes, stream)
+
+    def read(self, address: int, data: NDArray[Any], stream: int) -> None:
+        """Start a copy from the GPU."""
+        self._call("cuMemcpyDtoHAsync_v2", data.ctypes.data, address, data.nbytes, stream)
+
+    def clear(self, address: int, nbytes: int, stream: int) -> None:
+        """Start filling a buffer with zeros."""
+        self._call("cuMemsetD8Async", address, 0, nbytes, stream)
+
+    def synchronize(self, stream: int) -> None:
+        """Wait for a stream."""
+        self._call("cuStreamSynchronize", stream)
+
+    def free(self, address: int) -> None:
+        """Give a buffer of the GPU back; what fails then, at the end of a process, does not matter."""
+        self._library.cuCtxSetCurrent(self._context)
+        self._library.cuMemFree_v2(address)
+
+    def free_host(self, address: int) -> None:
+        """Give page-locked memory back."""
+        self._library.cuCtxSetCurrent(self._context)
+        self._library.cuMemFreeHost(address)
+
+
+class _PageLocked:
+    """Page-locked memory, freed with the last array that looks into it."""
+
+    def __init__(self, driver: CudaDriver, nbytes: int) -> None:
+        address = driver.allocate_host(max(nbytes, 1))
+        self.__array_interface__ = {"shape": (nbytes,), "typestr": "|u1", "data": (address, False), "version": 3}
+        weakref.finalize(self, driver.free_host, address).atexit = False
+
+
+class DeviceMemory(Memory):
+    """Buffers on the GPU, copied on a stream of their own.
+
+    Args:
+        driver: the GPU.
+
+    Raises:
+        BuildError: the driver fails.
+    """
+
+    device = "cuda"
+
+    def __init__(self, driver: CudaDriver) -> None:
+        self._driver = driver
+        driver.enter()
+        self.stream = driver.take_stream()
+        weakref.finalize(self, driver.give_stream, self.stream).atexit = False
+
+    def enter(self) -> None:
+        """Make the GPU current in this thread."""
+        self._driver.enter()
+
+    def allocate(self, nbytes: int) -> int:
+        """Return the address of a new buffer, full of zeros."""
+        address = self._driver.allocate(max(nbytes, 1))
+        weakref.finalize(self, self._driver.free, address).atexit = False
+        self.clear(address, nbytes)
+        return address
+
+    def host(self, nbytes: int) -> NDArray[np.uint8]:
+        """Return a page-locked array."""
+        return np.asarray(_PageLocked(self._driver, nbytes))
+
+    def write(self, address: int, data: NDArray[Any]) -> None:
+        """Start a copy to the GPU."""
+        self._driver.write(address, data, self.stream)
+
+    def read(self, address: int, data: NDArray[Any]) -> None:
+        """Start a copy from the GPU."""
+        self._driver.read(address, data, self.stream)
+
+    def clear(self, address: int, nbytes: int) -> None:
+        """Start filling a buffer with zeros."""
+        self._driver.clear(address, nbytes, self.stream)
+
+    def synchronize(self) -> None:
+        """Wait for everything that was started."""
+        self._driver.synchronize(self.stream)

@@ -1,0 +1,57 @@
+"""A LoRA in the dtype and order of a decoder's buffer: switching to it is one copy."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coatrt.configs.lora_contract import LoraContract
+from coatrt.engines.runtime.lora_file import Lora
+from coatrt.engines.runtime.memory import aligned
+
+__all__ = ["LoraLayout", "PackedLora"]
+
+
+class LoraLayout:
+    """Where each tensor of a contract lies in one buffer, every piece aligned.
+
+    Args:
+        contract: names and shapes; None for a graph without LoRA.
+        dtype: of the graph's LoRA inputs.
+    """
+
+    def __init__(self, contract: LoraContract | None, dtype: np.dtype[Any]) -> None:
+        self.dtype, self.nbytes = dtype, 0
+        self.pieces: dict[str, tuple[int, tuple[int, int]]] = {}
+        """Tensor name → offset in bytes and shape."""
+        for name, shape in contract.shapes.items() if contract is not None else ():
+            self.pieces[name] = self.nbytes, shape
+            self.nbytes += aligned(math.prod(shape) * dtype.itemsize)
+
+    def views(self, buffer: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+        """Return every tensor as a view of a buffer."""
+        return {
+            name: buffer[offset : offset + math.prod(shape) * self.dtype.itemsize].view(self.dtype).reshape(shape)
+            for name, (offset, shape) in self.pieces.items()
+        }
+
+    def fill(self, buffer: NDArray[np.uint8], tensors: Mapping[str, NDArray[Any]]) -> None:
+        """Cast tensors into their places in a buffer."""
+        for name, view in self.views(buffer).items():
+            view[...] = tensors[name]
+
+
+class PackedLora(Lora):
+    """The tensors of a contract, cast, as views of one buffer; `CudaDecoder.packed` makes it.
+
+    Args:
+        buffer: holds them as `layout` says; page-locked where a GPU copies from it.
+        layout: where each lies.
+        configuration: hash of the configuration they were emitted for.
+    """
+
+    def __init__(self, buffer: NDArray[np.uint8], layout: LoraLayout, configuration: str) -> None:
+        super().__init__(layout.views(buffer), configuration)
+        self.buffer, self.layout = buffer, layout
