@@ -7,9 +7,9 @@
 
 Each section is a process of its own and writes OUT/SECTION.jsonl row by row. A section that loses its CUDA context is
 started again and passes over the row at fault. Rows of an earlier run stay and are not measured again, so that a run
-can be cut into several. graphs.py and training.py need coatrt, encoding.py its quantization room alone, no other
-section does. `--dry-run` runs every measurement in tiny shapes on the CPU; nvfp4 and fp8 products fail there, as ONNX
-Runtime has them on CUDA only.
+can be cut into several. graphs.py, backend.py and training.py need coatrt, encoding.py its quantization room alone, no
+other section does. `--dry-run` runs every measurement in tiny shapes on the CPU; nvfp4 and fp8 products fail there, as
+ONNX Runtime has them on CUDA only.
 """
 
 import argparse
@@ -27,6 +27,7 @@ SECTIONS = {
     "operators": 120,
     "lora": 40,
     "groups": 60,
+    "backend": 100,
     "training": 90,
     "encoding": 90,
     "rival": 90,

@@ -104,10 +104,13 @@ def cuda_session(graph: Path, memory: Memory) -> Any:
 
 
 def _made(graph: Path, options: Any, providers: list[Any]) -> Any:
+    ort.set_default_logger_severity(4)  # of a provider that does not load it says several lines on standard error
     try:
         return ort.InferenceSession(str(graph), options, providers=providers)
     except Exception as error:  # onnxruntime raises types of its own that share no public base
         raise BuildError(f"ONNX Runtime refuses {graph.name} ({reason(error)}); export it again") from None
+    finally:
+        ort.set_default_logger_severity(2)
 
 
 def _why_not() -> str:
