@@ -272,7 +272,7 @@ class Bundle:
             raise BundleError(f"{self.directory} holds {', '.join(extra)}, which the manifest does not name; remove it")
 
     def decoder(self, form: str) -> tuple[Path, DecoderIO]:
-        """Return the ONNX file of a graph form ("engine" or "cpu"), hashes checked with its weights, and its I/O.
+        """Return the ONNX file of a graph form ("engine", "cpu", "cuda"), hashes checked with its weights, and its I/O.
 
         Raises:
             BundleError: the bundle has no such form.

@@ -111,8 +111,8 @@ def export_decoder(
     positions = [_max_positions(spec, form) for form in forms]
     if spec.head_dim % 8 and (refused := [form.name for form in forms if form.name != "engine"]):
         raise CheckpointError(
-            f"{checkpoint.directory} has heads of {spec.head_dim} dimensions; the {refused[0]} form takes multiples of 8, as "
-            "ONNX Runtime's attention does; give another model, or write the engine form alone (export_decoder)"
+            f"{checkpoint.directory} has heads of {spec.head_dim} dimensions; the {refused[0]} form takes multiples of "
+            "8, as ONNX Runtime's attention does; give another model, or write the engine form alone (export_decoder)"
         )
     check_tensors(checkpoint)
     matrices = _encoded(checkpoint, config, codes, progress)

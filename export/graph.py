@@ -32,10 +32,10 @@ class GraphForm:
     """One way to write a model down, for one kind of runtime.
 
     Args:
-        name: "engine" for TensorRT (quantized constants read by DequantizeLinear only), "cpu" for ONNX Runtime, or "cuda"
-            for its CUDA provider (all of it on the GPU, so that a step can be captured as a CUDA graph).
+        name: "engine" for TensorRT (quantized constants read by DequantizeLinear only), "cpu" for ONNX Runtime, or
+            "cuda" for its CUDA provider (all of it on the GPU, so that a step can be captured as a CUDA graph).
         file: name of the graph file.
-        activations: dtype of activations, caches and LoRA inputs; the cpu form has no bfloat16, the cuda form has float16.
+        activations: dtype of activations, caches and LoRA inputs; cpu: no bfloat16; cuda: float16.
         cache_length: slots of each key/value cache; None leaves them open (not in the engine form).
         max_positions: most rows of the rotary tables where the caches are open; the model's own limit lowers it. With a
             cache length there is a row per slot.

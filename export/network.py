@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Mapping
 
-import numpy as np
 import onnx_ir as ir
 import torch
 
 from coatrt.configs.lora_contract import LoraContract
+from coatrt.export.engine_attention import Attend, EngineAttention
 from coatrt.export.graph import TORCH_DTYPES, GraphBuilder
 from coatrt.export.weights import Table
 from coatrt.models.matrices import HEAD
@@ -42,9 +42,6 @@ class Network:
         self._tensor, self._contract, self._max_positions = tensor, contract, max_positions
         self._lora: dict[str, tuple[ir.Value, ir.Value]] = {}
         self._lora_low: dict[str, ir.Value] = {}  # x·A of matrices that read the same x
-        # TensorRT-RTX 1.7.1 copies keys and values once per query head, the whole cache for every token, unless the
-        # queries that share them come as rows of one head.
-        self._grouped = graph.is_engine and spec.heads != spec.kv_heads
         rotated = 2 * len(spec.inverse_frequencies)
         # GroupQueryAttention rotates where both widths are multiples of 16, and then takes positions from `seqlens_k`.
         self._rotates_inside = graph.is_cuda and rotated % 16 == 0 and spec.head_dim % 16 == 0
@@ -79,10 +76,10 @@ class Network:
                 graph.input(tensor.B, graph.activations, (tensor.rank, tensor.N)),
             )
         self._cos, self._sin = self._rotary_tables()
+        self._attend: Attend = self._cpu_attention
         if graph.is_engine:
-            if any(spec.rotary):
-                self._cos_here, self._sin_here = self._rotary_factors()
-            self._masks = self._attention_masks()
+            tables = self._cos, self._sin
+            self._attend = EngineAttention(graph, spec, self._positions, self._write_index, tables, self._past).attend
         elif not graph.is_cuda:
             self._ends = self._sequence_ends(ids)
 
@@ -110,39 +107,6 @@ class Network:
         scaling = self._spec.rope_scaling
         return self._small("rotary.cos", angles.cos() * scaling), self._small("rotary.sin", angles.sin() * scaling)
 
-    def _rotary_factors(self) -> tuple[ir.Value, ir.Value]:
-        """Return cos|cos and −sin|sin of the positions at hand, [B, 1, S, rotated dimensions], once for all layers."""
-        graph = self._graph
-        positions = graph.op("Unsqueeze", [self._positions, graph.ints(1)], "rotary.positions")  # [B, 1, S]
-        cos = graph.op("Gather", [self._cos, positions], "rotary.cos_here", axis=0)
-        sin = graph.op("Gather", [self._sin, positions], "rotary.sin_here", axis=0)
-        negated = graph.op("Neg", [sin], "rotary.sin_negated")
-        return (
-            graph.op("Concat", [cos, cos], "rotary.cos_twice", axis=-1),
-            graph.op("Concat", [negated, sin], "rotary.sin_twice", axis=-1),
-        )
-
-    def _attention_masks(self) -> dict[int | None, ir.Value]:
-        """Return per window the mask [B, 1, S, L]: a query at position p sees slots p − window + 1 … p.
-
-        For grouped queries it is repeated per query head of a group, [B, 1, group · S, L].
-        """
-        graph, length = self._graph, self._graph.form.cache_length
-        assert length is not None, "the engine form has a cache length"
-        slots = graph.constant(np.arange(length, dtype=np.int64))
-        positions = self._positions
-        if self._grouped:
-            repeats = graph.ints(1, self._spec.heads // self._spec.kv_heads)
-            positions = graph.op("Tile", [positions, repeats], "mask.positions")  # [B, group · S]
-        query = graph.op("Unsqueeze", [positions, graph.ints(1, 3)], "mask.query")  # [B, 1, S, 1]
-        causal = graph.op("LessOrEqual", [slots, query], "mask.causal")
-        masks: dict[int | None, ir.Value] = {None: causal}
-        for window in sorted({window for window in self._spec.windows if window is not None}):
-            first = graph.op("Sub", [query, graph.ints(window)], f"mask.before{window}")
-            near = graph.op("Greater", [slots, first], f"mask.near{window}")
-            masks[window] = graph.op("And", [causal, near], f"mask.window{window}")
-        return masks
-
     def _sequence_ends(self, ids: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Return the last slot each sequence fills in this call, int32 [B], and how many the longest has then."""
         graph = self._graph
@@ -168,7 +132,9 @@ class Network:
         """
         graph = self._graph
         if graph.is_cuda:
-            return graph.op("Gather", [graph.op("Flatten", [hidden], "all_hidden", axis=2), index], "last_hidden", axis=0)
+            return graph.op(
+                "Gather", [graph.op("Flatten", [hidden], "all_hidden", axis=2), index], "last_hidden", axis=0
+            )
         asked = graph.op("Unsqueeze", [index, graph.ints(-1)], "logits_positions")  # [B, T, 1]
         return graph.op("GatherND", [hidden, asked], "last_hidden", batch_dims=1)
 
@@ -199,8 +165,7 @@ class Network:
         query = self._heads(x, f"{prefix}.q_proj", f"{prefix}.q_norm", spec.heads)
         key = self._heads(x, f"{prefix}.k_proj", f"{prefix}.k_norm", spec.kv_heads)
         value = self._heads(x, f"{prefix}.v_proj", None, spec.kv_heads)
-        attend = self._engine_attention if self._graph.is_engine else self._cpu_attention
-        mixed, presents = attend(query, key, value, layer, prefix)
+        mixed, presents = self._attend(query, key, value, layer, prefix)
         return self._linear(mixed, f"{prefix}.o_proj"), presents
 
     def _cpu_attention(
@@ -230,27 +195,6 @@ class Network:
         )
         return mixed, presents
 
-    def _engine_attention(
-        self, query: ir.Value, key: ir.Value, value: ir.Value, layer: int, prefix: str
-    ) -> tuple[ir.Value, list[ir.Value]]:
-        graph, spec = self._graph, self._spec
-        if spec.rotary[layer]:
-            query, key = self._turned(query, f"{prefix}.q"), self._turned(key, f"{prefix}.k")
-        past_key, past_value = self._past[layer]
-        key = graph.op("TensorScatter", [past_key, key, self._write_index], f"present.{layer}.key", axis=2)
-        value = graph.op("TensorScatter", [past_value, value, self._write_index], f"present.{layer}.value", axis=2)
-        mask = self._masks[spec.windows[layer]]
-        if self._grouped:  # the queries of a group follow each other as if they were positions
-            query = graph.op("Reshape", [query, graph.ints(0, spec.kv_heads, -1, spec.head_dim)], f"{prefix}.q.grouped")
-        mixed = graph.op(
-            "Attention", [query, key, value, mask], f"{prefix}.attention", scale=spec.attention_multiplier
-        )  # [B, heads, S, D]
-        if self._grouped:
-            mixed = graph.op("Reshape", [mixed, graph.ints(0, spec.heads, -1, spec.head_dim)], f"{prefix}.ungrouped")
-        mixed = graph.op("Transpose", [mixed], f"{prefix}.by_position", perm=[0, 2, 1, 3])
-        mixed = graph.op("Reshape", [mixed, graph.ints(0, 0, spec.heads * spec.head_dim)], f"{prefix}.joined")
-        return mixed, [key, value]
-
     def _heads(self, x: ir.Value, projection: str, norm: str | None, heads: int) -> ir.Value:
         """Return a projection, normed where the checkpoint has that norm.
 
@@ -276,27 +220,6 @@ class Network:
         partial = {"rotary_embedding_dim": 2 * half} if 2 * half != width else {}
         inputs = [x, self._cos, self._sin, self._positions]
         return self._graph.op("RotaryEmbedding", inputs, f"{name}.rotated", **partial, num_heads=heads)
-
-    def _turned(self, x: ir.Value, name: str) -> ir.Value:
-        """Return RotaryEmbedding of [B, heads, S, D], its arithmetic spelled out.
-
-        For that operator TensorRT-RTX 1.7.1 keeps a copy of its kernel's source per layer, 165 kB each; for this one.
-        """
-        graph, half, width = self._graph, len(self._spec.inverse_frequencies), self._spec.head_dim
-
-        def part(label: str, start: int, end: int) -> ir.Value:
-            return graph.op("Slice", [x, graph.ints(start), graph.ints(end), graph.ints(-1)], f"{name}.{label}")
-
-        first, second = part("first", 0, half), part("second", half, 2 * half)
-        rest = part("rest", 2 * half, width) if 2 * half < width else None
-        turned = x if rest is None else graph.op("Concat", [first, second], f"{name}.turned", axis=-1)
-        swapped = graph.op("Concat", [second, first], f"{name}.swapped", axis=-1)
-        along = graph.op("Mul", [turned, self._cos_here], f"{name}.along")
-        across = graph.op("Mul", [swapped, self._sin_here], f"{name}.across")
-        if rest is None:
-            return graph.op("Add", [along, across], f"{name}.rotated")
-        turned = graph.op("Add", [along, across], f"{name}.turned_by_position")
-        return graph.op("Concat", [turned, rest], f"{name}.rotated", axis=-1)
 
     def _mlp(self, x: ir.Value, prefix: str) -> ir.Value:
         self._read_together(x, [f"{prefix}.{name}_proj" for name in ("gate", "up")], f"{prefix}.gate_up")

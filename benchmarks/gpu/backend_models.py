@@ -23,6 +23,7 @@ from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.errors import BuildError
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.export.decoder import GraphForm, decoder_io, export_decoder, write_graphs
+from coatrt.export.weights import codes as storage
 from coatrt.models.matrices import ModelMatrices, matrices_of
 from coatrt.models.spec import DecoderSpec
 from coatrt.quantization.code_cache import CodeStore
@@ -252,6 +253,16 @@ class RandomModel:
         def small(name: str) -> torch.Tensor | None:
             return ones if name.endswith("norm.weight") and "self_attn" not in name else None
 
+        packed: dict[Any, torch.Tensor] = {}
+        pack = storage._packed
+
+        def once(codes: torch.Tensor, kind: str) -> torch.Tensor:  # equal shapes have equal codes here
+            key = (kind, codes.shape)
+            if key not in packed:
+                packed[key] = pack(codes, kind)
+            return packed[key]
+
+        storage._packed = once
         write_graphs(
             directory,
             self._spec,
@@ -262,6 +273,7 @@ class RandomModel:
             tied=self.matrices.tied,
             contract=self.contract,
         )
+        storage._packed = pack
         _matrix.cache_clear()
 
     def random_lora(self, rng: np.random.Generator) -> dict[str, np.ndarray] | None:

@@ -5,11 +5,11 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
 
-from coatrt.engines.runtime.options import RuntimeOptions
+from coatrt.engines.runtime.options import Backend, RuntimeOptions
 from coatrt.errors import ConfigError
 
 __all__ = [
@@ -72,14 +72,14 @@ _DEFAULT = RuntimeOptions()
 _RUNTIME = {
     "backend": click.option(
         "--backend",
-        type=click.Choice(["ort", "trt"]),
+        type=click.Choice(get_args(Backend)),
         default=_DEFAULT.backend,
         show_default=True,
-        help="ONNX Runtime on the CPU, or the bundle's engine on this machine's GPU.",
+        help="ONNX Runtime on the CPU (ort) or on this machine's GPU (cuda), or the bundle's engine there (trt).",
     ),
     "batch": click.option("--batch", type=int, default=_DEFAULT.batch, show_default=True, help="Sequences at once."),
     "context": click.option(
-        "--context", type=int, default=_DEFAULT.context, show_default=True, help="Slots of the KV cache (ort)."
+        "--context", type=int, default=_DEFAULT.context, show_default=True, help="Slots of the KV cache (ort, cuda)."
     ),
     "threads": click.option("--threads", type=int, help="Threads (ort).  [default: all usable cores]"),
     "accuracy_level": click.option(

@@ -19,7 +19,7 @@ class BundleOptions:
     Args:
         activations: of the engine form: float16 or bfloat16.
         cpu_activations: of the cpu form: float32 or float16.
-        context: slots of the KV cache per sequence in the engine form; the cpu form has positions for as many.
+        context: slots of the KV cache per sequence in the engine form; the others have positions for as many.
         shapes: ranges of the engine's dynamic dimensions.
         engine: whether an engine is built where the device's builder can do so here.
     """
@@ -41,11 +41,13 @@ class BundleOptions:
         shapes = EngineShapes(request.batch, min(request.prefill, request.context))
         return cls(context=request.context, shapes=shapes, **changes)
 
-    def forms(self) -> "tuple[GraphForm, GraphForm]":
-        """Return the two forms of the graph."""
+    def forms(self) -> "tuple[GraphForm, GraphForm, GraphForm]":
+        """Return the three forms of the graph: engine, cpu, cuda."""
         from coatrt.export.graph import OPEN_POSITIONS, GraphForm
 
+        positions = max(self.context, OPEN_POSITIONS)
         return (
             GraphForm("engine", "base.onnx", self.activations, self.context),
-            GraphForm("cpu", "cpu.onnx", self.cpu_activations, max_positions=max(self.context, OPEN_POSITIONS)),
+            GraphForm("cpu", "cpu.onnx", self.cpu_activations, max_positions=positions),
+            GraphForm("cuda", "cuda.onnx", "float16", max_positions=positions),
         )

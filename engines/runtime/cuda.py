@@ -100,9 +100,7 @@ class CudaDecoder(StatefulDecoder):
         """
         graph, io = bundle.decoder("cuda")
         weights = device_weights(bundle.config, bundle.model_matrices)
-        made = cls(
-            graph, io, bundle.contract, options, weight_bytes=weights.nbytes, provider=provider, replay=replay
-        )
+        made = cls(graph, io, bundle.contract, options, weight_bytes=weights.nbytes, provider=provider, replay=replay)
         if weights.note and provider == "cuda":
             warn_once(weights.note)
         return made
