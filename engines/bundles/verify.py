@@ -13,12 +13,13 @@ from coatrt.bundle import Bundle
 from coatrt.devices.environment import versions
 from coatrt.engines.bundles.graph_check import check_graph, check_matrices
 from coatrt.engines.bundles.stored_weights import held_weights
-from coatrt.engines.runtime.decoder import LoraTensors
+from coatrt.engines.runtime.cuda import CudaDecoder
+from coatrt.engines.runtime.decoder import Decoder, LoraTensors
 from coatrt.engines.runtime.emitter import Emitter
 from coatrt.engines.runtime.lora_file import load_lora
 from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
-from coatrt.errors import BundleError, CheckpointError, CoatError
+from coatrt.errors import BuildError, BundleError, CheckpointError, CoatError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,6 +52,7 @@ class Verification:
             relative; None where not compared.
         tolerance: what was allowed for it.
         note: why something was not compared.
+        cuda: what the cuda form gave on this machine's GPU, or why it was not run; empty where the bundle has none.
     """
 
     files: int
@@ -62,12 +64,14 @@ class Verification:
     torch_difference: float | None
     tolerance: float
     note: str
+    cuda: str
 
     def text(self) -> str:
         """Return the report as lines."""
         by = {True: "made by the key given", False: "not made by the key given", None: "not checked: give --key"}
         lines = [f"signature      {by[self.signed]}", f"files          {self.files} hashes hold"]
         lines += [f"engine         {line}" for line in self.engines]
+        lines += [f"cuda.onnx      {self.cuda}"] if self.cuda else []
         lines += [f"version        {name}: built with {old}, here {new}" for name, (old, new) in self.versions.items()]
         lines.append("LoRA           equals what the hypernetwork emits here")
         lines.append(f"LoRA effect    largest change of a logit {self.lora_effect:.3g} of the largest logit")
@@ -141,9 +145,35 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, numbers: bool = T
                 f"{directory}: logits differ from torch by {difference:.2e} of the largest, allowed {tolerance:g}; "
                 "report this with the bundle's manifest"
             )
+    cuda = _on_the_gpu(bundle, prompt, tokens, adapted, lora)
     return Verification(
-        files, bundle.signed, changed, _engine_lines(bundle, here), effect, weights, difference, tolerance, note
+        files, bundle.signed, changed, _engine_lines(bundle, here), effect, weights, difference, tolerance, note, cuda
     )
+
+
+def _on_the_gpu(
+    bundle: Bundle, prompt: Sequence[int], tokens: Sequence[int], logits: NDArray[np.float32], lora: LoraTensors
+) -> str:
+    """Return how far the cuda form is from the cpu form on this machine's GPU, or why it was not run.
+
+    Raises:
+        BundleError: it is too far.
+    """
+    if "cuda" not in bundle.manifest["decoders"]:
+        return ""
+    try:
+        decoder = CudaDecoder.of(bundle, RuntimeOptions(context=64))
+    except BuildError as error:
+        return f"not run: {error}"
+    decoder.set_lora(lora)
+    found = _teacher_forced(decoder, prompt, tokens)
+    difference = float(np.abs(found - logits).max() / np.abs(logits).max())
+    if not difference <= _FLOAT16_TOLERANCE:
+        raise BundleError(
+            f"{bundle.directory}: logits of cuda.onnx differ from those of cpu.onnx by {difference:.2e} of the "
+            f"largest, allowed {_FLOAT16_TOLERANCE:g}; report this with the bundle's manifest"
+        )
+    return f"largest |Δlogit| to cpu.onnx {difference:.2e} of the largest logit (allowed {_FLOAT16_TOLERANCE:g})"
 
 
 def _greedy(decoder: OrtDecoder, prompt: Sequence[int]) -> list[int]:
@@ -153,7 +183,7 @@ def _greedy(decoder: OrtDecoder, prompt: Sequence[int]) -> list[int]:
     return tokens
 
 
-def _teacher_forced(decoder: OrtDecoder, prompt: Sequence[int], tokens: Sequence[int]) -> NDArray[np.float32]:
+def _teacher_forced(decoder: Decoder, prompt: Sequence[int], tokens: Sequence[int]) -> NDArray[np.float32]:
     """Return the logits after the prompt and after each token, float32 [1 + steps, V]."""
     return np.stack([decoder.prefill([prompt])[0], *(decoder.decode([token])[0] for token in tokens)])
 

@@ -17,7 +17,7 @@ from coatrt.models.checkpoint import Checkpoint
 from coatrt.models.matrices import Matrix, ModelMatrices
 from coatrt.models.spec import FAMILIES, DecoderSpec
 from coatrt.quantization.codec import decode, encode
-from support.families import CPU, ENGINE, MODELS, Runner, export, prompts, reference, save_model
+from support.families import CPU, CUDA, ENGINE, MODELS, Runner, export, prompts, reference, save_model
 
 LENGTHS = [7, 12]
 
@@ -38,6 +38,25 @@ def test_logits_equal_transformers(tmp_path: Path, name: str) -> None:
         want = reference(model, sequence)
         assert want.std() > 0.05  # the model says something
         np.testing.assert_allclose(got, want, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_cuda_form_equals_transformers_as_far_as_float16_goes(tmp_path: Path, name: str) -> None:
+    model = save_model(tmp_path / "model", name)
+    checkpoint = Checkpoint.open(tmp_path / "model")
+    narrow = GraphForm("cpu", "narrow.onnx", "float16")
+    export(checkpoint, tmp_path / "out", (ENGINE, CUDA))
+    export(checkpoint, tmp_path / "cpu", (narrow,))
+    ids, errors = prompts(96), []
+    for directory, form in ((tmp_path / "out", CUDA), (tmp_path / "cpu", narrow)):
+        runner = Runner(checkpoint, directory, form)
+        pairs = zip(runner.prefill_and_decode(ids, LENGTHS), [reference(model, one) for one in ids], strict=True)
+        errors.append(max(float(np.abs(got - want).max() / np.abs(want).max()) for got, want in pairs))
+    # These models are wilder than trained ones: there the cpu form in float16 is as far away.
+    assert errors[0] <= max(2e-3, 1.25 * errors[1])
+    named = {value.name for value in Runner(checkpoint, tmp_path / "out", CUDA).session.get_inputs()}
+    assert {"seqlens_k", "total_sequence_length", "logits_rows"} <= named
+    assert ("position_ids" in named) == (name == "stablelm")  # it rotates 8 of 16 dimensions
 
 
 def test_every_family_is_tested() -> None:
@@ -88,15 +107,17 @@ def random_lora(contract: LoraContract, scale: float) -> dict[str, Any]:
     return {name: (rng.standard_normal(shape) * scale).astype(np.float32) for name, shape in contract.shapes.items()}
 
 
+@pytest.mark.parametrize("form", [CPU, CUDA], ids=lambda form: form.name)
 @pytest.mark.parametrize("fmt", ["fp16", "int4-g32"])
 def test_zero_lora_equals_the_graph_without_bit_for_bit(
-    tmp_path: Path, llama: tuple[Any, Checkpoint], fmt: str
+    tmp_path: Path, llama: tuple[Any, Checkpoint], fmt: str, form: GraphForm
 ) -> None:
     checkpoint = llama[1]
     contract = contract_for(checkpoint.matrices, 16, 32)
     ids = prompts(96)
-    plain = Runner(checkpoint, export(checkpoint, tmp_path / "plain", fmt=fmt)).prefill_and_decode(ids, LENGTHS)
-    runner = Runner(checkpoint, export(checkpoint, tmp_path / "lora", fmt=fmt, contract=contract))
+    without = export(checkpoint, tmp_path / "plain", (form,), fmt)
+    plain = Runner(checkpoint, without, form).prefill_and_decode(ids, LENGTHS)
+    runner = Runner(checkpoint, export(checkpoint, tmp_path / "lora", (form,), fmt, contract), form)
     zero = runner.prefill_and_decode(ids, LENGTHS, random_lora(contract, 0.0))
     for got, want in zip(zero, plain, strict=True):
         np.testing.assert_array_equal(got, want)
@@ -141,10 +162,10 @@ def test_positions_follow_the_context_as_far_as_the_model_goes(tmp_path: Path, l
     checkpoint = llama[1]
     long = replace(checkpoint, config={**checkpoint.config, "max_position_embeddings": 131072})
     for context, open_caches in ((2048, 32768), (65536, 65536), (131072, 131072)):
-        engine, cpu = BundleOptions(context=context).forms()
+        engine, cpu, cuda = BundleOptions(context=context).forms()
         io = decoder_io(long, engine)
         assert (io.cache_length, io.max_positions) == (context, context)
-        assert decoder_io(long, cpu).max_positions == open_caches
+        assert decoder_io(long, cpu).max_positions == decoder_io(long, cuda).max_positions == open_caches
     form = GraphForm("engine", "base.onnx", "float32", 65)
     for refuse in (lambda: decoder_io(checkpoint, form), lambda: export(checkpoint, tmp_path, (form,))):
         with pytest.raises(
@@ -213,7 +234,8 @@ def test_export_refuses_what_does_not_fit(tmp_path: Path, llama: tuple[Any, Chec
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("gpu", "a", "float32", 8), "allowed: engine, cpu"),
+        (("gpu", "a", "float32", 8), "allowed: engine, cpu, cuda"),
+        (("cuda", "a", "float32", 8), "allowed: float16"),
         (("cpu", "a", "bfloat16", 8), "allowed: float32, float16"),
         (("engine", "a", "int8", 8), "allowed: float32, float16, bfloat16"),
         (("engine", "a", "float16", None), "TensorRT needs it fixed"),

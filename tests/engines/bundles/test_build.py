@@ -50,6 +50,7 @@ def test_every_file_is_guarded(copy: Path) -> None:
     assert {
         "base.onnx",
         "cpu.onnx",
+        "cuda.onnx",
         "weights.bin",
         "hypernet.onnx",
         "hypernet.json",

@@ -192,7 +192,7 @@ def test_generation_ends_at_the_capacity(tiny_bundle: Path) -> None:
     with pytest.raises(ConfigError, match="2 sequences are given to a decoder of batch 1"):
         decoder.prefill([[1], [2]])
     for wrong, said in (
-        ({"backend": "cuda"}, "one of ort, trt"),
+        ({"backend": "gpu"}, "one of ort, trt, cuda"),
         ({"context": 0}, "at least 1, got 0"),
         ({"context": 2.5}, "got 2.5"),
         ({"threads": "2"}, "got '2'"),
