@@ -23,6 +23,7 @@ from coatrt.system.notices import warn_once
 
 __all__ = ["CudaDecoder"]
 
+_LOGITS = np.dtype(np.float32)
 _CAPTURED, _NOT_CAPTURED = "1", "-1"  # numbers of CUDA graphs in ONNX Runtime's run options
 
 
@@ -63,7 +64,7 @@ class CudaDecoder(StatefulDecoder):
             driver = open_driver()
             check_provider(driver)
             caches = one_cache * len(io.past_names)
-            logits = options.batch * io.vocabulary * self._dtype.itemsize
+            logits = options.batch * io.vocabulary * _LOGITS.itemsize
             check_memory(driver, weight_bytes, caches, self._layout.nbytes + logits, self._slots, options.batch)
             memory = DeviceMemory(driver)
         self._memory, self._replays = memory, replay and provider == "cuda"
@@ -79,9 +80,12 @@ class CudaDecoder(StatefulDecoder):
         self._steps_staging = memory.host(self._step_bytes(self._slots))
         self._total = np.zeros((), np.int32)  # read on the host
         logits_shape = (options.batch, 1, io.vocabulary)
-        self._logits = memory.allocate(math.prod(logits_shape) * self._dtype.itemsize)
-        self._logits_here = memory.host(math.prod(logits_shape) * self._dtype.itemsize).view(self._dtype)
-        self._bindings = {1: self._bound(1)}
+        self._logits = memory.allocate(math.prod(logits_shape) * _LOGITS.itemsize)
+        self._logits_here = memory.host(math.prod(logits_shape) * _LOGITS.itemsize).view(_LOGITS).reshape(logits_shape)
+        # Two bindings: what decode binds stays as it is, a prefill binds its own number of tokens.
+        self._decode_binding, self._prefill_binding = self._bound(), self._bound()
+        self._bind_step(self._decode_binding, 1)
+        self._captured, self._plain = self._run_options(_CAPTURED), self._run_options(_NOT_CAPTURED)
         memory.synchronize()
 
     @classmethod
@@ -146,8 +150,7 @@ class CudaDecoder(StatefulDecoder):
         stride = self._slots * self.io.head_dim * self._dtype.itemsize
         for address, cache in zip(self._caches, caches, strict=True):
             for number, head in enumerate(cache.reshape(-1, *cache.shape[2:])):
-                if head.size:
-                    copy(address + number * stride, head)
+                copy(address + number * stride, head)
         self._memory.synchronize()
 
     def run(
@@ -175,14 +178,16 @@ class CudaDecoder(StatefulDecoder):
             place.view(dtype)[...] = values[name].reshape(-1)
             size = offset + place.nbytes
         memory.write(self._steps, self._steps_staging[:size])
-        binding = self._bindings[1] if added == 1 else self._bound(added)
+        binding = self._decode_binding if added == 1 else self._prefill_binding
+        if added > 1:
+            self._bind_step(binding, added)
         try:
-            self._session.run_with_iobinding(binding, self._run_options(_CAPTURED if replays else _NOT_CAPTURED))
+            self._session.run_with_iobinding(binding, self._captured if replays else self._plain)
         except Exception as error:  # onnxruntime raises types of its own that share no public base
             raise BuildError(f"ONNX Runtime fails in a step of {added} tokens ({error})") from None
         memory.read(self._logits, self._logits_here)
         memory.synchronize()
-        return self._logits_here.astype(np.float32).reshape(self.batch, 1, -1)
+        return self._logits_here.copy()
 
     def _run_options(self, number: str) -> Any:
         options = ort.RunOptions()
@@ -209,18 +214,21 @@ class CudaDecoder(StatefulDecoder):
         offset, shape, dtype = list(self._step_pieces(added).values())[-1]
         return offset + aligned(math.prod(shape) * dtype.itemsize)
 
-    def _bound(self, added: int) -> Any:
-        """Return everything bound for calls of so many tokens."""
-        binding, device, io = self._session.io_binding(), self._memory.device, self.io
-        half = self._dtype.type
+    def _bind_step(self, binding: Any, added: int) -> None:
+        """Bind what changes with every call, for calls of so many tokens."""
         for name, (offset, shape, dtype) in self._step_pieces(added).items():
             if name in self._inputs_here:
-                binding.bind_input(name, device, 0, dtype.type, list(shape), self._steps + offset)
+                binding.bind_input(name, self._memory.device, 0, dtype.type, list(shape), self._steps + offset)
+
+    def _bound(self) -> Any:
+        """Return everything bound that no call changes."""
+        binding, device, io = self._session.io_binding(), self._memory.device, self.io
+        half = self._dtype.type
         binding.bind_input("total_sequence_length", "cpu", 0, np.int32, [], self._total.ctypes.data)
         for name, (offset, matrix) in self._layout.pieces.items():
             binding.bind_input(name, device, 0, half, list(matrix), self._lora + offset)
         for past, present, cache in zip(io.past_names, io.present_names, self._caches, strict=True):
             binding.bind_input(past, device, 0, half, list(self._cache_shape), cache)
             binding.bind_output(present, device, 0, half, list(self._cache_shape), cache)
-        binding.bind_output("logits", device, 0, half, [self.batch, 1, io.vocabulary], self._logits)
+        binding.bind_output("logits", device, 0, _LOGITS.type, [self.batch, 1, io.vocabulary], self._logits)
         return binding

@@ -212,15 +212,18 @@ class DeviceMemory(Memory):
 
     def write(self, address: int, data: NDArray[Any]) -> None:
         """Start a copy to the GPU."""
-        self._driver.write(address, data, self.stream)
+        if data.nbytes:
+            self._driver.write(address, data, self.stream)
 
     def read(self, address: int, data: NDArray[Any]) -> None:
         """Start a copy from the GPU."""
-        self._driver.read(address, data, self.stream)
+        if data.nbytes:
+            self._driver.read(address, data, self.stream)
 
     def clear(self, address: int, nbytes: int) -> None:
         """Start filling a buffer with zeros."""
-        self._driver.clear(address, nbytes, self.stream)
+        if nbytes:
+            self._driver.clear(address, nbytes, self.stream)
 
     def synchronize(self) -> None:
         """Wait for everything that was started."""

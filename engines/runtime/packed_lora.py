@@ -2,16 +2,20 @@
 
 import math
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coatrt.configs.lora_contract import LoraContract
+from coatrt.devices.environment import usable_cores
 from coatrt.engines.runtime.lora_file import Lora
 from coatrt.engines.runtime.memory import aligned
 
 __all__ = ["LoraLayout", "PackedLora"]
+
+_LARGE = 1 << 20  # bytes for which threads are worth starting
 
 
 class LoraLayout:
@@ -38,9 +42,15 @@ class LoraLayout:
         }
 
     def fill(self, buffer: NDArray[np.uint8], tensors: Mapping[str, NDArray[Any]]) -> None:
-        """Cast tensors into their places in a buffer."""
-        for name, view in self.views(buffer).items():
-            view[...] = tensors[name]
+        """Cast tensors into their places in a buffer; numpy casts on one core and lets others work."""
+        views = self.views(buffer)
+
+        def cast(name: str) -> None:
+            views[name][...] = tensors[name]
+
+        with ThreadPoolExecutor(usable_cores() if self.nbytes > _LARGE else 1) as pool:
+            for _ in pool.map(cast, views):
+                pass
 
 
 class PackedLora(Lora):
