@@ -40,23 +40,30 @@ def test_logits_equal_transformers(tmp_path: Path, name: str) -> None:
         np.testing.assert_allclose(got, want, atol=1e-4, rtol=0)
 
 
+def merge(model: Any, contract: LoraContract, lora: dict[str, Any]) -> None:
+    with torch.no_grad():
+        for tensor in contract.tensors:
+            delta = torch.from_numpy(lora[tensor.A] @ lora[tensor.B]).T
+            model.get_submodule(tensor.matrix).weight.add_(delta)
+
+
 @pytest.mark.parametrize("name", MODELS)
-def test_the_cuda_form_equals_transformers_as_far_as_float16_goes(tmp_path: Path, name: str) -> None:
-    model = save_model(tmp_path / "model", name)
+def test_the_cuda_form_equals_transformers_with_the_lora(tmp_path: Path, name: str) -> None:
+    # With the weights of the test above the cpu form in float16 is up to 3e-3 away.
+    model = save_model(tmp_path / "model", name, initializer_range=0.08)
     checkpoint = Checkpoint.open(tmp_path / "model")
-    narrow = GraphForm("cpu", "narrow.onnx", "float16")
-    export(checkpoint, tmp_path / "out", (ENGINE, CUDA))
-    export(checkpoint, tmp_path / "cpu", (narrow,))
-    ids, errors = prompts(96), []
-    for directory, form in ((tmp_path / "out", CUDA), (tmp_path / "cpu", narrow)):
-        runner = Runner(checkpoint, directory, form)
-        pairs = zip(runner.prefill_and_decode(ids, LENGTHS), [reference(model, one) for one in ids], strict=True)
-        errors.append(max(float(np.abs(got - want).max() / np.abs(want).max()) for got, want in pairs))
-    # These models are wilder than trained ones: there the cpu form in float16 is as far away.
-    assert errors[0] <= max(2e-3, 1.25 * errors[1])
-    named = {value.name for value in Runner(checkpoint, tmp_path / "out", CUDA).session.get_inputs()}
+    contract = contract_for(checkpoint.matrices, 16, 32)
+    lora, ids = random_lora(contract, 0.03), prompts(96, steps=16)
+    runner = Runner(checkpoint, export(checkpoint, tmp_path / "out", (ENGINE, CUDA), contract=contract), CUDA)
+    named = {value.name for value in runner.session.get_inputs()}
     assert {"seqlens_k", "total_sequence_length", "logits_rows"} <= named
     assert ("position_ids" in named) == (name == "stablelm")  # it rotates 8 of 16 dimensions
+    before = reference(model, ids[0])
+    merge(model, contract, lora)
+    for got, sequence in zip(runner.prefill_and_decode(ids, LENGTHS, lora), ids, strict=True):
+        want = reference(model, sequence)
+        assert np.abs(got - want).max() <= 2e-3 * np.abs(want).max()
+    assert np.abs(reference(model, ids[0]) - before).max() > 0.02
 
 
 def test_every_family_is_tested() -> None:
@@ -132,10 +139,7 @@ def test_lora_equals_the_merged_model(tmp_path: Path) -> None:
     ids = prompts(96)
     before = reference(model, ids[0])
     got = runner.prefill_and_decode(ids, LENGTHS, lora)
-    with torch.no_grad():
-        for tensor in contract.tensors:
-            delta = torch.from_numpy(lora[tensor.A] @ lora[tensor.B]).T
-            model.get_submodule(tensor.matrix).weight.add_(delta)
+    merge(model, contract, lora)
     for logits, sequence in zip(got, ids, strict=True):
         np.testing.assert_allclose(logits, reference(model, sequence), atol=1e-4, rtol=0)
     assert np.abs(got[0] - before).max() > 0.1
