@@ -228,6 +228,7 @@ WRONG = {
     "threads": ("run {bundle} -p x --threads 100000", "threads must be at most 512"),
     "no lora": ("run {bundle} -p x --lora {here}/none", "does not exist"),
     "no gpu": ("run {bundle} -p x --backend trt", "coatrt: "),
+    "no gpu for onnxruntime": ("run {bundle} -p x --backend cuda", "run the bundle with --backend ort"),
     "empty prompt": ("run {bundle} -p x --max-tokens 0", "ask for at least 1"),
     "temperature": ("run {bundle} -p x --temperature -1", "temperature -1.0 is given"),
     "seed": ("run {bundle} -p x --seed -1", "seed -1 is given"),
