@@ -187,10 +187,11 @@ def _matrix(N: int, K: int, text: str) -> QuantizedMatrix:
     if fmt.kind == "nvfp4":
         codes = torch.randint(0, 16, (N, width), generator=generator, dtype=torch.uint8)
         scales = (torch.rand(N, width // 16, generator=generator) * 4 + 0.5).to(torch.float8_e4m3fn)
-        return QuantizedMatrix(fmt, N, K, codes, scales, constant=2.0**-8)
+        return QuantizedMatrix(fmt, N, K, codes, scales, constant=2.0**-10)
     most = 8 if fmt.kind == "int4" else 127
     codes = torch.randint(-most, most, (N, width), generator=generator, dtype=torch.int8)
-    scales = torch.full((N, width // fmt.block), 0.03 / most, dtype=torch.float16)
+    # Equal layers add up: with larger weights the residual stream of 32 leaves float16, on the CPU as on a GPU.
+    scales = torch.full((N, width // fmt.block), 0.5 / most / K**0.5, dtype=torch.float16)
     return QuantizedMatrix(fmt, N, K, codes, scales)
 
 
