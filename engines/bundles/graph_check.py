@@ -10,12 +10,14 @@ from coatrt.system.onnx_files import read_onnx
 __all__ = ["check_graph", "check_matrices"]
 
 _TOKENS = ("input_ids", "position_ids", "write_index", "logits_index")
+_CUDA_TOKENS = ("input_ids", "seqlens_k", "total_sequence_length", "logits_rows")
 
 
-def check_graph(graph: Path, io: DecoderIO, contract: LoraContract) -> None:
+def check_graph(form: str, graph: Path, io: DecoderIO, contract: LoraContract) -> None:
     """Refuse a graph that is not the decoder of `io` and `contract`, without running it.
 
     Args:
+        form: which form of the graph it is.
         graph: an ONNX file, its weights beside it.
         io: its inputs and outputs by the manifest.
         contract: its LoRA inputs.
@@ -28,7 +30,7 @@ def check_graph(graph: Path, io: DecoderIO, contract: LoraContract) -> None:
 
     found = read_onnx(graph)
     cache = (None, io.kv_heads, io.cache_length, io.head_dim)
-    inputs: dict[str, tuple[int | None, ...]] = dict.fromkeys(_TOKENS, ())
+    inputs: dict[str, tuple[int | None, ...]] = dict.fromkeys(_CUDA_TOKENS if form == "cuda" else _TOKENS, ())
     inputs |= dict.fromkeys(io.past_names, cache) | dict(contract.shapes)
     outputs: dict[str, tuple[int | None, ...]] = {"logits": (None, None, io.vocabulary)}
     outputs |= dict.fromkeys(io.present_names, cache)

@@ -104,7 +104,7 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, numbers: bool = T
     files = bundle.check_all()
     for form in bundle.manifest["decoders"]:
         graph, io = bundle.decoder(form)
-        check_graph(graph, io, bundle.contract)
+        check_graph(form, graph, io, bundle.contract)
         check_matrices(directory, bundle.model_matrices, io, bundle.contract)
     here = versions()
     changed = {
@@ -166,7 +166,7 @@ def _on_the_gpu(
     except BuildError as error:
         return f"not run: {error}"
     decoder.set_lora(lora)
-    found = _teacher_forced(decoder, prompt, tokens)
+    found = _sound(_teacher_forced(decoder, prompt, tokens), "cuda.onnx with its LoRA")
     difference = float(np.abs(found - logits).max() / np.abs(logits).max())
     if not difference <= _FLOAT16_TOLERANCE:
         raise BundleError(

@@ -21,7 +21,7 @@ from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.errors import BundleError
 from support.seals import alter_sealed
 
-GRAPHS = ("base.onnx", "cpu.onnx", "hypernet.onnx")
+GRAPHS = ("base.onnx", "cpu.onnx", "cuda.onnx", "hypernet.onnx")
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +109,7 @@ MODELS: dict[str, tuple[Callable[[Any], None], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", GRAPHS[:2])
+@pytest.mark.parametrize("name", GRAPHS[:3])
 @pytest.mark.parametrize("case", MODELS)
 def test_graphs_that_are_not_the_decoder(copy: Path, case: str, name: str) -> None:
     change, said = MODELS[case]
@@ -123,8 +123,8 @@ def test_graphs_that_are_not_the_decoder(copy: Path, case: str, name: str) -> No
 def test_a_whole_bundle_passes_from_behind_a_link_too(copy: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(copy)
     bundle = Bundle.open(tmp_path / "link")
-    for form in ("engine", "cpu"):
-        check_graph(*bundle.decoder(form), bundle.contract)
+    for form in ("engine", "cpu", "cuda"):
+        check_graph(form, *bundle.decoder(form), bundle.contract)
 
 
 @pytest.mark.parametrize(("content", "size"), [(b"", 0), (b"", 6), (b"engin", 6)])
