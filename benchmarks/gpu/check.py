@@ -8,8 +8,9 @@
 Each section is a process of its own and writes OUT/SECTION.jsonl row by row. A section that loses its CUDA context is
 started again and passes over the row at fault. Rows of an earlier run stay and are not measured again, so that a run
 can be cut into several. graphs.py, backend.py and training.py need coatrt, encoding.py its quantization room alone, no
-other section does. `--dry-run` runs every measurement in tiny shapes on the CPU; nvfp4 and fp8 products fail there, as
-ONNX Runtime has them on CUDA only.
+other section does. linear.py builds the operator of kernels/ and needs nvcc and ONNX Runtime's headers; it says so and
+ends without them. `--dry-run` runs every measurement in tiny shapes on the CPU; nvfp4 and fp8 products fail there, as
+ONNX Runtime has them on CUDA only, and linear.py compiles and compares what needs no GPU.
 """
 
 import argparse
@@ -24,6 +25,7 @@ SECTIONS = {
     "machine": 30,
     "graphs": 60,
     "decode": 150,
+    "linear": 60,
     "operators": 120,
     "lora": 40,
     "groups": 60,
@@ -44,6 +46,7 @@ def main() -> None:
     parser.add_argument("--sections", default=",".join(SECTIONS), help="which, in which order")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the seconds of every section")
     parser.add_argument("--graphs", default="graphs", help="directories that coatrt_parts.py wrote, by commas")
+    parser.add_argument("--headers", default="", help="directory of ONNX Runtime's headers, for linear")
     parser.add_argument("--dry-run", action="store_true")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
@@ -54,7 +57,10 @@ def main() -> None:
         hold.unlink(missing_ok=True)
 
     def command(name: str, seconds: float) -> list[str]:
-        more = {"graphs": ["--graphs", given.graphs], "rival": ["--hold", str(hold)]}.get(name, [])
+        options = {"graphs": ["--graphs", given.graphs], "rival": ["--hold", str(hold)]}
+        if given.headers:
+            options["linear"] = ["--headers", given.headers]
+        more = options.get(name, [])
         dry = ["--dry-run"] if given.dry_run else []
         start = [sys.executable, str(HERE / f"{name}.py"), "--out", str(given.out), "--seconds", f"{seconds:.0f}"]
         return [*start, *dry, *more]

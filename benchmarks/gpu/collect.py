@@ -7,6 +7,7 @@ import argparse
 import datetime
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,13 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
     return _plain(row)  # type: ignore[no-any-return]
 
 
+def _file_name(gpu: str) -> str:
+    """Return h100 of "NVIDIA H100 80GB HBM3", a100 of "NVIDIA A100-SXM4-80GB", the last word of others."""
+    name = gpu.lower()
+    model = re.search(r"\b[a-z]+\d+[a-z]?\b", name)
+    return model[0] if model else name.split()[-1]
+
+
 def main() -> None:
     """Collect."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -50,7 +58,7 @@ def main() -> None:
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows.values())
     text = json.dumps(head, ensure_ascii=False)[:-1] + f',\n"rows": [\n{lines}\n]}}\n'
     RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{machine['gpu'].split()[-1].lower()}.json"
+    path = RESULTS / f"{_file_name(machine['gpu'])}.json"
     path.write_text(text, encoding="utf-8")
     print(f"{path}: {len(rows)} rows, {len(text) / 1e3:.0f} kB")
 

@@ -31,7 +31,8 @@ class Runner:
         device = self.device = "cpu" if dry else "cuda"
         before = free_memory(dry)
         began = time.perf_counter()
-        self.session = session(decoder.graph.model(), decoder.graph.weights, dry=dry, graph=True, config=config)
+        graph = decoder.graph
+        self.session = session(graph.model(), graph.weights, dry=dry, graph=True, config=config, library=graph.library)
         self.load_s = time.perf_counter() - began
         self.session_bytes = before - free_memory(dry)
         shape = decoder.shape

@@ -10,7 +10,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-__all__ = ["Graph", "Weight", "random_weight"]
+__all__ = ["E2M1", "SPREAD", "Graph", "Weight", "random_weight"]
 
 NF4 = np.array(
     [
@@ -167,9 +167,11 @@ class Graph:
 
     Args:
         opset: of ONNX's own operators.
+        library: path of the custom operators that its nodes need.
     """
 
     opset: int = 21
+    library: str = ""
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     inputs: list[onnx.ValueInfoProto] = field(default_factory=list)
     outputs: list[onnx.ValueInfoProto] = field(default_factory=list)
@@ -216,5 +218,6 @@ class Graph:
             tensor.external_data.add(key="location", value="weights")
             held.append(tensor)
         graph = helper.make_graph(self.nodes, "graph", self.inputs, self.outputs, [*self.small, *held])
-        imports = [helper.make_opsetid("", self.opset), helper.make_opsetid("com.microsoft", 1)]
+        domains = {"com.microsoft"} | {node.domain for node in self.nodes if node.domain}
+        imports = [helper.make_opsetid("", self.opset), *(helper.make_opsetid(name, 1) for name in sorted(domains))]
         return helper.make_model(graph, opset_imports=imports, ir_version=10)

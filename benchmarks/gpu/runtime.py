@@ -47,6 +47,7 @@ def session(
     config: Mapping[str, str] | None = None,
     level: str = "all",
     profile: str = "",
+    library: str = "",
 ) -> Any:
     """Return a session on CUDA, or on the CPU in a dry run.
 
@@ -58,6 +59,7 @@ def session(
         config: session configuration entries.
         level: "all" or "none", the graph optimizations.
         profile: prefix of a profile to write.
+        library: path of the custom operators that the model needs.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -67,6 +69,8 @@ def session(
         options.add_session_config_entry(key, value)
     if profile:
         options.enable_profiling, options.profile_file_prefix = True, profile
+    if library:
+        options.register_custom_ops_library(library)
     held = {name: _held(array) for name, array in (weights or {}).items()}
     if held:
         options.add_external_initializers(list(held), list(held.values()))

@@ -9,7 +9,10 @@
 #include <onnxruntime_cxx_api.h>
 
 #include <exception>
+#include <functional>
 #include <mutex>
+#include <type_traits>
+#include <utility>
 
 #include "plan.cuh"
 
@@ -81,35 +84,25 @@ struct Device {
   }
 };
 
-class Kernel {
+/// A node on any device: its attributes and inputs, checked.
+class Node {
  public:
-  explicit Kernel(const OrtKernelInfo* raw) : spec_(read_spec(Ort::ConstKernelInfo(raw))), inputs_(inputs(spec_)) {
+  explicit Node(const OrtKernelInfo* raw) : spec_(read_spec(Ort::ConstKernelInfo(raw))), inputs_(inputs(spec_)) {
     for (const MatrixSpec& m : spec_.matrices) width_ += m.N;
     if (spec_.mode == kGated) width_ = spec_.matrices[0].N;
-    scratch();
   }
 
-  OrtStatusPtr ComputeV2(OrtKernelContext* raw) noexcept {
-    try {
-      compute(Ort::KernelContext(raw));
-      return nullptr;
-    } catch (const std::exception& error) {
-      return Ort::Status(("coatrt::Linear: " + std::string(error.what())).c_str(), ORT_INVALID_ARGUMENT).release();
-    }
-  }
-
- private:
+ protected:
   Spec spec_;
   std::vector<TensorSpec> inputs_;
-  Device device_;
   int64_t width_ = 0;  // of the output
 
-  void compute(Ort::KernelContext context) const {
+  /// The shape of x and the data of the inputs behind it.
+  std::pair<std::vector<int64_t>, std::vector<const void*>> checked(const Ort::KernelContext& context) const {
     if (context.GetInputCount() != inputs_.size() + 1)
       throw std::invalid_argument("the matrices take " + std::to_string(inputs_.size()) + " inputs behind x, got " +
                                   std::to_string(context.GetInputCount() - 1));
-    const auto x = context.GetInput(0);
-    const auto info = x.GetTensorTypeAndShapeInfo();
+    const auto info = context.GetInput(0).GetTensorTypeAndShapeInfo();
     auto shape = info.GetShape();
     if (info.GetElementType() != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 || shape.empty() || shape.back() != spec_.K)
       throw std::invalid_argument("x must be float16 [.., " + std::to_string(spec_.K) + "]");
@@ -118,13 +111,24 @@ class Kernel {
       const auto value = context.GetInput(i + 1);
       check_tensor(value, inputs_[i]);
       data.push_back(value.GetTensorRawData());
-      if (reinterpret_cast<uintptr_t>(data.back()) % 16)
-        throw std::invalid_argument(inputs_[i].name + " must lie at a multiple of 16 bytes");
     }
-    const auto total = static_cast<int64_t>(info.GetElementCount()) / spec_.K;
+    return {shape, data};
+  }
+};
+
+class GpuNode : public Node {
+ public:
+  explicit GpuNode(const OrtKernelInfo* raw) : Node(raw) { scratch(); }
+
+  void compute(Ort::KernelContext context) const {
+    auto [shape, data] = checked(context);
+    for (size_t i = 0; i < data.size(); ++i)
+      if (reinterpret_cast<uintptr_t>(data[i]) % 16)
+        throw std::invalid_argument(inputs_[i].name + " must lie at a multiple of 16 bytes");
+    const int64_t total = std::accumulate(shape.begin(), shape.end() - 1, int64_t{1}, std::multiplies<>());
     shape.back() = width_;
     auto y = context.GetOutput(0, shape);
-    const half* from = static_cast<const half*>(x.GetTensorRawData());
+    const half* from = static_cast<const half*>(context.GetInput(0).GetTensorRawData());
     half* to = static_cast<half*>(y.GetTensorMutableRawData());
     const auto stream = static_cast<cudaStream_t>(context.GetGPUComputeStream());
     for (int64_t done = 0; done < total; done += kMaxRows) {
@@ -132,6 +136,9 @@ class Kernel {
       run(data, from + done * spec_.K, to + done * width_, rows, stream);
     }
   }
+
+ private:
+  Device device_;
 
   void run(const std::vector<const void*>& data, const half* x, half* y, int rows, cudaStream_t stream) const {
     Plan plan = divide(spec_, rows, device_.multiprocessors);
@@ -175,17 +182,49 @@ class Kernel {
   }
 };
 
-struct Linear : Ort::CustomOpBase<Linear, Kernel, true> {
-  OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const noexcept {
+/// Stands in where there is no GPU, so that graphs and checks can be tried; it computes nothing.
+class CheckedNode : public Node {
+ public:
+  using Node::Node;
+
+  void compute(Ort::KernelContext context) const {
+    checked(context);
+    throw std::runtime_error("the inputs are right; the products need a GPU");
+  }
+};
+
+OrtStatusPtr failure(const std::exception& error) {
+  return Ort::Status(("coatrt::Linear: " + std::string(error.what())).c_str(), ORT_INVALID_ARGUMENT).release();
+}
+
+template <class T>
+struct Kernel : T {
+  using T::T;
+
+  OrtStatusPtr ComputeV2(OrtKernelContext* context) noexcept {
     try {
-      *kernel = new Kernel(info);
+      T::compute(Ort::KernelContext(context));
       return nullptr;
     } catch (const std::exception& error) {
-      return Ort::Status(("coatrt::Linear: " + std::string(error.what())).c_str(), ORT_INVALID_ARGUMENT).release();
+      return failure(error);
+    }
+  }
+};
+
+template <class T>
+struct Linear : Ort::CustomOpBase<Linear<T>, Kernel<T>, true> {
+  OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const noexcept {
+    try {
+      *kernel = new Kernel<T>(info);
+      return nullptr;
+    } catch (const std::exception& error) {
+      return failure(error);
     }
   }
   const char* GetName() const { return "Linear"; }
-  const char* GetExecutionProviderType() const { return "CUDAExecutionProvider"; }
+  const char* GetExecutionProviderType() const {
+    return std::is_same_v<T, GpuNode> ? "CUDAExecutionProvider" : "CPUExecutionProvider";
+  }
   size_t GetInputTypeCount() const { return 1; }
   ONNXTensorElementDataType GetInputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED; }
   OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t) const { return INPUT_OUTPUT_VARIADIC; }
@@ -201,25 +240,17 @@ struct Linear : Ort::CustomOpBase<Linear, Kernel, true> {
 extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
                                                                                const OrtApiBase* base) {
   Ort::InitApi(base->GetApi(ORT_API_VERSION));
-  static const coatrt::Linear op;
+  static const coatrt::Linear<coatrt::GpuNode> on_gpu;
+  static const coatrt::Linear<coatrt::CheckedNode> without_gpu;
   static Ort::CustomOpDomain domain{"coatrt"};
   static std::once_flag once;
-  std::call_once(once, [] { domain.Add(&op); });
+  std::call_once(once, [] {
+    int devices = 0;
+    if (cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0)
+      domain.Add(&on_gpu);
+    else
+      domain.Add(&without_gpu);
+  });
   Ort::UnownedSessionOptions(options).Add(domain);
   return nullptr;
-}
-
-/// Why the operator refuses these attributes, or an empty text; needs no GPU.
-extern "C" __attribute__((visibility("default"))) const char* coatrt_linear_refusal(
-    int64_t K, int64_t mode, int64_t count, const int64_t* formats, const int64_t* widths, const int64_t* blocks) {
-  static std::string why;
-  coatrt::Spec spec{K, mode, false, {}};
-  for (int64_t i = 0; i < count; ++i) spec.matrices.push_back({formats[i], widths[i], blocks[i], 1.f});
-  try {
-    coatrt::check(spec);
-    why.clear();
-  } catch (const std::exception& error) {
-    why = error.what();
-  }
-  return why.c_str();
 }
