@@ -10,8 +10,8 @@ MODELS = ("135m", "1b", "7b")
 FORMATS = ("fp16", "int8-g128", "fp8", "int4-g32", "int4-g64", "nvfp4", "mixed")
 
 
-def _rows() -> dict[str, dict[str, Any]]:
-    return {row["key"]: row for row in load("gpu/h200")["rows"]}
+def _rows(gpu: str = "h200") -> dict[str, dict[str, Any]]:
+    return {row["key"]: row for row in load(f"gpu/{gpu}")["rows"]}
 
 
 def _bandwidth(rows: dict[str, dict[str, Any]]) -> float:
@@ -239,6 +239,86 @@ def gpu_training() -> str:
     )
 
 
+CUDNN = ("ORT_ENABLE_XQA", "ORT_ENABLE_CUDNN_FLASH_ATTENTION")
+"""What chooses cuDNN's attention: set to 0 and 1."""
+
+
+def _linear_keys(model: str, kind: str, cudnn: bool, lora: str) -> tuple[str, str]:
+    """Return the keys of a step with the kernels of linear.py and with ONNX Runtime's operators."""
+    ours, theirs = f"linear/{model}/{kind}/LoRA {lora}", f"decode/{model}/{kind}-g64/LoRA {lora}/joined"
+    if cudnn:
+        ours += "".join(f"/{name}" for name in CUDNN)
+        theirs += "".join(f"/{name}={value}" for value, name in enumerate(CUDNN))
+    return ours, theirs
+
+
+def gpu_linear() -> str:
+    """Milliseconds of a step with packed products that add the LoRA, and with ONNX Runtime's operators."""
+    rows = _rows("h100")
+    ceiling = _bandwidth(rows)
+    lines = []
+    for label, model, kind, cudnn in (
+        ("135M int4", "135m", "int4", False),
+        ("1B int4", "1b", "int4", False),
+        ("7B int4", "7b", "int4", False),
+        ("7B int4, cuDNN attention", "7b", "int4", True),
+        ("135M nf3", "135m", "nf3", False),
+        ("7B nf3, cuDNN attention", "7b", "nf3", True),
+    ):
+        keys = [_linear_keys(model, kind, cudnn, lora) for lora in ("off", "on")]
+        found = [rows.get(key) for key in (keys[0][1], keys[1][1], keys[0][0], keys[1][0])]
+        times = [row["graph_ms"]["median"] if row else None for row in found]
+        off, on = times[2:]
+        step = rows[keys[1][0]]
+        share = step["bytes_per_token"] / step["graph_ms"]["median"] * 1e3 / ceiling
+        lines.append(
+            [
+                label,
+                *(f"{ms:.2f}" if ms else "" for ms in times),
+                f"{100 * (on / off - 1):.0f} %" if on and off else "",
+                f"{100 * share:.0f} %",
+            ]
+        )
+    head = ["ms", "ONNX Runtime, no LoRA", "LoRA", "ours, no LoRA", "LoRA", "LoRA costs", "bandwidth"]
+    return grid(head, lines)
+
+
+def gpu_linear_facts() -> str:
+    """What the table was measured on, and what it does not show."""
+    machine, rows = load("gpu/h100")["machine"], _rows("h100")
+
+    def costs(which: int) -> str:
+        """Return how much longer steps are with LoRA: with our kernels (0), with ONNX Runtime's operators (1)."""
+        pairs = [
+            [rows.get(_linear_keys(model, "int4", cudnn, lora)[which]) for lora in ("on", "off")]
+            for model in MODELS
+            for cudnn in (False, True)
+        ]
+        shares = [on["graph_ms"]["median"] / off["graph_ms"]["median"] - 1 for on, off in pairs if on and off]
+        return f"{100 * min(shares):.0f} to {100 * max(shares):.0f} %"
+
+    ours, theirs = _linear_keys("7b", "int4", False, "on")
+    kernels = rows[f"kernels/{_linear_keys('7b', 'int4', True, 'on')[0]}"]
+    own = sum(count for name, count, _ in kernels["top"] if name.startswith("coatrt_"))
+    prefill = [rows[key]["prefill_ms"]["median"] for key in (ours, theirs)]
+    linear = {key: row for key, row in rows.items() if key.startswith("linear/")}
+    consistency = max(row["decode_against_prefill"] for row in linear.values() if "decode_against_prefill" in row)
+    errors = [row["relative_error"] for row in linear.values() if "relative_error" in row]
+    against = (
+        f"The largest relative error of {len(errors)} products against torch in float32 is {max(errors):.1e}."
+        if errors
+        else "Products alone were not compared with torch in this run."
+    )
+    return (
+        f"{machine['gpu']}, driver {machine['driver']}, onnxruntime-gpu {machine['onnxruntime']}; a copy moves "
+        f"{_bandwidth(rows) / 1e12:.2f} TB/s. LoRA makes an int4 step {costs(0)} longer, with ONNX Runtime's operators "
+        f"{costs(1)}. A 7B step in int4 with LoRA is {kernels['kernels']:.0f} kernels, {own:.0f} of them ours, against "
+        f"{rows[f'kernels/{theirs}']['kernels']:.0f} with ONNX Runtime's operators. A prefill of 512 tokens takes "
+        f"{prefill[0]:.0f} ms against {prefill[1]:.0f} ms. Logits of a step differ from those of the same tokens as a "
+        f"prompt by at most {consistency:.1e} of the largest. {against}"
+    )
+
+
 _MAKERS = (
     gpu_machine,
     gpu_decode,
@@ -251,6 +331,8 @@ _MAKERS = (
     gpu_products,
     gpu_groups,
     gpu_attention,
+    gpu_linear,
+    gpu_linear_facts,
     gpu_training,
 )
 GPU_TABLES = {maker.__name__: maker for maker in _MAKERS}
