@@ -221,28 +221,6 @@ def gpu_switch() -> str:
     return grid(["model", "LoRA MB", "tensor by tensor ms", "one buffer ms", "within the GPU ms"], lines)
 
 
-def gpu_training() -> str:
-    """A training step and the encoding of a matrix."""
-    rows, texts = _rows(), ("nf3-g64", "int4-g64", "nvfp4")
-    step = rows["training/step"]
-    encode = "; ".join(
-        f"{size.replace('x', ' × ')}: "
-        + ", ".join(f"{text} {rows[f'encode/{size}/{text}/feedback']['seconds']:.1f} s" for text in texts)
-        for size in ("4096x4096", "11008x4096")
-    )
-    return (
-        f"A step of training on a random SmolLM2-135M takes {1e3 * step['median_s']['coatrt']:.0f} ms, of PEFT "
-        f"{1e3 * step['median_s']['peft']:.0f} ms: {step['ratio']:.2f} × (quartiles "
-        f"{step['ratio_quartiles'][0]:.2f} and {step['ratio_quartiles'][1]:.2f}); both models together take "
-        f"{step['peak_mb_both'] / 1e3:.1f} GB. Encoding one matrix with the quantizer `feedback` on 16 CPU cores, "
-        f"{encode}."
-    )
-
-
-CUDNN = ("ORT_ENABLE_XQA", "ORT_ENABLE_CUDNN_FLASH_ATTENTION")
-"""What chooses cuDNN's attention: set to 0 and 1."""
-
-
 def _linear_keys(model: str, kind: str, cudnn: bool, lora: str) -> tuple[str, str]:
     """Return the keys of a step with the kernels of linear.py and with ONNX Runtime's operators."""
     ours, theirs = f"linear/{model}/{kind}/LoRA {lora}", f"decode/{model}/{kind}-g64/LoRA {lora}/joined"
@@ -250,6 +228,10 @@ def _linear_keys(model: str, kind: str, cudnn: bool, lora: str) -> tuple[str, st
         ours += "".join(f"/{name}" for name in CUDNN)
         theirs += "".join(f"/{name}={value}" for value, name in enumerate(CUDNN))
     return ours, theirs
+
+
+CUDNN = ("ORT_ENABLE_XQA", "ORT_ENABLE_CUDNN_FLASH_ATTENTION")
+"""What chooses cuDNN's attention: set to 0 and 1."""
 
 
 def gpu_linear() -> str:
@@ -333,6 +315,5 @@ _MAKERS = (
     gpu_attention,
     gpu_linear,
     gpu_linear_facts,
-    gpu_training,
 )
 GPU_TABLES = {maker.__name__: maker for maker in _MAKERS}

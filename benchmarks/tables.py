@@ -13,6 +13,7 @@ from collections.abc import Callable
 from cpp_tables import CPP_TABLES
 from engine_tables import ENGINE_TABLES
 from fleet_tables import FLEET_TABLES
+from gpu_own_tables import GPU_OWN_TABLES
 from gpu_tables import GPU_TABLES
 from markdown_tables import ROOT, grid, load
 from method_tables import METHOD_TABLES
@@ -118,6 +119,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **METHOD_TABLES,
     **CPP_TABLES,
     **GPU_TABLES,
+    **GPU_OWN_TABLES,
 }
 
 
