@@ -14,7 +14,7 @@ using Json = nlohmann::ordered_json;  // the patterns of a configuration are tri
 /// Parse what a stranger sent. Depth is bounded as everything that walks a value recurses; keys are, as each one costs a
 /// look at those before it.
 inline Json parse_json(const std::string& body, const std::string& example) {
-  coatrt::check_json(body, "the request", "send an object like " + example, {32, 5000, false});
+  coatrt::check_json(body, "the request", "send an object like " + example, {32, 5000});
   return Json::parse(body);
 }
 

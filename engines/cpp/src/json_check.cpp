@@ -39,7 +39,7 @@ class Check {
   bool end_array() { return close(); }
   bool key(std::string& name) {
     if (++count_ > limits_.keys) throw Error(what_ + " has more than " + std::to_string(limits_.keys) + " keys; give fewer");
-    if (!limits_.repeated_keys && !keys_.back().insert(name).second)
+    if (!keys_.back().insert(name).second)
       throw Error(what_ + " gives the key " + detail::repr(name.substr(0, 40)) + " twice in one object; give it once");
     return true;
   }

@@ -104,7 +104,7 @@ TEST_CASE("what is not JSON is one line with the place, in words of our own") {
     }
     return "";
   };
-  for (const char* good : {"1", " null ", "\"\xc3\xa9\"", R"({"a":[1,2.5e3,{"a":"\u00e9\ud83d\ude00"}]})", R"({"a":1,"a":2})", "\xef\xbb\xbf{}"})
+  for (const char* good : {"1", " null ", "\"\xc3\xa9\"", R"({"a":[1,2.5e3,{"a":"\u00e9\ud83d\ude00"}]})", "\xef\xbb\xbf{}"})
     CHECK(why_not(good) == "");
   CHECK(why_not("") == "it is not JSON (line 1, byte 1: it ends too early); send JSON");
   CHECK(why_not("{\n \"a\": [1,\n") == "it is not JSON (line 3, byte 13: it ends too early); send JSON");
@@ -126,8 +126,8 @@ TEST_CASE("what is not JSON is one line with the place, in words of our own") {
   CHECK(why_not(std::string(1 << 20, '[')) == "it is nested deeper than 64 levels; give fewer");
   CHECK(why_not(R"({"a":1,"b":{"c":2}})", {64, 3}) == "");
   CHECK(why_not(R"({"a":1,"b":{"c":2}})", {64, 2}) == "it has more than 2 keys; give fewer");
-  CHECK(why_not(R"({"a":{"a":1},"b":{"a":1}})", {64, 100, false}) == "");
-  CHECK(why_not(R"({"b":{"a":1,"c":[{}],"a":2}})", {64, 100, false}) == "it gives the key 'a' twice in one object; give it once");
+  CHECK(why_not(R"({"a":{"a":1},"b":{"a":1}})", {64, 100}) == "");
+  CHECK(why_not(R"({"b":{"a":1,"c":[{}],"\u0061":2}})") == "it gives the key 'a' twice in one object; give it once");
 }
 
 TEST_CASE("texts of weight formats") {

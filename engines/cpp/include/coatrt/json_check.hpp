@@ -9,11 +9,10 @@ namespace coatrt {
 struct JsonLimits {
   std::size_t depth = 64;
   std::size_t keys = static_cast<std::size_t>(-1);
-  bool repeated_keys = true;  ///< whether an object may give a key twice; the last one counts
 };
 
-/// Refuse a text that is not JSON or passes a limit, before anything is made of it. The one line names `what` and the
-/// place, and ends with the remedy.
+/// Refuse a text that is not JSON, gives a key twice in one object or passes a limit, before anything is made of it. The
+/// one line names `what` and the place, and ends with the remedy.
 void check_json(std::string_view text, const std::string& what, const std::string& remedy, const JsonLimits& limits = {});
 
 }  // namespace coatrt
