@@ -52,8 +52,8 @@ def gpu_parity() -> str:
     return (
         f"On an {machine['gpu']} (driver {machine['driver']}, onnxruntime-gpu {machine['onnxruntime']}) the logits of "
         f"a tiny random Llama are within {found[worst]['relative_error']:.1e} of the largest of torch's in float32 "
-        f"with the same decoded weights: {len(found)} formats, with LoRA, a batch of two unequal prompts, prefill and 16 "
-        f"steps. {same if apart == 0 else f'A replayed step differs by {apart:.1e} from one that is not.'}"
+        f"with the same decoded weights: {len(found)} formats, with LoRA, a batch of two unequal prompts, prefill and "
+        f"16 steps. {same if apart == 0 else f'A replayed step differs by {apart:.1e} from one that is not.'}"
     )
 
 
