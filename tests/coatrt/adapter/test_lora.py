@@ -179,7 +179,15 @@ def test_an_adapter_without_hashes_is_refused(tiny_adapter: Path, tmp_path: Path
         ({"spec": {}}, r"Object missing required field `family` - at `\$\.spec`\); train it again"),
         ({"spec": None}, r"Expected `object`, got `null` - at `\$\.spec`\); train it again"),
         ({"quantizer": "best"}, r"Invalid enum value 'best' - at `\$\.quantizer`"),
-        ({"space": {"model": {"matrices": [], "tied": True}, "formats": [{"kind": "int5"}]}}, "no weight format int5"),
+        (
+            {
+                "space": {
+                    "model": {"matrices": [["model.embed_tokens", 4, 4]], "tied": True},
+                    "formats": [{"kind": "int5"}],
+                }
+            },
+            "no weight format int5",
+        ),
     ],
 )
 def test_a_garbled_description_is_one_line(

@@ -276,7 +276,7 @@ def test_device_memory_is_copied_to_and_from_and_given_back() -> None:
         ({"start": 803}, r"the NVIDIA driver does not start \(error 803\); repair it"),
         ({"sm": 100}, "this GPU is SM100, onnxruntime-gpu has code for SM75, SM80, SM86, SM89, SM90, SM120"),
         ({"sm": 70}, "this GPU is SM70"),
-        ({"free": 1 << 20}, r"not enough memory on the GPU: 5\.36 GB are needed \(3\.00 GB of weights, 2\.00 GB of"),
+        ({"free": 1 << 20}, r"not enough memory on the GPU: 5\.45 GB are needed \(3\.00 GB of weights, 2\.00 GB of"),
     ],
 )
 def test_a_machine_that_cannot_run_it_is_refused_in_one_line(
