@@ -105,5 +105,26 @@ def gpu_encoding_7b() -> str:
     )
 
 
-_MAKERS = (gpu_backend, gpu_parity, gpu_training, gpu_encoding, gpu_encoding_7b)
+def gpu_packing() -> str:
+    """What a cast of a LoRA on the host takes."""
+    times = [row["pack_ms"]["p50_ms"] for key, row in _rows().items() if "pack_ms" in row]
+    return f"Packing a LoRA, a cast to float16 on the CPU, takes {min(times):.0f} to {max(times):.0f} ms."
+
+
+def gpu_readme() -> str:
+    """What ran, in two sentences."""
+    rows = _rows()
+    rates = [
+        f"{rows[f'backend/speed/{model}/int4-g64/lora']['tokens_per_s']:.0f} ({label})"
+        for model, label in (("135m", "135M"), ("1b", "1B"), ("7b", "7B"))
+    ]
+    return (
+        "On the H100 `--backend cuda` gave torch's logits of a tiny model in all formats and decoded, in models of random "
+        "weights, "
+        f"{', '.join(rates[:2])} and {rates[2]} tokens/s in int4 with LoRA; a training step took "
+        f"{rows['training/step']['ratio']:.2f} × PEFT's ([what was measured](docs/gpu.md))."
+    )
+
+
+_MAKERS = (gpu_backend, gpu_packing, gpu_readme, gpu_parity, gpu_training, gpu_encoding, gpu_encoding_7b)
 GPU_OWN_TABLES = {maker.__name__: maker for maker in _MAKERS}

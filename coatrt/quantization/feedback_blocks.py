@@ -10,6 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from coatrt.errors import reason
 from coatrt.quantization.float32 import full_float32
 from coatrt.quantization.grid import Grid
 from coatrt.system.notices import warn_once
@@ -98,6 +99,6 @@ def _kernel_step() -> Step:
         if (float(level), float(error)) != (2.0, 0.25):
             raise ArithmeticError(f"2.25 is coded as {float(level):g} and {float(error):g}")
     except Exception as error:  # no Triton, no C compiler for it, a GPU it does not know
-        warn_once(f"error feedback runs without Triton, some ten times as slow ({type(error).__name__}: {error})")
+        warn_once(f"error feedback runs without Triton, forty times as slow or more ({reason(error)})")
         return torch_step
     return step

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coatrt.errors import BundleError
+from coatrt.errors import BundleError, reason
 
 __all__ = ["OnnxFile", "read_onnx"]
 
@@ -41,7 +41,7 @@ def read_onnx(graph: Path) -> OnnxFile:
     try:
         model = onnx.load(graph, load_external_data=False)
     except (DecodeError, ValueError, RecursionError) as error:
-        raise BundleError(f"{graph} is no ONNX graph ({error}); build the bundle again") from None
+        raise BundleError(f"{graph} is no ONNX graph ({reason(error)}); build the bundle again") from None
     parts = {
         "content": graph.stat().st_size,
         "IR version": model.ir_version,

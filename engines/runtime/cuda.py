@@ -18,7 +18,7 @@ from coatrt.engines.runtime.memory import HostMemory, Memory, aligned
 from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.packed_lora import LoraLayout, PackedLora
 from coatrt.engines.runtime.state import StatefulDecoder
-from coatrt.errors import BuildError
+from coatrt.errors import BuildError, reason
 from coatrt.system.notices import warn_once
 
 __all__ = ["CudaDecoder"]
@@ -184,7 +184,9 @@ class CudaDecoder(StatefulDecoder):
         try:
             self._session.run_with_iobinding(binding, self._captured if replays else self._plain)
         except Exception as error:  # onnxruntime raises types of its own that share no public base
-            raise BuildError(f"ONNX Runtime fails in a step of {added} tokens ({error})") from None
+            raise BuildError(
+                f"ONNX Runtime fails in a step of {added} tokens ({reason(error)}); give less --context or batch"
+            ) from None
         memory.read(self._logits, self._logits_here)
         memory.synchronize()
         return self._logits_here.copy()
