@@ -119,8 +119,8 @@ def gpu_readme() -> str:
         for model, label in (("135m", "135M"), ("1b", "1B"), ("7b", "7B"))
     ]
     return (
-        "On the H100 `--backend cuda` gave torch's logits of a tiny model in all formats and decoded, in models of random "
-        "weights, "
+        "On the H100 `--backend cuda` gave torch's logits of a tiny model in all formats and decoded, in models of "
+        "random weights, "
         f"{', '.join(rates[:2])} and {rates[2]} tokens/s in int4 with LoRA; a training step took "
         f"{rows['training/step']['ratio']:.2f} × PEFT's ([what was measured](docs/gpu.md))."
     )
