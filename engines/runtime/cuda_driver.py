@@ -7,6 +7,7 @@ import ctypes
 import functools
 import sys
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -71,50 +72,70 @@ class CudaDriver:
 
     def __init__(self, library: Any) -> None:
         self._library = library
-        for name, arguments in _SIGNATURES.items():
-            function = getattr(library, name)
-            function.argtypes, function.restype = arguments, ctypes.c_int
+        self.declare(_SIGNATURES)
         status = library.cuInit(0)
         if status not in (0, _NO_DEVICE):
-            raise BuildError(f"the NVIDIA driver does not start ({self._reason(status)}); repair it, or {_OTHERWISE}")
+            raise BuildError(f"the NVIDIA driver does not start ({self.reason(status)}); repair it, or {_OTHERWISE}")
         count, device = ctypes.c_int(0), ctypes.c_int(0)
         if status == 0:
-            self._call("cuDeviceGetCount", ctypes.byref(count))
+            self.call("cuDeviceGetCount", ctypes.byref(count))
         if count.value == 0:
             raise BuildError(f"no NVIDIA GPU here; {_OTHERWISE}")
-        self._call("cuDeviceGet", ctypes.byref(device), 0)
+        self.call("cuDeviceGet", ctypes.byref(device), 0)
         parts = []
         for attribute in (_MAJOR, _MINOR):
             value = ctypes.c_int(0)
-            self._call("cuDeviceGetAttribute", ctypes.byref(value), attribute, device)
+            self.call("cuDeviceGetAttribute", ctypes.byref(value), attribute, device)
             parts.append(value.value)
         self.sm = 10 * parts[0] + parts[1]
         self._device, self._context = device, ctypes.c_void_p()
         self._streams: list[int] = []
 
-    def _reason(self, status: int) -> str:
+    def declare(self, signatures: Mapping[str, list[Any]]) -> None:
+        """Name the types of calls that are made later.
+
+        Raises:
+            BuildError: the driver lacks one.
+        """
+        for name, arguments in signatures.items():
+            function = getattr(self._library, name, None)
+            if function is None:
+                raise BuildError(f"the NVIDIA driver has no {name}; update it, or {_OTHERWISE}")
+            function.argtypes, function.restype = arguments, ctypes.c_int
+
+    def reason(self, status: int) -> str:
+        """Return what the driver says of a status."""
         text = ctypes.c_char_p()
         self._library.cuGetErrorString(status, ctypes.byref(text))
         return (text.value or b"").decode(errors="replace") or f"error {status}"
 
-    def _call(self, name: str, *arguments: Any) -> None:
-        status = getattr(self._library, name)(*arguments)
+    def status(self, name: str, *arguments: Any) -> int:
+        """Make a call whose failure the caller knows what to do about; 0 is success."""
+        return int(getattr(self._library, name)(*arguments))
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Make a call.
+
+        Raises:
+            BuildError: it fails.
+        """
+        status = self.status(name, *arguments)
         if status == _OUT_OF_MEMORY:
             raise BuildError(f"not enough memory on the GPU or in the host ({name}); give less --context or batch")
         if status:
-            raise BuildError(f"the NVIDIA driver fails ({name}: {self._reason(status)}); {_OTHERWISE}")
+            raise BuildError(f"the NVIDIA driver fails ({name}: {self.reason(status)}); {_OTHERWISE}")
 
     def enter(self) -> None:
         """Make the GPU's primary context, which ONNX Runtime and torch share, current in this thread."""
         if not self._context:
-            self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device)
-        self._call("cuCtxSetCurrent", self._context)
+            self.call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device)
+        self.call("cuCtxSetCurrent", self._context)
 
     def memory(self) -> tuple[int, int]:
         """Return the free and all bytes of the GPU."""
         self.enter()
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
-        self._call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+        self.call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
         return free.value, total.value
 
     def take_stream(self) -> int:
@@ -122,7 +143,7 @@ class CudaDriver:
         if self._streams:
             return self._streams.pop()
         stream = ctypes.c_void_p()
-        self._call("cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING)
+        self.call("cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING)
         return int(stream.value or 0)
 
     def give_stream(self, stream: int) -> None:
@@ -132,30 +153,30 @@ class CudaDriver:
     def allocate(self, nbytes: int) -> int:
         """Return the address of a new buffer on the GPU."""
         address = ctypes.c_uint64()
-        self._call("cuMemAlloc_v2", ctypes.byref(address), nbytes)
+        self.call("cuMemAlloc_v2", ctypes.byref(address), nbytes)
         return int(address.value)
 
     def allocate_host(self, nbytes: int) -> int:
         """Return the address of page-locked memory of the host."""
         address = ctypes.c_void_p()
-        self._call("cuMemHostAlloc", ctypes.byref(address), nbytes, 0)
+        self.call("cuMemHostAlloc", ctypes.byref(address), nbytes, 0)
         return int(address.value or 0)
 
     def write(self, address: int, data: NDArray[Any], stream: int) -> None:
         """Start a copy to the GPU."""
-        self._call("cuMemcpyHtoDAsync_v2", address, data.ctypes.data, data.nbytes, stream)
+        self.call("cuMemcpyHtoDAsync_v2", address, data.ctypes.data, data.nbytes, stream)
 
     def read(self, address: int, data: NDArray[Any], stream: int) -> None:
         """Start a copy from the GPU."""
-        self._call("cuMemcpyDtoHAsync_v2", data.ctypes.data, address, data.nbytes, stream)
+        self.call("cuMemcpyDtoHAsync_v2", data.ctypes.data, address, data.nbytes, stream)
 
     def clear(self, address: int, nbytes: int, stream: int) -> None:
         """Start filling a buffer with zeros."""
-        self._call("cuMemsetD8Async", address, 0, nbytes, stream)
+        self.call("cuMemsetD8Async", address, 0, nbytes, stream)
 
     def synchronize(self, stream: int) -> None:
         """Wait for a stream."""
-        self._call("cuStreamSynchronize", stream)
+        self.call("cuStreamSynchronize", stream)
 
     def free(self, address: int) -> None:
         """Give a buffer of the GPU back; what fails then, at the end of a process, does not matter."""

@@ -52,7 +52,9 @@ def device_weights(config: QuantConfig, model: ModelMatrices) -> DeviceWeights:
     return DeviceWeights(total, note)
 
 
-def check_memory(driver: CudaDriver, weights: int, caches: int, other: int, slots: int, batch: int) -> None:
+def check_memory(
+    driver: CudaDriver, weights: int, caches: int, other: int, slots: int, batch: int, advice: str
+) -> None:
     """Refuse a decoder that cannot fit.
 
     Args:
@@ -62,6 +64,7 @@ def check_memory(driver: CudaDriver, weights: int, caches: int, other: int, slot
         other: bytes of LoRA and logits.
         slots: of the caches.
         batch: sequences.
+        advice: what to do.
 
     Raises:
         BuildError: the GPU has not as many bytes free.
@@ -72,5 +75,5 @@ def check_memory(driver: CudaDriver, weights: int, caches: int, other: int, slot
         raise BuildError(
             f"not enough memory on the GPU: {needed / 1e9:.2f} GB are needed ({weights / 1e9:.2f} GB of weights, "
             f"{caches / 1e9:.2f} GB of caches for {batch} × {slots} positions) and {free / 1e9:.2f} of "
-            f"{total / 1e9:.2f} GB are free; give a shorter --context or a smaller batch"
+            f"{total / 1e9:.2f} GB are free; {advice}"
         )

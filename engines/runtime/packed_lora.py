@@ -34,6 +34,10 @@ class LoraLayout:
             self.pieces[name] = self.nbytes, shape
             self.nbytes += aligned(math.prod(shape) * dtype.itemsize)
 
+    def same(self, other: "LoraLayout") -> bool:
+        """Return whether a buffer of one is a buffer of the other."""
+        return (self.dtype, self.pieces) == (other.dtype, other.pieces)
+
     def views(self, buffer: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
         """Return every tensor as a view of a buffer."""
         return {
@@ -54,7 +58,7 @@ class LoraLayout:
 
 
 class PackedLora(Lora):
-    """The tensors of a contract, cast, as views of one buffer; `CudaDecoder.packed` makes it.
+    """The tensors of a contract, cast, as views of one buffer; `DeviceDecoder.packed` makes it.
 
     Args:
         buffer: holds them as `layout` says; page-locked where a GPU copies from it.

@@ -16,7 +16,7 @@ State = tuple[NDArray[np.int64], list[NDArray[Any]]]
 
 
 class StatefulDecoder(CachedDecoder):
-    """A decoder of ONNX Runtime: it gives its sequences to another one, which goes on with them."""
+    """A decoder that gives its sequences to another one, which goes on with them."""
 
     def state(self) -> State:
         """Return lengths and the filled part of every cache, copied."""

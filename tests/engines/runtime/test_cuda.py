@@ -130,11 +130,11 @@ def test_a_sequence_that_rests_goes_on_as_if_alone(adapter: Adapter, tmp_path: P
 
 def test_buffers_stay_where_they_are_and_only_new_slots_are_written(adapter: Adapter, tmp_path: Path) -> None:
     decoder = decoder_of(adapter, adapter.description.space.uniform("fp16"), tmp_path / "g", batch=2)
-    before = [*decoder._caches, decoder._lora, decoder._steps, decoder._logits]
+    before = [*decoder._caches, decoder._lora, decoder._steps.address, decoder._logits]
     decoder.prefill(PROMPTS)
     _, first = decoder.state()
     decoder.decode([1, 2])
-    assert [*decoder._caches, decoder._lora, decoder._steps, decoder._logits] == before
+    assert [*decoder._caches, decoder._lora, decoder._steps.address, decoder._logits] == before
     assert all(address % 256 == 0 for address in before)
     lengths, second = decoder.state()
     assert lengths.tolist() == [8, 4]
@@ -321,4 +321,4 @@ def test_memory_and_the_line_on_decoded_weights_follow_from_the_formats(adapter:
     found = device_weights(space.uniform("nvfp4"), model)
     assert f"{len(model.matrices)} matrices ({len(model.matrices)} nvfp4) are decoded to float16" in found.note
     assert 2 * model.parameters < found.nbytes < plain.nbytes
-    check_memory(CudaDriver(FakeDriver()), found.nbytes, 1, 1, 1, 1)
+    check_memory(CudaDriver(FakeDriver()), found.nbytes, 1, 1, 1, 1, "")
