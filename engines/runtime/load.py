@@ -35,7 +35,7 @@ def load_decoder(bundle: Bundle, options: RuntimeOptions = RuntimeOptions(), **c
     else:
         from coatrt.engines.runtime.trt import TrtDecoder
 
-        made = TrtDecoder.of(bundle, options.batch)
+        made = TrtDecoder.of(bundle, options)
     made.configuration, made.strict_lora = bundle.manifest["configuration"]["hash"], options.strict_lora
     return made
 

@@ -90,8 +90,8 @@ class SwitchingDecoder:
         """Make another bundle current and bind the LoRA of its configuration.
 
         Sequences go on: the caches are copied, which another precision of the weights leaves valid in shape and nearly
-        in value. A TensorRT engine keeps its own caches, so there sequences start anew. A switch that fails
-        leaves the session as it was; what can be checked is checked before the old decoder is freed.
+        in value. A switch that fails leaves the session as it was; what can be checked is checked before the old
+        decoder is freed.
 
         Args:
             name: of the bundle.

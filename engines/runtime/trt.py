@@ -1,10 +1,9 @@
-"""TensorRT: an engine of a bundle on this machine's GPU, every buffer at a fixed address.
+"""TensorRT: an engine of a bundle on this machine's GPU, every buffer at a fixed address, a decode step replayed.
 
-This runtime has not run on a GPU yet: its calls are tested against a fake of the library. The caches are bound as past
-and present alike, so TensorRT writes them in place; with fixed addresses a decode step can be captured as a CUDA graph.
+This runtime has not run on a GPU yet: its calls are tested against fakes of TensorRT and of the driver, which run the
+engine form of the graph on the CPU.
 """
 
-import importlib
 from typing import Any
 
 import ml_dtypes  # noqa: F401 - with it numpy knows "bfloat16"
@@ -13,15 +12,21 @@ from numpy.typing import NDArray
 
 from coatrt.bundle import Bundle
 from coatrt.configs.lora_contract import DecoderIO, LoraContract
-from coatrt.devices.probe import probe
-from coatrt.engines.runtime.decoder import CachedDecoder
+from coatrt.engines.runtime.cuda_driver import CudaDriver, open_driver
+from coatrt.engines.runtime.cuda_graph import CudaGraph
+from coatrt.engines.runtime.device_decoder import DeviceDecoder
+from coatrt.engines.runtime.options import RuntimeOptions
+from coatrt.engines.runtime.trt_engine import TrtContext, TrtEngine, engine_facts, load_library
 from coatrt.errors import BuildError
+from coatrt.system.notices import warn_once
 
 __all__ = ["TrtDecoder"]
 
+_WIDE = np.dtype(np.int64)
 
-class TrtDecoder(CachedDecoder):
-    """A decoder engine with its caches and LoRA on the GPU.
+
+class TrtDecoder(DeviceDecoder):
+    """A decoder engine; caches, LoRA and inputs stay where they are on the GPU, and the caches are written in place.
 
     Args:
         trt: the module tensorrt_rtx or tensorrt.
@@ -30,80 +35,71 @@ class TrtDecoder(CachedDecoder):
         contract: its LoRA inputs.
         batch: sequences at once, within the engine's profile.
         prefill: most tokens per sequence in one call, the profile's.
+        driver: the GPU.
+        replay: whether decode steps are replayed as a CUDA graph; one that cannot be captured is said in one line.
 
     Raises:
-        BuildError: the engine does not load.
+        BuildError: not enough memory on the GPU, or the engine does not load.
     """
 
-    def __init__(self, trt: Any, plan: bytes, io: DecoderIO, contract: LoraContract, batch: int, prefill: int) -> None:
-        from polygraphy import cuda
-
+    def __init__(
+        self,
+        trt: Any,
+        plan: bytes,
+        io: DecoderIO,
+        contract: LoraContract | None,
+        batch: int,
+        prefill: int,
+        driver: CudaDriver,
+        *,
+        replay: bool = True,
+    ) -> None:
         assert io.cache_length is not None, "the engine form has fixed caches"
-        super().__init__(io, contract, batch, io.cache_length, prefill)
-        self._stream = cuda.Stream()
-        self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-        self._engine = self._runtime.deserialize_cuda_engine(plan)
-        if self._engine is None:
-            raise BuildError(
-                "the engine does not load: another TensorRT version or another GPU; build the bundle again"
-            )
-        self._context = self._engine.create_execution_context()
-        itemsize = self._dtype.itemsize
-        self._buffers: dict[str, Any] = {}
-
-        def reserve(name: str, nbytes: int) -> None:
-            self._buffers[name] = cuda.DeviceArray(shape=(nbytes,), dtype=np.uint8)
-            self._context.set_tensor_address(name, self._buffers[name].ptr)
-
-        empty = np.zeros((batch, io.kv_heads, io.cache_length, io.head_dim), self._dtype)
-        for past, present in zip(io.past_names, io.present_names, strict=True):
-            reserve(past, empty.nbytes)
-            self._context.set_tensor_address(present, self._buffers[past].ptr)
-            self._context.set_input_shape(past, empty.shape)
-            self._bind(past, empty)
-        for name, (rows, columns) in contract.shapes.items():
-            reserve(name, rows * columns * itemsize)
-        for name in ("input_ids", "position_ids"):
-            reserve(name, batch * prefill * 8)
-        for name in ("write_index", "logits_index"):
-            reserve(name, batch * 8)
-        reserve("logits", batch * io.vocabulary * itemsize)
-        self.set_lora(None)
+        super().__init__(
+            io,
+            contract,
+            batch,
+            io.cache_length,
+            driver,
+            inputs={
+                "write_index": ((batch,), _WIDE),
+                "logits_index": ((batch, 1), _WIDE),
+                "input_ids": ((batch, None), _WIDE),
+                "position_ids": ((batch, None), _WIDE),
+            },
+            most=prefill,
+            logits=np.dtype(io.activations),
+            weight_bytes=len(plan),
+            advice="give a smaller batch, or build the bundle with a shorter --context",
+            piece=prefill,
+        )
+        self._driver, self._stream, self._most = driver, self._memory.stream, prefill
+        self._replays = replay
+        self._graph: CudaGraph | None = None  # destroyed before the context it was captured from
+        engine = TrtEngine(trt, plan)
+        activations = self._memory.allocate(engine.activation_bytes)
+        self._decode = self._bound(engine.context(activations, one_shape=True), 1)
+        self._prefill = self._bound(engine.context(activations, one_shape=False), prefill)
+        self._memory.synchronize()
 
     @classmethod
-    def of(cls, bundle: Bundle, batch: int = 1) -> "TrtDecoder":
+    def of(cls, bundle: Bundle, options: RuntimeOptions = RuntimeOptions(), *, replay: bool = True) -> "TrtDecoder":
         """Return the decoder of the bundle's engine that fits this machine; the engine is hashed before it is read.
 
+        Args:
+            bundle: an opened bundle.
+            options: the batch counts; the context is the engine's.
+            replay: see `TrtDecoder`.
+
         Raises:
-            BuildError: no GPU, no engine for it, or another TensorRT version than the engine needs.
+            BuildError: no GPU, no engine for it, or another TensorRT version than the engine needs; see `TrtDecoder`.
         """
-        gpus = probe()
-        if not gpus:
-            raise BuildError("no NVIDIA GPU here; run the bundle with --backend ort")
-        engines = bundle.manifest["engines"]
-        fits = [engine for engine in engines if gpus[0].sm in engine["sms"]]
-        if not fits:
-            have = ", ".join(f"SM{sm}" for engine in engines for sm in engine["sms"]) or "none"
-            raise BuildError(f"the bundle has engines for {have}, this GPU is SM{gpus[0].sm}; build one for it")
-        facts = fits[0]
-        try:
-            trt = importlib.import_module(facts["builder"].replace("-", "_"))
-        except ImportError as error:
-            raise BuildError(
-                f"the engine needs {facts['builder']} ({error}); install it, or use --backend ort"
-            ) from None
-        if trt.__version__ != facts["version"]:
-            raise BuildError(
-                f"the engine needs {facts['builder']} {facts['version']}, here is {trt.__version__}; "
-                "engines do not load across versions: build the bundle again"
-            )
-        if batch > facts["shapes"]["batch"]:
-            raise BuildError(
-                f"the engine takes a batch of {facts['shapes']['batch']}, {batch} is given; build with --batch"
-            )
+        driver = open_driver()
+        facts = engine_facts(bundle, driver.sm, options.batch)
+        trt = load_library(facts)
         _, io = bundle.decoder("engine")
-        plan = bundle.path(facts["file"]).read_bytes()
-        return cls(trt, plan, io, bundle.contract, batch, facts["shapes"]["prefill"])
+        plan, most = bundle.path(facts["file"]).read_bytes(), facts["shapes"]["prefill"]
+        return cls(trt, plan, io, bundle.contract, options.batch, most, driver, replay=replay)
 
     def run(
         self, tokens: NDArray[np.int64], starts: NDArray[np.int64], index: NDArray[np.int64]
@@ -113,17 +109,53 @@ class TrtDecoder(CachedDecoder):
         Raises:
             BuildError: the engine fails.
         """
-        for name, value in self._inputs(tokens, starts, index).items():
-            self._context.set_input_shape(name, value.shape)
-            self._bind(name, value.astype(np.int64))
-        if not self._context.execute_async_v3(self._stream.ptr):
-            raise BuildError("the engine failed to run; look at the TensorRT messages above")
-        logits = np.empty((self.batch, self.io.vocabulary), self._dtype)
-        self._buffers["logits"].copy_to(logits.reshape(-1).view(np.uint8), self._stream)
-        self._stream.synchronize()
-        return logits.astype(np.float32)[:, None]
+        added, values = tokens.shape[1], self._inputs(tokens, starts, index)
+        self._memory.enter()
+        self._steps.write(values, 1 if added == 1 else self._most)
+        if added > 1:
+            for name in ("input_ids", "position_ids"):
+                self._prefill.shape(name, values[name].shape)
+            self._enqueue(self._prefill, added)
+        elif self._graph is not None:
+            self._graph.launch()
+        else:
+            self._enqueue(self._decode, added)
+        logits = self._read_logits()
+        if added == 1 and self._replays and self._graph is None:
+            self._capture()  # behind a plain run, which settles what TensorRT leaves to the first one in a shape
+        return logits
 
-    def _bind(self, name: str, value: NDArray[Any]) -> None:
-        data = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
-        self._buffers[name].copy_from(data, self._stream)
-        self._stream.synchronize()  # the host array may go away
+    def _enqueue(self, context: TrtContext, added: int) -> None:
+        if why := context.enqueue(self._stream):
+            raise BuildError(
+                f"the engine fails in a step of {added} tokens ({why}); give a smaller batch, or build the bundle again"
+            )
+
+    def _capture(self) -> None:
+        """Capture the decode step that the next ones replay, or say why they run plainly."""
+
+        def enqueue() -> None:
+            if why := self._decode.enqueue(self._stream):
+                raise BuildError(why)
+
+        try:
+            if not self._decode.capturable(self._stream):
+                raise BuildError("TensorRT finds that it cannot be")
+            self._graph = CudaGraph(self._driver, self._stream, enqueue)
+        except BuildError as error:
+            self._replays = False
+            warn_once(f"a decode step of the engine is not captured as a CUDA graph, and is slower ({error})")
+
+    def _bound(self, context: TrtContext, room: int) -> TrtContext:
+        """Return a context with everything bound, for steps of so many tokens at most."""
+        inputs = self._steps.places(room)
+        for name, (offset, matrix) in self._layout.pieces.items():
+            inputs[name] = self._lora + offset, matrix, self._dtype
+        for past, present, cache in zip(self.io.past_names, self.io.present_names, self._caches, strict=True):
+            inputs[past] = cache, self._cache_shape, self._dtype
+            context.place(present, cache, self._cache_shape, self._dtype)
+        for name, (address, shape, dtype) in inputs.items():
+            context.place(name, address, shape, dtype)
+            context.shape(name, shape)
+        context.place("logits", self._logits, self._logits_shape, self._logits_here.dtype)
+        return context

@@ -1,8 +1,6 @@
 """The decoder of the cuda form on ONNX Runtime's CPU provider: every format, batches, LoRA, moved sequences."""
 
-import ctypes
 import gc
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.export.decoder import GraphForm, decoder_io, export_decoder
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.quantization.code_cache import CodeStore
+from support.fake_cuda import FakeDriver
 from support.tiny import save_tiny_llama
 
 FORM = GraphForm("cuda", "cuda.onnx", "float16")
@@ -183,67 +182,6 @@ def test_a_running_session_switches_bundles(tiny_bundle: Path, monkeypatch: pyte
     np.testing.assert_array_equal(session.decode([3]), first)
 
 
-class FakeDriver:
-    """Calls of libcuda on the host's memory; `gpus` of compute capability `sm`, with `free` bytes."""
-
-    def __init__(self, *, start: int = 0, gpus: int = 1, sm: int = 90, free: int = 1 << 40) -> None:
-        self.start, self.gpus, self.sm, self.free = start, gpus, sm, free
-        self.buffers: dict[int, Any] = {}
-
-    def __getattr__(self, name: str) -> Callable[..., int]:
-        found = {"cuInit": lambda *_: self.start, "cuGetErrorString": lambda *_: 1}.get(name)
-        if found is None:
-            found = getattr(self, f"_{name}", None) if not name.startswith("_") else None
-
-        def call(*arguments: Any) -> int:
-            return int(found(*arguments) or 0) if found is not None else 0
-
-        setattr(self, name, call)
-        return call
-
-    def _cuDeviceGetCount(self, count: Any) -> None:
-        count._obj.value = self.gpus
-
-    def _cuDeviceGetAttribute(self, value: Any, attribute: int, _: Any) -> None:
-        value._obj.value = self.sm // 10 if attribute == 75 else self.sm % 10
-
-    def _cuDevicePrimaryCtxRetain(self, context: Any, _: Any) -> None:
-        context._obj.value = 7
-
-    def _cuMemGetInfo_v2(self, free: Any, total: Any) -> None:
-        free._obj.value, total._obj.value = self.free, 80 << 30
-
-    def _new(self, address: Any, nbytes: int) -> int:
-        if nbytes > self.free:
-            return 2
-        buffer = ctypes.create_string_buffer(b"\xaa" * nbytes, nbytes)
-        address._obj.value = ctypes.addressof(buffer)
-        self.buffers[address._obj.value] = buffer
-        return 0
-
-    def _cuMemAlloc_v2(self, address: Any, nbytes: int) -> int:
-        return self._new(address, nbytes)
-
-    def _cuMemHostAlloc(self, address: Any, nbytes: int, _: int) -> int:
-        return self._new(address, nbytes)
-
-    def _cuMemFree_v2(self, address: int) -> None:
-        del self.buffers[address]
-
-    _cuMemFreeHost = _cuMemFree_v2
-
-    def _cuMemsetD8Async(self, address: int, value: int, nbytes: int, _: int) -> None:
-        ctypes.memset(address, value, nbytes)
-
-    def _cuMemcpyHtoDAsync_v2(self, to: int, source: int, nbytes: int, _: int) -> None:
-        ctypes.memmove(to, source, nbytes)
-
-    _cuMemcpyDtoHAsync_v2 = _cuMemcpyHtoDAsync_v2
-
-    def _cuStreamCreate(self, stream: Any, _: int) -> None:
-        stream._obj.value = 11
-
-
 def test_device_memory_is_copied_to_and_from_and_given_back() -> None:
     fake = FakeDriver()
     driver = CudaDriver(fake)
@@ -251,9 +189,11 @@ def test_device_memory_is_copied_to_and_from_and_given_back() -> None:
     address = memory.allocate(64)
     data, back = np.arange(16, dtype=np.float32), np.ones(16, np.float32)
     memory.read(address, back)
+    memory.synchronize()
     assert not back.any()
     memory.write(address, data)
     memory.read(address, back)
+    memory.synchronize()
     assert np.array_equal(back, data)
     host = memory.host(32)
     host[...] = 5
