@@ -13,11 +13,11 @@ from coatrt.bundle import Bundle
 from coatrt.devices.environment import versions
 from coatrt.engines.bundles.graph_check import check_graph, check_matrices
 from coatrt.engines.bundles.stored_weights import held_weights
-from coatrt.engines.runtime.cuda import CudaDecoder
 from coatrt.engines.runtime.decoder import Decoder, LoraTensors
 from coatrt.engines.runtime.emitter import Emitter
+from coatrt.engines.runtime.load import load_decoder
 from coatrt.engines.runtime.lora_file import load_lora
-from coatrt.engines.runtime.options import RuntimeOptions
+from coatrt.engines.runtime.options import Backend, RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.errors import BuildError, BundleError, CheckpointError, CoatError
 
@@ -33,6 +33,7 @@ _FLOAT16_TOLERANCE = 3e-2
 # What a matrix may be farther from the model's than the adapter measured: another machine's codes differ a little where
 # they depend on second moments, and decoding in float16 rounds.
 _ERROR_SLACK = (0.02, 1e-3)  # relative, absolute
+_ON_A_GPU: tuple[Backend, ...] = ("cuda", "trt")
 _STEPS = 16
 _PROMPT = (1, 7, 3, 11, 5, 2, 9, 4)
 
@@ -53,6 +54,7 @@ class Verification:
         tolerance: what was allowed for it.
         note: why something was not compared.
         cuda: what the cuda form gave on this machine's GPU, or why it was not run; empty where the bundle has none.
+        engine: the same of the bundle's engine for this GPU.
     """
 
     files: int
@@ -65,12 +67,14 @@ class Verification:
     tolerance: float
     note: str
     cuda: str
+    engine: str
 
     def text(self) -> str:
         """Return the report as lines."""
         by = {True: "made by the key given", False: "not made by the key given", None: "not checked: give --key"}
         lines = [f"signature      {by[self.signed]}", f"files          {self.files} hashes hold"]
         lines += [f"engine         {line}" for line in self.engines]
+        lines += [f"engine, here   {self.engine}"] if self.engine else []
         lines += [f"cuda.onnx      {self.cuda}"] if self.cuda else []
         lines += [f"version        {name}: built with {old}, here {new}" for name, (old, new) in self.versions.items()]
         lines.append("LoRA           equals what the hypernetwork emits here")
@@ -145,32 +149,44 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, numbers: bool = T
                 f"{directory}: logits differ from torch by {difference:.2e} of the largest, allowed {tolerance:g}; "
                 "report this with the bundle's manifest"
             )
-    cuda = _on_the_gpu(bundle, prompt, tokens, adapted, lora)
+    engines = _engine_lines(bundle, here)
+    cuda, engine = (_on_the_gpu(bundle, backend, prompt, tokens, adapted, lora) for backend in _ON_A_GPU)
     return Verification(
-        files, bundle.signed, changed, _engine_lines(bundle, here), effect, weights, difference, tolerance, note, cuda
+        files, bundle.signed, changed, engines, effect, weights, difference, tolerance, note, cuda, engine
     )
 
 
 def _on_the_gpu(
-    bundle: Bundle, prompt: Sequence[int], tokens: Sequence[int], logits: NDArray[np.float32], lora: LoraTensors
+    bundle: Bundle,
+    backend: Backend,
+    prompt: Sequence[int],
+    tokens: Sequence[int],
+    logits: NDArray[np.float32],
+    lora: LoraTensors,
 ) -> str:
-    """Return how far the cuda form is from the cpu form on this machine's GPU, or why it was not run.
+    """Return how far a form of the decoder is from the cpu form on this machine's GPU, or why it was not run.
 
     Raises:
         BundleError: it is too far.
     """
-    if "cuda" not in bundle.manifest["decoders"]:
+    there, name = {
+        "cuda": ("cuda" in bundle.manifest["decoders"], "cuda.onnx"),
+        "trt": (bool(bundle.manifest["engines"]), "the engine"),
+    }[backend]
+    if not there:
         return ""
     try:
-        decoder = CudaDecoder.of(bundle, RuntimeOptions(context=64))
+        decoder = load_decoder(bundle, backend=backend, context=64)
     except BuildError as error:
         return f"not run: {error}"
+    if (needed := len(prompt) + len(tokens)) > decoder.capacity:
+        return f"not run: it has {decoder.capacity} positions, the comparison needs {needed}"
     decoder.set_lora(lora)
-    found = _sound(_teacher_forced(decoder, prompt, tokens), "cuda.onnx with its LoRA")
+    found = _sound(_teacher_forced(decoder, prompt, tokens), f"{name} with its LoRA")
     difference = float(np.abs(found - logits).max() / np.abs(logits).max())
     if not difference <= _FLOAT16_TOLERANCE:
         raise BundleError(
-            f"{bundle.directory}: logits of cuda.onnx differ from those of cpu.onnx by {difference:.2e} of the "
+            f"{bundle.directory}: logits of {name} differ from those of cpu.onnx by {difference:.2e} of the "
             f"largest, allowed {_FLOAT16_TOLERANCE:g}; report this with the bundle's manifest"
         )
     return f"largest |Δlogit| to cpu.onnx {difference:.2e} of the largest logit (allowed {_FLOAT16_TOLERANCE:g})"
@@ -273,9 +289,9 @@ def _engine_lines(bundle: Bundle, here: dict[str, str]) -> tuple[str, ...]:
             )
         version = here.get(engine["builder"])
         state = (
-            "its version is installed here; the engine was not run"
+            "its version is installed here"
             if version == engine["version"]
-            else f"needs {engine['version']}, here is {version or 'none'}; the engine was not run"
+            else f"needs {engine['version']}, here is {version or 'none'}"
         )
         targets = "/".join(f"SM{sm}" for sm in engine["sms"])
         lines.append(f"{engine['file']}: {targets}, {engine['bytes'] / 1e6:.1f} MB, {engine['builder']} ({state})")

@@ -14,6 +14,7 @@ from coatrt.configs.lora_contract import DecoderIO
 from coatrt.devices.environment import environment
 from coatrt.devices.profiles import DeviceProfile
 from coatrt.engines.runtime.decoder import Decoder, LoraTensors
+from coatrt.engines.runtime.device_decoder import DeviceDecoder
 from coatrt.engines.runtime.emitter import Emitter
 from coatrt.engines.runtime.load import load_decoder
 from coatrt.engines.runtime.lora_file import load_lora
@@ -51,7 +52,8 @@ def bench(
     """Measure a bundle on this machine.
 
     With and without LoRA alternate within every repetition, so that a noisy machine hits both alike. "Without" binds
-    zero tensors: the graph is the same one, which is what a service runs.
+    zero tensors: the graph is the same one, which is what a service runs. On a GPU the LoRA that is switched to lies in
+    page-locked memory, as a service would keep those that it changes between.
 
     Args:
         bundle: an opened bundle.
@@ -74,7 +76,7 @@ def bench(
     lora = load_lora(bundle.path("lora.safetensors"), bundle.contract)
     decoder, load_seconds = _loaded(bundle, options)
     emission = _emission(bundle, options.threads, max(3, repeat))
-    prefill, decode = _sample(decoder, lora, options, prompts, repeat, progress)
+    prefill, decode, switch = _sample(decoder, lora, options, prompts, repeat, progress)
     sizes = _bytes_per_token(bundle, decoder.io, options)
     rate = sizes["total"] / median(decode[True])
     return {
@@ -92,6 +94,7 @@ def bench(
         "decode": [
             {"lora": on, "context": options.context, **_row(samples, options.batch)} for on, samples in decode.items()
         ],
+        "lora_switch": percentiles(switch),
         "lora_overhead": median(decode[True]) / median(decode[False]) - 1,
         "bytes_per_token": sizes,
         "environment": environment(),
@@ -128,25 +131,30 @@ def _sample(
     prompts: Sequence[int],
     repeat: int,
     progress: Progress,
-) -> tuple[dict[tuple[int, bool], list[float]], dict[bool, list[float]]]:
-    """Return seconds of prefill by (prompt length, LoRA on) and of a decoded token by LoRA on."""
+) -> tuple[dict[tuple[int, bool], list[float]], dict[bool, list[float]], list[float]]:
+    """Return seconds of prefill by (prompt length, LoRA on), of a decoded token by LoRA on, and of binding the LoRA."""
+    if isinstance(decoder, DeviceDecoder):
+        lora = decoder.packed(lora)
     rng = np.random.default_rng(0)
     text = rng.integers(0, decoder.io.vocabulary, (options.batch, options.context)).tolist()
     prefill: dict[tuple[int, bool], list[float]] = {(length, on): [] for length in prompts for on in (True, False)}
     decode: dict[bool, list[float]] = {True: [], False: []}
+    switch: list[float] = []
     for repetition in range(-1, repeat):  # the first round warms up
         for on in (True, False) if repetition % 2 else (False, True):
-            decoder.set_lora(lora if on else None)
+            bound = timed(partial(decoder.set_lora, lora if on else None))
+            if on:
+                switch.append(bound)
             for length in prompts:
                 prefill[length, on].append(timed(partial(decoder.prefill, [row[:length] for row in text])))
             for step in range(prompts[-1], options.context):
                 decode[on].append(timed(partial(decoder.decode, [row[step] for row in text])))
         if repetition == -1:
-            for samples in (*prefill.values(), *decode.values()):
+            for samples in (*prefill.values(), *decode.values(), switch):
                 samples.clear()
         else:
             progress(repetition + 1, repeat, "repetitions")
-    return prefill, decode
+    return prefill, decode, switch
 
 
 def _bytes_per_token(bundle: Bundle, io: DecoderIO, options: RuntimeOptions) -> dict[str, int]:
@@ -154,7 +162,8 @@ def _bytes_per_token(bundle: Bundle, io: DecoderIO, options: RuntimeOptions) -> 
     weights = int(bundle.manifest["configuration"]["bytes"]) + bundle.model_matrices.other_bytes
     element = np.dtype(io.activations).itemsize
     lora = element * sum(rows * columns for rows, columns in bundle.contract.shapes.values())
-    cache = 2 * io.layers * io.kv_heads * io.head_dim * options.context * element * options.batch
+    slots = io.cache_length or options.context  # an engine reads the slots that are not filled, too
+    cache = 2 * io.layers * io.kv_heads * io.head_dim * slots * element * options.batch
     return {"weights": weights, "lora": lora, "kv_cache": cache, "total": weights + lora + cache}
 
 
@@ -163,7 +172,7 @@ def bench_text(result: dict[str, Any]) -> str:
     backend, size = result["backend"], result["bytes_per_token"]
     timed = [(f"prefill {row['tokens']}, LoRA {'on' if row['lora'] else 'off'}", row) for row in result["prefill"]]
     timed += [(f"decode, LoRA {'on' if row['lora'] else 'off'}", row) for row in result["decode"]]
-    timed.append(("hypernetwork", result["emission"]))
+    timed += [("hypernetwork", result["emission"]), ("LoRA switch", result["lora_switch"])]
     rows = [("", "p50 ms", "p90 ms", "p99 ms", "tokens/s")]
     for name, row in timed:
         p50, p90, p99 = (f"{row[key]:.2f}" for key in ("p50_ms", "p90_ms", "p99_ms"))
@@ -172,8 +181,8 @@ def bench_text(result: dict[str, Any]) -> str:
     bound = f"{100 * share:.1f} % of the device's bandwidth" if share is not None else "bandwidth here unknown"
     lines = [
         f"configuration {result['bundle']['configuration']}, {result['bundle']['average_bits']:.3f} bits per weight; "
-        f"{backend['backend']} {backend['activations']}, batch {backend['batch']}, "
-        f"accuracy level {backend['accuracy_level']}",
+        f"{backend['backend']} {backend['activations']}, batch {backend['batch']}"
+        + (f", accuracy level {backend['accuracy_level']}" if backend["backend"] == "ort" else ""),
         aligned(rows, "<>>>>"),
         f"LoRA overhead at decode {100 * result['lora_overhead']:+.1f} %; load {result['load_s']:.2f} s",
         f"bytes per token {size['total'] / 1e6:.1f} MB (weights {size['weights'] / 1e6:.1f}, "

@@ -109,6 +109,8 @@ class FakeContext:
                 feeds[one.name] = held
             names = [one.name for one in session.get_outputs()]
             for name, made in zip(names, session.run(names, feeds), strict=True):
+                if name == "logits":
+                    made[...] *= trt.factor
                 ctypes.memmove(addresses[name], np.ascontiguousarray(made).ctypes.data, made.nbytes)
 
         driver.give(work)
@@ -173,6 +175,7 @@ class FakeTensorRT:
         self.driver, self.contexts = driver, []  # type: tuple[FakeDriver, list[FakeContext]]
         self.capturable, self.refuses_capture, self.fails, self.no_context = True, False, False, False
         self.logger: Any = None
+        self.factor = 1.0  # of the logits
         if rtx:
             self.DynamicShapesKernelSpecializationStrategy = type("Strategy", (), {"EAGER": "eager"})
 

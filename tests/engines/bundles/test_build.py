@@ -222,13 +222,14 @@ def test_bench_measures_and_accounts(tiny_bundle: Path) -> None:
         (8, False, 2),
     ]
     assert [row["samples"] for row in result["decode"]] == [6, 6]
+    assert result["lora_switch"]["samples"] == 2
     size, model = result["bytes_per_token"], bundle.model_matrices
     assert size["weights"] == bundle.config.nbytes(model) + model.other_bytes
     assert size["lora"] == 4 * 16 * sum(m.N + m.K for m in model.targets)
     assert size["kv_cache"] == 2 * 2 * 2 * 16 * 11 * 4
     assert size["total"] == size["weights"] + size["lora"] + size["kv_cache"]
     assert result["bandwidth_share"] == pytest.approx(result["bytes_per_s"] / 360e9)
-    for row in (*result["prefill"], *result["decode"], result["emission"]):
+    for row in (*result["prefill"], *result["decode"], result["emission"], result["lora_switch"]):
         assert 0 < row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
     assert "decode, LoRA off" in bench_text(result)
     assert percentiles([0.001, 0.002, 0.003])["p50_ms"] == pytest.approx(2)
@@ -305,4 +306,6 @@ def test_a_bundle_with_an_engine(tiny_adapter: Path, tmp_path: Path) -> None:
     (engine,) = bundle.manifest["engines"]
     assert engine["sms"] == [120]
     assert engine["bytes"] == bundle.path("sm120.engine").stat().st_size > plan.memory_bytes["weights"]
-    assert "(its version is installed here; the engine was not run)" in verify(Bundle.open(tmp_path / "b")).text()
+    text = verify(Bundle.open(tmp_path / "b")).text()
+    assert "(its version is installed here)" in text
+    assert "engine, here   " in text

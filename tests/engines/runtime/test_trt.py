@@ -4,100 +4,32 @@ What it computes is compared with the cpu form, another graph with other operato
 """
 
 import gc
-import shutil
-import sys
-import types
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from coatrt.bundle import Bundle
-from coatrt.engines.runtime import trt
 from coatrt.engines.runtime.cuda_driver import CudaDriver
 from coatrt.engines.runtime.decoder import LoraTensors
-from coatrt.engines.runtime.emitter import Emitter
 from coatrt.engines.runtime.generate import generate
-from coatrt.engines.runtime.load import load_decoder
 from coatrt.engines.runtime.options import RuntimeOptions
-from coatrt.engines.runtime.ort import OrtDecoder
-from coatrt.engines.runtime.packed_lora import PackedLora
+from coatrt.engines.runtime.packed_lora import LoraLayout, PackedLora
 from coatrt.engines.runtime.switch import SwitchingDecoder
 from coatrt.engines.runtime.trt import TrtDecoder
-from coatrt.engines.runtime.trt_engine import TrtEngine
-from coatrt.errors import BuildError, ConfigError
-from coatrt.system import notices
-from support.fake_cuda import FakeDriver
-from support.fake_tensorrt import VERSION, FakeContext, FakeTensorRT, add_engine
-
-PROMPTS = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [9, 8, 100]]
-COPY_IN, COPY_OUT, WAIT, LAUNCH = "cuMemcpyHtoDAsync_v2", "cuMemcpyDtoHAsync_v2", "cuStreamSynchronize", "cuGraphLaunch"
-
-
-@pytest.fixture(scope="module")
-def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return add_engine(tiny_bundle, tmp_path_factory.mktemp("trt") / "bundle")
-
-
-@pytest.fixture(scope="module")
-def lora(bundle: Bundle) -> LoraTensors:
-    return Emitter.of(bundle, threads=1).emit(bundle.config)
-
-
-class Machine:
-    """A GPU and a TensorRT, both fakes."""
-
-    def __init__(self, **facts: Any) -> None:
-        self.driver = FakeDriver(**({"sm": 89} | facts))
-        self.tensorrt = FakeTensorRT(self.driver)
-
-    @property
-    def decode(self) -> FakeContext:
-        return self.tensorrt.contexts[0]
-
-    @property
-    def prefill(self) -> FakeContext:
-        return self.tensorrt.contexts[1]
-
-    def calls(self, act: Callable[[], Any]) -> dict[str, int]:
-        """Return how often each call of the driver is made."""
-        before = self.driver.calls.copy()
-        act()
-        return dict(self.driver.calls - before)
-
-
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    return install(Machine(), monkeypatch)
-
-
-def install(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    monkeypatch.setattr(trt, "open_driver", lambda: CudaDriver(machine.driver))
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", machine.tensorrt)  # type: ignore[arg-type]
-    notices.warn_once.cache_clear()
-    return machine
-
-
-def loaded(bundle: Bundle, batch: int = 2) -> TrtDecoder:
-    made = load_decoder(bundle, RuntimeOptions(backend="trt", batch=batch))
-    assert isinstance(made, TrtDecoder)
-    return made
-
-
-def reference(bundle: Bundle, batch: int = 2) -> OrtDecoder:
-    made = load_decoder(bundle, RuntimeOptions(batch=batch, context=96, threads=1, accuracy_level=0))
-    assert isinstance(made, OrtDecoder)
-    return made
-
-
-def assert_near(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> None:
-    """The engine form computes in float16, the cpu form in float32."""
-    assert found.dtype == np.float32
-    assert np.abs(expected).max() > 1
-    assert np.abs(found - expected).max() <= 5e-3 * np.abs(expected).max()
+from coatrt.errors import ConfigError
+from support.fake_tensorrt import FakeTensorRT, add_engine
+from support.trt_machine import (
+    COPY_IN,
+    COPY_OUT,
+    LAUNCH,
+    PROMPTS,
+    WAIT,
+    Machine,
+    assert_near,
+    loaded,
+    reference,
+)
 
 
 def test_logits_equal_the_cpu_form_in_pieces_unequal_and_replayed(
@@ -196,8 +128,6 @@ def test_a_lora_is_one_copy_and_seen_by_the_replay(machine: Machine, bundle: Bun
 def test_a_lora_packed_in_another_dtype_is_cast_and_not_copied(
     machine: Machine, bundle: Bundle, lora: LoraTensors
 ) -> None:
-    from coatrt.engines.runtime.packed_lora import LoraLayout
-
     decoder, layout = loaded(bundle), LoraLayout(bundle.contract, np.dtype("bfloat16"))
     buffer = np.zeros(layout.nbytes, np.uint8)
     layout.fill(buffer, lora)
@@ -206,42 +136,6 @@ def test_a_lora_packed_in_another_dtype_is_cast_and_not_copied(
     decoder.set_lora(PackedLora(buffer, layout, bundle.manifest["configuration"]["hash"]))
     found = decoder.prefill(PROMPTS)
     assert 0 < np.abs(found - expected).max() <= 2e-2 * np.abs(expected).max()
-
-
-@pytest.mark.parametrize(
-    ("failure", "said"),
-    [
-        ({"capturable": False}, "TensorRT finds that it cannot be"),
-        ({"refuses_capture": True}, "operation not permitted when stream is capturing"),
-        ("cuStreamBeginCapture_v2", "cuStreamBeginCapture_v2: error 801"),
-        ("cuStreamEndCapture", "cuStreamEndCapture: error 801"),
-        ("cuGraphInstantiateWithFlags", "cuGraphInstantiateWithFlags: error 801"),
-    ],
-)
-def test_a_step_that_is_not_captured_runs_plainly_and_says_so_once(
-    machine: Machine,
-    bundle: Bundle,
-    lora: LoraTensors,
-    capsys: pytest.CaptureFixture[str],
-    failure: Any,
-    said: str,
-) -> None:
-    decoder, other = loaded(bundle), reference(bundle)
-    if isinstance(failure, str):
-        machine.driver.fails[failure] = 801
-    else:
-        vars(machine.tensorrt).update(failure)
-    for each in (decoder, other):
-        each.set_lora(lora)
-    for _ in range(2):
-        assert_near(decoder.prefill(PROMPTS), other.prefill(PROMPTS))
-        for tokens in ([5, 6], [7, 8], [9, 10]):
-            assert_near(decoder.decode(tokens), other.decode(tokens))
-    line = f"coatrt: a decode step of the engine is not captured as a CUDA graph, and is slower ({said})\n"
-    assert capsys.readouterr().err == line
-    assert (machine.driver.calls[LAUNCH], machine.driver.graphs) == (0, {})
-    tried = {"cuStreamBeginCapture_v2", "cuStreamEndCapture"} & set(machine.driver.calls)
-    assert all(machine.driver.calls[name] == 1 for name in tried)
 
 
 def test_replay_can_be_left_out(machine: Machine, bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
@@ -331,88 +225,3 @@ def test_regular_tensorrt_has_no_runtime_config(machine: Machine, bundle: Bundle
     for tokens in ([5, 6], [7, 8]):
         assert_near(decoder.decode(tokens), other.decode(tokens))
     assert [context.eager for context in regular.contexts] == [False, False]
-
-
-@pytest.mark.parametrize(
-    ("facts", "batch", "said"),
-    [
-        ({"start": 100}, 1, "no NVIDIA GPU here; run the bundle with --backend ort"),
-        ({"gpus": 0}, 1, "no NVIDIA GPU here; run the bundle with --backend ort"),
-        ({"start": 803}, 1, r"the NVIDIA driver does not start \(error 803\)"),
-        ({"sm": 120}, 1, "the bundle has engines for SM89, this GPU is SM120; build one for it"),
-        ({}, 3, "the engine takes a batch of 2, 3 is given; build with --batch"),
-        (
-            {"free": 1 << 20},
-            1,
-            r"not enough memory on the GPU: 0\.27 GB are needed .* give a smaller batch, or build the bundle with a",
-        ),
-    ],
-)
-def test_a_machine_that_cannot_run_it_is_refused_in_one_line(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, facts: dict[str, Any], batch: int, said: str
-) -> None:
-    install(Machine(**facts), monkeypatch)
-    with pytest.raises(BuildError, match=said) as error:
-        loaded(bundle, batch)
-    assert "\n" not in str(error.value)
-
-
-def test_another_tensorrt_or_none_is_refused_with_both_values(
-    machine: Machine, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", types.SimpleNamespace(__version__="1.0"))  # type: ignore[arg-type]
-    with pytest.raises(BuildError, match=rf"needs tensorrt-rtx {VERSION}, here is 1\.0; engines do not load across"):
-        loaded(bundle)
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)  # type: ignore[arg-type]
-    with pytest.raises(BuildError, match=r"needs tensorrt-rtx \(.*tensorrt_rtx.*\); install it, or use --backend ort"):
-        loaded(bundle)
-
-
-def test_what_tensorrt_says_is_in_the_line(
-    machine: Machine, bundle: Bundle, tiny_bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(BuildError, match=r"does not load \(magicTag == kEXPECTED_MAGIC_TAG failed\): another TensorRT"):
-        loaded(add_engine(tiny_bundle, tmp_path / "b", plan=b"not an engine"))
-    machine.tensorrt.no_context = True
-    with pytest.raises(BuildError, match=r"TensorRT makes no context \(no reason is given\); free memory"):
-        loaded(bundle)
-    machine.tensorrt.no_context = False
-    decoder = loaded(bundle)
-    machine.tensorrt.fails = True
-    with pytest.raises(BuildError, match=r"fails in a step of 4 tokens \(the first reason\); give a smaller batch"):
-        decoder.prefill(PROMPTS)
-    assert capfd.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize("change", [{"kv_heads": 4}, {"vocabulary": 300}, {"layers": 3}, {"activations": "float32"}])
-def test_an_engine_that_is_not_the_manifests_is_refused(
-    machine: Machine, bundle: Bundle, change: dict[str, Any]
-) -> None:
-    io, driver = bundle.decoder("engine")[1], CudaDriver(machine.driver)
-    plan = bundle.path("sm.engine").read_bytes()
-    with pytest.raises(BuildError, match=r"the engine and the manifest differ in \S+; build the bundle again"):
-        TrtDecoder(machine.tensorrt, plan, replace(io, **change), bundle.contract, 2, 4, driver)
-
-
-def test_the_real_library_refuses_in_one_line(capfd: pytest.CaptureFixture[str]) -> None:
-    tensorrt = pytest.importorskip("tensorrt_rtx")
-    with pytest.raises(BuildError, match=r"the engine does not load \(.*Serialization.*\): another TensorRT"):
-        TrtEngine(tensorrt, b"no engine" * 100)
-    assert capfd.readouterr() == ("", "")
-    for name in ("get_tensor_name", "get_tensor_shape", "get_tensor_dtype", "num_io_tensors", "device_memory_size_v2"):
-        assert hasattr(tensorrt.ICudaEngine, name)
-    for name in ("set_device_memory", "set_tensor_address", "set_input_shape", "execute_async_v3"):
-        assert hasattr(tensorrt.IExecutionContext, name)
-    assert tuple(tensorrt.Dims([1, -1])) == (1, -1)
-    assert {"FLOAT", "HALF", "BF16", "INT64"} <= set(dir(tensorrt.DataType))
-    assert hasattr(tensorrt.ExecutionContextAllocationStrategy, "USER_MANAGED")
-    assert hasattr(tensorrt.DynamicShapesKernelSpecializationStrategy, "EAGER")
-
-
-def test_a_missing_engine_file_or_an_altered_one_is_not_read(machine: Machine, bundle: Bundle, tmp_path: Path) -> None:
-    from coatrt.errors import BundleError
-
-    place = Path(shutil.copytree(bundle.directory, tmp_path / "b"))
-    (place / "sm.engine").write_bytes(b"another engine!.onnx")
-    with pytest.raises(BundleError, match=r"sm\.engine"):
-        loaded(Bundle.open(place))
