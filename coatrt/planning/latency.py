@@ -1,6 +1,7 @@
 """Predicted seconds of decoding and prefill: a device's datasheet, corrected by shares that are assumptions.
 
-Timings (`coatrt.planning.measured_latency`) have the same interface and take its place where there are any.
+Timings of the device (`coatrt.planning.measured_latency`) and constants measured on GPUs like it
+(`coatrt.planning.cuda_latency`) have the same interface and take its place where there are any.
 """
 
 from functools import cache
@@ -13,10 +14,12 @@ from coatrt.configs.config import QuantConfig
 from coatrt.configs.space import ConfigSpace
 from coatrt.devices.profiles import DeviceProfile
 from coatrt.models.matrices import ModelMatrices
+from coatrt.planning.cuda_latency import CONSTANTS, CudaLatency
+from coatrt.planning.measured_latency import find_timings
 from coatrt.planning.memory import Workload
 from coatrt.quantization.weight_format import WeightFormat
 
-__all__ = ["DatasheetLatency", "LatencyModel", "group_seconds", "products_seconds"]
+__all__ = ["DatasheetLatency", "LatencyModel", "group_seconds", "latency_of", "products_seconds"]
 
 BANDWIDTH_SHARE = 0.8
 """Share of the peak bandwidth that products of one token reach: assumed; no engine has run yet."""
@@ -24,8 +27,12 @@ BANDWIDTH_SHARE = 0.8
 FLOPS_SHARE = 0.5
 """Share of the dense FP16 throughput that prefill reaches: assumed."""
 
-LAUNCH_SECONDS = 2e-6
-"""Seconds per kernel at decode: assumed, CUDA graphs aside."""
+KERNEL_SECONDS = CONSTANTS.kernel_seconds
+"""Least seconds of a kernel at decode, in a replayed CUDA graph: measured in ONNX Runtime on H100 and H200 (SM90).
+
+Of the assumptions for engines it is the one that the measurements bear out: what a small kernel takes is the GPU's and
+the driver's doing. Bandwidth and throughput shares are those of the kernels that TensorRT picks, and stay assumed.
+"""
 
 LAYER_KERNELS = 12
 """Kernels of a layer that are no products: norms, rotations, cache writes, attention, activation, residuals; counted
@@ -65,14 +72,15 @@ class DatasheetLatency:
     def source(self) -> str:
         """Where the prediction comes from."""
         return (
-            f"datasheet: {BANDWIDTH_SHARE:.0%} of peak bandwidth, {FLOPS_SHARE:.0%} of FP16 throughput, "
-            f"{LAUNCH_SECONDS * 1e6:g} µs a kernel, NormalFloat unpacked to fp16 in memory: all assumed, not measured"
+            f"datasheet; assumed: {BANDWIDTH_SHARE:.0%} of peak bandwidth, {FLOPS_SHARE:.0%} of FP16 throughput, "
+            f"NormalFloat unpacked to fp16 in memory; measured: {KERNEL_SECONDS * 1e6:.2g} µs a kernel "
+            f"({CONSTANTS.runtime} on {' and '.join(CONSTANTS.gpus)})"
         )
 
     def matrix_seconds(self, N: int, K: int, fmt: WeightFormat, tokens: int) -> float:
         """Return the seconds of one product, its launch included."""
-        unpack = 4 * N * K / self._bandwidth + LAUNCH_SECONDS if fmt.is_normal_float else 0.0
-        return max(fmt.nbytes(N, K) / self._bandwidth, self._compute(2 * N * K * tokens)) + unpack + LAUNCH_SECONDS
+        unpack = 4 * N * K / self._bandwidth + KERNEL_SECONDS if fmt.is_normal_float else 0.0
+        return max(fmt.nbytes(N, K) / self._bandwidth, self._compute(2 * N * K * tokens)) + unpack + KERNEL_SECONDS
 
     def rest_seconds(self, model: ModelMatrices, workload: Workload, tokens: int, context: int) -> float:
         """Return the seconds of LoRA, caches, attention and launches."""
@@ -82,10 +90,24 @@ class DatasheetLatency:
         spec = workload.spec
         flops += 4 * spec.layers * spec.heads * spec.head_dim * context * tokens
         kernels = spec.layers * (LAYER_KERNELS + (LORA_KERNELS if workload.lora_parameters else 0)) + 4
-        return max(read / self._bandwidth, self._compute(flops)) + kernels * LAUNCH_SECONDS
+        return max(read / self._bandwidth, self._compute(flops)) + kernels * KERNEL_SECONDS
 
     def _compute(self, flops: float) -> float:
         return flops / self._flops if self._flops is not None else 0.0
+
+
+def latency_of(device: DeviceProfile, space: ConfigSpace, workload: Workload) -> LatencyModel | None:
+    """Return what predicts a device's seconds: its timings, else measured constants, else its datasheet, else None.
+
+    Raises:
+        ConfigError: a file of timings is garbled.
+    """
+    timings = find_timings(device, space, workload)
+    if timings is not None:
+        return timings
+    if CudaLatency.serves(device):
+        return CudaLatency(device)
+    return DatasheetLatency(device) if device.bandwidth else None
 
 
 def group_seconds(space: ConfigSpace, latency: LatencyModel, tokens: int) -> NDArray[np.float64]:

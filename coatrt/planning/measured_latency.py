@@ -6,9 +6,10 @@ from functools import cached_property
 from itertools import groupby, pairwise
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from coatrt.configs.space import ConfigSpace
+from coatrt.devices.profiles import Builder, DeviceProfile
 from coatrt.errors import ConfigError
 from coatrt.models.matrices import ModelMatrices
 from coatrt.planning.memory import Workload
@@ -17,9 +18,20 @@ from coatrt.system.disk import cache_directory, is_cached
 from coatrt.system.json_data import read_as
 from coatrt.system.ranges import Bytes, Count
 
-__all__ = ["MeasuredLatency", "Product", "Rest", "find_timings", "shape_of", "timings_path"]
+__all__ = ["MeasuredLatency", "Product", "Rest", "TimedBackend", "find_timings", "shape_of", "timings_path"]
 
-_FORMAT = 2
+TimedBackend = Literal["ort", "cuda", "trt"]
+"""What was timed, in the words of --backend: ONNX Runtime on the CPU, on the GPU, or TensorRT engines."""
+
+_RUNTIMES: dict[Builder, tuple[TimedBackend, ...]] = {
+    "onnxruntime": ("ort",),
+    "tensorrt-rtx": ("trt", "cuda"),
+    "tensorrt": ("trt", "cuda"),
+}
+"""Builder of a device → whose timings its plans take, the first that cover the space."""
+
+_WHOLE = "whole engines are measured, one per format; a matrix gets its share of the weights"
+_FORMAT = 3
 _MOST_SECONDS = 1e6
 
 
@@ -75,6 +87,7 @@ class MeasuredLatency:
         settings: what it was measured with: threads, accuracy level, activations, name of the processor.
         products: timings of products.
         rests: timings of all else, at least one.
+        backend: what ran.
         format: of the file.
 
     Raises:
@@ -86,6 +99,7 @@ class MeasuredLatency:
     settings: Mapping[str, Any]
     products: tuple[Product, ...]
     rests: tuple[Rest, ...]
+    backend: TimedBackend = "ort"
     format: int = _FORMAT
 
     def __post_init__(self) -> None:
@@ -113,7 +127,8 @@ class MeasuredLatency:
     def source(self) -> str:
         """Where the prediction comes from."""
         known = ", ".join(f"{name} {value}" for name, value in self.settings.items())
-        return f"timings of {self.device} with {self.runtime} ({known})"
+        how = _WHOLE if self.backend == "trt" else "all measured there"
+        return f"timings of {self.device} with {self.runtime} ({known}): {how}"
 
     def covers(self, space: ConfigSpace, workload: Workload) -> bool:
         """Return whether every product of a space and the rest of its model were measured."""
@@ -164,19 +179,21 @@ def _line(points: list[tuple[int, float]], at: int) -> float:
     return y0 + (y1 - y0) * max(at - x0, 0) / (x1 - x0)
 
 
-def timings_path(device: str) -> Path:
-    """Return where the timings of a device are kept, in the user's cache directory."""
-    return cache_directory() / "timings" / f"{device}.json"
+def timings_path(device: str, backend: TimedBackend = "ort") -> Path:
+    """Return where the timings of a device and a backend are kept, in the user's cache directory."""
+    return cache_directory() / "timings" / f"{device}-{backend}.json"
 
 
-def find_timings(device: str, space: ConfigSpace, workload: Workload) -> MeasuredLatency | None:
-    """Return the stored timings of a device if they cover a space, else None.
+def find_timings(device: DeviceProfile, space: ConfigSpace, workload: Workload) -> MeasuredLatency | None:
+    """Return the stored timings of a device that cover a space, else None.
+
+    Those of the runtime that its builder is for come first: of engines on a GPU, before those of ONNX Runtime there.
 
     Raises:
-        ConfigError: the file is garbled.
+        ConfigError: a file is garbled.
     """
-    path = timings_path(device)
-    if not is_cached(path):
-        return None
-    found = MeasuredLatency.load(path)
-    return found if found.covers(space, workload) else None
+    for backend in _RUNTIMES[device.builder]:
+        path = timings_path(device.id, backend)
+        if is_cached(path) and (found := MeasuredLatency.load(path)).covers(space, workload):
+            return found
+    return None

@@ -16,9 +16,8 @@ from coatrt.planning.archive import Archive
 from coatrt.planning.candidates import CandidateCache, candidates
 from coatrt.planning.engine_size import overhead_of_choices
 from coatrt.planning.knapsack import cost_matrix
-from coatrt.planning.latency import DatasheetLatency, group_seconds, products_seconds
+from coatrt.planning.latency import group_seconds, latency_of, products_seconds
 from coatrt.planning.limits import Measures, best, binding, impossible, keeps_all, limits_of
-from coatrt.planning.measured_latency import find_timings
 from coatrt.planning.memory import Workload, fixed_memory, memory_of
 from coatrt.planning.pareto import pareto_indices
 from coatrt.planning.pins import pinned_costs
@@ -93,8 +92,7 @@ class _Problem:
         element = 2 if device.sm else 4
         self.workload = Workload.of(adapter, request.context, request.batch, request.prefill, element)
         self.space = space = _device_space(adapter, device)
-        datasheet = DatasheetLatency(device) if device.bandwidth else None
-        self.latency = latency = find_timings(device.id, space, self.workload) or datasheet
+        self.latency = latency = latency_of(device, space, self.workload)
         self.cost = pinned_costs(space, cost_matrix(space, adapter.sensitivity.costs), request.keep, device)
         self.seconds, self.rest = None, 0.0  # where neither timings nor a datasheet are known
         if latency is not None:

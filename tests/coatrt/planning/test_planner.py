@@ -18,7 +18,7 @@ from coatrt.planning import planner
 from coatrt.planning.candidates import candidates, least_cost_by_size
 from coatrt.planning.engine_size import engine_overhead, overhead_of_choices
 from coatrt.planning.knapsack import cost_matrix
-from coatrt.planning.latency import BANDWIDTH_SHARE, FLOPS_SHARE, LAUNCH_SECONDS, DatasheetLatency, group_seconds
+from coatrt.planning.latency import BANDWIDTH_SHARE, FLOPS_SHARE, KERNEL_SECONDS, DatasheetLatency, group_seconds
 from coatrt.planning.measured_latency import MeasuredLatency, Product, Rest, find_timings, shape_of, timings_path
 from coatrt.planning.memory import Workload, memory_of, scale_bytes
 from coatrt.planning.pins import matched, pinned_costs
@@ -167,10 +167,10 @@ def test_datasheet_seconds_are_bytes_or_flops_and_launches(adapter: AdapterDescr
     profile = device_profile("rtx-3060")
     latency, fmt = DatasheetLatency(profile), WeightFormat.parse("int8")
     assert latency.matrix_seconds(4096, 4096, fmt, 1) == pytest.approx(
-        (4096 * 4096 + 2 * 4096) / (360e9 * BANDWIDTH_SHARE) + LAUNCH_SECONDS
+        (4096 * 4096 + 2 * 4096) / (360e9 * BANDWIDTH_SHARE) + KERNEL_SECONDS
     )
     assert latency.matrix_seconds(4096, 4096, fmt, 512) == pytest.approx(
-        2 * 512 * 4096 * 4096 / (25.5e12 * FLOPS_SHARE) + LAUNCH_SECONDS
+        2 * 512 * 4096 * 4096 / (25.5e12 * FLOPS_SHARE) + KERNEL_SECONDS
     )
     nf = latency.matrix_seconds(4096, 4096, WeightFormat.parse("nf4-g64"), 1)
     assert nf > latency.matrix_seconds(4096, 4096, WeightFormat.parse("fp16"), 1)
@@ -273,10 +273,10 @@ def test_timings_are_preferred_and_interpolate(adapter: AdapterDescription, tmp_
     )
     rests = (Rest(shape_of(work), 1, 64, 1e-3), Rest(shape_of(work), 1, 128, 2e-3), Rest(shape_of(work), 16, 64, 4e-3))
     made = MeasuredLatency("cpu", "onnxruntime 1", {"threads": 2}, products, rests)
-    assert find_timings("cpu", space, work) is None
+    assert find_timings(device_profile("cpu"), space, work) is None
     write_json(timings_path("cpu"), made, sealed=True)
     try:
-        found = find_timings("cpu", space, work)
+        found = find_timings(device_profile("cpu"), space, work)
         assert found == made
         int8 = WeightFormat.parse("int8")
         assert made.matrix_seconds(64, 64, int8, 1) == pytest.approx(64 * 64 * 1.1e-9)
@@ -292,6 +292,6 @@ def test_timings_are_preferred_and_interpolate(adapter: AdapterDescription, tmp_
             made.matrix_seconds(5, 5, int8, 1)
         timings_path("cpu").write_text(timings_path("cpu").read_text().replace('"tokens": 16', '"tokens": 17', 1))
         with pytest.raises(ConfigError, match="altered or is damaged; measure again"):
-            find_timings("cpu", space, work)
+            find_timings(device_profile("cpu"), space, work)
     finally:
         timings_path("cpu").unlink()
