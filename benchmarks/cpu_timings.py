@@ -21,7 +21,8 @@ from common import save_result, smollm2
 
 from coatrt.adapter.adapter import Adapter
 from coatrt.configs.config import QuantConfig
-from coatrt.engines.measure.cpu_timings import adapted_decoder, decode_seconds, time_cpu
+from coatrt.engines.measure.cpu_timings import adapted_decoder, time_cpu
+from coatrt.engines.measure.whole_decoders import decode_seconds
 from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.planning.latency import products_seconds

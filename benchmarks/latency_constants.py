@@ -98,20 +98,24 @@ def fitted_products(device: DeviceProfile, without: str) -> dict[str, Any]:
     }
 
 
+def with_row_share(constants: CudaConstants, kind: str, share: float) -> CudaConstants:
+    """Return the constants with another cost of each further row in a packed product."""
+    packed = replace(constants.packed[kind], row_share=share)
+    return replace(constants, packed={**constants.packed, kind: packed})
+
+
 def fitted_rows(constants: CudaConstants, device: DeviceProfile, without: str) -> CudaConstants:
     """Return the constants with the cost of more rows in packed products, the best of a grid."""
+
+    def error(tried: CudaConstants, kind: str, some: Sequence[tuple[int, int, int, float]]) -> float:
+        latency, fmt = CudaLatency(device, tried), WeightFormat.parse(f"{kind}-g64")
+        return float(np.mean([(latency.matrix_seconds(N, K, fmt, m) / s - 1) ** 2 for N, K, m, s in some]))
+
     for kind, texts in BLOCKS.items():
         some = [(N, K, m, s) for m in (4, 16) for N, K, s in products(texts, m, without)]
-        fmt = WeightFormat.parse(f"{kind}-g64")
-
-        def errors(share: float, kind: str = kind, some: Any = some, fmt: WeightFormat = fmt) -> tuple[float, Any]:
-            packed = {**constants.packed, kind: replace(constants.packed[kind], row_share=share)}
-            changed = replace(constants, packed=packed)
-            latency = CudaLatency(device, changed)
-            found = [latency.matrix_seconds(N, K, fmt, m) / s - 1 for N, K, m, s in some]
-            return float(np.mean(np.square(found))), changed
-
-        _, constants = min((errors(share) for share in np.arange(0, 3.01, 0.02).round(2).tolist()), key=lambda e: e[0])
+        tried = [with_row_share(constants, kind, share) for share in np.arange(0, 3.01, 0.02).round(2).tolist()]
+        errors = [error(one, kind, some) for one in tried]
+        constants = tried[int(np.argmin(errors))]
     return constants
 
 
@@ -172,9 +176,7 @@ def fitted_steps(constants: CudaConstants, keys: Sequence[str]) -> CudaConstants
             nodes = spec.layers * cuda_latency.LAYER_NODES + targets * (4 if model.contract else 1) + OTHER_KERNELS
             launches.append(H100[key]["prefill_ms"]["p50_ms"] * 1e-3 / nodes)
     kernel, host = (float(value) for value in np.linalg.lstsq(np.array(inputs), np.array(seconds), rcond=None)[0])
-    return replace(
-        zero, kernel_seconds=kernel, host_seconds_per_byte=host, launch_seconds=float(np.mean(launches))
-    )
+    return replace(zero, kernel_seconds=kernel, host_seconds_per_byte=host, launch_seconds=float(np.mean(launches)))
 
 
 STEPS = tuple(key for key, row in H100.items() if key.startswith("backend/speed/") and "decode_ms" in row)

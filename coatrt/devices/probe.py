@@ -5,10 +5,10 @@ import shutil
 import subprocess
 from dataclasses import replace
 
-from coatrt.devices.profiles import Builder, DeviceProfile, device_profiles
+from coatrt.devices.profiles import Builder, DeviceProfile, device_profile, device_profiles
 from coatrt.errors import DeviceError
 
-__all__ = ["probe"]
+__all__ = ["gpu_here", "probe"]
 
 _QUERY = "name,compute_cap,memory.total"
 _OTHER_NAMES = {"a100-40gb": r"a100\b.*", "a100-80gb": r"a100\b.*", "dgx-spark": "gb10"}  # patterns, by profile
@@ -36,6 +36,30 @@ def probe() -> list[DeviceProfile]:
         reason = (done.stdout + done.stderr).strip().splitlines() or ["no message"]
         raise DeviceError(f"nvidia-smi failed ({reason[0]}); check the NVIDIA driver")
     return [_profile(line) for line in done.stdout.splitlines() if line.strip()]
+
+
+def gpu_here(profile: str | None = None) -> tuple[DeviceProfile, str]:
+    """Return the profile of this machine's first GPU, and the GPU's name as the driver has it.
+
+    Args:
+        profile: id to take where the GPU's name matches none, of the same compute capability.
+
+    Raises:
+        DeviceError: no GPU, no such profile, or none that is the GPU's.
+    """
+    known = device_profile(profile) if profile is not None else None
+    found = probe()
+    if not found:
+        raise DeviceError("no NVIDIA GPU here (nvidia-smi is not installed or shows none); times of a GPU need one")
+    gpu = found[0]
+    if known is None and gpu.id not in {one.id for one in device_profiles()}:
+        same = ", ".join(one.id for one in device_profiles() if one.sm == gpu.sm) or "none"
+        raise DeviceError(
+            f"no profile is called {gpu.name}, as this GPU is; give --profile and one of SM{gpu.sm}: {same}"
+        )
+    if known is not None and known.sm != gpu.sm:
+        raise DeviceError(f"--profile {known.id} is SM{known.sm} and this GPU, {gpu.name}, is SM{gpu.sm}; give another")
+    return known or gpu, gpu.name
 
 
 def _profile(line: str) -> DeviceProfile:

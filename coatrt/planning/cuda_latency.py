@@ -1,4 +1,4 @@
-"""Predicted seconds of ONNX Runtime's CUDA provider: constants fitted to measurements on GPUs of one compute capability.
+"""Predicted seconds of ONNX Runtime's CUDA provider: constants measured on GPUs of one compute capability.
 
 `benchmarks/latency_constants.py` fits them to benchmarks/results/gpu and writes cuda_latency.json; docs/planning.md has
 the errors for configurations that the fit has not seen.
@@ -32,7 +32,7 @@ LAYER_NODES = 5
 """Nodes of a layer in the cuda form that are no products: attention, two norms, activation, gate · up."""
 
 LAYER_KERNELS = 9
-"""Kernels of those nodes: attention launches five, as a profile of the 135M step has them (484 kernels, 211 products)."""
+"""Kernels of those nodes, attention five: a profile of the 135M step has 484 kernels, 211 of them products."""
 
 OTHER_KERNELS = 3
 """Kernels of a step outside the layers and products, from the same profile."""
@@ -104,7 +104,7 @@ class CudaConstants:
         return cls(**{**value, "gpus": tuple(value["gpus"]), "packed": packed})
 
 
-CONSTANTS = CudaConstants.from_json(
+CONSTANTS: CudaConstants = CudaConstants.from_json(
     json.loads(resources.files("coatrt.planning").joinpath("cuda_latency.json").read_text("utf-8"))
 )
 """What cuda_latency.json holds."""

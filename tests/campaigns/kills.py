@@ -66,7 +66,7 @@ def scenarios(inputs: Inputs, folder: Path, *, engines: bool) -> list[Scenario]:
             (out / name).write_bytes(data)
 
     def timings() -> Any:
-        path = folder / "cache" / "timings" / "cpu.json"
+        path = folder / "cache" / "timings" / "cpu-ort.json"
         return [row["format"] for row in json.loads(path.read_text())["products"]] if path.is_file() else None
 
     def made() -> Any:

@@ -10,7 +10,8 @@ from coatrt.adapter.adapter import Adapter
 from coatrt.devices.profiles import device_profile
 from coatrt.engines.bundles.contents import export_config, export_shared
 from coatrt.engines.bundles.options import BundleOptions
-from coatrt.engines.measure.cpu_timings import _without_drift, time_cpu, time_product
+from coatrt.engines.measure.cpu_timings import time_cpu, time_product
+from coatrt.engines.measure.whole_decoders import without_drift
 from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.errors import ConfigError
@@ -42,7 +43,7 @@ def test_a_product_takes_its_share_of_the_copies_that_fill_the_working_set(monke
 
 def test_products_timed_on_a_slow_machine_are_scaled_to_its_median_speed() -> None:
     timed = [[Product(8, 8, "int8", 1, 2.0), Product(8, 8, "int8", 4, 6.0)], [Product(8, 16, "int8", 1, 3.0)]]
-    found = _without_drift(timed, [0.2, 0.4, 0.1])  # the median is 0.2; beside the products 0.3 and 0.25
+    found = without_drift(timed, [0.2, 0.4, 0.1])  # the median is 0.2; beside the products 0.3 and 0.25
     assert [product.seconds for product in found] == pytest.approx([2 / 1.5, 6 / 1.5, 3 / 1.25])
     assert [(product.N, product.tokens) for product in found] == [(8, 1), (8, 4), (16, 1)]
 
