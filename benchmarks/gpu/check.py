@@ -7,10 +7,10 @@
 
 Each section is a process of its own and writes OUT/SECTION.jsonl row by row. A section that loses its CUDA context is
 started again and passes over the row at fault. Rows of an earlier run stay and are not measured again, so that a run
-can be cut into several. graphs.py, backend.py and training.py need coatrt, encoding.py its quantization room alone, no
-other section does. linear.py builds the operator of kernels/ and needs nvcc and ONNX Runtime's headers; it says so and
-ends without them. `--dry-run` runs every measurement in tiny shapes on the CPU; nvfp4 and fp8 products fail there, as
-ONNX Runtime has them on CUDA only, and linear.py compiles and compares what needs no GPU.
+can be cut into several. graphs.py, backend.py, calibrate.py and training.py need coatrt, encoding.py its quantization
+room alone, no other section does. linear.py builds the operator of kernels/ and needs nvcc and ONNX Runtime's headers;
+it says so and ends without them. `--dry-run` runs every measurement in tiny shapes on the CPU; nvfp4 and fp8 products
+fail there, as ONNX Runtime has them on CUDA only, and linear.py compiles and compares what needs no GPU.
 """
 
 import argparse
@@ -31,6 +31,7 @@ SECTIONS = {
     "lora": 40,
     "groups": 60,
     "backend": 100,
+    "calibrate": 120,
     "training": 90,
     "encoding": 90,
     "rival": 90,

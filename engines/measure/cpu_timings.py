@@ -24,6 +24,7 @@ from coatrt.export.decoder import decoder_io, export_decoder
 from coatrt.export.graph import GraphForm
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.planning.measured_latency import MeasuredLatency, Product
+from coatrt.planning.memory import Workload
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.progress import Progress, silent
 
@@ -161,5 +162,5 @@ def time_cpu(
     products = tuple(without_drift(found, whole.beside))
     timings = MeasuredLatency("cpu", f"onnxruntime {ort.__version__}", settings, products, ())
     progress(total, total, "products")
-    element = np.dtype(_FORM.activations).itemsize
-    return replace(timings, rests=tuple(whole.rests(timings, adapter.description, reference, element)))
+    work = Workload.of(adapter.description, max(contexts), 1, max(tokens), np.dtype(_FORM.activations).itemsize)
+    return replace(timings, rests=tuple(whole.rests(timings, model, work, reference)))

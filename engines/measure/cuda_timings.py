@@ -7,7 +7,7 @@ the L2 cache nor launches by the host are in its time.
 import gc
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,22 +26,24 @@ from coatrt.engines.runtime.cuda_memory import device_weights
 from coatrt.engines.runtime.cuda_session import check_provider, cuda_session
 from coatrt.engines.runtime.memory import HostMemory, Memory
 from coatrt.engines.runtime.options import RuntimeOptions
+from coatrt.engines.runtime.state import StatefulDecoder
 from coatrt.export.decoder import decoder_io, export_decoder
 from coatrt.export.graph import GraphForm
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.models.matrices import ModelMatrices
 from coatrt.planning.engine_size import CPU_PACKED
 from coatrt.planning.measured_latency import MeasuredLatency, Product
+from coatrt.planning.memory import Workload
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.progress import Progress, silent
 
-__all__ = ["Provider", "time_cuda", "time_products"]
+__all__ = ["Provider", "time_cuda", "time_products", "time_space"]
 
 Provider = Literal["cuda", "cpu"]
 """cpu computes the same on the CPU, for tests."""
 
 _WORKING_SET = 256 << 20  # several times the L2 cache of any GPU
-_COPIES = (4, 256)
+_COPIES = (2, 256)
 _BUDGET = 0.15  # seconds of timing for a product
 _REPLAYS = 10  # started in a row, so that the GPU has always work
 _WARM = 3  # the graph is captured in these
@@ -185,9 +187,7 @@ def time_cuda(
     clock: Clock = time.perf_counter,
     progress: Progress = silent,
 ) -> MeasuredLatency:
-    """Return the timings of this machine's GPU for an adapter's model.
-
-    The rest of a call is what a whole decoder takes beyond its products, with the LoRA and in a graph without one.
+    """Return the timings of this machine's GPU for an adapter's model; see `time_space`.
 
     Args:
         adapter: gives the model, its formats and the LoRA.
@@ -205,31 +205,79 @@ def time_cuda(
         ConfigError: fewer than one number of tokens or slots is given.
     """
     check_sizes(tokens, contexts)
+    facts = adapter.description
+    workload = Workload.of(facts, min(max(contexts), facts.spec.max_positions), 1, max(tokens))
+    with timings_scratch() as place:
+
+        def decoder_of(config: QuantConfig, lora: bool) -> StatefulDecoder:
+            return _decoder(adapter, checkpoint, config, place, max(contexts), lora, provider)
+
+        return time_space(
+            facts.model,
+            facts.formats,
+            workload,
+            decoder_of,
+            device,
+            gpu=gpu,
+            tokens=tokens,
+            contexts=contexts,
+            provider=provider,
+            clock=clock,
+            progress=progress,
+        )
+
+
+def time_space(
+    model: ModelMatrices,
+    formats: Sequence[WeightFormat],
+    workload: Workload,
+    decoder_of: Callable[[QuantConfig, bool], StatefulDecoder],
+    device: str,
+    *,
+    gpu: str,
+    tokens: Sequence[int],
+    contexts: Sequence[int],
+    provider: Provider = "cuda",
+    clock: Clock = time.perf_counter,
+    progress: Progress = silent,
+) -> MeasuredLatency:
+    """Return the timings of a model's products in some formats, and of all else.
+
+    The rest of a call is what a whole decoder takes beyond its products, with the LoRA and in a graph without one.
+
+    Args:
+        model: the matrices.
+        formats: of the space.
+        workload: of the decoder with its LoRA.
+        decoder_of: (configuration, whether it has a LoRA) → a decoder of the model.
+        device: see `time_cuda`, as all else.
+        gpu: name.
+        tokens: rows.
+        contexts: slots.
+        provider: "cuda", or "cpu" for tests.
+        clock: seconds.
+        progress: called after each measurement.
+
+    Raises:
+        BuildError: no GPU that ONNX Runtime serves, or not enough memory on it.
+    """
     _memory(provider)  # before anything is written
-    formats, model = adapter.description.formats, adapter.description.model
     shapes = {(matrix.K, matrix.N): matrix.is_table for matrix in model.multiplied}
     work = [(K, N, table, fmt, of) for (K, N), table in shapes.items() for fmt, of in _timed_as(formats, K).items()]
-    reference, found = _smallest(model, formats), []
-    with timings_scratch() as place:
-        decoders = []
-        for lora in (True, False):
-            decoder = _decoder(adapter, checkpoint, reference, place, max(contexts), lora, provider)
-            filled = sorted({min(context, decoder.capacity) for context in contexts})
-            decoders += [Timed(decoder, context, lora) for context in filled]
-        whole = WholeDecoders(decoders, max(tokens), clock)
+    reference, found, decoders = _smallest(model, formats), [], []
+    for lora in (True, False):
+        decoder = decoder_of(reference, lora)
+        filled = sorted({min(context, decoder.capacity) for context in contexts})
+        decoders += [Timed(decoder, context, lora) for context in filled]
+    whole = WholeDecoders(decoders, max(tokens), clock)
+    whole.time()
+    for K, N, table, fmt, of in work:
+        rows = (1,) if table else tuple(sorted(set(tokens)))
+        timed = time_products(K, N, fmt, rows, provider=provider, clock=clock)
+        found.append([replace(product, format=text) for text in of for product in timed])
         whole.time()
-        for K, N, table, fmt, of in work:
-            rows = (1,) if table else tuple(sorted(set(tokens)))
-            timed = time_products(K, N, fmt, rows, provider=provider, clock=clock)
-            found.append([replace(product, format=text) for text in of for product in timed])
-            whole.time()
-            progress(len(found), len(work), "products")
-    settings = {"gpu": gpu or device, "activations": _FORM.activations, "lora_rank": _rank(adapter)}
+        progress(len(found), len(work), "products")
+    settings = {"gpu": gpu or device, "activations": _FORM.activations}
     products = tuple(without_drift(found, whole.beside))
-    runtime = f"onnxruntime {ort.__version__}, CUDA provider"
-    timings = MeasuredLatency(device, runtime, settings, products, (), "cuda")
-    return replace(timings, rests=tuple(whole.rests(timings, adapter.description, reference, _HALF.itemsize)))
-
-
-def _rank(adapter: Adapter) -> int:
-    return max((tensor.rank for tensor in adapter.description.contract.tensors), default=0)
+    timings = MeasuredLatency(device, f"onnxruntime {ort.__version__}, CUDA provider", settings, products, (), "cuda")
+    return replace(timings, rests=tuple(whole.rests(timings, model, workload, reference)))

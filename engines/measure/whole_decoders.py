@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from coatrt.adapter.description import AdapterDescription
 from coatrt.configs.config import QuantConfig
 from coatrt.engines.measure.bench import timed
 from coatrt.engines.runtime.state import StatefulDecoder
+from coatrt.models.matrices import ModelMatrices
 from coatrt.planning.latency import products_seconds
 from coatrt.planning.measured_latency import MeasuredLatency, Product, Rest, shape_of
 from coatrt.planning.memory import Workload
@@ -103,20 +103,19 @@ class WholeDecoders:
         return self._seconds[1, first.context, first.lora]
 
     def rests(
-        self, timings: MeasuredLatency, adapter: AdapterDescription, reference: QuantConfig, element: int
+        self, timings: MeasuredLatency, model: ModelMatrices, workload: Workload, reference: QuantConfig
     ) -> Iterator[Rest]:
         """Yield what each kind of call takes beyond its products.
 
         Args:
             timings: has the products.
-            adapter: gives the model.
+            model: the decoders' matrices.
+            workload: of the decoders with a LoRA.
             reference: configuration of the decoders.
-            element: bytes of an activation.
         """
         for (count, context, lora), samples in self._seconds.items():
-            work = Workload.of(adapter, context, 1, count, element)
-            shape = shape_of(work if lora else replace(work, lora_parameters=0))
-            known = products_seconds(timings, adapter.model, reference, count, 1)
+            shape = shape_of(workload if lora else replace(workload, lora_parameters=0))
+            known = products_seconds(timings, model, reference, count, 1)
             yield Rest(shape, count, context, statistics.median(samples) - known)
 
 
