@@ -4,8 +4,8 @@ python benchmarks/latency_constants.py
 
 Products, LoRA and prefill are fitted to the rows of the H200 and H100 in results/gpu; kernels and host to whole steps
 of int4-g64 of two models. The steps of the third model, 7B, and of every mixed configuration are held out. A second fit
-without any row of 7B, its products and LoRA too, predicts the same steps. Writes coatrt/planning/cuda_latency.json and
-results/latency_constants.json.
+without any row of 7B, its products and LoRA too, predicts the same steps; a third one without any row of 1B predicts
+those of 1B. Writes coatrt/planning/cuda_latency.json and results/latency_constants.json.
 """
 
 import sys
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from common import RESULTS, save_result
+from scipy.optimize import nnls
 
 sys.path.insert(0, str(Path(__file__).parent / "gpu"))
 
@@ -34,7 +35,7 @@ from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.json_data import read_as, to_data, write_json
 
 BLOCKS = {"int4": ("int4-g32", "int4-g64", "int4-g128"), "int8": ("int8-g32", "int8-g64", "int8-g128")}
-HELD_OUT = "7b"
+HELD_OUT, OTHER = "7b", "1b"
 FILLED = 700
 """Slots that are filled on average while backend.py decodes: a prompt of 512, then some hundred steps."""
 
@@ -162,7 +163,7 @@ def predicted(key: str, constants: CudaConstants, gpu: str, tokens: int = 1) -> 
 
 
 def fitted_steps(constants: CudaConstants, keys: Sequence[str]) -> CudaConstants:
-    """Return the constants with those of kernels, host and launches, fitted to whole steps and prompts."""
+    """Return the constants with those of kernels, host and launches, fitted to steps and prompts; none negative."""
     zero = replace(constants, kernel_seconds=0.0, host_seconds_per_byte=0.0, launch_seconds=0.0)
     inputs, seconds, launches = [], [], []
     for key in keys:
@@ -175,12 +176,19 @@ def fitted_steps(constants: CudaConstants, keys: Sequence[str]) -> CudaConstants
             targets = len(model.matrices.targets)
             nodes = spec.layers * cuda_latency.LAYER_NODES + targets * (4 if model.contract else 1) + OTHER_KERNELS
             launches.append(H100[key]["prefill_ms"]["p50_ms"] * 1e-3 / nodes)
-    kernel, host = (float(value) for value in np.linalg.lstsq(np.array(inputs), np.array(seconds), rcond=None)[0])
+    kernel, host = (float(value) for value in nnls(np.array(inputs), np.array(seconds))[0])
     return replace(zero, kernel_seconds=kernel, host_seconds_per_byte=host, launch_seconds=float(np.mean(launches)))
 
 
 STEPS = tuple(key for key, row in H100.items() if key.startswith("backend/speed/") and "decode_ms" in row)
-SEEN = tuple(key for key in STEPS if "/int4-g64/" in key and f"/{HELD_OUT}/" not in key)
+
+
+def seen(without: str = HELD_OUT) -> tuple[str, ...]:
+    """Return the steps that the fit sees: those of int4-g64 but of one model."""
+    return tuple(key for key in STEPS if "/int4-g64/" in key and f"/{without}/" not in key)
+
+
+SEEN = seen()
 SEPARATE = tuple(
     (gpu, key)
     for gpu, rows in (("h100", H100), ("h200", H200))
@@ -204,7 +212,7 @@ def fitted(without: str = "") -> CudaConstants:
         **fitted_products(device, without),
         **fitted_lora(without),
     )
-    made = fitted_steps(base, SEEN)
+    made = fitted_steps(base, seen(without or HELD_OUT))
     return fitted_rows(made, device, without)
 
 
@@ -247,17 +255,25 @@ def main() -> None:
         compared(key, H100[key]["prefill_ms"]["p50_ms"] * 1e-3, "h100", both, key in SEEN and "135m" in key, prompt)
         for key in STEPS
     ]
+    without_1b = fitted(OTHER)
+    of_1b = {
+        key: round(predicted(key, without_1b, "h100") / (H100[key]["decode_ms"]["p50_ms"] * 1e-3) - 1, 4)
+        for key in STEPS
+        if f"/{OTHER}/" in key
+    }
     held = [row for row in rows if not row["seen"] and row["key"].startswith("backend/")]
     result = {
+        "constants": _rounded(to_data(both[0])),
         "rows": rows,
         "prompts": prompts,
+        "errors_of_1b_without_1b": of_1b,
         "worst_held_out": max(abs(row["error"]) for row in held),
         "worst_held_out_without_7b": max(abs(row["error_without_7b"]) for row in held),
     }
     for row in [*rows, *prompts]:
         print(row)
     path = Path(cuda_latency.__file__).with_suffix(".json")
-    write_json(path, _rounded(to_data(both[0])))
+    write_json(path, result["constants"])
     print(path.read_text())
     save_result("latency_constants", "python benchmarks/latency_constants.py", result)
     if result["worst_held_out_without_7b"] > 0.15:
