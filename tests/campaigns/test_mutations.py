@@ -62,7 +62,7 @@ DAMAGED: dict[str, tuple[str, Callable[[Any], Any], str, str]] = {
     "deep": ("configuration.json", lambda _: "[" * 100000, "adapt", "configuration.json is not JSON"),
     "archive a list": ("adapter/archive.json", lambda _: [], "plan", "archive.json has no seal"),
     "timings twice": ("cpu.json", lambda t: {**t, "products": t["products"] * 2}, "plan-cpu", "name something twice"),
-    "timings null": ("cpu.json", lambda _: None, "plan-cpu", "cpu.json"),
+    "timings null": ("cpu.json", lambda _: None, "plan-cpu", "cpu-ort.json"),
 }
 
 
