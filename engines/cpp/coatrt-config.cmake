@@ -28,7 +28,7 @@ if(NOT coatrt_ORT_INCLUDE)
   return()
 endif()
 
-file(GLOB _sources "${_root}/src/*.cpp" "${_root}/src/ort/*.cpp" "${_root}/src/tokenizer/*.cpp")
+file(GLOB _sources "${_root}/src/*.cpp" "${_root}/src/cuda/*.cpp" "${_root}/src/ort/*.cpp" "${_root}/src/tokenizer/*.cpp")
 add_library(coatrt STATIC EXCLUDE_FROM_ALL ${_sources})
 add_library(coatrt::coatrt ALIAS coatrt)
 target_compile_features(coatrt PUBLIC cxx_std_17)

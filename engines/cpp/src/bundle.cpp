@@ -216,6 +216,13 @@ std::pair<fs::path, DecoderIO> BundleState::decoder(const std::string& form) {
 
 Contract BundleState::contract() { return Contract::from_json(json("lora_io.json", "LoRA contract")); }
 
+Configuration BundleState::configuration() {
+  const std::string* name = find_text(manifest.at("configuration"), "file");
+  if (name == nullptr) throw Error((directory / kManifest).string() + " garbles configuration; build the bundle again");
+  const auto file = read(*name);
+  return resolve(file->text(), (directory / *name).string(), matrices);
+}
+
 namespace {
 
 /// The tensors of a LoRA file, checked against the contract; `file` stays mapped as long as the LoRA lives.
@@ -285,13 +292,7 @@ std::size_t Bundle::check_all() const {
   return files.size();
 }
 
-Configuration Bundle::configuration() const {
-  const std::string* name = detail::find_text(state_->manifest.at("configuration"), "file");
-  if (name == nullptr)
-    throw Error((state_->directory / detail::kManifest).string() + " garbles configuration; build the bundle again");
-  const auto file = state_->read(*name);
-  return detail::resolve(file->text(), (state_->directory / *name).string(), state_->matrices);
-}
+Configuration Bundle::configuration() const { return state_->configuration(); }
 
 Configuration Bundle::configuration(const std::string& json, const std::string& source) const {
   return detail::resolve(json, source, state_->matrices);

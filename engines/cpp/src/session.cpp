@@ -1,12 +1,12 @@
 #include "coatrt/session.hpp"
 
 #include <algorithm>
-#include <iostream>
 #include <set>
 
 #include "backend.hpp"
 #include "coatrt/error.hpp"
 #include "contract.hpp"
+#include "notice.hpp"
 #include "sampling.hpp"
 #include "state.hpp"
 
@@ -79,8 +79,7 @@ struct Session::State {
                              ", the weights are of " + *weights + " and stay so; emit it for theirs (coatrt adapt)";
     if (options.strict_lora) throw Error(line);
     if (named || !told.insert(line).second) return;
-    if (options.notice) options.notice(line);
-    else std::cerr << "coatrt: " << line << std::endl;
+    detail::notify(options, line);
   }
 
   void bind(const Lora& lora, bool named) {
@@ -152,14 +151,15 @@ namespace detail {
 
 std::unique_ptr<Decoder> make_decoder(const std::shared_ptr<BundleState>& bundle, const SessionOptions& options) {
   if (options.backend == "ort") return make_ort_decoder(bundle, options);
+  if (options.backend == "cuda") return make_cuda_decoder(bundle, options);
 #ifdef COATRT_TRT
   if (options.backend == "trt") return make_trt_decoder(bundle, options);
 #else
   if (options.backend == "trt")
     throw Error("backend 'trt' is given, which this library was compiled without; find_package(coatrt COMPONENTS trt), "
-                "or use ort");
+                "or use ort or cuda");
 #endif
-  throw Error("backend " + repr(options.backend) + " is given; allowed: ort, trt");
+  throw Error("backend " + repr(options.backend) + " is given; allowed: ort, cuda, trt");
 }
 
 }  // namespace detail

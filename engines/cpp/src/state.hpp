@@ -45,6 +45,8 @@ struct BundleState {
   /// ONNX file of a graph form, hashes checked with its weights, and its inputs and outputs.
   std::pair<std::filesystem::path, DecoderIO> decoder(const std::string& form);
   Contract contract();
+  /// The configuration the graphs were built with.
+  Configuration configuration();
   /// ONNX Runtime, loaded on first use.
   std::shared_ptr<OrtRuntime> ort();
 };

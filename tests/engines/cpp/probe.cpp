@@ -5,6 +5,7 @@
 #include <iostream>
 #include <iterator>
 #include <nlohmann/json.hpp>
+#include <thread>
 
 #include "glob.hpp"
 #include "tokenizer/pattern.hpp"
@@ -19,16 +20,24 @@ std::string read(const std::string& path) {
   return {std::istreambuf_iterator<char>(file), {}};
 }
 
-// {"prompt": [ids], "tokens": n, "threads": n, "context": n, "accuracy_level": n, "lora": true, "lora_file": path,
-// "configuration": {…}, "strict_lora": false} → tokens, and the logits of every step
-json run(const coatrt::Bundle& bundle, const json& request) {
+/// The session that a request asks for.
+coatrt::SessionOptions options_of(const json& request) {
   coatrt::SessionOptions options;
   options.threads = request.value("threads", 1);
   options.context = request.value("context", 2048);
   options.backend = request.value("backend", "ort");
   options.accuracy_level = request.value("accuracy_level", options.accuracy_level);
   options.strict_lora = request.value("strict_lora", false);
-  coatrt::Session session(bundle, options);
+  options.provider = request.value("provider", "");
+  options.provider_options = request.value("provider_options", options.provider_options);
+  return options;
+}
+
+// {"prompt": [ids], "tokens": n, "threads": n, "context": n, "accuracy_level": n, "lora": true, "lora_file": path,
+// "configuration": {…}, "strict_lora": false, "backend", "provider", "provider_options"} → tokens, and the logits of every
+// step
+json run(const coatrt::Bundle& bundle, const json& request) {
+  coatrt::Session session(bundle, options_of(request));
   if (!request.value("lora", true)) session.drop_lora();
   if (request.contains("lora_file")) session.swap(bundle.lora(std::filesystem::path(request.at("lora_file").get<std::string>())));
   if (request.contains("configuration")) session.swap(bundle.configuration(request.at("configuration").dump()));
@@ -43,6 +52,42 @@ json run(const coatrt::Bundle& bundle, const json& request) {
   answer["tokens"] = made.tokens;
   answer["reason"] = made.reason;
   return answer;
+}
+
+// {…, "configurations": [{…}]}: a session for each, on a thread of its own → their tokens, those of sessions that take the
+// places of the first ones, and pages of memory before, with one and with all of them
+json share(const coatrt::Bundle& bundle, const json& request) {
+  const auto options = options_of(request);
+  const auto prompt = request.at("prompt").get<std::vector<std::int64_t>>();
+  const auto& configurations = request.at("configurations");
+  std::vector<std::vector<std::int64_t>> tokens(configurations.size()), again(configurations.size());
+  const auto pages = [] {
+    std::ifstream file("/proc/self/statm");
+    long size = 0, resident = 0;
+    file >> size >> resident;
+    return resident;
+  };
+  json memory{pages()};
+  std::vector<coatrt::Session> sessions;
+  for (const json& configuration : configurations) {
+    sessions.emplace_back(bundle, options).swap(bundle.configuration(configuration.dump()));
+    memory.push_back(pages());
+  }
+  std::vector<std::thread> threads;
+  for (std::size_t i = 0; i < sessions.size(); ++i)
+    threads.emplace_back([&, i] {
+      for (int turn = 0; turn < 3; ++turn) tokens[i] = sessions[i].generate(prompt, request.value("tokens", 16)).tokens;
+    });
+  for (auto& thread : threads) thread.join();
+  coatrt::Session last = std::move(sessions.back());  // keeps the weights loaded
+  sessions.clear();
+  for (std::size_t i = 0; i + 1 < tokens.size(); ++i) {
+    coatrt::Session session(bundle, options);
+    session.swap(bundle.configuration(configurations[i].dump()));
+    again[i] = session.generate(prompt, request.value("tokens", 16)).tokens;
+  }
+  again.back() = last.generate(prompt, request.value("tokens", 16)).tokens;
+  return {{"tokens", tokens}, {"again", again}, {"pages", memory}};
 }
 
 int answer(int argc, char** argv) {
@@ -96,6 +141,8 @@ int answer(int argc, char** argv) {
     std::cout << json{{"hash", configuration.hash()}, {"formats", configuration.formats}} << "\n";
   } else if (command == "run" && argc == 4) {
     std::cout << run(bundle, json::parse(argv[3])) << "\n";
+  } else if (command == "share" && argc == 4) {
+    std::cout << share(bundle, json::parse(argv[3])) << "\n";
   } else {
     throw coatrt::Error("no command " + command);
   }

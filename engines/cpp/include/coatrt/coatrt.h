@@ -18,7 +18,7 @@ const char* coatrt_error(void);
 int coatrt_bundle_open(const char* directory, const char* onnxruntime, coatrt_bundle** bundle);
 void coatrt_bundle_free(coatrt_bundle* bundle);
 
-/* backend "ort" or "trt"; threads 0: all usable cores; context: slots of the cache. */
+/* backend "ort", "cuda" or "trt"; threads 0: all usable cores; context: slots of the cache. */
 int coatrt_session_open(const coatrt_bundle* bundle, const char* backend, int threads, int64_t context,
                         coatrt_session** session);
 void coatrt_session_free(coatrt_session* session);

@@ -10,11 +10,16 @@
 namespace coatrt {
 
 struct SessionOptions {
-  std::string backend = "ort";   ///< "ort", or "trt" where it was compiled in
-  std::string provider = "cpu";  ///< ort: "cpu", or an execution provider's name, such as "CUDAExecutionProvider"
+  /// "ort": ONNX Runtime on the CPU; "cuda": its CUDA provider, everything on the GPU; "trt": the bundle's engine, where
+  /// that was compiled in.
+  std::string backend = "ort";
+  /// ort: an execution provider's name, such as "NvTensorRTRTXExecutionProvider"; empty for the CPU. cuda: empty; "cpu"
+  /// computes the same on the CPU, for tests.
+  std::string provider;
+  /// Options of that provider. cuda: "enable_cuda_graph", trt: "cuda_graph"; "0" runs decode steps without a CUDA graph.
   std::map<std::string, std::string> provider_options;
   int threads = 0;             ///< ort: of one operator; 0: all usable cores. Sessions of equal options share them.
-  std::int64_t context = 2048;  ///< ort: slots of the cache where the graph leaves them open
+  std::int64_t context = 2048;  ///< ort, cuda: slots of the cache where the graph leaves them open
   int accuracy_level = 4;      ///< ort: of int4 and int8 products; 4 keeps them packed and accumulates in int8, 1 decodes
                                ///< them in every call, 0 once, at load: both exact
   bool strict_lora = false;    ///< refuse a LoRA of another configuration than the weights'; else `notice` is told so
@@ -41,7 +46,7 @@ struct Generated {
 };
 
 /// One sequence being decoded, with the bundle's LoRA bound. For one thread at a time; sessions of one bundle with equal
-/// options share the loaded weights, so one per thread is cheap.
+/// options share the loaded weights, so one per thread is cheap; on a GPU their steps take turns.
 class Session {
  public:
   explicit Session(const Bundle& bundle, const SessionOptions& options = {});

@@ -6,6 +6,7 @@
 #include "activations.hpp"
 #include "backend.hpp"
 #include "coatrt/error.hpp"
+#include "ort/cuda_provider.hpp"
 #include "ort/runtime.hpp"
 #include "state.hpp"
 
@@ -149,6 +150,9 @@ class OrtDecoder final : public Decoder {
 std::unique_ptr<Decoder> make_ort_decoder(const std::shared_ptr<BundleState>& bundle, const SessionOptions& options) {
   if (options.context < 1)
     throw Error("batch 1 and context " + std::to_string(options.context) + " are given; give at least 1");
+  if (options.provider == kCudaProvider)
+    throw Error(std::string("provider ") + kCudaProvider + " is given for backend ort, whose caches stay in host memory; " +
+                "use backend cuda");
   std::string key = "ort " + options.provider + " " + std::to_string(options.threads) + " " +
                     std::to_string(options.accuracy_level);
   for (const auto& [name, value] : options.provider_options) key += " " + name + "=" + value;
@@ -160,7 +164,11 @@ std::unique_ptr<Decoder> make_ort_decoder(const std::shared_ptr<BundleState>& bu
   }
   if (!loaded) {
     const auto [graph, io] = bundle->decoder("cpu");
-    const OrtOptions wanted{options.provider, options.provider_options, options.threads, options.accuracy_level};
+    OrtOptions wanted;
+    wanted.provider = options.provider;
+    wanted.provider_options = options.provider_options;
+    wanted.threads = options.threads;
+    wanted.accuracy_level = options.accuracy_level;
     loaded.reset(new Loaded{{bundle->ort(), graph, wanted}, io, bundle->contract()});
     const std::lock_guard lock(bundle->mutex);
     bundle->models[key] = loaded;

@@ -3,10 +3,12 @@
 #include <dlfcn.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <thread>
 
 #include "coatrt/error.hpp"
+#include "ort/cuda_provider.hpp"
 
 namespace coatrt::detail {
 namespace {
@@ -54,6 +56,7 @@ OrtRuntime::OrtRuntime(const std::string& library) {
     throw Error("ONNX Runtime " + std::string(base == nullptr ? "unknown" : base->GetVersionString()) +
                 " is loaded, this was compiled for API " + std::to_string(ORT_API_VERSION) + "; use 1." +
                 std::to_string(ORT_API_VERSION) + " or later");
+  version_ = base->GetVersionString();
   check(api_->CreateEnv(ORT_LOGGING_LEVEL_FATAL, "coatrt", &env_), "ONNX Runtime does not start");
   check(api_->CreateCpuMemoryInfo(OrtDeviceAllocator, OrtMemTypeDefault, &cpu_), "ONNX Runtime does not start");
 }
@@ -66,6 +69,21 @@ OrtRuntime::~OrtRuntime() {
   if (library_ != nullptr) ::dlclose(library_);
 }
 
+std::filesystem::path OrtRuntime::library() const {
+  Dl_info found{};
+  if (::dladdr(::dlsym(library_, "OrtGetApiBase"), &found) == 0 || found.dli_fname == nullptr) return {};
+  return found.dli_fname;
+}
+
+bool OrtRuntime::has(const std::string& provider) const {
+  char** names = nullptr;
+  int count = 0;
+  check(api_->GetAvailableProviders(&names, &count), "ONNX Runtime does not name its providers");
+  const bool found = std::find(names, names + count, provider) != names + count;
+  check(api_->ReleaseAvailableProviders(names, count), "ONNX Runtime does not name its providers");
+  return found;
+}
+
 void OrtRuntime::check(OrtStatus* status, const std::string& what, const std::string& then) const {
   if (status == nullptr) return;
   const std::string said = first_line(api_->GetErrorMessage(status));
@@ -74,9 +92,9 @@ void OrtRuntime::check(OrtStatus* status, const std::string& what, const std::st
 }
 
 OrtValue* OrtRuntime::tensor(void* data, std::size_t bytes, const std::vector<std::int64_t>& shape,
-                             ONNXTensorElementDataType type) const {
+                             ONNXTensorElementDataType type, const OrtMemoryInfo* place) const {
   OrtValue* value = nullptr;
-  check(api_->CreateTensorWithDataAsOrtValue(cpu_, data, bytes, shape.data(), shape.size(), type, &value),
+  check(api_->CreateTensorWithDataAsOrtValue(place != nullptr ? place : cpu_, data, bytes, shape.data(), shape.size(), type, &value),
         "ONNX Runtime refuses a tensor");
   return value;
 }
@@ -90,7 +108,7 @@ OrtModel::OrtModel(std::shared_ptr<OrtRuntime> runtime, const std::filesystem::p
   const std::unique_ptr<OrtSessionOptions, void (*)(OrtSessionOptions*)> held(raw, api.ReleaseSessionOptions);
   runtime_->check(api.SetSessionLogSeverityLevel(raw, ORT_LOGGING_LEVEL_FATAL), refusal);  // errors come back as a status
   runtime_->check(api.SetIntraOpNumThreads(raw, options.threads > 0 ? options.threads : usable_cores()), refusal);
-  if (options.accuracy_level == 0)  // exact: weights are decoded once, when the graph loads
+  if (options.accuracy_level == 0 && options.decode_weights)  // exact: weights are decoded once, when the graph loads
     runtime_->check(api.AddSessionConfigEntry(raw, "session.disable_quant_qdq", "1"), refusal);
   runtime_->check(api.AddSessionConfigEntry(raw, "session.qdq_matmulnbits_accuracy_level",
                                             std::to_string(options.accuracy_level).c_str()),
@@ -103,19 +121,31 @@ OrtModel::~OrtModel() {
   if (session_ != nullptr) runtime_->api().ReleaseSession(session_);
 }
 
+std::set<std::string> OrtModel::inputs() const {
+  const OrtApi& api = runtime_->api();
+  const std::string refusal = "ONNX Runtime names no inputs";
+  OrtAllocator* allocator = nullptr;
+  std::size_t count = 0;
+  runtime_->check(api.GetAllocatorWithDefaultOptions(&allocator), refusal);
+  runtime_->check(api.SessionGetInputCount(session_, &count), refusal);
+  std::set<std::string> names;
+  for (std::size_t i = 0; i < count; ++i) {
+    char* name = nullptr;
+    runtime_->check(api.SessionGetInputName(session_, i, allocator, &name), refusal);
+    names.insert(name);
+    runtime_->check(api.AllocatorFree(allocator, name), refusal);
+  }
+  return names;
+}
+
 void OrtModel::append_provider(OrtSessionOptions* options, const OrtOptions& wanted) const {
-  if (wanted.provider == "cpu" || wanted.provider == "CPUExecutionProvider") return;
+  if (wanted.provider.empty() || wanted.provider == "cpu" || wanted.provider == "CPUExecutionProvider") return;
   const OrtApi& api = runtime_->api();
   const std::string refusal = "ONNX Runtime has no provider " + wanted.provider + " here";
   std::vector<const char*> keys, values;
   for (const auto& [key, value] : wanted.provider_options) keys.push_back(key.c_str()), values.push_back(value.c_str());
-  if (wanted.provider == "CUDAExecutionProvider") {
-    OrtCUDAProviderOptionsV2* raw = nullptr;
-    runtime_->check(api.CreateCUDAProviderOptions(&raw), refusal);
-    const std::unique_ptr<OrtCUDAProviderOptionsV2, void (*)(OrtCUDAProviderOptionsV2*)> held(
-        raw, api.ReleaseCUDAProviderOptions);
-    runtime_->check(api.UpdateCUDAProviderOptions(raw, keys.data(), values.data(), keys.size()), refusal);
-    runtime_->check(api.SessionOptionsAppendExecutionProvider_CUDA_V2(options, raw), refusal);
+  if (wanted.provider == kCudaProvider) {
+    append_cuda(*runtime_, options, keys, values, wanted.stream);
   } else if (wanted.provider == "TensorrtExecutionProvider") {
     OrtTensorRTProviderOptionsV2* raw = nullptr;
     runtime_->check(api.CreateTensorRTProviderOptions(&raw), refusal);

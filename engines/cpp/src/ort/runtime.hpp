@@ -4,6 +4,7 @@
 #include <filesystem>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -19,11 +20,16 @@ class OrtRuntime {
 
   const OrtApi& api() const { return *api_; }
   const OrtMemoryInfo* cpu() const { return cpu_; }
+  const std::string& version() const { return version_; }
+  /// The library's own file; empty where the loader does not say.
+  std::filesystem::path library() const;
+  /// Whether the library was built with an execution provider.
+  bool has(const std::string& provider) const;
   /// Throw what a call reports, if anything, as "`what` (first line)`then`".
   void check(OrtStatus* status, const std::string& what, const std::string& then = "") const;
-  /// A tensor over memory that must outlive it.
+  /// A tensor over memory that must outlive it; `place` is the CPU where none is given.
   OrtValue* tensor(void* data, std::size_t bytes, const std::vector<std::int64_t>& shape,
-                   ONNXTensorElementDataType type) const;
+                   ONNXTensorElementDataType type, const OrtMemoryInfo* place = nullptr) const;
 
  private:
   friend class OrtModel;
@@ -31,6 +37,7 @@ class OrtRuntime {
   const OrtApi* api_ = nullptr;
   OrtEnv* env_ = nullptr;
   OrtMemoryInfo* cpu_ = nullptr;
+  std::string version_;
 };
 
 /// How a graph runs.
@@ -39,6 +46,8 @@ struct OrtOptions {
   std::map<std::string, std::string> provider_options;
   int threads = 0;
   int accuracy_level = 0;
+  bool decode_weights = true;  ///< at accuracy level 0: once, when the graph loads
+  void* stream = nullptr;      ///< of CUDA; runs are ordered on it
 };
 
 /// A loaded graph; `run` may be called from several threads through bindings of their own.
@@ -51,6 +60,7 @@ class OrtModel {
 
   const OrtRuntime& runtime() const { return *runtime_; }
   OrtSession* session() const { return session_; }
+  std::set<std::string> inputs() const;
 
  private:
   void append_provider(OrtSessionOptions* options, const OrtOptions& wanted) const;

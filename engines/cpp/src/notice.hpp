@@ -1,0 +1,15 @@
+#pragma once
+#include <iostream>
+#include <string>
+
+#include "coatrt/session.hpp"
+
+namespace coatrt::detail {
+
+/// Tell whoever opened a session one line.
+inline void notify(const SessionOptions& options, const std::string& line) {
+  if (options.notice) options.notice(line);
+  else std::cerr << "coatrt: " << line << std::endl;
+}
+
+}  // namespace coatrt::detail
