@@ -111,7 +111,7 @@ def test_a_step_is_one_write_one_run_one_read_and_one_wait(gpu: Pretended, cpp: 
     ]  # fmt: skip
     assert log[0] == "mode 2"  # before anything is allocated
     first = next(i for i, line in enumerate(log) if line.startswith("run")) - 1
-    steps = [step.strip().split("\n") for step in "\n".join(log[first:]).split("synchronize")][:-1]
+    steps = [step.split("\n") for step in "\n".join(log[first:]).split("\nsynchronize\n")][:-1]
     on_device = "disable_synchronize_execution_providers=1 gpu_graph_id="
     prefills = [step for step in steps if f"run {on_device}-1" in step]
     decodes = [step for step in steps if f"run {on_device}1" in step]

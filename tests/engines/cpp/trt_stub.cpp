@@ -3,6 +3,7 @@
 #include <NvInferRuntime.h>
 #include <doctest/doctest.h>
 
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -16,10 +17,12 @@
 namespace {
 
 struct World {
-  int devices = 1, launches = 0, plain = 0;
-  bool capturing = false;
+  int devices = 1, launches = 0, plain = 0, writes = 0, reads = 0, waits = 0;
+  bool capturing = false, pageable = false;
+  enum class Capture { works, refused, invalid, fails } capture = Capture::works;
   std::int32_t version = NV_TENSORRT_VERSION;
-  std::set<void*> memory;
+  std::set<void*> memory;               // of the device
+  std::map<void*, std::size_t> locked;  // of the host, page-locked
   std::map<std::string, void*> addresses;
   std::map<std::string, nvinfer1::Dims> shapes;
   std::map<std::string, nvinfer1::Dims> engine;  // what the engine says of each tensor
@@ -42,7 +45,7 @@ struct Context final : nvinfer1::IExecutionContext {
   bool setInputShape(const char* name, const nvinfer1::Dims& dims) override { return world.shapes[name] = dims, true; }
   bool enqueueV3(cudaStream_t) override {
     if (!world.capturing) ++world.plain, execute();
-    return true;
+    return !world.capturing || world.capture != World::Capture::refused;
   }
 };
 struct Engine final : nvinfer1::ICudaEngine {
@@ -71,15 +74,30 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
 }
 cudaError_t cudaMalloc(void** data, std::size_t bytes) { return world.memory.insert(*data = std::malloc(bytes)), cudaSuccess; }
 cudaError_t cudaFree(void* data) { return world.memory.erase(data), std::free(data), cudaSuccess; }
-cudaError_t cudaMemset(void* data, int value, std::size_t bytes) { return std::memset(data, value, bytes), cudaSuccess; }
-cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind, cudaStream_t) { return std::memcpy(to, from, bytes), cudaSuccess; }
+cudaError_t cudaMallocHost(void** data, std::size_t bytes) { return world.locked[*data = std::malloc(bytes)] = bytes, cudaSuccess; }
+cudaError_t cudaFreeHost(void* data) { return world.locked.erase(data), std::free(data), cudaSuccess; }
+cudaError_t cudaMemsetAsync(void* data, int value, std::size_t bytes, cudaStream_t) { return std::memset(data, value, bytes), cudaSuccess; }
+cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
+  const bool in = kind == cudaMemcpyHostToDevice;
+  ++(in ? world.writes : world.reads);
+  if (world.locked.count(in ? const_cast<void*>(from) : to) == 0) world.pageable = true;
+  return std::memcpy(to, from, bytes), cudaSuccess;
+}
+cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaStreamCreate(cudaStream_t* stream) { return *stream = reinterpret_cast<cudaStream_t>(new int), cudaSuccess; }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) { return delete reinterpret_cast<int*>(stream), cudaSuccess; }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return ++world.waits, cudaSuccess; }
 cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) { return world.capturing = true, cudaSuccess; }
-cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t* graph) { return world.capturing = false, *graph = nullptr, cudaSuccess; }
-cudaError_t cudaGraphInstantiate(cudaGraphExec_t* graph, cudaGraph_t, unsigned long long) { return *graph = reinterpret_cast<cudaGraphExec_t>(new int), cudaSuccess; }
-cudaError_t cudaGraphDestroy(cudaGraph_t) { return cudaSuccess; }
+cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t* graph) {
+  world.capturing = false;
+  if (world.capture == World::Capture::invalid) return *graph = nullptr, cudaErrorStreamCaptureUnsupported;
+  return *graph = reinterpret_cast<cudaGraph_t>(new int), cudaSuccess;
+}
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* graph, cudaGraph_t, unsigned long long) {
+  if (world.capture == World::Capture::fails) return cudaErrorStreamCaptureUnsupported;
+  return *graph = reinterpret_cast<cudaGraphExec_t>(new int), cudaSuccess;
+}
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return delete reinterpret_cast<int*>(graph), cudaSuccess; }
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) { return delete reinterpret_cast<int*>(graph), cudaSuccess; }
 cudaError_t cudaGraphLaunch(cudaGraphExec_t, cudaStream_t) { return ++world.launches, execute(), cudaSuccess; }
 
@@ -102,7 +120,6 @@ TEST_CASE("the TensorRT backend over the stub" * doctest::skip(bundle_path() == 
   world.engine["logits"] = {3, {-1, 1, io.vocabulary}};
   SessionOptions options;
   options.backend = "trt";
-  options.provider_options["cuda_graph"] = "1";
   const auto open = [&] { return Session(bundle, detail::make_trt_decoder(bundle.state(), options)); };
 
   world.devices = 0;
@@ -136,6 +153,52 @@ TEST_CASE("the TensorRT backend over the stub" * doctest::skip(bundle_path() == 
     CHECK(session.generate({1}, 3).tokens == std::vector<std::int64_t>{4, 7, 10});
     CHECK(world.addresses == before);
     for (const auto& [past, present] : io.caches()) CHECK(before.at(past) == before.at(present));
+    for (const auto& [name, address] : before) CHECK_MESSAGE(reinterpret_cast<std::uintptr_t>(address) % 16 == 0, name);
+
+    session.prefill({1, 2});
+    world.writes = world.reads = world.waits = world.launches = world.plain = 0;
+    for (const std::int64_t token : {3, 4, 5}) session.decode(token);
+    CHECK(world.writes == 3);  // one each a step
+    CHECK(world.reads == 3);
+    CHECK(world.waits == 3);
+    CHECK(world.launches == 3);
+    CHECK(world.plain == 0);
+    session.swap(Lora(tensors, nullptr));
+    CHECK(world.writes == 4);  // the whole LoRA
+    CHECK(world.waits == 4);
+    session.drop_lora();
+    CHECK(world.writes == 4);
+    CHECK(session.generate({1}, 3).tokens == std::vector<std::int64_t>{2, 3, 4});
+    CHECK_FALSE(world.pageable);
   }
   CHECK(world.memory.empty());
+  CHECK(world.locked.empty());
+
+  std::vector<std::string> lines;
+  options.notice = [&](const std::string& line) { lines.push_back(line); };
+  for (const auto capture : {World::Capture::refused, World::Capture::invalid, World::Capture::fails}) {
+    world.capture = capture;
+    lines.clear();
+    world.launches = world.plain = 0;
+    Session session = open();
+    session.drop_lora();
+    CHECK(session.generate({1, 2}, 5).tokens == std::vector<std::int64_t>{3, 4, 5, 6, 7});
+    CHECK(world.launches == 0);
+    CHECK(world.plain == 5);  // the prompt and each step once
+    REQUIRE(lines.size() == 1);
+    CHECK(lines[0].find("a decode step of sm89.engine is not captured as a CUDA graph, and is slower (") == 0);
+  }
+  world.capture = World::Capture::works;
+  options.provider_options["cuda_graph"] = "0";
+  lines.clear();
+  world.launches = 0;
+  {
+    Session session = open();
+    session.drop_lora();
+    CHECK(session.generate({1, 2}, 5).tokens == std::vector<std::int64_t>{3, 4, 5, 6, 7});
+  }
+  CHECK(world.launches == 0);
+  CHECK(lines.empty());
+  CHECK(world.memory.empty());
+  CHECK(world.locked.empty());
 }

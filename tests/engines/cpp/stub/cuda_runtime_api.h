@@ -2,7 +2,7 @@
 #pragma once
 #include <cstddef>
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorNoDevice = 100 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorNoDevice = 100, cudaErrorStreamCaptureUnsupported = 900 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2 };
 enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrComputeCapabilityMinor = 76 };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal = 1 };
@@ -15,7 +15,10 @@ cudaError_t cudaGetDeviceCount(int*);
 cudaError_t cudaDeviceGetAttribute(int*, cudaDeviceAttr, int);
 cudaError_t cudaMalloc(void**, std::size_t);
 cudaError_t cudaFree(void*);
-cudaError_t cudaMemset(void*, int, std::size_t);
+cudaError_t cudaMallocHost(void**, std::size_t);
+cudaError_t cudaFreeHost(void*);
+cudaError_t cudaMemsetAsync(void*, int, std::size_t, cudaStream_t);
+cudaError_t cudaGetLastError();
 cudaError_t cudaMemcpyAsync(void*, const void*, std::size_t, cudaMemcpyKind, cudaStream_t);
 cudaError_t cudaStreamCreate(cudaStream_t*);
 cudaError_t cudaStreamDestroy(cudaStream_t);
