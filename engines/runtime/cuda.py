@@ -1,5 +1,6 @@
 """ONNX Runtime's CUDA provider: every buffer at a fixed address on the GPU, a decode step replayed as a CUDA graph."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,8 +12,10 @@ from coatrt.bundle import Bundle
 from coatrt.configs.lora_contract import DecoderIO, LoraContract
 from coatrt.engines.runtime.cuda_driver import open_driver
 from coatrt.engines.runtime.cuda_memory import device_weights
-from coatrt.engines.runtime.cuda_session import check_provider, cuda_session
+from coatrt.engines.runtime.cuda_session import check_provider
+from coatrt.engines.runtime.cuda_shared import shared_session
 from coatrt.engines.runtime.device_decoder import DeviceDecoder
+from coatrt.engines.runtime.memory import Memory
 from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.errors import BuildError, reason
 from coatrt.system.notices import warn_once
@@ -20,7 +23,7 @@ from coatrt.system.notices import warn_once
 __all__ = ["CudaDecoder"]
 
 _LOGITS, _WIDE = np.dtype(np.float32), np.dtype(np.int64)
-_CAPTURED, _NOT_CAPTURED = "1", "-1"  # numbers of CUDA graphs in ONNX Runtime's run options
+_NOT_CAPTURED = "-1"  # as the number of a CUDA graph in ONNX Runtime's run options
 
 
 class CudaDecoder(DeviceDecoder):
@@ -32,6 +35,7 @@ class CudaDecoder(DeviceDecoder):
         contract: its LoRA inputs; None where it has none.
         options: batch and context.
         weight_bytes: of the weights on the GPU, where it is known: they are refused before they are loaded.
+        content: hashes of the graph and its weights: decoders of equal content share one session, with the weights.
         provider: "cpu" computes the same on the CPU, for tests.
         replay: whether decode steps are replayed as a CUDA graph.
 
@@ -47,6 +51,7 @@ class CudaDecoder(DeviceDecoder):
         options: RuntimeOptions = RuntimeOptions(),
         *,
         weight_bytes: int = 0,
+        content: str = "",
         provider: Literal["cuda", "cpu"] = "cuda",
         replay: bool = True,
     ) -> None:
@@ -55,6 +60,12 @@ class CudaDecoder(DeviceDecoder):
         if provider == "cuda":
             driver = open_driver()
             check_provider(driver)
+
+        def memory(check: Callable[[bool], None]) -> Memory:
+            self._shared = shared_session(graph, content, driver, check)
+            self._lock = self._shared.lock
+            return self._shared.memory()
+
         super().__init__(
             io,
             contract,
@@ -71,19 +82,21 @@ class CudaDecoder(DeviceDecoder):
             logits=_LOGITS,
             weight_bytes=weight_bytes,
             advice="give a shorter --context or a smaller batch",
+            memory=memory,
         )
-        self._replays = replay and driver is not None
-        self._session = cuda_session(graph, self._memory)
+        self._session, self._replays = self._shared.session, replay and driver is not None
         self._inputs_here = {one.name for one in self._session.get_inputs()}
         for name in (*io.past_names, *self._layout.pieces):
             if name not in self._inputs_here:
                 raise BuildError(f"{graph.name} has no input {name}, which its bundle names; build the bundle again")
         self._total = np.zeros((), np.int32)  # read on the host
         # Two bindings: what decode binds stays as it is, a prefill binds its own number of tokens.
-        self._decode_binding, self._prefill_binding = self._bound(), self._bound()
-        self._bind_step(self._decode_binding, 1)
-        self._captured, self._plain = self._run_options(_CAPTURED), self._run_options(_NOT_CAPTURED)
-        self._memory.synchronize()
+        with self._lock:
+            self._decode_binding, self._prefill_binding = self._bound(), self._bound()
+            self._bind_step(self._decode_binding, 1)
+            self._captured = self._run_options(self._shared.graph_number())
+            self._plain = self._run_options(_NOT_CAPTURED)
+            self._memory.synchronize()
 
     @classmethod
     def of(
@@ -96,12 +109,24 @@ class CudaDecoder(DeviceDecoder):
     ) -> "CudaDecoder":
         """Return the decoder of a bundle; one line says which weights ONNX Runtime does not keep packed.
 
+        Decoders of one bundle share its weights, and take turns.
+
         Raises:
             BuildError: see `CudaDecoder`.
         """
         graph, io = bundle.decoder("cuda")
         weights = device_weights(bundle.config, bundle.model_matrices)
-        made = cls(graph, io, bundle.contract, options, weight_bytes=weights.nbytes, provider=provider, replay=replay)
+        facts, files = bundle.manifest["decoders"]["cuda"], bundle.manifest["files"]
+        made = cls(
+            graph,
+            io,
+            bundle.contract,
+            options,
+            weight_bytes=weights.nbytes,
+            content=" ".join(files[facts[name]]["sha256"] for name in ("file", "weights")),
+            provider=provider,
+            replay=replay,
+        )
         if weights.note and provider == "cuda":
             warn_once(weights.note)
         return made
@@ -124,18 +149,19 @@ class CudaDecoder(DeviceDecoder):
         replays = self._replays and added == 1 and bool(starts.all())
         # A captured step is the same for every length: it is told of all slots, and `seqlens_k` says which are filled.
         self._total[...] = self._slots if replays else ends.max()
-        self._memory.enter()
-        self._steps.write(values, added)
-        binding = self._decode_binding if added == 1 else self._prefill_binding
-        if added > 1:
-            self._bind_step(binding, added)
-        try:
-            self._session.run_with_iobinding(binding, self._captured if replays else self._plain)
-        except Exception as error:  # onnxruntime raises types of its own that share no public base
-            raise BuildError(
-                f"ONNX Runtime fails in a step of {added} tokens ({reason(error)}); give less --context or batch"
-            ) from None
-        return self._read_logits()
+        with self._lock:  # nothing else uses the stream meanwhile
+            self._memory.enter()
+            self._steps.write(values, added)
+            binding = self._decode_binding if added == 1 else self._prefill_binding
+            if added > 1:
+                self._bind_step(binding, added)
+            try:
+                self._session.run_with_iobinding(binding, self._captured if replays else self._plain)
+            except Exception as error:  # onnxruntime raises types of its own that share no public base
+                raise BuildError(
+                    f"ONNX Runtime fails in a step of {added} tokens ({reason(error)}); give less --context or batch"
+                ) from None
+            return self._read_logits()
 
     def _run_options(self, number: str) -> Any:
         options = ort.RunOptions()

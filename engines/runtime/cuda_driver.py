@@ -199,10 +199,11 @@ class _PageLocked:
 
 
 class DeviceMemory(Memory):
-    """Buffers on the GPU, copied on a stream of their own.
+    """Buffers on the GPU, copied on one stream.
 
     Args:
         driver: the GPU.
+        stream: of another memory, which outlives this one; None for a stream of its own.
 
     Raises:
         BuildError: the driver fails.
@@ -210,11 +211,17 @@ class DeviceMemory(Memory):
 
     device = "cuda"
 
-    def __init__(self, driver: CudaDriver) -> None:
+    def __init__(self, driver: CudaDriver, stream: int | None = None) -> None:
         self._driver = driver
         driver.enter()
-        self.stream = driver.take_stream()
-        weakref.finalize(self, driver.give_stream, self.stream).atexit = False
+        if stream is None:
+            stream = driver.take_stream()
+            weakref.finalize(self, driver.give_stream, stream).atexit = False
+        self.stream = stream
+
+    def beside(self) -> "DeviceMemory":
+        """Return a memory whose buffers live as long as it does, on the same stream."""
+        return DeviceMemory(self._driver, self.stream)
 
     def enter(self) -> None:
         """Make the GPU current in this thread."""

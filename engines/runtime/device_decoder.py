@@ -1,7 +1,8 @@
 """What the decoders on a GPU share: caches, LoRA, step inputs and logits that stay where they are."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,8 @@ class DeviceDecoder(StatefulDecoder):
         weight_bytes: of the weights, which are loaded later: they are refused before, with the rest.
         advice: what to do where the GPU has no room.
         piece: most tokens per sequence in one call; None takes every prompt whole.
+        memory: returns the memory for the buffers; None makes one. Before it loads anything it calls what it is given,
+            with whether the weights are on the GPU already: that refuses what cannot fit.
 
     Raises:
         BuildError: not enough memory on the GPU, or the driver fails.
@@ -53,6 +56,7 @@ class DeviceDecoder(StatefulDecoder):
         weight_bytes: int,
         advice: str,
         piece: int | None = None,
+        memory: Callable[[Callable[[bool], None]], Memory] | None = None,
     ) -> None:
         super().__init__(io, contract, batch, slots, piece)
         self._slots, self._layout = slots, LoraLayout(contract, self._dtype)
@@ -60,18 +64,28 @@ class DeviceDecoder(StatefulDecoder):
         self._logits_shape = (batch, 1, io.vocabulary)
         one_cache = aligned(math.prod(self._cache_shape) * self._dtype.itemsize)
         logits_bytes = math.prod(self._logits_shape) * logits.itemsize
-        memory: Memory = HostMemory()
-        if driver is not None:
-            caches, other = one_cache * len(io.past_names), self._layout.nbytes + logits_bytes
-            check_memory(driver, weight_bytes, caches, other, slots, batch, advice)
-            memory = DeviceMemory(driver)
-        self._memory = memory
-        self._caches = [memory.allocate(one_cache) for _ in io.past_names]
-        self._lora = memory.allocate(self._layout.nbytes)
-        self._lora_staging: NDArray[np.uint8] | None = None
-        self._steps = StepInputs(memory, inputs, most)
-        self._logits = memory.allocate(logits_bytes)
-        self._logits_here = memory.host(logits_bytes).view(logits).reshape(self._logits_shape)
+
+        def check(loaded: bool) -> None:
+            if driver is not None:
+                caches, other = one_cache * len(io.past_names), self._layout.nbytes + logits_bytes
+                check_memory(driver, 0 if loaded else weight_bytes, caches, other, slots, batch, advice)
+
+        self._lock: AbstractContextManager[Any] = nullcontext()
+        """Held while the stream is used, where decoders share it; whoever makes the memory may set it."""
+        if memory is not None:
+            made = memory(check)
+        else:
+            check(False)
+            made = HostMemory() if driver is None else DeviceMemory(driver)
+        self._memory = made
+        with self._lock:
+            made.enter()
+            self._caches = [made.allocate(one_cache) for _ in io.past_names]
+            self._lora = made.allocate(self._layout.nbytes)
+            self._lora_staging: NDArray[np.uint8] | None = None
+            self._steps = StepInputs(made, inputs, most)
+            self._logits = made.allocate(logits_bytes)
+            self._logits_here = made.host(logits_bytes).view(logits).reshape(self._logits_shape)
 
     def packed(self, tensors: LoraTensors) -> PackedLora:
         """Return LoRA tensors as they lie on the GPU, in page-locked memory: `set_lora` of that is one copy.
@@ -80,42 +94,44 @@ class DeviceDecoder(StatefulDecoder):
             ConfigError: they are not those of the contract.
         """
         configuration = self._check_lora(tensors)
-        self._memory.enter()
-        buffer = self._memory.host(self._layout.nbytes)
+        with self._lock:
+            self._memory.enter()
+            buffer = self._memory.host(self._layout.nbytes)
         self._layout.fill(buffer, tensors)
         return PackedLora(buffer, self._layout, configuration)
 
     def _take_lora(self, tensors: LoraTensors | None) -> None:
         memory = self._memory
-        memory.enter()
-        if tensors is None:
-            memory.clear(self._lora, self._layout.nbytes)
-        elif isinstance(tensors, PackedLora) and tensors.layout.same(self._layout):
-            memory.write(self._lora, tensors.buffer)
-        else:
-            if self._lora_staging is None:
-                self._lora_staging = memory.host(self._layout.nbytes)
-            self._layout.fill(self._lora_staging, tensors)
-            memory.write(self._lora, self._lora_staging)
-        memory.synchronize()
+        with self._lock:
+            memory.enter()
+            if tensors is None:
+                memory.clear(self._lora, self._layout.nbytes)
+            elif isinstance(tensors, PackedLora) and tensors.layout.same(self._layout):
+                memory.write(self._lora, tensors.buffer)
+            else:
+                if self._lora_staging is None:
+                    self._lora_staging = memory.host(self._layout.nbytes)
+                self._layout.fill(self._lora_staging, tensors)
+                memory.write(self._lora, self._lora_staging)
+            memory.synchronize()
 
     def _read_caches(self, filled: int) -> list[NDArray[Any]]:
-        self._memory.enter()
         caches = [np.empty((*self._cache_shape[:2], filled, self._cache_shape[3]), self._dtype) for _ in self._caches]
         self._each_head(caches, self._memory.read)
         return caches
 
     def _write_caches(self, caches: list[NDArray[Any]]) -> None:
-        self._memory.enter()
         self._each_head(caches, self._memory.write)
 
     def _each_head(self, caches: list[NDArray[Any]], copy: Any) -> None:
         """Copy the filled slots of each sequence's heads: they lie together, those of the next head do not."""
         stride = self._slots * self.io.head_dim * self._dtype.itemsize
-        for address, cache in zip(self._caches, caches, strict=True):
-            for number, head in enumerate(cache.reshape(-1, *cache.shape[2:])):
-                copy(address + number * stride, head)
-        self._memory.synchronize()
+        with self._lock:
+            self._memory.enter()
+            for address, cache in zip(self._caches, caches, strict=True):
+                for number, head in enumerate(cache.reshape(-1, *cache.shape[2:])):
+                    copy(address + number * stride, head)
+            self._memory.synchronize()
 
     def _read_logits(self) -> NDArray[np.float32]:
         """Wait for the step and return its logits, float32 [B, 1, V], copied."""

@@ -26,6 +26,10 @@ class Memory(ABC):
     """The stream that orders copies and runs; 0 on the CPU."""
 
     @abstractmethod
+    def beside(self) -> "Memory":
+        """Return another memory of this device, whose copies are ordered with those of this one."""
+
+    @abstractmethod
     def allocate(self, nbytes: int) -> int:
         """Return the address of a new buffer on the device, full of zeros."""
 
@@ -60,6 +64,10 @@ class HostMemory(Memory):
 
     def __init__(self) -> None:
         self._buffers: list[NDArray[np.uint8]] = []
+
+    def beside(self) -> "HostMemory":
+        """Return another one."""
+        return HostMemory()
 
     def allocate(self, nbytes: int) -> int:
         """Return the address of a new buffer, full of zeros."""

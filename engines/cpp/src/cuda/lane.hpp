@@ -26,19 +26,21 @@ class Lane {
 
   /// Run `task` on the lane and wait for it; what it throws is thrown here.
   void run(const std::function<void()>& task) {
-    Job job{&task, false, nullptr};
+    Job job;
+    job.task = &task;
     std::unique_lock lock(mutex_);
     jobs_.push_back(&job);
     arrived_.notify_one();
-    done_.wait(lock, [&] { return job.done; });
+    job.over.wait(lock, [&] { return job.done; });
     if (job.error) std::rethrow_exception(job.error);
   }
 
  private:
   struct Job {
-    const std::function<void()>* task;
-    bool done;
+    const std::function<void()>* task = nullptr;
+    bool done = false;
     std::exception_ptr error;
+    std::condition_variable over;
   };
 
   void work() {
@@ -56,12 +58,12 @@ class Lane {
       }
       lock.lock();
       job->done = true;
-      done_.notify_all();
+      job->over.notify_one();  // under the lock: the job goes as soon as its owner sees that it is done
     }
   }
 
   std::mutex mutex_;
-  std::condition_variable arrived_, done_;
+  std::condition_variable arrived_;
   std::deque<Job*> jobs_;
   bool closed_ = false;
   std::thread thread_;  // last: it uses the others
