@@ -1,4 +1,4 @@
-// bench BUNDLE THREADS CONTEXT: one JSON request a line on stdin, one answer a line on stdout.
+// bench BUNDLE THREADS CONTEXT [BACKEND [PROVIDER]]: one JSON request a line on stdin, one answer a line on stdout.
 //   {"prompt": ids, "steps": n}          prefill, then n likeliest tokens: {"tokens", "seconds" of each step, "logits" of the last}
 //   {"emit": configuration, "to": path}  the LoRA: {"emit_s", "swap_s"}; it stays bound
 //   {"load": configurations, "prompt": ids, "tokens": n, "workers": w, "turns": t}
@@ -87,10 +87,12 @@ json load(const coatrt::Bundle& bundle, const coatrt::SessionOptions& options, c
 }  // namespace
 
 int main(int argc, char** argv) try {
-  if (argc < 4) throw coatrt::Error("usage: bench BUNDLE THREADS CONTEXT");
+  if (argc < 4) throw coatrt::Error("usage: bench BUNDLE THREADS CONTEXT [BACKEND [PROVIDER]]");
   coatrt::SessionOptions options;
   options.threads = std::stoi(argv[2]);
   options.context = std::stoll(argv[3]);
+  if (argc > 4) options.backend = argv[4];
+  if (argc > 5) options.provider = argv[5];
   coatrt::BundleOptions bundle_options;
   bundle_options.threads = options.threads;
   const auto start = Clock::now();

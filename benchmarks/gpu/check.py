@@ -7,10 +7,11 @@
 
 Each section is a process of its own and writes OUT/SECTION.jsonl row by row. A section that loses its CUDA context is
 started again and passes over the row at fault. Rows of an earlier run stay and are not measured again, so that a run
-can be cut into several. graphs.py, backend.py, calibrate.py and training.py need coatrt, encoding.py its quantization
-room alone, no other section does. linear.py builds the operator of kernels/ and needs nvcc and ONNX Runtime's headers;
-it says so and ends without them. `--dry-run` runs every measurement in tiny shapes on the CPU; nvfp4 and fp8 products
-fail there, as ONNX Runtime has them on CUDA only, and linear.py compiles and compares what needs no GPU.
+can be cut into several. graphs.py, backend.py, calibrate.py, cpp.py and training.py need coatrt, encoding.py its
+quantization room alone, no other section does. cpp.py compiles the C++ library and linear.py, with nvcc, the operator of
+kernels/; both need headers, say so and end without them. `--dry-run` runs every measurement in tiny shapes on the CPU;
+nvfp4 and fp8 products fail there, as ONNX Runtime has them on CUDA only, and linear.py compiles and compares what needs
+no GPU.
 """
 
 import argparse
@@ -32,6 +33,7 @@ SECTIONS = {
     "groups": 60,
     "backend": 100,
     "calibrate": 120,
+    "cpp": 120,
     "training": 90,
     "encoding": 90,
     "rival": 90,
@@ -55,7 +57,7 @@ def main() -> None:
     parser.add_argument("--sections", default=",".join(SECTIONS), help="which, in which order")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the seconds of every section")
     parser.add_argument("--graphs", default="graphs", help="directories that coatrt_parts.py wrote, by commas")
-    parser.add_argument("--headers", default="", help="directory of ONNX Runtime's headers, for linear")
+    parser.add_argument("--headers", default="", help="directory of ONNX Runtime's headers, for linear and cpp")
     parser.add_argument("--dry-run", action="store_true")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
@@ -69,6 +71,7 @@ def main() -> None:
         options = {"graphs": ["--graphs", given.graphs], "rival": ["--hold", str(hold)]}
         if given.headers:
             options["linear"] = ["--headers", given.headers]
+            options["cpp"] = ["--headers", str(Path(given.headers).parent)]
         more = options.get(name, [])
         dry = ["--dry-run"] if given.dry_run else []
         start = [sys.executable, str(HERE / f"{name}.py"), "--out", str(given.out), "--seconds", f"{seconds:.0f}"]

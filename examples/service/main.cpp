@@ -1,5 +1,5 @@
 // service BUNDLE [--host H] [--port P] [--sessions N] [--threads N] [--context N] [--queue N] [--deadline S]
-//         [--backend ort|trt]
+//         [--backend ort|cuda|trt]
 //
 // POST /generate       {"prompt": text | "tokens": [ids], "max_tokens", "temperature", "top_k", "top_p", "seed",
 //                       "configuration": {…}, "stream": true} → JSON, or server-sent events of {"text", "token"}
