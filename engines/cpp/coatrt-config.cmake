@@ -1,6 +1,6 @@
 # find_package(coatrt [COMPONENTS ort trt c sign]): the library is compiled from source as part of your build.
 #
-#   coatrt::coatrt   Bundle, Session, Tokenizer over ONNX Runtime
+#   coatrt::coatrt   Bundle, Session, Tokenizer over ONNX Runtime, on the CPU and on a GPU
 #   component trt    also TensorRT or TensorRT-RTX: your SDK's include directory in coatrt_TRT_INCLUDE, its library in
 #                    coatrt_TRT_LIBRARY; CUDA's runtime through find_package(CUDAToolkit)
 #   component sign   also signatures of bundles, checked with OpenSSL's libcrypto (1.1.1 or later)

@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from coatrt.engines.runtime.memory import aligned
 from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.packed_lora import LoraLayout
 from coatrt.errors import BuildError
+from support.cpp_service import Service
 from support.seals import alter_sealed
 
 PROMPT = [10, 200, 30, 44, 5, 66, 77]
@@ -157,6 +160,30 @@ def test_sessions_share_weights_and_have_graphs_of_their_own(gpu: Pretended, cpp
     # On the CPU as well: a session adds caches, LoRA and logits, not weights.
     answer = cpp.probe("share", tiny_bundle, json.dumps(request | {"provider": "cpu"}))
     assert answer["tokens"] == answer["again"] == expected
+
+
+def test_the_service_runs_on_it(gpu: Pretended, cpp: Any, tiny_bundle: Path) -> None:
+    pretended = SimpleNamespace(directory=cpp.directory, environment=cpp.environment | gpu.environment)
+    service = Service(pretended, tiny_bundle, "--backend", "cuda", "--sessions", "2", "--context", "64", wait=False)
+    assert service.process.stderr is not None
+    line = next(line for line in service.process.stderr if line.startswith("listening"))
+    service.port = int(line.rsplit(":", 1)[1])
+    request = {"tokens": PROMPT, "max_tokens": 24}
+    found: dict[int, Any] = {}
+
+    def ask(number: int) -> None:
+        found[number] = service.generate(**request, configuration=CONFIGURATIONS[number % 3])["tokens"]
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    service.stop()
+    for number, one in enumerate(CONFIGURATIONS):
+        expected = cpp.probe("run", tiny_bundle, json.dumps(ON_CPU | {"tokens": 24, "configuration": one}))["tokens"]
+        assert found[number] == found[number + 3] == expected
+    assert gpu.log.read_text().splitlines().count("session cuda.onnx") == 1
 
 
 def test_a_graph_that_is_not_captured_runs_and_is_told(gpu: Pretended, tiny_bundle: Path) -> None:
