@@ -1,5 +1,6 @@
 """The C++ library's CUDA backend: on the CPU against Python's, and over stand-ins for the driver and ONNX Runtime."""
 
+import itertools
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import onnxruntime as ort
 import pytest
 
 from coatrt.bundle import Bundle
-from coatrt.configs.config import QuantConfig
+from coatrt.configs.config import ConfigPatterns, QuantConfig
 from coatrt.engines.runtime.cuda import CudaDecoder
 from coatrt.engines.runtime.cuda_memory import check_memory, device_weights
 from coatrt.engines.runtime.emitter import Emitter
@@ -28,6 +29,8 @@ from support.seals import alter_sealed
 
 PROMPT = [10, 200, 30, 44, 5, 66, 77]
 CONFIGURATIONS = [{"default": name} for name in ("int8", "int4-g32", "nf3-g32")]
+FORMATS = ("fp16", "bf16", "int8", "int8-g128", "int4-g32", "int4-g128", "fp8", "nvfp4", "nf2-g64", "nf8-g16",
+           "nf3-g32-dq3-fp16-64", "nf4-g16-dq8-fp32-256", "nf2-g64-dq2-bf16-16")  # fmt: skip
 ON_CPU = {"prompt": PROMPT, "context": 64, "backend": "cuda", "provider": "cpu"}
 ON_GPU = {"prompt": PROMPT, "context": 64, "backend": "cuda"}
 
@@ -228,6 +231,29 @@ def test_a_machine_that_cannot_run_it_is_refused_in_one_line(
     if facts == {"LD_LIBRARY_PATH": ""} and shutil.which("nvidia-smi"):
         pytest.skip("a driver is here")
     assert gpu.refusal(tiny_bundle, **facts) == said
+
+
+def test_cudas_libraries_are_taken_from_pips_packages(gpu: Pretended, tiny_bundle: Path, tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "onnxruntime" / "capi", tmp_path / "nvidia" / "cu13" / "lib"
+    for folder in (ours, theirs):
+        folder.mkdir(parents=True)
+    shutil.copy(gpu.environment["COATRT_ONNXRUNTIME"], ours / "libonnxruntime.so.1")
+    shutil.copy(gpu.cpp.directory / "libcudart.so", theirs / "libcudart.so.13")
+    place = {"COATRT_ONNXRUNTIME": str(ours / "libonnxruntime.so.1")}
+    _, _, log = gpu.run("run", tiny_bundle, ON_GPU | {"tokens": 1}, **place)
+    assert log.count("cudart") == 1
+    assert log.index("cudart") < log.index("session cuda.onnx")
+
+
+def test_bytes_on_the_gpu_equal_pythons(cpp: Any, tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle, path = Bundle.open(tiny_bundle), tmp_path / "c.json"
+    names = bundle.model_matrices.names
+    mixed = dict(zip(names, itertools.cycle(FORMATS), strict=False))
+    for value in [*({"default": name} for name in FORMATS), {"matrices": mixed, "default": "int8"}]:
+        path.write_text(json.dumps(value))
+        config = ConfigPatterns.from_json(value).resolve(bundle.model_matrices)
+        expected = device_weights(config, bundle.model_matrices)
+        assert cpp.probe("weights", tiny_bundle, path) == {"bytes": expected.nbytes, "note": expected.note}
 
 
 def test_memory_is_looked_at_before_anything_is_loaded(gpu: Pretended, tiny_bundle: Path) -> None:

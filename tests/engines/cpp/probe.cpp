@@ -7,7 +7,9 @@
 #include <nlohmann/json.hpp>
 #include <thread>
 
+#include "cuda/weights.hpp"
 #include "glob.hpp"
+#include "state.hpp"
 #include "tokenizer/pattern.hpp"
 #include "tokenizer/unicode.hpp"
 
@@ -141,6 +143,10 @@ int answer(int argc, char** argv) {
     std::cout << json{{"hash", configuration.hash()}, {"formats", configuration.formats}} << "\n";
   } else if (command == "run" && argc == 4) {
     std::cout << run(bundle, json::parse(argv[3])) << "\n";
+  } else if (command == "weights" && argc == 4) {  // configuration → what its weights take on a GPU
+    const auto found = coatrt::detail::device_weights(bundle.configuration(read(argv[3]), argv[3]),
+                                                      bundle.state()->manifest.at("matrices"));
+    std::cout << json{{"bytes", found.bytes}, {"note", found.note}} << "\n";
   } else if (command == "share" && argc == 4) {
     std::cout << share(bundle, json::parse(argv[3])) << "\n";
   } else {
