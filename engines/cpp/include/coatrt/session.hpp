@@ -23,7 +23,7 @@ struct SessionOptions {
   int accuracy_level = 4;      ///< ort: of int4 and int8 products; 4 keeps them packed and accumulates in int8, 1 decodes
                                ///< them in every call, 0 once, at load: both exact
   bool strict_lora = false;    ///< refuse a LoRA of another configuration than the weights'; else `notice` is told so
-  std::function<void(const std::string&)> notice;  ///< gets one line, once a session; empty: standard error
+  std::function<void(const std::string&)> notice;  ///< gets each line once; empty: standard error
 };
 
 /// How the next token is chosen.

@@ -1,10 +1,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <utility>
 
 #include "packed_lora.hpp"
@@ -45,14 +42,10 @@ class Memory {
 
 class HostMemory final : public Memory {
  public:
-  void* allocate(std::size_t bytes) override {
-    void* data = std::aligned_alloc(kAlignment, aligned(bytes + 1));
-    if (data == nullptr) throw std::bad_alloc();
-    return std::memset(data, 0, aligned(bytes + 1));
-  }
+  void* allocate(std::size_t bytes) override;
   void* allocate_host(std::size_t bytes) override { return allocate(bytes); }
-  void free(void* data) noexcept override { std::free(data); }
-  void free_host(void* data) noexcept override { std::free(data); }
+  void free(void* data) noexcept override;
+  void free_host(void* data) noexcept override { free(data); }
   void write(void* to, const void* from, std::size_t bytes) override { std::memcpy(to, from, bytes); }
   void read(void* to, const void* from, std::size_t bytes) override { std::memcpy(to, from, bytes); }
   void clear(void* data, std::size_t bytes) override { std::memset(data, 0, bytes); }
@@ -63,14 +56,8 @@ class HostMemory final : public Memory {
 class Buffer {
  public:
   enum class Where { device, host };
-  Buffer(Memory& memory, std::size_t bytes, Where where = Where::device)
-      : memory_(&memory), where_(where), bytes_(bytes),
-        data_(where == Where::device ? memory.allocate(bytes) : memory.allocate_host(bytes)) {}
-  ~Buffer() {
-    if (data_ == nullptr) return;
-    if (where_ == Where::device) memory_->free(data_);
-    else memory_->free_host(data_);
-  }
+  Buffer(Memory& memory, std::size_t bytes, Where where = Where::device);
+  ~Buffer();
   Buffer(Buffer&& other) noexcept
       : memory_(other.memory_), where_(other.where_), bytes_(other.bytes_), data_(std::exchange(other.data_, nullptr)) {}
   Buffer& operator=(Buffer&&) = delete;
