@@ -8,10 +8,10 @@
 Each section is a process of its own and writes OUT/SECTION.jsonl row by row. A section that loses its CUDA context is
 started again and passes over the row at fault. Rows of an earlier run stay and are not measured again, so that a run
 can be cut into several. graphs.py, backend.py, calibrate.py, cpp.py and training.py need coatrt, encoding.py its
-quantization room alone, no other section does. cpp.py compiles the C++ library and linear.py, with nvcc, the operator of
-kernels/; both need headers, say so and end without them. `--dry-run` runs every measurement in tiny shapes on the CPU;
-nvfp4 and fp8 products fail there, as ONNX Runtime has them on CUDA only, and linear.py compiles and compares what needs
-no GPU.
+quantization room alone, no other section does. cpp.py compiles the C++ library and linear.py, with nvcc, the operator
+of kernels/; both need headers, say so and end without them. `--dry-run` runs every measurement in tiny shapes on the
+CPU; nvfp4 and fp8 products fail there, as ONNX Runtime has them on CUDA only, and linear.py compiles and compares what
+needs no GPU.
 """
 
 import argparse

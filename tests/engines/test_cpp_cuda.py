@@ -269,7 +269,8 @@ def test_memory_is_looked_at_before_anything_is_loaded(gpu: Pretended, tiny_bund
             return needed - 1, 80 << 30
 
     with pytest.raises(BuildError) as error:
-        check_memory(Small(), weights.nbytes, caches, other, 64, 1)  # type: ignore[arg-type]
+        advice = "give a shorter --context or a smaller batch"
+        check_memory(Small(), weights.nbytes, caches, other, 64, 1, advice)  # type: ignore[arg-type]
     assert gpu.refusal(tiny_bundle, COATRT_STUB_FREE=str(needed - 1)) == str(error.value)
     _, said, _ = gpu.run("run", tiny_bundle, ON_GPU, COATRT_STUB_FREE=str(needed))
     assert said == (f"coatrt: {weights.note}\n" if weights.note else "")
