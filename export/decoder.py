@@ -10,12 +10,14 @@ from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import DecoderIO, LoraContract
 from coatrt.errors import CheckpointError, ConfigError
 from coatrt.export.graph import GraphBuilder, GraphForm
+from coatrt.export.joining import JoinedWeight, grouped, joined
 from coatrt.export.network import Network
+from coatrt.export.projections import NetworkWeights
 from coatrt.export.weight_file import WEIGHTS_FILE, WeightFile
 from coatrt.export.weights import Table, write_matrix, write_table
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.models.exportable import check_tensors
-from coatrt.models.matrices import EMBEDDING, HEAD
+from coatrt.models.matrices import EMBEDDING, HEAD, fused_name
 from coatrt.models.spec import DecoderSpec
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import QuantizedMatrix, encode
@@ -148,9 +150,9 @@ def write_graphs(
     """
     with WeightFile(directory) as weights_file:
         graphs = [GraphBuilder(form, weights_file) for form in forms]
-        tables, weights = _write_matrices(matrices, graphs, tied=tied)
-        for graph, table, written, rows in zip(graphs, tables, weights, positions, strict=True):
-            Network(graph, spec, table, written, small, contract, rows).write()
+        written = _write_matrices(matrices, graphs, tied=tied)
+        for graph, weights, rows in zip(graphs, written, positions, strict=True):
+            Network(graph, spec, weights, small, contract, rows).write()
     for graph in graphs:
         graph.save(directory)
 
@@ -170,18 +172,23 @@ def _encoded(
 
 def _write_matrices(
     matrices: Iterable[tuple[str, QuantizedMatrix]], graphs: Sequence[GraphBuilder], *, tied: bool
-) -> tuple[list[Table], list[dict[str, ir.Value]]]:
-    """Write every matrix into every graph; return each graph's embedding, and its weights by name, the head's too."""
+) -> list[NetworkWeights]:
+    """Write every matrix into every graph, those that read one input as one where that can be."""
     tables: list[Table] = []
-    weights: list[dict[str, ir.Value]] = [{} for _ in graphs]
-    for name, matrix in matrices:
-        for graph, written in zip(graphs, weights, strict=True):
-            if name != EMBEDDING:
-                written[name] = write_matrix(graph, name, matrix)
-                continue
-            table = write_table(graph, name, matrix, head=tied)
-            tables.append(table)
-            if table.weight is not None:
-                written[HEAD] = table.weight
-        del matrix  # before the next one is read
-    return tables, weights
+    alone: list[dict[str, ir.Value]] = [{} for _ in graphs]
+    together: list[dict[str, JoinedWeight]] = [{} for _ in graphs]
+    for group in grouped(matrices):
+        name, matrix = next(iter(group.items()))
+        whole, joint = joined(list(group.values())), fused_name(name)
+        widths = {name: one.N for name, one in group.items()}
+        for number, graph in enumerate(graphs):
+            if name == EMBEDDING:
+                tables.append(write_table(graph, name, matrix, head=tied))
+                if (head := tables[-1].weight) is not None:
+                    alone[number][HEAD] = head
+            elif whole is not None:
+                together[number][joint] = JoinedWeight(write_matrix(graph, joint, whole), widths)
+            else:
+                alone[number].update({name: write_matrix(graph, name, one) for name, one in group.items()})
+        del group, matrix, whole  # before the next ones are read
+    return [NetworkWeights(*one) for one in zip(tables, alone, together, strict=True)]

@@ -182,6 +182,10 @@ class GraphBuilder(Nodes):
         )
         return self.initializer(data, name)
 
+    def small(self, name: str, tensor: torch.Tensor) -> ir.Value:
+        """Return a small tensor as an initializer in the activations' dtype."""
+        return self.store(name, tensor.to(TORCH_DTYPES[self.form.activations]).contiguous(), self.activations)
+
     def constant(self, array: NDArray[Any]) -> ir.Value:
         """Return a small constant, the same one for equal content."""
         digest = hashlib.sha256(array.tobytes()).hexdigest()[:12]

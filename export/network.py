@@ -1,14 +1,14 @@
 """The decoder network as graph nodes: embedding, layers with caches, logits."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import onnx_ir as ir
 import torch
 
 from coatrt.configs.lora_contract import LoraContract
 from coatrt.export.engine_attention import Attend, EngineAttention
-from coatrt.export.graph import TORCH_DTYPES, GraphBuilder
-from coatrt.export.weights import Table
+from coatrt.export.graph import GraphBuilder
+from coatrt.export.projections import NetworkWeights, Projections
 from coatrt.models.matrices import HEAD
 from coatrt.models.spec import DecoderSpec
 
@@ -21,8 +21,7 @@ class Network:
     Args:
         graph: receives the nodes; the weights are in it already.
         spec: what to compute.
-        table: the embedding.
-        weights: matrix name → weight [K, N], the head among them.
+        weights: what it holds of them.
         tensor: reads a small tensor of the checkpoint by name, None where it has none.
         contract: LoRA inputs to add; None for a graph without.
         max_positions: rows of the rotary tables.
@@ -32,16 +31,14 @@ class Network:
         self,
         graph: GraphBuilder,
         spec: DecoderSpec,
-        table: Table,
-        weights: Mapping[str, ir.Value],
+        weights: NetworkWeights,
         tensor: Callable[[str], torch.Tensor | None],
         contract: LoraContract | None,
         max_positions: int,
     ) -> None:
-        self._graph, self._spec, self._table, self._weights = graph, spec, table, weights
-        self._tensor, self._contract, self._max_positions = tensor, contract, max_positions
-        self._lora: dict[str, tuple[ir.Value, ir.Value]] = {}
-        self._lora_low: dict[str, ir.Value] = {}  # x·A of matrices that read the same x
+        self._graph, self._spec, self._weights = graph, spec, weights
+        self._tensor, self._max_positions = tensor, max_positions
+        self._projections = Projections(graph, weights, tensor, contract)
         rotated = 2 * len(spec.inverse_frequencies)
         # GroupQueryAttention rotates where both widths are multiples of 16, and then takes positions from `seqlens_k`.
         self._rotates_inside = graph.is_cuda and rotated % 16 == 0 and spec.head_dim % 16 == 0
@@ -70,11 +67,7 @@ class Network:
             )
             for layer in range(spec.layers)
         ]
-        for tensor in self._contract.tensors if self._contract is not None else ():
-            self._lora[tensor.matrix] = (
-                graph.input(tensor.A, graph.activations, (tensor.K, tensor.rank)),
-                graph.input(tensor.B, graph.activations, (tensor.rank, tensor.N)),
-            )
+        self._projections.add_inputs()
         self._cos, self._sin = self._rotary_tables()
         self._attend: Attend = self._cpu_attention
         if graph.is_engine:
@@ -83,7 +76,9 @@ class Network:
         elif not graph.is_cuda:
             self._ends = self._sequence_ends(ids)
 
-        x = self._multiplied(self._table.rows(ids), spec.embedding_multiplier, "embedding.multiplied")  # [B, S, H]
+        x = self._multiplied(
+            self._weights.table.rows(ids), spec.embedding_multiplier, "embedding.multiplied"
+        )  # [B, S, H]
         hidden, presents = x if spec.norm_after else self._norm(x, "model.layers.0.input_layernorm"), []
         for layer in range(spec.layers):
             x, hidden, present = self._layer(x, hidden, layer)
@@ -93,7 +88,7 @@ class Network:
             x = self._norm(x, "model.norm")
         divided = spec.logits_divisor != 1.0
         last = "logits.narrow" if graph.is_cuda else "logits"
-        logits = graph.op("MatMul", [x, self._weights[HEAD]], "logits.undivided" if divided else last)
+        logits = graph.op("MatMul", [x, self._weights.alone[HEAD]], "logits.undivided" if divided else last)
         if divided:
             logits = graph.op("Div", [logits, graph.real(spec.logits_divisor)], last)
         dtype = graph.activations
@@ -110,7 +105,9 @@ class Network:
             self._spec.inverse_frequencies
         )
         scaling = self._spec.rope_scaling
-        return self._small("rotary.cos", angles.cos() * scaling), self._small("rotary.sin", angles.sin() * scaling)
+        return self._graph.small("rotary.cos", angles.cos() * scaling), self._graph.small(
+            "rotary.sin", angles.sin() * scaling
+        )
 
     def _sequence_ends(self, ids: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Return the last slot each sequence fills in this call, int32 [B], and how many the longest has then."""
@@ -165,24 +162,36 @@ class Network:
         return x, hidden, presents
 
     def _attention(self, x: ir.Value, layer: int, prefix: str) -> tuple[ir.Value, list[ir.Value]]:
-        self._read_together(x, [f"{prefix}.{name}_proj" for name in "qkv"], f"{prefix}.qkv")
-        spec = self._spec
+        spec, joint = self._spec, f"{prefix}.qkv_proj"
+        whole = self._projections.together(x, joint)
+        if whole is not None and self._takes_packed(layer, prefix):
+            mixed, presents = self._cpu_attention(whole, None, None, layer, prefix)
+            return self._projections.linear(mixed, f"{prefix}.o_proj"), presents
+        if whole is not None:
+            self._projections.cut(whole, joint)
         query = self._heads(x, f"{prefix}.q_proj", f"{prefix}.q_norm", spec.heads)
         key = self._heads(x, f"{prefix}.k_proj", f"{prefix}.k_norm", spec.kv_heads)
         value = self._heads(x, f"{prefix}.v_proj", None, spec.kv_heads)
         mixed, presents = self._attend(query, key, value, layer, prefix)
-        return self._linear(mixed, f"{prefix}.o_proj"), presents
+        return self._projections.linear(mixed, f"{prefix}.o_proj"), presents
+
+    def _takes_packed(self, layer: int, prefix: str) -> bool:
+        """Return whether nothing comes between the projections and the attention, so that it takes them as one."""
+        normed = any(self._tensor(f"{prefix}.{name}_norm.weight") is not None for name in "qk")
+        return not normed and (self._rotates_inside or not self._spec.rotary[layer])
 
     def _cpu_attention(
-        self, query: ir.Value, key: ir.Value, value: ir.Value, layer: int, prefix: str
+        self, query: ir.Value, key: ir.Value | None, value: ir.Value | None, layer: int, prefix: str
     ) -> tuple[ir.Value, list[ir.Value]]:
         """ONNX Runtime's own operator: it appends to the caches and reads only their filled slots.
 
-        With Attention and TensorScatter of ONNX a token costs as much as a full cache.
+        Without key and value, `query` holds all three. With Attention and TensorScatter of ONNX a token costs as much
+        as a full cache.
         """
         graph, spec, window = self._graph, self._spec, self._spec.windows[layer]
         inside = self._rotates_inside and spec.rotary[layer]
         if spec.rotary[layer] and not inside:
+            assert key is not None, "packed projections are rotated inside"
             query = self._rotated(query, f"{prefix}.q", spec.heads)
             key = self._rotated(key, f"{prefix}.k", spec.kv_heads)
         more = {"do_rotary": 1} if inside else {}
@@ -206,7 +215,7 @@ class Network:
         It is cut into heads [B, heads, S, D] in the engine form, [B, S, heads · D] in the cpu form.
         """
         graph, width = self._graph, self._spec.head_dim
-        out = self._linear(x, projection)
+        out = self._projections.linear(x, projection)
         scale = self._tensor(f"{norm}.weight") if norm is not None else None
         per_head = scale is not None and scale.numel() == width
         if scale is not None and not per_head:  # over all heads at once
@@ -227,8 +236,10 @@ class Network:
         return self._graph.op("RotaryEmbedding", inputs, f"{name}.rotated", **partial, num_heads=heads)
 
     def _mlp(self, x: ir.Value, prefix: str) -> ir.Value:
-        self._read_together(x, [f"{prefix}.{name}_proj" for name in ("gate", "up")], f"{prefix}.gate_up")
-        graph, gate = self._graph, self._linear(x, f"{prefix}.gate_proj")
+        joint = f"{prefix}.gate_up_proj"
+        if (whole := self._projections.together(x, joint)) is not None:
+            self._projections.cut(whole, joint)
+        graph, gate = self._graph, self._projections.linear(x, f"{prefix}.gate_proj")
         if self._spec.activation == "silu" and graph.is_engine:
             gate = graph.op("Swish", [gate], f"{prefix}.activated")
         elif self._spec.activation == "silu":  # one kernel; ONNX Runtime takes Swish apart into three
@@ -236,34 +247,8 @@ class Network:
         else:
             approximate = "tanh" if self._spec.activation == "gelu_tanh" else "none"
             gate = graph.op("Gelu", [gate], f"{prefix}.activated", approximate=approximate)
-        gated = graph.op("Mul", [gate, self._linear(x, f"{prefix}.up_proj")], f"{prefix}.gated")
-        return self._linear(gated, f"{prefix}.down_proj")
-
-    def _read_together(self, x: ir.Value, names: list[str], label: str) -> None:
-        """Multiply x by the A of several matrices at once; one product is faster than several of rank 16.
-
-        TensorRT-RTX 1.7.1 also builds SmolLM2-135M in half the time.
-        """
-        graph, known = self._graph, self._contract.by_matrix if self._contract is not None else {}
-        tensors = [known[name] for name in names if name in known]
-        if len(tensors) < 2 or not graph.is_engine:
-            return
-        joined = graph.op("Concat", [self._lora[tensor.matrix][0] for tensor in tensors], f"{label}.lora_A", axis=1)
-        low = graph.op("MatMul", [x, joined], f"{label}.lora_low")
-        parts = graph.split(low, {f"{tensor.matrix}.lora_low": tensor.rank for tensor in tensors})
-        self._lora_low.update({tensor.matrix: part for tensor, part in zip(tensors, parts, strict=True)})
-
-    def _linear(self, x: ir.Value, name: str) -> ir.Value:
-        """Return x·W (+ bias) (+ (x·A)·B)."""
-        graph, bias = self._graph, self._tensor(f"{name}.bias")
-        out = graph.op("MatMul", [x, self._weights[name]], f"{name}.product")
-        if bias is not None:
-            out = graph.op("Add", [out, self._small(f"{name}.bias", bias)], f"{name}.biased")
-        if name in self._lora:
-            a, b = self._lora[name]
-            low = self._lora_low.get(name) or graph.op("MatMul", [x, a], f"{name}.lora_low")
-            out = graph.op("Add", [out, graph.op("MatMul", [low, b], f"{name}.lora")], f"{name}.adapted")
-        return out
+        gated = graph.op("Mul", [gate, self._projections.linear(x, f"{prefix}.up_proj")], f"{prefix}.gated")
+        return self._projections.linear(gated, f"{prefix}.down_proj")
 
     def _norm(self, x: ir.Value, name: str) -> ir.Value:
         op = "LayerNormalization" if self._spec.layer_norm else "RMSNormalization"
@@ -273,12 +258,8 @@ class Network:
         """Return the weight of a norm and, where it has one, its bias."""
         weight, bias = self._tensor(f"{name}.weight"), self._tensor(f"{name}.bias") if self._spec.layer_norm else None
         assert weight is not None, f"the tensor reader refuses a checkpoint without {name}.weight"
-        scales = [self._small(f"{name}.weight", weight.float() + self._spec.norm_offset)]
-        return scales if bias is None else [*scales, self._small(f"{name}.bias", bias)]
-
-    def _small(self, name: str, tensor: torch.Tensor) -> ir.Value:
-        dtype = TORCH_DTYPES[self._graph.form.activations]
-        return self._graph.store(name, tensor.to(dtype).contiguous(), self._graph.activations)
+        scales = [self._graph.small(f"{name}.weight", weight.float() + self._spec.norm_offset)]
+        return scales if bias is None else [*scales, self._graph.small(f"{name}.bias", bias)]
 
     def _multiplied(self, x: ir.Value, factor: float, name: str) -> ir.Value:
         return x if factor == 1.0 else self._graph.op("Mul", [x, self._graph.real(factor)], name)

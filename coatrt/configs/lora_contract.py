@@ -7,10 +7,10 @@ from functools import cached_property
 from typing import Literal
 
 from coatrt.errors import ConfigError
-from coatrt.models.matrices import ModelMatrices
+from coatrt.models.matrices import ModelMatrices, fused_name
 from coatrt.system.ranges import Count, Layers
 
-__all__ = ["ACTIVATIONS", "DecoderIO", "LoraContract", "LoraTensor", "contract_for"]
+__all__ = ["ACTIVATIONS", "DecoderIO", "LoraContract", "LoraGroup", "LoraTensor", "contract_for", "lora_groups"]
 
 ACTIVATIONS = ("float32", "float16", "bfloat16")
 _MOST_ALPHA = 1e6  # of training too
@@ -120,6 +120,34 @@ def contract_for(model: ModelMatrices, rank: int, alpha: float, ranks: Mapping[s
         for m in model.targets
     )
     return LoraContract(float(alpha), "float32", tensors)
+
+
+@dataclass(frozen=True)
+class LoraGroup:
+    """The LoRA of matrices that read one input, as one pair: A [K, sum of ranks], B block-diagonal.
+
+    Args:
+        name: of the matrices together, see `coatrt.models.matrices.fused_name`.
+        tensors: of each matrix, in network order.
+    """
+
+    name: str
+    tensors: tuple[LoraTensor, ...]
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, int]]:
+        """Name → shape of the joint A and B."""
+        rank, N = sum(tensor.rank for tensor in self.tensors), sum(tensor.N for tensor in self.tensors)
+        return {f"lora_A.{self.name}": (self.tensors[0].K, rank), f"lora_B.{self.name}": (rank, N)}
+
+
+def lora_groups(contract: LoraContract) -> tuple[LoraGroup, ...]:
+    """Return the matrices of a contract that read one input together, two of them at least."""
+    found: dict[str, list[LoraTensor]] = {}
+    for tensor in contract.tensors:
+        if name := fused_name(tensor.matrix):
+            found.setdefault(name, []).append(tensor)
+    return tuple(LoraGroup(name, tuple(tensors)) for name, tensors in found.items() if len(tensors) > 1)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from coatrt.errors import CheckpointError
 from coatrt.system.ranges import Bytes, Count
 
-__all__ = ["EMBEDDING", "HEAD", "Matrix", "ModelMatrices", "matrices_of"]
+__all__ = ["EMBEDDING", "HEAD", "Matrix", "ModelMatrices", "fused_name", "matrices_of"]
 
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
@@ -19,6 +19,17 @@ _MOST_DIGITS = 4  # of a layer's number
 _MOST_PARAMETERS = 2**50  # of which sums of bits stay below 2^63
 _ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_JOINT = ("qkv_proj", "gate_up_proj")
+
+
+def fused_name(name: str) -> str:
+    """Return what a matrix and those that read the same input are called together, "" where it reads alone.
+
+    `model.layers.3.mlp.up_proj` → `model.layers.3.mlp.gate_up_proj`.
+    """
+    parent, _, kind = name.rpartition(".")
+    joint = next((joint for joint, kinds in zip(_JOINT, _FUSED, strict=True) if kind in kinds), "")
+    return f"{parent}.{joint}" if joint and parent else ""
 
 
 class Matrix(NamedTuple):

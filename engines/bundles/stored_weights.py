@@ -10,7 +10,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from coatrt.errors import BundleError, reason
-from coatrt.models.matrices import EMBEDDING, ModelMatrices
+from coatrt.models.matrices import EMBEDDING, ModelMatrices, fused_name
 
 __all__ = ["held_weights"]
 
@@ -19,7 +19,8 @@ def held_weights(graph: Path, model: ModelMatrices) -> Iterator[tuple[str, NDArr
     """Yield (name, weight [N, K]) of every matrix, decoded by the nodes of the graph that lead to it.
 
     The exporter calls the weight of a matrix `{name}.weight` [K, N] and the rows of the embedding `{name}.weight.rows`.
-    Nothing is fused or folded, and one matrix at a time is in memory.
+    Matrices that read one input may be one weight, side by side under their joint name. Nothing is folded, and one
+    weight at a time is in memory.
 
     Args:
         graph: the cpu form, its weights file beside it.
@@ -30,22 +31,36 @@ def held_weights(graph: Path, model: ModelMatrices) -> Iterator[tuple[str, NDArr
     """
     whole = onnx.load(graph, load_external_data=False)
     producers = {node.output[0]: node for node in whole.graph.node}
-    for matrix in model.matrices:
-        table = matrix.name == EMBEDDING
-        value = f"{matrix.name}.weight.rows" if table else f"{matrix.name}.weight"
-        inputs = {"input_ids": np.arange(matrix.N, dtype=np.int64)[None]} if table else {}
-        session = _session(_part(whole, producers, value), graph.parent)
-        try:
-            found = session.run(None, inputs)[0]
-        except Exception as error:  # onnxruntime's own, as of more rows than there are
-            raise BundleError(f"{graph} does not decode {matrix.name} ({reason(error)}); build it again") from None
-        weight = np.asarray(found[0] if table else found.T, np.float32)
-        if weight.shape != (matrix.N, matrix.K):
-            raise BundleError(
-                f"{graph} holds {matrix.name} as {weight.shape}, the manifest says {(matrix.N, matrix.K)}; "
-                "build it again"
-            )
-        yield matrix.name, weight
+    known = {*producers, *(tensor.name for tensor in whole.graph.initializer)}
+    for group in model.groups:
+        joint = fused_name(group[0])
+        if f"{joint}.weight" not in known:
+            for name in group:
+                yield name, _decoded(graph, whole, producers, name, model.by_name[name].N, model.by_name[name].K)
+            continue
+        sizes = [model.by_name[name].N for name in group]
+        rows = _decoded(graph, whole, producers, joint, sum(sizes), model.by_name[group[0]].K)
+        yield from zip(group, np.split(rows, np.cumsum(sizes)[:-1]), strict=True)
+
+
+def _decoded(graph: Path, whole: Any, producers: Mapping[str, Any], name: str, N: int, K: int) -> NDArray[np.float32]:
+    """Return one weight [N, K] of a graph.
+
+    Raises:
+        BundleError: the graph lacks it, or gives it another shape.
+    """
+    table = name == EMBEDDING
+    value = f"{name}.weight.rows" if table else f"{name}.weight"
+    inputs = {"input_ids": np.arange(N, dtype=np.int64)[None]} if table else {}
+    session = _session(_part(whole, producers, value), graph.parent)
+    try:
+        found = session.run(None, inputs)[0]
+    except Exception as error:  # onnxruntime's own, as of more rows than there are
+        raise BundleError(f"{graph} does not decode {name} ({reason(error)}); build it again") from None
+    weight = np.asarray(found[0] if table else found.T, np.float32)
+    if weight.shape != (N, K):
+        raise BundleError(f"{graph} holds {name} as {weight.shape}, the manifest says {(N, K)}; build it again")
+    return weight
 
 
 def _part(whole: Any, producers: Mapping[str, Any], value: str) -> Any:

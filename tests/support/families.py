@@ -104,6 +104,21 @@ def export(
     return directory
 
 
+def joined(lora: dict[str, NDArray[Any]], inputs: set[str]) -> dict[str, NDArray[Any]]:
+    """Return LoRA tensors with A side by side and B block-diagonal where a graph's inputs are so."""
+    found = dict(lora)
+    for joint, parts in (("qkv_proj", ("q_proj", "k_proj", "v_proj")), ("gate_up_proj", ("gate_proj", "up_proj"))):
+        for name in [name for name in inputs if name.endswith(f".{joint}") and name.startswith("lora_")]:
+            tensors = [found.pop(name.removesuffix(joint) + part) for part in parts]
+            found[name] = np.concatenate(tensors, axis=1)
+            if name.startswith("lora_B."):
+                ranks, widths = zip(*(tensor.shape for tensor in tensors), strict=True)
+                found[name] = np.zeros((sum(ranks), sum(widths)), np.float32)
+                for i, tensor in enumerate(tensors):
+                    found[name][sum(ranks[:i]) : sum(ranks[: i + 1]), sum(widths[:i]) : sum(widths[: i + 1])] = tensor
+    return found
+
+
 class Runner:
     """Runs a decoder graph in ONNX Runtime, carrying its caches."""
 
@@ -139,7 +154,7 @@ class Runner:
         }
         named = {value.name for value in self.session.get_inputs()}
         feed = {name: value for name, value in every.items() if name in named} | self.cache
-        feed |= {name: value.astype(self.dtype) for name, value in (lora or {}).items()}
+        feed |= {name: value.astype(self.dtype) for name, value in joined(lora or {}, named).items()}
         logits, *presents = self.session.run(["logits", *self.io.present_names], feed)
         self.cache = dict(zip(self.io.past_names, presents, strict=True))
         return np.asarray(logits)
