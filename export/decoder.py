@@ -10,7 +10,7 @@ from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import DecoderIO, LoraContract
 from coatrt.errors import CheckpointError, ConfigError
 from coatrt.export.graph import GraphBuilder, GraphForm
-from coatrt.export.joining import JoinedWeight, grouped, joined
+from coatrt.export.joining import grouped, joined
 from coatrt.export.network import Network
 from coatrt.export.projections import NetworkWeights
 from coatrt.export.weight_file import WEIGHTS_FILE, WeightFile
@@ -68,12 +68,12 @@ def _check(
             "give a configuration resolved for this model"
         )
     if contract is not None:
-        given = {tensor.matrix: (tensor.N, tensor.K) for tensor in contract.tensors}
-        needed = {matrix.name: (matrix.N, matrix.K) for matrix in model.targets}
+        given = {tensor.matrix: (tensor.N, tensor.K, tensor.group) for tensor in contract.tensors}
+        needed = {matrix.name: (matrix.N, matrix.K, fused_name(matrix.name)) for matrix in model.targets}
         if given != needed:
             raise ConfigError(
-                f"the LoRA contract has {len(given)} matrices that are not the model's {len(needed)} targets in name "
-                "or shape; make the contract from this model"
+                f"the LoRA contract has {len(given)} matrices that are not the model's {len(needed)} targets in "
+                "name, shape or group; make the contract from this model"
             )
     distinct = min(len({form.file for form in forms}), len({form.name for form in forms}))
     if not forms or distinct != len(forms):
@@ -176,19 +176,20 @@ def _write_matrices(
     """Write every matrix into every graph, those that read one input as one where that can be."""
     tables: list[Table] = []
     alone: list[dict[str, ir.Value]] = [{} for _ in graphs]
-    together: list[dict[str, JoinedWeight]] = [{} for _ in graphs]
+    together: list[dict[str, ir.Value]] = [{} for _ in graphs]
+    widths: dict[str, int] = {}
     for group in grouped(matrices):
         name, matrix = next(iter(group.items()))
+        widths |= {name: one.N for name, one in group.items()}
         whole, joint = joined(list(group.values())), fused_name(name)
-        widths = {name: one.N for name, one in group.items()}
         for number, graph in enumerate(graphs):
             if name == EMBEDDING:
                 tables.append(write_table(graph, name, matrix, head=tied))
                 if (head := tables[-1].weight) is not None:
                     alone[number][HEAD] = head
             elif whole is not None:
-                together[number][joint] = JoinedWeight(write_matrix(graph, joint, whole), widths)
+                together[number][joint] = write_matrix(graph, joint, whole)
             else:
                 alone[number].update({name: write_matrix(graph, name, one) for name, one in group.items()})
         del group, matrix, whole  # before the next ones are read
-    return [NetworkWeights(*one) for one in zip(tables, alone, together, strict=True)]
+    return [NetworkWeights(*one, widths) for one in zip(tables, alone, together, strict=True)]

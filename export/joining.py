@@ -1,28 +1,14 @@
 """Matrices that read one input, written as one: their product is one kernel instead of one for each."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
-import onnx_ir as ir
 import torch
 
 from coatrt.models.matrices import fused_name
 from coatrt.quantization.codec import QuantizedMatrix
 
-__all__ = ["JoinedWeight", "grouped", "joined"]
-
-
-@dataclass(frozen=True)
-class JoinedWeight:
-    """The weights of several matrices side by side.
-
-    Args:
-        weight: [K, sum of the widths].
-        widths: matrix name → N, in their order.
-    """
-
-    weight: ir.Value
-    widths: Mapping[str, int]
+__all__ = ["grouped", "joined"]
 
 
 def grouped(matrices: Iterable[tuple[str, QuantizedMatrix]]) -> Iterator[dict[str, QuantizedMatrix]]:

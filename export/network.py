@@ -41,7 +41,7 @@ class Network:
         self._projections = Projections(graph, weights, tensor, contract)
         rotated = 2 * len(spec.inverse_frequencies)
         # GroupQueryAttention rotates where both widths are multiples of 16, and then takes positions from `seqlens_k`.
-        self._rotates_inside = graph.is_cuda and rotated % 16 == 0 and spec.head_dim % 16 == 0
+        self._rotates_inside = not graph.is_engine and rotated % 16 == 0 and spec.head_dim % 16 == 0
 
     def write(self) -> None:
         """Add inputs, nodes and outputs."""
@@ -67,7 +67,7 @@ class Network:
             )
             for layer in range(spec.layers)
         ]
-        self._projections.add_inputs()
+        self._projections.add_inputs(ids)
         self._cos, self._sin = self._rotary_tables()
         self._attend: Attend = self._cpu_attention
         if graph.is_engine:
@@ -124,7 +124,7 @@ class Network:
     @property
     def _last_norm(self) -> str | None:
         """The norm that is one with the last addition; None where only the positions asked for are normed."""
-        return "model.norm" if self._graph.is_cuda and not self._spec.norm_after else None
+        return None if self._graph.is_engine or self._spec.norm_after else "model.norm"
 
     def _asked(self, hidden: ir.Value, index: ir.Value) -> ir.Value:
         """Return the positions that get logits, [B, T, H].
@@ -162,21 +162,22 @@ class Network:
         return x, hidden, presents
 
     def _attention(self, x: ir.Value, layer: int, prefix: str) -> tuple[ir.Value, list[ir.Value]]:
-        spec, joint = self._spec, f"{prefix}.qkv_proj"
-        whole = self._projections.together(x, joint)
+        spec, names = self._spec, [f"{prefix}.{name}_proj" for name in "qkv"]
+        whole = self._projections.together(x, names)
         if whole is not None and self._takes_packed(layer, prefix):
             mixed, presents = self._cpu_attention(whole, None, None, layer, prefix)
             return self._projections.linear(mixed, f"{prefix}.o_proj"), presents
-        if whole is not None:
-            self._projections.cut(whole, joint)
-        query = self._heads(x, f"{prefix}.q_proj", f"{prefix}.q_norm", spec.heads)
-        key = self._heads(x, f"{prefix}.k_proj", f"{prefix}.k_norm", spec.kv_heads)
-        value = self._heads(x, f"{prefix}.v_proj", None, spec.kv_heads)
+        query, key, value = self._projections.parts(x, whole, names)
+        query = self._heads(query, f"{prefix}.q_proj", f"{prefix}.q_norm", spec.heads)
+        key = self._heads(key, f"{prefix}.k_proj", f"{prefix}.k_norm", spec.kv_heads)
+        value = self._heads(value, f"{prefix}.v_proj", None, spec.kv_heads)
         mixed, presents = self._attend(query, key, value, layer, prefix)
         return self._projections.linear(mixed, f"{prefix}.o_proj"), presents
 
     def _takes_packed(self, layer: int, prefix: str) -> bool:
         """Return whether nothing comes between the projections and the attention, so that it takes them as one."""
+        if self._graph.is_engine:
+            return False
         normed = any(self._tensor(f"{prefix}.{name}_norm.weight") is not None for name in "qk")
         return not normed and (self._rotates_inside or not self._spec.rotary[layer])
 
@@ -209,13 +210,12 @@ class Network:
         )
         return mixed, presents
 
-    def _heads(self, x: ir.Value, projection: str, norm: str | None, heads: int) -> ir.Value:
-        """Return a projection, normed where the checkpoint has that norm.
+    def _heads(self, out: ir.Value, projection: str, norm: str | None, heads: int) -> ir.Value:
+        """Return what a projection gave, normed where the checkpoint has that norm.
 
         It is cut into heads [B, heads, S, D] in the engine form, [B, S, heads · D] in the cpu form.
         """
         graph, width = self._graph, self._spec.head_dim
-        out = self._projections.linear(x, projection)
         scale = self._tensor(f"{norm}.weight") if norm is not None else None
         per_head = scale is not None and scale.numel() == width
         if scale is not None and not per_head:  # over all heads at once
@@ -236,10 +236,8 @@ class Network:
         return self._graph.op("RotaryEmbedding", inputs, f"{name}.rotated", **partial, num_heads=heads)
 
     def _mlp(self, x: ir.Value, prefix: str) -> ir.Value:
-        joint = f"{prefix}.gate_up_proj"
-        if (whole := self._projections.together(x, joint)) is not None:
-            self._projections.cut(whole, joint)
-        graph, gate = self._graph, self._projections.linear(x, f"{prefix}.gate_proj")
+        graph, names = self._graph, [f"{prefix}.{name}_proj" for name in ("gate", "up")]
+        gate, up = self._projections.parts(x, self._projections.together(x, names), names)
         if self._spec.activation == "silu" and graph.is_engine:
             gate = graph.op("Swish", [gate], f"{prefix}.activated")
         elif self._spec.activation == "silu":  # one kernel; ONNX Runtime takes Swish apart into three
@@ -247,7 +245,7 @@ class Network:
         else:
             approximate = "tanh" if self._spec.activation == "gelu_tanh" else "none"
             gate = graph.op("Gelu", [gate], f"{prefix}.activated", approximate=approximate)
-        gated = graph.op("Mul", [gate, self._projections.linear(x, f"{prefix}.up_proj")], f"{prefix}.gated")
+        gated = graph.op("Mul", [gate, up], f"{prefix}.gated")
         return self._projections.linear(gated, f"{prefix}.down_proj")
 
     def _norm(self, x: ir.Value, name: str) -> ir.Value:
@@ -268,7 +266,7 @@ class Network:
         """Return x + update and the norm of that sum; without a norm the sum twice."""
         graph, spec = self._graph, self._spec
         update = self._multiplied(update, spec.residual_multiplier, f"{name}.multiplied")
-        if norm is None or not graph.is_cuda:
+        if norm is None or graph.is_engine:
             total = graph.op("Add", [x, update], name)
             return total, total if norm is None else self._norm(total, norm)
         op = "SkipLayerNormalization" if spec.layer_norm else "SkipSimplifiedLayerNormalization"

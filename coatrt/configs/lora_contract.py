@@ -4,13 +4,13 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from coatrt.errors import ConfigError
 from coatrt.models.matrices import ModelMatrices, fused_name
 from coatrt.system.ranges import Count, Layers
 
-__all__ = ["ACTIVATIONS", "DecoderIO", "LoraContract", "LoraGroup", "LoraTensor", "contract_for", "lora_groups"]
+__all__ = ["ACTIVATIONS", "DecoderIO", "LoraContract", "LoraGroup", "LoraTensor", "Place", "contract_for"]
 
 ACTIVATIONS = ("float32", "float16", "bfloat16")
 _MOST_ALPHA = 1e6  # of training too
@@ -28,6 +28,8 @@ class LoraTensor:
         K: input width.
         N: output width.
         rank: columns of A and rows of B, a multiple of 16.
+        group: what it is called with the matrices that read the same input (`model.layers.3.mlp.gate_up_proj`): in a
+            graph they share one A and one B. Empty where it reads alone.
     """
 
     matrix: str
@@ -36,6 +38,55 @@ class LoraTensor:
     K: Count
     N: Count
     rank: Count
+    group: str = ""
+
+
+class Place(NamedTuple):
+    """Where a LoRA tensor lies in the input of a graph: the input, and the tensor's first row and column there."""
+
+    input: str
+    row: int
+    column: int
+
+
+@dataclass(frozen=True)
+class LoraGroup:
+    """The LoRA inputs of a graph for one matrix, or for those that read the same input.
+
+    A [K, sum of ranks] holds their A side by side, B [sum of ranks, sum of N] theirs along its diagonal, zeros elsewhere.
+
+    Args:
+        name: of the group, or of the matrix.
+        tensors: of each matrix, in network order.
+    """
+
+    name: str
+    tensors: tuple[LoraTensor, ...]
+
+    @property
+    def A(self) -> str:
+        """Name of the input A."""
+        return self.tensors[0].A if len(self.tensors) == 1 else f"lora_A.{self.name}"
+
+    @property
+    def B(self) -> str:
+        """Name of the input B."""
+        return self.tensors[0].B if len(self.tensors) == 1 else f"lora_B.{self.name}"
+
+    @property
+    def K(self) -> int:
+        """Input width."""
+        return self.tensors[0].K
+
+    @property
+    def N(self) -> int:
+        """Sum of the output widths."""
+        return sum(tensor.N for tensor in self.tensors)
+
+    @property
+    def rank(self) -> int:
+        """Sum of the ranks."""
+        return sum(tensor.rank for tensor in self.tensors)
 
 
 @dataclass(frozen=True)
@@ -78,6 +129,11 @@ class LoraContract:
         for tensor in self.tensors:
             if tensor.K < 1 or tensor.N < 1:
                 raise ConfigError(f"LoRA of {tensor.matrix} has K {tensor.K} and N {tensor.N}; give positive widths")
+        for group in self.groups:
+            if len({tensor.K for tensor in group.tensors}) > 1:
+                raise ConfigError(f"the LoRA matrices of {group.name} differ in K; they read one input, so give one width")
+        if len(self.inputs) != 2 * len(self.groups):
+            raise ConfigError("two groups of the LoRA contract have one name; keep the matrices of a group together")
 
     @property
     def rank(self) -> int:
@@ -99,6 +155,29 @@ class LoraContract:
         pairs = (((t.A, (t.K, t.rank)), (t.B, (t.rank, t.N))) for t in self.tensors)
         return dict(itertools.chain.from_iterable(pairs))
 
+    @cached_property
+    def groups(self) -> tuple[LoraGroup, ...]:
+        """Matrices that share their inputs in a graph, in contract order."""
+        runs = itertools.groupby(self.tensors, lambda tensor: tensor.group or tensor.matrix)
+        return tuple(LoraGroup(name, tuple(tensors)) for name, tensors in runs)
+
+    @cached_property
+    def inputs(self) -> Mapping[str, tuple[int, int]]:
+        """Input of a graph → shape, in contract order: A then B of each group."""
+        pairs = (((g.A, (g.K, g.rank)), (g.B, (g.rank, g.N))) for g in self.groups)
+        return dict(itertools.chain.from_iterable(pairs))
+
+    @cached_property
+    def places(self) -> Mapping[str, Place]:
+        """Tensor name → where it lies in the inputs of a graph."""
+        found: dict[str, Place] = {}
+        for group in self.groups:
+            rank = N = 0
+            for tensor in group.tensors:
+                found[tensor.A], found[tensor.B] = Place(group.A, 0, rank), Place(group.B, rank, N)
+                rank, N = rank + tensor.rank, N + tensor.N
+        return found
+
 
 def contract_for(model: ModelMatrices, rank: int, alpha: float, ranks: Mapping[str, int] | None = None) -> LoraContract:
     """Return the contract of a model: a LoRA on every matrix but embedding and head, in network order.
@@ -116,38 +195,12 @@ def contract_for(model: ModelMatrices, rank: int, alpha: float, ranks: Mapping[s
     if unknown := set(ranks) - kinds:
         raise ConfigError(f"a rank of {', '.join(sorted(unknown))} is given; the model has {', '.join(sorted(kinds))}")
     tensors = tuple(
-        LoraTensor(m.name, f"lora_A.{m.name}", f"lora_B.{m.name}", m.K, m.N, ranks.get(m.kind, rank))
+        LoraTensor(
+            m.name, f"lora_A.{m.name}", f"lora_B.{m.name}", m.K, m.N, ranks.get(m.kind, rank), fused_name(m.name)
+        )
         for m in model.targets
     )
     return LoraContract(float(alpha), "float32", tensors)
-
-
-@dataclass(frozen=True)
-class LoraGroup:
-    """The LoRA of matrices that read one input, as one pair: A [K, sum of ranks], B block-diagonal.
-
-    Args:
-        name: of the matrices together, see `coatrt.models.matrices.fused_name`.
-        tensors: of each matrix, in network order.
-    """
-
-    name: str
-    tensors: tuple[LoraTensor, ...]
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, int]]:
-        """Name → shape of the joint A and B."""
-        rank, N = sum(tensor.rank for tensor in self.tensors), sum(tensor.N for tensor in self.tensors)
-        return {f"lora_A.{self.name}": (self.tensors[0].K, rank), f"lora_B.{self.name}": (rank, N)}
-
-
-def lora_groups(contract: LoraContract) -> tuple[LoraGroup, ...]:
-    """Return the matrices of a contract that read one input together, two of them at least."""
-    found: dict[str, list[LoraTensor]] = {}
-    for tensor in contract.tensors:
-        if name := fused_name(tensor.matrix):
-            found.setdefault(name, []).append(tensor)
-    return tuple(LoraGroup(name, tuple(tensors)) for name, tensors in found.items() if len(tensors) > 1)
 
 
 @dataclass(frozen=True)
