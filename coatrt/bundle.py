@@ -25,7 +25,7 @@ from coatrt.system.signature import check_signature, sign
 
 __all__ = ["BUNDLE_FORMAT", "MANIFEST", "SIGNATURE", "Bundle", "SignaturePolicy", "seal", "sign_manifest"]
 
-BUNDLE_FORMAT = 2
+BUNDLE_FORMAT = 3
 MANIFEST = "manifest.json"
 SIGNATURE = "model.sig"
 SignaturePolicy = Literal["off", "warn", "require"]

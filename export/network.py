@@ -198,7 +198,9 @@ class Network:
         more = {"do_rotary": 1} if inside else {}
         if window is not None:
             more["local_window_size"] = window
-        tables = (self._cos, self._sin) if inside else ()
+        tables: tuple[ir.Value, ...] = (self._cos, self._sin) if inside else ()
+        if inside and not graph.is_cuda:
+            tables = (*tables, self._positions)
         mixed, *presents = graph.runtime_op(
             "GroupQueryAttention",
             [query, key, value, *self._past[layer], *self._ends, *tables],

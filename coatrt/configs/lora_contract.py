@@ -4,7 +4,11 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+import ml_dtypes  # noqa: F401 - with it numpy knows "bfloat16"
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
 
 from coatrt.errors import ConfigError
 from coatrt.models.matrices import ModelMatrices, fused_name
@@ -53,7 +57,7 @@ class Place(NamedTuple):
 class LoraGroup:
     """The LoRA inputs of a graph for one matrix, or for those that read the same input.
 
-    A [K, sum of ranks] holds their A side by side, B [sum of ranks, sum of N] theirs along its diagonal, zeros elsewhere.
+    A [K, sum of ranks] holds their A side by side, B [sum of ranks, sum of N] theirs along its diagonal, and zeros.
 
     Args:
         name: of the group, or of the matrix.
@@ -131,7 +135,9 @@ class LoraContract:
                 raise ConfigError(f"LoRA of {tensor.matrix} has K {tensor.K} and N {tensor.N}; give positive widths")
         for group in self.groups:
             if len({tensor.K for tensor in group.tensors}) > 1:
-                raise ConfigError(f"the LoRA matrices of {group.name} differ in K; they read one input, so give one width")
+                raise ConfigError(
+                    f"the LoRA matrices of {group.name} differ in K; they read one input, so give one width"
+                )
         if len(self.inputs) != 2 * len(self.groups):
             raise ConfigError("two groups of the LoRA contract have one name; keep the matrices of a group together")
 
@@ -176,6 +182,14 @@ class LoraContract:
             for tensor in group.tensors:
                 found[tensor.A], found[tensor.B] = Place(group.A, 0, rank), Place(group.B, rank, N)
                 rank, N = rank + tensor.rank, N + tensor.N
+        return found
+
+    def joined(self, tensors: Mapping[str, NDArray[Any]], dtype: DTypeLike = np.float32) -> dict[str, NDArray[Any]]:
+        """Return the inputs of a graph from the tensors of the contract."""
+        found = {name: np.zeros(shape, dtype) for name, shape in self.inputs.items()}
+        for (name, (rows, columns)), place in zip(self.shapes.items(), self.places.values(), strict=True):
+            whole = found[place.input]
+            whole[place.row : place.row + rows, place.column : place.column + columns] = tensors[name]
         return found
 
 

@@ -71,7 +71,7 @@ def adapt(
     if format == "peft":
         write_emitted_peft(output, tensors, emitter.contract, str(bundle.manifest["model"]["source"]))
     elif format == "onnx-adapter":
-        write_onnx_adapter(output, tensors)
+        write_onnx_adapter(output, tensors, emitter.contract)
     else:
         save_lora(output, tensors, config)
     return Emission(config, len(tensors), seconds)
@@ -102,19 +102,21 @@ def write_emitted_peft(
     write_peft(directory, pairs, contract, base_model, getattr(tensors, "configuration", ""))
 
 
-def write_onnx_adapter(path: str | Path, tensors: Mapping[str, NDArray[np.float32]]) -> None:
+def write_onnx_adapter(path: str | Path, tensors: Mapping[str, NDArray[np.float32]], contract: LoraContract) -> None:
     """Write emitted tensors as ONNX Runtime's `.onnx_adapter`, which `RunOptions.add_active_adapter` takes.
 
-    Of the configuration's hash, its model version, an int32, holds the first seven digits.
+    It holds the inputs of the graph, joined as the contract says. Its model version, an int32, holds the first seven
+    digits of the configuration's hash.
     """
     import onnxruntime as ort
 
     adapter = ort.AdapterFormat()
-    adapter.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in tensors.items()})
+    inputs = contract.joined(tensors)
+    adapter.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in inputs.items()})
     adapter.set_model_version(int(getattr(tensors, "configuration", "")[:_VERSION_DIGITS] or "0", 16))
     with atomic_file(path) as temporary:
         try:
             adapter.export_adapter(str(temporary))
         except RuntimeError:  # which does not say why; the system does
-            temporary.write_bytes(bytes(sum(value.nbytes for value in tensors.values())))
+            temporary.write_bytes(bytes(sum(value.nbytes for value in inputs.values())))
             raise

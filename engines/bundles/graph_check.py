@@ -1,9 +1,8 @@
 """Is a graph the decoder that its bundle says: names and shapes of inputs and outputs, and the bytes it reads."""
 
-from collections.abc import Container
 from pathlib import Path
 
-from coatrt.configs.lora_contract import DecoderIO, LoraContract, lora_groups
+from coatrt.configs.lora_contract import DecoderIO, LoraContract
 from coatrt.errors import BundleError
 from coatrt.models.matrices import ModelMatrices
 from coatrt.system.onnx_files import read_onnx
@@ -32,7 +31,7 @@ def check_graph(form: str, graph: Path, io: DecoderIO, contract: LoraContract) -
     found = read_onnx(graph)
     cache = (None, io.kv_heads, io.cache_length, io.head_dim)
     inputs: dict[str, tuple[int | None, ...]] = dict.fromkeys(_CUDA_TOKENS if form == "cuda" else _TOKENS, ())
-    inputs |= dict.fromkeys(io.past_names, cache) | _lora_inputs(form, contract, found.inputs)
+    inputs |= dict.fromkeys(io.past_names, cache) | dict(contract.inputs)
     outputs: dict[str, tuple[int | None, ...]] = {"logits": (None, None, io.vocabulary)}
     outputs |= dict.fromkeys(io.present_names, cache)
     for what, named, there in (("input", inputs, found.inputs), ("output", outputs, found.outputs)):
@@ -55,17 +54,6 @@ def check_graph(form: str, graph: Path, io: DecoderIO, contract: LoraContract) -
     except Exception as error:  # ValidationError shares no public base with what reading raises
         said = " ".join(str(error).split())[:300]
         raise BundleError(f"{graph} is no valid ONNX graph ({said}); build the bundle again") from None
-
-
-def _lora_inputs(form: str, contract: LoraContract, there: Container[str]) -> dict[str, tuple[int, int]]:
-    """Return the LoRA inputs that a graph should have; in the cuda form a group may have one pair."""
-    inputs = dict(contract.shapes)
-    for group in lora_groups(contract) if form == "cuda" else ():
-        if next(iter(group.shapes)) in there:
-            for tensor in group.tensors:
-                del inputs[tensor.A], inputs[tensor.B]
-            inputs |= group.shapes
-    return inputs
 
 
 def check_matrices(directory: Path, model: ModelMatrices, io: DecoderIO, contract: LoraContract) -> None:

@@ -86,7 +86,6 @@ class CudaDecoder(DeviceDecoder):
         )
         self._session, self._replays = self._shared.session, replay and driver is not None
         self._inputs_here = {one.name for one in self._session.get_inputs()}
-        self._layout = LoraLayout(contract, self._dtype, self._inputs_here)
         for name in (*io.past_names, *self._layout.pieces):
             if name not in self._inputs_here:
                 raise BuildError(f"{graph.name} has no input {name}, which its bundle names; build the bundle again")

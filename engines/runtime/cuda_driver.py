@@ -235,8 +235,10 @@ class DeviceMemory(Memory):
         return address
 
     def host(self, nbytes: int) -> NDArray[np.uint8]:
-        """Return a page-locked array."""
-        return np.asarray(_PageLocked(self._driver, nbytes))
+        """Return a page-locked array full of zeros."""
+        made = np.asarray(_PageLocked(self._driver, nbytes))
+        made.fill(0)
+        return made
 
     def write(self, address: int, data: NDArray[Any]) -> None:
         """Start a copy to the GPU."""

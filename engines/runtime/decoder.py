@@ -90,8 +90,10 @@ class CachedDecoder(ABC):
         return emitted
 
     def _take_lora(self, tensors: LoraTensors | None) -> None:
-        for name, shape in self.contract.shapes.items() if self.contract is not None else ():
-            value = np.zeros(shape, self._dtype) if tensors is None else np.asarray(tensors[name]).astype(self._dtype)
+        if self.contract is None:
+            return
+        zeros = {name: np.zeros(shape, self._dtype) for name, shape in self.contract.inputs.items()}
+        for name, value in (zeros if tensors is None else self.contract.joined(tensors, self._dtype)).items():
             self._bind(name, value)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> NDArray[np.float32]:

@@ -35,7 +35,7 @@ class Memory(ABC):
 
     @abstractmethod
     def host(self, nbytes: int) -> NDArray[np.uint8]:
-        """Return an array on the host from which copies are fast."""
+        """Return an array of zeros on the host from which copies are fast."""
 
     @abstractmethod
     def write(self, address: int, data: NDArray[Any]) -> None:

@@ -79,11 +79,11 @@ class OrtDecoder(StatefulDecoder):
         super().__init__(io, contract, options.batch, slots)
         self._session = session(graph, options.threads, options.accuracy_level)
         inputs = {one.name: one.shape for one in self._session.get_inputs()}
-        for name in (*io.past_names, *(contract.shapes if contract is not None else ())):
+        for name in (*io.past_names, *(contract.inputs if contract is not None else ())):
             if name not in inputs:
                 raise BuildError(f"{graph.name} has no input {name}, which its bundle names; build the bundle again")
         cache = (None, io.kv_heads, io.cache_length, io.head_dim)
-        for name, shape in (*((n, cache) for n in io.past_names), *(contract.shapes if contract else {}).items()):
+        for name, shape in (*((n, cache) for n in io.past_names), *(contract.inputs if contract else {}).items()):
             held = tuple(size if isinstance(size, int) else None for size in inputs[name])
             if held[-2:] != shape[-2:] or held[1:-2] != shape[1:-2]:  # before memory of that size is asked for
                 raise BundleError(f"{graph.name} has {name} as {held}, its bundle says {shape}; build the bundle again")

@@ -19,7 +19,7 @@ _LARGE = 1 << 20  # bytes for which threads are worth starting
 
 
 class LoraLayout:
-    """Where each tensor of a contract lies in one buffer, every piece aligned.
+    """Where the LoRA inputs of a graph lie in one buffer, every piece aligned, and a contract's tensors in them.
 
     Args:
         contract: names and shapes; None for a graph without LoRA.
@@ -29,8 +29,10 @@ class LoraLayout:
     def __init__(self, contract: LoraContract | None, dtype: np.dtype[Any]) -> None:
         self.dtype, self.nbytes = dtype, 0
         self.pieces: dict[str, tuple[int, tuple[int, int]]] = {}
-        """Tensor name → offset in bytes and shape."""
-        for name, shape in contract.shapes.items() if contract is not None else ():
+        """Input → offset in bytes and shape."""
+        self._places = contract.places if contract is not None else {}
+        self._shapes = contract.shapes if contract is not None else {}
+        for name, shape in contract.inputs.items() if contract is not None else ():
             self.pieces[name] = self.nbytes, shape
             self.nbytes += aligned(math.prod(shape) * dtype.itemsize)
 
@@ -39,14 +41,22 @@ class LoraLayout:
         return (self.dtype, self.pieces) == (other.dtype, other.pieces)
 
     def views(self, buffer: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
-        """Return every tensor as a view of a buffer."""
+        """Return every tensor of the contract as a view of a buffer."""
+        inputs = self.inputs(buffer)
+        return {
+            name: inputs[place.input][place.row : place.row + rows, place.column : place.column + columns]
+            for (name, place), (rows, columns) in zip(self._places.items(), self._shapes.values(), strict=True)
+        }
+
+    def inputs(self, buffer: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+        """Return every input of the graph as a view of a buffer."""
         return {
             name: buffer[offset : offset + math.prod(shape) * self.dtype.itemsize].view(self.dtype).reshape(shape)
             for name, (offset, shape) in self.pieces.items()
         }
 
     def fill(self, buffer: NDArray[np.uint8], tensors: Mapping[str, NDArray[Any]]) -> None:
-        """Cast tensors into their places in a buffer; numpy casts on one core and lets others work."""
+        """Cast tensors into their places in a buffer full of zeros; numpy casts on one core and lets others work."""
         views = self.views(buffer)
 
         def cast(name: str) -> None:

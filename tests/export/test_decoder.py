@@ -150,11 +150,17 @@ def test_inputs_and_outputs_are_those_of_the_contract(tmp_path: Path, llama: tup
     contract = contract_for(checkpoint.matrices, 16, 32)
     session = Runner(checkpoint, export(checkpoint, tmp_path, (ENGINE,), contract=contract), ENGINE).session
     io = decoder_io(checkpoint, ENGINE)
-    names = ["input_ids", "position_ids", "write_index", "logits_index", *io.past_names, *contract.shapes]
+    pairs = [
+        f"lora_{part}.model.layers.{layer}.{name}_proj"
+        for layer in range(3)
+        for name in ("self_attn.qkv", "self_attn.o", "mlp.gate_up", "mlp.down")
+        for part in "AB"
+    ]
+    names = ["input_ids", "position_ids", "write_index", "logits_index", *io.past_names, *pairs]
     assert [value.name for value in session.get_inputs()] == names
     shapes = {value.name: tuple(value.shape) for value in session.get_inputs()}
     assert shapes["past_key_values.0.key"] == ("B", 2, 48, 16)
-    assert {name: shapes[name] for name in contract.shapes} == contract.shapes
+    assert {name: shapes[name] for name in pairs} == contract.inputs
     outputs = {value.name: tuple(value.shape) for value in session.get_outputs()}
     assert outputs == {"logits": ("B", "T", 96)} | dict.fromkeys(io.present_names, ("B", 2, 48, 16))
     assert (io.layers, io.kv_heads, io.head_dim, io.vocabulary, io.cache_length) == (3, 2, 16, 96, 48)

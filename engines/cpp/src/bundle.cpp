@@ -20,7 +20,7 @@ namespace {
 constexpr const char* kManifest = "manifest.json";
 constexpr const char* kSignature = "model.sig";
 constexpr const char* kVersion = "0.1.0";
-constexpr std::int64_t kFormat = 2;
+constexpr std::int64_t kFormat = 3;
 constexpr std::uintmax_t kMostManifest = 64 << 20;
 
 bool leaves(const std::string& name) {
