@@ -61,9 +61,7 @@ def main() -> None:
         for device, fmt in CASES:
             for lora in (False, True):
                 small, large = built(few, device, fmt, lora), built(many, device, fmt, lora)
-                per_layer = {
-                    name: (large[name] - small[name]) / (MANY - FEW) for name in ("kernels", "bytes")
-                }
+                per_layer = {name: (large[name] - small[name]) / (MANY - FEW) for name in ("kernels", "bytes")}
                 row = {"device": device, "format": fmt, "lora": lora, "per_layer": per_layer, **large}
                 print(row, flush=True)
                 rows.append(row)

@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 LAYER_NODES = 5
-"""Nodes of a layer in the cuda form that are no products: attention, two norms, activation, gate · up."""
+"""Nodes of a layer in the measured graph that are no products: attention, two norms, activation, gate · up."""
 
 LAYER_KERNELS = 9
 """Kernels of those nodes, attention five: a profile of the 135M step has 484 kernels, 211 of them products."""
@@ -114,7 +114,8 @@ class CudaLatency:
     """Seconds on a GPU that runs bundles in ONNX Runtime's CUDA provider; a `coatrt.planning.latency.LatencyModel`.
 
     int4 and int8 stay packed; all other formats are decoded to float16 when the graph loads, and cost what float16
-    does. The LoRA's constants are of rank 16.
+    does. The LoRA's constants are of rank 16. The graph that was measured multiplied by every matrix on its own; the
+    cuda form has matrices that read one input, and their LoRA, as one since, and should be faster than predicted.
 
     Args:
         device: a GPU of the compute capability that was measured, of known bandwidth and throughput.
@@ -145,7 +146,8 @@ class CudaLatency:
         other = "" if same else f"; assumed: that {self._device.name} reaches the same shares of its datasheet"
         return (
             f"ONNX Runtime's CUDA provider (--backend cuda), measured on {gpus} with {self._constants.runtime}: "
-            f"bandwidth, float16, int4 and int8 products, kernels, LoRA, host{other}; a TensorRT engine is not timed"
+            f"bandwidth, float16, int4 and int8 products, kernels, LoRA, host, before matrices were joined{other}; "
+            "a TensorRT engine is not timed"
         )
 
     def matrix_seconds(self, N: int, K: int, fmt: WeightFormat, tokens: int) -> float:

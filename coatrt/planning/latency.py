@@ -19,7 +19,7 @@ from coatrt.planning.measured_latency import find_timings
 from coatrt.planning.memory import Workload
 from coatrt.quantization.weight_format import WeightFormat
 
-__all__ = ["DatasheetLatency", "LatencyModel", "group_seconds", "latency_of", "products_seconds"]
+__all__ = ["DatasheetLatency", "LatencyModel", "decoded_in_steps", "group_seconds", "latency_of", "products_seconds"]
 
 BANDWIDTH_SHARE = 0.8
 """Share of the peak bandwidth that products of one token reach: assumed; no engine has run yet."""
@@ -34,12 +34,12 @@ Of the assumptions for engines it is the one that the measurements bear out: wha
 the driver's doing. Bandwidth and throughput shares are those of the kernels that TensorRT picks, and stay assumed.
 """
 
-LAYER_KERNELS = 12
-"""Kernels of a layer that are no products: norms, rotations, cache writes, attention, activation, residuals; counted
-in the exported graph, fusions assumed away."""
+LAYER_KERNELS = 6
+"""Kernels of a layer beside one for each of its seven matrices: TensorRT-RTX's engines have thirteen in all, four of
+them products (benchmarks/results/engine_program.json)."""
 
-LORA_KERNELS = 11
-"""LoRA products of a layer: A of q/k/v and of gate/up joined, of o and down alone; seven B."""
+LORA_KERNELS = 7
+"""Kernels that a LoRA adds to a layer in those engines."""
 
 
 class LatencyModel(Protocol):
@@ -56,11 +56,20 @@ class LatencyModel(Protocol):
         """Return the seconds of all else in one call: LoRA, attention over `context` slots, norms, launches."""
 
 
+def decoded_in_steps(fmt: WeightFormat, K: int) -> bool:
+    """Return whether an engine decodes weights of a format to 16 bits in every step.
+
+    So it is with NormalFloat, nvfp4 beside 16-bit activations, and int8 in blocks (`benchmarks/engine_program.py`).
+    """
+    return fmt.is_normal_float or fmt.kind == "nvfp4" or (fmt.kind == "int8" and 0 < fmt.block < K)
+
+
 class DatasheetLatency:
     """Bytes over effective bandwidth or FLOPs over effective throughput, whichever takes longer, plus launches.
 
-    NormalFloat is charged for its unpacking as if a kernel of its own wrote the weight in fp16 and the product read it
-    back, 4 bytes a weight beside the packed ones: an assumption on the safe side until it is measured.
+    Where TensorRT-RTX 1.7.1 has no product for a format, a kernel of its own writes the weight in 16 bits in every step
+    and the product reads it back: 4 bytes a weight beside the packed ones. Its engines say for which formats
+    (`coatrt.engines.measure.engine_program`); regular TensorRT is assumed to do the same.
     """
 
     def __init__(self, device: DeviceProfile) -> None:
@@ -72,14 +81,14 @@ class DatasheetLatency:
     def source(self) -> str:
         """Where the prediction comes from."""
         return (
-            f"datasheet; assumed: {BANDWIDTH_SHARE:.0%} of peak bandwidth, {FLOPS_SHARE:.0%} of FP16 throughput, "
-            f"NormalFloat unpacked to fp16 in memory; measured: {KERNEL_SECONDS * 1e6:.2g} µs a kernel "
+            f"datasheet; assumed: {BANDWIDTH_SHARE:.0%} of peak bandwidth, {FLOPS_SHARE:.0%} of FP16 throughput; "
+            f"read from engines: formats decoded in every step; measured: {KERNEL_SECONDS * 1e6:.2g} µs a kernel "
             f"({CONSTANTS.runtime} on {' and '.join(CONSTANTS.gpus)})"
         )
 
     def matrix_seconds(self, N: int, K: int, fmt: WeightFormat, tokens: int) -> float:
         """Return the seconds of one product, its launch included."""
-        unpack = 4 * N * K / self._bandwidth + KERNEL_SECONDS if fmt.is_normal_float else 0.0
+        unpack = 4 * N * K / self._bandwidth + KERNEL_SECONDS if decoded_in_steps(fmt, K) else 0.0
         return max(fmt.nbytes(N, K) / self._bandwidth, self._compute(2 * N * K * tokens)) + unpack + KERNEL_SECONDS
 
     def rest_seconds(self, model: ModelMatrices, workload: Workload, tokens: int, context: int) -> float:

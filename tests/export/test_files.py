@@ -129,7 +129,11 @@ def test_integer_matrices_fuse_into_matmul_nbits(tmp_path: Path, name: str, fmt:
     form = GraphForm("cpu", "cpu.onnx", activations)
     graph = optimized(export(Checkpoint.open(tmp_path / "model"), tmp_path / "out", (form,), fmt), form)
     ops = Counter(node.op_type for node in graph.node)
-    assert (ops["MatMulNBits"], ops["MatMul"], ops["DequantizeLinear"]) == (3 * 4 + 1, 0, 0)  # q|k|v and gate|up are one each
+    assert (ops["MatMulNBits"], ops["MatMul"], ops["DequantizeLinear"]) == (
+        3 * 4 + 1,
+        0,
+        0,
+    )  # q|k|v and gate|up are one each
 
 
 @pytest.mark.parametrize("fmt", ["fp16", "bf16", "fp8", "nvfp4", "nf2-g16", "nf3-g16", "nf8-g16-dq3-fp32-16"])

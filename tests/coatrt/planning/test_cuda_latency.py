@@ -198,7 +198,7 @@ def test_plans_say_what_is_measured_and_what_is_assumed(tiny_adapter: Path) -> N
     assert measured in said["h100"] and "assumed" not in said["h100"]
     assert measured in said["h100-pcie"] and "assumed: that NVIDIA H100 PCIe reaches" in said["h100-pcie"]
     for name in ("rtx-4090", "jetson-thor"):
-        assert "assumed: 80% of peak bandwidth, 50% of FP16 throughput, NormalFloat unpacked" in said[name]
+        assert "assumed: 80% of peak bandwidth, 50% of FP16 throughput; read from engines: formats" in said[name]
         assert "; measured: 2.3 µs a kernel (onnxruntime-gpu" in said[name]
 
 
