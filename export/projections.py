@@ -61,7 +61,7 @@ class Projections:
             self._lora[group.name] = A, graph.input(group.B, dtype, (group.rank, group.N))
         if self._groups and graph.is_engine:
             tokens = graph.op("Shape", [ids], "tokens.shape")
-            for width in sorted({group.N for group in self._groups.values() if len(group.tensors) > 1}):
+            for width in sorted({group.rank for group in self._groups.values() if len(group.tensors) > 1}):
                 sizes = [tokens, graph.ints(width)]
                 self._sizes[width] = graph.op("Concat", sizes, f"tokens.shape.{width}", axis=0)
 
@@ -110,11 +110,11 @@ class Projections:
         if name not in self._lora:
             return out
         (a, b), group = self._lora[name], self._groups[name]
-        flat = graph.is_engine and len(group.tensors) > 1
-        if flat:
-            x = graph.op("Reshape", [x, graph.ints(-1, group.K)], f"{name}.flat")
-        low = graph.op("MatMul", [x, a], f"{name}.lora_low")
+        if graph.is_engine and len(group.tensors) > 1:
+            flat = graph.op("Reshape", [x, graph.ints(-1, group.K)], f"{name}.flat")
+            low = graph.op("MatMul", [flat, a], f"{name}.lora_low.flat")
+            low = graph.op("Reshape", [low, self._sizes[group.rank]], f"{name}.lora_low")
+        else:
+            low = graph.op("MatMul", [x, a], f"{name}.lora_low")
         change = graph.op("MatMul", [low, b], f"{name}.lora")
-        if flat:
-            change = graph.op("Reshape", [change, self._sizes[group.N]], f"{name}.lora.by_position")
         return graph.op("Add", [out, change], f"{name}.adapted")

@@ -38,7 +38,7 @@ LAYER_KERNELS = 6
 """Kernels of a layer beside one for each of its seven matrices: TensorRT-RTX's engines have thirteen in all, four of
 them products (benchmarks/results/engine_program.json)."""
 
-LORA_KERNELS = 7
+LORA_KERNELS = 8
 """Kernels that a LoRA adds to a layer in those engines."""
 
 

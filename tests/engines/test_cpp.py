@@ -163,7 +163,7 @@ DAMAGE: dict[str, Any] = {
     "no manifest": lambda d: (d / "manifest.json").unlink(),
     "flipped byte in the manifest": lambda d: _flip(d / "manifest.json", 1000),
     "no seal": lambda d: _flip(d / "manifest.json", 4),
-    "another format": lambda d: _alter(d, lambda m: m.update(format=3)),
+    "another format": lambda d: _alter(d, lambda m: m.update(format=2)),
     "format as text": lambda d: _alter(d, lambda m: m.update(format="1")),
     "no files": lambda d: _alter(d, lambda m: m.pop("files")),
     "files as a list": lambda d: _alter(d, lambda m: m.update(files=[])),

@@ -43,7 +43,8 @@ Contract Contract::from_json(const Json& value) {
   if (*dtype != "float32") throw Error("LoRA dtype " + repr(*dtype) + " is given; C++ reads float32; export again");
 
   Contract contract;
-  std::set<std::string> names;
+  std::set<std::string> names, inputs;
+  std::string last;  // group of the matrix before
   for (const Json& row : *rows) {
     const std::string *matrix = find_text(row, "matrix"), *A = find_text(row, "A"), *B = find_text(row, "B");
     std::int64_t K = 0, N = 0, rank = 0;
@@ -59,12 +60,36 @@ Contract Contract::from_json(const Json& value) {
     names.insert(*B);
     contract.tensors.push_back({*A, K, rank});
     contract.tensors.push_back({*B, rank, N});
+    const std::string* group = find_text(row, "group");
+    contract.join(group == nullptr ? "" : *group, last, *matrix);
+    last = group == nullptr ? "" : *group;
   }
+  for (const Tensor& input : contract.inputs) inputs.insert(input.name);
+  if (inputs.size() != contract.inputs.size())
+    throw Error("two groups of the LoRA contract have one name; keep the matrices of a group together");
   if (names.empty() || names.size() != contract.tensors.size())
     throw Error("the LoRA contract has " + std::to_string(contract.tensors.size() / 2) + " matrices and " +
                 std::to_string(names.size()) + " distinct tensor names; give at least one matrix, with two names of its "
                 "own each");
   return contract;
+}
+
+void Contract::join(const std::string& group, const std::string& last, const std::string& matrix) {
+  const Tensor &A = tensors[tensors.size() - 2], &B = tensors.back();
+  if (group.empty() || group != last) {
+    places.push_back({inputs.size(), 0, 0});
+    places.push_back({inputs.size() + 1, 0, 0});
+    inputs.push_back(A);
+    inputs.push_back(B);
+    return;
+  }
+  Tensor &low = inputs[inputs.size() - 2], &high = inputs.back();
+  if (low.rows != A.rows)
+    throw Error("the LoRA matrices of " + group + " differ in K (" + matrix + "); they read one input, so give one width");
+  places.push_back({inputs.size() - 2, 0, low.columns});
+  places.push_back({inputs.size() - 1, high.rows, high.columns});
+  low = {"lora_A." + group, low.rows, low.columns + A.columns};
+  high = {"lora_B." + group, high.rows + B.rows, high.columns + B.columns};
 }
 
 DecoderIO DecoderIO::from_json(const Json& value) {

@@ -110,10 +110,10 @@ TEST_CASE("the TensorRT backend over the stub" * doctest::skip(bundle_path() == 
   const auto bundle = Bundle::open(bundle_path());
   const auto io = bundle.state()->decoder("engine").second;
   const auto contract = bundle.state()->contract();
-  world.first_lora = contract.tensors[0].name;
+  world.first_lora = contract.inputs[0].name;
   for (const auto& [past, present] : io.caches())
     world.engine[past] = world.engine[present] = {4, {-1, io.kv_heads, io.cache_length, io.head_dim}};
-  for (const auto& tensor : contract.tensors) world.engine[tensor.name] = {2, {tensor.rows, tensor.columns}};
+  for (const auto& input : contract.inputs) world.engine[input.name] = {2, {input.rows, input.columns}};
   world.engine["input_ids"] = world.engine["position_ids"] = {2, {-1, -1}};
   world.engine["write_index"] = {1, {-1}};
   world.engine["logits_index"] = {2, {-1, 1}};

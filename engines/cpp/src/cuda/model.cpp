@@ -59,7 +59,7 @@ void CudaModel::load(BundleState& bundle, const SessionOptions& options, const s
   inputs_ = model_->inputs();
   std::vector<std::string> names;
   for (const auto& cache : io_.caches()) names.push_back(cache.first);
-  for (const auto& tensor : contract_.tensors) names.push_back(tensor.name);
+  for (const auto& input : contract_.inputs) names.push_back(input.name);
   for (const std::string& name : names)
     if (!has_input(name))
       throw Error(graph.filename().string() + " has no input " + name + ", which its bundle names; build the bundle again");

@@ -105,10 +105,10 @@ void Seat::bind_all(OrtIoBinding* binding) {
     bind(binding, past, caches_[i].data(), caches_[i].bytes(), cache, type);
     bind(binding, present, caches_[i].data(), caches_[i].bytes(), cache, type, true);  // written in place
   }
-  const auto& tensors = model_.contract().tensors;
-  for (std::size_t i = 0; i < tensors.size(); ++i)
-    bind(binding, tensors[i].name, lora_.data() + model_.layout().offset(i),
-         static_cast<std::size_t>(tensors[i].rows * tensors[i].columns * io.itemsize()), {tensors[i].rows, tensors[i].columns},
+  const auto& inputs = model_.contract().inputs;
+  for (std::size_t i = 0; i < inputs.size(); ++i)
+    bind(binding, inputs[i].name, lora_.data() + model_.layout().offset(i),
+         static_cast<std::size_t>(inputs[i].rows * inputs[i].columns * io.itemsize()), {inputs[i].rows, inputs[i].columns},
          type);
   bind(binding, "logits", logits_.data(), logits_.bytes(), {1, 1, io.vocabulary}, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, true);
   const OrtHeld total(runtime, runtime.tensor(&total_, sizeof total_, {}, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32));

@@ -8,6 +8,7 @@
 #include "coatrt/error.hpp"
 #include "ort/cuda_provider.hpp"
 #include "ort/runtime.hpp"
+#include "packed_lora.hpp"
 #include "state.hpp"
 
 namespace coatrt::detail {
@@ -22,7 +23,11 @@ struct Loaded {
 class OrtDecoder final : public Decoder {
  public:
   OrtDecoder(std::shared_ptr<Loaded> loaded, std::int64_t context)
-      : loaded_(std::move(loaded)), io_(loaded_->io), runtime_(loaded_->model.runtime()) {
+      : loaded_(std::move(loaded)),
+        io_(loaded_->io),
+        runtime_(loaded_->model.runtime()),
+        layout_(loaded_->contract, io_.activations, static_cast<std::size_t>(io_.itemsize())),
+        lora_(layout_.bytes()) {
     const std::int64_t slots = io_.cache_length > 0 ? io_.cache_length : std::min(context, io_.max_positions);
     capacity_ = std::min(slots, io_.max_positions);
     check(runtime_.api().CreateIoBinding(loaded_->model.session(), &binding_));
@@ -43,24 +48,10 @@ class OrtDecoder final : public Decoder {
   std::int64_t vocabulary() const override { return io_.vocabulary; }
 
   void set_lora(const Lora* lora) override {
-    const bool share = io_.activations == "float32";  // bound where it is, nothing copied
-    std::vector<std::vector<unsigned char>> memory;
-    for (std::size_t i = 0; i < loaded_->contract.tensors.size(); ++i) {
-      const auto& said = loaded_->contract.tensors[i];
-      const auto count = static_cast<std::size_t>(said.rows * said.columns);
-      const std::size_t bytes = count * static_cast<std::size_t>(io_.itemsize());
-      void* data = nullptr;
-      if (lora != nullptr && share) {
-        data = const_cast<float*>(lora->tensors()[i].data);  // an input: ONNX Runtime reads it only
-      } else {
-        memory.emplace_back(bytes);
-        data = memory.back().data();
-        if (lora != nullptr) from_float32(io_.activations, lora->tensors()[i].data, count, data);
-      }
-      bind_input(said.name, tensor(data, bytes, {said.rows, said.columns}, type_));
-    }
-    lora_ = lora != nullptr ? *lora : Lora();
-    lora_memory_.swap(memory);
+    if (lora == nullptr)
+      std::fill(lora_.begin(), lora_.end(), static_cast<unsigned char>(0));
+    else
+      layout_.fill(*lora, lora_.data());
   }
 
   const float* run(const std::int64_t* tokens, std::size_t count, std::int64_t start) override {
@@ -115,7 +106,12 @@ class OrtDecoder final : public Decoder {
     const OrtHeld value = tensor(out, width * item, {1, 1, io_.vocabulary}, type_);
     check(runtime_.api().BindOutput(binding_, "logits", value.get()));
     bind_step();
-    set_lora(nullptr);
+    const auto& inputs = loaded_->contract.inputs;
+    for (std::size_t i = 0; i < inputs.size(); ++i) {
+      const std::vector<std::int64_t> shape{inputs[i].rows, inputs[i].columns};
+      const std::size_t size = static_cast<std::size_t>(shape[0] * shape[1]) * item;
+      bind_input(inputs[i].name, tensor(lora_.data() + layout_.offset(i), size, shape, type_));
+    }
   }
 
   void bind_step() {
@@ -139,10 +135,11 @@ class OrtDecoder final : public Decoder {
   ONNXTensorElementDataType type_{};
   std::int64_t capacity_ = 0;
   std::int64_t step_[4] = {};  // token, position, write index, logits index: the inputs of a decode step
-  std::vector<std::vector<unsigned char>> caches_, lora_memory_;
+  std::vector<std::vector<unsigned char>> caches_;
+  LoraLayout layout_;
+  std::vector<unsigned char> lora_;
   std::vector<float> logits_;
   std::vector<std::uint16_t> raw_logits_;
-  Lora lora_;  // keeps the bound tensors alive
 };
 
 }  // namespace

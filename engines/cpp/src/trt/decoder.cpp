@@ -123,9 +123,9 @@ class TrtDecoder final : public Decoder {
       place(present, cache, type, caches_.back().data());  // written in place
       shape(past, cache);
     }
-    const auto& tensors = loaded_->contract.tensors;
-    for (std::size_t i = 0; i < tensors.size(); ++i)
-      place(tensors[i].name, {tensors[i].rows, tensors[i].columns}, type, lora_.data() + layout_.offset(i));
+    const auto& lora = loaded_->contract.inputs;
+    for (std::size_t i = 0; i < lora.size(); ++i)
+      place(lora[i].name, {lora[i].rows, lora[i].columns}, type, lora_.data() + layout_.offset(i));
     const std::int64_t most = loaded_->prefill;
     const struct {
       const char* name;
