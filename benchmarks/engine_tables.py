@@ -24,6 +24,19 @@ def sizes() -> str:
     return grid(["format", "ideal MB", *(f"{sms[name]} MB (ratio)" for name in devices)], rows)
 
 
+def engine_program() -> str:
+    """Kernels of a layer and weights decoded in every step, read from engines."""
+    rows: dict[tuple[str, str], dict[bool, dict[str, Any]]] = {}
+    for row in load("engine_program")["rows"]:
+        rows.setdefault((row["format"], row["device"]), {})[row["lora"]] = row
+    lines = []
+    for (text, device), pair in rows.items():
+        decoded = ", ".join(name.split(".")[-1].removesuffix("_proj") for name in pair[True]["decoded"])
+        kernels = [f"{pair[lora]['per_layer']['kernels']:g}" for lora in (False, True)]
+        lines.append([text, device, *kernels, decoded or "none"])
+    return grid(["format", "device", "kernels a layer", "with LoRA", "weights decoded in every step"], lines)
+
+
 def billion() -> str:
     """A 1B-shaped model."""
     row = load("engine_size")["random_1b"]
@@ -113,6 +126,7 @@ def cpu() -> str:
 
 _MAKERS = (
     sizes,
+    engine_program,
     billion,
     export,
     interactive,

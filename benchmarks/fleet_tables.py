@@ -112,7 +112,7 @@ def cpu_decode() -> str:
     if "decode_speedup" in found:
         plain, adapted, prefill = (found[key] for key in ("decode_speedup", "decode_speedup_lora", "prefill_speedup"))
         rival = (
-            f"Against llama.cpp ({found['bits']['llama.cpp']:.2f} bits): decode {plain:.2f} ×, with LoRA "
+            f"Against llama.cpp ({found['bits']['llama.cpp']:.2f} bits in its file): decode {plain:.2f} ×, with LoRA "
             f"{adapted:.2f} ×, prefill {prefill:.2f} ×; its LoRA costs {100 * overhead['llama.cpp']:+.0f} %."
         )
     losses = ", ".join(

@@ -154,10 +154,10 @@ def workload_of(model: RandomModel) -> Workload:
     return Workload(model._spec, inner, lora, 2048, 1, 512, 2)
 
 
-def predicted(key: str, constants: CudaConstants, gpu: str, tokens: int = 1) -> float:
-    """Return the predicted seconds of a step or of a prompt."""
+def predicted(key: str, constants: CudaConstants, gpu: str, tokens: int = 1, joined: bool = False) -> float:
+    """Return the predicted seconds of a step or of a prompt; the graphs of backend.py had the matrices apart."""
     model, config = step_of(key)
-    latency, work = CudaLatency(device_profile(gpu), constants), workload_of(model)
+    latency, work = CudaLatency(device_profile(gpu), constants, joined=joined), workload_of(model)
     products = products_seconds(latency, model.matrices, config, tokens, 1)
     return products + latency.rest_seconds(model.matrices, work, tokens, FILLED if tokens == 1 else tokens)
 
@@ -195,7 +195,14 @@ SEPARATE = tuple(
     for key in rows
     if key.startswith("decode/") and key.endswith("/separate")
 )
-"""Steps of decoder.py, whose graph has the matrices apart as cuda.onnx has, by CUDA events: no host in them."""
+"""Steps of decoder.py in a graph that has the matrices apart, by CUDA events: no host in them."""
+JOINED = tuple(
+    (gpu, key)
+    for gpu, rows in (("h100", H100), ("h200", H200))
+    for key in rows
+    if key.startswith("decode/") and key.endswith(("LoRA on/joined", "LoRA off/joined")) and "/int4-g64/" in key
+)
+"""Steps of decoder.py in a graph that joins them, as cuda.onnx does now; none is in the fit."""
 
 
 def fitted(without: str = "") -> CudaConstants:
@@ -242,14 +249,14 @@ def main() -> None:
     def no_host(key: str, constants: CudaConstants, gpu: str) -> float:
         _, name, text, lora, _ = key.split("/")
         step = f"backend/speed/{name}/{text}/{'lora' if lora == 'LoRA on' else 'base'}"
-        return predicted(step, replace(constants, host_seconds_per_byte=0.0), gpu)
+        return predicted(step, replace(constants, host_seconds_per_byte=0.0), gpu, joined=key.endswith("/joined"))
 
     def prompt(key: str, constants: CudaConstants, gpu: str) -> float:
         return predicted(key, constants, gpu, 512)
 
     rows += [
         compared(key, rows_of(gpu)[key]["graph_ms"]["median"] * 1e-3, gpu, both, False, no_host)
-        for gpu, key in SEPARATE
+        for gpu, key in (*SEPARATE, *JOINED)
     ]
     prompts = [
         compared(key, H100[key]["prefill_ms"]["p50_ms"] * 1e-3, "h100", both, key in SEEN and "135m" in key, prompt)

@@ -67,15 +67,19 @@ def latency_held_out() -> str:
         for row in sorted(steps, key=lambda row: row["seen"])
     ]
     head = ["step on the H100", "in the fit", "measured ms", "predicted ms", "error", "error, no row of 7B in the fit"]
-    apart = [row for row in found["rows"] if not row["key"].startswith("backend/")]
-    errors = [100 * row["error"] for row in apart]
+    errors = {
+        way: [100 * row["error"] for row in found["rows"] if row["key"].endswith(f"/{way}")]
+        for way in ("separate", "joined")
+    }
+    apart, joined = errors["separate"], errors["joined"]
     prompts = [100 * row["error"] for row in found["prompts"] if not row["seen"]]
     of_1b = [100 * error for error in found["errors_of_1b_without_1b"].values()]
     return (
         f"{grid(head, rows)}\n\nSteps that the fit has not seen: {100 * found['worst_held_out']:.1f} % at worst, "
         f"{100 * found['worst_held_out_without_7b']:.1f} % without any row of 7B.\n"
         f"The {len(apart)} steps of the hand-written graph with matrices apart, on both GPUs and by CUDA events: "
-        f"{min(errors):+.1f} to {max(errors):+.1f} %.\n"
+        f"{min(apart):+.1f} to {max(apart):+.1f} %; its {len(joined)} steps with them joined, as cuda.onnx has them: "
+        f"{min(joined):+.1f} to {max(joined):+.1f} %.\n"
         f"Prompts of 512 tokens that the fit has not seen: {min(prompts):+.0f} to {max(prompts):+.0f} %.\n"
         f"Without any row of 1B instead, its steps: {min(of_1b):+.1f} to {max(of_1b):+.1f} %. Its vocabulary is the "
         "largest, and what its logits take to the host shows in no other row."

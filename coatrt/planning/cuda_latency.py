@@ -12,7 +12,7 @@ from importlib import resources
 from typing import Any
 
 from coatrt.devices.profiles import DeviceProfile
-from coatrt.models.matrices import ModelMatrices
+from coatrt.models.matrices import Matrix, ModelMatrices, fused_name
 from coatrt.planning.engine_size import CPU_PACKED
 from coatrt.planning.memory import Workload
 from coatrt.quantization.weight_format import WeightFormat
@@ -29,7 +29,8 @@ __all__ = [
 ]
 
 LAYER_NODES = 5
-"""Nodes of a layer in the measured graph that are no products: attention, two norms, activation, gate · up."""
+"""Nodes of a layer that are no products: attention, two norms, activation, gate · up; where matrices are joined, one
+more cuts gate from up."""
 
 LAYER_KERNELS = 9
 """Kernels of those nodes, attention five: a profile of the 135M step has 484 kernels, 211 of them products."""
@@ -38,7 +39,7 @@ OTHER_KERNELS = 3
 """Kernels of a step outside the layers and products, from the same profile."""
 
 LORA_NODES = 3
-"""Nodes of the LoRA of one matrix: x·A, ·B, and the addition."""
+"""Nodes of the LoRA of one product: x·A, ·B, and the addition."""
 
 
 @dataclass(frozen=True)
@@ -114,19 +115,21 @@ class CudaLatency:
     """Seconds on a GPU that runs bundles in ONNX Runtime's CUDA provider; a `coatrt.planning.latency.LatencyModel`.
 
     int4 and int8 stay packed; all other formats are decoded to float16 when the graph loads, and cost what float16
-    does. The LoRA's constants are of rank 16. The graph that was measured multiplied by every matrix on its own; the
-    cuda form has matrices that read one input, and their LoRA, as one since, and should be faster than predicted.
+    does. The LoRA's constants are of rank 16. Matrices that read one input are one product with one LoRA, which costs
+    what that of one matrix as wide does.
 
     Args:
         device: a GPU of the compute capability that was measured, of known bandwidth and throughput.
         constants: the fitted numbers.
+        joined: whether matrices that read one input are one; of the graphs that were measured, some have them apart.
     """
 
-    def __init__(self, device: DeviceProfile, constants: CudaConstants = CONSTANTS) -> None:
+    def __init__(self, device: DeviceProfile, constants: CudaConstants = CONSTANTS, *, joined: bool = True) -> None:
         assert device.bandwidth is not None and device.fp16_flops is not None, "CudaLatency.serves was asked"
         self._device, self._constants = device, constants
         self._bandwidth = constants.bandwidth_share * device.bandwidth
         self._flops = device.fp16_flops
+        self._joined = joined
 
     @classmethod
     def serves(cls, device: DeviceProfile) -> bool:
@@ -146,7 +149,7 @@ class CudaLatency:
         other = "" if same else f"; assumed: that {self._device.name} reaches the same shares of its datasheet"
         return (
             f"ONNX Runtime's CUDA provider (--backend cuda), measured on {gpus} with {self._constants.runtime}: "
-            f"bandwidth, float16, int4 and int8 products, kernels, LoRA, host, before matrices were joined{other}; "
+            f"bandwidth, float16, int4 and int8 products, kernels, LoRA, host{other}; "
             "a TensorRT engine is not timed"
         )
 
@@ -184,9 +187,15 @@ class CudaLatency:
         seconds = (spec.layers * LAYER_KERNELS + OTHER_KERNELS) * found.kernel_seconds
         seconds += workload.kv_bytes * min(context / workload.context, 1.0) / self._bandwidth
         seconds += 4 * spec.layers * spec.heads * spec.head_dim * context * tokens / (found.flops_share * self._flops)
-        seconds += sum(self.lora_seconds(matrix.N, matrix.K, tokens) for matrix in targets) if on else 0.0
+        groups: dict[str, list[Matrix]] = {}
+        for matrix in targets:
+            groups.setdefault((self._joined and fused_name(matrix.name)) or matrix.name, []).append(matrix)
+        for group in groups.values():
+            K, least = group[0].K, self._constants.packed["int4"]
+            seconds -= (len(group) - 1) * (least.floor_seconds + least.input_seconds * K)  # each was counted alone
+            seconds += self.lora_seconds(sum(matrix.N for matrix in group), K, tokens) if on else 0.0
         if tokens > workload.batch:
-            nodes = spec.layers * LAYER_NODES + len(targets) * (1 + (LORA_NODES if on else 0)) + OTHER_KERNELS
+            nodes = spec.layers * LAYER_NODES + len(groups) * (1 + (LORA_NODES if on else 0)) + OTHER_KERNELS
             products = sum(self._dense(matrix.N, matrix.K, tokens) for matrix in targets)
             seconds = max(seconds, nodes * found.launch_seconds - products)
         return seconds + 4 * spec.vocabulary * workload.batch * found.host_seconds_per_byte

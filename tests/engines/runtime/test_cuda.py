@@ -27,6 +27,7 @@ from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.export.decoder import GraphForm, decoder_io, export_decoder
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.quantization.code_cache import CodeStore
+from coatrt.quantization.weight_format import WeightFormat
 from support.fake_cuda import FakeDriver
 from support.tiny import save_tiny_llama
 
@@ -65,10 +66,17 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> FakeQuantModel:
     return FakeQuantModel(checkpoint, CodeStore(checkpoint))
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
-def test_logits_equal_torch_with_the_lora(reference: FakeQuantModel, tmp_path: Path, fmt: str) -> None:
-    checkpoint = reference.checkpoint
-    config, contract = QuantConfig.uniform(checkpoint.matrices, fmt), contract_for(checkpoint.matrices, 16, 32)
+def random_map(checkpoint: Checkpoint, seed: int) -> QuantConfig:
+    """Return a format drawn for every matrix: those that read one input differ too, and are no one weight then."""
+    model, rng = checkpoint.matrices, np.random.default_rng(seed)
+    return QuantConfig({name: WeightFormat.parse(str(rng.choice(FORMATS))) for name in model.names})
+
+
+@pytest.mark.parametrize("which", [*FORMATS, *range(5)])
+def test_logits_equal_torch_with_the_lora(reference: FakeQuantModel, tmp_path: Path, which: str | int) -> None:
+    checkpoint, contract = reference.checkpoint, contract_for(reference.checkpoint.matrices, 16, 32)
+    uniform = isinstance(which, str)
+    config = QuantConfig.uniform(checkpoint.matrices, which) if uniform else random_map(checkpoint, which)
     rng = np.random.default_rng(1)
     lora = {name: (rng.standard_normal(shape) * 0.05).astype(np.float32) for name, shape in contract.shapes.items()}
     export_decoder(checkpoint, config, tmp_path, forms=[FORM], contract=contract)
