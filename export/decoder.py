@@ -92,7 +92,7 @@ def export_decoder(
 ) -> None:
     """Write a model as decoder graphs, all reading one `weights.bin`; every matrix is quantized once.
 
-    One matrix at a time is in memory, so the peak does not grow with the number of layers.
+    Only matrices that read one input are in memory together, so the peak does not grow with the number of layers.
 
     Args:
         checkpoint: the model.
@@ -182,6 +182,8 @@ def _write_matrices(
         name, matrix = next(iter(group.items()))
         widths |= {name: one.N for name, one in group.items()}
         whole, joint = joined(list(group.values())), fused_name(name)
+        if whole is not None:
+            group.clear()  # it holds copies
         for number, graph in enumerate(graphs):
             if name == EMBEDDING:
                 tables.append(write_table(graph, name, matrix, head=tied))

@@ -89,9 +89,9 @@ class Projections:
             out = graph.op("Concat", parts, f"{joint}.products", axis=-1)
         biases = [self._tensor(f"{name}.bias") for name in names]
         if any(bias is not None for bias in biases):
-            assert all(bias is not None for bias in biases), f"{joint} has a bias on some of its matrices"
-            bias = torch.cat([bias.float() for bias in biases if bias is not None])
-            out = graph.op("Add", [out, graph.small(f"{joint}.bias", bias)], f"{joint}.biased")
+            widths = [self._weights.widths[name] for name in names]
+            rows = [torch.zeros(n) if bias is None else bias.float() for n, bias in zip(widths, biases, strict=True)]
+            out = graph.op("Add", [out, graph.small(f"{joint}.bias", torch.cat(rows))], f"{joint}.biased")
         return self._adapted(out, x, joint)
 
     def parts(self, x: ir.Value, whole: ir.Value | None, names: Sequence[str]) -> list[ir.Value]:
