@@ -211,7 +211,7 @@ def test_another_structure_is_refused(given: tuple[Kind, Path], text: str) -> No
         with pytest.raises(ConfigError, match="holds a training with other options"):
             kind.read(directory)
     elif kind.name == "manifest.json" and "format" in text:
-        with pytest.raises(CoatError, match=r"has bundle format \S+; this coatrt \S+ reads 2; rebuild it"):
+        with pytest.raises(CoatError, match=r"has bundle format \S+; this coatrt \S+ reads 3; rebuild it"):
             kind.read(directory)
     else:
         refused(kind, directory)
