@@ -149,8 +149,8 @@ class AdapterDescription:
 
     @property
     def lora_parameters(self) -> int:
-        """Elements of all A and B."""
-        return sum(rows * columns for rows, columns in self.contract.shapes.values())
+        """Elements of the LoRA inputs of a graph: all A and B, and the zeros between those that share an input."""
+        return sum(rows * columns for rows, columns in self.contract.inputs.values())
 
     @classmethod
     def load(cls, directory: str | Path) -> "AdapterDescription":

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
-import ml_dtypes  # noqa: F401 - with it numpy knows "bfloat16"
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 

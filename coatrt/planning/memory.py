@@ -26,7 +26,7 @@ class Workload:
     Args:
         spec: what the model computes.
         intermediate: width of the MLP.
-        lora_parameters: elements of all A and B.
+        lora_parameters: elements of the LoRA inputs of a graph.
         context: slots of the KV cache per sequence.
         batch: sequences at once.
         prefill: most prompt tokens in one call.

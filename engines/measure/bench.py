@@ -161,7 +161,7 @@ def _bytes_per_token(bundle: Bundle, io: DecoderIO, options: RuntimeOptions) -> 
     """Return the bytes that decoding a token of each sequence reads, by purpose."""
     weights = int(bundle.manifest["configuration"]["bytes"]) + bundle.model_matrices.other_bytes
     element = np.dtype(io.activations).itemsize
-    lora = element * sum(rows * columns for rows, columns in bundle.contract.shapes.values())
+    lora = element * sum(rows * columns for rows, columns in bundle.contract.inputs.values())
     slots = io.cache_length or options.context  # an engine reads the slots that are not filled, too
     cache = 2 * io.layers * io.kv_heads * io.head_dim * slots * element * options.batch
     return {"weights": weights, "lora": lora, "kv_cache": cache, "total": weights + lora + cache}

@@ -76,3 +76,12 @@ def tiny_options(**changes: Any) -> Any:
         "checkpoint_every": 2,
     }
     return TrainOptions(**{**options, **changes})
+
+
+def lora_elements(model: Any, rank: int = 16) -> int:
+    """Return the elements of a graph's LoRA inputs: q|k|v and gate|up share an A, and a B that holds zeros too."""
+    joint = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
+    groups: dict[tuple[int, str], list[Any]] = {}
+    for matrix in model.targets:
+        groups.setdefault((matrix.layer, joint.get(matrix.kind, matrix.kind)), []).append(matrix)
+    return sum(rank * len(group) * (group[0].K + sum(m.N for m in group)) for group in groups.values())

@@ -1,7 +1,9 @@
 """LoRA contract and decoder inputs/outputs: names, shapes, validation, JSON."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from coatrt.configs.lora_contract import DecoderIO, LoraContract, LoraTensor, contract_for
@@ -86,3 +88,21 @@ def test_decoder_io_names_and_round_trip() -> None:
 def test_decoder_io_refuses(change: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         convert(to_data(IO) | change, DecoderIO, "io", "export again")
+
+
+def test_the_inputs_of_a_graph_are_joined_and_hold_zeros() -> None:
+    layer = "model.layers.0.mlp."
+    pair = tuple(Matrix(f"{layer}{kind}_proj", 160, 64) for kind in ("gate", "up"))
+    contract = contract_for(replace(MODEL, matrices=(*MODEL.matrices[:2], *pair, *MODEL.matrices[2:])), 16, 32)
+    rng = np.random.default_rng(0)
+    tensors = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in contract.shapes.items()}
+    joined = contract.joined(tensors)
+    gate, up = (tensors[f"lora_B.{layer}{kind}_proj"] for kind in ("gate", "up"))
+    expected = np.block([[gate, np.zeros_like(up)], [np.zeros_like(gate), up]])
+    assert np.array_equal(joined[f"lora_B.{layer}gate_up_proj"], expected)
+    side_by_side = np.hstack([tensors[f"lora_A.{layer}{kind}_proj"] for kind in ("gate", "up")])
+    assert np.array_equal(joined[f"lora_A.{layer}gate_up_proj"], side_by_side)
+    assert {name: value.shape for name, value in joined.items()} == contract.inputs
+    tensor = contract.by_matrix[f"{layer}up_proj"]
+    with pytest.raises(ConfigError, match="differ in K"):
+        replace(contract, tensors=(replace(tensor, matrix="a", A="b", B="c", K=80), tensor))

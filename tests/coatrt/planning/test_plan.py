@@ -19,6 +19,7 @@ from coatrt.planning.memory import RUNTIME_RESERVE
 from coatrt.planning.plan import Plan
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.json_data import write_json
+from support.tiny import lora_elements
 
 MIB = 1 << 20
 
@@ -30,7 +31,7 @@ def adapter(tiny_adapter: Path) -> AdapterDescription:
 
 def test_memory_is_the_sum_of_what_is_there(adapter: AdapterDescription) -> None:
     plan = planner.plan(adapter, device_profile("rtx-3060"), bits=5.0, context=100, batch=3, prefill=7)
-    lora = sum(2 * 16 * (m.K + m.N) for m in adapter.model.targets)
+    lora = 2 * lora_elements(adapter.model)
     codes = sum(plan.config[m.name].bits * m.N * m.K // 8 for m in adapter.model.matrices)
     assert plan.memory_bytes["weights"] == codes
     assert plan.memory_bytes["scales"] == plan.config.nbytes(adapter.model) - codes

@@ -24,7 +24,7 @@ from coatrt.searching.run import search
 from coatrt.training.run import train
 from support.programs import run_program
 from support.seals import alter_sealed
-from support.tiny import text_data, tiny_options
+from support.tiny import lora_elements, text_data, tiny_options
 
 TEXT = ["the cat sat on the mat and the owl sat on the hen. " * 30]
 
@@ -44,7 +44,7 @@ def test_losses_are_those_of_the_emitted_lora(directory: Path, tiny_llama: Path)
     assert found.entries == archive.entries
     assert len(found) == 10
     adapter, checkpoint = Adapter.from_pretrained(directory), Checkpoint.open(tiny_llama)
-    lora = sum(2 * 16 * (m.K + m.N) for m in adapter.description.model.targets)
+    lora = 2 * lora_elements(adapter.description.model)
     assert reference[1] == pytest.approx(math.log(272))
     assert reference[0] == pytest.approx(
         adapter.description.space.max_bits + 8 * lora / adapter.description.model.parameters
