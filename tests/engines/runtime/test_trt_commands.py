@@ -12,6 +12,7 @@ from coatrt.bundle import Bundle
 from coatrt.cli.main import cli, main
 from coatrt.engines.bundles.verify import verify
 from coatrt.errors import BundleError, ConfigError
+from support.tiny import lora_elements
 from support.trt_machine import (
     LAUNCH,
     Machine,
@@ -44,7 +45,7 @@ def test_bench_measures_the_engine(machine: Machine, bundle: Bundle, tmp_path: P
     assert found["lora_switch"]["samples"] == 2
     size, model = found["bytes_per_token"], bundle.model_matrices
     assert size["weights"] == bundle.config.nbytes(model) + model.other_bytes
-    assert size["lora"] == 2 * 16 * sum(matrix.N + matrix.K for matrix in model.targets)
+    assert size["lora"] == 2 * lora_elements(model)  # float16
     assert size["kv_cache"] == 2 * (2 * 2 * 2 * 96 * 16) * 2  # float16 × keys and values of all slots × sequences
     assert found["bytes_per_s"] == pytest.approx(size["total"] / (found["decode"][0]["p50_ms"] / 1e3))
     assert "LoRA switch" in done.output
