@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from coatrt.cli.common import JSON, PATH, check_writable, echo_json, runtime_options, trust_options
+from coatrt.cli.help import documented
 
 if TYPE_CHECKING:
     from coatrt.bundle import SignaturePolicy
@@ -13,16 +14,36 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
-@click.command()
+@documented(
+    examples=(
+        "coatrt bench bundles/l4",
+        "coatrt bench bundles/l4 -p 128 -p 512 -n 64 -r 10",
+        "coatrt bench bundles/l4 --backend cuda --profile l4 -o bench.json",
+    ),
+    first=(
+        *("prompts", "tokens", "repeat", "backend", "batch", "threads", "accuracy_level", "device"),
+        *("as_json", "output"),
+    ),
+)
 @click.argument("bundle", type=PATH)
-@click.option("--prompt", "prompts", type=int, multiple=True, help="Prompt length in tokens; repeatable. [16, 128]")
-@click.option("--tokens", type=int, default=32, show_default=True, help="Tokens decoded per repetition.")
-@click.option("--repeat", type=int, default=5, show_default=True)
+@click.option(
+    "-p",
+    "--prompt",
+    "prompts",
+    type=int,
+    multiple=True,
+    default=(16, 128),
+    help="Prompt length in tokens; repeatable.",
+)
+@click.option("-n", "--tokens", type=int, default=32, help="Tokens to decode in each repetition.")
+@click.option("-r", "--repeat", type=int, default=5, help="Repetitions.")
 @runtime_options("backend", "batch", "threads", "accuracy_level")
-@click.option("--profile", "device", help="Device profile of this machine (coatrt devices), for its bandwidth.")
+@click.option(
+    "--profile", "device", metavar="DEVICE", help="Compare with the bandwidth of this device (see coatrt devices)."
+)
 @trust_options
 @JSON
-@click.option("-o", "--output", type=PATH, help="Write the JSON here too.")
+@click.option("-o", "--output", type=PATH, help="Write the JSON to this file, too.")
 def command(
     bundle: Path,
     prompts: tuple[int, ...],
@@ -35,7 +56,10 @@ def command(
     output: Path | None,
     **runtime: Any,
 ) -> None:
-    """Measure BUNDLE on this machine: prefill, decode, LoRA on and off, emission, load."""
+    """Measure a bundle on this machine: prefill, decode, LoRA switch.
+
+    Each is measured with the LoRA and without. BUNDLE is a directory that coatrt build or export wrote.
+    """
     from coatrt.bundle import Bundle
     from coatrt.cli.progress import drawn_progress
     from coatrt.devices.profiles import device_profile as profile
@@ -51,7 +75,7 @@ def command(
         result = bench(
             opened,
             RuntimeOptions(**runtime),
-            prompts=prompts or (16, 128),
+            prompts=prompts,
             tokens=tokens,
             repeat=repeat,
             device=known,
@@ -60,7 +84,7 @@ def command(
     try:
         if output is not None:
             write_json(output, result)
-    finally:  # what was measured is shown, kept or not
+    finally:  # a result that cannot be written is printed
         if as_json:
             echo_json(result)
         else:

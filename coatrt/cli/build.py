@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from coatrt.cli.common import BYTES, MODEL, PATH, SIGN, TARGETS
-from coatrt.cli.plan import plan_options, plan_request, plans_text
+from coatrt.cli.common import ACTIVATIONS, BYTES, CPU_ACTIVATIONS, MODEL, PATH, SIGN, TARGETS
+from coatrt.cli.help import documented
+from coatrt.cli.plan import plan_options, plan_request
 
 if TYPE_CHECKING:
     from coatrt.engines.bundles.targets import BundleResult
@@ -20,7 +21,18 @@ __all__ = ["command"]
 _SIZES = ("context", "batch", "prefill")
 
 
-@click.command()
+@documented(
+    examples=(
+        "coatrt build adapter --target l4 --bits 4.5 -o bundles/l4",
+        "coatrt build adapter --target rtx-4060 --target l4 --memory 6GiB -o bundles",
+        "coatrt build adapter --target l4 --config plan.json -o bundles/l4",
+        "coatrt build adapter --target cpu --bits 5 -o bundles/cpu --dry-run",
+    ),
+    first=(
+        *("devices", "output", "bits", "memory", "objective", "config_path", "context", "batch"),
+        *("no_engine", "jobs", "dry_run", "overwrite"),
+    ),
+)
 @click.argument("adapter", type=PATH)
 @TARGETS
 @click.option(
@@ -28,22 +40,22 @@ _SIZES = ("context", "batch", "prefill")
     "--output",
     required=True,
     type=PATH,
-    help="The bundle's directory; with several devices, the directory of their bundles.",
+    help="Directory of the bundle; with several targets, the directory of their bundles.",
 )
 @click.option(
-    "--config", "config_path", type=PATH, help="This configuration, or plan of one device, instead of planning."
+    "--config", "config_path", type=PATH, help="Build this configuration, or plan of coatrt plan, instead of planning."
 )
 @plan_options
 @MODEL
-@click.option("--activations", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True)
-@click.option("--cpu-activations", type=click.Choice(["float32", "float16"]), default="float32", show_default=True)
-@click.option("--no-engine", is_flag=True, help="Leave the engine out.")
-@click.option("--jobs", type=int, help="Most builders at once; default: the usable cores.")
-@click.option("--build-memory", type=BYTES, help="Memory for all builders; default: 70 % of what is free.")
-@click.option("--no-cache", is_flag=True, help="Build engines that an earlier build has left in the cache, too.")
-@click.option("--dry-run", is_flag=True, help="Only show the plans, and what would be built.")
+@ACTIVATIONS
+@CPU_ACTIVATIONS
+@click.option("--no-engine", is_flag=True, help="Build no TensorRT engine: the bundle runs in ONNX Runtime.")
+@click.option("--jobs", type=int, help="Engines built in parallel.  [default: the usable cores]")
+@click.option("--build-memory", type=BYTES, help="Memory for all builders.  [default: 70 % of the free memory]")
+@click.option("--no-cache", is_flag=True, help="Build every engine, also those in the cache.")
+@click.option("--dry-run", is_flag=True, help="Show the plans and what would be built; write nothing.")
 @SIGN
-@click.option("--overwrite", is_flag=True, help="Replace bundles that are there and not up to date.")
+@click.option("--overwrite", is_flag=True, help="Replace existing bundles that are not up to date.")
 def command(
     adapter: Path,
     devices: tuple[str, ...],
@@ -58,7 +70,11 @@ def command(
     dry_run: bool,
     **choices: Any,
 ) -> None:
-    """Make a bundle of ADAPTER for each device: plan, graphs, hypernetwork, LoRA, engine."""
+    """Build a bundle for each device: graphs, LoRA, TensorRT engine.
+
+    Each device gets the configuration of its plan (see coatrt plan). Bundles that are up to date are left as they are.
+    ADAPTER is a directory that coatrt train wrote.
+    """
     from coatrt.adapter.description import AdapterDescription
     from coatrt.devices.profiles import device_profile
     from coatrt.engines.builders.builder_slots import BuilderSlots
@@ -67,15 +83,16 @@ def command(
     from coatrt.engines.bundles.targets import plan_targets
     from coatrt.planning.archive import adapter_archive
     from coatrt.planning.plan import read_choice
+    from coatrt.planning.plans_text import plans_text
 
     source = click.get_current_context().get_parameter_source
-    given = [name for name in choices if source(name) is ParameterSource.COMMANDLINE]
+    set_here = [name for name in choices if source(name) is ParameterSource.COMMANDLINE]
     request, slots = plan_request(choices), BuilderSlots(jobs, build_memory)
     profiles = [device_profile(name) for name in dict.fromkeys(devices)]
     description = AdapterDescription.load(adapter)
     choice = None if config_path is None else read_choice(config_path, description.model)
     if choice is not None:
-        request = _request(request, given, str(config_path), choice[1])
+        request = _request(request, set_here, str(config_path), choice[1])
     options = BundleOptions.of(request, activations=activations, cpu_activations=cpu_activations, engine=not no_engine)
     targets = plan_targets(description, profiles, output, request, choice=choice, archive=adapter_archive(adapter))
     if choice is None:
@@ -105,27 +122,27 @@ def command(
         click.echo(f"{result.target.output}: {_outcome(result, result.target.config.nbytes(description.model))}")
 
 
-def _request(asked: "PlanRequest", given: Collection[str], path: str, plan: "Plan | None") -> "PlanRequest":
-    """Return what to build a file's configuration with: the request of its plan, else the sizes that are asked for.
+def _request(request: "PlanRequest", set_here: Collection[str], path: str, plan: "Plan | None") -> "PlanRequest":
+    """Return the request to build a file's configuration with: that of its plan, else the sizes of the options.
 
     Raises:
-        ConfigError: an option says otherwise than the plan, or would decide a configuration that is given.
+        ConfigError: an option differs from the plan, or would choose the configuration that the file already holds.
     """
     from coatrt.errors import ConfigError
 
-    for name in (field.name for field in fields(asked) if field.name in given):
+    for name in (field.name for field in fields(request) if field.name in set_here):
         option = f"--{name.replace('_', '-')}"
         if plan is None and name not in _SIZES:
-            raise ConfigError(f"{option} is given and {path} is a configuration already; leave one of the two out")
-        if plan is not None and getattr(asked, name) != getattr(plan.request, name):
+            raise ConfigError(f"{path} already holds the configuration; leave out {option}, or --config")
+        if plan is not None and getattr(request, name) != getattr(plan.request, name):
             was = getattr(plan.request, name)
-            planned = "without" if was in (None, ()) else f"with {was}"
-            raise ConfigError(f"{option} is given and {path} was planned {planned}; leave it out, or plan again")
-    return asked if plan is None else plan.request
+            planned = f"without {option}" if was in (None, ()) else f"with {option} {was}"
+            raise ConfigError(f"{path} was planned {planned}; leave out {option}, or plan again")
+    return request if plan is None else plan.request
 
 
 def _outcome(result: "BundleResult", weights: int) -> str:
-    """Return what came of a bundle: its engines, and the bytes that its weights take at least."""
+    """Return the outcome for a bundle: its engines, and the least size of its weights."""
     if result.state == "current":
         return "up to date"
     engines = ", ".join(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from coatrt.cli.common import JSON, MODEL, PATH, check_writable, echo_json, runtime_options
+from coatrt.cli.help import documented
 
 if TYPE_CHECKING:
     from coatrt.adapter.adapter import Adapter
@@ -19,16 +20,23 @@ __all__ = ["calibrate"]
 _ENGINE_CONTEXT = 2048
 
 
-@click.command()
+@documented(
+    examples=(
+        "coatrt devices calibrate adapter",
+        "coatrt devices calibrate adapter --backend cuda",
+        "coatrt devices calibrate adapter --backend trt --profile l4",
+    )
+)
 @click.argument("adapter", type=PATH)
 @MODEL
 @runtime_options("backend", "threads", "accuracy_level")
-@click.option("--profile", help="Device profile to keep the timings for, where the GPU's name matches none.")
+@click.option("--profile", metavar="DEVICE", help="Device of the timings, if the GPU's name is not a known one.")
 @JSON
 def calibrate(adapter: Path, model: str | None, profile: str | None, as_json: bool, **runtime: Any) -> None:
-    """Time ADAPTER's model on this machine; plans for it predict with that from then on.
+    """Time an adapter's model on this machine, for later plans.
 
-    ort times every product on the CPU, cuda on the GPU; trt builds and times an engine in each format.
+    ort times every matrix product on the CPU, cuda on the GPU; trt builds and times an engine in each format. ADAPTER
+    is a directory that coatrt train wrote.
     """
     from coatrt.adapter.adapter import Adapter
     from coatrt.cli.progress import drawn_progress
@@ -44,9 +52,7 @@ def calibrate(adapter: Path, model: str | None, profile: str | None, as_json: bo
     options = RuntimeOptions(**runtime)
     if options.backend == "ort":
         if profile not in (None, "cpu"):
-            raise ConfigError(
-                f"--profile {profile} is given and --backend ort times the CPU; give --backend cuda or trt"
-            )
+            raise ConfigError(f"--backend ort times the CPU, --profile {profile} is a GPU; give --backend cuda or trt")
         device, gpu = device_profile("cpu"), ""
     else:
         device, gpu = gpu_here(profile)
@@ -55,23 +61,24 @@ def calibrate(adapter: Path, model: str | None, profile: str | None, as_json: bo
     with drawn_progress("calibrate") as progress:
         checkpoint = loaded.checkpoint(model)
         if options.backend == "ort":
-            made = time_cpu(loaded, checkpoint, options, progress=progress)
+            timings = time_cpu(loaded, checkpoint, options, progress=progress)
         elif options.backend == "cuda":
-            made = time_cuda(loaded, checkpoint, device.id, gpu=gpu, progress=progress)
+            timings = time_cuda(loaded, checkpoint, device.id, gpu=gpu, progress=progress)
         else:
             from coatrt.engines.measure.trt_timings import time_trt
 
-            made = time_trt(loaded.description, device, _maker(loaded, checkpoint, device), gpu=gpu, progress=progress)
+            make = _maker(loaded, checkpoint, device)
+            timings = time_trt(loaded.description, device, make, gpu=gpu, progress=progress)
     try:
-        write_json(path, made, sealed=True)
-    finally:  # what was measured is shown, kept or not
-        _show(made, as_json)
+        write_json(path, timings, sealed=True)
+    finally:  # timings that cannot be written are printed
+        _show(timings, as_json)
     if not as_json:
-        click.echo(f"{path}: {made.source}")
+        click.echo(f"{path}: {timings.source}")
 
 
 def _maker(adapter: "Adapter", checkpoint: "Checkpoint", device: "DeviceProfile") -> "MakeBundle":
-    """Return what makes a bundle of a configuration with an engine for this machine."""
+    """Return a function that builds a bundle of a configuration, with an engine for this machine."""
     from coatrt.bundle import Bundle
     from coatrt.configs.config import QuantConfig
     from coatrt.engines.builders.engine_cache import EngineCache
@@ -91,15 +98,15 @@ def _maker(adapter: "Adapter", checkpoint: "Checkpoint", device: "DeviceProfile"
     return make
 
 
-def _show(made: "MeasuredLatency", as_json: bool) -> None:
+def _show(timings: "MeasuredLatency", as_json: bool) -> None:
     if as_json:
-        echo_json(made)
+        echo_json(timings)
         return
     rows = [("K", "N", "tokens", "µs", "format")]
-    rows += [(str(p.K), str(p.N), str(p.tokens), f"{p.seconds * 1e6:.1f}", p.format) for p in made.products]
+    rows += [(str(p.K), str(p.N), str(p.tokens), f"{p.seconds * 1e6:.1f}", p.format) for p in timings.products]
     from coatrt.system.text_table import aligned
 
     click.echo(aligned(rows, ">>>><"))
-    for rest in made.rests:
+    for rest in timings.rests:
         lora = "" if rest.shape[-1] else ", no LoRA"
         click.echo(f"all else, {rest.tokens} tokens, {rest.context} slots{lora}: {rest.seconds * 1e3:.2f} ms")

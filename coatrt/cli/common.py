@@ -13,7 +13,9 @@ from coatrt.engines.runtime.options import Backend, RuntimeOptions
 from coatrt.errors import ConfigError
 
 __all__ = [
+    "ACTIVATIONS",
     "BYTES",
+    "CPU_ACTIVATIONS",
     "DATA",
     "DEVICE",
     "JSON",
@@ -43,7 +45,7 @@ class _Bytes(click.ParamType[int]):
         match = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([A-Za-z]{0,3})\s*", str(value), re.ASCII)
         if match is None or match[2].upper() not in _UNITS:
             shown = f"{str(value)[:40]!r}"
-            self.fail(f"not a size: {shown}; give a number with GiB, MiB, GB or MB, like 6GiB", param, ctx)
+            self.fail(f"not a size: {shown}; give a number and GiB, MiB, GB or MB, like 6GiB", param, ctx)
         return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
@@ -51,22 +53,40 @@ BYTES = _Bytes()
 """A number of bytes with an optional unit: 6GiB, 800MB."""
 
 PATH = click.Path(path_type=Path)
-MODEL = click.option("--model", help="The model, where it has moved.")
+MODEL = click.option("--model", help="The model's path or hub name.  [default: the one trained on]")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 DATA = click.option(
     "--data",
     multiple=True,
     required=True,
     metavar="PATH",
-    help="Text file or directory of *.txt (chat, choice: JSONL file, *.jsonl); repeatable.",
+    help="Text file or directory of *.txt (chat, choice: *.jsonl); repeatable.",
 )
 TARGETS = click.option(
-    "--target", "--device", "devices", multiple=True, required=True, help="Device id (coatrt devices); repeatable."
+    "--target",
+    "devices",
+    multiple=True,
+    required=True,
+    metavar="DEVICE",
+    help="Device to plan for, such as rtx-4060 (see coatrt devices); repeatable.",
 )
-DEVICE = click.option("--device", default="cpu", show_default=True, help="torch device, such as cpu or cuda.")
+DEVICE = click.option("--device", default="cpu", metavar="DEVICE", help="torch device, such as cpu or cuda.")
 """Where train and search compute."""
 
-SIGN = click.option("--sign", type=PATH, help="Sign with this private key, a PEM file (P-256).")
+ACTIVATIONS = click.option(
+    "--activations",
+    type=click.Choice(["float16", "bfloat16"]),
+    default="float16",
+    help="Type of the activations on a GPU.",
+)
+CPU_ACTIVATIONS = click.option(
+    "--cpu-activations",
+    type=click.Choice(["float32", "float16"]),
+    default="float32",
+    help="Type of the activations on the CPU.",
+)
+
+SIGN = click.option("--sign", type=PATH, help="Sign the bundle with this private key, a PEM file (P-256).")
 
 _DEFAULT = RuntimeOptions()
 _RUNTIME = {
@@ -74,21 +94,24 @@ _RUNTIME = {
         "--backend",
         type=click.Choice(get_args(Backend)),
         default=_DEFAULT.backend,
-        show_default=True,
-        help="ONNX Runtime on the CPU (ort) or on this machine's GPU (cuda), or the bundle's engine there (trt).",
+        help="ort: ONNX Runtime on the CPU; cuda: ONNX Runtime on the GPU; trt: the bundle's TensorRT engine.",
     ),
-    "batch": click.option("--batch", type=int, default=_DEFAULT.batch, show_default=True, help="Sequences at once."),
+    "batch": click.option("--batch", type=int, default=_DEFAULT.batch, help="Sequences decoded together."),
     "context": click.option(
-        "--context", type=int, default=_DEFAULT.context, show_default=True, help="Slots of the KV cache (ort, cuda)."
+        "-c",
+        "--context",
+        type=int,
+        default=_DEFAULT.context,
+        help="Tokens that the KV cache holds, prompt included (ort, cuda).",
     ),
-    "threads": click.option("--threads", type=int, help="Threads (ort).  [default: all usable cores]"),
+    "threads": click.option("-t", "--threads", type=int, help="Threads (ort).  [default: all usable cores]"),
     "accuracy_level": click.option(
         "--accuracy-level",
         type=click.Choice(["0", "1", "4"]),
         default=str(_DEFAULT.accuracy_level),
-        show_default=True,
         callback=lambda _, __, value: int(value),
-        help="Of int4 and int8 products (ort): 0 decodes at load, exact; 1 packed, exact and slow; 4 packed, fastest.",
+        help="int4 and int8 products (ort): 0 is exact and decodes the weights at load, 1 is exact, packed and slow, "
+        "4 is packed and fastest.",
     ),
 }
 
@@ -105,14 +128,14 @@ def with_options(*added: Callable[[Any], Any]) -> Callable[[F], F]:
 
 
 trust_options = with_options(
-    click.option("--key", type=PATH, help="Public key, a PEM file, that must have signed the bundle."),
+    click.option("--key", type=PATH, help="Public key, a PEM file: check that it signed the bundle."),
     click.option(
         "--signature",
         type=click.Choice(["off", "warn", "require"]),
-        help="What becomes of a bundle that --key has not signed.  [default: require with --key, else off]",
+        help="Refuse an unsigned bundle, warn, or do not check.  [default: require with --key, else off]",
     ),
 )
-"""Whom a bundle is believed, for a command that opens one: arguments `key` and `policy` of `Bundle.open`."""
+"""Whose bundles are trusted, for a command that opens one: arguments `key` and `policy` of `Bundle.open`."""
 
 
 def runtime_options(*names: str) -> Callable[[F], F]:
@@ -121,17 +144,17 @@ def runtime_options(*names: str) -> Callable[[F], F]:
 
 
 def echo_json(value: object) -> None:
-    """Print `value` as JSON, in ASCII: a stream of another encoding than UTF-8 holds it too."""
+    """Print `value` as JSON in ASCII, which a stream of any encoding can hold."""
     from coatrt.system.json_data import dump_json
 
-    click.echo(re.sub(r"[^\x00-\x7f]", lambda found: json.dumps(found[0])[1:-1], dump_json(value)))
+    click.echo(re.sub(r"[^\x00-\x7f]", lambda match: json.dumps(match[0])[1:-1], dump_json(value)))
 
 
 def check_writable(path: Path) -> None:
-    """Refuse an output file that cannot be written, before the work whose result it will hold.
+    """Refuse an output file that cannot be written, before the work whose result goes there.
 
     Raises:
-        ConfigError: it is a directory, or its directory cannot be written to.
+        ConfigError: it is a directory, or its directory is not writable.
     """
     if path.is_dir():
         raise ConfigError(f"{path} is a directory; give the name of a file")
@@ -145,4 +168,4 @@ def warn_of_idle_gpu(device: str) -> None:
     import torch
 
     if device == "cpu" and torch.cuda.is_available():
-        click.echo("coatrt: this runs on the CPU and a GPU is idle; --device cuda uses it", err=True)
+        click.echo("coatrt: running on the CPU while a GPU is idle; --device cuda uses it", err=True)

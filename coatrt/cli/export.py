@@ -4,21 +4,27 @@ from pathlib import Path
 
 import click
 
-from coatrt.cli.common import MODEL, PATH, SIGN
+from coatrt.cli.common import ACTIVATIONS, CPU_ACTIVATIONS, MODEL, PATH, SIGN
+from coatrt.cli.help import documented
 
 __all__ = ["command"]
 
 
-@click.command()
+@documented(
+    examples=(
+        "coatrt export adapter --config plan.json -o exported",
+        "coatrt export adapter --config plan.json -o exported-4k --context 4096",
+    ),
+)
 @click.argument("adapter", type=PATH)
-@click.option("--config", "config_path", required=True, type=PATH, help="Configuration file.")
-@click.option("-o", "--output", required=True, type=PATH, help="Directory to write.")
+@click.option("--config", "config_path", required=True, type=PATH, help="Configuration, or plan of coatrt plan.")
+@click.option("-o", "--output", required=True, type=PATH, help="Directory of the bundle.")
 @MODEL
-@click.option("--activations", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True)
-@click.option("--cpu-activations", type=click.Choice(["float32", "float16"]), default="float32", show_default=True)
-@click.option("--context", type=int, default=2048, show_default=True, help="Slots of the KV cache per sequence.")
+@ACTIVATIONS
+@CPU_ACTIVATIONS
+@click.option("--context", type=int, default=2048, help="Tokens that the KV cache of a sequence holds.")
 @SIGN
-@click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")
 def command(
     adapter: Path,
     config_path: Path,
@@ -30,7 +36,11 @@ def command(
     sign: Path | None,
     overwrite: bool,
 ) -> None:
-    """Write the ONNX graphs, hypernetwork and LoRA of one configuration of ADAPTER: a bundle without an engine."""
+    """Export a configuration as a bundle of ONNX graphs, without an engine.
+
+    The bundle holds the hypernetwork and the LoRA, too, and runs with --backend ort and cuda. ADAPTER is a directory
+    that coatrt train wrote.
+    """
     from coatrt.adapter.adapter import Adapter
     from coatrt.adapter.description import AdapterDescription
     from coatrt.cli.progress import drawn_progress

@@ -8,28 +8,41 @@ import click
 
 from coatrt import __version__
 from coatrt.cli import streams
+from coatrt.cli.help import Group
 from coatrt.cli.signals import end_on_signals
 from coatrt.errors import CoatError
 
 __all__ = ["cli", "main"]
 
-_COMMANDS = {
-    "devices": "List the device profiles, or probe the GPUs of this machine.",
-    "train": "Train a configuration-aware LoRA for a model.",
-    "search": "Measure configurations of an adapter for the planner.",
-    "plan": "Choose a configuration for a device.",
-    "export": "Write the ONNX graphs of a configuration.",
-    "build": "Make a bundle per device: plan, graphs, LoRA, engine.",
-    "adapt": "Emit the LoRA of a configuration from a bundle's hypernetwork.",
-    "verify": "Check a bundle: hashes, versions, numbers.",
-    "run": "Generate text from a bundle.",
-    "bench": "Measure a bundle on this machine.",
-    "report": "Write an HTML page about adapters and bundles.",
-    "cmake-dir": "Print where the C++ library's CMake package is.",
+_SECTIONS = {
+    "From a model to a running bundle, in the order of use": {
+        "train": "Train an adapter: a LoRA for every configuration of a model.",
+        "plan": "Choose a configuration for each device.",
+        "build": "Build a bundle for each device: graphs, LoRA, TensorRT engine.",
+        "verify": "Check a bundle: hashes, signature, versions, logits.",
+        "run": "Generate text with a bundle.",
+        "bench": "Measure a bundle on this machine: prefill, decode, LoRA switch.",
+        "report": "Write an HTML report about adapters and bundles.",
+    },
+    "More commands": {
+        "devices": "List the known devices; probe or time those of this machine.",
+        "adapt": "Emit the LoRA of a configuration with a bundle's hypernetwork.",
+        "export": "Export a configuration as a bundle of ONNX graphs, without an engine.",
+        "search": "Measure configurations on held-out data, to improve later plans.",
+        "cmake-dir": "Print the directory of the C++ library's CMake package.",
+    },
 }
+_COMMANDS = {name: line for section in _SECTIONS.values() for name, line in section.items()}
+"""Command → the first sentence of its help: listing the commands imports none of them."""
+
+_EXAMPLES = (
+    "coatrt train HuggingFaceTB/SmolLM2-135M --data texts/ -o adapter",
+    "coatrt build adapter --target rtx-4060 --target l4 --bits 4.5 -o bundles",
+    'coatrt run bundles/l4 -p "Once upon a time"',
+)
 
 
-class _LazyGroup(click.Group):
+class _LazyGroup(Group):
     """Imports the module of a command only when that command runs."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -41,30 +54,43 @@ class _LazyGroup(click.Group):
         command: click.Command = importlib.import_module(f"coatrt.cli.{name.replace('-', '_')}").command
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.exceptions.NoSuchCommand as error:  # click looks for near names in `commands`, empty here
+            raise click.exceptions.NoSuchCommand(error.command_name, possibilities=_COMMANDS, ctx=ctx) from None
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(_COMMANDS.items()))
+        for title, section in _SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl(list(section.items()))
 
 
-@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=_LazyGroup,
+    examples=_EXAMPLES,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True},
+)
 @click.version_option(__version__, prog_name="coatrt")
 def cli() -> None:
-    """One language model on many GPUs: a precision map per device and a LoRA fitted to it."""
+    """Run one language model on many unlike GPUs, each with its own precision per layer and a LoRA fitted to it."""
 
 
 def main() -> None:
     """Run the CLI; an error is one line on standard error.
 
-    Exit codes: 0, 2 for what the user can change, 1 where nobody reads the output any more, 70 for what nobody foresaw
-    (a report is written), 130 after Ctrl-C, 143 after SIGTERM.
+    Exit codes: 0 for success, 2 for an error that the user can correct, 1 if the reader of the output is gone, 70 for
+    an unexpected error (a report is written), 130 after Ctrl-C, 143 after SIGTERM.
     """
     streams.steady()
     end_on_signals()
     try:
         code = _run()
-        lost = streams.flush()
-        if lost is not None and code == 0:
-            code = _ending(lost)
+        failure = streams.flush()
+        if failure is not None and code == 0:
+            code = _ending(failure)
     except KeyboardInterrupt as error:
         code = _ending(error)
     streams.flush()
@@ -72,7 +98,7 @@ def main() -> None:
 
 
 def _run() -> int:
-    """Run the command and return its exit code, whatever happens."""
+    """Run the command and return its exit code, also after an error."""
     try:
         code = cli.main(prog_name="coatrt", standalone_mode=False)
         return code if isinstance(code, int) else 0
@@ -81,8 +107,10 @@ def _run() -> int:
     except click.ClickException as error:
         with suppress(OSError):
             context = error.ctx if isinstance(error, click.UsageError) else None
-            help = f"; {context.command_path} --help lists what is allowed" if context is not None else ""
-            streams.say(f"{error.format_message().rstrip('.')}{help}")
+            message = error.format_message().rstrip(".")
+            if context is not None:
+                message += f"{' See' if message.endswith('?') else '; see'} {context.command_path} --help"
+            streams.say(message)
         return error.exit_code
     except SystemExit:
         raise
@@ -91,31 +119,31 @@ def _run() -> int:
 
 
 def _ending(error: BaseException) -> int:
-    """Say what happened in one line and return the exit code."""
+    """Print what happened in one line and return the exit code."""
     if isinstance(error, KeyboardInterrupt | click.exceptions.Abort):
         streams.say("interrupted")
         return 130
     if isinstance(error, BrokenPipeError):
         return 1
-    said = _foreseen(error)
-    if said is not None:
-        streams.say(said)
+    message = _expected(error)
+    if message is not None:
+        streams.say(message)
         return 2
     from coatrt.cli.crash_report import write_report
 
     path = write_report(error, sys.argv[1:])
-    kept = f"a report is in {path}" if path is not None else "no report could be written"
-    streams.say(f"unexpected {type(error).__name__}: {str(error)[:300]}; {kept}; please send it to the authors")
+    report = f"a report is in {path}; please send it to the authors" if path else "no report could be written"
+    streams.say(f"unexpected {type(error).__name__}: {str(error)[:300]}; {report}")
     return 70
 
 
-def _foreseen(error: BaseException) -> str | None:
-    """Return what to say of an error that the user can do something about, else None."""
+def _expected(error: BaseException) -> str | None:
+    """Return the message of an error that the user can correct, else None."""
     if isinstance(error, CoatError):
         return str(error)
     if isinstance(error, OSError) and error.errno is not None:
-        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-        return f"{what}; check the path, its permissions and the free disk space"
+        problem = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        return f"{problem}; check the path, its permissions and the free disk space"
     if isinstance(error, MemoryError):
         return f"not enough memory ({error}); close other programs or use a smaller model"
     if type(error).__name__ == "OutOfMemoryError":  # of torch, which is not imported for it

@@ -1,6 +1,5 @@
 """`coatrt plan`."""
 
-from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from coatrt.cli.common import BYTES, JSON, PATH, TARGETS, check_writable, echo_json, with_options
+from coatrt.cli.help import documented
 
 if TYPE_CHECKING:
-    from coatrt.planning.plan import Plan, PlanRequest
+    from coatrt.planning.plan import PlanRequest
 
-__all__ = ["command", "plan_options", "plan_request", "plans_text"]
+__all__ = ["command", "plan_options", "plan_request"]
 
 
 class _Pin(click.ParamType[tuple[str, str]]):
@@ -23,62 +23,74 @@ class _Pin(click.ParamType[tuple[str, str]]):
             return value
         pattern, sign, text = str(value).rpartition("=")
         if not (sign and pattern and text):
-            self.fail(f"{value!r} is no pin; give MATRIX=FORMAT, like lm_head=int8 or '*down_proj=int8'", param, ctx)
+            self.fail(f"not a pin: {value!r}; give MATRIX=FORMAT, like lm_head=int8 or '*down_proj=int8'", param, ctx)
         return pattern, text
 
 
 plan_options = with_options(
-    click.option("--memory", type=BYTES, help="Bytes the engine may use, like 6GiB; default: the device's memory."),
-    click.option("--bits", type=float, help="Cap on average bits per weight."),
+    click.option("--memory", type=BYTES, help="Memory the model may use, like 6GiB.  [default: the device's]"),
+    click.option("--bits", type=float, help="Most bits per weight, averaged over the model."),
     click.option(
-        "--objective", type=click.Choice(["quality", "latency", "balanced"]), default="quality", show_default=True
+        "--objective",
+        type=click.Choice(["quality", "latency", "balanced"]),
+        default="quality",
+        help="Least predicted loss, least time per token, or a balance of both.",
     ),
     click.option(
         "--max-loss",
         type=float,
-        help="Cap on the predicted loss increase, nats per token; default: none, 0.05 for latency.",
+        help="Largest predicted loss increase, nats per token.  [default: none; for latency 0.05]",
     ),
-    click.option("--min-tokens-per-second", type=float, help="Of a sequence at decode, predicted."),
+    click.option("--min-tokens-per-second", type=float, help="Least predicted decode speed of a sequence."),
     click.option(
         "--keep",
         type=_Pin(),
         multiple=True,
-        help="MATRIX=FORMAT: a name, a kind like down_proj, or a glob like *.mlp.*; repeatable.",
+        help="Fix the format of a matrix, of a kind (down_proj=int8) or of a glob (*.mlp.*=int8); repeatable.",
     ),
-    click.option("--context", type=int, default=2048, show_default=True, help="Slots of the KV cache per sequence."),
-    click.option("--batch", type=int, default=1, show_default=True, help="Sequences at once."),
-    click.option("--prefill", type=int, default=512, show_default=True, help="Most prompt tokens in one call."),
+    click.option("--context", type=int, default=2048, help="Tokens that the KV cache of a sequence holds."),
+    click.option("--batch", type=int, default=1, help="Sequences decoded together."),
+    click.option("--prefill", type=int, default=512, help="Most prompt tokens in one call."),
 )
 """Adds the options that plan, build and report share."""
 
 
 def plan_request(choices: dict[str, Any]) -> "PlanRequest":
-    """Return the request that the options of `plan_options` mean, taking them out of `choices`."""
+    """Return the request of the options of `plan_options`, which are removed from `choices`."""
     from coatrt.planning.plan import PlanRequest
 
     return PlanRequest(**{field.name: choices.pop(field.name) for field in fields(PlanRequest)})
 
 
-def plans_text(plans: "Sequence[Plan]") -> str:
-    """Return few plans in full, many as a table."""
-    from coatrt.planning.plan import fleet_table
-
-    return fleet_table(plans) if len(plans) > 2 else "\n\n".join(plan.text() for plan in plans)
-
-
-@click.command()
+@documented(
+    examples=(
+        "coatrt plan adapter --target rtx-4060 --bits 4.5",
+        "coatrt plan adapter --target rtx-4060 --memory 6GiB --keep lm_head=int8",
+        "coatrt plan adapter --target t4 --target l4 --target rtx-4090 --bits 5",
+        "coatrt plan adapter --target l4 --objective balanced -o plan.json",
+    ),
+    first=(
+        *("devices", "bits", "memory", "objective", "max_loss", "min_tokens_per_second", "context", "batch"),
+        *("output", "as_json"),
+    ),
+)
 @click.argument("adapter", type=PATH)
 @TARGETS
 @plan_options
-@click.option("-o", "--output", type=PATH, help="Write the plan here (one device).")
+@click.option("-o", "--output", type=PATH, help="Write the plan of one device to this file, for coatrt build --config.")
 @JSON
 def command(adapter: Path, devices: tuple[str, ...], output: Path | None, as_json: bool, **choices: Any) -> None:
-    """Choose a configuration of ADAPTER per device: least predicted loss, least time per token, or balanced."""
+    """Choose a configuration for each device.
+
+    A configuration is the weight format of every matrix. The best one within the limits is taken; without limits, the
+    one of least predicted loss that fits in the device's memory. ADAPTER is a directory that coatrt train wrote.
+    """
     from coatrt.adapter.description import AdapterDescription
     from coatrt.devices.profiles import device_profile
     from coatrt.errors import ConfigError
     from coatrt.planning.archive import adapter_archive
     from coatrt.planning.planner import plan_fleet
+    from coatrt.planning.plans_text import plans_text
     from coatrt.system.json_data import write_json
 
     request = plan_request(choices)
@@ -86,7 +98,7 @@ def command(adapter: Path, devices: tuple[str, ...], output: Path | None, as_jso
     if output is not None:
         check_writable(output)
         if len(profiles) > 1:
-            raise ConfigError(f"-o takes one device, {len(profiles)} are given; give one, or --json")
+            raise ConfigError(f"-o takes one --target, got {len(profiles)}; give one, or use --json")
     plans = plan_fleet(AdapterDescription.load(adapter), profiles, request, archive=adapter_archive(adapter))
     if output is not None:
         write_json(output, plans[0].to_json())

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from coatrt.cli.common import PATH, trust_options
+from coatrt.cli.help import documented
 from coatrt.cli.plan import plan_options, plan_request
 
 if TYPE_CHECKING:
@@ -14,15 +15,29 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
-@click.command()
+@documented(
+    examples=(
+        "coatrt report adapter bundles -o report.html",
+        "coatrt report adapter --target rtx-4060 --target l4 --bits 4.5 -o report.html",
+        "coatrt report bundles/l4 -o report.html --png figures",
+    ),
+    first=(
+        *("output", "devices", "bits", "memory", "objective", "max_loss", "min_tokens_per_second", "context"),
+        "png",
+    ),
+)
 @click.argument("paths", nargs=-1, required=True, type=PATH)
 @click.option(
-    "--target", "--device", "devices", multiple=True, help="Plan adapters for this device (coatrt devices); repeatable."
+    "--target",
+    "devices",
+    multiple=True,
+    metavar="DEVICE",
+    help="Plan the adapters for this device (see coatrt devices); repeatable.",
 )
 @plan_options
 @trust_options
-@click.option("-o", "--output", required=True, type=PATH, help="The HTML file.")
-@click.option("--png", type=PATH, help="Write the figures into this directory too.")
+@click.option("-o", "--output", required=True, type=PATH, help="HTML file to write.")
+@click.option("--png", type=PATH, help="Write the figures as PNG files to this directory, too.")
 def command(
     paths: tuple[Path, ...],
     devices: tuple[str, ...],
@@ -32,7 +47,10 @@ def command(
     png: Path | None,
     **choices: Any,
 ) -> None:
-    """Write one self-contained HTML page about adapters, bundles and directories of bundles in PATHS."""
+    """Write an HTML report about adapters and bundles.
+
+    PATHS are directories of adapters, of bundles, or that hold bundles. The report is one file that loads nothing else.
+    """
     import shlex
     import sys
 
@@ -41,7 +59,9 @@ def command(
 
     origin = shlex.join(["coatrt", *sys.argv[1:]])
     request = plan_request(choices)
-    found = report(paths, output, devices=devices, request=request, png=png, command=origin, key=key, policy=signature)
-    click.echo(f"{output}: {len(found.entries)} configurations")
+    written = report(
+        paths, output, devices=devices, request=request, png=png, command=origin, key=key, policy=signature
+    )
+    click.echo(f"{output}: {len(written.entries)} configurations")
     for name in FIGURES if png is not None else ():
         click.echo(f"{png}/{name}.png")

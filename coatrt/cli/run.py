@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from coatrt.cli.common import PATH, runtime_options, trust_options
+from coatrt.cli.help import documented
 
 if TYPE_CHECKING:
     from coatrt.bundle import SignaturePolicy
@@ -13,24 +14,37 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
-@click.command()
+@documented(
+    examples=(
+        'coatrt run bundles/l4 -p "Once upon a time" -n 128',
+        'coatrt run bundles/l4 -p "Is ice cold?" --chat --system "Answer briefly."',
+        "coatrt run bundles/l4 -f prompt.txt --temperature 0.8 --top-p 0.95",
+        'echo "Once upon a time" | coatrt run bundles/l4 -p -',
+    ),
+    first=(
+        *("prompts", "files", "max_tokens", "chat", "system", "temperature", "top_k", "top_p", "seed"),
+        *("backend", "context", "threads"),
+    ),
+)
 @click.argument("bundle", type=PATH)
-@click.option("-p", "--prompt", "prompts", multiple=True, required=True, help="Prompt; repeat it for a batch.")
-@click.option("--max-tokens", type=int, default=64, show_default=True)
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token.")
-@click.option("--top-k", type=int, default=0, show_default=True, help="0 for all.")
-@click.option("--top-p", type=float, default=1.0, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("-p", "--prompt", "prompts", multiple=True, help="Prompt; - reads standard input. Repeat it for a batch.")
+@click.option("-f", "--file", "files", multiple=True, metavar="FILE", help="Prompt from a UTF-8 file; repeatable.")
+@click.option("-n", "--max-tokens", type=int, default=64, help="Most tokens to generate.")
+@click.option("--temperature", type=float, default=0.0, help="Sampling temperature; 0 takes the likeliest token.")
+@click.option("--top-k", type=int, default=0, help="Sample among the k likeliest tokens; 0: among all.")
+@click.option("--top-p", type=float, default=1.0, help="Sample among the likeliest tokens of this total probability.")
+@click.option("--seed", type=int, default=0, help="Seed of the sampling.")
 @click.option("--chat", is_flag=True, help="Apply the model's chat template.")
 @click.option("--system", help="System message of a chat.")
-@click.option("--lora", type=PATH, help="Another LoRA file (coatrt adapt) on the same weights.")
-@click.option("--strict-lora", is_flag=True, help="Refuse a LoRA of another configuration than the weights'.")
-@click.option("--no-lora", is_flag=True, help="The quantized base alone.")
+@click.option("--lora", type=PATH, help="Use another LoRA file (see coatrt adapt) with the same weights.")
+@click.option("--strict-lora", is_flag=True, help="Refuse a LoRA made for another configuration.")
+@click.option("--no-lora", is_flag=True, help="Run the quantized weights without a LoRA.")
 @trust_options
 @runtime_options("backend", "context", "threads", "accuracy_level")
 def command(
     bundle: Path,
     prompts: tuple[str, ...],
+    files: tuple[str, ...],
     max_tokens: int,
     temperature: float,
     top_k: int,
@@ -45,8 +59,12 @@ def command(
     signature: "SignaturePolicy | None",
     **runtime: Any,
 ) -> None:
-    """Generate text from BUNDLE."""
+    """Generate text with a bundle.
+
+    BUNDLE is a directory that coatrt build or export wrote.
+    """
     from coatrt.bundle import Bundle
+    from coatrt.cli.prompts import read_prompts
     from coatrt.engines.runtime.generate import Sampling, encode_prompt, generate
     from coatrt.engines.runtime.load import check_decoder, load_decoder
     from coatrt.engines.runtime.lora_file import load_lora
@@ -54,22 +72,23 @@ def command(
     from coatrt.models.tokenizer import load_tokenizer
 
     sampling = Sampling(temperature, top_k, top_p, seed)
+    texts = read_prompts(prompts, files)
     opened = Bundle.open(bundle, key=key, policy=signature)
     check_decoder(opened, runtime["backend"])
     tokenizer = load_tokenizer(opened.folder("tokenizer"))
-    ids = [encode_prompt(tokenizer, prompt, chat=chat, system=system) for prompt in prompts]
+    ids = [encode_prompt(tokenizer, prompt, chat=chat, system=system) for prompt in texts]
     decoder = load_decoder(opened, RuntimeOptions(batch=len(ids), strict_lora=strict_lora, **runtime))
     if not no_lora:
         path = lora if lora is not None else opened.path(opened.manifest["lora"])
         decoder.set_lora(load_lora(path, opened.contract))
-    made: list[int] = []
+    tokens: list[int] = []
     shown = ""
 
     def stream(_: int, token: int) -> None:
         nonlocal shown
-        made.append(token)
-        text = tokenizer.decode(made, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):  # half a character: wait for its other bytes
+        tokens.append(token)
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):  # part of a character: wait for its other bytes
             click.echo(text[len(shown) :], nl=False)
             shown = text
 
@@ -80,5 +99,5 @@ def command(
     if len(ids) == 1:
         click.echo()
         return
-    for prompt, result in zip(prompts, results, strict=True):
+    for prompt, result in zip(texts, results, strict=True):
         click.echo(f"[{prompt}]\n{tokenizer.decode(list(result.tokens), skip_special_tokens=True)}\n")

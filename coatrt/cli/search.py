@@ -5,26 +5,35 @@ from pathlib import Path
 import click
 
 from coatrt.cli.common import DATA, DEVICE, JSON, MODEL, PATH, echo_json, warn_of_idle_gpu
+from coatrt.cli.help import Option, documented
 
 __all__ = ["command"]
 
 
-@click.command()
+@documented(
+    examples=(
+        "coatrt search adapter --data texts/",
+        "coatrt search adapter --data texts/ --evaluations 200 --device cuda",
+    )
+)
 @click.argument("adapter", type=PATH)
 @DATA
-@click.option("--evaluations", type=int, default=60, show_default=True, help="Configurations to measure in all.")
+@click.option("--evaluations", type=int, default=60, help="Configurations to measure in all.")
 @click.option(
     "--blocks",
     type=click.IntRange(min=1),
+    cls=Option,
+    metavar="INTEGER",
     show_default="8; for chat and choice 64",
-    help="Blocks of text (lines of chat or choice) for each loss.",
+    help="Blocks of text (chat, choice: examples) that each loss is measured on.",
 )
 @click.option(
     "--max-length",
-    "--length",
     type=click.IntRange(min=2),
+    cls=Option,
+    metavar="INTEGER",
     show_default="128; for chat and choice as in training",
-    help="Tokens of a block of text; most tokens of a line of chat or choice.",
+    help="Tokens of a block of text; most tokens of an example of chat or choice.",
 )
 @MODEL
 @DEVICE
@@ -39,9 +48,11 @@ def command(
     device: str,
     as_json: bool,
 ) -> None:
-    """Measure configurations of ADAPTER on held-out text, and keep them where `coatrt plan` finds them.
+    """Measure configurations on held-out data, to improve later plans.
 
-    ADAPTER/archive.json is saved after every measurement; an interrupted search is resumed.
+    coatrt plan takes a measured configuration where it lost less than the predicted best. The file archive.json in
+    ADAPTER is saved after every measurement; an existing archive is resumed. ADAPTER is a directory that coatrt train
+    wrote.
     """
     from coatrt.adapter.adapter import Adapter
     from coatrt.cli.progress import drawn_progress

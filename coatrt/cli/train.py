@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 import click
 
 from coatrt.cli.common import DATA, DEVICE, PATH, warn_of_idle_gpu, with_options
+from coatrt.cli.help import Option, documented
 from coatrt.training.options import TrainOptions
 
 if TYPE_CHECKING:
@@ -18,12 +19,12 @@ __all__ = ["command", "train_options"]
 
 
 class _Commas(click.ParamType[tuple[Any, ...]]):
-    """Values with commas between them.
+    """Values separated by commas.
 
     Args:
         name: shown in the help, such as B,B,….
-        read: text → value; raises ValueError for others.
-        example: shown where a text is refused.
+        read: text → value; raises ValueError for a wrong one.
+        example: shown in error messages.
     """
 
     def __init__(self, name: str, read: Callable[[str], Any], example: str) -> None:
@@ -37,7 +38,7 @@ class _Commas(click.ParamType[tuple[Any, ...]]):
         try:
             return tuple(self._read(part) for part in value.split(",") if part)
         except ValueError:
-            self.fail(f"{value!r} cannot be read; separate values with commas, like {self._example}", param, ctx)
+            self.fail(f"not a list of values: {value!r}; separate them with commas, like {self._example}", param, ctx)
 
 
 def _rank(text: str) -> tuple[str, int]:
@@ -54,18 +55,18 @@ _LISTS = {
 
 def _option(field: "Field[Any]", kind: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
     flag, help, default = "--" + field.name.replace("_", "-"), field.metadata["help"], field.default
-    short = ["--length"] if field.name == "max_length" else []
     if kind is bool:
         flags = f"{flag}/--no-{field.name}" if default else flag
-        return click.option(flags, is_flag=True, default=default, show_default=default, help=help)
+        return click.option(flags, cls=Option, is_flag=True, default=default, help=help)
     if isinstance(default, tuple):
         default = ",".join(f"{value:g}" if isinstance(value, float) else str(value) for value in default)
-    shown = field.metadata["unset"] or default != ""
-    return click.option(flag, *short, type=_type(field, kind), default=default, show_default=shown, help=help)
+    shown, type = field.metadata["unset"] or default != "", _type(field, kind)
+    metavar = "INTEGER" if isinstance(type, click.IntRange) else "FLOAT" if isinstance(type, click.FloatRange) else None
+    return click.option(flag, cls=Option, type=type, metavar=metavar, default=default, show_default=shown, help=help)
 
 
 def _type(field: "Field[Any]", kind: Any) -> click.ParamType[Any]:
-    """Return the type of an option, with the limits of the field."""
+    """Return the type of an option, with the limits of its field."""
     least, above, most = (field.metadata[limit] for limit in ("least", "above", "most"))
     finite = None if most == inf else most
     if field.name in _LISTS:
@@ -82,20 +83,42 @@ train_options = with_options(*(_option(field, _KINDS[field.name]) for field in f
 """Adds an option for each field of `TrainOptions`, named as the field is."""
 
 
-@click.command()
+@documented(
+    examples=(
+        "coatrt train HuggingFaceTB/SmolLM2-135M --data texts/ -o adapter",
+        "coatrt train model.gguf --data texts/ -o adapter --steps 1000 --device cuda",
+        "coatrt train models/chat --data talks.jsonl --task chat -o adapter",
+        "coatrt train HuggingFaceTB/SmolLM2-135M --data texts/ -o adapter --resume",
+    ),
+    first=(
+        *("data", "output", "task", "held_out", "steps", "batch", "max_length", "formats", "rank", "precision"),
+        *("device", "resume", "overwrite"),
+    ),
+    terms=(
+        "Data of a task",
+        (
+            ("text", "UTF-8 text."),
+            (
+                "chat",
+                'A JSON object per line: {"messages": [{"role": …, "content": …}, …]} or '
+                '{"prompt": …, "completion": …}. The assistant\'s answers are learned.',
+            ),
+            ("choice", 'A JSON object per line: {"prompt": …, "choices": [" yes", " no"], "answer": 0}.'),
+        ),
+    ),
+)
 @click.argument("model")
 @DATA
 @click.option(
     "--task",
     type=click.Choice(["text", "chat", "choice"]),
     default="text",
-    show_default=True,
     help="What the data are: text, conversations, or questions with choices.",
 )
 @click.option(
     "--held-out", multiple=True, metavar="PATH", help="Data to measure on.  [default: every tenth document or line]"
 )
-@click.option("-o", "--output", required=True, type=PATH, help="Directory of the adapter.")
+@click.option("-o", "--output", required=True, type=PATH, help="Directory of the adapter to write.")
 @click.option("--resume", is_flag=True, help="Resume from the last checkpoint.")
 @click.option("--overwrite", is_flag=True, help="Replace a finished adapter; discard an unfinished one.")
 @DEVICE
@@ -111,14 +134,10 @@ def command(
     device: str,
     **choices: Any,
 ) -> None:
-    """Train a configuration-aware LoRA for MODEL (Hugging Face directory, hub name or GGUF file).
+    """Train an adapter: a LoRA for every configuration of a model.
 
-    \b
-    --task text    UTF-8 text
-    --task chat    a JSON object a line: {"messages": [{"role": …, "content": …}, …]}
-                   or {"prompt": …, "completion": …}; the assistant's answers are learned
-    --task choice  a JSON object a line: {"prompt": …, "choices": [" yes", " no"], "answer": 0}
-    """  # noqa: D301 - click reads the character \b
+    MODEL is a Hugging Face directory, a name on the Hugging Face hub, or a GGUF file.
+    """
     from coatrt.cli.progress import drawn_progress
     from coatrt.data.registry import load_task
     from coatrt.models.checkpoint import Checkpoint
@@ -132,7 +151,7 @@ def command(
     warn_of_idle_gpu(device)
     options = TrainOptions(**choices)
     checkpoint = Checkpoint.open(model)
-    DecoderSpec.from_config(checkpoint.config)  # what is wrong there is not the tokenizer's fault
+    DecoderSpec.from_config(checkpoint.config)  # an unknown family is named before its tokenizer fails
     tokenizer = load_tokenizer(checkpoint.directory)
     with drawn_progress("train") as progress:
         loaded = load_task(task, data, tokenizer, options.max_length, held_out=held_out or None, progress=progress)
@@ -146,7 +165,7 @@ def command(
 
 
 def _summary(adapter: "Adapter", output: Path) -> str:
-    """Return what training took, and the held-out losses, for a person to read."""
+    """Return the steps, the time and the held-out numbers of a training as text."""
     metrics = adapter.description.metrics
     measured = metrics["held_out"]
     lines = [

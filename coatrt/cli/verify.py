@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from coatrt.cli.common import JSON, MODEL, PATH, echo_json, trust_options
+from coatrt.cli.help import documented
 
 if TYPE_CHECKING:
     from coatrt.bundle import SignaturePolicy
@@ -13,11 +14,17 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
-@click.command()
+@documented(
+    examples=(
+        "coatrt verify bundles/l4",
+        "coatrt verify bundles/l4 --no-torch",
+        "coatrt verify bundles/l4 --key publisher.pem",
+    ),
+)
 @click.argument("bundle", type=PATH)
 @MODEL
 @trust_options
-@click.option("--no-torch", is_flag=True, help="Leave out the comparison with torch.")
+@click.option("--no-torch", is_flag=True, help="Skip the comparison of logits with torch.")
 @JSON
 def command(
     bundle: Path,
@@ -27,7 +34,11 @@ def command(
     no_torch: bool,
     as_json: bool,
 ) -> None:
-    """Check BUNDLE: signature, hashes, versions, its LoRA, and its logits against torch."""
+    """Check a bundle: hashes, signature, versions, logits.
+
+    The LoRA is compared with the one that the hypernetwork emits, the logits with those of the same weights in torch.
+    BUNDLE is a directory that coatrt build or export wrote.
+    """
     from coatrt.bundle import Bundle
     from coatrt.engines.bundles.verify import verify
 

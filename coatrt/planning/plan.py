@@ -1,7 +1,7 @@
-"""A plan as data: what was asked, the configuration, and every figure it was chosen by."""
+"""A plan as data: the request, the configuration, and every figure it was chosen by."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -10,40 +10,41 @@ from coatrt.configs.config import ConfigPatterns, QuantConfig
 from coatrt.errors import ConfigError
 from coatrt.models.matrices import ModelMatrices
 from coatrt.system.json_data import convert, read_as, to_data
-from coatrt.system.text_table import aligned
 
-__all__ = ["Objective", "Plan", "PlanRequest", "fleet_table", "read_choice"]
+__all__ = ["LATENCY_MAX_LOSS", "Objective", "Plan", "PlanRequest", "read_choice"]
 
 Objective = Literal["quality", "latency", "balanced"]
 
-_LATENCY_MAX_LOSS = 0.05
+LATENCY_MAX_LOSS = 0.05
+"""Largest predicted loss increase of "latency", in nats per token, where the request has no limit."""
+
 _ENGINE = ("weights", "scales", "other tensors", "engine")
 _BESIDE = ("LoRA", "KV cache", "activations", "runtime")
 _MOST_FIGURE = 1e18
 _MOST = {"memory": 2**60, "context": 2**31 - 1, "batch": 65536, "prefill": 2**31 - 1}
-_AGAIN = "plan again (coatrt plan --json)"
+_AGAIN = "plan again (coatrt plan -o)"
 _DERIVED = ("objective", "configuration_hash", "formats", "engine_bytes", "tokens_per_second", "configuration")
 """Keys of a plan's JSON that follow from the others."""
 
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What a plan is asked to do.
+    """What a plan must achieve, and within which limits.
 
     Args:
         objective: "quality" takes the least predicted loss within the limits; "latency" the least predicted time per
             token; "balanced" the knee between the two: the least sum of both, each scaled to its range.
-        memory: bytes the engine may use on the device; the device's memory if not given.
-        bits: cap on average bits per weight.
-        max_loss: cap on the predicted loss increase, nats per token; for "latency" 0.05 if not given.
-        min_tokens_per_second: of one sequence at decode, predicted.
+        memory: most bytes on the device; None for the device's memory.
+        bits: most bits per weight on average.
+        max_loss: largest predicted loss increase, nats per token; None for no limit, with "latency" for 0.05.
+        min_tokens_per_second: least predicted decode speed of one sequence.
         context: slots of the KV cache per sequence.
-        batch: sequences at once.
+        batch: sequences decoded together.
         prefill: most prompt tokens in one call.
-        keep: (matrix name, kind or glob, format): these matrices get this format.
+        keep: (matrix name, kind or glob, format): pins, which fix the format of these matrices.
 
     Raises:
-        ConfigError: an objective that does not exist, or a number out of range.
+        ConfigError: an unknown objective, or a number out of range.
     """
 
     objective: Objective = "quality"
@@ -58,23 +59,23 @@ class PlanRequest:
 
     def __post_init__(self) -> None:
         if self.objective not in get_args(Objective):
-            raise ConfigError(f"no objective {self.objective!r}; give one of {', '.join(get_args(Objective))}")
+            raise ConfigError(f"objective must be one of {', '.join(get_args(Objective))}, got {self.objective!r}")
         for name, most in _MOST.items():
             value = getattr(self, name)
             if value is not None and not 1 <= value <= most:
-                raise ConfigError(f"{name} {value} is given; give at least 1, at most {most}")
+                raise ConfigError(f"{name} must be at least 1 and at most {most}, got {value}")
         for name, above in (("bits", 0), ("min_tokens_per_second", 1e-100)):
             value = getattr(self, name)
             if value is not None and not above < value < math.inf:
-                raise ConfigError(f"{name} {value} is given; give a positive number")
+                raise ConfigError(f"{name} must be positive, got {value}")
         if self.max_loss is not None and not 0 <= self.max_loss < math.inf:
-            raise ConfigError(f"max_loss {self.max_loss} is given; give 0 or a positive number")
+            raise ConfigError(f"max_loss must be at least 0, got {self.max_loss}")
 
     @property
     def loss_limit(self) -> float | None:
-        """The cap on the predicted loss increase, with the default of "latency"."""
+        """The largest predicted loss increase, with the default of "latency"."""
         if self.max_loss is None and self.objective == "latency":
-            return _LATENCY_MAX_LOSS
+            return LATENCY_MAX_LOSS
         return self.max_loss
 
 
@@ -84,25 +85,25 @@ class Plan:
 
     Args:
         device: the device's id.
-        request: what was asked.
-        binds: the limits that decided.
+        request: objective and limits.
+        binds: the limits that decided, in words.
         config: the configuration.
         average_bits: bits per weight, scales included.
         memory_bytes: bytes by purpose, see `coatrt.planning.memory.memory_of`.
-        limit_bytes: bytes the plan was allowed in all, None where the device's memory is unknown.
+        limit_bytes: most bytes in total, None if the device's memory is unknown.
         predicted_loss_increase: nats per token without adapter, second-order estimate from the empirical Fisher.
         bytes_per_token: bytes read to decode one token with a full cache.
-        tokens_per_second_bound: bandwidth / bytes_per_token, None where the bandwidth is unknown.
-        decode_seconds: predicted seconds per token of each sequence with a full cache, None where nothing is known.
+        tokens_per_second_bound: bandwidth / bytes_per_token, None if the bandwidth is unknown.
+        decode_seconds: predicted seconds per token of each sequence with a full cache, None if the speed is unknown.
         prefill_seconds: predicted seconds of a prompt of `request.prefill` tokens.
-        latency_source: where these come from.
-        next_steps: what a little more of each binding limit would buy, in words.
-        front: (bytes in all, decode seconds or None, predicted loss increase) of configurations that none beats.
-        measured_loss: held-out loss with the adapter, nats per token, where the search measured this configuration.
-        adapter: hash of the adapter, empty where it has none.
+        latency_source: the source of these predictions.
+        next_steps: options with another limit, and what they would change, in words.
+        front: (total bytes, decode seconds or None, predicted loss increase) of the configurations on the front.
+        measured_loss: held-out loss with the adapter, nats per token, if a search measured this configuration.
+        adapter: hash of the adapter, empty if unknown.
 
     Raises:
-        ConfigError: a figure that cannot be, or a purpose of memory that there is not.
+        ConfigError: a figure out of range, or an unknown purpose of memory.
     """
 
     device: str
@@ -138,12 +139,12 @@ class Plan:
 
     @property
     def objective(self) -> str:
-        """What was asked to be best."""
+        """The objective of the request."""
         return self.request.objective
 
     @property
     def total_bytes(self) -> int:
-        """Bytes in all."""
+        """Total bytes."""
         return sum(self.memory_bytes.values())
 
     @property
@@ -157,8 +158,8 @@ class Plan:
         return 1 / self.decode_seconds if self.decode_seconds else None
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON form; its "configuration" is a configuration file of its own."""
-        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "config"}
+        """Return the plan as JSON, whose "configuration" is the content of a configuration file."""
+        stored = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "config"}
         derived = (
             self.objective,
             self.config.hash,
@@ -167,25 +168,26 @@ class Plan:
             self.tokens_per_second,
             self.config.to_json(),
         )
-        return dict(to_data({**own, **dict(zip(_DERIVED, derived, strict=True))}))
+        return dict(to_data({**stored, **dict(zip(_DERIVED, derived, strict=True))}))
 
     @classmethod
     def from_json(cls, value: Any, model: ModelMatrices, where: str = "the plan") -> "Plan":
         """Return the plan written by `to_json`; `where` names it in messages.
 
         Raises:
-            ConfigError: it is none, is for another model, or its configuration is not the one its hash names.
+            ConfigError: the value is not a plan, is for another model, or its hash is not that of its configuration.
         """
         plan = convert(value, dict[str, Any], where, _AGAIN)
         config = ConfigPatterns.from_json(plan.get("configuration"), where).resolve(model)
         if config.hash != plan.get("configuration_hash"):
             raise ConfigError(
-                f"{where}: its configuration has the hash {config.hash}, it says {plan.get('configuration_hash')}; "
+                f"{where} was altered: its configuration has the hash {config.hash}, got "
+                f"{plan.get('configuration_hash')}; "
                 f"{_AGAIN}"
             )
         request = convert(plan.get("request"), PlanRequest, f"{where}, request,", _AGAIN, exact=True)
-        own = {name: part for name, part in plan.items() if name not in _DERIVED}
-        return convert({**own, "config": config, "request": request}, cls, where, _AGAIN, exact=True)
+        stored = {name: part for name, part in plan.items() if name not in _DERIVED}
+        return convert({**stored, "config": config, "request": request}, cls, where, _AGAIN, exact=True)
 
     def text(self) -> str:
         """Return the plan as a few aligned lines."""
@@ -198,9 +200,9 @@ class Plan:
         limit = f" of {self.limit_bytes / 2**20:.1f}" if self.limit_bytes else ""
         lines.append(f"{'total':<14} {self.total_bytes / 2**20:10.1f} MiB{limit}")
         if self.device == "cpu":
-            lines.append("holds for      --accuracy-level 4 (the default) and 1 of run and bench; 0 decodes int8, int4")
+            lines.append("valid for      --accuracy-level 4 (the default) and 1; level 0 decodes int8 and int4 at load")
         lines.append(
-            f"predicted loss +{self.predicted_loss_increase:.4f} nats per token before the adapter (second order)"
+            f"predicted loss +{self.predicted_loss_increase:.4f} nats per token without the adapter (second order)"
         )
         if self.measured_loss is not None:
             lines.append(f"measured loss  {self.measured_loss:.4f} nats per token with the adapter (coatrt search)")
@@ -216,29 +218,6 @@ class Plan:
         return "\n".join(lines)
 
 
-def fleet_table(plans: Sequence[Plan]) -> str:
-    """Return one line per plan: configuration, bits, bytes, predicted loss and speed, formats, what binds."""
-    rows = [("device", "configuration", "bits", "MiB of", "limit", "loss", "ms/token", "tokens/s", "binds", "formats")]
-    for plan in plans:
-        decode = plan.decode_seconds
-        rows.append(
-            (
-                plan.device,
-                plan.config.hash,
-                f"{plan.average_bits:.2f}",
-                f"{plan.total_bytes / 2**20:.0f}",
-                f"{plan.limit_bytes / 2**20:.0f}" if plan.limit_bytes else "?",
-                f"+{plan.predicted_loss_increase:.4f}",
-                f"{decode * 1e3:.2f}" if decode else "?",
-                f"{1 / decode:.0f}" if decode else "?",
-                plan.binds,
-                ", ".join(f"{count} {text}" for text, count in plan.config.counts.items()),
-            )
-        )
-    sources = dict.fromkeys(plan.latency_source for plan in plans if plan.latency_source)
-    return "\n".join([aligned(rows, "<<>>>>>><<"), "", *(f"predicted by {source}" for source in sources)])
-
-
 def read_choice(path: str | Path, model: ModelMatrices) -> tuple[QuantConfig, Plan | None]:
     """Return the configuration in a file, and the plan where the file is the JSON of one.
 
@@ -246,7 +225,7 @@ def read_choice(path: str | Path, model: ModelMatrices) -> tuple[QuantConfig, Pl
         ConfigError: it is neither, or does not fit the model.
         FormatError: it names an unknown format.
     """
-    value = read_as(path, object, "configuration", "give one, or a plan of coatrt plan --json")
+    value = read_as(path, object, "configuration", "give one, or a plan of coatrt plan -o")
     if isinstance(value, dict) and "configuration_hash" in value:
         plan = Plan.from_json(value, model, f"plan {path}")
         return plan.config, plan
