@@ -40,6 +40,7 @@ from .planning.plan import Plan as Plan
 from .planning.plan import PlanRequest as PlanRequest
 from .planning.planner import plan as plan
 from .planning.planner import plan_fleet as plan_fleet
+from .planning.plans_text import plans_text as plans_text
 from .quantization.weight_format import WeightFormat as WeightFormat
 from .reporting.write import report as report
 from .searching.run import search as search

@@ -1,8 +1,4 @@
-"""Writes docs/reference/cli.md from the commands themselves.
-
-    python docs/cli_reference.py           # write it
-    python docs/cli_reference.py --check   # exit with 1 if it differs from what --help shows
-"""
+"""Writes docs/reference/cli.md from the commands; with --check, exits with 1 if the page differs from --help."""
 
 import sys
 from collections.abc import Iterator

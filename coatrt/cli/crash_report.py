@@ -1,4 +1,4 @@
-"""What is kept of an error that nobody foresaw: traceback, versions and command line, without secrets."""
+"""The report of an unexpected error: traceback, versions and command line, without secrets."""
 
 import re
 import shlex
@@ -10,16 +10,16 @@ from pathlib import Path
 
 __all__ = ["write_report"]
 
-_PRIVATE = ("-p", "--prompt", "--system")  # what a user says to the model
+_PRIVATE = ("-p", "--prompt", "--system")  # texts for the model
 _SECRET = re.compile(r"hf_\w+|(?<=://)[^/\s@]+(?=@)|(?i:(?<=token=)|(?<=secret=)|(?<=password=)|(?<=key=))[^\s&'\"]+")
 
 
 def write_report(error: BaseException, arguments: Sequence[str]) -> Path | None:
-    """Write a report in the cache directory, or in the temporary one, and return its path; None where neither can be.
+    """Write a report to the cache directory, else to the temporary one, and return its path; None if both fail.
 
     Args:
-        error: what was raised.
-        arguments: of the command line; prompts are left out, and what looks like a token or password.
+        error: the exception.
+        arguments: the command line; prompts, tokens and passwords are left out.
     """
     with suppress(Exception):
         text = _report(error, arguments)
@@ -53,8 +53,8 @@ def _report(error: BaseException, arguments: Sequence[str]) -> str:
     try:
         from coatrt.devices.environment import versions
 
-        found = ", ".join(f"{name} {version}" for name, version in versions().items())
+        installed = ", ".join(f"{name} {version}" for name, version in versions().items())
     except Exception as problem:
-        found = f"not readable ({problem})"
+        installed = f"not readable ({problem})"
     trace = "".join(traceback.format_exception(error))
-    return _SECRET.sub("…", f"coatrt {shlex.join(shown)}\n{found}\n\n{trace}")
+    return _SECRET.sub("…", f"coatrt {shlex.join(shown)}\n{installed}\n\n{trace}")

@@ -20,7 +20,7 @@ class Option(click.Option):
     """An option whose help shows its default, but not its range: an error names that."""
 
     def get_help_extra(self, ctx: click.Context) -> Any:
-        """Return what stands in brackets behind the help."""
+        """Return the parts in brackets after the help."""
         extra = super().get_help_extra(ctx)
         extra.pop("range", None)
         return extra
@@ -45,6 +45,9 @@ class Command(click.Command):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.examples, self._first, self._terms = tuple(examples), tuple(first), terms
+        for parameter in self.params:
+            if isinstance(parameter.type, click.IntRange | click.FloatRange) and parameter.metavar is None:
+                parameter.metavar = parameter.type.name.removesuffix(" range").upper()
         unknown = set(first) - {parameter.name for parameter in self.params}
         assert not unknown, f"{self.name} has no option {', '.join(unknown)}"
 

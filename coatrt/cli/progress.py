@@ -30,7 +30,7 @@ class _Lines:
                 click.echo(f"{self._what}: {stage} {done}/{total}{f', {note}' if note else ''}", err=True)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: a line needs no end."""
 
 
 class _Bars:
@@ -60,5 +60,5 @@ class _Bars:
 
 
 def drawn_progress(what: str) -> AbstractContextManager[Progress]:
-    """Return what draws the progress of a piece of work called `what`."""
+    """Return a context whose value draws progress; its lines begin with `what`, the name of the work."""
     return closing(_Bars(what) if sys.stderr is not None and sys.stderr.isatty() else _Lines(what))

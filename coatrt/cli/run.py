@@ -30,7 +30,7 @@ __all__ = ["command"]
 @click.option("-p", "--prompt", "prompts", multiple=True, help="Prompt; - reads standard input. Repeat it for a batch.")
 @click.option("-f", "--file", "files", multiple=True, metavar="FILE", help="Prompt from a UTF-8 file; repeatable.")
 @click.option("-n", "--max-tokens", type=int, default=64, help="Most tokens to generate.")
-@click.option("--temperature", type=float, default=0.0, help="Sampling temperature; 0 takes the likeliest token.")
+@click.option("--temperature", "--temp", type=float, default=0.0, help="0 takes the likeliest token.")
 @click.option("--top-k", type=int, default=0, help="Sample among the k likeliest tokens; 0: among all.")
 @click.option("--top-p", type=float, default=1.0, help="Sample among the likeliest tokens of this total probability.")
 @click.option("--seed", type=int, default=0, help="Seed of the sampling.")

@@ -23,7 +23,6 @@ __all__ = ["command"]
     "--blocks",
     type=click.IntRange(min=1),
     cls=Option,
-    metavar="INTEGER",
     show_default="8; for chat and choice 64",
     help="Blocks of text (chat, choice: examples) that each loss is measured on.",
 )
@@ -31,7 +30,6 @@ __all__ = ["command"]
     "--max-length",
     type=click.IntRange(min=2),
     cls=Option,
-    metavar="INTEGER",
     show_default="128; for chat and choice as in training",
     help="Tokens of a block of text; most tokens of an example of chat or choice.",
 )
@@ -94,9 +92,11 @@ def command(
             }
         )
         return
+    from coatrt.system.text_table import aligned
+
     click.echo(
-        f"{len(archive)} configurations measured, {len(front)} on the front, hypervolume {volume:.4f} "
-        f"below ({reference[0]:.3f} bits, loss {reference[1]:.3f})"
+        f"{len(archive)} configurations measured, all on the same held-out data; of these {len(front)} on the front, "
+        "which no other beats in both bits and loss:"
     )
-    for entry in front:
-        click.echo(f"  {archive.bits(entry):6.3f} bits with the LoRA   loss {entry.loss:8.4f}   {entry.config.hash}")
+    rows = [(f"{archive.bits(entry):.2f}", f"{entry.loss:.3f}", entry.config.hash) for entry in front]
+    click.echo(aligned([("bits with LoRA", "loss", "configuration"), *rows], ">><"))

@@ -1,4 +1,4 @@
-"""How a command ends when it is told to: what runs beside is stopped, what is half written is removed."""
+"""How a command ends on a signal: its child processes are stopped, unfinished files are removed."""
 
 import signal
 import sys
@@ -12,13 +12,13 @@ _ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
 def end_on_signals() -> None:
-    """Make SIGTERM and Ctrl-C end this process with exit code 143 and 130, without a word."""
+    """Make SIGTERM and Ctrl-C end this process with exit code 143 and 130, silently."""
     for number in _ENDING:
         signal.signal(number, _end)
 
 
 def _end(number: int, _: object) -> NoReturn:
-    for each in _ENDING:  # a second one must not stop the removal
+    for each in _ENDING:  # a second signal must not interrupt the removal
         signal.signal(each, signal.SIG_IGN)
     end_children()
     sys.exit(128 + number)

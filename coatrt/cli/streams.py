@@ -1,4 +1,4 @@
-"""Standard streams that hold every character, and that may be closed, full or read by nobody."""
+"""Standard streams that can print every character, also when they are closed, full or unread."""
 
 import contextlib
 import os
@@ -11,9 +11,9 @@ __all__ = ["flush", "say", "steady"]
 
 
 def steady() -> None:
-    """Make printing safe: a character that a stream has no code for is written as an escape, a closed stream is silent.
+    """Make printing safe: a character outside a stream's encoding is escaped, a closed stream is silent.
 
-    The numbers 0 to 2 are taken even where they were closed, so that no file that is opened later gets what is printed.
+    Closed file descriptors 0 to 2 are opened, so that no file opened later receives what is printed.
     """
     for number in range(3):
         try:
@@ -29,27 +29,27 @@ def steady() -> None:
 
 
 def say(text: str) -> None:
-    """Print one line on standard error, if anybody hears it."""
+    """Print one line on standard error, if it can be written."""
     with contextlib.suppress(OSError, ValueError):
         print(f"coatrt: {one_line(text)}", file=sys.stderr)
 
 
 def flush() -> OSError | None:
-    """Write out what was printed; return why that fails. What is left then goes nowhere, without a second error."""
-    failed = None
+    """Flush the standard streams and return the first error; a stream that fails is discarded from then on."""
+    failure = None
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError as error:
-            failed = failed or error
+            failure = failure or error
             _abandon(stream)
         except ValueError:
             pass  # closed
-    return failed
+    return failure
 
 
 def _abandon(stream: IO[str]) -> None:
     with contextlib.suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)

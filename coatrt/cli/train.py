@@ -60,9 +60,8 @@ def _option(field: "Field[Any]", kind: Any) -> Callable[[Callable[..., None]], C
         return click.option(flags, cls=Option, is_flag=True, default=default, help=help)
     if isinstance(default, tuple):
         default = ",".join(f"{value:g}" if isinstance(value, float) else str(value) for value in default)
-    shown, type = field.metadata["unset"] or default != "", _type(field, kind)
-    metavar = "INTEGER" if isinstance(type, click.IntRange) else "FLOAT" if isinstance(type, click.FloatRange) else None
-    return click.option(flag, cls=Option, type=type, metavar=metavar, default=default, show_default=shown, help=help)
+    shown = field.metadata["unset"] or default != ""
+    return click.option(flag, cls=Option, type=_type(field, kind), default=default, show_default=shown, help=help)
 
 
 def _type(field: "Field[Any]", kind: Any) -> click.ParamType[Any]:

@@ -1,4 +1,4 @@
-"""The archive: every configuration whose loss was measured, on disk from one evaluation to the next."""
+"""The archive: configurations and their measured losses, saved after every measurement."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -32,7 +32,7 @@ class ArchiveEntry:
         loss: held-out loss in nats per token, under the adapter.
 
     Raises:
-        ConfigError: no bytes, or a loss that is not finite.
+        ConfigError: bytes below 1, or a loss that is not finite.
     """
 
     config: QuantConfig
@@ -47,19 +47,19 @@ class ArchiveEntry:
 
 
 class Archive:
-    """Measured configurations, oldest first; of a configuration measured again the last measurement counts.
+    """Measured configurations, oldest first; the last measurement of a configuration counts.
 
-    With a path, every `add` replaces the file atomically: a kill loses at most the measurement under way.
+    With a path, every `add` replaces the file atomically: a kill loses at most the current measurement.
 
     Args:
         parameters: weights in all matrices, the unit of bits per weight.
         path: JSON file, or None to stay in memory.
-        identity: what the losses belong to (adapter, held-out text); a file of another identity is refused.
+        identity: of the adapter and the held-out text; a file of another identity is refused.
     """
 
     def __init__(self, parameters: int, path: str | Path | None = None, identity: str = "") -> None:
         if parameters < 1:
-            raise ConfigError(f"an archive for {parameters} weights; give the model's number of weights")
+            raise ConfigError(f"parameters must be at least 1, got {parameters}; give the model's number of weights")
         self.parameters, self.identity = parameters, identity
         self.path = Path(path) if path is not None else None
         self._entries: dict[QuantConfig, ArchiveEntry] = {}
@@ -72,7 +72,7 @@ class Archive:
 
     @property
     def entries(self) -> tuple[ArchiveEntry, ...]:
-        """All of them, oldest first."""
+        """All entries, oldest first."""
         return tuple(self._entries.values())
 
     def add(self, entry: ArchiveEntry) -> None:
@@ -82,11 +82,11 @@ class Archive:
             write_json(self.path, self._file(), sealed=True)
 
     def find(self, config: QuantConfig) -> ArchiveEntry | None:
-        """Return the measurement of a configuration, None where there is none."""
+        """Return the measurement of a configuration, None if it was not measured."""
         return self._entries.get(config)
 
     def bits(self, entry: ArchiveEntry) -> float:
-        """Return bits per weight of an entry, the LoRA counted."""
+        """Return bits per weight of an entry, LoRA included."""
         return 8 * entry.nbytes / self.parameters
 
     def points(self, entries: Sequence[ArchiveEntry]) -> list[tuple[float, float]]:
@@ -94,7 +94,7 @@ class Archive:
         return [(self.bits(entry), entry.loss) for entry in entries]
 
     def front(self) -> tuple[ArchiveEntry, ...]:
-        """Return the entries that no other beats, by ascending bytes."""
+        """Return the entries on the front of bytes and loss, by ascending bytes."""
         return tuple(self.entries[i] for i in pareto_indices(self.points(self.entries)))
 
     def hypervolume(self, reference: tuple[float, float]) -> float:
@@ -102,7 +102,7 @@ class Archive:
         return hypervolume(self.points(self.entries), reference)
 
     def _file(self) -> "_File":
-        """Return what the file holds."""
+        """Return the content of the file."""
         names = sorted(self.entries[0].config.formats) if self._entries else []
         formats = sorted({fmt for config in self._entries for fmt in config.formats.values()})
         column = {fmt: str(i) for i, fmt in enumerate(formats)}
@@ -113,27 +113,27 @@ class Archive:
 
     @classmethod
     def load(cls, path: str | Path, identity: str | None = None) -> "Archive":
-        """Return the archive in a file, of any identity where none is given; what is added to it is written there.
+        """Return the archive in a file; `identity` None accepts any. Later measurements are written to the file.
 
         Raises:
             ConfigError: it is missing, damaged, or belongs to something else.
         """
         file = read_as(path, _File, "archive", _REMEDY, version=_FORMAT, sealed=True)
         try:
-            made = cls(file.parameters, path, file.identity)
-            made._entries = {entry.config: entry for entry in file.entries}
+            archive = cls(file.parameters, path, file.identity)
+            archive._entries = {entry.config: entry for entry in file.entries}
         except (ValueError, KeyError, ConfigError, FormatError) as error:
             raise ConfigError(f"archive {path} is garbled ({error}); {_REMEDY}") from None
-        if identity is not None and made.identity != identity:
+        if identity is not None and archive.identity != identity:
             raise ConfigError(
-                f"archive {path} was measured with another adapter or other text ({made.identity}, now {identity}); "
+                f"archive {path} was measured with another adapter or other text ({archive.identity}, now {identity}); "
                 f"{_REMEDY}"
             )
-        return made
+        return archive
 
     @classmethod
     def open(cls, path: str | Path, parameters: int, identity: str) -> "Archive":
-        """Return the archive in a file, or an empty one that will be written there.
+        """Return the archive in a file, or an empty one that is written there later.
 
         Raises:
             ConfigError: the file is damaged or belongs to something else.
@@ -143,21 +143,21 @@ class Archive:
 
 @dataclass(frozen=True)
 class _File:
-    """What the file holds: names and formats once, a configuration as numbers."""
+    """The content of the file: names and formats once, a configuration as numbers."""
 
     format: int
     identity: str
     parameters: Bytes
     matrices: tuple[str, ...]
     formats: tuple[str, ...]
-    rows: tuple[tuple[Bytes, Real, str], ...]  # bytes, loss, for each matrix in turn the number of its format
+    rows: tuple[tuple[Bytes, Real, str], ...]  # bytes, loss, the number of each matrix's format
 
     @property
     def entries(self) -> Iterator[ArchiveEntry]:
         """The measurements.
 
         Raises:
-            ValueError, KeyError, ConfigError, FormatError: a row is garbled.
+            ValueError, KeyError, ConfigError, FormatError: a row is damaged.
         """
         formats = {str(i): WeightFormat.parse(text) for i, text in enumerate(self.formats)}
         for nbytes, loss, numbers in self.rows:
@@ -166,7 +166,7 @@ class _File:
 
 
 def adapter_archive(directory: str | Path) -> Archive | None:
-    """Return the archive in an adapter's directory, None where none was made.
+    """Return the archive in an adapter's directory, None if there is none.
 
     Raises:
         ConfigError: it is damaged, or was measured with another adapter.

@@ -14,7 +14,7 @@ from coatrt.errors import ConfigError
 __all__ = ["CandidateCache", "candidates", "least_cost_by_size"]
 
 CandidateCache = dict[tuple[Any, ...], NDArray[np.int16]]
-"""Candidates by what decides them: devices with the same formats and relative speeds share theirs."""
+"""Candidates by a key of everything they depend on: devices with the same formats and relative speeds share them."""
 
 _BINS = 4096
 _BLENDS: tuple[float, ...] = (0.0, 0.1, 0.3, 1.0, 3.0, 30.0)  # weight of the seconds' range against the loss's range
@@ -36,7 +36,7 @@ def least_cost_by_size(cost: NDArray[np.float64], sizes: NDArray[np.int64], bins
     """
     allowed = np.isfinite(cost)
     if not allowed.any(1).all():
-        raise ConfigError("a matrix has no format left that the device and the pins allow; drop a --keep")
+        raise ConfigError("the pins leave a matrix without an allowed format; drop a --keep")
     low = np.where(allowed, sizes, np.iinfo(np.int64).max).min(1)
     extra = np.where(allowed, sizes - low[:, None], 0)
     unit = max(float(extra.max(1).sum()) / max(bins - 1, 1), 1.0)
@@ -78,14 +78,14 @@ def candidates(
         cost: predicted loss increase, [groups, formats]; infinite where a pin or the device forbids a format.
         seconds: predicted decode seconds in any unit, [groups, formats], which are rounded to a hundredth of their
             range; None takes bytes in their place.
-        cache: candidates that were found before, and these.
+        cache: earlier candidates; these are added.
 
     Raises:
         ConfigError: a group has no allowed format.
     """
     cache, sizes, allowed = {} if cache is None else cache, space.sizes, np.isfinite(cost)
     time, blends = sizes.astype(np.float64), _BLENDS[:1]  # bytes alone, and loss
-    if seconds is not None:  # what every format of a group takes alike decides nothing
+    if seconds is not None:  # seconds that all formats of a group share decide nothing
         apart = seconds - seconds.min(1, keepdims=True)
         time = np.round(apart / max(float(apart.max()), 1e-300), 2)
         blends = blends if _follows(time, sizes, allowed) else _BLENDS
@@ -93,11 +93,11 @@ def candidates(
     if key in cache:
         return cache[key]
     unit = _range(cost, allowed) / max(_range(time, allowed), 1e-300)
-    found = [
+    parts = [
         least_cost_by_size(cost + blend * unit * time, sizes, _BINS if blend == 0 else _BINS // 4) for blend in blends
     ]
-    choices = np.concatenate(found)
-    if len(found) > 1:  # equal rows have equal keys, and unequal ones of 64 random bits each hardly ever
+    choices = np.concatenate(parts)
+    if len(parts) > 1:  # drop equal rows by keys of 64 random bits
         words = np.random.default_rng(0).integers(-(1 << 62), 1 << 62, len(cost))
         choices = choices[np.unique(choices @ words, return_index=True)[1]]
     cache[key] = choices
@@ -111,7 +111,7 @@ def _range(values: NDArray[np.float64], allowed: NDArray[np.bool_]) -> float:
 
 
 def _follows(time: NDArray[np.float64], sizes: NDArray[np.int64], allowed: NDArray[np.bool_]) -> bool:
-    """Return whether seconds are bytes times one factor, up to a constant per group: then bytes stand for both."""
+    """Return whether seconds are proportional to bytes, up to a constant per group: then bytes stand for both."""
     first = allowed.argmax(1)
     rows = np.arange(len(sizes))
     bytes_apart = (sizes - sizes[rows, first][:, None])[allowed].astype(np.float64)

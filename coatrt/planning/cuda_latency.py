@@ -1,7 +1,7 @@
 """Predicted seconds of ONNX Runtime's CUDA provider: constants measured on GPUs of one compute capability.
 
 `benchmarks/latency_constants.py` fits them to benchmarks/results/gpu and writes cuda_latency.json; docs/planning.md has
-the errors for configurations that the fit has not seen.
+the errors on configurations outside the fit.
 """
 
 import json
@@ -29,8 +29,8 @@ __all__ = [
 ]
 
 LAYER_NODES = 5
-"""Nodes of a layer that are no products: attention, two norms, activation, gate · up; where matrices are joined, one
-more cuts gate from up."""
+"""Nodes of a layer beside the products: attention, two norms, activation, gate · up; one more splits gate from up if
+matrices are joined."""
 
 LAYER_KERNELS = 9
 """Kernels of those nodes, attention five: a profile of the 135M step has 484 kernels, 211 of them products."""
@@ -49,8 +49,8 @@ class PackedProduct:
     Args:
         floor_seconds: of any product.
         input_seconds: for each of the K inputs: a weight's column is summed in one pass.
-        flops_share: 2·N·K over the time that the weights add, of the FP16 throughput: what unpacking allows.
-        row_share: what each row behind the first adds to the time of the weights, as a share of it.
+        flops_share: 2·N·K over the time that the weights add, as a share of the FP16 throughput; unpacking limits it.
+        row_share: time that each further row adds, as a share of the time of the weights.
     """
 
     floor_seconds: float
@@ -66,7 +66,7 @@ class CudaConstants:
     Args:
         sm: compute capability of the GPUs.
         gpus: their names.
-        runtime: what ran on them.
+        runtime: name and version of the runtime measured.
         bandwidth_share: bytes over time of large float16 products and of caches, of the datasheet's bandwidth.
         flops_share: FLOPs of a row over the time that it adds to a float16 product, of the datasheet's FP16 throughput;
             above 1 where a product of many rows reads its weights beside computing.
@@ -77,7 +77,7 @@ class CudaConstants:
         lora_doubling_seconds: for each doubling of K (cuBLAS splits a longer K over more blocks),
         lora_output_seconds: and for each of the N outputs.
         lora_least_input: K below which the LoRA gets no faster.
-        kernel_seconds: of a kernel that is no product, in a replayed CUDA graph.
+        kernel_seconds: of a kernel beside the products, in a replayed CUDA graph.
         host_seconds_per_byte: of the logits, from the GPU to an array on the host.
         launch_seconds: of a node outside a CUDA graph, by the host: a prompt is not replayed.
     """
@@ -114,9 +114,9 @@ CONSTANTS: CudaConstants = CudaConstants.from_json(
 class CudaLatency:
     """Seconds on a GPU that runs bundles in ONNX Runtime's CUDA provider; a `coatrt.planning.latency.LatencyModel`.
 
-    int4 and int8 stay packed; all other formats are decoded to float16 when the graph loads, and cost what float16
-    does. The LoRA's constants are of rank 16. Matrices that read one input are one product with one LoRA, which costs
-    what that of one matrix as wide does.
+    int4 and int8 stay packed; all other formats are decoded to float16 when the graph loads, and take as long as
+    float16. The LoRA's constants are of rank 16. Matrices that read one input are one product with one LoRA, as of one
+    matrix of their total width.
 
     Args:
         device: a GPU of the compute capability that was measured, of known bandwidth and throughput.
@@ -125,7 +125,7 @@ class CudaLatency:
     """
 
     def __init__(self, device: DeviceProfile, constants: CudaConstants = CONSTANTS, *, joined: bool = True) -> None:
-        assert device.bandwidth is not None and device.fp16_flops is not None, "CudaLatency.serves was asked"
+        assert device.bandwidth is not None and device.fp16_flops is not None, "CudaLatency.serves is checked first"
         self._device, self._constants = device, constants
         self._bandwidth = constants.bandwidth_share * device.bandwidth
         self._flops = device.fp16_flops
@@ -133,17 +133,17 @@ class CudaLatency:
 
     @classmethod
     def serves(cls, device: DeviceProfile) -> bool:
-        """Return whether the constants are those of a device.
+        """Return whether the constants are valid for a device.
 
-        So it is where its compute capability was measured and its engines need regular TensorRT on the device itself:
-        until one is built there, ONNX Runtime's CUDA provider runs the bundle.
+        They are if its compute capability was measured and its engines need regular TensorRT on the device itself:
+        until an engine is built there, ONNX Runtime's CUDA provider runs the bundle.
         """
         known = device.bandwidth is not None and device.fp16_flops is not None
         return known and device.builder == "tensorrt" and device.sm == CONSTANTS.sm
 
     @property
     def source(self) -> str:
-        """Where the prediction comes from: what is measured, on what, and what is assumed."""
+        """The source of the prediction: the measured figures, the GPUs, the assumptions."""
         gpus = " and ".join(self._constants.gpus)
         same = self._device.name in self._constants.gpus
         other = "" if same else f"; assumed: that {self._device.name} reaches the same shares of its datasheet"
@@ -166,27 +166,28 @@ class CudaLatency:
         return min(direct, unpacked)
 
     def _dense(self, N: int, K: int, tokens: int) -> float:
-        found = self._constants
-        fixed = found.floor_seconds + found.input_seconds * K
-        return fixed + 2 * N * K / self._bandwidth + 2 * N * K * tokens / (found.flops_share * self._flops)
+        constants = self._constants
+        fixed = constants.floor_seconds + constants.input_seconds * K
+        return fixed + 2 * N * K / self._bandwidth + 2 * N * K * tokens / (constants.flops_share * self._flops)
 
     def lora_seconds(self, N: int, K: int, tokens: int) -> float:
-        """Return the seconds of one matrix's LoRA; each row behind the first moves four times its outputs."""
-        found = self._constants
-        doublings = math.log2(max(K, found.lora_least_input))
-        first = found.lora_seconds + found.lora_doubling_seconds * doublings + found.lora_output_seconds * N
+        """Return the seconds of one matrix's LoRA; each further row moves four times its outputs."""
+        constants = self._constants
+        doublings = math.log2(max(K, constants.lora_least_input))
+        first = constants.lora_seconds + constants.lora_doubling_seconds * doublings + constants.lora_output_seconds * N
         return first + 8 * N * (tokens - 1) / self._bandwidth
 
     def rest_seconds(self, model: ModelMatrices, workload: Workload, tokens: int, context: int) -> float:
         """Return the seconds of all else.
 
-        A prompt is launched node by node: where that takes longer than its products, the host decides.
+        A prompt is launched node by node: if that takes longer than its products, the host decides.
         """
-        found, spec, targets = self._constants, workload.spec, model.targets
+        constants, spec, targets = self._constants, workload.spec, model.targets
         on = workload.lora_parameters > 0
-        seconds = (spec.layers * LAYER_KERNELS + OTHER_KERNELS) * found.kernel_seconds
+        seconds = (spec.layers * LAYER_KERNELS + OTHER_KERNELS) * constants.kernel_seconds
         seconds += workload.kv_bytes * min(context / workload.context, 1.0) / self._bandwidth
-        seconds += 4 * spec.layers * spec.heads * spec.head_dim * context * tokens / (found.flops_share * self._flops)
+        flops = 4 * spec.layers * spec.heads * spec.head_dim * context * tokens
+        seconds += flops / (constants.flops_share * self._flops)
         groups: dict[str, list[Matrix]] = {}
         for matrix in targets:
             groups.setdefault((self._joined and fused_name(matrix.name)) or matrix.name, []).append(matrix)
@@ -197,5 +198,5 @@ class CudaLatency:
         if tokens > workload.batch:
             nodes = spec.layers * LAYER_NODES + len(groups) * (1 + (LORA_NODES if on else 0)) + OTHER_KERNELS
             products = sum(self._dense(matrix.N, matrix.K, tokens) for matrix in targets)
-            seconds = max(seconds, nodes * found.launch_seconds - products)
-        return seconds + 4 * spec.vocabulary * workload.batch * found.host_seconds_per_byte
+            seconds = max(seconds, nodes * constants.launch_seconds - products)
+        return seconds + 4 * spec.vocabulary * workload.batch * constants.host_seconds_per_byte

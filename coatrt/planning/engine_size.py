@@ -66,8 +66,8 @@ def _added(fmt: WeightFormat, N: int, K: int, sm: int) -> int:
 def engine_overhead(config: QuantConfig, model: ModelMatrices, sm: int) -> int:
     """Return the bytes of an engine beyond weights, scales and other tensors, for a compute capability (SM86: 86).
 
-    The CPU (0) has no engine: there it is what ONNX Runtime decodes to float32 at load, int8 and int4 staying packed
-    (accuracy levels 1 and 4; at level 0 these are decoded too).
+    The CPU (0) has no engine: there it is the weights that ONNX Runtime decodes to float32 at load; int8 and int4 stay
+    packed at accuracy levels 1 and 4.
     """
     added = sum(_added(config[matrix.name], matrix.N, matrix.K, sm) for matrix in model.matrices)
     if sm == 0:
@@ -77,7 +77,7 @@ def engine_overhead(config: QuantConfig, model: ModelMatrices, sm: int) -> int:
 
 
 def overhead_of_choices(space: ConfigSpace, choices: NDArray[np.int16], sm: int) -> NDArray[np.int64]:
-    """Return `engine_overhead` of many configurations, [n], given the format number of every group, [n, groups]."""
+    """Return `engine_overhead` [n] of configurations as format numbers of every group [n, groups]."""
     total = np.full(len(choices), _fixed(space.model, sm) if sm else 0, np.int64)
     for kind in {fmt.kind for fmt in space.formats} if sm else ():
         of_kind = np.array([fmt.kind == kind for fmt in space.formats])

@@ -35,7 +35,7 @@ def cost_matrix(space: ConfigSpace, costs: CostTable) -> NDArray[np.float64]:
         for text in (str(fmt), str(fmt.effective(by_name[name].K))):
             if text in row:
                 return float(row[text])
-        raise ConfigError(f"no sensitivity of {name} in {fmt}; measure it again for these formats (coatrt train)")
+        raise ConfigError(f"the adapter has no sensitivity of {name} in {fmt}; train again (coatrt train)")
 
     columns = range(len(space.formats))
     return np.array([[sum(cost(name, column) for name in group) for column in columns] for group in space.groups])
@@ -71,7 +71,7 @@ def lagrangian_choice(
 ) -> tuple[NDArray[np.int64], float]:
     """Return a near-optimal choice per group, in about a millisecond.
 
-    Least Σ price + λ·size for the least λ that keeps the limit, then single changes that use up what is left.
+    Least Σ price + λ·size for the least λ that keeps the limit, then single changes that use up the remaining bytes.
 
     Returns:
         (format number of every group, greatest lower bound of the least Σ price); for the arguments see `near_optimal`.
@@ -107,14 +107,14 @@ def lagrangian_choice(
 def _exchanged(
     price: NDArray[np.float64], size: NDArray[np.float64], limit: float, choice: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Return a choice improved by changing two groups at once, the second giving back what the first takes."""
+    """Return a choice improved by changing two groups at once, the second freeing the bytes that the first takes."""
     choice, rows, columns = choice.copy(), np.arange(len(choice)), price.shape[1]
     for _ in range(2 * len(rows)):
         gain = (price[rows, choice][:, None] - price).ravel()
         extra = (size - size[rows, choice][:, None]).ravel()
         slack = limit - size[rows, choice].sum()
-        back = np.argsort(-extra, kind="stable")  # least given back first
-        best = np.maximum.accumulate(gain[back][::-1])[::-1]  # best gain among those that give back at least so much
+        back = np.argsort(-extra, kind="stable")  # least freed first
+        best = np.maximum.accumulate(gain[back][::-1])[::-1]  # best gain among those that free at least as much
         place = np.searchsorted(-extra[back], extra - slack)
         total = np.where(place < len(back), gain + best[np.minimum(place, len(back) - 1)], -np.inf)
         first = int(total.argmax())

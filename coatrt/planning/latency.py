@@ -1,7 +1,7 @@
 """Predicted seconds of decoding and prefill: a device's datasheet, corrected by shares that are assumptions.
 
 Timings of the device (`coatrt.planning.measured_latency`) and constants measured on GPUs like it
-(`coatrt.planning.cuda_latency`) have the same interface and take its place where there are any.
+(`coatrt.planning.cuda_latency`) have the same interface and replace it where they exist.
 """
 
 from functools import cache
@@ -30,8 +30,8 @@ FLOPS_SHARE = 0.5
 KERNEL_SECONDS = CONSTANTS.kernel_seconds
 """Least seconds of a kernel at decode, in a replayed CUDA graph: measured in ONNX Runtime on H100 and H200 (SM90).
 
-Of the assumptions for engines it is the one that the measurements bear out: what a small kernel takes is the GPU's and
-the driver's doing. Bandwidth and throughput shares are those of the kernels that TensorRT picks, and stay assumed.
+The time of a small kernel depends on GPU and driver, so it is taken over for engines. Bandwidth and throughput shares
+depend on the kernels that TensorRT picks, and stay assumed.
 """
 
 LAYER_KERNELS = 6
@@ -47,7 +47,7 @@ class LatencyModel(Protocol):
 
     @property
     def source(self) -> str:
-        """Where the prediction comes from, and what in it is assumed."""
+        """The source of the prediction, and its assumptions."""
 
     def matrix_seconds(self, N: int, K: int, fmt: WeightFormat, tokens: int) -> float:
         """Return the seconds of one product of [tokens, K] with a weight [N, K] in a format."""
@@ -59,7 +59,7 @@ class LatencyModel(Protocol):
 def decoded_in_steps(fmt: WeightFormat, K: int) -> bool:
     """Return whether an engine decodes weights of a format to 16 bits in every step.
 
-    So it is with NormalFloat, nvfp4 beside 16-bit activations, and int8 in blocks (`benchmarks/engine_program.py`).
+    These are NormalFloat, nvfp4 beside 16-bit activations, and int8 in blocks (`benchmarks/engine_program.py`).
     """
     return fmt.is_normal_float or fmt.kind == "nvfp4" or (fmt.kind == "int8" and 0 < fmt.block < K)
 
@@ -73,13 +73,13 @@ class DatasheetLatency:
     """
 
     def __init__(self, device: DeviceProfile) -> None:
-        assert device.bandwidth is not None, "planning asks only devices of known bandwidth"
+        assert device.bandwidth is not None, "planning needs a known bandwidth"
         self._bandwidth = BANDWIDTH_SHARE * device.bandwidth
         self._flops = FLOPS_SHARE * device.fp16_flops if device.fp16_flops is not None else None
 
     @property
     def source(self) -> str:
-        """Where the prediction comes from."""
+        """The source of the prediction."""
         return (
             f"datasheet; assumed: {BANDWIDTH_SHARE:.0%} of peak bandwidth, {FLOPS_SHARE:.0%} of FP16 throughput; "
             f"read from engines: formats decoded in every step; measured: {KERNEL_SECONDS * 1e6:.2g} µs a kernel "
@@ -106,7 +106,7 @@ class DatasheetLatency:
 
 
 def latency_of(device: DeviceProfile, space: ConfigSpace, workload: Workload) -> LatencyModel | None:
-    """Return what predicts a device's seconds: its timings, else measured constants, else its datasheet, else None.
+    """Return the model that predicts a device's seconds: timings, else measured constants, else datasheet, else None.
 
     Raises:
         ConfigError: a file of timings is garbled.

@@ -105,9 +105,9 @@ def keeps_all(limits: Sequence[Limit], count: int) -> NDArray[np.bool_]:
     return np.asarray(np.logical_and.reduce([np.ones(count, bool), *(limit.holds for limit in limits)]))
 
 
-def best(objective: Objective, kept: NDArray[np.bool_], measures: Measures) -> int:
-    """Return the best candidate of the mask `kept` for an objective; of equal ones the smallest."""
-    rows = np.flatnonzero(kept)
+def best(objective: Objective, mask: NDArray[np.bool_], measures: Measures) -> int:
+    """Return the best candidate under a mask for an objective; of equal ones the smallest."""
+    rows = np.flatnonzero(mask)
     total, seconds, loss = measures.total[rows], measures.seconds[rows], measures.loss[rows]
     if objective == "quality":
         order = np.lexsort((seconds, total, loss))
@@ -162,19 +162,19 @@ def _smaller(limits: Sequence[Limit], index: int, measures: Measures) -> tuple[s
 
     The limit of bits is one bit above the least, rounded up to half a bit, or half of the way to the least.
     """
-    kept, steps = keeps_all(limits, len(measures.total)), []
-    least, most = float(measures.bits[kept].min()), float(measures.bits[index])
+    feasible, steps = keeps_all(limits, len(measures.total)), []
+    least, most = float(measures.bits[feasible].min()), float(measures.bits[index])
     bits = np.ceil(2 * (least + 1)) / 2
     if bits >= most:
         bits = np.ceil(100 * (least + most) / 2) / 100
-    within = kept & (measures.bits <= bits)
+    within = feasible & (measures.bits <= bits)
     if within.any() and bits < most:
         step = best("quality", within, measures)
         options = f"--bits {bits:g}"
         if measures.total[step] + _MIB <= measures.total[index]:  # a small model may gain more kernels than it saves
             options += f" or --memory {np.ceil(measures.total[step] / _MIB):.0f}MiB"
         steps.append(f"{options} would change {_change(measures, index, step)}")
-    within = kept & (measures.loss <= LATENCY_MAX_LOSS)
+    within = feasible & (measures.loss <= LATENCY_MAX_LOSS)
     if measures.timed and within.any():
         step = best("latency", within, measures)
         if measures.seconds[step] < (1 - _WITHIN_NOISE) * measures.seconds[index]:

@@ -21,7 +21,7 @@ from coatrt.system.ranges import Bytes, Count
 __all__ = ["MeasuredLatency", "Product", "Rest", "TimedBackend", "find_timings", "shape_of", "timings_path"]
 
 TimedBackend = Literal["ort", "cuda", "trt"]
-"""What was timed, in the words of --backend: ONNX Runtime on the CPU, on the GPU, or TensorRT engines."""
+"""The timed runtime, as --backend names it: ONNX Runtime on the CPU, on the GPU, or TensorRT engines."""
 
 _RUNTIMES: dict[Builder, tuple[TimedBackend, ...]] = {
     "onnxruntime": ("ort",),
@@ -30,7 +30,7 @@ _RUNTIMES: dict[Builder, tuple[TimedBackend, ...]] = {
 }
 """Builder of a device → whose timings its plans take, the first that cover the space."""
 
-_WHOLE = "whole engines are measured, one per format; a matrix gets its share of the weights"
+_WHOLE = "whole engines are measured, one per format; a matrix gets its share of the time by its weights"
 _FORMAT = 3
 _MOST_SECONDS = 1e6
 
@@ -56,7 +56,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Rest:
-    """All of one call that is no product with a weight: LoRA, attention, norms, the runtime itself.
+    """All of one call beside the products with weights: LoRA, attention, norms, the runtime itself.
 
     Args:
         shape: (layers, hidden, intermediate, heads, KV heads, head width, LoRA elements) of the model.
@@ -84,14 +84,14 @@ class MeasuredLatency:
     Args:
         device: id of the profile it belongs to.
         runtime: name and version.
-        settings: what it was measured with: threads, accuracy level, activations, name of the processor.
+        settings: of the measurement: threads, accuracy level, activations, name of the processor.
         products: timings of products.
         rests: timings of all else, at least one.
-        backend: what ran.
+        backend: the runtime measured.
         format: of the file.
 
     Raises:
-        ConfigError: something is measured twice, a size is below 1, or a time cannot be.
+        ConfigError: an entry appears twice, a size is below 1, or a time is out of range.
     """
 
     device: str
@@ -110,7 +110,7 @@ class MeasuredLatency:
         times = [p.seconds for p in self.products] + [abs(rest.seconds) for rest in self.rests]
         if len(set(keys)) < len(keys) or min(sizes, default=1) < 1:
             raise ConfigError(
-                "timings name something twice, or a size below 1; measure again (coatrt devices calibrate)"
+                "timings hold an entry twice, or a size below 1; measure again (coatrt devices calibrate)"
             )
         if not all(0 <= seconds < _MOST_SECONDS for seconds in times):
             raise ConfigError(f"timings must be 0 to {_MOST_SECONDS:g} s; measure again (coatrt devices calibrate)")
@@ -125,7 +125,7 @@ class MeasuredLatency:
 
     @property
     def source(self) -> str:
-        """Where the prediction comes from."""
+        """The source of the prediction."""
         known = ", ".join(f"{name} {value}" for name, value in self.settings.items())
         how = _WHOLE if self.backend == "trt" else "all measured there"
         return f"timings of {self.device} with {self.runtime} ({known}): {how}"
@@ -140,22 +140,22 @@ class MeasuredLatency:
         return shapes <= set(self._points) and any(rest.shape == shape_of(workload) for rest in self.rests)
 
     def matrix_seconds(self, N: int, K: int, fmt: WeightFormat, tokens: int) -> float:
-        """Return the seconds of one product; between measured numbers of tokens, and beyond, on a straight line.
+        """Return the seconds of one product, interpolated linearly between measured numbers of tokens, and beyond.
 
         Raises:
             ConfigError: the product was not measured.
         """
         points = self._points.get((N, K, str(fmt.effective(K))))
         if points is None:
-            raise ConfigError(f"no timings of a product {K} × {N} in {fmt}; measure it (coatrt devices calibrate)")
+            raise ConfigError(f"no timings of a product {K} × {N} in {fmt}; measure them (coatrt devices calibrate)")
         return _line(points, tokens)
 
     def rest_seconds(self, model: ModelMatrices, workload: Workload, tokens: int, context: int) -> float:
-        """Return the seconds of all else, a plane over tokens and slots through the measured calls."""
+        """Return the seconds of all else, linear in tokens and slots through the measured calls."""
         shape = shape_of(workload)
         rows = sorted((rest.tokens, rest.context, rest.seconds) for rest in self.rests if rest.shape == shape)
         if not rows:
-            raise ConfigError(f"no timings of this model on {self.device}; measure it (coatrt devices calibrate)")
+            raise ConfigError(f"no timings of this model on {self.device}; measure them (coatrt devices calibrate)")
         by_tokens = groupby(rows, key=itemgetter(0))
         points = [(count, _line([row[1:] for row in group], context)) for count, group in by_tokens]
         return max(_line(points, tokens), 0.0)
@@ -171,7 +171,7 @@ class MeasuredLatency:
 
 
 def _line(points: list[tuple[int, float]], at: int) -> float:
-    """Return the value at a place on the lines between points; the last goes on, a single point grows in proportion."""
+    """Return the value on the lines between points; the last line is extended, a single point grows in proportion."""
     if len(points) == 1:
         place, value = points[0]
         return value * max(at / place, 1.0)
@@ -180,20 +180,20 @@ def _line(points: list[tuple[int, float]], at: int) -> float:
 
 
 def timings_path(device: str, backend: TimedBackend = "ort") -> Path:
-    """Return where the timings of a device and a backend are kept, in the user's cache directory."""
+    """Return the path of the timings of a device and a backend, in the user's cache directory."""
     return cache_directory() / "timings" / f"{device}-{backend}.json"
 
 
 def find_timings(device: DeviceProfile, space: ConfigSpace, workload: Workload) -> MeasuredLatency | None:
     """Return the stored timings of a device that cover a space, else None.
 
-    Those of the runtime that its builder is for come first: of engines on a GPU, before those of ONNX Runtime there.
+    On a GPU, timings of engines come before those of ONNX Runtime.
 
     Raises:
         ConfigError: a file is garbled.
     """
     for backend in _RUNTIMES[device.builder]:
         path = timings_path(device.id, backend)
-        if is_cached(path) and (found := MeasuredLatency.load(path)).covers(space, workload):
-            return found
+        if is_cached(path) and (timings := MeasuredLatency.load(path)).covers(space, workload):
+            return timings
     return None

@@ -1,4 +1,4 @@
-"""What a decoder must hold and do beside its weights, and the memory of a plan, line by line."""
+"""The memory of a plan, line by line, and the workload of a decoder beside its weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,14 +21,14 @@ CPU_RESERVE = 160 << 20
 
 @dataclass(frozen=True)
 class Workload:
-    """What the engine must hold beside its weights.
+    """Everything that an engine holds beside its weights.
 
     Args:
-        spec: what the model computes.
+        spec: the model's architecture.
         intermediate: width of the MLP.
         lora_parameters: elements of the LoRA inputs of a graph.
         context: slots of the KV cache per sequence.
-        batch: sequences at once.
+        batch: sequences decoded together.
         prefill: most prompt tokens in one call.
         element: bytes of an activation, a cache element and a LoRA element: 2 in engines, 4 on the CPU.
     """
@@ -81,7 +81,7 @@ def scale_bytes(config: QuantConfig, model: ModelMatrices) -> int:
 
 
 def fixed_memory(model: ModelMatrices, device: DeviceProfile, workload: Workload) -> dict[str, int]:
-    """Return the lines that no configuration changes, bytes by purpose."""
+    """Return the lines that are the same for every configuration, bytes by purpose."""
     return {
         "other tensors": model.other_bytes * workload.element // 2,
         "LoRA": workload.lora_bytes,

@@ -1,4 +1,4 @@
-"""Two things to make small, such as bits and loss: which points no other beats, and the area they dominate."""
+"""Pareto front and hypervolume of two objectives to minimize, such as bits and loss."""
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -7,9 +7,9 @@ __all__ = ["hypervolume", "pareto_indices"]
 
 
 def pareto_indices(points: ArrayLike) -> NDArray[np.int64]:
-    """Return which points [n, 2] no other equals or beats in both coordinates, to be made small, by the first of them.
+    """Return the indices of the points [n, 2] on the front, both coordinates minimized, ordered by the first.
 
-    Of equal points the first stays.
+    Of equal points only the first is on the front.
     """
     array = np.asarray(points, dtype=np.float64).reshape(-1, 2)
     order = np.lexsort((np.arange(len(array)), array[:, 1], array[:, 0]))
@@ -19,13 +19,13 @@ def pareto_indices(points: ArrayLike) -> NDArray[np.int64]:
 
 
 def hypervolume(points: ArrayLike, reference: tuple[float, float]) -> float:
-    """Return the area between the points and a reference point: what at least one of them dominates.
+    """Return the area between the points and a reference point that at least one of them dominates.
 
     The closed form for two objectives: the front by its first coordinate, one rectangle per point.
 
     Args:
-        points: [n, 2], both to be made small; those that do not beat the reference in both count nothing.
-        reference: the worst of both coordinates that is worth anything.
+        points: [n, 2], both coordinates minimized; those beyond the reference count nothing.
+        reference: the worst value of both coordinates that counts.
     """
     array = np.asarray(points, dtype=np.float64).reshape(-1, 2)
     array = array[(array < np.asarray(reference)).all(1)]

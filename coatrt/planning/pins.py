@@ -16,12 +16,12 @@ __all__ = ["matched", "pinned_costs"]
 
 
 def matched(model: ModelMatrices, pattern: str) -> tuple[str, ...]:
-    """Return the matrices that a name, a module kind or a glob over whole names means.
+    """Return the matrices that a name, a module kind or a glob over whole names matches.
 
     The head of a model that ties it is its embedding.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: nothing matches.
     """
     if pattern == HEAD and model.tied:
         return (EMBEDDING,)
@@ -47,28 +47,28 @@ def pinned_costs(
         device: for messages.
 
     Raises:
-        ConfigError: a pattern matches nothing, a format is not in the space, or two pins meet in one group.
-        FormatError: no such format.
+        ConfigError: a pattern matches nothing, a format is not in the space, or two pins disagree on a group.
+        FormatError: an unknown format.
     """
     pins: dict[str, WeightFormat] = {}
     for pattern, text in keep:
         fmt = WeightFormat.parse(text)
         if fmt not in space.formats:
             raise ConfigError(
-                f"--keep {pattern}={text} is given; for {device.id} the adapter has "
-                f"{', '.join(map(str, space.formats))}"
+                f"--keep {pattern}={text}: the format must be one of {', '.join(map(str, space.formats))} "
+                f"for {device.id} and this adapter"
             )
         pins.update(dict.fromkeys(matched(space.model, pattern), fmt))
     if not pins:
         return cost
     cost = cost.copy()
     for row, group in enumerate(space.groups):
-        wanted = {pins[name] for name in group if name in pins}
-        if len(wanted) > 1:
+        formats = {pins[name] for name in group if name in pins}
+        if len(formats) > 1:
             raise ConfigError(
-                f"--keep gives {group[0]} and its fused group {' and '.join(sorted(map(str, wanted)))}; one kernel "
-                "reads them together: give them one format"
+                f"--keep gives the fused group of {group[0]} the formats {' and '.join(sorted(map(str, formats)))}; "
+                "one kernel reads the group: give it one format"
             )
-        for fmt in wanted:
+        for fmt in formats:
             cost[row, [column for column, other in enumerate(space.formats) if other != fmt]] = np.inf
     return cost

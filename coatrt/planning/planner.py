@@ -1,4 +1,4 @@
-"""Plans: the configuration that serves an objective best on one device within limits of memory, speed and loss."""
+"""Plans: the best configuration for an objective on one device, within limits of memory, speed and loss."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -35,32 +35,32 @@ def plan(
     *,
     archive: Archive | None = None,
     cache: CandidateCache | None = None,
-    **asked: Any,
+    **changes: Any,
 ) -> Plan:
-    """Return the plan of an adapter for a device that serves the request's objective best.
+    """Return the plan of an adapter for a device that is best for the request's objective.
 
     It is picked from one fixed set of candidates (`coatrt.planning.candidates`), whatever the limits, so that more
     memory never gives a worse predicted loss and a tighter budget never more bytes.
 
     Args:
-        adapter: gives the space, the sensitivities and the size of the LoRA; formats the device lacks are left out.
+        adapter: its space, sensitivities and LoRA; formats that the device does not support are left out.
         device: the target.
         request: objective, limits and pins.
-        archive: measured configurations. For "quality", the measured one of least loss that keeps the limits is taken
-            where the measured one nearest to the pick in bytes lost more.
-        cache: candidates of plans made before, and of this one, see `candidates`.
-        asked: fields of `PlanRequest` that differ from `request`.
+        archive: measured configurations. For "quality", the measured one of least loss within the limits is taken if
+            its loss is below that of the measured one nearest to the pick in bytes.
+        cache: candidates of earlier plans; those of this one are added, see `candidates`.
+        changes: fields of `PlanRequest` that differ from `request`.
 
     Raises:
         DeviceError: the device allows none of the adapter's formats.
-        ConfigError: nothing keeps the limits, the message says what would; or an option is out of range.
+        ConfigError: no configuration keeps the limits (the message names feasible ones), or an option is out of range.
     """
-    request = replace(request or PlanRequest(), **asked)
+    request = replace(request or PlanRequest(), **changes)
     problem = _Problem(adapter, device, request, cache)
-    kept = keeps_all(problem.limits, len(problem.candidates))
-    if not kept.any():
+    feasible = keeps_all(problem.limits, len(problem.candidates))
+    if not feasible.any():
         raise ConfigError(impossible(device, problem.limits, problem.workload, problem.measures))
-    index = best(request.objective, kept, problem.measures)
+    index = best(request.objective, feasible, problem.measures)
     binds, steps = binding(request.objective, problem.limits, index, problem.measures)
     config = problem.space.config(problem.candidates[index].astype(np.int64))
     if request.objective == "quality" and archive is not None:
@@ -83,7 +83,7 @@ def plan_fleet(
 
 
 class _Problem:
-    """One device's candidates, and what any configuration comes to there."""
+    """One device's candidates, and what is predicted of any configuration there."""
 
     def __init__(
         self, adapter: AdapterDescription, device: DeviceProfile, request: PlanRequest, cache: CandidateCache | None
@@ -94,7 +94,7 @@ class _Problem:
         self.space = space = _device_space(adapter, device)
         self.latency = latency = latency_of(device, space, self.workload)
         self.cost = pinned_costs(space, cost_matrix(space, adapter.sensitivity.costs), request.keep, device)
-        self.seconds, self.rest = None, 0.0  # where neither timings nor a datasheet are known
+        self.seconds, self.rest = None, 0.0  # without timings and datasheet
         if latency is not None:
             self.seconds = group_seconds(space, latency, request.batch)
             self.rest = latency.rest_seconds(space.model, self.workload, request.batch, request.context)
@@ -113,7 +113,7 @@ class _Problem:
         return Measures(total.astype(np.float64), seconds + self.rest, loss, bits, self.latency is not None)
 
     def of_config(self, config: QuantConfig) -> Measures:
-        """Return what a configuration of the space comes to."""
+        """Return what is predicted of a configuration of the space."""
         return self._measures(self._choice(config)[None])
 
     def allows(self, config: QuantConfig) -> bool:
@@ -128,12 +128,12 @@ class _Problem:
 
 
 def _device_space(adapter: AdapterDescription, device: DeviceProfile) -> ConfigSpace:
-    """Return the adapter's space with the formats that a device has."""
+    """Return the adapter's space with the formats that a device supports."""
     allowed = [fmt for fmt in adapter.formats if device.supports(fmt)]
     if not allowed:
         raise DeviceError(
             f"{device.id} supports none of the adapter's formats ({', '.join(map(str, adapter.formats))}); "
-            "train an adapter on formats it has (coatrt devices)"
+            "train an adapter on formats that it supports (coatrt devices lists them)"
         )
     return adapter.space.restrict(allowed)
 
@@ -141,7 +141,7 @@ def _device_space(adapter: AdapterDescription, device: DeviceProfile) -> ConfigS
 def _described(
     config: QuantConfig, problem: _Problem, binds: str, steps: tuple[str, ...], archive: Archive | None
 ) -> Plan:
-    """Return the plan that a configuration is, with everything that is predicted of it."""
+    """Return the plan of a configuration, with everything that is predicted of it."""
     device, workload, request, model = problem.device, problem.workload, problem.request, problem.space.model
     latency, prefill = problem.latency, None
     if latency is not None:
@@ -174,7 +174,7 @@ def _described(
 
 
 def _front(problem: _Problem) -> tuple[tuple[int, float | None, float], ...]:
-    """Return some of the candidates that no other beats in bytes and loss, or in seconds and loss, by bytes."""
+    """Return some of the candidates on the fronts of bytes and loss, and of seconds and loss, by bytes."""
     measures = problem.measures
     rows = [pareto_indices(np.stack([measures.total, measures.loss], 1))]
     if measures.timed:
@@ -187,15 +187,15 @@ def _front(problem: _Problem) -> tuple[tuple[int, float | None, float], ...]:
 
 
 def _better_measured(config: QuantConfig, archive: Archive, problem: _Problem) -> QuantConfig:
-    """Return the measured configuration to take in place of a picked one, or the picked one.
+    """Return the measured configuration to take instead of a picked one, or the picked one.
 
-    A pick is hardly ever among the measured ones; the nearest in bytes that keeps the limits stands for it.
+    A pick is rarely among the measured ones; the nearest in bytes within the limits stands for it.
     """
     model = problem.space.model
     sizes = {entry: entry.config.nbytes(model) for entry in archive if problem.allows(entry.config)}
     if not sizes:
         return config
-    wanted = config.nbytes(model)
-    nearest = min(sizes, key=lambda entry: (abs(sizes[entry] - wanted), entry.config != config))
+    picked = config.nbytes(model)
+    nearest = min(sizes, key=lambda entry: (abs(sizes[entry] - picked), entry.config != config))
     measured_best = min(sizes, key=lambda entry: (entry.loss, sizes[entry]))
     return measured_best.config if measured_best.loss < nearest.loss else config

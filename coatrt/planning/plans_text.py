@@ -1,4 +1,4 @@
-"""Plans as text for a person: few in full, many as a table, what repeats once."""
+"""Plans as text: one or two in full, more as a table, repeated parts once."""
 
 from collections.abc import Sequence
 

@@ -53,7 +53,7 @@ def refusal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
         (H100, ("--backend", "cuda", "--profile", "rtx-4090"), "--profile rtx-4090 is SM89 and this GPU, NVIDIA H100"),
         (H100, ("--backend", "cuda", "--profile", "rtx-4091"), "did you mean rtx-4090"),
         (H100, ("--backend", "trt"), "tensorrt is not installed; pip install 'coatrt[tensorrt]'"),
-        (H100, ("--profile", "h100"), "--profile h100 is given and --backend ort times the CPU"),
+        (H100, ("--profile", "h100"), "--backend ort times the CPU, --profile h100 is a GPU"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_timed_is_one_line(

@@ -157,4 +157,21 @@ def test_a_wrong_option_is_one_line(capsys: pytest.CaptureFixture[str], monkeypa
     ended(["plan", "x", "--target", "t4", "--memory", "x"], 2, monkeypatch)
     said = capsys.readouterr().err
     assert said.startswith("coatrt: Invalid value for '--memory'")
-    assert said.endswith("; coatrt plan --help lists what is allowed\n") and said.count("\n") == 1
+    assert said.endswith("; see coatrt plan --help\n") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["plan", "x", "--mem", "1GiB"], "No such option '--mem'. Did you mean '--memory'? See coatrt plan --help"),
+        (["run", "x", "--promt", "1"], "No such option '--promt'. Did you mean '--prompt'? See coatrt run --help"),
+        (["trian"], "No such command 'trian'. Did you mean 'train'? See coatrt --help"),
+        (["devices", "prob"], "No such command 'prob'. Did you mean 'probe'? See coatrt devices --help"),
+        (["plan"], "Missing argument 'ADAPTER'; see coatrt plan --help"),
+    ],
+)
+def test_a_near_name_is_suggested(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended(list(arguments), 2, monkeypatch)
+    assert capsys.readouterr().err == f"coatrt: {said}\n"

@@ -48,7 +48,7 @@ def numeric() -> list[tuple[tuple[str, ...], str]]:
             kind = parameter.type
             plain = isinstance(kind, click.types.IntParamType | click.types.FloatParamType)
             if isinstance(parameter, click.Option) and (plain or kind.name in ("size", "B,B,…", "KIND=R,…")):
-                found.append((path, parameter.opts[0]))
+                found.append((path, max(parameter.opts, key=len)))
     return found
 
 

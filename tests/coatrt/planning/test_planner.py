@@ -22,7 +22,8 @@ from coatrt.planning.latency import BANDWIDTH_SHARE, FLOPS_SHARE, KERNEL_SECONDS
 from coatrt.planning.measured_latency import MeasuredLatency, Product, Rest, find_timings, shape_of, timings_path
 from coatrt.planning.memory import Workload, memory_of, scale_bytes
 from coatrt.planning.pins import matched, pinned_costs
-from coatrt.planning.plan import Plan, PlanRequest, fleet_table, read_choice
+from coatrt.planning.plan import Plan, PlanRequest, read_choice
+from coatrt.planning.plans_text import fleet_table
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.json_data import write_json
 from support.knapsack import least_price
@@ -202,10 +203,10 @@ def test_pins(adapter: AdapterDescription) -> None:
     for keep, error, said in (
         ((("nothing", "int8"),), ConfigError, "matches none"),
         ((("(q|k)_proj", "int8"),), ConfigError, "patterns are globs, not regular expressions"),
-        ((("lm_head", "fp16"),), ConfigError, "the adapter has"),
-        ((("lm_head", "nvfp4"),), ConfigError, "for rtx-4090 the adapter has"),
+        ((("lm_head", "fp16"),), ConfigError, "the format must be one of"),
+        ((("lm_head", "nvfp4"),), ConfigError, "for rtx-4090 and this adapter"),
         ((("lm_head", "int5"),), FormatError, "no weight format"),
-        ((("q_proj", "int8"), ("k_proj", "fp8")), ConfigError, "give them one format"),
+        ((("q_proj", "int8"), ("k_proj", "fp8")), ConfigError, "give it one format"),
     ):
         with pytest.raises(error, match=said):
             planner.plan(adapter, device_profile("rtx-4090"), keep=keep)
@@ -217,19 +218,19 @@ def test_limits_say_what_would_do(adapter: AdapterDescription) -> None:
     profile = device_profile("rtx-4090")
     plan = planner.plan(adapter, profile)
     for asked, said in (
-        ({"min_tokens_per_second": 1e9}, r"at most \d+\.\d are predicted; give --min-tokens-per-second"),
-        ({"max_loss": 0.0}, "give --max-loss"),
+        ({"min_tokens_per_second": 1e9}, r"the most predicted is \d+\.\d; try --min-tokens-per-second"),
+        ({"max_loss": 0.0}, "try --max-loss"),
         (
             {"memory": plan.total_bytes - 30_000, "max_loss": plan.predicted_loss_increase * 1.0001},
-            r"keeps memory, predicted loss .* together; change one: --memory \d+MiB or --max-loss",
+            r"keeps all limits \(memory, predicted loss .*\); change one: --memory \d+MiB or --max-loss",
         ),
-        ({"bits": 1.0}, "the least here is"),
-        ({"memory": 513 << 20, "context": 8192}, "lower --context"),
+        ({"bits": 1.0}, r"--bits must be at least 3\.5 on rtx-4090, got 1"),
+        ({"memory": 513 << 20, "context": 8192}, "a lower --context"),
     ):
         with pytest.raises(ConfigError, match=said):
             planner.plan(adapter, profile, **asked)
     for wrong in ({"objective": "speed"}, {"bits": -1}, {"max_loss": -1.0}, {"min_tokens_per_second": 0.0}):
-        with pytest.raises(ConfigError, match="give"):
+        with pytest.raises(ConfigError, match="must be"):
             planner.plan(adapter, profile, **wrong)
     with pytest.raises(ConfigError, match="coatrt devices calibrate"):
         planner.plan(adapter, device_profile("cpu"), min_tokens_per_second=1)
