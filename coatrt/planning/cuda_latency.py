@@ -1,7 +1,7 @@
 """Predicted seconds of ONNX Runtime's CUDA provider: constants measured on GPUs of one compute capability.
 
-`benchmarks/latency_constants.py` fits them to benchmarks/results/gpu and writes cuda_latency.json; docs/planning.md has
-the errors on configurations outside the fit.
+`benchmarks/latency_constants.py` fits them to benchmarks/results/gpu and writes cuda_latency.json;
+docs/evidence/planning.md has the errors on configurations outside the fit.
 """
 
 import json
