@@ -120,7 +120,7 @@ def test_wrong_files_kinds_and_lengths_are_refused(files: Path, tokenizer: Any) 
     with pytest.raises(ConfigError, match=r"none\.jsonl does not exist"):
         load_task("chat", [files / "none.jsonl"], tokenizer, 32)
     (files / "binary.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match=r"binary\.jsonl is UTF-16 by its first bytes"):
+    with pytest.raises(ConfigError, match=r"binary\.jsonl is UTF-16 \(it begins with"):
         load_task("chat", [files / "binary.jsonl"], tokenizer, 32)
     with pytest.raises(ConfigError, match="unknown task 'poem'; allowed: text, chat, choice"):
         load_task("poem", [files], tokenizer, 32)

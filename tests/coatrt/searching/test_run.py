@@ -111,7 +111,7 @@ def test_a_second_search_at_once_is_refused(directory: Path, tiny_llama: Path) -
         said.append(run_program(_SEARCH, directory, tiny_llama).stdout)
 
     archive, _ = search(directory, text_data(tiny_llama, TEXT, TEXT), evaluations=2, blocks=2, progress=begin_another)
-    assert said == ["adapter is being written by another training or search; wait for its end\n"] * 2
+    assert said == ["adapter is in use by another training or search; wait until it ends\n"] * 2
     assert len(archive) == 2
     search(directory, text_data(tiny_llama, TEXT, TEXT), evaluations=3, blocks=2)  # the lock is free again
     assert len(Archive.load(directory / "archive.json")) == 3
@@ -122,7 +122,7 @@ def test_a_search_and_a_training_of_the_same_adapter_exclude_each_other(director
     data = text_data(tiny_llama, TEXT, TEXT)
 
     def refused(work: Callable[[], object]) -> None:
-        with pytest.raises(ConfigError, match="adapter is being written by another training or search; wait for") as e:
+        with pytest.raises(ConfigError, match="adapter is in use by another training or search; wait until") as e:
             work()
         said.append(str(e.value))
 

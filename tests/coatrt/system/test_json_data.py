@@ -211,7 +211,7 @@ def test_another_structure_is_refused(given: tuple[Kind, Path], text: str) -> No
         with pytest.raises(ConfigError, match="holds a training with other options"):
             kind.read(directory)
     elif kind.name == "manifest.json" and "format" in text:
-        with pytest.raises(CoatError, match=r"has bundle format \S+; this coatrt \S+ reads 3; rebuild it"):
+        with pytest.raises(CoatError, match=r"has bundle format \S+, coatrt \S+ reads 3; build it again"):
             kind.read(directory)
     else:
         refused(kind, directory)
@@ -342,5 +342,5 @@ def test_missing_and_unreadable_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read: Is a directory; give the path of a readable file"):
         read_as(tmp_path, object, "thing", "")
     (tmp_path / "bin").write_bytes(b'"\xff"')
-    with pytest.raises(ConfigError, match=r"thing .*bin line 1 is no UTF-8 text .*; save it as UTF-8"):
+    with pytest.raises(ConfigError, match=r"thing .*bin line 1 is not UTF-8 .*; save it as UTF-8"):
         read_as(tmp_path / "bin", object, "thing", "make it again")

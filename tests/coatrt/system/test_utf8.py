@@ -45,12 +45,12 @@ def test_other_encodings_are_named(encoding: str, tmp_path: Path) -> None:
     text = ROW.decode() if encoding.count("-") == 1 else f"\ufeff{ROW.decode()}"
     data = text.encode(encoding)
     with pytest.raises(
-        ConfigError, match=rf"^data .*a\.txt is {name} by its first bytes \([0-9a-f ]+\); save it as UTF-8"
+        ConfigError, match=rf"^data .*a\.txt is {name} \(it begins with [0-9a-f ]+\); save it as UTF-8"
     ):
         read_documents([put(tmp_path / "a.txt", data)])
-    with pytest.raises(ConfigError, match=rf"^data .*a\.jsonl is {name} by its first bytes"):
+    with pytest.raises(ConfigError, match=rf"^data .*a\.jsonl is {name} \(it begins"):
         read_lines([put(tmp_path / "a.jsonl", data)])
-    with pytest.raises(ConfigError, match=rf"^thing .*a\.json is {name} by its first bytes"):
+    with pytest.raises(ConfigError, match=rf"^thing .*a\.json is {name} \(it begins"):
         read_as(put(tmp_path / "a.json", data), object, "thing", "")
 
 
@@ -58,7 +58,7 @@ def test_other_encodings_are_named(encoding: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("bad", [b"\xe9", b"\xff", b"\xc3(", b"\xed\xa0\x80", b"\xf5", b"\x80"])
 def test_bytes_that_are_no_text_have_a_line(bad: bytes, end: bytes, tmp_path: Path) -> None:
     data = ROW + end + end + ROW.replace(b"a", bad) + end
-    said = rf"line 3 is no UTF-8 text \(byte {bad[:1].hex()} at \d+: [a-z ]+\); save it as UTF-8"
+    said = rf"line 3 is not UTF-8 \(byte {bad[:1].hex()} at \d+: [a-z ]+\); save it as UTF-8"
     for name, read in (("a.txt", read_documents), ("a.jsonl", read_lines)):
         with pytest.raises(ConfigError, match=rf"^data .*{name} {said}$"):
             read([put(tmp_path / name, data)])
