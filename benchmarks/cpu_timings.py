@@ -52,7 +52,7 @@ def compare(
     reference, then = decode(same), predict(same)
     for number in range(count):
         bits = 3.7 + (7.6 - 3.7) * number / max(count - 1, 1)
-        config = adapter.description.space.sample_budgeted(rng, bits)
+        config = adapter.description.space.sample(rng, bits)
         tried, real, now = decode(config), [], []
         for _ in range(ROUNDS):
             now.append(decode_seconds(reference, time.thread_time))

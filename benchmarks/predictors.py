@@ -67,7 +67,7 @@ def configurations(space: ConfigSpace, costs: Mapping[str, Costs]) -> list[tuple
     drawn = []
     for i, bits in enumerate(budgets):
         sampler = TrainingSampler(space, costs[GRADIENT[i % len(GRADIENT)]], LOW, HIGH)
-        drawn += [("allocated", sampler.plan_like(rng, float(bits))), ("random", space.sample_budgeted(rng, bits))]
+        drawn += [("allocated", sampler.plan_like(rng, float(bits))), ("random", space.sample(rng, bits))]
     return drawn
 
 

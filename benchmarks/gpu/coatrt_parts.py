@@ -104,7 +104,7 @@ def write_graphs(directory: Path, shape: dict[str, Any], texts: Sequence[str]) -
                 expected = reference.logits(torch.tensor([[*PROMPT, *tokens]]))[0, len(PROMPT) - 1 :].numpy()
             np.savez_compressed(place / "case.npz", expected=expected, **arrays)
             print(text, float(np.abs(arrays["cpu.float16"] - expected).max() / np.abs(expected).max()), flush=True)
-        np.savez_compressed(directory / "lora.npz", **contract.joined(lora))
+        np.savez_compressed(directory / "lora.npz", **contract.graph_inputs(lora))
         io = decoder_io(checkpoint, forms[0])
         facts = {
             "layers": io.layers,

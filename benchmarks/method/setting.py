@@ -156,7 +156,7 @@ class Setting:
         for bits in TRAINED:
             found.append(self._sampler.plan_like(None, bits))
             found += [self._sampler.plan_like(rng, bits) for _ in range(3)]
-            found.append(self.space.sample_budgeted(rng, bits))
+            found.append(self.space.sample(rng, bits))
         return tuple(found)
 
     @cached_property
@@ -172,7 +172,7 @@ class Setting:
                 Measured(bits, "planned", False, self._unseen(above)),
                 Measured(bits, "planned", False, self._unseen(disturbed)),
                 Measured(bits, "random", True, self.pool[at + 4]),
-                Measured(bits, "random", False, self.space.sample_budgeted(rng, bits)),
+                Measured(bits, "random", False, self.space.sample(rng, bits)),
             ]
         assert all((entry.config in self.pool) == entry.seen for entry in found)
         few = slice(None) if self.data.choices is None else [0, 1, 4]

@@ -54,7 +54,7 @@ class TrainingSampler:
         for low, high in (side, (self.low, self.high)):
             bits = float(rng.uniform(low, high))
             planned = rng.random() < _PLANNED
-            configs.append(self.plan_like(rng, bits) if planned else self.space.sample_budgeted(rng, bits))
+            configs.append(self.plan_like(rng, bits) if planned else self.space.sample(rng, bits))
         return configs
 
     def plan_like(self, rng: np.random.Generator | None, bits: float) -> QuantConfig:

@@ -177,7 +177,10 @@ WRONG = {
     "missing data": ("train {model} --data {here}/none.txt -o {out}", "none.txt does not exist"),
     "truncated weights": ("train {truncated} --data {here}/text.txt -o {out}", "damaged or truncated"),
     "format to train": ("train {model} --data {here}/text.txt -o {out} --formats int5", "no weight format int5"),
-    "rank": ("train {model} --data {here}/text.txt -o {out} --rank 10 --max-length 32", "multiples of 16"),
+    "rank": (
+        "train {model} --data {here}/text.txt -o {out} --rank 10 --max-length 32",
+        "the LoRA rank must be a multiple of 16, got 10",
+    ),
     "parts of a batch": ("train {model} --data {here}/text.txt -o {out} --accumulate 5", "accumulate must be at most"),
     "device to train on": ("train {model} --data {here}/text.txt -o {out} --device gpu", "no device 'gpu'; available"),
     "device to search on": ("search {adapter} --data {here}/text.txt --device tpu:0", "no device 'tpu:0'"),

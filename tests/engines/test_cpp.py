@@ -215,7 +215,10 @@ LIES: dict[str, tuple[Any, str]] = {
     "more layers": (lambda m: m["decoders"]["cpu"]["io"].update(layers=3), "ONNX Runtime fails"),
     "half": (lambda m: m["decoders"]["cpu"]["io"].update(activations="float16"), "ONNX Runtime fails"),
     "huge": (lambda m: m["decoders"]["cpu"]["io"].update(head_dim=2**61), "inputs and outputs are garbled"),
-    "zero": (lambda m: m["decoders"]["cpu"]["io"].update(head_dim=0), "decoder head_dim is 0; give a whole number"),
+    "zero": (
+        lambda m: m["decoders"]["cpu"]["io"].update(head_dim=0),
+        "decoder head_dim must be a whole number of at least 1, got 0",
+    ),
     "no graph": (lambda m: m["decoders"].pop("cpu"), "has no cpu graph, only cuda, engine; build it again"),
     "weights elsewhere": (lambda m: m["decoders"]["cpu"].update(weights="../x"), "has no file ../x; it has"),
 }

@@ -31,8 +31,7 @@ def test_a_graph_that_reads_another_file_is_refused(cpp: Any, tiny_bundle: Path,
     shutil.copy(directory / "weights.bin", directory.parent)
     said = cpp.refusal("run", directory, RUN)
     assert said == (
-        f"{directory}/cpu.onnx reads weights from '{location}', the manifest allows weights.bin; "
-        "do not use this bundle"
+        f"{directory}/cpu.onnx reads weights from '{location}', the manifest allows weights.bin; do not use this bundle"
     )
 
 
@@ -55,8 +54,7 @@ def test_a_hypernetwork_that_reads_another_file_is_refused(cpp: Any, tiny_bundle
     (tmp_path / "c.json").write_text('{"default": "int8"}')
     said = cpp.refusal("adapt", directory, tmp_path / "c.json", tmp_path / "o")
     assert said == (
-        f"{directory}/hypernet.onnx reads weights from 'weights.bin', the manifest allows none; "
-        "do not use this bundle"
+        f"{directory}/hypernet.onnx reads weights from 'weights.bin', the manifest allows none; do not use this bundle"
     )
 
 

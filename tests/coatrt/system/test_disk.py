@@ -71,8 +71,7 @@ def test_a_cache_that_cannot_be_written_is_one_line_a_process(
         with cache_writing(), writing("/cache/codes"):
             raise OSError(errno.ENOSPC, "full")
     assert capsys.readouterr().err == (
-        "coatrt: the cache /cache cannot be written (No space left on device); "
-        "later runs repeat this work\n"
+        "coatrt: the cache /cache cannot be written (No space left on device); later runs repeat this work\n"
     )
 
 
@@ -100,5 +99,7 @@ def test_no_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/shared")
     assert cache_directory() == Path("/shared/coatrt")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    with pytest.raises(DiskError, match=r"^no cache directory: no home directory; set COATRT_CACHE to a writable directory"):
+    with pytest.raises(
+        DiskError, match=r"^no cache directory: no home directory; set COATRT_CACHE to a writable directory"
+    ):
         cache_directory()

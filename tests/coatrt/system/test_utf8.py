@@ -44,9 +44,7 @@ def test_other_encodings_are_named(encoding: str, tmp_path: Path) -> None:
     name = encoding[:6].upper()
     text = ROW.decode() if encoding.count("-") == 1 else f"\ufeff{ROW.decode()}"
     data = text.encode(encoding)
-    with pytest.raises(
-        ConfigError, match=rf"^data .*a\.txt is {name} \(it begins with [0-9a-f ]+\); save it as UTF-8"
-    ):
+    with pytest.raises(ConfigError, match=rf"^data .*a\.txt is {name} \(it begins with [0-9a-f ]+\); save it as UTF-8"):
         read_documents([put(tmp_path / "a.txt", data)])
     with pytest.raises(ConfigError, match=rf"^data .*a\.jsonl is {name} \(it begins"):
         read_lines([put(tmp_path / "a.jsonl", data)])

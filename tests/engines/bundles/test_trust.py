@@ -49,7 +49,9 @@ def test_a_signature_is_required_warned_of_or_not_looked_at(
     copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     private, public = keys_in(tmp_path / "keys")
-    with pytest.raises(BundleError, match=r"has no signature by .*pub\.pem \(no model\.sig\); download the bundle again"):
+    with pytest.raises(
+        BundleError, match=r"has no signature by .*pub\.pem \(no model\.sig\); download the bundle again"
+    ):
         Bundle.open(copy, key=public)
     Bundle.open(copy).sign(private)
     opened = Bundle.open(copy, key=public)
@@ -66,9 +68,7 @@ def test_a_signature_is_required_warned_of_or_not_looked_at(
         assert Bundle.open(copy, key=public, policy="warn").signed is False
     assert capsys.readouterr().err.count("has no signature by") == 1
     assert Bundle.open(copy, key=public, policy="off").signed is None
-    with pytest.raises(
-        ConfigError, match=r"signature policy require needs a public key; give one \(--key"
-    ):
+    with pytest.raises(ConfigError, match=r"signature policy require needs a public key; give one \(--key"):
         Bundle.open(copy, policy="require")
     with pytest.raises(ConfigError, match="signature must be one of off, warn, require, got 'on'"):
         Bundle.open(copy, policy="on")  # type: ignore[arg-type]
