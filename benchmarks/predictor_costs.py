@@ -30,7 +30,7 @@ def _fisher(model: FakeQuantModel, blocks: Examples, progress: Progress) -> dict
     """
     names = {model.model.get_submodule(m.name).weight: m.name for m in model.checkpoint.matrices.matrices}
     fisher = {name: torch.zeros_like(weight, dtype=torch.float32) for weight, name in names.items()}
-    counts, total, current = blocks.counts.tolist(), blocks.predicted, 0
+    counts, total, current = blocks.counts.tolist(), blocks.target_count, 0
 
     def collect(weight: nn.Parameter) -> None:
         assert weight.grad is not None
@@ -150,7 +150,7 @@ def kfac_costs(
             if here.rows is not None:
                 ids = here.rows[:, 0].long()
                 total += float((here.rows[:, 1:] * residual[ids].square()).sum())
-            costs[name][str(fmt)] = 0.5 * total / examples.predicted
+            costs[name][str(fmt)] = 0.5 * total / examples.target_count
         progress(i + 1, len(names), "formats")
     return costs
 

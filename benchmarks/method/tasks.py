@@ -124,7 +124,7 @@ def main() -> None:
             "held_out": len(data.held_out),
             "dropped": data.dropped,
             "longest": data.train.tokens.shape[1],
-            "train_targets": data.train.predicted,
+            "train_targets": data.train.target_count,
             "measured": min(limit, len(data.held_out)),
             "untrained": measure_held_out(model, data, limit),
         }

@@ -40,7 +40,7 @@ def visit_outputs(model: FakeQuantModel, examples: Examples, visit: Visitor, pro
     for rows in torch.split(order, max(1, _TOKENS // examples.tokens.shape[1])):
         batch = examples[rows]
         with torch.enable_grad(), _tapped(model, visit, batch):
-            (model.loss(batch) * batch.predicted).backward()  # type: ignore[no-untyped-call]
+            (model.loss(batch) * batch.target_count).backward()  # type: ignore[no-untyped-call]
         done += len(rows)
         progress(done, len(examples), "gradients")
 
@@ -84,7 +84,7 @@ def output_gains(model: FakeQuantModel, examples: Examples, progress: Progress =
 
     def visit(name: str, x: Tensor, g: Tensor) -> None:
         if x.dtype != torch.int64:
-            square = g.square().sum(0) / examples.predicted
+            square = g.square().sum(0) / examples.target_count
             gains[name] = gains[name] + square if name in gains else square
 
     visit_outputs(model, examples, visit, progress)
@@ -120,7 +120,7 @@ def token_costs(
             sums[name][place] += (g * moved).sum(1).square().sum()  # on the device, which nobody waits for here
 
     visit_outputs(model, examples, visit, progress)
-    share = 0.5 / examples.predicted
+    share = 0.5 / examples.target_count
     return {name: dict(zip(texts, (row * share).cpu().tolist(), strict=True)) for name, row in sums.items()}
 
 

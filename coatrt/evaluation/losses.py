@@ -22,8 +22,8 @@ def mean_loss(model: FakeQuantModel, examples: Examples) -> float:
     total = 0.0
     for start in range(0, len(examples), _ROWS):
         piece = examples[start : start + _ROWS]
-        total += model.loss(piece).item() * piece.predicted
-    return total / examples.predicted
+        total += model.loss(piece).item() * piece.target_count
+    return total / examples.target_count
 
 
 @torch.no_grad()

@@ -93,5 +93,5 @@ def _passes(
     for config, own in zip(configs, rows, strict=True):
         batch = data[own]
         mine = batch[processes.share(torch.arange(len(batch)))].trimmed()
-        passes.append(Pass(config, mine, batch.predicted))
+        passes.append(Pass(config, mine, batch.target_count))
     return passes

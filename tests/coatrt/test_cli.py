@@ -214,8 +214,14 @@ WRONG = {
         "build {adapter} --target rtx-4090 --config {bundle}/plan.json --memory 1GiB -o {out}",
         "--memory is given and {bundle}/plan.json was planned without; leave it out",
     ),
-    "context of a plan": ("plan {adapter} --target t4 --context 8193", "the model has 8192 positions"),
-    "context of a bundle": ("export {adapter} --config {here}/int8.json -o {out} --context 8193", "has 8192 positions"),
+    "context of a plan": (
+        "plan {adapter} --target t4 --context 8193",
+        "context must be at most 8192, the positions of the model, got 8193",
+    ),
+    "context of a bundle": (
+        "export {adapter} --config {here}/int8.json -o {out} --context 8193",
+        "must be at most 8192, the",
+    ),
     "app in the place": ("export {adapter} --config {here}/int8.json -o {here}/webapp --overwrite", "other files ("),
     "illegal there": ("build {adapter} --target rtx-3060 --config {here}/illegal.json -o {out}", "cannot run nvfp4"),
     "model moved": ("export {adapter} --config {here}/illegal.json -o {out} --model {here}/none", "does not exist"),

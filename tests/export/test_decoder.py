@@ -179,7 +179,7 @@ def test_positions_follow_the_context_as_far_as_the_model_goes(tmp_path: Path, l
     form = GraphForm("engine", "base.onnx", "float32", 65)
     for refuse in (lambda: decoder_io(checkpoint, form), lambda: export(checkpoint, tmp_path, (form,))):
         with pytest.raises(
-            ConfigError, match="a context of 65 is given and the model has 64 positions; give --context 64"
+            ConfigError, match="context must be at most 64, the positions of the model, got 65; give --context 64"
         ):
             refuse()
     assert list(tmp_path.iterdir()) == []

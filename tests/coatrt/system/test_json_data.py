@@ -288,10 +288,10 @@ def test_a_number_that_cannot_be_is_refused_with_its_place(
 def test_sizes_that_cannot_be_together_are_refused(valid: Path, tmp_path: Path) -> None:
     """Every number is one that could be, all of them are not: sums would overflow, lists would fill the memory."""
     for change, said in (
-        (lambda m: [row.__setitem__(slice(1, 3), [2**31 - 1] * 2) for row in m], r"weights are more than \d+"),
-        (lambda m: m.clear(), "a model needs matrices"),
-        (lambda m: m.append(m[1]), "each of a name of its own"),
-        (lambda m: m[1].__setitem__(0, f"model.layers.{'9' * 5000}.mlp.up_proj"), "lies in no layer below 10000"),
+        (lambda m: [row.__setitem__(slice(1, 3), [2**31 - 1] * 2) for row in m], r"weights must be at most \d+"),
+        (lambda m: m.clear(), "a model needs at least one matrix"),
+        (lambda m: m.append(m[1]), "names must not repeat"),
+        (lambda m: m[1].__setitem__(0, f"model.layers.{'9' * 5000}.mlp.up_proj"), "must be below 10000"),
     ):
         directory = Path(shutil.copytree(valid / "manifest", tmp_path / said[:3], dirs_exist_ok=True))
         alter_sealed(directory / "manifest.json", lambda whole, change=change: change(whole["matrices"]["matrices"]))
