@@ -14,7 +14,7 @@ from quantizers import LENGTH, output_energy, speeches
 from coatrt.data.documents import batches
 from coatrt.models.modules import load_model
 from coatrt.quantization.codec import decode, encode
-from coatrt.quantization.gptq import shrunk
+from coatrt.quantization.gptq import shrink
 from coatrt.quantization.input_moments import measure_moments
 
 COMMAND = "python benchmarks/shrinkage.py"
@@ -46,7 +46,7 @@ def main() -> None:
                 if taken is not None:
                     moment = (1 - taken) * moment + taken * moment.diagonal().diag()
                 else:
-                    moment = shrunk(moment, tokens)
+                    moment = shrink(moment, tokens)
                 lost = decode(encode(weights[name], FORMAT, "gptq", moment)) - weights[name]
                 errors[matrix.K].append(math.sqrt(output_energy(lost, truth[name]) / energies[name]))
             error = {str(K): sum(found) / len(found) for K, found in sorted(errors.items())}

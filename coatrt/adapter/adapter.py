@@ -57,7 +57,7 @@ class Adapter:
     def __post_init__(self) -> None:
         quantizer = self.description.quantizer
         if quantizer in CALIBRATED and self.calibration is None:
-            raise ConfigError(f"the quantizer {quantizer} is given without calibration tokens; give some")
+            raise ConfigError(f"the quantizer {quantizer} needs calibration tokens; give some")
 
     @property
     def encoder(self) -> ConfigEncoder:

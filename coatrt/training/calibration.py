@@ -4,8 +4,8 @@ import math
 
 from coatrt.data.task_data import TaskData
 from coatrt.models.matrices import ModelMatrices
-from coatrt.quantization.input_moments import tokens_wanted
-from coatrt.quantization.quantizers import FED_BACK
+from coatrt.quantization.input_moments import required_tokens
+from coatrt.quantization.quantizers import FEEDBACK
 from coatrt.training.options import TrainOptions
 
 __all__ = ["SENSITIVITY_BLOCKS", "calibration_blocks", "few_tokens_notice"]
@@ -18,8 +18,8 @@ def calibration_blocks(options: TrainOptions, model: ModelMatrices) -> int:
     """Return the blocks whose second moments the quantizer sees."""
     if options.calibration is not None:
         return options.calibration
-    wanted = tokens_wanted(model) if options.quantizer in FED_BACK else 0
-    return max(SENSITIVITY_BLOCKS, math.ceil(wanted / options.max_length))
+    required = required_tokens(model) if options.quantizer in FEEDBACK else 0
+    return max(SENSITIVITY_BLOCKS, math.ceil(required / options.max_length))
 
 
 def few_tokens_notice(options: TrainOptions, model: ModelMatrices, data: TaskData) -> str | None:
@@ -30,13 +30,13 @@ def few_tokens_notice(options: TrainOptions, model: ModelMatrices, data: TaskDat
         model: its matrices.
         data: what it trains on.
     """
-    if options.quantizer not in FED_BACK:
+    if options.quantizer not in FEEDBACK:
         return None
     most = calibration_blocks(options, model) * options.max_length
-    tokens, wanted = min(int((data.train.last + 1).sum()), most), tokens_wanted(model)
-    if tokens >= wanted:
+    tokens, required = min(int((data.train.last + 1).sum()), most), required_tokens(model)
+    if tokens >= required:
         return None
     return (
-        f"{options.quantizer} is calibrated on {tokens:,} tokens; this model needs {wanted:,}: "
+        f"{options.quantizer} is calibrated on {tokens:,} tokens; this model needs {required:,}: "
         "give more --data or a larger --calibration"
     )
