@@ -1,4 +1,4 @@
-"""How much of the training data a run calibrates on, and whether that is enough."""
+"""The size of a training run's calibration, and a warning if it is too small."""
 
 import math
 
@@ -11,11 +11,11 @@ from coatrt.training.options import TrainOptions
 __all__ = ["SENSITIVITY_BLOCKS", "calibration_blocks", "few_tokens_notice"]
 
 SENSITIVITY_BLOCKS = 16
-"""Blocks for the sensitivities where no number is given: 4,096 tokens; with 1,024 they rank well (docs/method.md)."""
+"""Default blocks for the sensitivities: 4,096 tokens; 1,024 already rank formats well (docs/method.md)."""
 
 
 def calibration_blocks(options: TrainOptions, model: ModelMatrices) -> int:
-    """Return the blocks whose second moments the quantizer sees."""
+    """Return the number of blocks for the second moments of the quantizer."""
     if options.calibration is not None:
         return options.calibration
     required = required_tokens(model) if options.quantizer in FEEDBACK else 0
@@ -23,17 +23,17 @@ def calibration_blocks(options: TrainOptions, model: ModelMatrices) -> int:
 
 
 def few_tokens_notice(options: TrainOptions, model: ModelMatrices, data: TaskData) -> str | None:
-    """Return a line that says error feedback is calibrated on too few tokens; None where they suffice.
+    """Return a warning if error feedback has too few calibration tokens, else None.
 
     Args:
-        options: of the training.
-        model: its matrices.
-        data: what it trains on.
+        options: options of the training.
+        model: matrices of the model.
+        data: data of the training.
     """
     if options.quantizer not in FEEDBACK:
         return None
-    most = calibration_blocks(options, model) * options.max_length
-    tokens, required = min(int((data.train.last + 1).sum()), most), required_tokens(model)
+    limit = calibration_blocks(options, model) * options.max_length
+    tokens, required = min(int((data.train.last + 1).sum()), limit), required_tokens(model)
     if tokens >= required:
         return None
     return (

@@ -86,7 +86,7 @@ def test_losses_of_another_task_are_those_of_its_marked_tokens(tiny_llama: Path,
     data = load_task("choice", [tmp_path / "q.jsonl"], tokenizer, 32)
     options = tiny_options(formats=("int4-g32", "int8"), preset="none", budgets=(5.0,), steps=1, precision="bfloat16")
     adapter = train(tiny_llama, data, tmp_path / "a", options)
-    with pytest.raises(ConfigError, match="trained on the task choice, got data of text"):
+    with pytest.raises(ConfigError, match="the data must be of the adapter's task, choice, got text"):
         search(tmp_path / "a", text_data(tiny_llama, TEXT, TEXT), evaluations=2)
     command = ["search", str(tmp_path / "a"), "--data", str(tmp_path / "q.jsonl"), "--evaluations", "2"]
     said = CliRunner().invoke(cli, command)
