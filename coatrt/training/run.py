@@ -201,7 +201,7 @@ def _read_finished(output: Path, identity: str) -> Adapter:
     adapter = Adapter.from_pretrained(output)
     if adapter.description.metrics.get("run") != identity:
         raise ConfigError(
-            f"{output} holds a finished adapter with other options, another model or other data; give another directory, "
+            f"{output} holds a finished adapter of other options, another model or other data; give another directory, "
             "or --overwrite to replace it"
         )
     return adapter

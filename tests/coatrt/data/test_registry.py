@@ -96,7 +96,7 @@ WRONG: dict[str, tuple[str, list[Any], str]] = {
         [question(0), {**question(1), "answer": 4}],
         "line 2: answer must be an index from 0 to",
     ),
-    "negative answer": ("choice", [question(0), {**question(1), "answer": -1}], "line 2: answer -1 is given"),
+    "negative answer": ("choice", [question(0), {**question(1), "answer": -1}], "line 2: answer must be"),
     "answer a text": ("choice", [{**question(0), "answer": "b"}], "index of the right choice, from 0, got 'b'"),
     "answer a truth": ("choice", [{**question(0), "answer": True}], "from 0, got True"),
     "choices a text": ("choice", [{**question(0), "choices": "ab"}], "choices must be a list of texts, got str"),

@@ -196,7 +196,7 @@ def test_another_adapter_or_other_text_is_refused(directory: Path, tiny_llama: P
     search(directory, text_data(tiny_llama, TEXT, TEXT), **facts)
     with pytest.raises(ConfigError, match="other text"):
         search(directory, text_data(tiny_llama, other, other), **facts)
-    with pytest.raises(ConfigError, match="blocks 0 is given"):
+    with pytest.raises(ConfigError, match="blocks must be at least 1, got 0"):
         search(directory, text_data(tiny_llama, TEXT, TEXT), **{**facts, "blocks": 0})
     path = directory / "adapter.json"
     alter_sealed(path, lambda whole: whole.update(coatrt="0"))
