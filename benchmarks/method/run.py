@@ -59,7 +59,9 @@ def module(setting: Setting, arm: Arm, seed: int) -> Any:
     lora = CoaLora(contract, setting.encoder, arm.preset, seed).to(setting.compute)
     if arm.compensated:
         lora.compensate(
-            Compensator(setting.base, setting.moments, contract), setting.gains if arm.start_share else None, arm.start_share
+            Compensator(setting.base, setting.moments, contract),
+            setting.gains if arm.start_share else None,
+            arm.start_share,
         )
     return lora.to(setting.compute)
 
