@@ -138,7 +138,7 @@ def main() -> None:
     """Measure and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quantizer", choices=("gptq", "feedback"), default="feedback")
-    parser.add_argument("--work", type=Path, default=Path("out/predictors"), help="where finished steps lie")
+    parser.add_argument("--work", type=Path, default=Path("out/predictors"), help="directory of finished steps")
     arguments = parser.parse_args()
     work = arguments.work / arguments.quantizer
     torch.set_num_threads(1)  # on a shared machine two threads would wait for each other

@@ -54,7 +54,7 @@ class ChatTemplate:
 
     def __init__(self, template: str, special: str, place: str) -> None:
         self.place = place
-        self._given = json.dumps({"template": template, "special": json.loads(special)})
+        self._setup = json.dumps({"template": template, "special": json.loads(special)})
         self._process: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()
 
@@ -64,11 +64,11 @@ class ChatTemplate:
         Raises:
             ConfigError: the process cannot be started.
         """
-        wanted = [
+        requests = [
             {"messages": list(r.messages), "tools": list(r.tools) or None, "prompt": r.prompt} for r in renderings
         ]
         try:
-            question = json.dumps({"most": _CHARACTERS, "renderings": wanted})
+            question = json.dumps({"most": _CHARACTERS, "renderings": requests})
         except (RecursionError, ValueError, TypeError) as error:
             return [Refusal(f"its data cannot be passed to a template: {error}")] * len(renderings)
         with self._lock:
@@ -77,7 +77,10 @@ class ChatTemplate:
             answer = self._ask(self._process, question, _SECONDS)
         if answer is None:
             return [Refusal(f"it does not end within {_SECONDS:g} s, or needs too much memory")] * len(renderings)
-        return [made["text"] if "text" in made else Refusal(" ".join(made["error"].split())[:300]) for made in answer]
+        return [
+            result["text"] if "text" in result else Refusal(" ".join(result["error"].split())[:300])
+            for result in answer
+        ]
 
     def _start(self) -> "subprocess.Popen[str]":
         paths = os.pathsep.join(path for path in sys.path if path)
@@ -92,10 +95,10 @@ class ChatTemplate:
             )
         except (OSError, ValueError) as error:
             raise ConfigError(f"cannot start a process for chat templates ({error}); free some memory") from None
-        answer = self._ask(process, self._given, _START_SECONDS)
+        answer = self._ask(process, self._setup, _START_SECONDS)
         if answer is None or "error" in answer:
-            said = answer["error"] if answer else "it ended without an answer"
-            raise ConfigError(f"the process for chat templates cannot start ({said}); install coatrt again")
+            cause = answer["error"] if answer else "it ended without an answer"
+            raise ConfigError(f"the process for chat templates cannot start ({cause}); install coatrt again")
         return process
 
     @staticmethod
@@ -134,7 +137,7 @@ def _place(model: str) -> str:
 
 
 @lru_cache(maxsize=2)
-def _shared(template: str, special: str, place: str) -> ChatTemplate:
+def _cached_template(template: str, special: str, place: str) -> ChatTemplate:
     return ChatTemplate(template, special, place)
 
 
@@ -157,4 +160,4 @@ def chat_template(tokenizer: Any, *, tools: bool = False) -> ChatTemplate | None
         raise ConfigError(f"the chat template of {place} cannot be used ({reason(error)}); correct it") from None
     if not isinstance(template, str):
         raise ConfigError(f"the chat template of {place} must be a text, got {type(template).__name__}")
-    return _shared(template, json.dumps(tokenizer.special_tokens_map, default=str), place)
+    return _cached_template(template, json.dumps(tokenizer.special_tokens_map, default=str), place)

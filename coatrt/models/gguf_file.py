@@ -150,7 +150,7 @@ class GgufModel:
         return config
 
     def _llama3(self, base: float, width: int) -> dict[str, Any]:
-        """Return the llama3 rope scaling that `rope_freqs.weight`, factors on the wavelengths, comes from.
+        """Return the llama3 rope scaling of `rope_freqs.weight`, which has its factors on the wavelengths.
 
         Formula: transformers, `modeling_rope_utils._compute_llama3_parameters`. The low and high factors are those of
         Llama 3 (1 and 4), the factor is the largest of the tensor, and one in between gives the original length.

@@ -101,8 +101,8 @@ def read_as(
     except (OverflowError, RecursionError) as problem:
         raise error_class(f"{what} {path} is garbled ({problem}); {remedy}") from None
     if version is not None and (not isinstance(value, dict) or value.get("format") != version):
-        found = value.get("format") if isinstance(value, dict) else None
-        raise error_class(f"{what} {path} has format {found}, coatrt {__version__} reads {version}; {remedy}")
+        actual = value.get("format") if isinstance(value, dict) else None
+        raise error_class(f"{what} {path} has format {actual}, coatrt {__version__} reads {version}; {remedy}")
     return convert(value, kind, f"{what} {path}", remedy, error)
 
 
