@@ -87,4 +87,4 @@ def device_profile(name: str) -> DeviceProfile:
     hint = (
         f"did you mean {' or '.join(near)}?" if near else f"known devices: {', '.join(list(profiles)[:4])} and others;"
     )
-    raise DeviceError(f"no device {name!r}; {hint} `coatrt devices` lists all {len(profiles)}")
+    raise DeviceError(f"no device {name!r}; {hint} coatrt devices lists all {len(profiles)}")

@@ -135,7 +135,8 @@ def convert(
     except msgspec.ValidationError as problem:
         raise (error or ConfigError)(f"{where} is garbled ({problem}); {remedy}") from None
     except CoatError as problem:
-        raise (error or type(problem))(f"{where}: {problem}") from None
+        advice = "" if "; " in str(problem) else f"; {remedy}"
+        raise (error or type(problem))(f"{where}: {problem}{advice}") from None
 
 
 def _encode(value: object) -> bytes:

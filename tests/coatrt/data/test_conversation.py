@@ -106,10 +106,13 @@ WRONG: dict[str, tuple[Any, str]] = {
     "key of a message": ({"messages": [USER, {**YES, "wieght": 0}]}, "line 1 message 2 has the unknown key 'wieght'"),
     "key of a pair": ({"prompt": "a", "completion": "b", "weight": 0}, "line 1 has the unknown key 'weight'"),
     "parallel calls": ({"messages": [USER, YES], "parallel_tool_calls": False}, "has parallel_tool_calls, which no"),
-    "two parts": ({"messages": [{**USER, "content": [{"type": "text", "text": "a"}] * 2}, YES]}, "content is a list"),
+    "two parts": (
+        {"messages": [{**USER, "content": [{"type": "text", "text": "a"}] * 2}, YES]},
+        "content must be a text or",
+    ),
     "a picture": (
         {"messages": [{**USER, "content": [{"type": "image_url", "image_url": {}}]}, YES]},
-        "is a list; give",
+        "content must be a text or",
     ),
     "key of a part": (
         {"messages": [{**USER, "content": [{"type": "text", "text": "a", "x": 1}]}, YES]},
@@ -118,7 +121,10 @@ WRONG: dict[str, tuple[Any, str]] = {
     "null content": ({"messages": [{**USER, "content": None}, YES]}, "a message without content"),
     "tools a text": ({"messages": [USER, YES], "tools": "sum"}, "tools must be a list of objects"),
     "calls an object": ({"messages": [USER, {**CALLS, "tool_calls": {}}]}, "tool_calls must be a list of calls"),
-    "call of what": ({"messages": [USER, {**CALLS, "tool_calls": [{"id": "a"}]}]}, "has no function in a call"),
+    "call of what": (
+        {"messages": [USER, {**CALLS, "tool_calls": [{"id": "a"}]}]},
+        "a call in tool_calls has no function",
+    ),
     "arguments": (
         {"messages": [USER, {**CALLS, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
         "line 1: arguments is not JSON",

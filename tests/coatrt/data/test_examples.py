@@ -102,7 +102,7 @@ def test_what_is_no_example_is_refused() -> None:
     assert examples.digest != Examples.of_blocks(tokens).digest
     for targets, said in (
         (marked[:, :2], "must have the same shape"),
-        (marked.int(), "give int64"),
+        (marked.int(), "must be int64"),
         (torch.tensor([[IGNORED, 1, 1], [IGNORED, 4, 5]]), "a target must be its token"),
         (tokens, "first token of a row"),
         (torch.tensor([[IGNORED, 1, 2], [IGNORED] * 3]), "has no target"),

@@ -82,7 +82,7 @@ def test_damage_is_one_clear_line(tiny_llama: Path, tmp_path: Path) -> None:
         header: "damaged or truncated",
         pickled: "pickled weights are never",
         garbled: "is not JSON",
-        nameless: "names no model_type",
+        nameless: "has no model_type",
         tmp_path / "absent": "does not exist",
         weights: "not a model",
     }
