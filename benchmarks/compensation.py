@@ -41,7 +41,7 @@ def main() -> None:
     train = sotu(load_tokenizer(checkpoint.directory)).train
     calibration = Calibration.of(train[batches(len(train), BLOCKS, 0, 0)])
     moments = InputMoments(checkpoint, calibration)
-    factors, errors = InverseFactors(), defaultdict[tuple[str, Quantizer], list[list[float]]](list)
+    factors, columns = InverseFactors(), defaultdict[tuple[str, Quantizer], list[list[float]]](list)
     for matrix in checkpoint.matrices.matrices:
         if matrix.is_table or matrix.layer not in LAYERS:
             continue
@@ -49,14 +49,14 @@ def main() -> None:
         for text in FORMATS:
             for quantizer in QUANTIZERS:
                 decoded = decode(encode(weight, text, quantizer, moment, factors=factors))
-                errors[text, quantizer].append(errors(weight, decoded, moment))
+                columns[text, quantizer].append(errors(weight, decoded, moment))
     rows: list[dict[str, Any]] = [
         {"format": text, "quantizer": quantizer, "errors": [mean(column) for column in zip(*every, strict=True)]}
-        for (text, quantizer), every in errors.items()
+        for (text, quantizer), every in columns.items()
     ]
     for row in rows:
         print(row["format"], row["quantizer"], *(f"{value:.4f}" for value in row["errors"]))
-    facts = {"layers": LAYERS, "ranks": RANKS, "matrices": len(next(iter(errors.values()))), "rows": rows}
+    facts = {"layers": LAYERS, "ranks": RANKS, "matrices": len(next(iter(columns.values()))), "rows": rows}
     save_result("compensation", "python benchmarks/compensation.py", facts)
 
 

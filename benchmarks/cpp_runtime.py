@@ -74,7 +74,7 @@ def build(work: Path, *programs: str) -> dict[str, Path]:
     headers = ROOT / "build" / "deps"
     call(sys.executable, ROOT / "examples" / "fetch_headers.py", headers)
     cmake_directory = call(sys.executable, "-m", "coatrt", "cmake-dir", PYTHONPATH=str(work / "installed")).strip()
-    programs = {}
+    paths = {}
     for program in programs:
         target = work / Path(program).name
         call(
@@ -88,8 +88,8 @@ def build(work: Path, *programs: str) -> dict[str, Path]:
         )
         call("cmake", "--build", target, "--parallel", os.cpu_count() or 1)
         name = "bench" if program == "benchmarks/cpp" else Path(program).name
-        programs[name] = target / name
-    return programs
+        paths[name] = target / name
+    return paths
 
 
 class Process:

@@ -67,10 +67,10 @@ def main() -> None:
     seconds: dict[str, list[float]] = {kind: [] for kind in TYPES}
     other = np.zeros(64 << 20, np.uint8)
     for number in range(-2, ROUNDS):
-        for kind, (session, binding) in sessions.items():
+        for kind, (inference, binding) in sessions.items():
             other += 1
             start = time.thread_time()
-            session.run_with_iobinding(binding)
+            inference.run_with_iobinding(binding)
             if number >= 0:
                 seconds[kind].append(time.thread_time() - start)
     milliseconds = {kind: 1e3 * statistics.median(values) for kind, values in seconds.items()}

@@ -89,16 +89,16 @@ def main() -> None:
             for _ in range(STEPS):
                 tokens.append(int(logits.argmax()))
                 logits = runner.decode([tokens[-1]])[0]
-            logits = teacher_forced(runner, tokens)
+            outputs = teacher_forced(runner, tokens)
             reference.set_config(config)
             reference.set_lora(adapter.description.contract, lora)
             with torch.no_grad():
                 expected = reference.logits(torch.tensor([PROMPT + tokens]))[0, len(PROMPT) - 1 :].numpy()
             runner.set_lora(None)
-            effect = np.abs(teacher_forced(runner, tokens) - logits).max()
+            effect = np.abs(teacher_forced(runner, tokens) - outputs).max()
             top = np.abs(expected).max()
             rows[name] = {
-                "difference": float(np.abs(logits - expected).max() / top),
+                "difference": float(np.abs(outputs - expected).max() / top),
                 "lora_effect": float(effect / top),
             }
             print(f"{name:<24} {rows[name]['difference']:.2e}  LoRA effect {rows[name]['lora_effect']:.2f}", flush=True)

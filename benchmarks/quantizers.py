@@ -107,10 +107,10 @@ def main() -> None:
     model = FakeQuantModel(checkpoint, CodeStore(checkpoint))
     facts = {"calibration_tokens": calibration.tokens.numel(), "held_out_tokens": examples.tokens.numel(), "threads": 1}
     path = RESULTS / "quantizers.json"
-    result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if any(result.get(key) != value for key, value in facts.items()):
-        result = {"full_precision": math.exp(mean_loss(model, examples)), "rows": []}
-    rows: list[dict[str, Any]] = result["rows"]
+    saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if any(saved.get(key) != value for key, value in facts.items()):
+        saved = {"full_precision": math.exp(mean_loss(model, examples)), "rows": []}
+    rows: list[dict[str, Any]] = saved["rows"]
     table = encode(checkpoint.tensor(f"{EMBEDDING}.weight"), "int8")
     model.set_weights([(EMBEDDING, decode(table))])
     energies: dict[str, float] = {}
@@ -119,7 +119,7 @@ def main() -> None:
             if not any((row["format"], row["quantizer"]) == (text, quantizer) for row in rows):
                 rows.append(measure(model, moments, truth, energies, text, quantizer, examples))
                 print(rows[-1], flush=True)
-                result = {"model": "SmolLM2-135M", **facts, "full_precision": result["full_precision"], "rows": rows}
+                result = {"model": "SmolLM2-135M", **facts, "full_precision": saved["full_precision"], "rows": rows}
                 save_result("quantizers", COMMAND, result)
 
 

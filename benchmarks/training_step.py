@@ -65,8 +65,8 @@ class PeftTraining:
 
     def step(self, step: int) -> None:
         """Do two forward and backward passes of the same rows and one step of the optimizer."""
-        rows = (torch.arange(self._batch) + self._batch * step) % len(self._tokens)
-        rows = self._tokens[rows].to(self._compute)
+        indices = (torch.arange(self._batch) + self._batch * step) % len(self._tokens)
+        rows = self._tokens[indices].to(self._compute)
         for _ in range(2):
             logits = self._model(input_ids=rows, use_cache=False).logits[:, :-1]
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())

@@ -101,7 +101,7 @@ class CoaLora(nn.Module):
         if gains is None:
             return
         lowest = min(self.encoder.formats, key=lambda fmt: fmt.bits_per_weight(self.contract.tensors[0].K))
-        count, count = len(self.contract.tensors), 0
+        total, count = len(self.contract.tensors), 0
         with torch.no_grad():
             for rows, A, B in self.stacks():
                 B.zero_()
@@ -109,7 +109,7 @@ class CoaLora(nn.Module):
                     tensor = self.contract.tensors[row]
                     A[i].copy_(compensator.start(tensor, lowest, gains[tensor.matrix], row, share))
                     count += 1
-                    progress(count, count, "directions")
+                    progress(count, total, "directions")
 
     def settle(self, progress: Progress = silent) -> None:
         """Store C of the current A for every matrix and format, and release the compensator."""

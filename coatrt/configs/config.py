@@ -161,8 +161,8 @@ class ConfigPatterns:
                 matched.setdefault(name, weight_format)  # the first pattern wins
         formats = {}
         for name in model.names:
-            weight_format = self.matrices.get(name) or matched.get(name, self.default)
-            if weight_format is None:
+            fmt = self.matrices.get(name) or matched.get(name, self.default)
+            if fmt is None:
                 raise ConfigError(f"the configuration gives {name} no format; name it, match it, or add a default")
-            formats[name] = weight_format
+            formats[name] = fmt
         return QuantConfig(formats)

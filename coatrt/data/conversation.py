@@ -89,7 +89,7 @@ class Conversation:
         if self.tools:
             claims.append(("tools", replace(whole, tools=())))
         for i, turn in enumerate(self.turns):
-            before, message, after = whole.messages[:i], turn.message, whole.messages[i + 1 :]
+            before, message, after = whole.messages[:i], turn.json, whole.messages[i + 1 :]
             for key in turn.more:
                 if key != "tool_call_id" or not self._in_order(i):
                     rest = {name: value for name, value in message.items() if name != key}

@@ -57,9 +57,8 @@ def _hooked(model: FakeQuantModel, visit: Visitor, batch: Examples) -> Iterator[
 
             def backward(gradient: Tensor) -> None:
                 # The head may have the positions of targets only; those of other rows have a gradient of exactly zero.
-                rows = (
-                    gradient.any(-1) if module == HEAD else is_before_last[:, : gradient.shape[1]].to(gradient.device)
-                )
+                is_read = is_before_last[:, : gradient.shape[1]].to(gradient.device)
+                rows = gradient.any(-1) if module == HEAD else is_read
                 visit(name, x[rows] if x.dtype == torch.int64 else x[rows].float(), gradient[rows].float())
 
             output.register_hook(backward)  # type: ignore[no-untyped-call]
@@ -68,11 +67,11 @@ def _hooked(model: FakeQuantModel, visit: Visitor, batch: Examples) -> Iterator[
         return forward
 
     matrices = model.checkpoint.matrices
-    hooks = [(m.name, m.name) for m in matrices.matrices]
+    modules = [(m.name, m.name) for m in matrices.matrices]
     if matrices.tied:
-        hooks.append((HEAD, EMBEDDING))
+        modules.append((HEAD, EMBEDDING))
     with ExitStack() as hooks:
-        for module, name in hooks:
+        for module, name in modules:
             hooks.enter_context(model.model.get_submodule(module).register_forward_hook(hook(module, name)))
         yield
 
