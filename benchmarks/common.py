@@ -1,4 +1,4 @@
-"""What the benchmarks share: the real model, random models by shape, results as JSON."""
+"""Shared by the benchmarks: the real model, random models by shape, results as JSON."""
 
 import importlib.util
 import json

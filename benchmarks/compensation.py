@@ -1,4 +1,4 @@
-"""What a LoRA in closed form could give back: the share of the output error in the best low-rank part of W − Q(W).
+"""The output error that a closed-form LoRA could remove: that of the best low-rank part of W − Q(W).
 
 python benchmarks/compensation.py
 """
@@ -23,7 +23,7 @@ FORMATS = ("nf2-g64", "nf3-g64", "nf4-g64")
 QUANTIZERS: tuple[Quantizer, ...] = ("mse", "gptq")
 RANKS = (0, 16, 32)
 BLOCKS = 32
-DAMPING = 1e-4  # of the mean energy of an input, so that inputs that never move have a factor too
+DAMPING = 1e-4  # share of the mean energy of the inputs, so that constant-zero inputs have a factor too
 
 
 def errors(weight: torch.Tensor, decoded: torch.Tensor, moment: torch.Tensor) -> list[float]:
@@ -41,7 +41,7 @@ def main() -> None:
     train = sotu(load_tokenizer(checkpoint.directory)).train
     calibration = Calibration.of(train[batches(len(train), BLOCKS, 0, 0)])
     moments = InputMoments(checkpoint, calibration)
-    factors, found = InverseFactors(), defaultdict[tuple[str, Quantizer], list[list[float]]](list)
+    factors, columns = InverseFactors(), defaultdict[tuple[str, Quantizer], list[list[float]]](list)
     for matrix in checkpoint.matrices.matrices:
         if matrix.is_table or matrix.layer not in LAYERS:
             continue
@@ -49,14 +49,14 @@ def main() -> None:
         for text in FORMATS:
             for quantizer in QUANTIZERS:
                 decoded = decode(encode(weight, text, quantizer, moment, factors=factors))
-                found[text, quantizer].append(errors(weight, decoded, moment))
+                columns[text, quantizer].append(errors(weight, decoded, moment))
     rows: list[dict[str, Any]] = [
         {"format": text, "quantizer": quantizer, "errors": [mean(column) for column in zip(*every, strict=True)]}
-        for (text, quantizer), every in found.items()
+        for (text, quantizer), every in columns.items()
     ]
     for row in rows:
         print(row["format"], row["quantizer"], *(f"{value:.4f}" for value in row["errors"]))
-    facts = {"layers": LAYERS, "ranks": RANKS, "matrices": len(next(iter(found.values()))), "rows": rows}
+    facts = {"layers": LAYERS, "ranks": RANKS, "matrices": len(next(iter(columns.values()))), "rows": rows}
     save_result("compensation", "python benchmarks/compensation.py", facts)
 
 

@@ -48,13 +48,13 @@ CONTEXT = 256
 
 
 def call(*command: object, **environment: str) -> str:
-    """Run a command and return what it printed."""
-    done = subprocess.run(
+    """Run a command and return its output."""
+    process = subprocess.run(
         list(map(str, command)), env={**os.environ, **environment}, capture_output=True, text=True, check=False
     )
-    if done.returncode:
-        sys.exit(f"{command[0]} failed: {(done.stdout + done.stderr)[-2000:]}")
-    return done.stdout
+    if process.returncode:
+        sys.exit(f"{command[0]} failed: {(process.stdout + process.stderr)[-2000:]}")
+    return process.stdout
 
 
 def build(work: Path, *programs: str) -> dict[str, Path]:
@@ -73,19 +73,27 @@ def build(work: Path, *programs: str) -> dict[str, Path]:
     )
     headers = ROOT / "build" / "deps"
     call(sys.executable, ROOT / "examples" / "fetch_headers.py", headers)
-    found = call(sys.executable, "-m", "coatrt", "cmake-dir", PYTHONPATH=str(work / "installed")).strip()
-    made = {}
+    cmake_directory = call(sys.executable, "-m", "coatrt", "cmake-dir", PYTHONPATH=str(work / "installed")).strip()
+    paths = {}
     for program in programs:
         target = work / Path(program).name
-        call("cmake", "-S", ROOT / program, "-B", target, f"-Dcoatrt_DIR={found}", f"-DCMAKE_PREFIX_PATH={headers}")
+        call(
+            "cmake",
+            "-S",
+            ROOT / program,
+            "-B",
+            target,
+            f"-Dcoatrt_DIR={cmake_directory}",
+            f"-DCMAKE_PREFIX_PATH={headers}",
+        )
         call("cmake", "--build", target, "--parallel", os.cpu_count() or 1)
         name = "bench" if program == "benchmarks/cpp" else Path(program).name
-        made[name] = target / name
-    return made
+        paths[name] = target / name
+    return paths
 
 
 class Process:
-    """The bench program, asked line by line."""
+    """The bench program, driven line by line."""
 
     def __init__(self, program: Path, bundle: Path, threads: int) -> None:
         library = call(sys.executable, "-m", "coatrt", "cmake-dir", "--onnxruntime").strip()
@@ -112,13 +120,13 @@ class Process:
 
 
 def decode(decoder: OrtDecoder, prompt: list[int], steps: int) -> tuple[list[int], list[float]]:
-    """Return greedy tokens and the seconds of each step, the choice of the token included."""
+    """Return greedy tokens and the seconds of each step, including the choice of the token."""
     logits, tokens, seconds = decoder.prefill([prompt]), [], []
     for _ in range(steps):
-        started = time.perf_counter()
+        start = time.perf_counter()
         tokens.append(int(logits[0].argmax()))
         logits = decoder.decode(tokens[-1:])
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.perf_counter() - start)
     return tokens, seconds
 
 
@@ -148,7 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("adapter", type=Path)
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--bundles", type=Path, help="Where to keep the bundles; default: a temporary directory.")
+    parser.add_argument("--bundles", type=Path, help="Directory for the bundles; default: a temporary directory.")
     arguments = parser.parse_args()
     adapter = Adapter.from_pretrained(arguments.adapter)
     checkpoint, rows, threads = adapter.checkpoint(), [], 1
@@ -169,7 +177,7 @@ def main() -> None:
 
 
 def compare(bundle: Bundle, programs: dict[str, Path], work: Path, threads: int, rounds: int) -> dict[str, Any]:
-    """Return what C++ and Python say of one bundle."""
+    """Compare C++ and Python on one bundle."""
     from transformers import AutoTokenizer
 
     decoder = load_decoder(bundle, RuntimeOptions(context=CONTEXT, threads=threads))
@@ -189,11 +197,11 @@ def compare(bundle: Bundle, programs: dict[str, Path], work: Path, threads: int,
     for value in CONFIGURATIONS.values():
         times = process.ask(emit=value, to=str(work / "lora.safetensors"))
         expected = emitter.emit(ConfigPatterns.from_json(value).resolve(bundle.model_matrices))
-        found = load_file(work / "lora.safetensors")
+        lora = load_file(work / "lora.safetensors")
         tensors += len(expected)
-        equal += sum(found[name].tobytes() == tensor.tobytes() for name, tensor in expected.items())
+        equal += sum(lora[name].tobytes() == tensor.tobytes() for name, tensor in expected.items())
     load = process.ask(load=list(CONFIGURATIONS.values()), prompt=prompt, tokens=16, workers=4, turns=6)
-    assert load["differ"], "configurations that say the same show nothing"
+    assert load["differ"], "configurations must give different tokens, or the comparison shows nothing"
     return {
         "text_equals_coatrt_run": written == call(sys.executable, "-m", "coatrt", "run", bundle.directory, "-p", TEXT),
         "tokens_equal": answer["tokens"] == tokens,

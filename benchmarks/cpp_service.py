@@ -42,7 +42,7 @@ def ask(connection: HTTPConnection, prompt: str, configuration: Any, stream: boo
         assert status == 200, body
         answer = json.loads(body)
         return answer["tokens"], answer["text"], 0.0
-    started, first, streamed = time.perf_counter(), 0.0, ""
+    start, first, streamed = time.perf_counter(), 0.0, ""
     connection.request("POST", "/generate", json.dumps(request), {"Content-Type": "application/json"})
     response = connection.getresponse()
     assert response.status == 200, response.read()
@@ -53,7 +53,7 @@ def ask(connection: HTTPConnection, prompt: str, configuration: Any, stream: boo
             continue
         last = json.loads(line[6:])
         if "token" in last:
-            first = first or time.perf_counter() - started
+            first = first or time.perf_counter() - start
             tokens.append(last["token"])
             streamed += last["text"]
     assert last.get("done") and last["tokens"] == tokens, last
@@ -62,7 +62,7 @@ def ask(connection: HTTPConnection, prompt: str, configuration: Any, stream: boo
 
 
 class Load:
-    """Clients that ask for random prompts and configurations and compare with what a quiet service said."""
+    """Clients that request random prompts and configurations and compare the tokens with those of an idle service."""
 
     def __init__(self, expected: dict[tuple[str, int], list[int]], until: float) -> None:
         self.expected, self.until, self.lock = expected, until, threading.Lock()
@@ -72,11 +72,11 @@ class Load:
         self.wrong = 0
 
     def client(self, seed: int) -> None:
-        """Ask until the time is over."""
+        """Send requests until the time is over."""
         rng, connection = random.Random(seed), HTTPConnection("127.0.0.1", PORT, timeout=120)
         while time.perf_counter() < self.until:
             prompt, which, stream = rng.choice(PROMPTS), rng.randrange(len(CONFIGURATIONS)), rng.random() < 0.7
-            started = time.perf_counter()
+            start = time.perf_counter()
             try:
                 tokens, _, first = ask(connection, prompt, CONFIGURATIONS[which], stream)
             except (AssertionError, OSError, ValueError) as error:
@@ -85,7 +85,7 @@ class Load:
                 connection.close()
                 continue
             with self.lock:
-                self.seconds.append(time.perf_counter() - started)
+                self.seconds.append(time.perf_counter() - start)
                 self.wrong += tokens != self.expected[prompt, which]
                 if stream:
                     self.first.append(first)
@@ -124,14 +124,14 @@ def main() -> None:
 
 
 def load(pid: int, clients: int, seconds: float) -> dict[str, Any]:
-    """Return what a load of so many clients for so long showed."""
+    """Return the result of a load of `clients` for `seconds`."""
     connection, expected = HTTPConnection("127.0.0.1", PORT, timeout=120), {}
     for prompt in PROMPTS:
         for which, configuration in enumerate(CONFIGURATIONS):
             expected[prompt, which] = ask(connection, prompt, configuration, False)[0]
-    said = [{tuple(expected[prompt, which]) for which in range(len(CONFIGURATIONS))} for prompt in PROMPTS]
-    differ = sum(len(answers) > 1 for answers in said)
-    assert differ, "configurations that say the same show nothing"
+    allowed_tokens = [{tuple(expected[prompt, which]) for which in range(len(CONFIGURATIONS))} for prompt in PROMPTS]
+    differ = sum(len(answers) > 1 for answers in allowed_tokens)
+    assert differ, "configurations must give different tokens, or the comparison shows nothing"
     for path, value in (
         ("/generate", "{"),
         ("/generate", {}),
@@ -147,14 +147,14 @@ def load(pid: int, clients: int, seconds: float) -> dict[str, Any]:
     threads = [threading.Thread(target=running.client, args=(seed,)) for seed in range(clients)]
     for thread in threads:
         thread.start()
-    started, memory = time.perf_counter(), []
+    start, memory = time.perf_counter(), []
     while any(thread.is_alive() for thread in threads):
         time.sleep(1)
         memory.append(rss(pid))
     for thread in threads:
         thread.join()
-    took = time.perf_counter() - started
-    connection.close()  # the service has closed its end meanwhile
+    took = time.perf_counter() - start
+    connection.close()  # the service closed the connection
     connection.request("GET", "/metrics")
     metrics = connection.getresponse().read().decode()
     counted = sum(int(line.split()[-1]) for line in metrics.splitlines() if line.startswith("coatrt_requests_total"))

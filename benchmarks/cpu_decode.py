@@ -2,7 +2,7 @@
 
 python benchmarks/cpu_decode.py   (needs out/demo/adapter: make demo; pip install llama-cpp-python==0.3.36)
 
-With one thread the clock is that thread's own, so other processes disturb neither side; with more it is the wall's.
+With one thread the clock is that thread's CPU time, so other processes do not disturb; with more it is wall time.
 """
 
 import argparse
@@ -36,9 +36,9 @@ Side = tuple[Callable[[], Any], Callable[[int], Any]]  # prefill, decode of one 
 
 
 def gguf_file(directory: Path) -> Path:
-    """Write the model with every matrix in Q4_0, the table too, by llama.cpp's own quantizer.
+    """Write the model with every matrix in Q4_0, including the table, by llama.cpp's quantizer.
 
-    It reads the package's file of more bits: speed does not depend on what the codes are.
+    Its input is the package's file with more bits: speed does not depend on the values of codes.
     """
     import llama_cpp
 
@@ -55,7 +55,7 @@ def gguf_file(directory: Path) -> Path:
 
 
 def write_gguf_lora(path: Path, adapter: Adapter, config: QuantConfig) -> None:
-    """Write the emitted LoRA in llama.cpp's adapter format; alpha / rank is in B already, so alpha is the rank."""
+    """Write the emitted LoRA in llama.cpp's adapter format; B includes alpha / rank, so alpha is the rank."""
     import gguf
 
     names = {
@@ -92,14 +92,14 @@ def measured(
     prefill: Callable[[], Any], decode: Callable[[int], Any], clock: Callable[[], float]
 ) -> tuple[float, float]:
     """Return seconds of one prefill and the median of a token's."""
-    started = clock()
+    start = clock()
     prefill()
-    first = clock() - started
+    first = clock() - start
     samples = []
     for step in range(STEPS):
-        started = clock()
+        start = clock()
         decode(50 + step)
-        samples.append(clock() - started)
+        samples.append(clock() - start)
     return first, statistics.median(samples[2:])
 
 
@@ -162,10 +162,10 @@ def our_decoders(
         export_decoder(checkpoint, config, place, forms=[form], contract=contract, codes=codes)
         for level in (4, 0):
             runtime = RuntimeOptions(context=CONTEXT, threads=threads, accuracy_level=level)
-            made = OrtDecoder(place / form.file, io, contract, runtime)
+            decoder = OrtDecoder(place / form.file, io, contract, runtime)
             if contract is not None:
-                made.set_lora(lora)
-            decoders[f"coatrt int4-g64, level {level}" + (", LoRA" if contract is not None else "")] = made
+                decoder.set_lora(lora)
+            decoders[f"coatrt int4-g64, level {level}" + (", LoRA" if contract is not None else "")] = decoder
     return decoders
 
 
@@ -190,13 +190,13 @@ def alternate(sides: dict[str, Side], rounds: int, clock: Callable[[], float]) -
 
 
 def ratio(numerator: str, denominator: str, times: Times) -> float:
-    """Return the median over rounds: both were timed within seconds of each other."""
+    """Return the median over rounds of a ratio; both sides were timed within seconds of each other."""
     return statistics.median(a / b for a, b in zip(times[numerator], times[denominator], strict=True))
 
 
 def summary(prefill: Times, decode: Times) -> dict[str, Any]:
-    """Return a row for each side, and what one costs of another."""
-    found: dict[str, Any] = {
+    """Return a row per decoder and the ratios between them."""
+    result: dict[str, Any] = {
         "rows": [
             {
                 "what": label,
@@ -210,13 +210,13 @@ def summary(prefill: Times, decode: Times) -> dict[str, Any]:
         "lora_overhead": {"coatrt": ratio(f"{OURS}, LoRA", OURS, decode) - 1},
     }
     if THEIRS in decode:
-        found |= {
+        result |= {
             "decode_speedup": ratio(THEIRS, OURS, decode),
             "prefill_speedup": ratio(THEIRS, OURS, prefill),
             "decode_speedup_lora": ratio(f"{THEIRS}, LoRA", f"{OURS}, LoRA", decode),
         }
-        found["lora_overhead"]["llama.cpp"] = ratio(f"{THEIRS}, LoRA", THEIRS, decode) - 1
-    return found
+        result["lora_overhead"]["llama.cpp"] = ratio(f"{THEIRS}, LoRA", THEIRS, decode) - 1
+    return result
 
 
 def main() -> None:
@@ -233,7 +233,7 @@ def main() -> None:
         size = 0
         decoders = our_decoders(adapter, checkpoint, config, Path(name), options.threads)
         sides = {label: our_side(decoder) for label, decoder in decoders.items()}
-        if importlib.util.find_spec("llama_cpp") is not None:  # without it only our side is measured
+        if importlib.util.find_spec("llama_cpp") is not None:  # without it only coatrt is measured
             lora, theirs = Path(name) / "lora.gguf", gguf_file(Path(name))
             write_gguf_lora(lora, adapter, config)
             sides[THEIRS] = llama_side(theirs, options.threads, None)
@@ -241,7 +241,7 @@ def main() -> None:
             size = theirs.stat().st_size
         prefill, decode = alternate(sides, options.rounds, clock)
         blocks = held_out_blocks(8)
-        losses = {label: quality(made, blocks) for label, made in decoders.items() if "LoRA" in label}
+        losses = {label: quality(decoder, blocks) for label, decoder in decoders.items() if "LoRA" in label}
     result = {
         "threads": options.threads,
         "clock": "thread" if options.threads == 1 else "wall",

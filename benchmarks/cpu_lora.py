@@ -1,9 +1,9 @@
-"""The products of the LoRA in a decode step on the CPU, its tensors in float32, float16 and int8.
+"""The LoRA products of a decode step on the CPU, its tensors in float32, float16 and int8.
 
 python benchmarks/cpu_lora.py
 
 Shapes of SmolLM2-135M, rank 16, one token, one thread, seconds of that thread. float16 is cast in the graph, int8
-multiplied by DynamicQuantizeMatMul: as inputs of the graph, which change, none is packed when the graph loads.
+multiplied by DynamicQuantizeMatMul. They are inputs of the graph, so none is packed when the graph loads.
 """
 
 import statistics
@@ -26,7 +26,7 @@ TYPES = {
 
 
 def session(shapes: dict[str, tuple[int, int]], kind: str) -> tuple[Any, Any]:
-    """Return a session with one product for each tensor, and everything bound."""
+    """Return a session with one product for each tensor, and its bindings."""
     rng, feeds = np.random.default_rng(0), {}
     inputs, outputs, nodes = [], [], []
     onnx_type, dtype = TYPES[kind]
@@ -51,28 +51,28 @@ def session(shapes: dict[str, tuple[int, int]], kind: str) -> tuple[Any, Any]:
     model = helper.make_model(helper.make_graph(nodes, "lora", inputs, outputs), opset_imports=opsets, ir_version=10)
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
-    made = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    binding = made.io_binding()
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    binding = session.io_binding()
     for name, value in feeds.items():
         binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(value))
     for output in outputs:
         binding.bind_output(output.name)
-    return made, binding
+    return session, binding
 
 
 def main() -> None:
-    """Measure in alternation, caches emptied between."""
+    """Measure in alternation, with empty caches."""
     shapes = dict(contract_for(smollm2().matrices, 16, 32).inputs)
     sessions = {kind: session(shapes, kind) for kind in TYPES}
     seconds: dict[str, list[float]] = {kind: [] for kind in TYPES}
     other = np.zeros(64 << 20, np.uint8)
     for number in range(-2, ROUNDS):
-        for kind, (made, binding) in sessions.items():
+        for kind, (inference, binding) in sessions.items():
             other += 1
-            started = time.thread_time()
-            made.run_with_iobinding(binding)
+            start = time.thread_time()
+            inference.run_with_iobinding(binding)
             if number >= 0:
-                seconds[kind].append(time.thread_time() - started)
+                seconds[kind].append(time.thread_time() - start)
     milliseconds = {kind: 1e3 * statistics.median(values) for kind, values in seconds.items()}
     elements = sum(rows * columns for rows, columns in shapes.values())
     save_result(

@@ -1,9 +1,9 @@
-"""Predicted against real decode in ONNX Runtime: ten configurations that were not timed before.
+"""Predicted against measured decode in ONNX Runtime: ten configurations that were not timed before.
 
 python benchmarks/cpu_timings.py   (needs out/demo/adapter: make demo)
 
-One thread, in seconds of that thread: other processes then disturb neither side. The machine's speed still drifts, so
-a reference decoder is timed beside each configuration, and the prediction is also given times reference now over then.
+One thread, in seconds of its CPU time, which other processes do not disturb. The machine's speed still drifts, so
+a reference decoder is timed beside each configuration, and the prediction is also scaled by its current speed.
 """
 
 import argparse
@@ -44,31 +44,29 @@ def predicted_decode(timings: MeasuredLatency, adapter: Adapter, config: QuantCo
 def compare(
     adapter: Adapter, predict: Callable[[QuantConfig], float], decode: Callable[[QuantConfig], OrtDecoder], count: int
 ) -> Iterator[dict[str, Any]]:
-    """Yield real and predicted times of one configuration after another, a reference decoder timed beside each."""
+    """Yield measured and predicted times of each configuration, a reference decoder timed beside it."""
     rng = np.random.default_rng(3)
-    same = QuantConfig.uniform(
-        adapter.description.model, adapter.description.formats[0]
-    )  # what is timed beside its products
+    same = QuantConfig.uniform(adapter.description.model, adapter.description.formats[0])  # the reference
     reference, then = decode(same), predict(same)
     for number in range(count):
         bits = 3.7 + (7.6 - 3.7) * number / max(count - 1, 1)
-        config = adapter.description.space.sample_budgeted(rng, bits)
-        tried, real, now = decode(config), [], []
+        config = adapter.description.space.sample(rng, bits)
+        first_run, real, now = decode(config), [], []
         for _ in range(ROUNDS):
             now.append(decode_seconds(reference, time.thread_time))
-            real.append(decode_seconds(tried, time.thread_time))
-        del tried
+            real.append(decode_seconds(first_run, time.thread_time))
+        del first_run
         predicted = predict(config)
-        found = statistics.median(real)
-        drift = found / statistics.median(one / beside for one, beside in zip(real, now, strict=True)) / then
+        median = statistics.median(real)
+        drift = median / statistics.median(one / beside for one, beside in zip(real, now, strict=True)) / then
         yield {
             "bits": config.average_bits(adapter.description.model),
             "formats": dict(config.counts),
-            "real_ms": found * 1e3,
+            "real_ms": median * 1e3,
             "predicted_ms": predicted * 1e3,
-            "error": predicted / found - 1,
+            "error": predicted / median - 1,
             "drift": drift,
-            "error_without_drift": predicted * drift / found - 1,
+            "error_without_drift": predicted * drift / median - 1,
         }
 
 
@@ -79,7 +77,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=10)
     options = parser.parse_args()
     adapter, checkpoint = Adapter.from_pretrained(options.adapter), smollm2()
-    started = time.monotonic()
+    start = time.monotonic()
     timings = time_cpu(
         adapter,
         checkpoint,
@@ -89,7 +87,7 @@ def main() -> None:
         clock=time.thread_time,
         progress=lambda done, total, *_: print(f"{done}/{total}", flush=True),
     )
-    seconds, rows = time.monotonic() - started, []
+    seconds, rows = time.monotonic() - start, []
     predict = partial(predicted_decode, timings, adapter)
 
     def decode(config: QuantConfig) -> OrtDecoder:

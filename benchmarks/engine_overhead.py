@@ -1,9 +1,9 @@
-"""Engine bytes beyond weights, scales and norms, and the model of them that plans use.
+"""Engine bytes beyond weights, scales and norms, and the model of them for plans.
 
 python benchmarks/engine_overhead.py [--fit]
 
-Builds every engine of the list, then fits coatrt/planning/engine_size.json by least squares; --fit fits the result that
-is there, without building.
+Builds every engine of the list, then fits coatrt/planning/engine_size.json by least squares; --fit fits the existing
+result without building.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def built_bytes(checkpoint: Checkpoint, config: QuantConfig, sm: int) -> int:
 
 
 def terms(config: QuantConfig, checkpoint: Checkpoint, sm: int) -> list[float]:
-    """Return what the numbers of the model are multiplied with: base, layers, layers on SM75, kinds, padded nvfp4."""
+    """Return the features of the model: base, layers, layers on SM75, kinds, padded nvfp4."""
     matrices = checkpoint.matrices.matrices
     layers = 1 + max(matrix.layer for matrix in matrices)
     used = {fmt.kind for fmt in config.formats.values()}
@@ -90,8 +90,8 @@ def terms(config: QuantConfig, checkpoint: Checkpoint, sm: int) -> list[float]:
 
 def fit(rows: list[list[float]], overheads: list[int]) -> None:
     """Write coatrt/planning/engine_size.json: the least-squares fit, to a thousand bytes."""
-    found = np.linalg.lstsq(np.array(rows), np.array(overheads, dtype=float), rcond=None)[0]
-    base, per_layer, per_layer_sm75, *per_format = (1000 * round(value / 1000) for value in found[:-1])
+    coefficients = np.linalg.lstsq(np.array(rows), np.array(overheads, dtype=float), rcond=None)[0]
+    base, per_layer, per_layer_sm75, *per_format = (1000 * round(value / 1000) for value in coefficients[:-1])
     write_json(
         Path(engine_size.__file__).with_suffix(".json"),
         {
@@ -99,15 +99,15 @@ def fit(rows: list[list[float]], overheads: list[int]) -> None:
             "per_layer": per_layer,
             "per_layer_sm75": per_layer_sm75,
             "per_format": dict(zip(KINDS, per_format, strict=True)),
-            "nvfp4_padding": round(float(found[-1]), 3),
+            "nvfp4_padding": round(float(coefficients[-1]), 3),
         },
     )
 
 
 def main() -> None:
-    """Build all, or take what was built, and fit."""
+    """Build all engines, or read the result, and fit."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--fit", action="store_true", help="only fit, to the result that is there")
+    parser.add_argument("--fit", action="store_true", help="only fit, to the existing result")
     only_fit = parser.parse_args().fit
     path = RESULTS / "engine_overhead.json"
     known = {

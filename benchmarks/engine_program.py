@@ -1,8 +1,8 @@
-"""What engines do in a decode step, by format and GPU: kernels a layer, weights decoded in every step, bytes, seconds.
+"""The decode step of engines by format and GPU: kernels per layer, weights decoded in every step, bytes, seconds.
 
 python benchmarks/engine_program.py
 
-Layers of SmolLM2's width with random weights. Two engines of each kind, of 2 and of 6 layers, tell what a layer adds.
+Layers of SmolLM2's width with random weights. Engines of 2 and of 6 layers of each kind give the cost of a layer.
 """
 
 import tempfile
@@ -29,7 +29,7 @@ FEW, MANY = 2, 6
 
 
 def built(model: Checkpoint, device: str, fmt: str, lora: bool) -> dict[str, Any]:
-    """Build one engine and return what it does."""
+    """Build one engine and return its figures."""
     contract = contract_for(model.matrices, 16, 32) if lora else None
     with tempfile.TemporaryDirectory() as scratch:
         form, place = GraphForm("engine", "base.onnx", "float16", 2048), Path(scratch)

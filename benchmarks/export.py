@@ -1,4 +1,4 @@
-"""Checkpoint → engine: own writer and build against torch.onnx trace and build, SmolLM2-135M in fp16, one run.
+"""Checkpoint → engine: coatrt's export and build against torch.onnx trace and build, SmolLM2-135M in fp16, one run.
 
 python benchmarks/export.py   (needs onnxscript, which torch.onnx uses: pip install onnxscript)
 """
@@ -28,14 +28,14 @@ CONTEXT, PREFILL = 2048, 512
 
 def ours(checkpoint: Checkpoint, directory: Path) -> dict[str, float]:
     """Write the engine form and build it."""
-    started = time.monotonic()
+    start = time.monotonic()
     form = GraphForm("engine", "base.onnx", "float16", CONTEXT)
     export_decoder(checkpoint, QuantConfig.uniform(checkpoint.matrices, "fp16"), directory, forms=[form])
     written = time.monotonic()
     record = build_engine(
         directory / "base.onnx", directory / "e.engine", device_profile("rtx-3060"), shapes=EngineShapes(1, PREFILL)
     )
-    return {"export_s": written - started, "build_s": time.monotonic() - written, "engine_bytes": record.bytes}
+    return {"export_s": written - start, "build_s": time.monotonic() - written, "engine_bytes": record.bytes}
 
 
 class _WithCache(torch.nn.Module):
@@ -56,7 +56,7 @@ class _WithCache(torch.nn.Module):
 
 def traced(checkpoint: Checkpoint, directory: Path) -> dict[str, float]:
     """Trace the same model with torch.onnx in fp16 and build it."""
-    started = time.monotonic()
+    start = time.monotonic()
     model = load_model(checkpoint, torch.float16)
     config = model.config
     shape = (1, config.num_key_value_heads, 8, config.hidden_size // config.num_attention_heads)
@@ -81,7 +81,7 @@ def traced(checkpoint: Checkpoint, directory: Path) -> dict[str, float]:
     environment = {**os.environ, "POLYGRAPHY_USE_TENSORRT_RTX": "1"}
     subprocess.run([sys.executable, __file__, "--build", str(directory)], check=True, env=environment)
     size = (directory / "traced.engine").stat().st_size
-    return {"export_s": written - started, "build_s": time.monotonic() - written, "engine_bytes": size}
+    return {"export_s": written - start, "build_s": time.monotonic() - written, "engine_bytes": size}
 
 
 def build_traced(directory: Path) -> None:

@@ -49,14 +49,14 @@ def planning(adapter: Path) -> dict[str, Any]:
         command += ["--target", name]
     seconds = []
     for _ in range(5):
-        started = time.perf_counter()
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        seconds.append(time.perf_counter() - started)
+        start = time.perf_counter()
+        process = subprocess.run(command, check=True, capture_output=True, text=True)
+        seconds.append(time.perf_counter() - start)
     facts, profiles = AdapterDescription.load(adapter), [device_profile(name) for name in FLEET]
-    started = time.perf_counter()
+    start = time.perf_counter()
     plans = planner.plan_fleet(facts, profiles, PlanRequest(bits=5))
-    alone = time.perf_counter() - started
-    same = [row["configuration_hash"] for row in json.loads(done.stdout)] == [plan.config.hash for plan in plans]
+    alone = time.perf_counter() - start
+    same = [row["configuration_hash"] for row in json.loads(process.stdout)] == [plan.config.hash for plan in plans]
     return {
         "devices": [{"id": p.id, "memory_bytes": p.memory_bytes} for p in profiles],
         "command_s": seconds,
@@ -67,8 +67,8 @@ def planning(adapter: Path) -> dict[str, Any]:
 
 
 def building(adapter: Adapter, checkpoint: Any, scratch: Path) -> tuple[dict[str, Any], dict[str, Bundle]]:
-    """Time three bundles one builder at a time, then side by side, then again through the command."""
-    found: dict[str, Any] = {}
+    """Time three bundles with one builder at a time, side by side, and again through the command."""
+    result: dict[str, Any] = {}
     codes = adapter.codes(checkpoint)
     plans = {name: planner.plan(adapter.description, device_profile(name), bits=bits) for name, bits in THREE.items()}
     for plan in plans.values():  # encoded once, before the clock starts
@@ -78,19 +78,19 @@ def building(adapter: Adapter, checkpoint: Any, scratch: Path) -> tuple[dict[str
         place = scratch / label
         targets = [Target(device_profile(name), plan.config, place / name, plan) for name, plan in plans.items()]
         cache = EngineCache(scratch / f"cache-{label}")
-        started = time.perf_counter()
+        start = time.perf_counter()
         preparation = prepare(adapter.description, targets, BundleOptions())
-        made = execute(preparation, adapter, checkpoint, cache=cache, slots=BuilderSlots(jobs))
-        found[label] = time.perf_counter() - started
-    started = time.perf_counter()
+        results = execute(preparation, adapter, checkpoint, cache=cache, slots=BuilderSlots(jobs))
+        result[label] = time.perf_counter() - start
+    start = time.perf_counter()
     again = execute(prepare(adapter.description, targets, BundleOptions()), adapter, checkpoint)
-    found["again_function_s"] = time.perf_counter() - started
-    found["again_states"] = [row.state for row in again]
-    return found, {row.target.device.id: row.bundle for row in made}
+    result["again_function_s"] = time.perf_counter() - start
+    result["again_states"] = [row.state for row in again]
+    return result, {row.target.device.id: row.bundle for row in results}
 
 
 def second_command(adapter: Path, scratch: Path) -> dict[str, Any]:
-    """Time `coatrt build` for three devices where everything is there already, process start included."""
+    """Time `coatrt build` for three devices with nothing left to do, process start included."""
     command = [
         str(Path(sys.executable).parent / "coatrt"),
         "build",
@@ -106,23 +106,23 @@ def second_command(adapter: Path, scratch: Path) -> dict[str, Any]:
     subprocess.run(command, check=True, capture_output=True)
     seconds = []
     for _ in range(5):
-        started = time.perf_counter()
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        seconds.append(time.perf_counter() - started)
-        assert done.stdout.count("up to date") == 3
+        start = time.perf_counter()
+        process = subprocess.run(command, check=True, capture_output=True, text=True)
+        seconds.append(time.perf_counter() - start)
+        assert process.stdout.count("up to date") == 3
     return {"second_build_s": seconds, "second_build_median_s": statistics.median(seconds)}
 
 
 def engine_bytes(
     adapter: Adapter, checkpoint: Any, scratch: Path, built: list[dict[str, Any]] | None
 ) -> list[dict[str, Any]]:
-    """Build ten configurations that the size model was not fitted to, or take what was built, and compare."""
+    """Compare ten configurations that the size model was not fitted to, built now or in an earlier run."""
     rows, codes, rng, model = [], adapter.codes(checkpoint), np.random.default_rng(11), adapter.description.model
     for number in range(10):
         profile = device_profile(ENGINES[number % len(ENGINES)])
         space = ConfigSpace(model, tuple(fmt for fmt in adapter.description.formats if profile.supports(fmt)))
         bits = float(rng.uniform(max(3.6, space.min_bits), min(7.5, space.max_bits)))
-        config = space.sample_budgeted(rng, bits)
+        config = space.sample(rng, bits)
         if built is not None:
             size = built[number]["engine_bytes"]
         else:
@@ -165,7 +165,7 @@ print(json.dumps([before, line("VmHWM"), line("VmRSS")]))
 
 
 def cpu_memory(adapter: Adapter, bundles: dict[str, Bundle]) -> list[dict[str, Any]]:
-    """Compare the memory lines of the CPU with ONNX Runtime's peak in a process of its own."""
+    """Compare the predicted memory of the CPU with ONNX Runtime's peak in a separate process."""
     rows = []
     for name, bundle in bundles.items():
         lines = memory_of(
@@ -175,8 +175,8 @@ def cpu_memory(adapter: Adapter, bundles: dict[str, Bundle]) -> list[dict[str, A
             Workload.of(adapter.description, 2048, 1, 512, 4),
         )
         command = [sys.executable, "-c", _PEAK, str(bundle.directory), "4"]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        before, peak, resident = (kib << 10 for kib in json.loads(done.stdout))
+        process = subprocess.run(command, check=True, capture_output=True, text=True)
+        before, peak, resident = (kib << 10 for kib in json.loads(process.stdout))
         rows.append(
             {
                 "bundle": name,
@@ -192,10 +192,10 @@ def cpu_memory(adapter: Adapter, bundles: dict[str, Bundle]) -> list[dict[str, A
 
 
 def switching(bundles: dict[str, Bundle]) -> list[dict[str, Any]]:
-    """Time switches between configurations of a running session, one decoder held and all held."""
+    """Time switches between configurations of a running session, with one decoder in memory and with all."""
     rows = []
-    for held in (1, len(bundles)):
-        session = SwitchingDecoder(bundles, options=RuntimeOptions(context=2048), held=held)
+    for limit in (1, len(bundles)):
+        session = SwitchingDecoder(bundles, options=RuntimeOptions(context=2048), limit=limit)
         session.prefill([[1 + i % 100 for i in range(128)]])
         for _ in range(2):
             for name in bundles:
@@ -203,7 +203,7 @@ def switching(bundles: dict[str, Bundle]) -> list[dict[str, Any]]:
                 session.decode([5])
                 rows.append(
                     {
-                        "held": held,
+                        "held": limit,
                         "to": name,
                         "load_s": row.load_seconds,
                         "emit_s": row.emit_seconds,
@@ -221,7 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--adapter", type=Path, default=Path("out/demo/adapter"))
     parser.add_argument(
-        "--again", action="store_true", help="Keep the bytes of the ten engines; measure all else again."
+        "--again", action="store_true", help="Keep the bytes of the ten engines; measure everything else again."
     )
     options = parser.parse_args()
     adapter, checkpoint = Adapter.from_pretrained(options.adapter), smollm2()

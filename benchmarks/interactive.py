@@ -1,4 +1,4 @@
-"""What a user waits for: --help, the hypernetwork, and the bundle of a second configuration.
+"""Waiting times of a user: --help, the hypernetwork, and the bundle of a second configuration.
 
 python benchmarks/interactive.py   (needs out/demo/adapter: make demo)
 """
@@ -33,36 +33,36 @@ def main() -> None:
     program = Path(sys.executable).parent / "coatrt"
     helps = []
     for _ in range(5):
-        started = time.perf_counter()
+        start = time.perf_counter()
         subprocess.run([program, "--help"], check=True, capture_output=True)
-        helps.append(time.perf_counter() - started)
+        helps.append(time.perf_counter() - start)
     adapter, checkpoint = Adapter.from_pretrained(options.adapter), smollm2()
     adapter.checkpoint(checkpoint.directory)
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        # The first bundle fills the caches of encoded matrices; the second is another budget, another GPU.
+        # The first bundle fills the cache of encoded matrices; the second has another budget and another GPU.
         for name, bits in (("rtx-3060", 4.5), ("rtx-3090", 5.5), ("rtx-4090", 6.0), ("rtx-5090", 5.0)):
             profile = device_profile(name)
-            started = time.monotonic()
+            start = time.monotonic()
             plan = planner.plan(adapter.description, profile, bits=bits)
             target = Target(profile, plan.config, Path(scratch) / name, plan)
             preparation = prepare(adapter.description, [target], BundleOptions())
-            made = execute(preparation, adapter, checkpoint)[0].bundle
+            bundle = execute(preparation, adapter, checkpoint)[0].bundle
             rows.append(
                 {
                     "device": name,
                     "bits": bits,
-                    "seconds": time.monotonic() - started,
-                    "build_s": made.manifest["engines"][0]["seconds"],
+                    "seconds": time.monotonic() - start,
+                    "build_s": bundle.manifest["engines"][0]["seconds"],
                 }
             )
             print(rows[-1], flush=True)
-        emitter, rng, seconds = Emitter.of(made), np.random.default_rng(0), []
+        emitter, rng, seconds = Emitter.of(bundle), np.random.default_rng(0), []
         for _ in range(50):
             config = random_config(adapter.description.space, rng)
-            started = time.perf_counter()
+            start = time.perf_counter()
             emitter.emit(config)
-            seconds.append(time.perf_counter() - started)
+            seconds.append(time.perf_counter() - start)
     emission = percentiles(seconds[5:])
     result = {
         "help_median_s": statistics.median(helps),

@@ -1,4 +1,4 @@
-"""Fit the planner's constants of ONNX Runtime's CUDA provider to the GPU check, and predict steps it has not seen.
+"""Fit the planner's constants of ONNX Runtime's CUDA provider to the GPU check, and predict held-out steps.
 
 python benchmarks/latency_constants.py
 
@@ -44,8 +44,8 @@ Row = dict[str, Any]
 
 def rows_of(gpu: str) -> dict[str, Row]:
     """Return the rows of a GPU by key."""
-    found = read_as(RESULTS / "gpu" / f"{gpu}.json", dict[str, Any], "result", "measure it again")
-    return {row["key"]: row for row in found["rows"]}
+    result = read_as(RESULTS / "gpu" / f"{gpu}.json", dict[str, Any], "result", "measure it again")
+    return {row["key"]: row for row in result["rows"]}
 
 
 H100, H200 = rows_of("h100"), rows_of("h200")
@@ -60,13 +60,13 @@ def relative_fit(inputs: Sequence[Sequence[float]], seconds: Sequence[float]) ->
 
 def products(texts: Iterable[str], rows: int, without: str) -> list[tuple[int, int, float]]:
     """Return (N, K, seconds) of the measured products with so many rows, those of a model left out."""
-    found = []
+    points = []
     for name, (N, K) in SHAPES.items():
         for text in texts:
             row = H200.get(f"product/{name}/{text}/M{rows}")
             if row is not None and name.split("-")[0] != without:
-                found.append((N, K, row["us"]["median"] * 1e-6))
-    return found
+                points.append((N, K, row["us"]["median"] * 1e-6))
+    return points
 
 
 def fitted_products(device: DeviceProfile, without: str) -> dict[str, Any]:
@@ -108,15 +108,15 @@ def with_row_share(constants: CudaConstants, kind: str, share: float) -> CudaCon
 def fitted_rows(constants: CudaConstants, device: DeviceProfile, without: str) -> CudaConstants:
     """Return the constants with the cost of more rows in packed products, the best of a grid."""
 
-    def error(tried: CudaConstants, kind: str, some: Sequence[tuple[int, int, int, float]]) -> float:
-        latency, fmt = CudaLatency(device, tried), WeightFormat.parse(f"{kind}-g64")
+    def error(candidate: CudaConstants, kind: str, some: Sequence[tuple[int, int, int, float]]) -> float:
+        latency, fmt = CudaLatency(device, candidate), WeightFormat.parse(f"{kind}-g64")
         return float(np.mean([(latency.matrix_seconds(N, K, fmt, m) / s - 1) ** 2 for N, K, m, s in some]))
 
     for kind, texts in BLOCKS.items():
         some = [(N, K, m, s) for m in (4, 16) for N, K, s in products(texts, m, without)]
-        tried = [with_row_share(constants, kind, share) for share in np.arange(0, 3.01, 0.02).round(2).tolist()]
-        errors = [error(one, kind, some) for one in tried]
-        constants = tried[int(np.argmin(errors))]
+        candidates = [with_row_share(constants, kind, share) for share in np.arange(0, 3.01, 0.02).round(2).tolist()]
+        errors = [error(one, kind, some) for one in candidates]
+        constants = candidates[int(np.argmin(errors))]
     return constants
 
 
@@ -148,14 +148,14 @@ def step_of(key: str) -> tuple[RandomModel, QuantConfig]:
 
 
 def workload_of(model: RandomModel) -> Workload:
-    """Return what a random model's decoder holds, with the slots of backend.py."""
+    """Return the workload of a random model's decoder with the slots of backend.py."""
     inner = max(matrix.K for matrix in model.matrices.targets if matrix.kind == "down_proj")
     lora = 0 if model.contract is None else 16 * sum(m.N + m.K for m in model.matrices.targets)
     return Workload(model._spec, inner, lora, 2048, 1, 512, 2)
 
 
 def predicted(key: str, constants: CudaConstants, gpu: str, tokens: int = 1, joined: bool = False) -> float:
-    """Return the predicted seconds of a step or of a prompt; the graphs of backend.py had the matrices apart."""
+    """Return the predicted seconds of a step or a prompt; backend.py's graphs had separate matrices."""
     model, config = step_of(key)
     latency, work = CudaLatency(device_profile(gpu), constants, joined=joined), workload_of(model)
     products = products_seconds(latency, model.matrices, config, tokens, 1)
@@ -163,7 +163,7 @@ def predicted(key: str, constants: CudaConstants, gpu: str, tokens: int = 1, joi
 
 
 def fitted_steps(constants: CudaConstants, keys: Sequence[str]) -> CudaConstants:
-    """Return the constants with those of kernels, host and launches, fitted to steps and prompts; none negative."""
+    """Return the constants with those of kernels, host and launches, fitted to steps and prompts, none negative."""
     zero = replace(constants, kernel_seconds=0.0, host_seconds_per_byte=0.0, launch_seconds=0.0)
     inputs, seconds, launches = [], [], []
     for key in keys:
@@ -172,7 +172,7 @@ def fitted_steps(constants: CudaConstants, keys: Sequence[str]) -> CudaConstants
         measured = H100[key]["decode_ms"]["p50_ms"] * 1e-3
         inputs.append([(spec.layers * LAYER_KERNELS + OTHER_KERNELS) / measured, 4 * spec.vocabulary / measured])
         seconds.append(1 - predicted(key, zero, "h100") / measured)
-        if "/135m/" in key:  # its prompt is launches alone
+        if "/135m/" in key:  # its prompt consists of launches alone
             targets = len(model.matrices.targets)
             nodes = spec.layers * cuda_latency.LAYER_NODES + targets * (4 if model.contract else 1) + OTHER_KERNELS
             launches.append(H100[key]["prefill_ms"]["p50_ms"] * 1e-3 / nodes)
@@ -183,12 +183,12 @@ def fitted_steps(constants: CudaConstants, keys: Sequence[str]) -> CudaConstants
 STEPS = tuple(key for key, row in H100.items() if key.startswith("backend/speed/") and "decode_ms" in row)
 
 
-def seen(without: str = HELD_OUT) -> tuple[str, ...]:
-    """Return the steps that the fit sees: those of int4-g64 but of one model."""
+def fit_keys(without: str = HELD_OUT) -> tuple[str, ...]:
+    """Return the steps of the fit: those of int4-g64 of all models but one."""
     return tuple(key for key in STEPS if "/int4-g64/" in key and f"/{without}/" not in key)
 
 
-SEEN = seen()
+SEEN = fit_keys()
 SEPARATE = tuple(
     (gpu, key)
     for gpu, rows in (("h100", H100), ("h200", H200))
@@ -206,7 +206,7 @@ JOINED = tuple(
 
 
 def fitted(without: str = "") -> CudaConstants:
-    """Return the constants fitted to all rows but the steps held out, and to none of a model."""
+    """Return the constants fitted to all rows but the held-out steps and those of a model."""
     device = device_profile("h200")
     runtime = f"onnxruntime-gpu {read_as(RESULTS / 'gpu' / 'h200.json', dict, 'result', '')['machine']['onnxruntime']}"
     base = CudaConstants(
@@ -219,14 +219,14 @@ def fitted(without: str = "") -> CudaConstants:
         **fitted_products(device, without),
         **fitted_lora(without),
     )
-    made = fitted_steps(base, seen(without or HELD_OUT))
-    return fitted_rows(made, device, without)
+    constants = fitted_steps(base, fit_keys(without or HELD_OUT))
+    return fitted_rows(constants, device, without)
 
 
 def compared(
     key: str, measured: float, gpu: str, both: Sequence[CudaConstants], seen: bool, of: Callable[..., float]
 ) -> Row:
-    """Return one step's measured and predicted milliseconds, by the fit and by that without 7B."""
+    """Return one step's measured and predicted milliseconds, by the fit and by the one without 7B."""
     ours, strict = (of(key, constants, gpu) for constants in both)
     return {
         "key": key,
@@ -268,14 +268,14 @@ def main() -> None:
         for key in STEPS
         if f"/{OTHER}/" in key
     }
-    held = [row for row in rows if not row["seen"] and row["key"].startswith("backend/")]
+    held_out = [row for row in rows if not row["seen"] and row["key"].startswith("backend/")]
     result = {
         "constants": _rounded(to_data(both[0])),
         "rows": rows,
         "prompts": prompts,
         "errors_of_1b_without_1b": of_1b,
-        "worst_held_out": max(abs(row["error"]) for row in held),
-        "worst_held_out_without_7b": max(abs(row["error_without_7b"]) for row in held),
+        "worst_held_out": max(abs(row["error"]) for row in held_out),
+        "worst_held_out_without_7b": max(abs(row["error_without_7b"]) for row in held_out),
     }
     for row in [*rows, *prompts]:
         print(row)

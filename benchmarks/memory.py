@@ -1,4 +1,4 @@
-"""Peak memory of exporting a 4-GB checkpoint of 7B-shaped layers, above what the imports take.
+"""Peak memory of exporting a 4 GB checkpoint of 7B-shaped layers, without that of imports.
 
 python benchmarks/memory.py [--directory DIR]
 """
@@ -33,20 +33,20 @@ def measure(model: Path, output: Path, text: str) -> None:
     torch.set_num_threads(2)
     encode(torch.ones(64, 64), text)  # imports and thread pools belong to the interpreter
     before = peak_resident_bytes()
-    started = time.monotonic()
+    start = time.monotonic()
     checkpoint = Checkpoint.open(model)
     config = QuantConfig.uniform(checkpoint.matrices, text)
     forms = [GraphForm("engine", "base.onnx", "float16", 2048), GraphForm("cpu", "cpu.onnx", "float32")]
     export_decoder(checkpoint, config, output, forms=forms, contract=contract_for(checkpoint.matrices, 16, 32))
     grown = peak_resident_bytes() - before
-    print(json.dumps({"peak_bytes": grown, "seconds": time.monotonic() - started}))
+    print(json.dumps({"peak_bytes": grown, "seconds": time.monotonic() - start}))
 
 
 def main() -> None:
-    """Make the checkpoint, export it in a process of its own, per format."""
+    """Create the checkpoint and export it in one process per format."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
-    parser.add_argument("--directory", type=Path, help="where to work; 10 GB are needed")
+    parser.add_argument("--directory", type=Path, help="work directory; needs 10 GB")
     options = parser.parse_args()
     if options.measure:
         measure(Path(options.measure[0]), Path(options.measure[1]), options.measure[2])
@@ -62,8 +62,8 @@ def main() -> None:
             output = work / "out"
             output.mkdir(exist_ok=True)
             command = [sys.executable, __file__, "--measure", str(work / "model"), str(output), text]
-            found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            rows.append({"format": text, **found, "share": found["peak_bytes"] / size})
+            result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            rows.append({"format": text, **result, "share": result["peak_bytes"] / size})
             print(rows[-1], flush=True)
     save_result("memory", "python benchmarks/memory.py", {"checkpoint_bytes": size, "rows": rows})
     if max(row["share"] for row in rows) > 0.5:

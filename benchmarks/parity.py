@@ -89,15 +89,18 @@ def main() -> None:
             for _ in range(STEPS):
                 tokens.append(int(logits.argmax()))
                 logits = runner.decode([tokens[-1]])[0]
-            found = teacher_forced(runner, tokens)
+            outputs = teacher_forced(runner, tokens)
             reference.set_config(config)
             reference.set_lora(adapter.description.contract, lora)
             with torch.no_grad():
                 expected = reference.logits(torch.tensor([PROMPT + tokens]))[0, len(PROMPT) - 1 :].numpy()
             runner.set_lora(None)
-            effect = np.abs(teacher_forced(runner, tokens) - found).max()
+            effect = np.abs(teacher_forced(runner, tokens) - outputs).max()
             top = np.abs(expected).max()
-            rows[name] = {"difference": float(np.abs(found - expected).max() / top), "lora_effect": float(effect / top)}
+            rows[name] = {
+                "difference": float(np.abs(outputs - expected).max() / top),
+                "lora_effect": float(effect / top),
+            }
             print(f"{name:<24} {rows[name]['difference']:.2e}  LoRA effect {rows[name]['lora_effect']:.2f}", flush=True)
         runner = decoder(checkpoint, configs["random 0"], adapter, codes, Path(scratch), batch=2)
         runner.set_lora({key: tensor.numpy() for key, tensor in adapter.emit(configs["random 0"]).items()})

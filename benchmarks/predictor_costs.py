@@ -1,4 +1,4 @@
-"""Costs of formats that `coatrt train` does not take: what `benchmarks/predictors.py` holds its own against."""
+"""Cost predictors of formats that `coatrt train` does not use, for the comparison in `benchmarks/predictors.py`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ def _fisher(model: FakeQuantModel, blocks: Examples, progress: Progress) -> dict
     """
     names = {model.model.get_submodule(m.name).weight: m.name for m in model.checkpoint.matrices.matrices}
     fisher = {name: torch.zeros_like(weight, dtype=torch.float32) for weight, name in names.items()}
-    counts, total, current = blocks.counts.tolist(), blocks.predicted, 0
+    counts, total, current = blocks.counts.tolist(), blocks.target_count, 0
 
     def collect(weight: nn.Parameter) -> None:
         assert weight.grad is not None
@@ -61,7 +61,7 @@ def fisher_costs(
     """Return matrix → format text → ½·Σ F∘(W − Q(W))², F the diagonal empirical Fisher (arXiv 2509.25214).
 
     Args:
-        model: full precision is set and no LoRA is bound; two float32 copies of the weights are in memory meanwhile.
+        model: in full precision without LoRA; needs two float32 copies of the weights.
         codes: cache of encoded matrices.
         examples: calibration examples.
         formats: formats to measure.
@@ -93,7 +93,7 @@ class _Moments:
 
 @dataclass
 class _Kfac:
-    """Collects the moments; matrices of a fused group read one input, so the first of them keeps it for all."""
+    """Collects the moments; the first matrix of a fused group stores that of the shared input."""
 
     first: Mapping[str, str]
     moments: dict[str, _Moments] = field(default_factory=dict)
@@ -127,7 +127,7 @@ def kfac_costs(
     their own tokens.
 
     Args:
-        model: full precision is set and no LoRA is bound; one [K, K] float32 per fused group is in memory.
+        model: in full precision without LoRA; needs one float32 [K, K] per fused group.
         codes: cache of encoded matrices.
         examples: calibration examples.
         formats: formats to measure.
@@ -135,12 +135,12 @@ def kfac_costs(
     """
     groups = model.checkpoint.matrices.groups
     first = {name: group[0] for group in groups for name in group}
-    found = _Kfac(first)
-    visit_outputs(model, examples, found, progress)
+    moments = _Kfac(first)
+    visit_outputs(model, examples, moments, progress)
     names = model.checkpoint.matrices.names
     costs: dict[str, dict[str, float]] = {}
     for i, name in enumerate(names):
-        here, moment = found.moments.get(name, _Moments()), found.moments.get(first[name], _Moments()).input
+        here, moment = moments.moments.get(name, _Moments()), moments.moments.get(first[name], _Moments()).input
         costs[name] = {}
         weight = model.weight(name, None)
         for fmt in formats:
@@ -150,7 +150,7 @@ def kfac_costs(
             if here.rows is not None:
                 ids = here.rows[:, 0].long()
                 total += float((here.rows[:, 1:] * residual[ids].square()).sum())
-            costs[name][str(fmt)] = 0.5 * total / examples.predicted
+            costs[name][str(fmt)] = 0.5 * total / examples.target_count
         progress(i + 1, len(names), "formats")
     return costs
 
@@ -168,7 +168,7 @@ def measured_costs(
     the median group. The group's cost is split evenly among its matrices.
 
     Args:
-        model: full precision is set and no LoRA is bound.
+        model: in full precision without LoRA.
         examples: calibration examples.
         space: groups and formats.
         errors: relative errors, see `coatrt.evaluation.curvature.relative_errors`.

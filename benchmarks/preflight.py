@@ -21,7 +21,7 @@ from coatrt.models.spec import DecoderSpec
 
 
 def measure(model: Path) -> None:
-    """Print the seconds, the growth of the peak resident set in bytes, and the difference found."""
+    """Print the seconds, the growth of the peak resident set in bytes, and the difference of logits."""
     import onnxruntime
     import torch
 
@@ -29,17 +29,17 @@ def measure(model: Path) -> None:
     checkpoint = Checkpoint.open(model)
     empty_model(checkpoint)  # imports belong to the interpreter
     assert onnxruntime.__version__
-    before, started = peak_resident_bytes(), time.monotonic()
+    before, start = peak_resident_bytes(), time.monotonic()
     difference = compare(checkpoint, DecoderSpec.from_config(checkpoint.config))
-    seconds, grown = time.monotonic() - started, peak_resident_bytes() - before
+    seconds, grown = time.monotonic() - start, peak_resident_bytes() - before
     print(json.dumps({"seconds": seconds, "peak_bytes": grown, "difference": difference}))
 
 
 def main() -> None:
-    """Make the checkpoint, compare each in a process of its own."""
+    """Create the checkpoint, and compare each model in a separate process."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--directory", type=Path, help="where to work; 4 GB are needed")
+    parser.add_argument("--directory", type=Path, help="work directory; needs 4 GB")
     options = parser.parse_args()
     if options.measure:
         measure(options.measure)
@@ -51,8 +51,8 @@ def main() -> None:
         )
         for name, checkpoint in (("SmolLM2-135M", smollm2()), ("six 7B-shaped layers, random float16", large)):
             command = [sys.executable, __file__, "--measure", str(checkpoint.directory)]
-            found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            rows.append({"model": name, **found})
+            result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            rows.append({"model": name, **result})
             print(rows[-1], flush=True)
     save_result("preflight", "python benchmarks/preflight.py", {"rows": rows})
 

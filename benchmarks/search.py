@@ -55,7 +55,7 @@ class Problem:
     def __init__(self, directory: Path) -> None:
         checkpoint = Checkpoint.open(directory)
         codes, formats = CodeStore(checkpoint), tuple(map(WeightFormat.parse, FORMATS))
-        # The embedding keeps int8 and is no part of the space.
+        # The embedding stays int8 and is not part of the space.
         self.space = ConfigSpace(ModelMatrices(checkpoint.matrices.targets, tied=True), formats, fused=False)
         data = sotu(load_tokenizer(checkpoint.directory), MODEL.length)
         train, held_out = data.train, data.held_out
@@ -74,7 +74,7 @@ class Problem:
 
 
 def mutant(space: ConfigSpace, archive: Archive, rng: np.random.Generator) -> QuantConfig:
-    """Return a member of the front with one to four matrices given other formats."""
+    """Return a member of the front with other formats for one to four matrices."""
     front = archive.front()
     formats = dict(front[rng.integers(len(front))].config.formats)
     for name in rng.choice(space.model.names, size=int(rng.integers(1, 5)), replace=False):
@@ -158,7 +158,7 @@ def plot(runs: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Do what is missing of the runs, then write the result and the plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, default=Path("out/search"), help="where finished runs lie")
+    parser.add_argument("--work", type=Path, default=Path("out/search"), help="directory of finished runs")
     parser.add_argument("--plot", action="store_true", help="only draw the plot again, from the result")
     options = parser.parse_args()
     if options.plot:

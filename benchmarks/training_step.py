@@ -4,8 +4,8 @@ python benchmarks/training_step.py                   on the CPU (needs peft)
 python benchmarks/training_step.py --compute cuda    on a GPU
 
 Both do two forward and backward passes of the same tokens, rank 16 on all 210 linear matrices, AdamW, and alternate:
-every step of ours is held against the two of PEFT around it, so that a machine's ups and downs cancel. PEFT's base is
-in full precision; ours changes its configuration and solves for the compensation before every pass.
+every step of coatrt is compared with the two of PEFT around it, so that the machine's drift cancels. PEFT's base is
+in full precision; coatrt changes its configuration and solves for the compensation before every pass.
 """
 
 import argparse
@@ -65,8 +65,8 @@ class PeftTraining:
 
     def step(self, step: int) -> None:
         """Do two forward and backward passes of the same rows and one step of the optimizer."""
-        chosen = (torch.arange(self._batch) + self._batch * step) % len(self._tokens)
-        rows = self._tokens[chosen].to(self._compute)
+        indices = (torch.arange(self._batch) + self._batch * step) % len(self._tokens)
+        rows = self._tokens[indices].to(self._compute)
         for _ in range(2):
             logits = self._model(input_ids=rows, use_cache=False).logits[:, :-1]
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
@@ -87,7 +87,7 @@ class OurTraining:
     """
 
     def __init__(self, checkpoint: Checkpoint, tokens: Tensor, compute: str, batch: int = 2) -> None:
-        codes = CodeStore(checkpoint, "absmax")  # the fastest to make; a step costs the same with all
+        codes = CodeStore(checkpoint, "absmax")  # the fastest to encode; a step costs the same with all
         formats = tuple(map(WeightFormat.parse, FORMATS))
         space = ConfigSpace(checkpoint.matrices, formats)
         flat = {name: {text: 1e-6 / WeightFormat.parse(text).bits for text in FORMATS} for name in space.model.names}
@@ -100,7 +100,7 @@ class OurTraining:
         self._tokens, self._batch = tokens, batch
 
     def warm(self) -> None:
-        """Encode and decode every matrix in every format, as a long training does in its first steps."""
+        """Encode and decode every matrix in every format, as the first steps of a training do."""
         for text in FORMATS:
             self._model.set_config(QuantConfig.uniform(self._model.checkpoint.matrices, text))
 
@@ -121,38 +121,38 @@ class OurTraining:
 
 
 def tokens_of(length: int) -> Tensor:
-    """Return 16 rows of random tokens, up to 512 long; the shorter ones are where the longer ones begin."""
+    """Return 16 rows of random tokens, up to 512 long; shorter rows are prefixes of longer ones."""
     longest = torch.randint(0, 40000, (16, 512), generator=torch.Generator().manual_seed(0))
     return longest[:, :length].contiguous()
 
 
 def alternate(peft: PeftTraining, ours: OurTraining, steps: int, compute: str) -> dict[str, list[float]]:
-    """Return the seconds of every step of both, done in turn."""
+    """Return the seconds of every step of both, in alternation."""
     seconds: dict[str, list[float]] = {"coatrt": [], "peft": []}
-    started = 0.0
+    start = 0.0
 
     def wait() -> None:
         if compute != "cpu":
             torch.cuda.synchronize()
 
     def between(step: int) -> None:
-        # Between two of our steps PEFT does one; its time is not ours.
-        nonlocal started
+        # PEFT runs one step between two of coatrt; its time is excluded.
+        nonlocal start
         wait()
         now = time.perf_counter()
-        if started:
-            seconds["coatrt"].append(now - started)
+        if start:
+            seconds["coatrt"].append(now - start)
         peft.step(step)
         wait()
         seconds["peft"].append(time.perf_counter() - now)
-        started = time.perf_counter()
+        start = time.perf_counter()
 
     ours.run(steps, between)
     return seconds
 
 
 def figures(seconds: dict[str, list[float]], skipped: int) -> dict[str, Any]:
-    """Return medians and the ratio of both; the first steps encode and decode what is not in the caches yet."""
+    """Return medians and the ratio of both; the first steps, which fill the caches, are skipped."""
     warm = range(skipped, len(seconds["coatrt"]))
     ratios = sorted(seconds["coatrt"][i] / statistics.mean(seconds["peft"][i : i + 2]) for i in warm)
     return {
@@ -167,8 +167,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--compute", default="cpu", help="torch device")
-    given = parser.parse_args()
-    steps, compute = given.steps, given.compute
+    arguments = parser.parse_args()
+    steps, compute = arguments.steps, arguments.compute
     checkpoint, tokens = smollm2(), tokens_of(128)
     peft, ours = PeftTraining(checkpoint, tokens, compute), OurTraining(checkpoint, tokens, compute)
     seconds = alternate(peft, ours, steps, compute)

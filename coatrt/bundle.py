@@ -1,7 +1,7 @@
 """Bundles: a directory a service can load, with one manifest that names and hashes every file.
 
-Nothing is parsed before its hash is checked: `Bundle.path` hashes a file the first time it is asked for. The manifest
-has a seal of its own against accident, and may have a detached signature beside it, which is against an enemy.
+Nothing is parsed before its hash is checked: `Bundle.path` hashes a file on first use. The manifest carries a hash of
+itself, its seal, which detects accidents. A detached signature beside it detects tampering.
 """
 
 from collections.abc import Iterable, Mapping
@@ -29,7 +29,7 @@ BUNDLE_FORMAT = 3
 MANIFEST = "manifest.json"
 SIGNATURE = "model.sig"
 SignaturePolicy = Literal["off", "warn", "require"]
-"""What becomes of a bundle that a key has not signed: it is not looked at, said in one line, or refused."""
+"""What to do with a bundle that the key has not signed: ignore it, warn, or refuse the bundle."""
 
 _AGAIN = "build the bundle again"
 
@@ -71,7 +71,7 @@ class _File(TypedDict):
 
 
 class Manifest(TypedDict):
-    """What manifest.json holds (docs/bundle.md); keys of a later coatrt are passed over."""
+    """The content of manifest.json (docs/bundle.md); unknown keys of a later coatrt are ignored."""
 
     format: int
     coatrt: str
@@ -92,7 +92,7 @@ def seal(directory: Path, facts: Mapping[str, Any]) -> None:
     """Hash every file under `directory` and write the manifest: `facts` plus format, version and files.
 
     Args:
-        directory: a finished bundle but for its manifest.
+        directory: a bundle, complete except for its manifest.
         facts: the manifest's other keys, see `Bundle`.
     """
     files = {
@@ -105,14 +105,14 @@ def seal(directory: Path, facts: Mapping[str, Any]) -> None:
 
 
 def sign_manifest(directory: Path, key: str | Path) -> None:
-    """Write the signature of a manifest, which names the hash of every other file, beside it.
+    """Sign the manifest, which names the hash of every other file, and write the signature beside it.
 
     Args:
-        directory: of the bundle.
+        directory: the bundle's.
         key: PEM file of the private key, see `coatrt.system.signature`.
 
     Raises:
-        ConfigError: the key does not serve.
+        ConfigError: the key cannot be used.
     """
     write_text(directory / SIGNATURE, sign((directory / MANIFEST).read_bytes(), MANIFEST, key))
 
@@ -124,7 +124,7 @@ class Bundle:
     Args:
         directory: where it is.
         manifest: the content of manifest.json, its structure checked.
-        signed: whether the key given has signed it; None where none was asked for.
+        signed: whether the key has signed it; None where no signature was checked.
     """
 
     directory: Path
@@ -136,56 +136,58 @@ class Bundle:
     def open(
         cls, directory: str | Path, *, key: str | Path | bytes | None = None, policy: SignaturePolicy | None = None
     ) -> "Bundle":
-        """Read and check the manifest; the files themselves are checked when they are used.
+        """Read and check the manifest; other files are checked on first use.
 
         Args:
             directory: where it is.
             key: PEM file (or its content) of the public key whose owner is trusted.
-            policy: what becomes of a bundle without a signature by this key; by default "require" with a key, "off"
+            policy: what to do with a bundle that this key has not signed; by default "require" with a key, "off"
                 without.
 
         Raises:
-            BundleError: no bundle, altered, not signed, another bundle format, a file missing or of another size, or a
-                path that leaves it.
-            ConfigError: no such policy, a policy without a key, or the key does not serve.
+            BundleError: not a bundle, altered, not signed, another bundle format, a file missing or of another size,
+                or a path that leaves it.
+            ConfigError: unknown policy, a policy without a key, or the key cannot be used.
         """
         directory = Path(directory)
         policy = policy or ("off" if key is None else "require")
         if policy not in get_args(SignaturePolicy):
             raise ConfigError(f"signature must be one of {', '.join(get_args(SignaturePolicy))}, got {policy!r}")
         if key is None and policy != "off":
-            raise ConfigError(f"signature {policy} needs the public key it is checked with; give one (--key)")
-        told: list[str] = []  # why it is not signed
+            raise ConfigError(f"the signature policy {policy} needs a public key; give one (--key)")
+        failures: list[str] = []  # why the bundle is not signed, "" where it is; empty until checked
 
         def check(manifest: bytes) -> None:
             if key is None or policy == "off":
                 return
             path = directory / SIGNATURE
-            found = check_signature(manifest, MANIFEST, path.read_bytes(), key) if path.is_file() else "there is none"
-            told.append(found)
-            by = "the key given" if isinstance(key, bytes) else key
-            line = f"{directory} has no signature by {by} ({found}); fetch the bundle again from who signs it"
-            if found and policy == "require":
+            failure = (
+                check_signature(manifest, MANIFEST, path.read_bytes(), key) if path.is_file() else f"no {SIGNATURE}"
+            )
+            failures.append(failure)
+            by = "this key" if isinstance(key, bytes) else key
+            line = f"{directory} has no signature by {by} ({failure}); download the bundle again from its publisher"
+            if failure and policy == "require":
                 raise BundleError(line)
-            if found:
+            if failure:
                 warn_once(line)
 
         restore(directory)
         if not (directory / MANIFEST).is_file():
-            raise BundleError(f"{directory} is no bundle: it has no {MANIFEST}; make one with coatrt build")
+            raise BundleError(f"not a bundle: {directory} (no {MANIFEST}); create one with coatrt build")
         where = f"bundle manifest {directory / MANIFEST}"
         manifest = read_as(
             directory / MANIFEST, object, "bundle manifest", _AGAIN, BundleError, sealed=True, check=check
         )
         if not isinstance(manifest, dict) or manifest.get("format") != BUNDLE_FORMAT:
-            given = manifest.get("format") if isinstance(manifest, dict) else None
+            version = manifest.get("format") if isinstance(manifest, dict) else None
             raise BundleError(
-                f"{directory} has bundle format {given}; this coatrt {__version__} reads {BUNDLE_FORMAT}; rebuild it"
+                f"{directory} has bundle format {version}, coatrt {__version__} reads {BUNDLE_FORMAT}; build it again"
             )
         missing = sorted(Manifest.__required_keys__ - set(manifest))
         if missing or not isinstance(manifest["files"], dict):
             raise BundleError(f"{directory / MANIFEST} lacks {', '.join(missing) or 'files'}; build the bundle again")
-        for name, facts in manifest["files"].items():
+        for name, entry in manifest["files"].items():
             parts = PurePosixPath(name)
             if parts.is_absolute() or ".." in parts.parts or "\\" in name:
                 raise BundleError(f"{directory / MANIFEST} names {name!r}, which leaves the bundle; do not use it")
@@ -196,27 +198,27 @@ class Bundle:
                 raise BundleError(
                     f"{directory / MANIFEST} names {name!r}, a link that leaves the bundle; do not use it"
                 )
-            if not isinstance(facts, dict) or not {"sha256", "bytes"} <= set(facts):
-                raise BundleError(f"{directory / MANIFEST} gives no sha256 and bytes for {name}; build it again")
-            if path.stat().st_size != facts["bytes"]:
+            if not isinstance(entry, dict) or not {"sha256", "bytes"} <= set(entry):
+                raise BundleError(f"{directory / MANIFEST} has no sha256 and bytes for {name}; build the bundle again")
+            if path.stat().st_size != entry["bytes"]:
                 raise BundleError(
-                    f"{name} has {path.stat().st_size} bytes, the manifest says {facts['bytes']}; copy the bundle again"
+                    f"{name} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}; copy the bundle again"
                 )
-        signed = not told[0] if told else None
+        signed = not failures[0] if failures else None
         return cls(directory, convert(manifest, Manifest, where, _AGAIN, BundleError), signed)
 
     def sign(self, key: str | Path) -> None:
-        """Sign the bundle with a private key (PEM file) after the hash of every file was checked.
+        """Check the hash of every file and sign the bundle with a private key (PEM file).
 
         Raises:
-            BundleError: a file was altered, or is one the manifest does not name.
-            ConfigError: the key does not serve.
+            BundleError: a file was altered, or the manifest does not name it.
+            ConfigError: the key cannot be used.
         """
         self.check_all()
         sign_manifest(self.directory, key)
 
     def path(self, name: str) -> Path:
-        """Return the path of a file of the bundle after its hash was checked (once per opened bundle).
+        """Return the path of a file of the bundle, its hash checked (once per opened bundle).
 
         Raises:
             BundleError: the manifest does not name it, or its content is not what was built.
@@ -226,20 +228,20 @@ class Bundle:
             raise BundleError(f"{self.directory} has no file {name}; it has {', '.join(sorted(files))}")
         path = self.directory / name
         if name not in self._checked:
-            found = sha256_file(path)
-            if found != files[name]["sha256"]:
+            digest = sha256_file(path)
+            if digest != files[name]["sha256"]:
                 raise BundleError(
-                    f"{path} was altered: sha256 {found[:12]}…, the manifest says {files[name]['sha256'][:12]}…; "
+                    f"{path} was altered: sha256 {digest[:12]}…, the manifest says {files[name]['sha256'][:12]}…; "
                     "copy the bundle again or build it again"
                 )
             self._checked.add(name)
         return path
 
     def folder(self, name: str) -> Path:
-        """Return the path of a folder of the bundle, for what opens whatever lies in it, after all of it was checked.
+        """Return the path of a folder of the bundle, all files in it checked, for a library that opens any of them.
 
         Raises:
-            BundleError: the manifest names no file in it, a file there was altered, is a link or is not named.
+            BundleError: the manifest names no file in it, or a file there was altered, is a link or is not named.
         """
         names = [file for file in self.manifest["files"] if file.startswith(f"{name}/")]
         if not names:
@@ -253,7 +255,7 @@ class Bundle:
         """Check the hash of every file and return how many there are.
 
         Raises:
-            BundleError: a file was altered, is a link, or is there and the manifest does not name it.
+            BundleError: a file was altered, is a link, or is not named in the manifest.
         """
         self._refuse_strays(self.directory.rglob("*"))
         for name in self.manifest["files"]:
@@ -261,18 +263,22 @@ class Bundle:
         return len(self.manifest["files"])
 
     def _refuse_strays(self, paths: Iterable[Path]) -> None:
-        """Refuse links, which may lead to files that no hash guards, and what the manifest does not name."""
-        named = {*self.manifest["files"], MANIFEST, SIGNATURE}
+        """Refuse links, whose targets have no checked hash, and files that the manifest does not name."""
+        known = {*self.manifest["files"], MANIFEST, SIGNATURE}
         names = {path.relative_to(self.directory).as_posix(): path for path in paths}
         links = sorted(name for name, path in names.items() if path.is_symlink())
         if links:
-            raise BundleError(f"{self.directory} holds links ({', '.join(links)}); copy the bundle with what they name")
-        extra = sorted(name for name, path in names.items() if name not in named and not path.is_dir())
+            raise BundleError(
+                f"{self.directory} contains links ({', '.join(links)}); copy the bundle with the linked files"
+            )
+        extra = sorted(name for name, path in names.items() if name not in known and not path.is_dir())
         if extra:
-            raise BundleError(f"{self.directory} holds {', '.join(extra)}, which the manifest does not name; remove it")
+            raise BundleError(f"{self.directory} contains {', '.join(extra)}, not in the manifest; remove it")
 
     def decoder(self, form: str) -> tuple[Path, DecoderIO]:
-        """Return the ONNX file of a graph form ("engine", "cpu", "cuda"), hashes checked with its weights, and its I/O.
+        """Return the ONNX file of a graph form ("engine", "cpu", "cuda") and its I/O.
+
+        The hashes of the graph and of its weights are checked.
 
         Raises:
             BundleError: the bundle has no such form.
@@ -280,29 +286,29 @@ class Bundle:
         decoders = self.manifest["decoders"]
         if form not in decoders:
             raise BundleError(f"{self.directory} has no {form} graph, only {', '.join(decoders)}; build it again")
-        facts = decoders[form]
-        graph = self.graph(facts["file"], facts["weights"])
-        self.path(facts["weights"])
-        return graph, facts["io"]
+        decoder = decoders[form]
+        graph = self.graph(decoder["file"], decoder["weights"])
+        self.path(decoder["weights"])
+        return graph, decoder["io"]
 
     def graph(self, name: str, weights: str = "") -> Path:
-        """Return the path of an ONNX file after its hash was checked, and that it reads no file but `weights`.
+        """Return the path of an ONNX file, its hash checked, and that it reads no external file but `weights`.
 
         Args:
-            name: of the file.
-            weights: the file its external data may lie in, whose hash the caller checks; none by default.
+            name: the ONNX file.
+            weights: the only file its external data may be in; the caller checks its hash. By default none.
 
         Raises:
-            BundleError: see `path`; or it reads another file, whose content nothing guards.
+            BundleError: see `path`; or it reads another file, whose content is not checked.
         """
         path, mark = self.path(name), f"{name} reads {weights}"
         if mark not in self._checked:
-            if path.suffix != ".onnx":  # ONNX Runtime takes another kind of file by its ending
-                raise BundleError(f"{path} is no ONNX graph by its name; build the bundle again")
+            if path.suffix != ".onnx":  # by the suffix ONNX Runtime picks another file format
+                raise BundleError(f"not an ONNX graph: {path} (its name does not end in .onnx); build the bundle again")
             for location in sorted(read_onnx(path).external):
                 if normpath(PurePosixPath(name).parent / location) != weights:
                     raise BundleError(
-                        f"{path} reads weights from {location!r}, the manifest gives it {weights or 'none'}; "
+                        f"{path} reads weights from {location!r}, the manifest allows {weights or 'none'}; "
                         "do not use this bundle"
                     )
             self._checked.add(mark)

@@ -1,4 +1,4 @@
-"""The errors coatrt raises on purpose; each message says what was given, what is allowed and what to do."""
+"""The errors coatrt raises on purpose; each message says what is wrong, what is allowed and what to do."""
 
 __all__ = [
     "BuildError",
@@ -13,12 +13,12 @@ __all__ = [
     "reason",
 ]
 
-_MOST = 2000  # characters of a message
+_MAX_LENGTH = 2000  # characters of a message
 
 
 def one_line(text: str) -> str:
-    """Return a text as one line of 2,000 characters at most, without the control characters that inputs may hold."""
-    if len(text) > _MOST:
+    """Return a text as one line of at most 2,000 characters, control characters escaped."""
+    if len(text) > _MAX_LENGTH:
         text = f"{text[:1200]} … {text[-700:]}"
     return "".join(
         c if c.isprintable() else " " if c.isspace() else c.encode("unicode_escape", "surrogatepass").decode()
@@ -30,7 +30,7 @@ class CoatError(Exception):
     """Base of every error a user can cause; the CLI prints it as one line and exits with code 2."""
 
     def __str__(self) -> str:
-        """The message, in one line whatever it quotes."""
+        """The message as one line, even where it quotes several."""
         return one_line(super().__str__())
 
 
@@ -46,8 +46,8 @@ class DiskError(ConfigError):
     """A file that cannot be written: the disk is full or read-only, or permissions are missing.
 
     Args:
-        what: the beginning of its line, such as "adapter cannot be written".
-        reason: the system's, such as "No space left on device".
+        what: start of the message, such as "adapter cannot be written".
+        reason: the operating system's reason, such as "No space left on device".
         remedy: what to do.
     """
 
@@ -61,7 +61,7 @@ class CheckpointError(CoatError):
 
 
 class DeviceError(CoatError):
-    """An unknown device, or one that cannot do what was asked of it."""
+    """An unknown device, or one that does not support the request."""
 
 
 class BuildError(CoatError):
@@ -73,6 +73,6 @@ class BundleError(CoatError):
 
 
 def reason(error: BaseException) -> str:
-    """Return what an exception of a library says, as one line of at most 300 characters."""
+    """Return the message of a library's exception as one line of at most 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:299]}…"

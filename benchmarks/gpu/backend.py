@@ -1,4 +1,4 @@
-"""coatrt's backend "cuda" as it is: logits against torch, times through `decode`, LoRA switches, refusals."""
+"""coatrt's backend "cuda": logits against torch, times of `decode`, LoRA switches, refusals."""
 
 import shutil
 import tempfile
@@ -23,7 +23,7 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
 
 
 def seconds_of(work: Callable[[], Any], repeats: int) -> list[float]:
-    """Return the seconds of each of some calls behind one that warms up."""
+    """Return the seconds of each of some calls after a warm-up call."""
     work()
     found = []
     for _ in range(repeats):

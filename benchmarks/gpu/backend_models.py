@@ -121,7 +121,7 @@ class Parity:
         }
 
     def no_room(self) -> dict[str, Any]:
-        """Fill the GPU but for a little, load, and return what is said; then load again."""
+        """Load with the GPU almost full and return the refusal; then load again."""
         driver = open_driver()
         hold = driver.allocate(driver.memory()[0] - (300 << 20))
         try:
@@ -136,7 +136,7 @@ class Parity:
 
 
 def refused(dry: bool) -> dict[str, Any]:
-    """Return what is said of caches that no GPU holds."""
+    """Return the refusal of caches larger than any GPU."""
     io = DecoderIO(32, 8, 128, 32768, None, "float16", 32768)
     try:
         CudaDecoder(Path("no.onnx"), io, None, RuntimeOptions(batch=64, context=32768), weight_bytes=4 << 30)
@@ -181,7 +181,7 @@ print(json.dumps({"load_s": round(loaded, 3), "torch": "torch" in sys.modules, "
 
 @cache
 def _matrix(N: int, K: int, text: str) -> QuantizedMatrix:
-    """Return a matrix of random codes; every layer gets the same one, which takes no room in the weights file."""
+    """Return a matrix of random codes; all layers share it, so the weights file is small."""
     fmt = WeightFormat.parse(text).effective(K)
     generator, width = torch.Generator().manual_seed(N + K), fmt.padded(K)
     if fmt.kind == "nvfp4":
@@ -190,7 +190,7 @@ def _matrix(N: int, K: int, text: str) -> QuantizedMatrix:
         return QuantizedMatrix(fmt, N, K, codes, scales, constant=2.0**-10)
     most = 8 if fmt.kind == "int4" else 127
     codes = torch.randint(-most, most, (N, width), generator=generator, dtype=torch.int8)
-    # Equal layers add up: with larger weights the residual stream of 32 leaves float16, on the CPU as on a GPU.
+    # Equal layers add up: with larger weights the residual stream of 32 layers overflows float16.
     scales = torch.full((N, width // fmt.block), 0.5 / most / K**0.5, dtype=torch.float16)
     return QuantizedMatrix(fmt, N, K, codes, scales)
 

@@ -1,7 +1,7 @@
 """`coatrt devices calibrate --backend cuda` of random models, and steps of random configurations that it predicts.
 
-The maps are drawn matrix by matrix and have not been timed; each is measured beside two predictions: by the timings of
-this very GPU, and by the constants that the planner has for GPUs like it.
+The maps are drawn matrix by matrix and were not timed before. Each is measured and compared with two predictions: from
+this GPU's timings, and from the planner's constants for such GPUs.
 """
 
 import tempfile
@@ -34,7 +34,7 @@ CONTEXT, MAPS = 1024, 10
 def random_map(number: int) -> dict[tuple[int, str], str]:
     """Return a format for every layer and kind."""
     rng = np.random.default_rng(number)
-    weights = rng.dirichlet(np.ones(len(FORMATS)))  # maps of unlike averages, not all a third of each
+    weights = rng.dirichlet(np.ones(len(FORMATS)))  # maps with different averages, not a third of each kind
     kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     found = {(layer, kind): str(rng.choice(FORMATS, p=weights)) for layer in range(64) for kind in kinds}
     head = str(rng.choice(FORMATS[:2]))
@@ -53,7 +53,7 @@ def decoder_of(directory: Path, model: RandomModel, dry: bool) -> CudaDecoder:
 
 
 def workload_of(model: RandomModel, dry: bool) -> Workload:
-    """Return what the model's decoder holds."""
+    """Return the workload of the model's decoder."""
     inner = max(matrix.K for matrix in model.matrices.targets if matrix.kind == "down_proj")
     lora = 16 * sum(matrix.N + matrix.K for matrix in model.matrices.targets) if model.contract is not None else 0
     return Workload(model._spec, inner, lora, 64 if dry else 2048, 1, 512, 2)
@@ -125,7 +125,7 @@ def measure(rows: Rows, name: str) -> None:
         return {"products_us": us, "rests_ms": rests, "source": made.source}
 
     rows.measure(f"calibrate/{name}/timings", calibrated)
-    if not kept:  # of an earlier run: timings are not kept between runs, and those of now are needed
+    if not kept:  # rows of an earlier run: timings are not saved between runs, and current ones are needed
         kept.append(timings(name, rows.dry))
     for number, key in enumerate(keys):
         rows.measure(key, lambda number=number, key=key: step(name, number, key.endswith("lora"), kept[0], rows.dry))

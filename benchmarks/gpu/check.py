@@ -1,17 +1,17 @@
-"""Everything that is worth knowing of ONNX Runtime, coatrt and torch on a GPU, in ten minutes.
+"""The check of a GPU: ONNX Runtime, coatrt and torch, in ten minutes.
 
     python benchmarks/gpu/coatrt_parts.py graphs                                             # needs no GPU
     python benchmarks/gpu/coatrt_parts.py smollm2 --model smollm2 --formats int4-g64,fp16    # needs no GPU
     python benchmarks/gpu/check.py --out rows --graphs graphs,smollm2
     python benchmarks/gpu/collect.py rows                                                    # one JSON file
 
-Each section is a process of its own and writes OUT/SECTION.jsonl row by row. A section that loses its CUDA context is
-started again and passes over the row at fault. Rows of an earlier run stay and are not measured again, so that a run
-can be cut into several. graphs.py, backend.py, calibrate.py, cpp.py and training.py need coatrt, encoding.py its
-quantization room alone, no other section does. cpp.py compiles the C++ library and linear.py, with nvcc, the operator
-of kernels/; both need headers, say so and end without them. `--dry-run` runs every measurement in tiny shapes on the
-CPU; nvfp4 and fp8 products fail there, as ONNX Runtime has them on CUDA only, and linear.py compiles and compares what
-needs no GPU.
+Each section is a separate process that writes OUT/SECTION.jsonl row by row. A section that loses its CUDA context is
+restarted and skips the row that caused it. Rows of an earlier run stay and are not measured again, so a run can be
+split into several. graphs.py, backend.py, calibrate.py, cpp.py and training.py need coatrt, encoding.py only its
+quantization room; no other section needs it. cpp.py compiles the C++ library, and linear.py compiles the operator of
+kernels/ with nvcc; without the headers both say so and end. `--dry-run` runs every measurement in tiny shapes on the
+CPU; there nvfp4 and fp8 products fail, as ONNX Runtime has them on CUDA only, and linear.py runs the parts that need no
+GPU.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def unexpected(directory: Path) -> list[str]:
 
 
 def main() -> None:
-    """Run the sections within the time given."""
+    """Run the sections within the time limit."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=600.0, help="of all sections together")

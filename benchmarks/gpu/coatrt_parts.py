@@ -84,7 +84,7 @@ def write_graphs(directory: Path, shape: dict[str, Any], texts: Sequence[str]) -
             place = directory / text
             place.mkdir(exist_ok=True)
             arrays: dict[str, Any] = {"prompt": PROMPT, "tokens": tokens}
-            for form in forms:  # each with its own weights: a shared file may hold what one of them does not read
+            for form in forms:  # each with its own weights: one graph may not read all of a shared file
                 (place / form.activations).mkdir(exist_ok=True)
                 export_decoder(
                     checkpoint, config, place / form.activations, forms=[form], contract=contract, codes=codes
@@ -104,7 +104,7 @@ def write_graphs(directory: Path, shape: dict[str, Any], texts: Sequence[str]) -
                 expected = reference.logits(torch.tensor([[*PROMPT, *tokens]]))[0, len(PROMPT) - 1 :].numpy()
             np.savez_compressed(place / "case.npz", expected=expected, **arrays)
             print(text, float(np.abs(arrays["cpu.float16"] - expected).max() / np.abs(expected).max()), flush=True)
-        np.savez_compressed(directory / "lora.npz", **contract.joined(lora))
+        np.savez_compressed(directory / "lora.npz", **contract.graph_inputs(lora))
         io = decoder_io(checkpoint, forms[0])
         facts = {
             "layers": io.layers,
@@ -132,10 +132,10 @@ def encode_seconds(text: str, quantizer: str, N: int, K: int, tokens: int) -> di
 
 
 class Trainings:
-    """PEFT's training and coatrt's, of a random checkpoint, made one at a time or both.
+    """PEFT's and coatrt's training of a random checkpoint, one at a time or both.
 
     Args:
-        directory: the checkpoint is written here.
+        directory: directory for the checkpoint.
         shape: of the model, see `MODELS`.
         compute: torch device.
         length: tokens of a row.

@@ -1,6 +1,6 @@
 """Make one JSON file of the rows of a GPU check: python benchmarks/gpu/collect.py DIRECTORY [DIRECTORY …].
 
-Of rows with the same key the last one counts. The file is benchmarks/results/gpu/GPU.json, one row a line.
+Of rows with the same key the last one counts. The file is benchmarks/results/gpu/GPU.json, one row per line.
 """
 
 import argparse
@@ -13,12 +13,12 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "gpu"
 COMMAND = "python benchmarks/gpu/check.py --out rows --graphs graphs,smollm2"
-_KERNELS = 8  # most kernels listed for one step
-_NAME = 72  # most characters of a kernel's name
+_KERNELS = 8  # maximum kernels listed for one step
+_NAME = 72  # maximum characters of a kernel's name
 
 
 def _plain(value: Any) -> Any:
-    """Return a value without NaN, which JSON has no word for."""
+    """Return a value without NaN, which JSON cannot express."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):

@@ -4,7 +4,7 @@
     python benchmarks/gpu/cpp.py --out rows [--headers build/deps/include] [--bundle BUNDLE]
 
 It needs a C++ compiler, the headers, and the C library of onnxruntime-gpu (`onnxruntime/capi/libonnxruntime.so.*`);
-where one is missing its only row says which. Without --bundle a tiny model is trained and built, which needs the
+if one is missing, its only row says which. Without --bundle a tiny model is trained and built, which needs the
 tests' folder. `--dry-run` computes on the CPU.
 """
 
@@ -107,7 +107,7 @@ def _call(*command: str) -> None:
 
 
 def _cuda_folders() -> list[Path]:
-    """Return where pip has put CUDA's libraries, onnxruntime may lie elsewhere."""
+    """Return pip's directories of CUDA's libraries; onnxruntime may be in another place."""
     found: list[Path] = []
     for package, below in (("nvidia", "*/lib"), ("torch", "lib")):
         spec = importlib.util.find_spec(package)
@@ -117,7 +117,7 @@ def _cuda_folders() -> list[Path]:
 
 
 class Bench:
-    """The program with a bundle loaded, asked line by line.
+    """The program with a loaded bundle, driven line by line.
 
     Args:
         command: the program and its arguments.
@@ -155,7 +155,7 @@ class Bench:
 
 
 def compare(bench: Bench, bundle: Any, dry: bool) -> dict[str, Any]:
-    """Return what tells the C++ library's numbers from Python's, and the times of both, in milliseconds."""
+    """Return the differences of the C++ library's numbers from Python's, and the times of both, in milliseconds."""
     from coatrt.configs.config import ConfigPatterns
     from coatrt.engines.runtime.cuda import CudaDecoder
     from coatrt.engines.runtime.emitter import Emitter

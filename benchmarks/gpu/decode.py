@@ -65,7 +65,7 @@ class Runner:
         self.tensors["ends"].fill_(count - 1)
         self.tensors["last"].fill_(count - 1)
         total = torch.tensor(count, dtype=torch.int32)
-        _wait(self.dry)  # the runtime's stream does not wait for torch's own
+        _wait(self.dry)  # the runtime's stream does not wait for torch's
         return Bound(self.session, {**self.tensors, "input_ids": tokens.to(self.device), "total": total})
 
     def at(self, position: int, token: int = 5) -> None:
@@ -88,7 +88,7 @@ class Runner:
 
 
 def consistency(runner: Runner) -> float:
-    """Return how far a step's logits are from those of the same tokens as one prompt, relative to the largest."""
+    """Return the largest difference of a step's logits from those of the same tokens as one prompt, relative."""
     count = 9 if runner.dry else 130
     tokens = torch.randint(0, runner._decoder.shape.vocabulary, (1, count), generator=torch.Generator().manual_seed(0))
     runner.prefill(tokens)()
@@ -191,7 +191,7 @@ def measured(decoder: Decoder, dry: bool, config: dict[str, str], keep: list[Run
 
 @dataclass(frozen=True)
 class Variant:
-    """What is varied beside the model and the format.
+    """What varies besides model and format.
 
     Args:
         lora: whether there is a LoRA.
@@ -259,7 +259,7 @@ ATTENTION = (
 
 
 def main() -> None:
-    """Measure; what matters most comes first."""
+    """Measure, the most important rows first."""
     rows, given = arguments(__doc__.splitlines()[0], rounds="0,1,2,3,4")
     on = Variant(lora=True)
     rounds: list[list[tuple[str, Variant]]] = [

@@ -56,7 +56,7 @@ def mixed(layer: int, group: str) -> str:
 
 @dataclass
 class Decoder:
-    """The graph of one decoder, and what it has to be bound to.
+    """The graph of one decoder, and its inputs and outputs.
 
     Inputs: input_ids [1, S], last [1] (which position's logits), ends [1] int32 (last slot filled by this call), total
     (int32 on the host; the slots of the caches where a CUDA graph is captured), caches, LoRA. Outputs: logits

@@ -1,6 +1,6 @@
 """Encoding with error feedback on the GPU: seconds and memory for 7B shapes, and how its codes differ from the CPU's.
 
-It imports coatrt from the repository it lies in and needs torch and numpy, nothing else.
+It imports coatrt from its repository and needs torch and numpy only.
 """
 
 import json
@@ -48,7 +48,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds(work: Callable[[], Any], device: torch.device, samples: int = 3) -> float:
-    """Return the median of some runs after one that warms up."""
+    """Return the median of some runs after a warm-up run."""
     found = []
     for _ in range(samples + 1):
         synchronize(device)
@@ -80,10 +80,10 @@ def weight_of(N: int, K: int) -> torch.Tensor:
 
 
 class Moments:
-    """The moment of the last K and what is made from it.
+    """The moment of the last K and its factor.
 
     Args:
-        device: where they are made and lie.
+        device: device of both.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -118,7 +118,7 @@ def timed(N: int, K: int, text: str, moments: Moments, device: torch.device) -> 
 
 
 def factored(K: int, moments: Moments, device: torch.device) -> dict[str, Any]:
-    """Return the seconds that a group's factor takes, and those to copy its moment there."""
+    """Return the seconds of a group's factor and of copying its moment to the device."""
     moment, _ = moments.get(K)
     stored = moment.cpu()
     return {
@@ -129,7 +129,7 @@ def factored(K: int, moments: Moments, device: torch.device) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def both(K: int, device: torch.device) -> tuple[torch.Tensor, InverseFactors, torch.Tensor, InverseFactors]:
-    """Return one moment and its factor on the CPU, and the same on the device, the factor made there."""
+    """Return one moment and its factor on the CPU and on the device, each factor computed there."""
     moment, ours = Moments(CPU).get(K)
     return moment, ours, moment.to(device, copy=True), InverseFactors()
 

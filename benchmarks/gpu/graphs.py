@@ -1,4 +1,4 @@
-"""coatrt's graphs as they are on the CUDA provider: do they load, which nodes run where, how far are the logits."""
+"""coatrt's graphs on the CUDA provider: whether they load, where nodes run, and the error of the logits."""
 
 import json
 import tempfile
@@ -116,10 +116,10 @@ def capture(directory: Path, dry: bool) -> dict[str, Any]:
 
 
 def with_host_inputs(graph: str) -> str:
-    """Write a graph beside `graph` that is told the cache's ends instead of computing them, and return its path.
+    """Write a variant of `graph` that has the cache's ends as inputs instead of computing them, and return its path.
 
-    That arithmetic (Shape, Add, Sub, ReduceMax, Cast) is all that a float16 graph does outside the CUDA provider, and
-    all that keeps it from being captured.
+    That arithmetic (Shape, Add, Sub, ReduceMax, Cast) is all that a float16 graph runs outside the CUDA provider, and
+    all that prevents its capture.
     """
     model = onnx.load(graph, load_external_data=False)
     host = ("tokens.added", "cache.ends", "cache.last.wide", "cache.filled.wide", "cache.last", "cache.filled")

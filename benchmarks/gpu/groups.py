@@ -100,7 +100,7 @@ def attention(name: str, rotary: str, context: int, slots: int, dry: bool) -> di
         name: one of HEADS.
         rotary: "inside" (q|k|v packed), "inside, q k v apart" or "before" (two RotaryEmbedding, q k v apart).
         context: positions filled before this token.
-        slots: of the caches; also what the node is told as the total length, which a CUDA graph fixes.
+        slots: of the caches; also the total length input of the node, which a CUDA graph fixes.
         dry: tiny shapes on the CPU.
     """
     heads, kv, width = (4, 2, 64) if dry else HEADS[name]

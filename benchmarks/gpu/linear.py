@@ -160,7 +160,7 @@ class PackedDecoder(Decoder):
 
 
 def _built(decoder: Decoder) -> dict[str, Any]:
-    """Return figures of a graph of which ONNX Runtime makes a session; the operator's checks take its attributes."""
+    """Return figures of a graph in an ONNX Runtime session, which checks the operator's attributes."""
     graph = decoder.graph
     session(graph.model(), graph.weights, dry=True, library=graph.library)
     facts = {"nodes": len(graph.nodes), "linear": sum(node.op_type == "Linear" for node in graph.nodes)}

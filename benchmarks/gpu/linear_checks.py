@@ -1,4 +1,4 @@
-"""What can be checked of the packed products without a GPU: the packing against coatrt's, and what is refused."""
+"""Checks of the packed products without a GPU: the packing against coatrt's, and refusals."""
 
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ def layout(text: str) -> dict[str, Any]:
 
 
 def _answer(graph: Graph) -> str:
-    """Return what the operator says without a GPU to zeros as inputs."""
+    """Return the operator's message for zeros as inputs, without a GPU."""
     try:
         made = session(graph.model(), graph.weights, dry=True, level="none", library=graph.library)
         types = {"tensor(float16)": np.float16, "tensor(float)": np.float32}
@@ -138,7 +138,7 @@ def _wrong_inputs(path: Path) -> dict[str, Graph]:
 
 
 def refusals(path: Path) -> dict[str, Any]:
-    """Return what the operator says to wrong attributes and inputs; right ones must pass."""
+    """Return the operator's messages for wrong attributes and inputs; right ones must pass."""
     right = 0
     for name, kinds in ERRORS:
         if GROUPS[name][0] < 2048:

@@ -1,4 +1,4 @@
-"""What the machine is, its two ceilings (memory bandwidth, matrix products), what launches and graph replays cost."""
+"""The machine, its two ceilings (memory bandwidth, matrix products), and the cost of launches and graph replays."""
 
 import platform
 from typing import Any

@@ -1,4 +1,4 @@
-"""Weights as weights.bin packs them, in numpy: random ones, the inputs of the operator, the float32 weights they mean.
+"""Weights packed like weights.bin, in numpy: random ones, the inputs of the operator, and their float32 values.
 
 Codes and scales are padded to whole blocks along K, as in the graph form for engines. int4 and nvfp4 hold two columns a
 byte, the first in the low half; int8 and fp8 one. NormalFloat codes are cut into planes of bits packed along K, whose

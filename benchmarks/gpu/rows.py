@@ -1,4 +1,4 @@
-"""Rows of results: printed and appended the moment they exist, skipped when they exist already."""
+"""Rows of results: printed and appended at once, skipped if they exist already."""
 
 import argparse
 import json
@@ -23,7 +23,7 @@ class TimeOver(Exception):
 class Rows:
     """A file of JSON lines, one per measurement.
 
-    A measurement that kills the process leaves its key in a second file, so that the next try passes over it.
+    A measurement that kills the process leaves its key in a second file, so that the next try skips it.
 
     Args:
         path: file to append to.
@@ -113,7 +113,7 @@ def arguments(what: str, **extra: Any) -> tuple[Rows, argparse.Namespace]:
 
     Args:
         what: the section's description.
-        extra: option name → default value of options of its own.
+        extra: option name → default value of further options.
     """
     parser = argparse.ArgumentParser(description=what)
     parser.add_argument("--out", type=Path, required=True, help="directory of the rows")

@@ -151,7 +151,7 @@ def cold_copies(nbytes: int, *, dry: bool, total: int = 256 << 20, most: int = 4
 
 
 def free_memory(dry: bool) -> float:
-    """Return the free bytes of the device, after torch gave back what it holds for later."""
+    """Return the free bytes of the device after torch has emptied its cache."""
     if dry:
         return 0.0
     torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""What one training step does: kernels launched, waits for the GPU and where, by part of the step; needs torch only."""
+"""Profile of one training step: kernel launches and waits for the GPU by part of the step; needs torch only."""
 
 import bisect
 import sys
@@ -31,7 +31,7 @@ Run = Callable[[int, Callable[[int], None]], None]
 
 
 class _Parts:
-    """Notes when which part of a step began and ended."""
+    """Records the begin and end of every part of a step."""
 
     def __init__(self) -> None:
         self._edges: list[tuple[int, str]] = []
@@ -95,7 +95,7 @@ def peak_memory(run: Run, cuda: bool) -> dict[str, float]:
 
 
 def profile_step(run: Run, cuda: bool) -> dict[str, Any]:
-    """Return what one step of a training launches and waits for, what it takes, and its peak memory.
+    """Return the launches, waits, duration and peak memory of one step of a training.
 
     Args:
         run: the training.

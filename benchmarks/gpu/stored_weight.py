@@ -1,4 +1,4 @@
-"""A random matrix as coatrt writes it into a graph for an engine: what the packed products are checked against."""
+"""A random matrix as coatrt writes it into a graph for an engine, the reference for the packed products."""
 
 import tempfile
 from dataclasses import dataclass

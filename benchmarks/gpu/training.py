@@ -1,6 +1,6 @@
-"""coatrt's training step against PEFT's on the GPU, and the seconds that encoding a matrix takes on the CPU.
+"""coatrt's training step against PEFT's on the GPU, and the seconds of encoding a matrix on the CPU.
 
-Both in turn, two passes of 2 × 128 tokens, where launches bound the step, and of 8 × 512, where they do not; then each
+Both alternate: two passes of 2 × 128 tokens, where launches dominate, and of 8 × 512, where they do not; then each runs
 alone, with its peak memory and, in the smaller size, its launches by part of the step, its calls of CUDA's runtime and
 the places where it waits for the GPU.
 """

@@ -1,4 +1,4 @@
-"""The arms of the evidence: every way to adapt a quantized model that a reviewer would name, in one training loop."""
+"""The arms of the evidence: ways to adapt a quantized model, compared in one training loop."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -19,18 +19,18 @@ class Arm:
     """One way to adapt.
 
     Args:
-        what: for the table.
+        what: name in the table.
         kind: "none" trains nothing, "coa" A, B and θ, "bank" one LoRA per (matrix, format), "single" one LoRA per
             configuration.
-        preset: form of θ ("none": plain LoRA).
+        preset: preset of θ; "none": plain LoRA.
         rank: LoRA rank.
-        draws: what the first configuration of a step is drawn from; the second comes from the whole pool. "ends": the
+        draws: source of the first configuration of a step; the second comes from the whole pool. "ends": the
             lowest and the highest budget in turn; "sides": the lowest three and the highest three in turn; "even": the
             whole pool.
-        compensated: whether B has a term per format in closed form (`coatrt.adapter.compensation`).
-        started: with compensation, the share of A's columns that start from what the lowest format takes away; the
-            others start from random numbers.
-        share: of the steps of the other arms, for "single" per configuration.
+        compensated: whether B has the compensation term (`coatrt.adapter.compensation`).
+        start_share: with compensation, share of A's columns that start from the error of the lowest format; the others
+            are random.
+        share: share of the other arms' steps, for "single" per configuration.
         rate: peak learning rate of A.
         rate_ratio: see `TrainOptions`.
     """
@@ -41,13 +41,13 @@ class Arm:
     rank: int = 16
     draws: Draws = "ends"
     compensated: bool = False
-    started: float = 0.0
+    start_share: float = 0.0
     share: float = 1.0
     rate: float = 2e-3
     rate_ratio: float | None = None
 
 
-_OURS = Arm("coatrt", draws="sides", compensated=True, started=0.5, rate=1e-3)
+_OURS = Arm("coatrt", draws="sides", compensated=True, start_share=0.5, rate=1e-3)
 _SHARED = Arm("shared LoRA")
 ARMS = {
     "none": Arm("quantized, no adapter", "none"),
@@ -61,19 +61,19 @@ ARMS = {
     "bank": Arm("LoRA per (matrix, format), as LLM-QFA", "bank"),
     "paper": Arm("CoA-LoRA as published (its θ, even draws)", preset="paper", draws="even"),
     "coatrt": _OURS,
-    "coatrt-random": replace(_OURS, what="coatrt, A from random numbers", started=0.0),
-    "residual": replace(_OURS, what="residual start", started=1.0),
+    "coatrt-random": replace(_OURS, what="coatrt, A from random numbers", start_share=0.0),
+    "residual": replace(_OURS, what="residual start", start_share=1.0),
 }
 """Arms by name: the rivals, ours, its variants."""
 
 
 class LoraBank(nn.Module):
-    """One LoRA for each (matrix, format): what a configuration gets is looked up (after LLM-QFA, ACL 2025).
+    """One LoRA per (matrix, format), looked up for a configuration (after LLM-QFA, ACL 2025).
 
     Args:
         contract: names, shapes, ranks and scale.
-        encoder: the formats' order.
-        seed: of the start values, those of `CoaLora`.
+        encoder: order of the formats.
+        seed: seed of the initial values, those of `CoaLora`.
     """
 
     def __init__(self, contract: LoraContract, encoder: ConfigEncoder, seed: int = 0) -> None:
@@ -87,7 +87,7 @@ class LoraBank(nn.Module):
         self.B = nn.ParameterList(torch.zeros(count, t.rank, t.N) for t in contract.tensors)
 
     def pairs(self, config: QuantConfig, dtype: torch.dtype = torch.float32) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return matrix name → (A [K, r], s·B [r, N]) of the format each matrix has."""
+        """Return matrix name → (A [K, r], s·B [r, N]) of the matrix's format."""
         ids = self.encoder.format_ids(config).tolist()
         return {
             t.matrix: (a[i].to(dtype), (b[i] * self.contract.scale(t)).to(dtype))

@@ -1,4 +1,4 @@
-"""A micro Llama that has really learnt something: bytes as tokens, trained on presidential messages in three minutes.
+"""A trained micro Llama: bytes as tokens, trained on presidential messages in three minutes.
 
 python benchmarks/method/micro.py trains it and prints its held-out bits per byte.
 """
@@ -37,7 +37,7 @@ class MicroOptions:
         batch: blocks per step.
         length: bytes per block.
         rate: peak learning rate.
-        seed: of start values and batches.
+        seed: seed of initial values and batches.
     """
 
     hidden: int = 128
@@ -53,7 +53,7 @@ class MicroOptions:
 
 
 def byte_tokenizer() -> Any:
-    """Return a tokenizer with one token a byte and 256 for the end."""
+    """Return a tokenizer with one token per byte and 256 as the end token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -65,9 +65,9 @@ def byte_tokenizer() -> Any:
 
 
 def micro_llama(options: MicroOptions | None = None) -> Path:
-    """Return the Hugging Face directory of the trained model; it is trained once and kept in the cache directory.
+    """Return the Hugging Face directory of the trained model, trained once and cached.
 
-    Start values, batches and the order of sums (one thread) are fixed, so one machine gives one model for a seed.
+    Initial values, batches and the order of sums (one thread) are fixed, so a machine gives one model per seed.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging

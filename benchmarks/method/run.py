@@ -1,4 +1,4 @@
-"""The evidence, job by job: every (task, arm, seed) trains, is measured and leaves a JSON file; run it again to go on.
+"""The evidence, job by job: every (task, arm, seed) is trained and measured and writes a JSON file; a rerun resumes.
 
 python benchmarks/method/run.py --task sotu   hours on a CPU; results appear one by one
 """
@@ -27,8 +27,8 @@ from coatrt.training.options import TrainOptions
 
 RESULTS = Path(__file__).parents[1] / "results" / "method"
 STEPS = 120
-BATCH = {"sotu": 2, "trec": 16}  # about as many tokens of each
-PARTS = {"sotu": 1, "trec": 2}  # where lengths differ, halves of a batch have less padding
+BATCH = {"sotu": 2, "trec": 16}  # about the same number of tokens for each
+PARTS = {"sotu": 1, "trec": 2}  # halves of a batch have less padding if lengths differ
 LIMIT = {"sotu": 24, "trec": 500}  # held-out blocks, held-out questions
 
 
@@ -59,14 +59,16 @@ def module(setting: Setting, arm: Arm, seed: int) -> Any:
     lora = CoaLora(contract, setting.encoder, arm.preset, seed).to(setting.compute)
     if arm.compensated:
         lora.compensate(
-            Compensator(setting.base, setting.moments, contract), setting.gains if arm.started else None, arm.started
+            Compensator(setting.base, setting.moments, contract),
+            setting.gains if arm.start_share else None,
+            arm.start_share,
         )
     return lora.to(setting.compute)
 
 
 @torch.no_grad()
 def measure(setting: Setting, lora: Any, entries: list[Measured]) -> list[dict[str, Any]]:
-    """Return held-out numbers of configurations under a LoRA (None: without)."""
+    """Return held-out losses of configurations with a LoRA; None: without."""
     rows, model = [], setting.base
     pairs = lora.pairs(entries[0].config).values() if lora is not None else ()
     count = sum(a.numel() + b.numel() for a, b in pairs)
@@ -78,7 +80,7 @@ def measure(setting: Setting, lora: Any, entries: list[Measured]) -> list[dict[s
             {
                 "budget": entry.budget,
                 "kind": entry.kind,
-                "seen": entry.seen,
+                "seen": entry.is_trained,
                 "configuration": entry.config.hash,
                 "bits": bits,
                 "bits_with_lora": bits + setting.lora_bits(count),
@@ -103,13 +105,13 @@ def train(setting: Setting, arm: Arm, seed: int, steps: int, job: str, only: Qua
 
 
 def job_name(setting: Setting, arm: str, seed: int, budget: float = 0.0) -> str:
-    """Return the name of a training, budget 0 where it serves them all."""
+    """Return the name of a training; budget 0 if it serves all budgets."""
     return "-".join([MODEL, setting.task, arm, *([str(budget)] if budget else []), str(seed)])
 
 
 def job_result(setting: Setting, name: str, seed: int, steps: int) -> dict[str, Any]:
     """Run one job."""
-    arm, started = ARMS[name], time.monotonic()
+    arm, start = ARMS[name], time.monotonic()
     facts: dict[str, Any] = {"model": MODEL, "task": setting.task, "arm": name, "seed": seed}
     entries, rows, seconds, passes, parameters = list(setting.measured), [], 0.0, 0, 0
     if arm.kind == "none":
@@ -119,7 +121,7 @@ def job_result(setting: Setting, name: str, seed: int, steps: int) -> dict[str, 
         facts["full_precision"] = measure_held_out(setting.base, setting.data, LIMIT[setting.task])
     elif arm.kind == "single":
         steps = round(steps * arm.share)
-        for entry in [entry for entry in entries if entry.seen and entry.kind == "planned"]:
+        for entry in [entry for entry in entries if entry.is_trained and entry.kind == "planned"]:
             job = job_name(setting, name, seed, entry.budget)
             lora, history = train(setting, arm, seed, steps, job, entry.config)
             rows += measure(setting, lora, [entry])
@@ -139,28 +141,28 @@ def job_result(setting: Setting, name: str, seed: int, steps: int) -> dict[str, 
         "trained_parameters": parameters,
         "compute": setting.compute,
         "training_s": seconds,
-        "wall_s": time.monotonic() - started,
+        "wall_s": time.monotonic() - start,
         "rows": rows,
         "environment": environment(),
     }
 
 
 def main() -> None:
-    """Run what is not there yet."""
+    """Run the jobs that have no result yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", choices=list(BATCH), default="sotu")
     parser.add_argument("--arms", help="names with commas; default: all")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--first-seed", type=int, default=0, help="to share the seeds out among processes")
+    parser.add_argument("--first-seed", type=int, default=0, help="to distribute the seeds over processes")
     parser.add_argument("--scratch", type=Path, default=Path("out/method"))
     parser.add_argument("--compute", default="cpu", help="torch device of the model")
-    given = parser.parse_args()
-    names = given.arms.split(",") if given.arms else list(ARMS)
-    given.scratch.mkdir(parents=True, exist_ok=True)
-    setting = Setting(given.task, given.scratch, given.compute)
-    for seed in range(given.first_seed, given.seeds):
+    arguments = parser.parse_args()
+    names = arguments.arms.split(",") if arguments.arms else list(ARMS)
+    arguments.scratch.mkdir(parents=True, exist_ok=True)
+    setting = Setting(arguments.task, arguments.scratch, arguments.compute)
+    for seed in range(arguments.first_seed, arguments.seeds):
         for name in names:
-            path = RESULTS / f"{MODEL}-{given.task}-{name}-{seed}.json"
+            path = RESULTS / f"{MODEL}-{arguments.task}-{name}-{seed}.json"
             if path.is_file() or (ARMS[name].kind == "none" and seed):
                 continue
             result = job_result(setting, name, seed, STEPS)

@@ -1,4 +1,4 @@
-"""What all arms share: model, task, formats, the configurations trained on and the ones measured."""
+"""Shared by all arms: model, task, formats, and the configurations to train on and to measure."""
 
 import sys
 from collections.abc import Iterable
@@ -35,7 +35,7 @@ from coatrt.training.config_sampler import TrainingSampler
 
 __all__ = ["BUDGETS", "FORMATS", "MODEL", "Draws", "Measured", "Setting"]
 
-MODEL = "smollm2-feedback"  # as files name it: SmolLM2-135M under the default quantizer
+MODEL = "smollm2-feedback"  # name in files: SmolLM2-135M under the default quantizer
 Draws = Literal["ends", "sides", "even"]
 FORMATS = ("nf2-g64", "nf3-g64", "nf4-g64", "int4-g64", "nvfp4", "int8")
 TRAINED = tuple(2.5 + 0.5 * i for i in range(11))  # bits per weight of the configurations trained on
@@ -49,15 +49,15 @@ class Measured:
     """A configuration to measure.
 
     Args:
-        budget: the budget of its group.
-        kind: "planned" for what a planner picks, "random" for a random map of that budget.
-        seen: whether it is trained on.
+        budget: budget of its group, bits per weight.
+        kind: "planned" for a planner's choice, "random" for a random map of that budget.
+        is_trained: whether training uses it.
         config: the configuration.
     """
 
     budget: float
     kind: str
-    seen: bool
+    is_trained: bool
     config: QuantConfig
 
 
@@ -67,9 +67,9 @@ class Setting:
 
     Args:
         task: a name of `tasks.TASKS`.
-        scratch: directory for sensitivities and unfinished training.
+        scratch: directory for sensitivities and unfinished trainings.
         compute: torch device of the model.
-        calibration: examples of 128 tokens for the sensitivities, of shorter ones more.
+        calibration: examples of 128 tokens for the sensitivities; more if they are shorter.
     """
 
     task: str
@@ -104,24 +104,24 @@ class Setting:
 
     @cached_property
     def tokens(self) -> Calibration:
-        """What moments are measured on."""
+        """Calibration of the moments."""
         return Calibration.of(self._calibration)
 
     @cached_property
     def moments(self) -> InputMoments:
-        """Second moments of what the matrices read."""
+        """Second moments of the matrices' inputs."""
         return InputMoments(self.checkpoint, self.tokens)
 
     @cached_property
     def gains(self) -> dict[str, Tensor]:
-        """The gradients' energy at the outputs of the matrices."""
+        """Gradient energy at the outputs of the matrices."""
         path = self.scratch / f"gains-{MODEL}-{self.task}.safetensors"
         if not path.is_file():
             self.base.set_config(None)
             self.base.set_pairs(None)
             with drawn_progress("gains") as progress:
-                found = output_gains(self.base, self._calibration, progress)
-            write_tensors(path, {name: tensor.cpu() for name, tensor in found.items()})
+                gains = output_gains(self.base, self._calibration, progress)
+            write_tensors(path, {name: tensor.cpu() for name, tensor in gains.items()})
         stored = read_tensors(path)
         assert stored is not None
         return {name: tensor.to(self.compute) for name, tensor in stored[0].items()}
@@ -136,8 +136,10 @@ class Setting:
         path = self.scratch / f"sensitivity-{MODEL}-{self.task}.json"
         if not path.is_file():
             with drawn_progress("sensitivity") as progress:
-                found = measure_sensitivity(self.base, self.codes, self._calibration, self.space.formats, progress)
-            write_json(path, found)
+                sensitivity = measure_sensitivity(
+                    self.base, self.codes, self._calibration, self.space.formats, progress
+                )
+            write_json(path, sensitivity)
         return read_as(path, Sensitivity, "sensitivities", "remove the file to measure them again")
 
     @cached_property
@@ -151,32 +153,32 @@ class Setting:
 
     @cached_property
     def pool(self) -> tuple[QuantConfig, ...]:
-        """The configurations trained on: per budget the planner's, three with disturbed costs, one random map."""
-        rng, found = np.random.default_rng(1), []
+        """The configurations to train on: per budget the planner's, three with noise on the costs, one random map."""
+        rng, configs = np.random.default_rng(1), []
         for bits in TRAINED:
-            found.append(self._sampler.plan_like(None, bits))
-            found += [self._sampler.plan_like(rng, bits) for _ in range(3)]
-            found.append(self.space.sample_budgeted(rng, bits))
-        return tuple(found)
+            configs.append(self._sampler.plan_like(None, bits))
+            configs += [self._sampler.plan_like(rng, bits) for _ in range(3)]
+            configs.append(self.space.sample(rng, bits))
+        return tuple(configs)
 
     @cached_property
     def measured(self) -> tuple[Measured, ...]:
-        """The configurations measured: per budget planned and random ones, seen and not; of questions, fewer."""
-        rng, found = np.random.default_rng(2), []
+        """Configurations to measure: per budget planned and random ones, trained on or not; fewer for questions."""
+        rng, rows = np.random.default_rng(2), []
         for bits in BUDGETS:
             at = _EACH * TRAINED.index(bits)
             above = (self._sampler.plan_like(None, bits + _HELD_OUT + 0.02 * step) for step in range(10))
             disturbed = (self._sampler.plan_like(rng, bits) for _ in range(10))
-            found += [
+            rows += [
                 Measured(bits, "planned", True, self.pool[at]),
                 Measured(bits, "planned", False, self._unseen(above)),
                 Measured(bits, "planned", False, self._unseen(disturbed)),
                 Measured(bits, "random", True, self.pool[at + 4]),
-                Measured(bits, "random", False, self.space.sample_budgeted(rng, bits)),
+                Measured(bits, "random", False, self.space.sample(rng, bits)),
             ]
-        assert all((entry.config in self.pool) == entry.seen for entry in found)
+        assert all((entry.config in self.pool) == entry.is_trained for entry in rows)
         few = slice(None) if self.data.choices is None else [0, 1, 4]
-        return tuple(np.array(found, object).reshape(-1, _EACH)[:, few].flat)
+        return tuple(np.array(rows, object).reshape(-1, _EACH)[:, few].flat)
 
     def _unseen(self, draws: Iterable[QuantConfig]) -> QuantConfig:
         """Return the first that is not trained on."""
@@ -191,5 +193,5 @@ class Setting:
         return [first[rng.integers(len(first))], self.pool[rng.integers(len(self.pool))]]
 
     def lora_bits(self, parameters: int) -> float:
-        """Return the bits per weight that a LoRA of so many elements adds in fp16."""
+        """Return the bits per weight that a LoRA with `elements` in fp16 adds."""
         return 16 * parameters / self.checkpoint.matrices.parameters

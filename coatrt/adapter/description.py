@@ -1,4 +1,4 @@
-"""What an adapter is without its tensors: JSON files, hashes checked, read without torch in a tenth of a second."""
+"""The description of an adapter without its tensors: JSON files with checked hashes, read without torch in 0.1 s."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,20 +28,20 @@ ADAPTER_FORMAT = 7
 
 
 def adapter_hash(directory: str | Path) -> str:
-    """Return 16 digits that stand for every file of an adapter: adapter.json holds their hashes and its own."""
+    """Return 16 hexadecimal digits that identify an adapter: its adapter.json has the hash of every file."""
     return sha256_file(Path(directory) / "adapter.json")[:16]
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """What adapter.json holds.
+    """The content of adapter.json.
 
     Args:
         format: `ADAPTER_FORMAT`.
-        coatrt: version that wrote it.
-        description: fields of `AdapterDescription`, without those that have a file of their own.
-        preset: of the hypernetwork.
-        compensated: whether B has the closed-form term.
+        coatrt: version of coatrt that wrote it.
+        description: fields of `AdapterDescription`, without those in separate files.
+        preset: preset of the hypernetwork.
+        compensated: whether B has the compensation term.
         sha256: name of every other file → its hash.
     """
 
@@ -57,7 +57,7 @@ class AdapterFile:
         """Read adapter.json.
 
         Raises:
-            CheckpointError: there is none, or it is damaged or of another format.
+            CheckpointError: it is missing, damaged or of another format.
         """
         path = directory / "adapter.json"
         restore(directory)
@@ -70,12 +70,12 @@ class AdapterFile:
 
 @contextmanager
 def adapter_reading(directory: Path, sha256: Mapping[str, str], names: Iterable[str]) -> Iterator[None]:
-    """Check the hashes of files; what goes wrong inside is one CheckpointError.
+    """Check the hashes of files; errors inside the context become a CheckpointError.
 
     Args:
         directory: the adapter.
         sha256: name of a file → its hash.
-        names: files that will be read.
+        names: files to check.
 
     Raises:
         CheckpointError: a file is missing, altered or damaged.
@@ -92,7 +92,7 @@ def adapter_reading(directory: Path, sha256: Mapping[str, str], names: Iterable[
 
 
 def _metrics(path: Path) -> dict[str, Any]:
-    """Return all that metrics.json holds, what is read from it checked."""
+    """Return the content of metrics.json; the values that coatrt reads are checked."""
     values = read_as(path, dict[str, Any], "training metrics", "train again")
     convert(values, Metrics, f"training metrics {path}", "train again")
     return values
@@ -100,18 +100,18 @@ def _metrics(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class AdapterDescription:
-    """An adapter without its tensors: all that planning needs.
+    """An adapter without its tensors, as planning needs it.
 
     Args:
-        source: path or hub name of the model it was trained on.
-        fingerprint: of that model's checkpoint.
-        spec: what that model computes.
-        space: its matrices and the formats the adapter was trained for.
+        source: path or hub name of its model.
+        fingerprint: fingerprint of the model's checkpoint.
+        spec: specification of the model's decoder.
+        space: matrices of the model and formats of the adapter.
         contract: names, shapes, ranks and scale of its LoRA tensors.
         sensitivity: costs and errors of every matrix in every format.
-        metrics: options and losses of the training.
-        quantizer: how the weights it was trained on were encoded; every bundle of it uses the same.
-        hash: stands for every file of a saved adapter; empty for one that was never saved.
+        metrics: options and losses of training.
+        quantizer: quantizer of the weights in training, used in every bundle too.
+        hash: identifies a saved adapter, see `adapter_hash`; empty if it was never saved.
 
     Raises:
         ConfigError: the quantizer is unknown.
@@ -144,17 +144,17 @@ class AdapterDescription:
 
     @property
     def formats(self) -> tuple[WeightFormat, ...]:
-        """The formats the adapter was trained for; the hypernetwork's input counts in this order."""
+        """The formats of the adapter, in the order of the hypernetwork's format ids."""
         return self.space.formats
 
     @property
     def lora_parameters(self) -> int:
-        """Elements of the LoRA inputs of a graph: all A and B, and the zeros between those that share an input."""
+        """Elements of the LoRA inputs of a graph: all A and B, and the zeros in block-diagonal B."""
         return sum(rows * columns for rows, columns in self.contract.inputs.values())
 
     @classmethod
     def load(cls, directory: str | Path) -> "AdapterDescription":
-        """Read the JSON files of an adapter, the hash of each checked first.
+        """Read the JSON files of an adapter after checking their hashes.
 
         Raises:
             CheckpointError: it is missing, unfinished, damaged, or of another format.

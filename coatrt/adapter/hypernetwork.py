@@ -16,11 +16,11 @@ class Hypernetwork(nn.Module):
     """Embeddings → LayerNorm → (numbers appended) → Linear → SiLU → Linear; the output starts at zero: plain LoRA.
 
     Args:
-        preset: "paper" sees the seven index fields (arXiv 2509.25214); "coatrt" also the numbers of
+        preset: "paper" uses the seven index fields (arXiv 2509.25214), "coatrt" also the numbers of
             `coatrt.adapter.features.FEATURES`.
         rank: r.
         layers: decoder layers of the model.
-        modules: module kinds of the model.
+        modules: number of target module kinds.
     """
 
     def __init__(self, preset: Preset, rank: int, layers: int, modules: int) -> None:
@@ -40,10 +40,10 @@ class Hypernetwork(nn.Module):
 
         Args:
             indices: int64 [M, 7], see `ConfigEncoder.indices`.
-            features: float32 [M, 4], see `ConfigEncoder.features`; the paper's preset ignores them.
+            features: float32 [M, 4], see `ConfigEncoder.features`; the preset "paper" ignores them.
         """
-        seen = self.norm(torch.cat([table(indices[:, i]) for i, table in enumerate(self.embeddings)], 1))
+        inputs = self.norm(torch.cat([table(indices[:, i]) for i, table in enumerate(self.embeddings)], 1))
         if self.preset == "coatrt":
-            seen = torch.cat([seen, features], 1)
-        out: Tensor = self.out(nn.functional.silu(self.hidden(seen)))
+            inputs = torch.cat([inputs, features], 1)
+        out: Tensor = self.out(nn.functional.silu(self.hidden(inputs)))
         return out.view(-1, self.rank, self.rank)

@@ -19,7 +19,7 @@ __all__ = ["CoaLora"]
 
 
 class _Steps:
-    """Counts the steps of all optimizers."""
+    """Counter of the steps of all optimizers."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -33,17 +33,17 @@ _steps = _Steps()
 
 
 class CoaLora(nn.Module):
-    """y = Q(W)x + (s·B(I + U) + C)A x, with U = θ(configuration) and C a term for the format of the matrix.
+    """y = Q(W)x + (s·B(I + U) + C)A x, with U = θ(configuration) and C the compensation term of the matrix's format.
 
-    C makes up for quantization, see `coatrt.adapter.compensation`. While A is trained it comes from a `Compensator`;
-    `settle` turns it into a table. One bmm per matrix shape folds I + U into B: A is the same for every configuration.
+    While A is trained, C comes from a `Compensator` (`coatrt.adapter.compensation`); `settle` stores it as a table. One
+    bmm per matrix shape multiplies I + U into B: A is the same for every configuration.
 
     Args:
         contract: names, shapes, ranks and scale.
-        encoder: tables of the configuration's features.
-        preset: form of θ; "none": no θ, U = 0 for every configuration.
-        seed: of the start values: A normal with variance 1/K (unit gain), B zero.
-        compensated: make room for the table of C, float16 [formats, r, N] a matrix, all zeros.
+        encoder: encoder of configurations.
+        preset: preset of θ; "none": no θ, U = 0 for every configuration.
+        seed: seed of the initial values: A normal with variance 1/K (unit gain), B zero.
+        compensated: whether to create the table of C, float16 [formats, r, N] per matrix, filled with zeros.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class CoaLora(nn.Module):
         self._compensator: Compensator | None = None
         self._readings: dict[int, tuple[tuple[int, int], Reading]] = {}
         if compensated:
-            self._keep(
+            self._set_tables(
                 [
                     torch.zeros(len(rows), len(encoder.formats), r, N, dtype=torch.float16)
                     for (_, N, r), rows in shapes.items()
@@ -87,13 +87,13 @@ class CoaLora(nn.Module):
         share: float = 1.0,
         progress: Progress = silent,
     ) -> None:
-        """Take C from a compensator from now on.
+        """Use a compensator for C from now on.
 
         Args:
-            compensator: of the model that the LoRA stands beside.
-            gains: see `coatrt.evaluation.curvature.output_gains`: A begins with the directions that make up for most
-                in the format of fewest bits, B with zero. None leaves both as they are.
-            share: of A's columns that do so; the others are random.
+            compensator: compensator of the LoRA's model.
+            gains: see `coatrt.evaluation.curvature.output_gains`; A starts with the directions that compensate most in
+                the format of fewest bits, B with zero. None leaves both unchanged.
+            share: share of A's columns with such directions; the others are random.
             progress: called after each matrix.
         """
         self._compensator = compensator
@@ -101,74 +101,76 @@ class CoaLora(nn.Module):
         if gains is None:
             return
         lowest = min(self.encoder.formats, key=lambda fmt: fmt.bits_per_weight(self.contract.tensors[0].K))
-        count, done = len(self.contract.tensors), 0
+        total, count = len(self.contract.tensors), 0
         with torch.no_grad():
             for rows, A, B in self.stacks():
                 B.zero_()
                 for i, row in enumerate(rows):
                     tensor = self.contract.tensors[row]
                     A[i].copy_(compensator.start(tensor, lowest, gains[tensor.matrix], row, share))
-                    done += 1
-                    progress(done, count, "directions")
+                    count += 1
+                    progress(count, total, "directions")
 
     def settle(self, progress: Progress = silent) -> None:
-        """Keep C for every matrix and format as A stands now, and let go of the compensator."""
+        """Store C of the current A for every matrix and format, and release the compensator."""
         compensator = self._compensator
         if compensator is None:
             return
         contract, formats = self.contract, len(self.encoder.formats)
         tables = [B.new_zeros(len(B), formats, *B.shape[1:], dtype=torch.float16) for B in self.B]
-        for f, fmt in enumerate(self.encoder.formats):  # one format after the other: no weight is decoded twice
+        for f, fmt in enumerate(self.encoder.formats):  # format by format, so that no weight is decoded twice
             for i, (rows, A, _) in enumerate(self.stacks()):
                 names = [contract.tensors[row].matrix for row in rows]
                 tables[i][:, f] = compensator.terms(names, [fmt] * len(names), self._read(compensator, i, names, A))
             progress(f + 1, formats, "compensation")
-        self._keep(tables)
+        self._set_tables(tables)
         self._compensator = None
         self._readings.clear()
 
-    def _keep(self, tables: Sequence[Tensor]) -> None:
-        """Make C [m, formats, r, N] of each stack buffers of the module."""
+    def _set_tables(self, tables: Sequence[Tensor]) -> None:
+        """Register C [m, formats, r, N] of each stack as buffers of the module."""
         for i, table in enumerate(tables):
             self.register_buffer(f"C_{i}", table)
 
     @property
     def C(self) -> list[Tensor]:
-        """C per stack, float16 [m, formats, r, N]; none where there is no compensation or A is still trained."""
+        """C per stack, float16 [m, formats, r, N]; empty without compensation or while A is trained."""
         return [table for name, table in self.named_buffers() if name.startswith("C_")]
 
     @property
     def compensated(self) -> bool:
-        """Whether there is a table of C."""
+        """Whether the module has tables of C."""
         return len(self.C) > 0
 
     def stacks(self) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """Yield (places in the contract, A [m, K, r], B [m, r, N]) for every distinct matrix shape."""
+        """Yield (indices in the contract, A [m, K, r], B [m, r, N]) for every distinct matrix shape."""
         yield from zip(self._members, self.A, self.B, strict=True)
 
     @property
     def preset(self) -> Preset:
-        """Form of θ."""
+        """Preset of θ."""
         return self.theta.preset if self.theta is not None else "none"
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Return the parameters of "A", "B" and, if there is one, "theta": each group learns at a rate of its own."""
+        """Return the parameters of "A", "B" and, if it exists, "theta"; each group has its own learning rate."""
         groups = {"A": list(self.A), "B": list(self.B)}
         return groups if self.theta is None else {**groups, "theta": list(self.theta.parameters())}
 
     def pairs(self, config: QuantConfig, dtype: torch.dtype = torch.float32) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return matrix name → (A [K, r], B' [r, N]) for a configuration, B' = s·(I + U)ᵀB + C, cast to a dtype."""
+        """Return matrix name → (A [K, r], B' [r, N]) for a configuration, B' = s·(I + U)ᵀB + C, cast to `dtype`."""
         ids, device, updates = self.encoder.format_ids(config), self.A[0].device, None
         if self.theta is not None:
-            order = [row for rows in self._members for row in rows]  # stack by stack: no gathering on the device
-            inputs = (made[order] for made in (self.encoder.indices(ids), self.encoder.features(ids)))
-            updates = self.theta(*(to_device(made, device) for made in inputs)).split([*map(len, self._members)])
+            order = [
+                row for rows in self._members for row in rows
+            ]  # in the order of stacks, so that the result is split without gathering
+            inputs = (tensor[order] for tensor in (self.encoder.indices(ids), self.encoder.features(ids)))
+            updates = self.theta(*(to_device(tensor, device) for tensor in inputs)).split([*map(len, self._members)])
         tables = self.C
         result: dict[str, tuple[Tensor, Tensor]] = {}
         for stack, (rows, A, B) in enumerate(self.stacks()):
             r = A.shape[-1]
-            folded = B if updates is None else torch.baddbmm(B, updates[stack][:, :r, :r].mT, B)
-            scaled = folded * self.contract.scale(self.contract.tensors[rows[0]])
+            updated = B if updates is None else torch.baddbmm(B, updates[stack][:, :r, :r].mT, B)
+            scaled = updated * self.contract.scale(self.contract.tensors[rows[0]])
             if tables:
                 scaled = scaled + tables[stack][torch.arange(len(rows)), ids[rows]].float()
             elif self._compensator is not None:
@@ -181,10 +183,10 @@ class CoaLora(nn.Module):
         return result
 
     def _read(self, compensator: Compensator, stack: int, names: list[str], A: Tensor) -> Reading:
-        """Return what C takes from A as it stands now, computed again only where A has changed.
+        """Return the part of C that depends on A, computed again only after A changed.
 
-        Counts say so, which a GPU need not be waited for: torch's of changes in place, and, as fused optimizers evade
-        that one, of optimizer steps.
+        Changes are detected by counters, without waiting for a GPU: torch's counter of in-place changes and, as fused
+        optimizers bypass it, that of optimizer steps.
         """
         now = (A._version, _steps.count)
         if stack not in self._readings or self._readings[stack][0] != now:

@@ -1,4 +1,4 @@
-"""What metrics.json of an adapter holds: the types of everything that is read from it again."""
+"""Types of the values in an adapter's metrics.json that coatrt reads."""
 
 from typing import Literal, NotRequired, TypedDict
 
@@ -8,7 +8,7 @@ __all__ = ["Metrics"]
 
 
 class _Options(TypedDict):
-    """Those options of the training that are read without `TrainOptions`."""
+    """The options of training that are read without `TrainOptions`."""
 
     quantizer: str
     preset: str
@@ -36,7 +36,7 @@ class _HeldOut(TypedDict):
 
 
 class Metrics(TypedDict):
-    """Options and losses of a training; keys of a later coatrt are passed over."""
+    """Options and losses of training; unknown keys of a later coatrt are ignored."""
 
     run: str
     options: _Options

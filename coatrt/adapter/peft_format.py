@@ -1,4 +1,4 @@
-"""The PEFT file format: a LoRA that `peft.PeftModel.from_pretrained` reads."""
+"""The PEFT file format, a LoRA for `peft.PeftModel.from_pretrained`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,14 +20,14 @@ def write_peft(
     base_model: str,
     configuration: str = "",
 ) -> None:
-    """Write adapter_config.json and adapter_model.safetensors, the directory atomically.
+    """Write a directory with adapter_config.json and adapter_model.safetensors, atomically.
 
     Args:
-        directory: where to write.
-        pairs: matrix name → (A [K, r], B [r, N]), alpha/rank not folded into B: PEFT applies it.
+        directory: the directory.
+        pairs: matrix name → (A [K, r], B [r, N]) without alpha/rank, which PEFT applies.
         contract: rank, alpha and names.
-        base_model: name or path of the base model, kept as information.
-        configuration: hash of the configuration they are for, kept in the metadata; empty for all.
+        base_model: name or path of the base model, for information.
+        configuration: hash of their configuration, stored in the metadata; empty if they are for all.
     """
     tensors = {}
     for tensor in contract.tensors:

@@ -1,8 +1,8 @@
-"""The forms of the hypernetwork θ by name, read without torch."""
+"""Names of the presets of the hypernetwork θ, importable without torch."""
 
 from typing import Literal
 
 __all__ = ["Preset"]
 
 Preset = Literal["none", "coatrt", "paper"]
-"""Forms of θ; "none" stands for an adapter without one."""
+"""Presets of θ; "none" is an adapter without θ."""

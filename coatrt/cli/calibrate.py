@@ -40,7 +40,7 @@ def calibrate(adapter: Path, model: str | None, profile: str | None, as_json: bo
     """
     from coatrt.adapter.adapter import Adapter
     from coatrt.cli.progress import drawn_progress
-    from coatrt.devices.probe import gpu_here
+    from coatrt.devices.probe import local_gpu
     from coatrt.devices.profiles import device_profile
     from coatrt.engines.measure.cpu_timings import time_cpu
     from coatrt.engines.measure.cuda_timings import time_cuda
@@ -55,7 +55,7 @@ def calibrate(adapter: Path, model: str | None, profile: str | None, as_json: bo
             raise ConfigError(f"--backend ort times the CPU, --profile {profile} is a GPU; give --backend cuda or trt")
         device, gpu = device_profile("cpu"), ""
     else:
-        device, gpu = gpu_here(profile)
+        device, gpu = local_gpu(profile)
     loaded, path = Adapter.from_pretrained(adapter), timings_path(device.id, options.backend)
     check_writable(path)
     with drawn_progress("calibrate") as progress:

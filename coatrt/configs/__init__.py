@@ -1,1 +1,1 @@
-"""Which format each matrix has, and the LoRA tensors that go with it."""
+"""Configurations, which give each matrix a format, and the contract of their LoRA tensors."""

@@ -1,4 +1,4 @@
-"""Configurations: matrix → weight format for a whole model; resolved ones are exact and hashable."""
+"""Configurations: matrix → weight format for a whole model; a resolved one names every matrix and is hashable."""
 
 import hashlib
 import json
@@ -17,22 +17,22 @@ from coatrt.models.matrices import ModelMatrices
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.json_data import read_as, write_json
 
-__all__ = ["ConfigPatterns", "QuantConfig", "names_like"]
+__all__ = ["ConfigPatterns", "QuantConfig", "matching_names"]
 
 
-def names_like(pattern: str, model: ModelMatrices, otherwise: str = "correct or drop it") -> tuple[str, ...]:
-    """Return the matrices whose whole name a glob matches: `*`, `?`, `[abc]`, `[a-z]`, `[!x]`.
+def matching_names(pattern: str, model: ModelMatrices, remedy: str = "correct or remove it") -> tuple[str, ...]:
+    """Return the names of matrices that a glob matches as a whole: `*`, `?`, `[abc]`, `[a-z]`, `[!x]`.
 
     Raises:
-        ConfigError: there are none; `otherwise` says what to do.
+        ConfigError: it matches none; the message ends with `remedy`.
     """
     names = tuple(name for name in model.names if fnmatchcase(name, pattern))
     if not names:
         if re.search(r"\.\*|\\\.|[(|+^$]", pattern):
-            otherwise = "patterns are globs, not regular expressions: write *.mlp.* or *[qkv]_proj"
+            remedy = "patterns are globs, not regular expressions: write *.mlp.* or *[qkv]_proj"
         raise ConfigError(
             f"the pattern {pattern!r} matches none of the model's {len(model.names)} matrices "
-            f"(like {model.names[-1]}); {otherwise}"
+            f"(like {model.names[-1]}); {remedy}"
         )
     return names
 
@@ -42,7 +42,7 @@ class QuantConfig:
     """A resolved configuration: every matrix of one model with its exact format.
 
     Args:
-        formats: matrix name → weight format, in any order; held sorted by name.
+        formats: matrix name → weight format, in any order; stored sorted by name.
     """
 
     formats: Mapping[str, WeightFormat]
@@ -72,11 +72,11 @@ class QuantConfig:
         return dict(Counter(str(weight_format) for weight_format in self.formats.values()).most_common())
 
     def nbytes(self, model: ModelMatrices) -> int:
-        """Return the exact bytes of all matrices of `model`, scales included, other tensors not."""
+        """Return the exact bytes of all matrices of `model`, including scales, without other tensors."""
         return sum(self.formats[matrix.name].nbytes(matrix.N, matrix.K) for matrix in model.matrices)
 
     def average_bits(self, model: ModelMatrices) -> float:
-        """Return the bits per weight over all matrices of `model`, scales included."""
+        """Return the average bits per weight over all matrices of `model`, including scales."""
         return 8 * self.nbytes(model) / model.parameters
 
     def to_json(self) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class QuantConfig:
 
     @classmethod
     def load(cls, path: str | Path, model: ModelMatrices) -> "QuantConfig":
-        """Return the configuration in a JSON file, resolved or with patterns, for `model`.
+        """Read a configuration for `model` from a JSON file, resolved or with patterns.
 
         Raises:
             ConfigError: the file is missing, not a configuration, or names a matrix the model lacks.
@@ -101,12 +101,12 @@ class QuantConfig:
 
 @dataclass(frozen=True)
 class ConfigPatterns:
-    """A hand-written configuration: exact name beats first matching pattern beats default.
+    """A configuration with patterns: an exact name wins over the first matching pattern, which wins over the default.
 
     Args:
         matrices: matrix name → format; each name must be a matrix of the model.
         patterns: (glob, format), tried in order against the whole name.
-        default: format of every other matrix; None makes an uncovered matrix an error.
+        default: format of every other matrix; None: a matrix without a format is an error.
     """
 
     matrices: Mapping[str, WeightFormat] = field(default_factory=dict)
@@ -123,9 +123,9 @@ class ConfigPatterns:
         """
         allowed = {"matrices", "patterns", "default"}
         if not isinstance(value, dict) or not value or not set(value) <= allowed:
-            given = ", ".join(sorted(value)) if isinstance(value, dict) else type(value).__name__
+            keys = ", ".join(sorted(value)) if isinstance(value, dict) else type(value).__name__
             raise ConfigError(
-                f"{source} holds {given or 'nothing'}; a configuration has the keys {', '.join(sorted(allowed))}"
+                f"{source} holds {keys or 'nothing'}; a configuration has the keys {', '.join(sorted(allowed))}"
             )
         for key in ("matrices", "patterns"):
             if not isinstance(value.get(key, {}), dict):
@@ -144,10 +144,10 @@ class ConfigPatterns:
         )
 
     def resolve(self, model: ModelMatrices) -> QuantConfig:
-        """Return the exact configuration this means for `model`.
+        """Return the resolved configuration for `model`.
 
         Raises:
-            ConfigError: an exact name is no matrix of the model, a pattern matches none, or a matrix is left without.
+            ConfigError: an exact name is not a matrix of the model, a pattern matches none, or a matrix has no format.
         """
         for name in self.matrices:
             if name not in model.by_name:
@@ -157,12 +157,12 @@ class ConfigPatterns:
                 )
         matched: dict[str, WeightFormat] = {}
         for pattern, weight_format in self.patterns:
-            for name in names_like(pattern, model):
+            for name in matching_names(pattern, model):
                 matched.setdefault(name, weight_format)  # the first pattern wins
         formats = {}
         for name in model.names:
-            chosen = self.matrices.get(name) or matched.get(name, self.default)
-            if chosen is None:
+            fmt = self.matrices.get(name) or matched.get(name, self.default)
+            if fmt is None:
                 raise ConfigError(f"the configuration gives {name} no format; name it, match it, or add a default")
-            formats[name] = chosen
+            formats[name] = fmt
         return QuantConfig(formats)

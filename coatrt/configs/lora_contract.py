@@ -1,4 +1,4 @@
-"""What a graph, the hypernetwork and every runtime agree on: the LoRA tensors and the decoder's inputs and outputs."""
+"""The contract between graph, hypernetwork and runtimes: LoRA tensors, and the decoder's inputs and outputs."""
 
 import itertools
 from collections.abc import Mapping
@@ -16,8 +16,8 @@ from coatrt.system.ranges import Count, Layers
 __all__ = ["ACTIVATIONS", "DecoderIO", "LoraContract", "LoraGroup", "LoraTensor", "Place", "contract_for"]
 
 ACTIVATIONS = ("float32", "float16", "bfloat16")
-_MOST_ALPHA = 1e6  # of training too
-_RANK_STEP = 16  # tensor cores work on tiles of 16: another rank would be padded by every runtime
+_MAX_ALPHA = 1e6  # also the limit of training
+_RANK_STEP = 16  # tensor cores use tiles of 16, so runtimes would pad any other rank
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class LoraTensor:
         K: input width.
         N: output width.
         rank: columns of A and rows of B, a multiple of 16.
-        group: what it is called with the matrices that read the same input (`model.layers.3.mlp.gate_up_proj`): in a
-            graph they share one A and one B. Empty where it reads alone.
+        group: name of the fused group, the matrices that read the same input (`model.layers.3.mlp.gate_up_proj`); in a
+            graph they share one A and one B. Empty for a matrix without a group.
     """
 
     matrix: str
@@ -45,7 +45,7 @@ class LoraTensor:
 
 
 class Place(NamedTuple):
-    """Where a LoRA tensor lies in the input of a graph: the input, and the tensor's first row and column there."""
+    """Place of a LoRA tensor in a graph input: the input's name, and the tensor's first row and column in it."""
 
     input: str
     row: int
@@ -54,13 +54,13 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class LoraGroup:
-    """The LoRA inputs of a graph for one matrix, or for those that read the same input.
+    """The LoRA inputs of a graph for one matrix or one fused group.
 
-    A [K, sum of ranks] holds their A side by side, B [sum of ranks, sum of N] theirs along its diagonal, and zeros.
+    A [K, sum of ranks] holds the A of all matrices side by side, B [sum of ranks, sum of N] is block-diagonal.
 
     Args:
-        name: of the group, or of the matrix.
-        tensors: of each matrix, in network order.
+        name: name of the group, or of its only matrix.
+        tensors: one entry per matrix, in network order.
     """
 
     name: str
@@ -97,13 +97,13 @@ class LoraContract:
     """Names, shapes and scale of every LoRA tensor of one model (`lora_io.json`).
 
     Args:
-        alpha: LoRA scale numerator; alpha/rank, with the rank of its matrix, is already folded into every B.
-        dtype: dtype of the tensors in files and out of the hypernetwork; a runtime casts them to its activations.
-        tensors: one entry per matrix that carries a LoRA, in network order.
-        scale_rule: for readers of the file, where the scale is.
+        alpha: LoRA scale numerator; every B already includes alpha/rank, with the rank of its matrix.
+        dtype: dtype of the tensors in files and from the hypernetwork; a runtime casts them to its activations.
+        tensors: one entry per target module, in network order.
+        scale_rule: says in the file where the scale is.
 
     Raises:
-        ConfigError: a rank is no multiple of 16, a name repeats, or a field is out of range.
+        ConfigError: a rank is not a multiple of 16, a name repeats, or a field is out of range.
     """
 
     alpha: float
@@ -114,31 +114,27 @@ class LoraContract:
     def __post_init__(self) -> None:
         for tensor in self.tensors:
             if tensor.rank < 1 or tensor.rank % _RANK_STEP:
-                raise ConfigError(
-                    f"LoRA rank {tensor.rank} is given; allowed: multiples of {_RANK_STEP}; choose 16 or 32"
-                )
-        if not 0 < self.alpha <= _MOST_ALPHA:
-            raise ConfigError(
-                f"LoRA alpha {self.alpha} is given; give a positive number up to {_MOST_ALPHA:g}, such as 32"
-            )
+                raise ConfigError(f"the LoRA rank must be a multiple of {_RANK_STEP}, got {tensor.rank}")
+        if not 0 < self.alpha <= _MAX_ALPHA:
+            raise ConfigError(f"LoRA alpha must be above 0 and at most {_MAX_ALPHA:g}, got {self.alpha}")
         if self.dtype not in ACTIVATIONS:
-            raise ConfigError(f"LoRA dtype {self.dtype!r} is given; allowed: {', '.join(ACTIVATIONS)}; use float32")
+            raise ConfigError(f"the LoRA dtype must be one of {', '.join(ACTIVATIONS)}, got {self.dtype!r}")
         names = list(self.shapes)
         if not names or len(names) != 2 * len(self.tensors):
             raise ConfigError(
                 f"the LoRA contract has {len(self.tensors)} matrices and {len(names)} distinct tensor names; "
-                "give at least one matrix, with two names of its own each"
+                "each matrix, at least one, needs two names of its own"
             )
         for tensor in self.tensors:
             if tensor.K < 1 or tensor.N < 1:
-                raise ConfigError(f"LoRA of {tensor.matrix} has K {tensor.K} and N {tensor.N}; give positive widths")
+                raise ConfigError(f"K and N of {tensor.matrix} must be at least 1, got {tensor.K} and {tensor.N}")
         for group in self.groups:
             if len({tensor.K for tensor in group.tensors}) > 1:
-                raise ConfigError(
-                    f"the LoRA matrices of {group.name} differ in K; they read one input, so give one width"
-                )
+                raise ConfigError(f"the matrices of {group.name} differ in K; a group reads one input of one width")
         if len(self.inputs) != 2 * len(self.groups):
-            raise ConfigError("two groups of the LoRA contract have one name; keep the matrices of a group together")
+            raise ConfigError(
+                "two groups of the LoRA contract have the same name; list the matrices of a group together"
+            )
 
     @property
     def rank(self) -> int:
@@ -146,7 +142,7 @@ class LoraContract:
         return max(tensor.rank for tensor in self.tensors)
 
     def scale(self, tensor: LoraTensor) -> float:
-        """Return alpha/rank, the factor folded into the B of a matrix."""
+        """Return alpha/rank, the factor that the B of a matrix includes."""
         return self.alpha / tensor.rank
 
     @cached_property
@@ -162,51 +158,53 @@ class LoraContract:
 
     @cached_property
     def groups(self) -> tuple[LoraGroup, ...]:
-        """Matrices that share their inputs in a graph, in contract order."""
+        """Fused groups and single matrices, in contract order; each has one A and one B in a graph."""
         runs = itertools.groupby(self.tensors, lambda tensor: tensor.group or tensor.matrix)
         return tuple(LoraGroup(name, tuple(tensors)) for name, tensors in runs)
 
     @cached_property
     def inputs(self) -> Mapping[str, tuple[int, int]]:
-        """Input of a graph → shape, in contract order: A then B of each group."""
+        """Graph input → shape, in contract order: A then B of each group."""
         pairs = (((g.A, (g.K, g.rank)), (g.B, (g.rank, g.N))) for g in self.groups)
         return dict(itertools.chain.from_iterable(pairs))
 
     @cached_property
     def places(self) -> Mapping[str, Place]:
-        """Tensor name → where it lies in the inputs of a graph."""
-        found: dict[str, Place] = {}
+        """Tensor name → its place in the graph inputs."""
+        places: dict[str, Place] = {}
         for group in self.groups:
             rank = N = 0
             for tensor in group.tensors:
-                found[tensor.A], found[tensor.B] = Place(group.A, 0, rank), Place(group.B, rank, N)
+                places[tensor.A], places[tensor.B] = Place(group.A, 0, rank), Place(group.B, rank, N)
                 rank, N = rank + tensor.rank, N + tensor.N
-        return found
+        return places
 
-    def joined(self, tensors: Mapping[str, NDArray[Any]], dtype: DTypeLike = np.float32) -> dict[str, NDArray[Any]]:
-        """Return the inputs of a graph from the tensors of the contract."""
-        found = {name: np.zeros(shape, dtype) for name, shape in self.inputs.items()}
+    def graph_inputs(
+        self, tensors: Mapping[str, NDArray[Any]], dtype: DTypeLike = np.float32
+    ) -> dict[str, NDArray[Any]]:
+        """Return the graph inputs that hold the tensors of the contract."""
+        inputs = {name: np.zeros(shape, dtype) for name, shape in self.inputs.items()}
         for (name, (rows, columns)), place in zip(self.shapes.items(), self.places.values(), strict=True):
-            whole = found[place.input]
-            whole[place.row : place.row + rows, place.column : place.column + columns] = tensors[name]
-        return found
+            target = inputs[place.input]
+            target[place.row : place.row + rows, place.column : place.column + columns] = tensors[name]
+        return inputs
 
 
 def contract_for(model: ModelMatrices, rank: int, alpha: float, ranks: Mapping[str, int] | None = None) -> LoraContract:
     """Return the contract of a model: a LoRA on every matrix but embedding and head, in network order.
 
     Args:
-        model: inventory of the model.
+        model: matrices of the model.
         rank: LoRA rank, a multiple of 16.
         alpha: LoRA scale numerator.
-        ranks: module kind → rank where it differs.
+        ranks: target module → rank, where it differs.
 
     Raises:
-        ConfigError: a rank is no multiple of 16, alpha is not positive, or the model has no such kind.
+        ConfigError: a rank is not a multiple of 16, alpha is not positive, or the model has no such target module.
     """
     ranks, kinds = ranks or {}, {matrix.kind for matrix in model.targets}
     if unknown := set(ranks) - kinds:
-        raise ConfigError(f"a rank of {', '.join(sorted(unknown))} is given; the model has {', '.join(sorted(kinds))}")
+        raise ConfigError(f"unknown target module {', '.join(sorted(unknown))}; allowed: {', '.join(sorted(kinds))}")
     tensors = tuple(
         LoraTensor(
             m.name, f"lora_A.{m.name}", f"lora_B.{m.name}", m.K, m.N, ranks.get(m.kind, rank), fused_name(m.name)
@@ -218,16 +216,16 @@ def contract_for(model: ModelMatrices, rank: int, alpha: float, ranks: Mapping[s
 
 @dataclass(frozen=True)
 class DecoderIO:
-    """The facts a runtime needs to bind a decoder graph; the names of its inputs and outputs follow from them.
+    """Shapes and dtype that a runtime needs to bind a decoder graph; they determine the names of inputs and outputs.
 
     Args:
         layers: decoder layers, each with one key and one value cache.
         kv_heads: heads of each cache.
         head_dim: width of one head.
         vocabulary: width of the logits.
-        cache_length: slots of each cache, or None where the graph leaves them open.
-        activations: dtype of caches and LoRA inputs; logits have it too.
-        max_positions: rows of the rotary tables; positions stay below it.
+        cache_length: slots of each cache, or None where they are a dynamic dimension.
+        activations: dtype of caches, LoRA inputs and logits.
+        max_positions: rows of the rotary tables; every position is below it.
 
     Raises:
         ConfigError: a count is not positive or the dtype is unknown.
@@ -245,9 +243,9 @@ class DecoderIO:
         for name in ("layers", "kv_heads", "head_dim", "vocabulary", "cache_length", "max_positions"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigError(f"decoder {name} is {value!r}; give a whole number of at least 1")
+                raise ConfigError(f"decoder {name} must be a whole number of at least 1, got {value!r}")
         if self.activations not in ACTIVATIONS:
-            raise ConfigError(f"decoder activations {self.activations!r} are given; allowed: {', '.join(ACTIVATIONS)}")
+            raise ConfigError(f"decoder activations must be one of {', '.join(ACTIVATIONS)}, got {self.activations!r}")
 
     @property
     def past_names(self) -> tuple[str, ...]:
@@ -256,5 +254,5 @@ class DecoderIO:
 
     @property
     def present_names(self) -> tuple[str, ...]:
-        """Names of the cache outputs, in the order of `past_names`; a runtime binds the same buffers."""
+        """Names of the cache outputs, in the order of `past_names`; a runtime binds the same buffers to both."""
         return tuple(f"present.{layer}.{part}" for layer in range(self.layers) for part in ("key", "value"))

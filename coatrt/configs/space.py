@@ -1,4 +1,4 @@
-"""Configuration spaces: the matrices of a model × the formats allowed, and how configurations are drawn from them."""
+"""Configuration spaces: the matrices of a model × the allowed formats, and random configurations from them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class ConfigSpace:
     Args:
         model: the matrices.
         formats: allowed formats, at least one.
-        fused: whether q/k/v and gate/up share a format (one kernel reads them); False frees every matrix.
+        fused: whether the matrices of a fused group (q/k/v, gate/up) share a format, so that one kernel reads them.
     """
 
     model: ModelMatrices
@@ -33,11 +33,13 @@ class ConfigSpace:
 
     def __post_init__(self) -> None:
         if not self.formats or len(set(self.formats)) != len(self.formats):
-            raise ConfigError(f"a space of formats {[str(f) for f in self.formats]}; give at least one, each once")
+            raise ConfigError(
+                f"formats must be at least one, each once, got {', '.join(map(str, self.formats)) or 'none'}"
+            )
 
     @cached_property
     def groups(self) -> tuple[tuple[str, ...], ...]:
-        """Matrix names by choice: fused groups, or every matrix alone."""
+        """Matrix names that share a format: fused groups, or every matrix alone."""
         return self.model.groups if self.fused else tuple((name,) for name in self.model.names)
 
     @cached_property
@@ -53,12 +55,12 @@ class ConfigSpace:
 
     @property
     def min_bits(self) -> float:
-        """Lowest average bits a configuration of the space can have."""
+        """Lowest average bits per weight of a configuration of the space."""
         return 8 * int(self.sizes.min(1).sum()) / self.model.parameters
 
     @property
     def max_bits(self) -> float:
-        """Highest average bits a configuration of the space can have."""
+        """Highest average bits per weight of a configuration of the space."""
         return 8 * int(self.sizes.max(1).sum()) / self.model.parameters
 
     def uniform(self, weight_format: WeightFormat | str) -> QuantConfig:
@@ -76,15 +78,15 @@ class ConfigSpace:
         return set(config.formats.values()) <= set(self.formats)
 
     def restrict(self, formats: Sequence[WeightFormat]) -> "ConfigSpace":
-        """Return the same space with only those of its formats that are in `formats`."""
+        """Return the space with only those of its formats that are in `formats`."""
         return ConfigSpace(self.model, tuple(fmt for fmt in self.formats if fmt in set(formats)), self.fused)
 
-    def sample_budgeted(self, rng: np.random.Generator, bits: float) -> QuantConfig:
-        """Return a random configuration whose average bits are `bits`, but for 0.02 or as near as the space allows.
+    def sample(self, rng: np.random.Generator, bits: float) -> QuantConfig:
+        """Return a random configuration whose average bits are within 0.02 of `bits`, or as near as the space allows.
 
         Independent draws concentrate at the mean budget (LLM-QFA, ACL 2025). Here the format probabilities are a random
-        preference tilted by exp(-λ · bytes), λ set so that the expected size is the budget; single groups then move at
-        random, each nearer, until the size is near enough.
+        preference times exp(-λ · bytes), λ set so that the expected size is the budget; then single groups change
+        format at random, each change nearer to the budget, until the size is within the tolerance.
         """
         target = min(max(bits, self.min_bits), self.max_bits) * self.model.parameters / 8
         slack = _TOLERANCE * self.model.parameters / 8

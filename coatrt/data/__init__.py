@@ -1,1 +1,1 @@
-"""Text, conversations, questions: files to tokens with marked targets."""
+"""Text, conversations and questions: from files to tokens with marked targets."""

@@ -1,4 +1,4 @@
-"""Chat templates: a model's own programs, rendered in a process of their own, limited in time and length."""
+"""Chat templates: programs that come with a model, rendered in a separate process with limits on time and length."""
 
 import json
 import os
@@ -23,12 +23,12 @@ _WORKER = Path(__file__).with_name("template_worker.py")
 
 @dataclass(frozen=True)
 class Rendering:
-    """What to render.
+    """A request to render messages.
 
     Args:
-        messages: objects with role and content, and what else the template is to see.
-        tools: descriptions of functions.
-        prompt: whether the opening of the assistant's next message follows.
+        messages: objects with role, content and any other key for the template.
+        tools: function descriptions.
+        prompt: whether to add the generation prompt, the opening of the assistant's next message.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -38,37 +38,37 @@ class Rendering:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a template has not rendered something."""
+    """The reason why a template failed to render a request."""
 
     reason: str
 
 
 class ChatTemplate:
-    """A template as transformers renders it, in a process that is killed when it takes too long.
+    """A chat template, rendered in a process that is killed when it takes too long.
 
     Args:
         template: its source.
-        special: JSON of special tokens, name → text, which templates may use.
+        special: special tokens that templates may use, JSON of name → text.
         place: where the tokenizer is, for messages.
     """
 
     def __init__(self, template: str, special: str, place: str) -> None:
         self.place = place
-        self._given = json.dumps({"template": template, "special": json.loads(special)})
+        self._setup = json.dumps({"template": template, "special": json.loads(special)})
         self._process: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()
 
     def render(self, renderings: Sequence[Rendering]) -> list[str | Refusal]:
-        """Return the text of each rendering, or why there is none.
+        """Return the text or the refusal of each rendering.
 
         Raises:
-            ConfigError: no process can be started here.
+            ConfigError: the process cannot be started.
         """
-        wanted = [
+        requests = [
             {"messages": list(r.messages), "tools": list(r.tools) or None, "prompt": r.prompt} for r in renderings
         ]
         try:
-            question = json.dumps({"most": _CHARACTERS, "renderings": wanted})
+            question = json.dumps({"most": _CHARACTERS, "renderings": requests})
         except (RecursionError, ValueError, TypeError) as error:
             return [Refusal(f"its data cannot be passed to a template: {error}")] * len(renderings)
         with self._lock:
@@ -76,14 +76,17 @@ class ChatTemplate:
                 self._process = self._start()
             answer = self._ask(self._process, question, _SECONDS)
         if answer is None:
-            return [Refusal(f"it does not end within {_SECONDS:g} s, or takes too much memory")] * len(renderings)
-        return [made["text"] if "text" in made else Refusal(" ".join(made["error"].split())[:300]) for made in answer]
+            return [Refusal(f"it does not end within {_SECONDS:g} s, or needs too much memory")] * len(renderings)
+        return [
+            result["text"] if "text" in result else Refusal(" ".join(result["error"].split())[:300])
+            for result in answer
+        ]
 
     def _start(self) -> "subprocess.Popen[str]":
         paths = os.pathsep.join(path for path in sys.path if path)
         try:
             process = subprocess.Popen(
-                [sys.executable, "-P", str(_WORKER)],  # -P: nothing beside that file is imported instead of a package
+                [sys.executable, "-P", str(_WORKER)],  # -P: no file in its folder shadows a package
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -92,15 +95,15 @@ class ChatTemplate:
             )
         except (OSError, ValueError) as error:
             raise ConfigError(f"cannot start a process for chat templates ({error}); free some memory") from None
-        answer = self._ask(process, self._given, _START_SECONDS)
+        answer = self._ask(process, self._setup, _START_SECONDS)
         if answer is None or "error" in answer:
-            said = answer["error"] if answer else "it ended without an answer"
-            raise ConfigError(f"the process for chat templates does not start ({said}); install coatrt again")
+            cause = answer["error"] if answer else "it ended without an answer"
+            raise ConfigError(f"the process for chat templates cannot start ({cause}); install coatrt again")
         return process
 
     @staticmethod
     def _ask(process: "subprocess.Popen[str]", question: str, seconds: float) -> Any:
-        """Return the answer to a line, None where the process was killed or died."""
+        """Return the answer to a line, None if the process was killed or died."""
         assert process.stdin is not None
         assert process.stdout is not None
         timer = threading.Timer(seconds, process.kill)
@@ -112,7 +115,7 @@ class ChatTemplate:
             process.stdin.flush()
             answer = process.stdout.readline()
         except OSError:
-            pass  # killed while it was written to
+            pass  # killed during the write
         finally:
             timer.cancel()
             if not answer.endswith("\n"):
@@ -128,25 +131,25 @@ class ChatTemplate:
 
 
 def _place(model: str) -> str:
-    """Return the file that a tokenizer's template is in, the model where neither is there; transformers' order."""
+    """Return the file with a tokenizer's template in transformers' order, or the model if there is none."""
     files = (Path(model) / name for name in ("chat_template.jinja", "tokenizer_config.json"))
     return str(next((path for path in files if path.is_file()), model))
 
 
 @lru_cache(maxsize=2)
-def _shared(template: str, special: str, place: str) -> ChatTemplate:
+def _cached_template(template: str, special: str, place: str) -> ChatTemplate:
     return ChatTemplate(template, special, place)
 
 
 def chat_template(tokenizer: Any, *, tools: bool = False) -> ChatTemplate | None:
-    """Return the chat template of a transformers tokenizer, None where it has none.
+    """Return the chat template of a tokenizer, None if it has none.
 
     Args:
         tokenizer: the tokenizer.
-        tools: whether functions are described: some models have a template of their own for that.
+        tools: whether functions are described; some models have a separate template for that.
 
     Raises:
-        ConfigError: it has several, none of them the default, or something else in the template's place.
+        ConfigError: it has several templates without a default, or the template is not a text.
     """
     if not getattr(tokenizer, "chat_template", None):
         return None
@@ -156,5 +159,5 @@ def chat_template(tokenizer: Any, *, tools: bool = False) -> ChatTemplate | None
     except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"the chat template of {place} cannot be used ({reason(error)}); correct it") from None
     if not isinstance(template, str):
-        raise ConfigError(f"the chat template of {place} is a {type(template).__name__}; give a text")
-    return _shared(template, json.dumps(tokenizer.special_tokens_map, default=str), place)
+        raise ConfigError(f"the chat template of {place} must be a text, got {type(template).__name__}")
+    return _cached_template(template, json.dumps(tokenizer.special_tokens_map, default=str), place)

@@ -1,4 +1,4 @@
-"""Task "choice": classification and multiple choice; training predicts the right choice's tokens given the prompt."""
+"""Task "choice": classification and multiple choice; training predicts the tokens of the right choice."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,13 +20,12 @@ _Row = tuple[list[int], list[bool]]
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, its possible continuations and the right one.
+    """A prompt, its choices and the right one.
 
     Args:
-        prompt: text before the choice. Its spaces at the end are given to the choices: tokenizers attach a space to the
-            word after it.
-        choices: at least two different texts, continuing the prompt letter by letter ("Type:" wants " person").
-        answer: place of the right choice, counted from 0.
+        prompt: text before the choice. Trailing spaces move to the choices: tokenizers attach a space to the next word.
+        choices: at least two different texts that continue the prompt exactly ("Type:" needs " person").
+        answer: index of the right choice, from 0.
         where: file and line, for messages.
 
     Raises:
@@ -40,19 +39,18 @@ class Question:
 
     def __post_init__(self) -> None:
         if len(self.choices) < 2 or len(set(self.choices)) < len(self.choices):
-            raise ConfigError(f"{self.where} has the choices {list(self.choices)}; give at least two, all different")
+            raise ConfigError(f"{self.where} has the choices {list(self.choices)}; give at least two different ones")
         if not 0 <= self.answer < len(self.choices):
             raise ConfigError(
-                f"{self.where}: answer {self.answer} is given; the {len(self.choices)} choices are counted from 0 to "
-                f"{len(self.choices) - 1}"
+                f"{self.where}: answer must be an index from 0 to {len(self.choices) - 1}, got {self.answer}"
             )
 
     @classmethod
     def from_line(cls, line: Line) -> "Question":
-        """Read {"prompt": text, "choices": [text, …], "answer": place of the right one}.
+        """Read {"prompt": text, "choices": [text, …], "answer": index of the right one}.
 
         Raises:
-            ConfigError: a key is missing or unknown, or a value is of another kind.
+            ConfigError: a key is missing or unknown, or a value has the wrong type.
         """
         line.check_keys(("prompt", "choices", "answer"))
         try:
@@ -62,9 +60,9 @@ class Question:
                 f"{line.where} has no {error}; a choice line has the keys prompt, choices and answer"
             ) from None
         if not isinstance(choices, list):
-            raise ConfigError(f"{line.where}: choices is a {type(choices).__name__}; give a list of texts")
+            raise ConfigError(f"{line.where}: choices must be a list of texts, got {type(choices).__name__}")
         if isinstance(answer, bool) or not isinstance(answer, int):
-            raise ConfigError(f"{line.where}: answer is {answer!r}; give the place of the right choice, counted from 0")
+            raise ConfigError(f"{line.where}: answer must be the index of the right choice, from 0, got {answer!r}")
         texts = tuple(line.text("a choice", choice) for choice in choices)
         return cls(line.text("prompt", prompt), texts, answer, line.where)
 
@@ -72,7 +70,7 @@ class Question:
 def _encode(tokenizer: Any, questions: Sequence[Question], progress: Progress) -> list[list[_Row]]:
     """Return, for every question, a row per choice.
 
-    Prompt and choice are tokenized apart, so that the prompt's tokens are those that a runtime would be given.
+    Prompt and choice are tokenized separately, so that the prompt has the tokens that a runtime sees.
     """
     prompts = [question.prompt.rstrip(" ") for question in questions]
     spaces = [question.prompt[len(prompt) :] for question, prompt in zip(questions, prompts, strict=True)]
@@ -81,17 +79,17 @@ def _encode(tokenizer: Any, questions: Sequence[Question], progress: Progress) -
     tails = iter(token_ids(tokenizer, texts, progress))
     rows = []
     for question, head in zip(questions, heads, strict=True):
-        own = [list(next(tails)) for _ in question.choices]
+        tails_here = [list(next(tails)) for _ in question.choices]
         if not head:
-            raise ConfigError(f"{question.where}: the prompt has no tokens; give some text")
-        for i, a in enumerate(own):
-            for j, b in enumerate(own):
+            raise ConfigError(f"{question.where}: the prompt has no tokens; give a longer text")
+        for i, a in enumerate(tails_here):
+            for j, b in enumerate(tails_here):
                 if i != j and b[: len(a)] == a:
                     raise ConfigError(
                         f"{question.where}: the tokens of {question.choices[j]!r} begin with those of "
-                        f"{question.choices[i]!r}, and can never score higher; end both with a full stop or the like"
+                        f"{question.choices[i]!r}, so they never score higher; end both with a full stop or the like"
                     )
-        rows.append([([*head, *tail], [False] * len(head) + [True] * len(tail)) for tail in own])
+        rows.append([([*head, *tail], [False] * len(head) + [True] * len(tail)) for tail in tails_here])
     return rows
 
 
@@ -105,10 +103,10 @@ def choice_task(
     """Return questions as examples and choice sets.
 
     Args:
-        tokenizer: a transformers tokenizer; the prompt gets its special tokens (such as one for the start).
-        train: questions to train on, for the loss of the right choice.
+        tokenizer: a transformers tokenizer; the prompt gets its special tokens, such as a start token.
+        train: questions to train on, with the loss of the right choice.
         held_out: questions to measure loss and accuracy on.
-        max_length: most tokens of prompt and choice; a longer question is dropped and counted, never cut.
+        max_length: maximum tokens of prompt and choice; a longer question is dropped and counted, never cut.
         progress: called as prompts and choices are tokenized.
 
     Raises:
@@ -117,13 +115,15 @@ def choice_task(
     parts = []
     for questions, what in ((train, "train"), (held_out, "measure")):
         encoded = zip(questions, _encode(tokenizer, questions, progress), strict=True)
-        kept = [(question, rows) for question, rows in encoded if max(len(tokens) for tokens, _ in rows) <= max_length]
-        if not kept:
+        fitting = [
+            (question, rows) for question, rows in encoded if max(len(tokens) for tokens, _ in rows) <= max_length
+        ]
+        if not fitting:
             raise ConfigError(
-                f"none of {len(questions)} questions to {what} on fits into {max_length} "
-                "tokens; give more of them, or a greater max length"
+                f"none of {len(questions)} questions to {what} on fits into {max_length} tokens; "
+                "give shorter ones or a larger --max-length"
             )
-        parts.append(kept)
+        parts.append(fitting)
     ours, theirs = parts
     dropped = len(train) + len(held_out) - len(ours) - len(theirs)
     right = [rows[question.answer] for question, rows in ours]
@@ -132,5 +132,5 @@ def choice_task(
         torch.tensor([i for i, (_, rows) in enumerate(theirs) for _ in rows]),
         torch.tensor([question.answer for question, _ in theirs]),
     )
-    held = choices.rows[choices.starts + choices.answers]
-    return TaskData("choice", Examples.of_rows(right), held, choices, dropped)
+    right_rows = choices.rows[choices.starts + choices.answers]
+    return TaskData("choice", Examples.of_rows(right), right_rows, choices, dropped)

@@ -1,4 +1,4 @@
-"""Texts from files, their tokens, and the batches that examples are trained in."""
+"""Texts from files, their tokens, and the batches of training."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,21 +14,21 @@ from coatrt.system.utf8 import decode
 
 __all__ = ["batches", "read_documents", "read_files", "token_ids"]
 
-_PIECE = 64  # texts that are tokenized between two calls of progress
+_PIECE = 64  # texts tokenized between two calls of progress
 
 
 def read_files(sources: Sequence[str | Path], suffix: str, what: str) -> Iterator[tuple[Path, str]]:
-    """Yield path and text of files, and of all files of a suffix in directories in the order of their names.
+    """Yield path and text of files, and of all files with a suffix in directories, ordered by name.
 
-    A byte order mark in front is dropped; lines end with LF in what is yielded, in files also with CRLF or CR.
+    A byte order mark in front is dropped; CRLF and CR become LF.
 
     Args:
         sources: files and directories.
-        suffix: such as ".txt".
-        what: what the files are, for messages ("UTF-8 text").
+        suffix: suffix of files in directories, such as ".txt".
+        what: kind of files, for messages ("UTF-8 text").
 
     Raises:
-        ConfigError: a source is missing, or a line of it is no UTF-8 text.
+        ConfigError: a source is missing, or a line is not UTF-8.
     """
     for source in map(Path, sources):
         if not source.exists():
@@ -41,17 +41,15 @@ def read_files(sources: Sequence[str | Path], suffix: str, what: str) -> Iterato
             text = text.replace("\r\n", "\n").replace("\r", "\n")
             if "\0" in text:
                 line = 1 + text[: text.index("\0")].count("\n")
-                raise ConfigError(
-                    f"data {path} line {line} holds a NUL character, which no text does; give {what} files"
-                )
+                raise ConfigError(f"data {path} line {line} holds a NUL character; give {what} files")
             yield path, text
 
 
 def read_documents(sources: Sequence[str | Path]) -> list[str]:
-    """Return the texts of files, and of all `*.txt` files of directories in the order of their names.
+    """Return the texts of files, and of all `*.txt` files in directories, ordered by name.
 
     Raises:
-        ConfigError: a source is missing, is no UTF-8 text, or there is nothing in it.
+        ConfigError: a source is missing or not UTF-8, or all of them are empty.
     """
     texts = [text for _, text in read_files(sources, ".txt", "UTF-8 text") if text.strip()]
     if not texts:
@@ -66,9 +64,9 @@ def token_ids(
 
     Args:
         tokenizer: a transformers tokenizer.
-        texts: what to tokenize.
+        texts: texts to tokenize.
         progress: called after every 64 texts.
-        special_tokens: whether the tokenizer adds its own, such as one for the start.
+        special_tokens: whether to add the tokenizer's special tokens, such as a start token.
     """
     rows: list[list[int]] = []
     for start in range(0, len(texts), _PIECE):
@@ -78,9 +76,9 @@ def token_ids(
 
 
 def batches(count: int, size: int, step: int, seed: int) -> Tensor:
-    """Return which of `count` examples make up the batch of a step: each once per epoch, in shuffled order.
+    """Return the indices of the examples in the batch of a step: each of `count` once per epoch, in shuffled order.
 
-    A function of its arguments alone, so that a resumed run sees the same batches.
+    It depends on its arguments alone, so a resumed run sees the same batches.
 
     Returns:
         int64 [size].

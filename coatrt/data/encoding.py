@@ -1,4 +1,4 @@
-"""Text → token ids, with one line for whatever a tokenizer raises; needs no torch."""
+"""Text → token ids; any exception of a tokenizer becomes a one-line error. Needs no torch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,8 +13,8 @@ def encode(tokenizer: Any, texts: Sequence[str], *, special_tokens: bool = False
 
     Args:
         tokenizer: a transformers tokenizer.
-        texts: what to tokenize.
-        special_tokens: whether the tokenizer adds its own, such as one for the start.
+        texts: texts to tokenize.
+        special_tokens: whether to add the tokenizer's special tokens, such as a start token.
 
     Raises:
         ConfigError: the tokenizer fails.
@@ -24,7 +24,7 @@ def encode(tokenizer: Any, texts: Sequence[str], *, special_tokens: bool = False
         return [[int(token) for token in row] for row in rows]
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
-    except BaseException as error:  # tokenizers raises plain Exceptions, and panics that are none
+    except BaseException as error:  # tokenizers raises plain Exceptions, and panics, which are BaseExceptions
         place = getattr(tokenizer, "name_or_path", "") or "the model"
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise ConfigError(f"the tokenizer of {place} fails ({reason}); save it again beside the model") from None
+        raise ConfigError(f"the tokenizer of {place} fails ({reason}); save the tokenizer again") from None

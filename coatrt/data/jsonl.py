@@ -1,4 +1,4 @@
-"""JSON lines: one object a line, each knowing the file and line it came from."""
+"""JSON lines: one object per line, with its file and line number."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -28,26 +28,26 @@ class Line:
     value: Mapping[str, Any]
 
     def text(self, key: str, value: Any) -> str:
-        """Return `value` if it is a text with something in it.
+        """Return `value` if it is a text and not empty.
 
         Raises:
-            ConfigError: it is not.
+            ConfigError: it is not a text, or empty.
         """
         if not isinstance(value, str) or not value:
-            shown = f"a {type(value).__name__}" if isinstance(value, list | dict) else json.dumps(value)[:60]
-            raise ConfigError(f"{self.where}: {key} is {shown}; give a text that is not empty")
+            quote = f"a {type(value).__name__}" if isinstance(value, list | dict) else json.dumps(value)[:60]
+            raise ConfigError(f"{self.where}: {key} must be a text and not empty, got {quote}")
         return value
 
     def check_keys(self, allowed: Sequence[str], value: Mapping[str, Any] | None = None, what: str = "") -> None:
-        """Refuse keys that mean nothing here, rather than leave out what they say.
+        """Refuse unknown keys, which would be ignored.
 
         Args:
-            allowed: the keys that mean something.
-            value: an object inside the line; None: the line itself.
-            what: where in the line that is, such as " message 2".
+            allowed: the known keys.
+            value: an object in the line; None: the line itself.
+            what: place of `value` in the line, such as " message 2".
 
         Raises:
-            ConfigError: there is another key.
+            ConfigError: a key is not allowed.
         """
         for key in self.value if value is None else value:
             if key not in allowed:
@@ -57,12 +57,12 @@ class Line:
 
 
 def read_lines(sources: Sequence[str | Path]) -> list[Line]:
-    """Return the objects of JSONL files, and of all `*.jsonl` files of directories in the order of their names.
+    """Return the objects of JSONL files, and of all `*.jsonl` files in directories, ordered by name.
 
     Blank lines are skipped.
 
     Raises:
-        ConfigError: a source is missing, no UTF-8 text, a line is no JSON object, or there is none at all.
+        ConfigError: a source is missing or not UTF-8, a line is not a JSON object, or there is no line.
     """
     lines = [
         _line(f"{path} line {i}", row)
@@ -71,22 +71,22 @@ def read_lines(sources: Sequence[str | Path]) -> list[Line]:
         if row.strip()
     ]
     if not lines:
-        raise ConfigError(f"no line in {', '.join(map(str, sources))}; give JSONL files or directories of *.jsonl")
+        raise ConfigError(f"no lines in {', '.join(map(str, sources))}; give JSONL files or directories of *.jsonl")
     return lines
 
 
 def _line(where: str, text: str) -> Line:
-    value = parse_json(text, where, "give one JSON object a line")
+    value = parse_json(text, where, "give one JSON object per line")
     if not isinstance(value, dict):
-        raise ConfigError(f"{where} is a {type(value).__name__}; give one JSON object a line")
+        raise ConfigError(f"{where} is a {type(value).__name__}; give one JSON object per line")
     return Line(where, value)
 
 
 def split(items: Sequence[T]) -> tuple[list[T], list[T]]:
-    """Return (to train on, held out): every tenth item is held out, or the last one where there are fewer than ten.
+    """Return (training items, held-out items): every tenth item is held out, or only the last of fewer than ten.
 
     Args:
-        items: in the order of the file.
+        items: all items in the order of the file.
     """
     if len(items) >= 10:
         return [item for i, item in enumerate(items) if i % 10], list(items[::10])

@@ -1,4 +1,4 @@
-"""The data of a task: examples to train on, held-out ones, and what is measured on them."""
+"""The data of a task: examples to train on and held-out examples."""
 
 import hashlib
 from collections.abc import Mapping
@@ -17,16 +17,16 @@ TaskKind = Literal["text", "chat", "choice"]
 
 @dataclass(frozen=True, eq=False)
 class ChoiceSets:
-    """The choices of held-out questions: several continuations each, of which one is right.
+    """Held-out questions: several choices each, one of them right.
 
-    A choice's score is the sum of the log-probabilities of its tokens given the prompt: the log of the probability that
-    the model writes this choice. It is not divided by the number of tokens, because training on the right choice raises
-    just this sum, and because a mean would favour long words whose ends are certain once they are begun.
+    A choice's score is the sum of the log-probabilities of its tokens given the prompt, the log-probability that the
+    model writes this choice. It is not divided by the number of tokens: training on the right choice raises this sum,
+    and a mean would favour long words, whose last tokens are certain once the first are written.
 
     Args:
-        rows: one example per choice, the choices of a question in their order, questions in theirs.
-        owner: int64 [rows], the question of each row, counted from 0 without a gap.
-        answers: int64 [questions], place of the right choice among the question's.
+        rows: one example per choice, question by question.
+        owner: int64 [rows], index of each row's question, from 0 without gaps.
+        answers: int64 [questions], index of the right choice among those of the question.
     """
 
     rows: Examples
@@ -50,15 +50,15 @@ class ChoiceSets:
 
 @dataclass(frozen=True, eq=False)
 class TaskData:
-    """What a training reads and is measured on.
+    """Examples for training and measuring.
 
     Args:
         kind: "text", "chat" or "choice".
         train: examples to train on, at least one.
         held_out: examples to measure the loss on, at least one; none of them is trained on.
-        choices: choice tasks: the held-out questions, in the order of `held_out`.
-        dropped: lines left out because they are longer than the rows.
-        added: tokens that were added to the tokenizer, by id; for messages.
+        choices: the held-out questions of a choice task, in the order of `held_out`.
+        dropped: number of lines dropped because they are longer than the rows.
+        added_tokens: id → text of tokens added to the tokenizer, for messages.
     """
 
     kind: TaskKind
@@ -66,29 +66,29 @@ class TaskData:
     held_out: Examples
     choices: ChoiceSets | None = None
     dropped: int = 0
-    added: Mapping[int, str] = field(default_factory=dict)
+    added_tokens: Mapping[int, str] = field(default_factory=dict)
 
     def check_rows(self, rows: int) -> None:
-        """Refuse tokens that a model's embedding has no row for.
+        """Refuse tokens without a row in the model's embedding.
 
         Args:
-            rows: of the embedding.
+            rows: number of rows of the embedding.
 
         Raises:
-            ConfigError: there is such a token.
+            ConfigError: the data contain such a token.
         """
         parts = [self.train, self.held_out, *([self.choices.rows] if self.choices is not None else [])]
         largest = max(int(part.tokens.max()) for part in parts if part.tokens.numel())
         if largest >= rows:
-            named = f" {self.added[largest]!r}" if largest in self.added else ""
+            text = f" {self.added_tokens[largest]!r}" if largest in self.added_tokens else ""
             raise ConfigError(
-                f"the data hold the token {largest}{named} and the model's embedding has {rows} rows; save the model "
-                "with its embedding resized to the tokenizer, or take that text out of the data"
+                f"the data contain token {largest}{text}, the model's embedding has {rows} rows; resize the embedding "
+                "to the tokenizer and save the model again, or remove that text from the data"
             )
 
     @property
     def digest(self) -> str:
-        """SHA-256 over everything that training and measuring read, as 64 hexadecimal digits."""
+        """SHA-256 over all examples and choices, 64 hexadecimal digits."""
         parts = [self.kind, self.train.digest, self.held_out.digest]
         if self.choices is not None:
             parts += [self.choices.rows.digest, str(self.choices.owner.tolist()), str(self.choices.answers.tolist())]

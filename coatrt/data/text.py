@@ -1,4 +1,4 @@
-"""Task "text": language modelling; documents become blocks, and every token of a block but its first is predicted."""
+"""Task "text": language modelling; documents become blocks, and all tokens of a block but the first are predicted."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,18 +23,18 @@ def text_task(
     held_out: Sequence[str] | None = None,
     progress: Progress = silent,
 ) -> TaskData:
-    """Return documents as blocks of tokens; no document held out is trained on.
+    """Return documents as blocks of tokens; held-out documents are not trained on.
 
     Args:
         tokenizer: a transformers tokenizer; its end token closes each document.
         documents: texts.
         max_length: tokens per block, at least 2.
-        held_out: documents to measure on; by default every tenth document, or, where there are fewer than ten, the last
+        held_out: documents to measure on; by default every tenth document, or, of fewer than ten documents, the last
             tenth of the blocks.
-        progress: called as documents are tokenized.
+        progress: called while documents are tokenized.
 
     Raises:
-        ConfigError: not one block for training, or none to measure on.
+        ConfigError: no block to train on, or none to measure on.
     """
     if held_out is None and len(documents) >= 10:
         documents, held_out = split(documents)
@@ -47,13 +47,13 @@ def text_task(
     if not len(train) or not len(test):
         raise ConfigError(
             f"the text has {len(train)} blocks of {max_length} tokens to train on and {len(test)} to measure on; "
-            "give more text or a smaller max length"
+            "give more text or a smaller --max-length"
         )
     return TaskData("text", Examples.of_blocks(train), Examples.of_blocks(test))
 
 
 def _blocks(tokenizer: Any, documents: Sequence[str], length: int, progress: Progress) -> torch.Tensor:
-    """Return the tokens of documents, int64 [blocks, length]; what does not fill the last block is left out."""
+    """Return the tokens of documents, int64 [blocks, length]; an incomplete last block is dropped."""
     end = tokenizer.eos_token_id
     stream: list[int] = []
     for ids in token_ids(tokenizer, documents, progress):

@@ -1,4 +1,4 @@
-"""Where a figure was measured: machine, versions, GPU."""
+"""The environment of a measurement: machine, versions, GPU."""
 
 import importlib.metadata
 import os
@@ -27,14 +27,14 @@ _PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of coatrt and of the packages its results depend on, where installed."""
-    found = {"coatrt": __version__, "python": platform.python_version()}
+    """Return the versions of coatrt, Python and the installed packages that results depend on."""
+    versions_by_package = {"coatrt": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            versions_by_package[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions_by_package
 
 
 def _cpu_name() -> str:
@@ -48,17 +48,17 @@ def _cpu_name() -> str:
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def environment() -> dict[str, Any]:
-    """Return CPU, usable cores, memory in bytes, GPUs, operating system and versions."""
+    """Return CPU, usable cores, memory in bytes, GPUs, operating system and package versions."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     try:
         gpus = [profile.name for profile in probe()]
     except DeviceError as error:
-        gpus = [f"not readable: {error}"]
+        gpus = [f"unknown: {error}"]
     return {
         "cpu": _cpu_name(),
         "cores": usable_cores(),

@@ -1,4 +1,4 @@
-"""Device profiles: what a GPU is, which weight formats it can run, and which builder makes its engines."""
+"""Device profiles: properties of a GPU, the weight formats it runs, and the builder of its engines."""
 
 import difflib
 from dataclasses import dataclass
@@ -12,36 +12,36 @@ from coatrt.errors import DeviceError
 from coatrt.quantization.weight_format import KINDS, WeightFormat
 from coatrt.system.json_data import to_data
 
-__all__ = ["Builder", "DeviceProfile", "device_profile", "device_profiles", "least_sm"]
+__all__ = ["Builder", "DeviceProfile", "device_profile", "device_profiles", "min_sm"]
 
 Builder = Literal["tensorrt-rtx", "tensorrt", "onnxruntime"]
 
-_LEAST_SM = {"int4": 80, "bf16": 80, "fp8": 89, "nvfp4": 100}
+_MIN_SM = {"int4": 80, "bf16": 80, "fp8": 89, "nvfp4": 100}
 
 
-def least_sm(weight_format: WeightFormat) -> int:
-    """Return the lowest compute capability (as in SM86: 86) that can run a format; 75 where every GPU can.
+def min_sm(weight_format: WeightFormat) -> int:
+    """Return the lowest compute capability (86 for SM86) that runs a format; 75 if every GPU does.
 
-    int4 and bf16 from Ampere, fp8 from Ada, nvfp4 from Blackwell; all else runs on Turing: NormalFloat too, whose bit
-    planes travel in INT8 constants. Measured with TensorRT-RTX 1.7.1 for SM75, 80, 86, 89, 120 and 121 (a test builds
-    the edges again); for the others it follows NVIDIA's tables and is not tried.
+    int4 and bf16 need Ampere, fp8 Ada, nvfp4 Blackwell. Everything else runs on Turing, NormalFloat included, whose bit
+    planes are INT8 constants. Measured with TensorRT-RTX 1.7.1 for SM75, 80, 86, 89, 120 and 121 (a test repeats the
+    limits); for others taken from NVIDIA's tables, not tested.
     """
-    return _LEAST_SM.get(weight_format.kind, 75)
+    return _MIN_SM.get(weight_format.kind, 75)
 
 
 @dataclass(frozen=True)
 class DeviceProfile:
-    """A device that engines are made for.
+    """A device that engines are built for.
 
     Args:
-        id: what users type: rtx-4090.
+        id: the name that users type, such as rtx-4090.
         name: product name, as the driver reports it without the vendor's prefixes.
         sm: compute capability without the dot (86, 120), 0 for the CPU.
         memory_bytes: memory of the device, None where unknown.
         bandwidth: peak memory bandwidth in bytes/s, None where unknown.
         fp16_flops: dense FP16 tensor throughput in FLOP/s with FP32 accumulation, None where unknown.
-        builder: what makes its engines.
-        sources: where the figures come from.
+        builder: builder of its engines.
+        sources: sources of the figures.
     """
 
     id: str
@@ -56,14 +56,14 @@ class DeviceProfile:
     @property
     def kinds(self) -> tuple[str, ...]:
         """Kinds of weight formats the device runs."""
-        return tuple(kind for kind in KINDS if self.sm == 0 or self.sm >= _LEAST_SM.get(kind, 75))
+        return tuple(kind for kind in KINDS if self.sm == 0 or self.sm >= _MIN_SM.get(kind, 75))
 
     def supports(self, weight_format: WeightFormat) -> bool:
-        """Return whether the device runs a format; the CPU runs all."""
+        """Return whether the device runs a format; a CPU runs all."""
         return weight_format.kind in self.kinds
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON form with the kinds of formats."""
+        """Return the JSON form, including the kinds of formats."""
         return {**to_data(self), "formats": list(self.kinds)}
 
 
@@ -78,11 +78,13 @@ def device_profile(name: str) -> DeviceProfile:
     """Return the profile of a device id.
 
     Raises:
-        DeviceError: there is none.
+        DeviceError: no profile has this id.
     """
-    known = {profile.id: profile for profile in device_profiles()}
-    if name in known:
-        return known[name]
-    near = difflib.get_close_matches(name.lower().replace(" ", "-").replace("_", "-"), known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(list(known)[:4])} and others;"
-    raise DeviceError(f"no device {name!r}; {hint} coatrt devices lists all {len(known)}")
+    profiles = {profile.id: profile for profile in device_profiles()}
+    if name in profiles:
+        return profiles[name]
+    near = difflib.get_close_matches(name.lower().replace(" ", "-").replace("_", "-"), profiles, n=3, cutoff=0.5)
+    hint = (
+        f"did you mean {' or '.join(near)}?" if near else f"known devices: {', '.join(list(profiles)[:4])} and others;"
+    )
+    raise DeviceError(f"no device {name!r}; {hint} coatrt devices lists all {len(profiles)}")

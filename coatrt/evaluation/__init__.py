@@ -1,1 +1,1 @@
-"""What quantization costs a model."""
+"""The effect of quantization on a model."""

@@ -1,4 +1,4 @@
-"""A transformers model whose frozen weights stand for any configuration, with a LoRA beside them."""
+"""A transformers model with frozen weights in any configuration, and a LoRA beside them."""
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -21,31 +21,31 @@ from coatrt.system.tensors import to_device
 
 __all__ = ["FakeQuantModel"]
 
-_LEFT_FREE = 1 / 8  # of a GPU's memory, beside decoded weights
+_RESERVE = 1 / 8  # share of a GPU's memory kept free of decoded weights
 
 
-def _most_decoded(device: torch.device) -> int:
-    """Return how many bytes of decoded weights are kept unless something else is said."""
+def _default_limit(device: torch.device) -> int:
+    """Return the default limit in bytes of cached decoded weights."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0]) // 2
     return 4 << 30 if device.type == "cpu" else 0
 
 
-def _short_of_memory(device: torch.device) -> bool:
-    """Return whether a GPU has too little memory left for more decoded weights."""
+def _is_memory_low(device: torch.device) -> bool:
+    """Return whether a GPU has too little free memory for more decoded weights."""
     if device.type != "cuda":
         return False
     free, total = torch.cuda.mem_get_info(device)
-    return free < _LEFT_FREE * total
+    return free < _RESERVE * total
 
 
 class _AdaptedLinear(nn.Module):
-    """A frozen linear layer plus its pair (A [K, r], B [r, N]), if there is one.
+    """A frozen linear layer plus its LoRA pair (A [K, r], B [r, N]), if it has one.
 
     Args:
         linear: the layer.
-        name: of its matrix.
-        pairs: of all matrices; whoever binds others changes it.
+        name: name of its matrix.
+        pairs: pairs of all matrices, shared by all layers and changed in place.
     """
 
     def __init__(self, linear: nn.Linear, name: str, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
@@ -66,19 +66,19 @@ class _AdaptedLinear(nn.Module):
 
 
 class FakeQuantModel:
-    """One base model in memory; a configuration exchanges the weights that it changes, no others.
+    """One base model in memory; setting a configuration replaces only the weights whose format changes.
 
     Args:
         checkpoint: the model, of a family that `DecoderSpec` knows.
-        codes: cache of its encoded matrices.
-        compute: torch device that holds the model ("cpu", "cuda").
-        decoded_bytes: most bytes of decoded weights kept for the next configuration that wants them, the least recently
-            used going first; by default 4 GiB on the CPU and half of the memory that a GPU has free beside the model.
-            Once less than an eighth of a GPU's memory is free it keeps no more bytes than it does then.
-        dtype: of the weights and of all products, those of the LoRA among them; its tensors may have another.
+        codes: its encoded matrices.
+        compute: torch device of the model, such as "cpu" or "cuda".
+        decoded_bytes: maximum bytes of decoded weights cached for later configurations, the least recently used dropped
+            first; by default 4 GiB on the CPU, and half of a GPU's free memory after loading the model. Once less than
+            an eighth of a GPU's memory is free, the cache stops growing.
+        dtype: dtype of the weights and of all products, including the LoRA's; LoRA tensors may have another.
 
     Raises:
-        CheckpointError: transformers cannot load it, or does not tie a head that is tied.
+        CheckpointError: transformers cannot load it, or does not tie the head.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class FakeQuantModel:
         self.model: Any = load_model(checkpoint, dtype).to(compute).requires_grad_(False)
         self.compute = torch.device(compute)
         self._codes = codes
-        self._limit = decoded_bytes if decoded_bytes is not None else _most_decoded(self.compute)
+        self._limit = decoded_bytes if decoded_bytes is not None else _default_limit(self.compute)
         self._decoded: OrderedDict[tuple[str, str, torch.dtype], Tensor] = OrderedDict()
         self._bytes = 0
         self._weights: dict[str, Tensor] = {}
@@ -106,22 +106,24 @@ class FakeQuantModel:
             if not matrix.is_table:
                 self.model.set_submodule(matrix.name, _AdaptedLinear(module, matrix.name, self._pairs))
         if checkpoint.matrices.tied and self.model.lm_head.weight is not self._weights[EMBEDDING]:
-            raise CheckpointError(f"{checkpoint.directory} says its head is tied, and it is not; fetch the model again")
+            raise CheckpointError(
+                f"{checkpoint.directory} has a tied head that transformers does not tie; download the model again"
+            )
 
     @torch.no_grad()
     def set_config(self, config: QuantConfig | None) -> None:
-        """Make the weights those of a configuration; None: the checkpoint's own."""
+        """Set the weights to those of a configuration; None: the checkpoint's."""
         for name, weight in self._weights.items():
-            wanted = str(config[name]) if config is not None else ""
-            if wanted != self._current[name]:
-                weight.data = self._decode(name, wanted, self.dtype)
-                self._current[name] = wanted
+            text = str(config[name]) if config is not None else ""
+            if text != self._current[name]:
+                weight.data = self._decode(name, text, self.dtype)
+                self._current[name] = text
 
     @torch.no_grad()
     def weight(self, name: str, fmt: WeightFormat | None, exact: bool = True) -> Tensor:
-        """Return a matrix [N, K] as a format leaves it (None: the checkpoint's own); it is not to be written to.
+        """Return a matrix [N, K] decoded from a format, read-only; None: the checkpoint's.
 
-        It is float32 if `exact`, whatever dtype the model has; else the model's, which saves decoding what is in use.
+        Its dtype is float32 if `exact`, else the model's, which avoids decoding the weights in use again.
         """
         text = str(fmt) if fmt is not None else ""
         dtype = torch.float32 if exact else self.dtype
@@ -131,7 +133,7 @@ class FakeQuantModel:
         return self._decode(name, text, dtype)
 
     def _decode(self, name: str, text: str, dtype: torch.dtype) -> Tensor:
-        """Return the weight of a matrix in a format ("": the checkpoint's own), kept for the next time."""
+        """Return the weight of a matrix in a format ("": the checkpoint's), cached."""
         key = (name, text, dtype)
         if key in self._decoded:
             self._decoded.move_to_end(key)
@@ -140,7 +142,7 @@ class FakeQuantModel:
             value = decode(self._codes.get(name, text).to(self.compute)).to(dtype)
         else:
             value = self.checkpoint.tensor(f"{name}.weight").to(self.compute, dtype)
-        if _short_of_memory(self.compute):
+        if _is_memory_low(self.compute):
             self._limit = min(self._limit, self._bytes)
         if value.nbytes <= self._limit:
             self._decoded[key] = value
@@ -150,18 +152,18 @@ class FakeQuantModel:
         return value
 
     def set_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Take matrices [N, K] from elsewhere, until `set_config` gives them a format again."""
+        """Set matrices [N, K] to other values until the next `set_config`."""
         for name, weight in weights:
             self._weights[name].data = weight.to(self.compute, self.dtype)
             self._current[name] = "given"
 
     def set_pairs(self, pairs: Mapping[str, tuple[Tensor, Tensor]] | None) -> None:
-        """Put (A [K, r], scaled B [r, N]) beside each matrix named; None or a name left out: nothing."""
+        """Set the LoRA pairs: matrix → (A [K, r], scaled B [r, N]); matrices without a pair have no LoRA."""
         self._pairs.clear()
         self._pairs.update(pairs or {})
 
     def set_lora(self, contract: LoraContract, tensors: Mapping[str, Tensor] | None) -> None:
-        """Bind emitted LoRA tensors by their contract names; None takes the LoRA away."""
+        """Set the LoRA from tensors by their contract names; None removes it."""
         pairs = {}
         if tensors is not None:
             for t in contract.tensors:
@@ -169,26 +171,26 @@ class FakeQuantModel:
         self.set_pairs(pairs)
 
     def logits(self, tokens: Tensor, places: Tensor | None = None) -> Tensor:
-        """Return logits [B, S, V] of token ids int64 [B, S], or [B, P, V] at some places only, int64 columns [P]."""
+        """Return logits [B, S, V] of token ids int64 [B, S]; with `places`, int64 columns [P], only [B, P, V]."""
         keep = {} if places is None else {"logits_to_keep": to_device(places, self.compute)}
         result: Tensor = self.model(input_ids=to_device(tokens, self.compute), use_cache=False, **keep).logits
         return result
 
     def predictions(self, batch: Examples) -> tuple[Tensor, Tensor]:
-        """Return logits float32 [T, V] and tokens int64 [T] of the T targets of a batch, row by row.
+        """Return logits float32 [T, V] and tokens int64 [T] of all T targets of a batch, row by row.
 
-        Which these are is decided on the CPU, where the batch is: no GPU is waited for.
+        The targets are selected on the CPU, where the batch is, without waiting for a GPU.
         """
         examples = batch.trimmed()
         targets = examples.targets[:, 1:]
-        marked = targets != IGNORED
-        places = marked.any(0).nonzero().squeeze(1)
+        is_target = targets != IGNORED
+        places = is_target.any(0).nonzero().squeeze(1)
         every = len(places) == targets.shape[1]
         logits = self.logits(examples.tokens[:, :-1], None if every else places).flatten(0, 1)
-        chosen = marked[:, places].flatten().nonzero().squeeze(1)
-        if len(chosen) < len(logits):  # a copy of the logits that plain text does without
-            logits = logits.index_select(0, to_device(chosen, self.compute))
-        return logits.float(), to_device(targets[marked], self.compute)
+        targets_at = is_target[:, places].flatten().nonzero().squeeze(1)
+        if len(targets_at) < len(logits):  # a copy of the logits, not needed for plain text
+            logits = logits.index_select(0, to_device(targets_at, self.compute))
+        return logits.float(), to_device(targets[is_target], self.compute)
 
     def loss(self, batch: Examples) -> Tensor:
         """Return the mean cross-entropy in nats over the targets of a batch."""

@@ -1,4 +1,4 @@
-"""Sensitivities as data: costs and errors of every matrix in every format; read without torch."""
+"""Sensitivities as data: costs and errors of every matrix in every format; needs no torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,1 +1,1 @@
-"""A checkpoint, and what its decoder computes."""
+"""Checkpoints, and the specification of their decoders."""

@@ -38,19 +38,19 @@ class Checkpoint:
 
     @classmethod
     def open(cls, source: str | Path) -> "Checkpoint":
-        """Open a model without loading it.
+        """Open a model without loading its weights.
 
         Args:
             source: a Hugging Face directory with safetensors (sharded or not), a GGUF file or a directory with one
-                (converted once into the cache), or a hub name such as `Qwen/Qwen3-0.6B` (downloaded).
+                (converted once, into the cache), or a hub name such as `Qwen/Qwen3-0.6B` (downloaded).
 
         Raises:
-            CheckpointError: nothing is there, it is damaged, or it is not safetensors.
+            CheckpointError: it does not exist, is damaged, or has no safetensors.
         """
         directory = locate(str(source))
         config, tensors = read_config(directory), stored_tensors(directory)
         layers = config.get("num_hidden_layers")
-        if isinstance(layers, int) and layers > len(tensors):  # transformers would make them all
+        if isinstance(layers, int) and layers > len(tensors):  # transformers would allocate them all
             raise CheckpointError(
                 f"{directory / 'config.json'} says {layers} layers, the files hold {len(tensors)} tensors; correct it"
             )
@@ -58,7 +58,7 @@ class Checkpoint:
 
     @property
     def model_type(self) -> str:
-        """The family, as config.json names it: llama, qwen3, and so on."""
+        """The family in config.json: llama, qwen3 and so on."""
         return model_type(self.config)
 
     @cached_property
@@ -68,14 +68,14 @@ class Checkpoint:
         return matrices_of({name: tensor.shape for name, tensor in self.tensors.items()}, tied)
 
     def tensor(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        """Return a copy of one tensor in its stored dtype; the file is closed again, so no mapping stays in memory.
+        """Return a copy of one tensor in its stored dtype; the file is closed, so no mapping stays in memory.
 
         Args:
-            name: of the tensor.
-            rows: of its first dimension; None: all.
+            name: name of the tensor.
+            rows: slice of its first dimension; None: all.
 
         Raises:
-            CheckpointError: there is no such tensor, it holds values that are not finite, or its file is damaged.
+            CheckpointError: there is no such tensor, a value is not finite, or its file is damaged.
         """
         if name not in self.tensors:
             raise CheckpointError(
@@ -87,14 +87,14 @@ class Checkpoint:
                 view = shard.get_tensor(name) if rows is None else shard.get_slice(name)[rows]
                 tensor: torch.Tensor = view.clone()
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} cannot be read ({reason(error)}); fetch the file again") from None
+            raise CheckpointError(f"{file} cannot be read ({reason(error)}); download it again") from None
         if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{file}: {name} holds values that are not finite; fetch the model again")
+            raise CheckpointError(f"{file}: {name} has values that are not finite; download the model again")
         return tensor
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits over the architecture, every shard's header and size, and 64 samples of its bytes."""
+        """16 hexadecimal digits from the architecture and each shard's header, size and 64 samples of its bytes."""
         digest = hashlib.sha256(json.dumps(architecture(self.config), sort_keys=True).encode())
         for path in sorted({tensor.file for tensor in self.tensors.values()}):
             size = path.stat().st_size

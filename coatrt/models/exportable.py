@@ -1,4 +1,4 @@
-"""What makes an export refuse a model, asked before it is trained: tensors and widths."""
+"""Checks of an export that run before training: tensors and widths."""
 
 import torch
 
@@ -13,62 +13,62 @@ __all__ = ["check_exportable", "check_tensors"]
 
 
 def check_exportable(checkpoint: Checkpoint, spec: DecoderSpec) -> None:
-    """Refuse a model that the exporter would refuse.
+    """Refuse a model that the export would refuse.
 
     Args:
         checkpoint: the model.
         spec: what it computes.
 
     Raises:
-        ConfigError: its end tokens cannot be read.
-        CheckpointError: see `check_tensors`; or its heads have a width that ONNX Runtime's attention does not take.
+        ConfigError: its end tokens are invalid.
+        CheckpointError: see `check_tensors`; or ONNX Runtime's attention does not support the width of its heads.
     """
     if spec.head_dim % 8:
         raise CheckpointError(
-            f"{checkpoint.directory} has heads of {spec.head_dim} dimensions; ONNX Runtime's attention takes multiples "
-            "of 8; give another model"
+            f"{checkpoint.directory} has heads of {spec.head_dim} dimensions, but ONNX Runtime's attention needs a "
+            "multiple of 8; use another model"
         )
     check_tensors(checkpoint)
     end_tokens(checkpoint.directory, checkpoint.config)
 
 
 def check_tensors(checkpoint: Checkpoint) -> None:
-    """Refuse a model whose tensors are not those that transformers' modules take.
+    """Refuse a model whose tensors differ from those of transformers' modules.
 
     Raises:
-        CheckpointError: it lacks tensors, has others or of other shapes, or has a head of its own beside a tied one.
+        CheckpointError: tensors are missing, unused or of another shape, or a tied head has its own values.
     """
-    taken = {name: tuple(tensor.shape) for name, tensor in empty_model(checkpoint).state_dict().items()}
-    given = {
+    expected = {name: tuple(tensor.shape) for name, tensor in empty_model(checkpoint).state_dict().items()}
+    stored = {
         name: tensor.shape for name, tensor in checkpoint.tensors.items() if not name.endswith("rotary_emb.inv_freq")
     }
     table, head = f"{EMBEDDING}.weight", f"{HEAD}.weight"
     if checkpoint.matrices.tied:
-        taken.pop(head, None)
-        if head in given:
+        expected.pop(head, None)
+        if head in stored:
             _check_tied_head(checkpoint, table, head)
-            del given[head]
+            del stored[head]
     for what, names in (
-        ("which a model of its family and config.json does not use", given.keys() - taken.keys()),
-        ("which a model of its family and config.json needs and it lacks", taken.keys() - given.keys()),
+        ("unused", stored.keys() - expected.keys()),
+        ("missing", expected.keys() - stored.keys()),
     ):
         if names:
             raise CheckpointError(
-                f"{checkpoint.directory}: {len(names)} tensors {what}, like {', '.join(sorted(names)[:3])}; correct "
-                "config.json or give a plain checkpoint of the family"
+                f"{checkpoint.directory}: {len(names)} tensors {what} for its family and config.json, like "
+                f"{', '.join(sorted(names)[:3])}; correct config.json or give a plain checkpoint of the family"
             )
-    for name, shape in taken.items():
-        if given[name] != shape:
+    for name, shape in expected.items():
+        if stored[name] != shape:
             raise CheckpointError(
-                f"{checkpoint.directory}: {name} has the shape {list(given[name])}, config.json says {list(shape)}; "
-                "correct config.json or fetch the model again"
+                f"{checkpoint.directory}: {name} has the shape {list(stored[name])}, config.json says {list(shape)}; "
+                "correct config.json or download the model again"
             )
-        if len(shape) < 2:  # matrices are read before the first step; reading refuses what is not finite
+        if len(shape) < 2:  # matrices are read before the first step; reading refuses values that are not finite
             checkpoint.tensor(name)
 
 
 def _check_tied_head(checkpoint: Checkpoint, table: str, head: str) -> None:
-    """Refuse a head of other values than the table it is said to be tied to: transformers would use the head's own."""
+    """Refuse a tied head whose values differ from the table's: transformers would use the head's."""
     if not torch.equal(checkpoint.tensor(table), checkpoint.tensor(head)):
         raise CheckpointError(
             f"{checkpoint.directory}: tie_word_embeddings is true and {head} has other values than {table}; "

@@ -1,4 +1,4 @@
-"""A GGUF file as a Hugging Face directory in the cache: converted once, sealed by the hashes of its files."""
+"""A GGUF file as a Hugging Face directory in the cache: converted once, with the hashes of its files."""
 
 import atexit
 import contextlib
@@ -24,18 +24,18 @@ from coatrt.system.scratch import scratch
 
 __all__ = ["check_conversion", "convert_gguf"]
 
-_VERSION = 3  # of what a file is converted to
+_VERSION = 3  # of the conversion's result
 _SEAL = "sha256.json"  # name of each file → its hash
 _INDEX = "model.safetensors.index.json"
 _SHARD = 2 << 30  # bytes
-_STEM = 40  # characters of a name, of four bytes at most each: a file name may have 255
-_elsewhere: dict[Path, Path] = {}  # conversions that the cache could not hold, by their place there
+_MAX_STEM = 40  # characters of a name, at most four bytes each; a file name has at most 255 bytes
+_temporary_copies: dict[Path, Path] = {}  # path in the cache → conversion, if the cache could not be written
 _until_exit = contextlib.ExitStack()
 atexit.register(_until_exit.close)
 
 
 def convert_gguf(path: Path) -> Path:
-    """Return a Hugging Face directory with the decoded weights and the tokenizer of a GGUF file.
+    """Convert a GGUF file, unless it is in the cache, and return the Hugging Face directory.
 
     Raises:
         CheckpointError: see `GgufModel`; or transformers cannot read its tokenizer.
@@ -43,9 +43,11 @@ def convert_gguf(path: Path) -> Path:
     path = path.resolve()
     stat = path.stat()
     identity = f"{_VERSION}:{path}:{stat.st_size}:{stat.st_mtime_ns}"
-    target = cache_directory() / "gguf" / f"{path.stem[:_STEM]}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-    target = _elsewhere.get(target, target)
-    if _sealed(target):
+    target = (
+        cache_directory() / "gguf" / f"{path.stem[:_MAX_STEM]}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    )
+    target = _temporary_copies.get(target, target)
+    if _is_complete(target):
         return target
     model = GgufModel(path)
     with cache_writing():
@@ -53,39 +55,39 @@ def convert_gguf(path: Path) -> Path:
     if cached(target, _SEAL):
         return target
     directory = _until_exit.enter_context(scratch(Path(tempfile.gettempdir()), "gguf"))
-    _elsewhere[target] = directory / target.name
-    _convert(model, _elsewhere[target])
-    return _elsewhere[target]
+    _temporary_copies[target] = directory / target.name
+    _convert(model, _temporary_copies[target])
+    return _temporary_copies[target]
 
 
 def check_conversion(path: Path, directory: Path) -> None:
-    """Refuse a conversion whose tensors are not those of its GGUF file, decoded anew.
+    """Decode a GGUF file again and refuse a conversion whose tensors differ.
 
     Raises:
         CheckpointError: they differ; or see `GgufModel`.
     """
     stored = stored_tensors(directory)
     for name, tensor in GgufModel(path).tensors():
-        found = None
+        converted = None
         if name in stored:
             with safe_open(str(stored[name].file), framework="pt") as shard:
-                found = shard.get_tensor(name)
-        if found is None or not torch.equal(found, tensor):
-            raise CheckpointError(f"{directory}: {name} is not what {path} holds; remove that directory")
+                converted = shard.get_tensor(name)
+        if converted is None or not torch.equal(converted, tensor):
+            raise CheckpointError(f"{directory}: {name} differs from {path}; remove the directory")
 
 
 def _convert(model: GgufModel, target: Path) -> None:
     with atomic_directory(target) as temporary:
         write_json(temporary / "config.json", model.config)
         write_json(temporary / "generation_config.json", {"eos_token_id": model.end_tokens})
-        DecoderSpec.from_config(model.config)  # what is wrong there is not the tokenizer's fault
+        DecoderSpec.from_config(model.config)  # first, so that its errors are not taken for the tokenizer's
         _write_tokenizer(model, temporary)
         _write_shards(model, temporary)
         write_json(temporary / _SEAL, {file.name: sha256_file(file) for file in sorted(temporary.iterdir())})
 
 
-def _sealed(directory: Path) -> bool:
-    """Return whether a conversion is there, every file as it was written."""
+def _is_complete(directory: Path) -> bool:
+    """Return whether a conversion exists and every file has its hash."""
     try:
         hashes = read_as(directory / _SEAL, dict[str, str], "hashes", "convert it again")
         names = {file.name for file in directory.iterdir()} - {_SEAL}
@@ -95,10 +97,10 @@ def _sealed(directory: Path) -> bool:
 
 
 def _write_shards(model: GgufModel, directory: Path) -> None:
-    """Write the tensors as shards of a bounded size, which is what is in memory at a time."""
+    """Write the tensors as shards of bounded size; one shard at a time is in memory."""
     weights: dict[str, str] = {}
     shard: dict[str, torch.Tensor] = {}
-    held = 0
+    size = 0
 
     def flush() -> None:
         if shard:
@@ -108,11 +110,11 @@ def _write_shards(model: GgufModel, directory: Path) -> None:
             shard.clear()
 
     for name, tensor in model.tensors():
-        if held + tensor.nbytes > _SHARD:
+        if size + tensor.nbytes > _SHARD:
             flush()
-            held = 0
+            size = 0
         shard[name] = tensor
-        held += tensor.nbytes
+        size += tensor.nbytes
     flush()
     write_json(directory / _INDEX, {"metadata": {}, "weight_map": weights})
 
@@ -127,10 +129,10 @@ def _write_tokenizer(model: GgufModel, directory: Path) -> None:
             tokenizer = AutoTokenizer.from_pretrained(
                 model.path.parent, gguf_file=model.path.name, trust_remote_code=False
             )
-        if (end := model.config["eos_token_id"]) is not None:  # transformers 5.17 gives the start token
+        if (end := model.config["eos_token_id"]) is not None:  # transformers 5.17 sets the start token
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
         tokenizer.save_pretrained(directory)
-    except Exception as error:  # of any kind
+    except Exception as error:  # transformers raises many kinds
         raise CheckpointError(
-            f"the tokenizer in {model.path} cannot be read ({reason(error)}); fetch it again or give safetensors"
+            f"the tokenizer in {model.path} cannot be read ({reason(error)}); download it again or give safetensors"
         ) from None

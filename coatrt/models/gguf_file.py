@@ -1,4 +1,4 @@
-"""GGUF files: every key and tensor is used, known to say nothing of the arithmetic, or refused by name."""
+"""GGUF files: every key and tensor is used, known not to affect the computation, or refused by name."""
 
 import math
 import re
@@ -15,7 +15,7 @@ from coatrt.errors import CheckpointError, reason
 __all__ = ["GgufModel"]
 
 _SILENT = re.compile(r"GGUF\.|general\.|tokenizer\.|quantize\.")
-"""Keys that say nothing of the arithmetic; the tokenizer's are transformers' to read."""
+"""Keys that do not affect the computation; transformers reads those of the tokenizer."""
 _PLAIN = {  # GGUF key after the architecture's name → key of config.json
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
@@ -31,14 +31,14 @@ _FAMILIES = ("llama", "qwen2", "qwen3")
 
 
 class GgufModel:
-    """An open GGUF file of the Llama kind.
+    """An open GGUF file of a Llama-like model.
 
     Args:
         path: the file.
 
     Raises:
-        CheckpointError: it is damaged, one part of several, of another family, or holds keys or tensors that no
-            config.json of its family stands for; or the gguf package is missing.
+        CheckpointError: it is damaged, a part of a split file, of another family, or has keys or tensors that a
+            config.json of its family cannot express; or the gguf package is missing.
     """
 
     def __init__(self, path: Path) -> None:
@@ -51,25 +51,21 @@ class GgufModel:
             _check_header(path)
             reader = gguf.GGUFReader(path)
             self._keys: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
-        except Exception as error:  # the reader's own are of any kind
-            raise self._error(f"cannot be read as GGUF ({reason(error)}); fetch it again") from None
+        except Exception as error:  # the reader raises many kinds
+            raise self._error(f"cannot be read as GGUF ({reason(error)}); download it again") from None
         self._tensors = {str(tensor.name): tensor for tensor in reader.tensors}
         if len(self._tensors) != len(reader.tensors):
-            raise self._error("names a tensor twice; fetch it again")
+            raise self._error("names a tensor twice; download it again")
         self.family = str(self._keys.get("general.architecture"))
         if self.family not in _FAMILIES or self._keys.get("general.type", "model") != "model":
-            raise self._error(
-                f"is of the architecture {self.family}; allowed: {', '.join(_FAMILIES)}; give safetensors"
-            )
+            raise self._error(f"has the architecture {self.family}; allowed: {', '.join(_FAMILIES)}; give safetensors")
         if int(self._keys.get("split.count", 1)) > 1:
-            raise self._error(
-                f"is one part of {self._keys['split.count']}; merge them (llama-gguf-split --merge) or give safetensors"
-            )
+            raise self._error(f"is one of {self._keys['split.count']} parts; merge them (llama-gguf-split --merge)")
         self.config = self._read_config()
         self._names = self._read_names(gguf)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield every tensor by its Hugging Face name, float16 where it is stored so, else float32."""
+        """Yield (Hugging Face name, tensor): float16 if stored as float16, else float32."""
         import gguf
 
         for name, stored in self._names.items():
@@ -81,7 +77,9 @@ class GgufModel:
                 raise self._error(f"holds {stored} in a type that gguf cannot decode ({error})") from None
             rows = np.array(values).reshape([int(size) for size in reversed(tensor.shape)])
             heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
-            if self.family == "llama" and heads is not None:  # llama.cpp rotates neighbours: its rows are interleaved
+            if (
+                self.family == "llama" and heads is not None
+            ):  # llama.cpp rotates neighbouring dimensions, so its rows are interleaved
                 count = self.config[heads]
                 rows = rows.reshape(count, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
             yield name, torch.from_numpy(np.ascontiguousarray(rows))
@@ -89,22 +87,22 @@ class GgufModel:
     @property
     def end_tokens(self) -> list[int]:
         """Every token that ends a text or a turn."""
-        named = [self._keys.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
-        return sorted({int(token) for token in named if token is not None})
+        candidates = [self._keys.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
+        return sorted({int(token) for token in candidates if token is not None})
 
     def _error(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.path} {what}")
 
     def _read_config(self) -> dict[str, Any]:
-        """Return the config.json that the keys stand for."""
-        left = {key: value for key, value in self._keys.items() if not _SILENT.match(key)}
+        """Return the config.json that the keys describe."""
+        remaining = {key: value for key, value in self._keys.items() if not _SILENT.match(key)}
         for key in ("split.count", "split.no", "split.tensors.count", f"{self.family}.rope.scaling.finetuned"):
-            left.pop(key, None)
+            remaining.pop(key, None)
 
         def take(name: str, default: Any = None) -> Any:
-            value = left.pop(f"{self.family}.{name}", default)
+            value = remaining.pop(f"{self.family}.{name}", default)
             if value is None:
-                raise self._error(f"lacks the key {self.family}.{name}; fetch it again or give safetensors")
+                raise self._error(f"lacks the key {self.family}.{name}; download it again or give safetensors")
             return value
 
         config = {theirs: take(ours) for ours, theirs in _PLAIN.items() if ours != "attention.head_count_kv"}
@@ -112,13 +110,13 @@ class GgufModel:
         counts = [value for key, value in config.items() if key != "rms_norm_eps"]
         if not all(isinstance(value, int) and value > 0 for value in counts):
             raise self._error(
-                f"gives {config}; whole numbers above 0 are allowed, one for all layers; give safetensors"
+                f"has {config}; each must be a whole number above 0, the same for all layers; give safetensors"
             )
         width = config["hidden_size"] // config["num_attention_heads"]
         head = take("attention.key_length", width)
         for name in ("attention.value_length", "rope.dimension_count"):
             if (other := take(name, head)) != head:
-                raise self._error(f"has heads of {head} and {name} {other}; one width is allowed; give safetensors")
+                raise self._error(f"has heads of width {head} and {name} {other}; they must be equal; give safetensors")
         base = float(take("rope.freq_base", 1e4))
         vocabulary = len(self._keys.get("tokenizer.ggml.tokens", ())) or None
         end, rope = self._keys.get("tokenizer.ggml.eos_token_id"), {"rope_type": "default", "rope_theta": base}
@@ -128,10 +126,12 @@ class GgufModel:
             if kind == "yarn":
                 rope["original_max_position_embeddings"] = int(take("rope.scaling.original_context_length"))
         elif kind != "none":
-            raise self._error(f"scales its rotary positions by {kind!r}; allowed: none, linear, yarn; give safetensors")
+            raise self._error(f"has rope scaling {kind!r}; allowed: none, linear, yarn; give safetensors")
         if "rope_freqs.weight" in self._tensors:
             if kind != "none":
-                raise self._error("scales its rotary positions twice (rope.scaling.type and rope_freqs.weight)")
+                raise self._error(
+                    "scales its rotary positions twice (rope.scaling.type and rope_freqs.weight); give safetensors"
+                )
             rope |= self._llama3(base, int(head))
         config |= {
             "model_type": self.family,
@@ -143,17 +143,17 @@ class GgufModel:
             "eos_token_id": end,
             "sliding_window": None,
         }
-        if left:
+        if remaining:
             raise self._error(
-                f"has the keys {', '.join(sorted(left)[:3])}, which config.json has no words for; give safetensors"
+                f"has the keys {', '.join(sorted(remaining)[:3])}, which config.json cannot express; give safetensors"
             )
         return config
 
     def _llama3(self, base: float, width: int) -> dict[str, Any]:
-        """Return the llama3 scaling whose factors on the wavelengths `rope_freqs.weight` holds.
+        """Return the llama3 rope scaling of `rope_freqs.weight`, which has its factors on the wavelengths.
 
-        Its formula: transformers, `modeling_rope_utils._compute_llama3_parameters`. The low and high factors are those
-        of Llama 3 (1 and 4); the largest factor is the scaling's, and a factor between gives the original length.
+        Formula: transformers, `modeling_rope_utils._compute_llama3_parameters`. The low and high factors are those of
+        Llama 3 (1 and 4), the factor is the largest of the tensor, and one in between gives the original length.
         """
         factors = np.asarray(self._tensors["rope_freqs.weight"].data, np.float64).reshape(-1)
         wavelengths = 2 * math.pi * base ** (np.arange(0, width, 2) / width)
@@ -167,11 +167,9 @@ class GgufModel:
             smooth = (1 / factors[i] - 1 / most) / (1 - 1 / most)
             original = round(wavelengths[i] * (low + smooth * (high - low)))
         smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)
-        expected = 1 / ((1 - smooth) / most + smooth)
-        if factors.shape != expected.shape or not np.allclose(expected, factors, rtol=1e-4):
-            raise self._error(
-                "scales its rotary positions by a rope_freqs.weight that is not llama3's; give safetensors"
-            )
+        model_factors = 1 / ((1 - smooth) / most + smooth)
+        if factors.shape != model_factors.shape or not np.allclose(model_factors, factors, rtol=1e-4):
+            raise self._error("has a rope_freqs.weight that is not llama3's; give safetensors")
         return {
             "rope_type": "llama3",
             "factor": most,
@@ -181,11 +179,11 @@ class GgufModel:
         }
 
     def _read_names(self, gguf: Any) -> dict[str, str]:
-        """Return Hugging Face name → stored name of every tensor; what is there beside them is refused."""
+        """Return Hugging Face name → stored name of every tensor; any other tensor is refused."""
         arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.family)
         layers = self.config["num_hidden_layers"]
         if layers > len(self._tensors):
-            raise self._error(f"has {len(self._tensors)} tensors for {layers} layers; fetch it again")
+            raise self._error(f"has {len(self._tensors)} tensors for {layers} layers; download it again")
         table = gguf.get_tensor_name_map(arch, layers)
         modules = ["model.embed_tokens", "model.norm", "lm_head"]
         parts = ["input_layernorm", "post_attention_layernorm"]
@@ -197,21 +195,21 @@ class GgufModel:
         for module in modules:
             stored = table.get_name(module)
             if f"{stored}.weight" not in self._tensors and module.rsplit(".", 1)[-1] not in optional:
-                raise self._error(f"lacks the tensor {stored}.weight; fetch it again or give safetensors")
+                raise self._error(f"lacks the tensor {stored}.weight; download it again or give safetensors")
             for kind in ("weight", "bias"):
                 if stored is not None and f"{stored}.{kind}" in self._tensors:
                     names[f"{module}.{kind}"] = f"{stored}.{kind}"
         strays = sorted(set(self._tensors) - set(names.values()) - {"rope_freqs.weight"})
         if strays:
             raise self._error(
-                f"holds {len(strays)} tensors that a model of the family {self.family} does not have, like "
-                f"{', '.join(strays[:3])}; give the model's safetensors"
+                f"has {len(strays)} tensors that the family {self.family} does not use, like {', '.join(strays[:3])}; "
+                "give the model's safetensors"
             )
         return names
 
 
 def _check_header(path: Path) -> None:
-    """Refuse a header whose counts and lengths lead beyond the file: the reader would go on for ever.
+    """Refuse a header whose counts and lengths exceed the file: the reader would run on endlessly.
 
     The layout is that of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, little-endian.
     """
@@ -224,7 +222,7 @@ def _check_header(path: Path) -> None:
 
         def skip(length: int) -> None:
             if length > size - stream.tell():
-                raise ValueError(f"{length} bytes are promised {size - stream.tell()} before the end")
+                raise ValueError(f"{length} bytes announced, {size - stream.tell()} left")
             stream.seek(length, 1)
 
         def value(kind: int) -> None:
@@ -243,7 +241,7 @@ def _check_header(path: Path) -> None:
                 skip(_SIZES[kind])
 
         if stream.read(4) != b"GGUF" or number("<I") not in (2, 3):
-            raise ValueError("no GGUF of version 2 or 3")
+            raise ValueError("not GGUF version 2 or 3")
         tensors, keys = number("<Q"), number("<Q")
         if max(tensors, keys) > size // 12:
             raise ValueError(f"{tensors} tensors and {keys} keys in {size} bytes")

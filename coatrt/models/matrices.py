@@ -1,4 +1,4 @@
-"""The quantizable matrices of a model: names, shapes, kinds, layers, and which of them one kernel reads together."""
+"""The quantizable matrices of a model: names, shapes, kinds, layers and fused groups."""
 
 import math
 import re
@@ -15,21 +15,21 @@ __all__ = ["EMBEDDING", "HEAD", "Matrix", "ModelMatrices", "fused_name", "matric
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-_MOST_DIGITS = 4  # of a layer's number
-_MOST_PARAMETERS = 2**50  # of which sums of bits stay below 2^63
+_MAX_DIGITS = 4  # of a layer number
+_MAX_PARAMETERS = 2**50  # keeps sums of bits below 2^63
 _ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-_JOINT = ("qkv_proj", "gate_up_proj")
+_FUSED_NAMES = ("qkv_proj", "gate_up_proj")
 
 
 def fused_name(name: str) -> str:
-    """Return what a matrix and those that read the same input are called together, "" where it reads alone.
+    """Return the name of a matrix's fused group, the matrices that read the same input; "" if it has none.
 
     `model.layers.3.mlp.up_proj` → `model.layers.3.mlp.gate_up_proj`.
     """
     parent, _, kind = name.rpartition(".")
-    joint = next((joint for joint, kinds in zip(_JOINT, _FUSED, strict=True) if kind in kinds), "")
-    return f"{parent}.{joint}" if joint and parent else ""
+    fused = next((fused for fused, kinds in zip(_FUSED_NAMES, _FUSED, strict=True) if kind in kinds), "")
+    return f"{parent}.{fused}" if fused and parent else ""
 
 
 class Matrix(NamedTuple):
@@ -67,12 +67,12 @@ class ModelMatrices:
     """All matrices of one model, in network order.
 
     Args:
-        matrices: embedding first, then layer by layer, then the head where it is a table of its own.
-        tied: whether the head reads the embedding table (then the table is counted once).
-        other_bytes: bytes of everything that is never quantized (norms, biases), at 2 bytes an element.
+        matrices: embedding first, then layer by layer, then the head unless it is tied.
+        tied: whether the head uses the embedding table, which is then counted once.
+        other_bytes: bytes of all tensors that are never quantized (norms, biases), at 2 bytes per element.
 
     Raises:
-        CheckpointError: none, a name twice, a layer or a number of weights beyond all measure.
+        CheckpointError: no matrix, a repeated name, or too many layers or weights.
     """
 
     matrices: tuple[Matrix, ...]
@@ -82,15 +82,17 @@ class ModelMatrices:
     def __post_init__(self) -> None:
         if not self.matrices or len(self.by_name) < len(self.matrices):
             raise CheckpointError(
-                "a model needs matrices, each of a name of its own; take it from the checkpoint again"
+                "a model needs at least one matrix, and names must not repeat; build it from the checkpoint again"
             )
         for matrix in self.matrices:
-            if (found := _LAYER.fullmatch(matrix.name)) and len(found[1]) > _MOST_DIGITS:
+            if (match := _LAYER.fullmatch(matrix.name)) and len(match[1]) > _MAX_DIGITS:
                 raise CheckpointError(
-                    f"{matrix.name[:80]} lies in no layer below {10**_MOST_DIGITS}; fetch the model again"
+                    f"the layer of {matrix.name[:80]} must be below {10**_MAX_DIGITS}; download the model again"
                 )
-        if self.parameters > _MOST_PARAMETERS:
-            raise CheckpointError(f"{self.parameters} weights are more than {_MOST_PARAMETERS}; fetch the model again")
+        if self.parameters > _MAX_PARAMETERS:
+            raise CheckpointError(
+                f"weights must be at most {_MAX_PARAMETERS}, got {self.parameters}; download the model again"
+            )
 
     @cached_property
     def by_name(self) -> Mapping[str, Matrix]:
@@ -104,27 +106,27 @@ class ModelMatrices:
 
     @cached_property
     def targets(self) -> tuple[Matrix, ...]:
-        """Matrices that carry a LoRA: all but embedding and head."""
+        """Target modules, which carry a LoRA: all matrices but embedding and head."""
         return tuple(matrix for matrix in self.matrices if not matrix.is_table)
 
     @cached_property
     def multiplied(self) -> tuple[Matrix, ...]:
-        """Matrices that every token is multiplied with: an embedding beside a head of its own is only looked up."""
+        """Matrices that every token is multiplied by: an untied embedding is only looked up."""
         return self.matrices if self.tied else self.matrices[1:]
 
     @cached_property
     def groups(self) -> tuple[tuple[str, ...], ...]:
-        """Fused groups (q/k/v; gate/up) and the remaining matrices, each name exactly once, in network order."""
-        taken: set[str] = set()
+        """Fused groups (q/k/v, gate/up) and single matrices, each name once, in network order."""
+        grouped: set[str] = set()
         groups = []
         for matrix in self.matrices:
-            if matrix.name in taken:
+            if matrix.name in grouped:
                 continue
             parent, _, kind = matrix.name.rpartition(".")
             kinds: Sequence[str] = next((fused for fused in _FUSED if kind in fused), (kind,))
             names = [f"{parent}.{kind}" if parent else kind for kind in kinds]
             group = tuple(name for name in names if name in self.by_name)
-            taken.update(group)
+            grouped.update(group)
             groups.append(group)
         return tuple(groups)
 
@@ -135,33 +137,33 @@ class ModelMatrices:
 
 
 def matrices_of(shapes: Mapping[str, Sequence[int]], tied: bool) -> ModelMatrices:
-    """Return the inventory of a checkpoint from its tensor names and shapes.
+    """Return the matrices of a checkpoint from its tensor names and shapes.
 
     Args:
         shapes: tensor name → shape, Hugging Face layout (`….weight` is [N, K]).
         tied: the checkpoint's `tie_word_embeddings`.
 
     Raises:
-        CheckpointError: there is no embedding table, or no decoder layer.
+        CheckpointError: there is no embedding table, no decoder layer, or no head.
     """
-    found, other = [], 0
+    matrices, other = [], 0
     for name, shape in shapes.items():
         if tied and name == f"{HEAD}.weight":
             continue
         stem = name.removesuffix(".weight")
         if name.endswith(".weight") and len(shape) == 2 and (_LAYER.fullmatch(stem) or stem in (EMBEDDING, HEAD)):
-            found.append(Matrix(stem, int(shape[0]), int(shape[1])))
+            matrices.append(Matrix(stem, int(shape[0]), int(shape[1])))
         else:
             other += 2 * math.prod(shape)
     order = {kind: i for i, kind in enumerate(_ORDER)}
     rank = {EMBEDDING: -1, HEAD: 1 << 30}
-    found.sort(key=lambda m: (rank.get(m.name, m.layer), order.get(m.kind, len(order)), m.name))
-    names = {matrix.name for matrix in found}
-    if EMBEDDING not in names or not any(matrix.layer >= 0 for matrix in found):
+    matrices.sort(key=lambda m: (rank.get(m.name, m.layer), order.get(m.kind, len(order)), m.name))
+    names = {matrix.name for matrix in matrices}
+    if EMBEDDING not in names or not any(matrix.layer >= 0 for matrix in matrices):
         raise CheckpointError(
             f"the checkpoint has no {EMBEDDING}.weight or no model.layers.N; "
             "give a decoder-only language model of the Llama family in Hugging Face layout"
         )
     if not tied and HEAD not in names:
-        raise CheckpointError("the checkpoint has no lm_head.weight and does not tie it; give a causal language model")
-    return ModelMatrices(tuple(found), tied, other)
+        raise CheckpointError("the checkpoint has no lm_head.weight and no tied head; give a causal language model")
+    return ModelMatrices(tuple(matrices), tied, other)

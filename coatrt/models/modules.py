@@ -1,4 +1,4 @@
-"""transformers' modules of a checkpoint: which tensors they take, and the model with exactly those."""
+"""The transformers model of a checkpoint: without values, or with exactly the checkpoint's tensors."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ __all__ = ["empty_model", "load_model"]
 
 
 def empty_model(checkpoint: Checkpoint) -> Any:
-    """Return the transformers model of a checkpoint with parameters on the meta device: names and shapes, no values.
+    """Return the transformers model of a checkpoint on the meta device: names and shapes without values.
 
     Raises:
         CheckpointError: transformers has no such model, or refuses its configuration.
@@ -25,20 +25,20 @@ def empty_model(checkpoint: Checkpoint) -> Any:
     try:
         with init_empty_weights(include_buffers=False):
             return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
-    except Exception as error:  # whatever a value of config.json meets
+    except Exception as error:  # a bad value of config.json raises many kinds
         raise CheckpointError(
-            f"transformers cannot make a {checkpoint.model_type} model of {checkpoint.directory / 'config.json'} "
-            f"({reason(error)}); correct it or fetch it again"
+            f"transformers cannot create a {checkpoint.model_type} model from {checkpoint.directory / 'config.json'} "
+            f"({reason(error)}); correct it or download it again"
         ) from None
 
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Any:
     """Return the transformers model of a checkpoint in eval mode, weights in `dtype`, on the CPU.
 
-    It gets the tensors of `Checkpoint.tensors`, those that an export reads, and not what transformers would find.
+    It uses the tensors of `Checkpoint.tensors`, as an export does, not the files that transformers would pick.
 
     Raises:
-        CheckpointError: transformers refuses it, or it lacks a tensor, or a file is damaged.
+        CheckpointError: transformers refuses it, a tensor is missing, or a file is damaged.
     """
     kind = type(empty_model(checkpoint))
     try:
@@ -47,13 +47,13 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> An
             with safe_open(str(path), framework="pt") as shard:
                 state.update({name: shard.get_tensor(name) for name in shard.keys()})  # noqa: SIM118 - no mapping
         config = complete_config(checkpoint.config)
-        model, found = kind.from_pretrained(
+        model, report = kind.from_pretrained(
             None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
         )
     except Exception as error:
-        raise CheckpointError(f"{checkpoint.directory} cannot be loaded ({reason(error)}); fetch it again") from None
-    if wrong := sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}):
-        raise CheckpointError(f"{checkpoint.directory} lacks {', '.join(wrong[:3])}; the checkpoint is incomplete")
-    for parameter in model.parameters():  # no weight stays a view of its file
+        raise CheckpointError(f"{checkpoint.directory} cannot be loaded ({reason(error)}); download it again") from None
+    if wrong := sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}):
+        raise CheckpointError(f"{checkpoint.directory} is incomplete (no {', '.join(wrong[:3])}); download it again")
+    for parameter in model.parameters():  # weights must not stay views of their files
         parameter.data = parameter.data.clone()
     return model.eval()

@@ -1,4 +1,4 @@
-"""Where a model is: a Hugging Face directory, a GGUF file that is converted once, or a hub name that is downloaded."""
+"""Sources of models: a Hugging Face directory, a GGUF file, which is converted once, or a hub name (downloaded)."""
 
 from pathlib import Path
 
@@ -11,10 +11,10 @@ _HUB_FILES = ["*.json", "model*.safetensors", "*.model", "*.jinja", "*.txt"]
 
 
 def gguf_file(path: Path) -> Path | None:
-    """Return the GGUF file that a path means: itself, or the only one of a directory without config.json."""
+    """Return the GGUF file at a path: itself, or the only one in a directory without config.json."""
     if path.is_dir() and not (path / "config.json").is_file():
-        found = sorted(path.glob("*.gguf"))
-        return found[0] if len(found) == 1 else None
+        files = sorted(path.glob("*.gguf"))
+        return files[0] if len(files) == 1 else None
     return path if path.is_file() and path.suffix == ".gguf" else None
 
 
@@ -22,7 +22,7 @@ def locate(source: str) -> Path:
     """Return the Hugging Face directory of a model, see `Checkpoint.open`.
 
     Raises:
-        CheckpointError: nothing is there, or it cannot be read.
+        CheckpointError: it does not exist or cannot be read.
     """
     path = Path(source).expanduser()
     if (file := gguf_file(path)) is not None:
@@ -44,7 +44,7 @@ def locate(source: str) -> Path:
 
     try:
         return Path(snapshot_download(source, allow_patterns=_HUB_FILES))
-    except (OSError, ValueError) as error:  # all of the hub's own are one of the two
+    except (OSError, ValueError) as error:  # the base classes of all hub errors
         raise CheckpointError(
             f"model {source} is not a local path and cannot be downloaded ({reason(error)}); "
             "give a Hugging Face directory, a GGUF file or a hub name"

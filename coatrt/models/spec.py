@@ -1,4 +1,4 @@
-"""What a decoder computes, read from a Hugging Face configuration: one frozen value that the graph writer follows."""
+"""The specification of a decoder, read from a Hugging Face configuration; the graph writer follows it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,11 +22,21 @@ _COUNTS = (
     "intermediate_size",
     "max_position_embeddings",
 )
-_MOST = {"layers": 4096, "hidden": 2**20, "heads": 2**16, "kv_heads": 2**16, "head_dim": 2**16, "vocabulary": 2**31 - 1}
-_MOST |= {"max_positions": 2**31 - 1}
-_MOST_GIVEN = {"num_hidden_layers": _MOST["layers"], "head_dim": _MOST["head_dim"]}  # others: those of any number
-_MOST_FACTOR = 1e18
-_WINDOW_PER_LAYER = ("qwen2", "qwen3", "smollm3")  # those whose modules honour layer_types
+_MAXIMA = {
+    "layers": 4096,
+    "hidden": 2**20,
+    "heads": 2**16,
+    "kv_heads": 2**16,
+    "head_dim": 2**16,
+    "vocabulary": 2**31 - 1,
+}
+_MAXIMA |= {"max_positions": 2**31 - 1}
+_CONFIG_MAXIMA = {
+    "num_hidden_layers": _MAXIMA["layers"],
+    "head_dim": _MAXIMA["head_dim"],
+}  # for other keys the limit of _COUNTS
+_MAX_FACTOR = 1e18
+_WINDOW_PER_LAYER = ("qwen2", "qwen3", "smollm3")  # families whose modules honour layer_types
 _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -38,7 +48,7 @@ _ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """Geometry and arithmetic of a decoder-only model of the Llama kind.
+    """Shapes and operations of a decoder-only, Llama-like model.
 
     Args:
         family: model_type of the checkpoint.
@@ -48,20 +58,20 @@ class DecoderSpec:
         kv_heads: key and value heads.
         head_dim: width of one head.
         vocabulary: rows of the embedding table.
-        max_positions: longest sequence the model was made for.
-        epsilon: of every normalization.
-        layer_norm: normalizations also subtract the mean and add a bias (stablelm).
+        max_positions: longest sequence that the model supports.
+        epsilon: epsilon of every norm.
+        layer_norm: whether norms also subtract the mean and add a bias (stablelm).
         norm_offset: added to every norm weight (gemma stores weight − 1).
-        norm_after: norms stand behind attention and MLP instead of before them (olmo2).
-        activation: of the gate.
-        inverse_frequencies: rotary frequencies in radians per position; half as many as rotated dimensions.
+        norm_after: whether norms follow attention and MLP instead of preceding them (olmo2).
+        activation: activation of the gate.
+        inverse_frequencies: rotary frequencies in radians per position, one for two rotated dimensions.
         rope_scaling: factor on the rotary cosines and sines.
-        windows: per layer, positions a query sees (itself included); None for all.
-        rotary: per layer, whether positions are rotated in.
+        windows: per layer, positions that a query attends to, itself included; None for all.
+        rotary: per layer, whether it has rotary positions.
         embedding_multiplier: factor on the embeddings.
-        residual_multiplier: factor on what a layer adds.
+        residual_multiplier: factor on the output of attention and MLP before it is added.
         attention_multiplier: factor on query · key.
-        logits_divisor: the logits are divided by it.
+        logits_divisor: divisor of the logits.
     """
 
     family: str
@@ -87,72 +97,79 @@ class DecoderSpec:
     logits_divisor: float
 
     def __post_init__(self) -> None:
-        for name, most in _MOST.items():
+        for name, most in _MAXIMA.items():
             if not 1 <= getattr(self, name) <= most:
-                raise CheckpointError(f"{name} must be 1 to {most}, got {getattr(self, name)}; fetch the model again")
+                raise CheckpointError(
+                    f"{name} must be 1 to {most}, got {getattr(self, name)}; download the model again"
+                )
         factors = (self.rope_scaling, self.embedding_multiplier, self.residual_multiplier, self.attention_multiplier)
         numbers = (*self.inverse_frequencies, *factors, self.norm_offset, self.epsilon, self.logits_divisor)
-        if self.logits_divisor == 0 or not all(abs(number) <= _MOST_FACTOR for number in numbers):
+        if self.logits_divisor == 0 or not all(abs(number) <= _MAX_FACTOR for number in numbers):
             raise CheckpointError(
-                f"a factor is not finite, beyond {_MOST_FACTOR:g}, or a divisor of 0; fetch the model again"
+                f"factors must be finite and at most {_MAX_FACTOR:g}, and the divisor not 0; download the model again"
             )
         if not len(self.windows) == len(self.rotary) == self.layers or len(self.inverse_frequencies) > self.head_dim:
-            raise CheckpointError("windows and rotary have an entry for each layer; fetch the model again")
+            raise CheckpointError(
+                "windows and rotary need one entry per layer, inverse_frequencies at most one per dimension; "
+                "download the model again"
+            )
         if not all(window is None or 1 <= window < 2**31 for window in self.windows):
-            raise CheckpointError("a window must be 1 to 2147483647 positions; fetch the model again")
+            raise CheckpointError("a window must be 1 to 2147483647 positions; download the model again")
 
     def check_context(self, context: int) -> None:
-        """Refuse more slots of the KV cache than the model has positions.
+        """Refuse a context longer than the positions of the model.
 
         Raises:
-            ConfigError: there are more.
+            ConfigError: it is longer.
         """
         if context > self.max_positions:
             raise ConfigError(
-                f"a context of {context} is given and the model has {self.max_positions} positions; "
+                f"context must be at most {self.max_positions}, the positions of the model, got {context}; "
                 f"give --context {self.max_positions} or less"
             )
 
     @classmethod
     def from_config(cls, values: Mapping[str, Any]) -> "DecoderSpec":
-        """Return the specification in the content of a config.json; transformers fills in what it leaves out.
+        """Return the specification of a config.json's content; transformers fills in missing keys.
 
         Raises:
-            CheckpointError: the family, rope type or activation is unknown, or a number is beyond all measure.
+            CheckpointError: the family, rope type or activation is unknown, or a number is out of range.
         """
         family = model_type(values)
         if family not in FAMILIES:
             raise CheckpointError(
                 f"model_type {family or 'missing'} cannot be exported; allowed: {', '.join(FAMILIES)}; "
-                "convert the checkpoint to one of them or add the family to the graph writer"
+                "convert the checkpoint to one of them, or add the family (CONTRIBUTING.md)"
             )
         if family == "mistral" and "layer_types" in values:  # transformers reads it as another family
-            raise CheckpointError("a mistral model with layer_types is a Ministral, which cannot be exported")
-        for key in (*_COUNTS, "head_dim"):  # before transformers makes lists of that length
-            most, value = _MOST_GIVEN.get(key, 2**31 - 1), values.get(key)
+            raise CheckpointError(
+                "a mistral model with layer_types is a Ministral, which cannot be exported; use another model"
+            )
+        for key in (*_COUNTS, "head_dim"):  # before transformers allocates lists of that length
+            most, value = _CONFIG_MAXIMA.get(key, 2**31 - 1), values.get(key)
             if isinstance(value, int) and (value > most or (key == "head_dim" and value < 0)):
-                raise CheckpointError(f"config.json: {key} must be 1 to {most}, got {value}; fetch it again")
+                raise CheckpointError(f"config.json: {key} must be 1 to {most}, got {value}; download it again")
         config = complete_config(values)
         try:
             return cls._of(family, config)
         except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError, OverflowError) as error:
             raise CheckpointError(
-                f"config.json of this {family} model holds a value of a wrong kind ({reason(error)}); fetch it again"
+                f"config.json of this {family} model has a value of the wrong type ({reason(error)}); download it again"
             ) from None
 
     @classmethod
     def _of(cls, family: str, config: Any) -> "DecoderSpec":
-        # A key counts only for the families whose modules in transformers read it.
+        # Each key is read only for families whose modules in transformers read it.
         if config.hidden_act not in _ACTIVATIONS:
             raise CheckpointError(
                 f"activation {config.hidden_act!r} cannot be exported; allowed: {', '.join(_ACTIVATIONS)}"
             )
         if family == "stablelm" and config.use_parallel_residual:
             raise CheckpointError(
-                "parallel residuals cannot be exported; give a checkpoint without use_parallel_residual"
+                "parallel residuals cannot be exported; use a checkpoint without use_parallel_residual"
             )
         if getattr(config, "use_bidirectional_attention", False):
-            raise CheckpointError("attention in both directions cannot be exported; give a causal language model")
+            raise CheckpointError("bidirectional attention cannot be exported; use a causal language model")
         for key in _COUNTS:
             if type(value := getattr(config, key)) is not int or value < 1:
                 raise CheckpointError(f"{key} must be a whole number above 0, got {value}; correct config.json")
@@ -202,14 +219,16 @@ def _rope(config: Any, head_dim: int) -> tuple[tuple[float, ...], float]:
     rope = config.rope_parameters
     kind = rope.get("rope_type", "default")
     if kind == "default":
-        # The other families' models rotate whole heads, whatever their configuration says.
+        # Modules of other families ignore partial_rotary_factor and rotate whole heads.
         width = int(head_dim * rope["partial_rotary_factor"]) if config.model_type == "stablelm" else head_dim
         exponents = torch.arange(0, width, 2, dtype=torch.float) / width
         return tuple((1.0 / rope["rope_theta"] ** exponents).tolist()), 1.0
     try:
         frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](config)
     except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"rope type {kind} lacks or garbles {error} in config.json; fetch it again") from None
+        raise CheckpointError(
+            f"rope type {kind} in config.json has a missing or invalid value ({error}); download it again"
+        ) from None
     return tuple(frequencies.tolist()), float(scaling)
 
 

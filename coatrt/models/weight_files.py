@@ -1,4 +1,4 @@
-"""Which safetensors files hold a model's weights, and what their headers say: the one list for training and export."""
+"""The safetensors files of a model and the tensors in their headers, one list for training and export."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ __all__ = ["StoredTensor", "stored_tensors", "weight_files"]
 
 _WHOLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_MOST_HEADER = 100_000_000  # bytes, of safetensors
+_MAX_HEADER = 100_000_000  # bytes; the limit of safetensors
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
 
@@ -23,12 +23,12 @@ class _ShardIndex(TypedDict):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as a header names it.
+    """A tensor as its header describes it.
 
     Args:
         file: the safetensors file.
         shape: its shape.
-        dtype: as safetensors writes it, such as "BF16".
+        dtype: its dtype in safetensors, such as "BF16".
     """
 
     file: Path
@@ -37,50 +37,54 @@ class StoredTensor:
 
 
 def weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """Return the weight files of a model directory, by transformers' rule, and its index (tensor → file) if it counts.
+    """Return the weight files of a model directory, chosen like transformers, and its index (tensor → file) if used.
 
-    `model.safetensors` wins; without it the shards that `model.safetensors.index.json` names. Other files are not read.
+    `model.safetensors` if it exists, else the shards in `model.safetensors.index.json`. Other files are not read.
 
     Raises:
-        CheckpointError: there is neither, or a shard that the index names is missing or lies elsewhere.
+        CheckpointError: there is neither, or a shard of the index is missing or outside the directory.
     """
     if (directory / _WHOLE).is_file():
         return [directory / _WHOLE], None
     if not (directory / _INDEX).is_file():
         others = sorted(path.name for path in directory.iterdir() if path.suffix in (".safetensors", ".bin", ".pth"))
         if (directory / _WHOLE).is_symlink():
-            raise CheckpointError(f"{directory / _WHOLE} is a link to a file that is not there; fetch the model again")
-        hint = f"it has {', '.join(others[:3])}" if others else "there is none"
+            raise CheckpointError(f"{directory / _WHOLE} is a link to a missing file; download the model again")
+        hint = f"it has {', '.join(others[:3])}" if others else "has neither"
         raise CheckpointError(
             f"{directory} needs {_WHOLE} or {_INDEX}, and {hint}; pickled weights are never loaded: "
-            "save the model with save_pretrained"
+            "save the model again with save_pretrained"
         )
     index = read_as(directory / _INDEX, _ShardIndex, "shard index", "download the file again", CheckpointError)
     names = sorted(set(index["weight_map"].values()))
     for name in names:
         if not name or Path(name).name != name:
-            raise CheckpointError(f"{directory / _INDEX} names {name!r}, which lies elsewhere; do not use this model")
+            raise CheckpointError(
+                f"{directory / _INDEX} names {name!r}, which is outside the directory; do not use this model"
+            )
         if not (directory / name).is_file():
-            raise CheckpointError(f"{directory / name} is missing though the index names it; fetch the model again")
+            raise CheckpointError(f"{directory / name} is in the index but missing; download the model again")
     return [directory / name for name in names], index["weight_map"]
 
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """Return every tensor of a model directory by name.
+    """Return name → tensor of a model directory.
 
     Raises:
-        CheckpointError: see `weight_files`; a file is damaged, headers and index differ, or a dtype is no float.
+        CheckpointError: see `weight_files`; a file is damaged, headers and index differ, or a dtype is not a float.
     """
     files, index = weight_files(directory)
     tensors: dict[str, StoredTensor] = {}
     for path in files:
         for name, tensor in _header(path).items():
             if name in tensors:
-                raise CheckpointError(f"{path} and {tensors[name].file.name} both hold {name}; fetch the model again")
+                raise CheckpointError(
+                    f"{path} and {tensors[name].file.name} both contain {name}; download the model again"
+                )
             if tensor.dtype not in _DTYPES:
                 raise CheckpointError(
-                    f"{path} holds {name} as {tensor.dtype}; allowed: {', '.join(_DTYPES)}; give the model before it "
-                    "was quantized"
+                    f"{name} in {path} is {tensor.dtype}; allowed: {', '.join(_DTYPES)}; give the model before "
+                    "quantization"
                 )
             tensors[name] = tensor
     if index is not None:
@@ -88,25 +92,25 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
         if wrong:
             raise CheckpointError(
                 f"{directory / _INDEX} and the shards differ in {len(wrong)} tensors, like {wrong[0]}; "
-                "fetch the model again"
+                "download the model again"
             )
     return tensors
 
 
 def _header(path: Path) -> dict[str, StoredTensor]:
     try:
-        with path.open("rb") as stream:  # safetensors does not say that permission is missing
+        with path.open("rb") as stream:  # safetensors does not report missing permissions
             length = int.from_bytes(stream.read(8), "little")
-            header = stream.read(min(length, _MOST_HEADER))
+            header = stream.read(min(length, _MAX_HEADER))
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}; give a path of readable files") from None
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}; give a readable model") from None
     try:
         with safe_open(str(path), framework="np") as shard:
-            found = {}
+            tensors = {}
             for name in shard.keys():  # noqa: SIM118 - no mapping
                 view = shard.get_slice(name)
-                found[name] = StoredTensor(path, tuple(view.get_shape()), view.get_dtype())
+                tensors[name] = StoredTensor(path, tuple(view.get_shape()), view.get_dtype())
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or truncated ({reason(error)}); fetch the file again") from None
-    parse_json(header, f"the header of {path}", "fetch the file again", CheckpointError)  # a tensor named twice
-    return found
+        raise CheckpointError(f"{path} is damaged or truncated ({reason(error)}); download it again") from None
+    parse_json(header, f"the header of {path}", "download it again", CheckpointError)  # refuses a repeated tensor
+    return tensors

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from coatrt.configs.config import names_like
+from coatrt.configs.config import matching_names
 from coatrt.configs.space import ConfigSpace
 from coatrt.devices.profiles import DeviceProfile
 from coatrt.errors import ConfigError
@@ -30,7 +30,7 @@ def matched(model: ModelMatrices, pattern: str) -> tuple[str, ...]:
     kinds = tuple(matrix.name for matrix in model.matrices if matrix.kind == pattern)
     if kinds:
         return kinds
-    return names_like(pattern, model, "--keep takes a name, a kind like down_proj, or a glob like *.mlp.*")
+    return matching_names(pattern, model, "--keep takes a name, a kind like down_proj, or a glob like *.mlp.*")
 
 
 def pinned_costs(

@@ -1,1 +1,1 @@
-"""A matrix to its codes and back."""
+"""Quantization: a matrix to its codes and back."""

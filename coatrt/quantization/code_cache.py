@@ -1,4 +1,4 @@
-"""Encoded matrices, made once per (matrix, format, quantizer) and kept: in memory while there is room, and on disk."""
+"""Encoded matrices, cached per (matrix, format, quantizer): on disk, and in memory while enough is free."""
 
 from collections import OrderedDict
 from pathlib import Path
@@ -22,28 +22,27 @@ from coatrt.system.tensors import read_tensors, write_tensors
 __all__ = ["CodeStore"]
 
 _CPU = torch.device("cpu")
-_LEAST = 1 << 30  # bytes of codes kept whatever else the machine does
-_LEFT_FREE = 4 << 30  # bytes of memory that codes leave to others
+_MIN_BYTES = 1 << 30  # bytes of codes kept in memory in any case
+_RESERVE = 4 << 30  # bytes of free memory below which codes are dropped
 
 
 class CodeStore:
     """The encoded matrices of one checkpoint.
 
-    A table (head, tied embedding) is encoded for what the head reads; an embedding with a head of its own reads token
-    ids, so it is encoded with "mse", as all tables are where the quantizer is "absmax". Codes are kept in the user's
-    cache directory, and in memory as long as 4 GiB of it are free, 1 GiB of them at least; the least recently used go
-    first.
+    The head and a tied embedding are encoded for the input of the head. An untied embedding reads token ids, so it is
+    encoded with "mse", as all tables are with the quantizer "absmax". Codes are kept in the user's cache directory and
+    in memory, at least 1 GiB of them, more while 4 GiB are free; the least recently used are dropped first.
 
     Args:
-        checkpoint: where the weights come from.
-        quantizer: how scales and codes are chosen, see `encode`.
-        calibration: tokens for the quantizers that need second moments; these are measured when the first matrix that
-            is not in the cache asks for them.
+        checkpoint: source of the weights.
+        quantizer: choice of scales and codes, see `encode`.
+        calibration: tokens for the quantizers that need second moments, which are measured once a matrix is not in the
+            cache.
         progress: called while second moments are measured.
-        compute: torch device that encodes and measures moments; codes are handed out on the CPU.
+        compute: torch device that encodes and measures moments; codes are returned on the CPU.
 
     Raises:
-        ConfigError: the quantizer needs a calibration and none is given.
+        ConfigError: the quantizer needs calibration tokens and has none.
     """
 
     def __init__(
@@ -55,7 +54,7 @@ class CodeStore:
         compute: str | torch.device = "cpu",
     ) -> None:
         if quantizer in CALIBRATED and calibration is None:
-            raise ConfigError(f"the quantizer {quantizer} is given without calibration tokens; give some, or use mse")
+            raise ConfigError(f"the quantizer {quantizer} needs calibration tokens; give some, or use mse")
         self.checkpoint = checkpoint
         self.quantizer: Quantizer = quantizer
         self._compute = torch.device(compute)
@@ -70,39 +69,39 @@ class CodeStore:
             self._key += f"-{calibration.hash}"
             self._moments = InputMoments(checkpoint, calibration, progress, self._compute)
         self._factors = InverseFactors()
-        self._held: OrderedDict[tuple[str, str], QuantizedMatrix] = OrderedDict()
+        self._matrices: OrderedDict[tuple[str, str], QuantizedMatrix] = OrderedDict()
         self._bytes = 0
 
     def get(self, name: str, weight_format: WeightFormat | str) -> QuantizedMatrix:
-        """Return matrix `name` in a format, from memory, disk, or by encoding the checkpoint's weight.
+        """Return matrix `name` in a format, from memory, from disk, or encoded from the checkpoint's weight.
 
         Raises:
             CheckpointError: the checkpoint lacks the matrix.
-            FormatError: the weight cannot be held in the format.
+            FormatError: the format cannot store the weight.
         """
-        matrix = self.checkpoint.matrices.by_name[name]
-        fmt = WeightFormat.parse(weight_format).effective(matrix.K)
+        shape = self.checkpoint.matrices.by_name[name]
+        fmt = WeightFormat.parse(weight_format).effective(shape.K)
         key = (name, str(fmt))
-        if key in self._held:
-            self._held.move_to_end(key)
-            return self._held[key]
+        if key in self._matrices:
+            self._matrices.move_to_end(key)
+            return self._matrices[key]
         kind = f"v{QUANTIZER_VERSION}-mse" if self._is_plain(name) else self._key
         path = self._root / kind / str(fmt) / f"{name}.safetensors"
-        place = path.relative_to(self._root.parent).as_posix()  # a file under another name is another matrix
-        found = _read(path, place, fmt, matrix.N, matrix.K) if fmt.has_scales else None
-        if found is None:
-            found = self._encode(name, fmt)
+        place = path.relative_to(self._root.parent).as_posix()  # stored in the file, so that a renamed one is not read
+        matrix = _read(path, place, fmt, shape.N, shape.K) if fmt.has_scales else None
+        if matrix is None:
+            matrix = self._encode(name, fmt)
             if fmt.has_scales:
                 with cache_writing():
-                    write_tensors(path, found.tensors, {"constant": found.constant.hex(), "place": place})
-        self._held[key] = found
-        self._bytes += found.nbytes
-        while self._bytes > _LEAST and free_memory() < _LEFT_FREE:
-            self._bytes -= self._held.popitem(last=False)[1].nbytes
-        return found
+                    write_tensors(path, matrix.tensors, {"constant": matrix.constant.hex(), "place": place})
+        self._matrices[key] = matrix
+        self._bytes += matrix.nbytes
+        while self._bytes > _MIN_BYTES and free_memory() < _RESERVE:
+            self._bytes -= self._matrices.popitem(last=False)[1].nbytes
+        return matrix
 
     def release(self) -> None:
-        """Free the memory that only encoding takes, of the last moment and its factor: gigabytes on a training GPU."""
+        """Free memory needed only for encoding, the last moment and its factor: gigabytes on a training GPU."""
         self._factors = InverseFactors()
         if self._moments is not None:
             self._moments.release()
@@ -115,7 +114,7 @@ class CodeStore:
         return encode(weight, fmt, self.quantizer, moment, self._tokens, self._factors).to(_CPU)
 
     def _is_plain(self, name: str) -> bool:
-        """Return whether a matrix is a table that no second moment speaks of."""
+        """Return whether a matrix is a table without a second moment."""
         matrices = self.checkpoint.matrices
         if not matrices.by_name[name].is_table:
             return False
@@ -123,11 +122,11 @@ class CodeStore:
 
 
 def _read(path: Path, place: str, fmt: WeightFormat, N: int, K: int) -> QuantizedMatrix | None:
-    """Return the matrix in a cache file, or None where the file is missing or damaged and has to be made again."""
-    found = read_tensors(path)
-    if found is None:
+    """Return the matrix in a cache file, or None if the file is missing or damaged."""
+    entry = read_tensors(path)
+    if entry is None:
         return None
-    tensors, metadata = found
+    tensors, metadata = entry
     try:
         codes, constant = tensors["codes"], float.fromhex(metadata["constant"])
     except (KeyError, ValueError):

@@ -1,4 +1,4 @@
-"""The values that codes stand for: NormalFloat levels and the FP4 (E2M1) grid."""
+"""The values of codes: NormalFloat levels and the FP4 (E2M1) grid."""
 
 from functools import lru_cache
 from statistics import NormalDist
@@ -28,8 +28,8 @@ def normal_float(bits: int) -> NDArray[np.float32]:
         float32 array of 2^bits levels; level 2^(b-1) - 1 is exactly zero.
     """
     half = 1 << (bits - 1)
-    left = np.linspace(1 - _OFFSET, 0.5, half)[:-1]
-    quantiles = np.concatenate([left, np.linspace(0.5, _OFFSET, half + 1)])
+    lower = np.linspace(1 - _OFFSET, 0.5, half)[:-1]
+    quantiles = np.concatenate([lower, np.linspace(0.5, _OFFSET, half + 1)])
     levels = np.array([NormalDist().inv_cdf(quantile) for quantile in quantiles])
     levels[half - 1] = 0.0
     result: NDArray[np.float32] = (levels / np.abs(levels).max()).astype(np.float32)

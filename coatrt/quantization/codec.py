@@ -1,8 +1,8 @@
-"""Quantizers: matrix → codes and scales → matrix, the decoded numbers defined bit for bit.
+"""Quantizers: matrix → codes and scales → matrix, decoded values exact to the bit.
 
-Encoding has three passes over the rows: choose one scale per block, quantize the scales themselves where the format
-does, then give each weight the nearest level under the scale that decoding will really use, or, with error feedback,
-the level that best makes up for the errors of the inputs before it.
+Encoding has three passes over the rows: choose one scale per block; quantize the scales if the format does; give each
+weight the nearest level under the scale that decoding uses or, with error feedback, the level that best compensates
+the errors of earlier inputs.
 """
 
 from collections.abc import Iterator
@@ -15,14 +15,14 @@ from torch import Tensor
 from coatrt.errors import FormatError
 from coatrt.quantization.gptq import InverseFactors, feedback_codes
 from coatrt.quantization.grid import Grid
-from coatrt.quantization.quantizers import CALIBRATED, FED_BACK, QUANTIZERS, Quantizer
+from coatrt.quantization.quantizers import CALIBRATED, FEEDBACK, QUANTIZERS, Quantizer
 from coatrt.quantization.scales import choose_scales, quantize_scales, tensor_scale_of
 from coatrt.quantization.weight_format import WeightFormat
 
 __all__ = ["QuantizedMatrix", "decode", "decode_scales", "encode", "relative_error"]
 
-_CHUNK = 1 << 20  # weights per piece of work: a few buffers of this size stay in cache
-_CHUNK_BESIDE = 1 << 26  # the same on a GPU: a buffer takes a quarter of a GiB
+_CHUNK = 1 << 20  # weights per step: a few buffers of this size stay in the CPU cache
+_GPU_CHUNK = 1 << 26  # weights per step on a GPU: a float32 buffer takes 256 MiB
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class QuantizedMatrix:
     """One encoded matrix in Hugging Face layout [N, K], blocks along K.
 
     Args:
-        format: the effective format (block already fitted to K).
+        format: the effective format, its block fitted to K.
         N: output width.
         K: input width; codes are padded to Kp = `format.padded(K)`.
         codes: [N, Kp]; int8 (int8, int4), uint8 codebook index (nf*, nvfp4), float8_e4m3fn (fp8), or the value itself
@@ -51,9 +51,9 @@ class QuantizedMatrix:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Those of codes, scales and super scales that it has, by the names of their fields."""
-        found = {"codes": self.codes, "scales": self.scales, "super_scales": self.super_scales}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        """Field name → tensor of codes, scales and super scales, those that exist."""
+        fields = {"codes": self.codes, "scales": self.scales, "super_scales": self.super_scales}
+        return {name: tensor for name, tensor in fields.items() if tensor is not None}
 
     @property
     def nbytes(self) -> int:
@@ -61,11 +61,11 @@ class QuantizedMatrix:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def to(self, device: torch.device) -> "QuantizedMatrix":
-        """Return the same matrix with its tensors on `device`; on the way to a GPU nothing waits for what it does."""
-        moved: dict[str, Any] = {
+        """Return the matrix with its tensors on `device`; copies to a GPU are asynchronous."""
+        tensors: dict[str, Any] = {
             name: tensor.to(device, non_blocking=device.type == "cuda") for name, tensor in self.tensors.items()
         }
-        return replace(self, **moved)
+        return replace(self, **tensors)
 
 
 def encode(
@@ -79,24 +79,23 @@ def encode(
     """Return `weight` encoded in a format.
 
     Args:
-        weight: [N, K], any floating dtype, on the device that is to encode it; the result is there too.
-        weight_format: the format asked for; its block is fitted to K by `WeightFormat.effective`.
-        quantizer: "mse" picks per block the clipping with the least squared error; "absmax" takes the largest magnitude
-            (the NormalFloat preset of arXiv 2509.25214); "weighted" weighs every error with the energy of its input,
-            the diagonal of `moment`; "gptq" codes one input after another under those scales, each making up for the
-            errors before it (`coatrt.quantization.gptq`); "feedback" does so as far as `tokens` bear out the moment.
-        moment: H = E[x xᵀ] of the inputs, [K, K]; needed by "weighted", "gptq" and "feedback", else ignored. It is
-            moved to the weight's device, so keep it there where it serves several matrices.
-        tokens: how many tokens the moment is the mean of, for "feedback" (`coatrt.quantization.gptq.shrunk`); None: it
-            is exact.
-        factors: for "gptq" and "feedback": where the factor made from the moment is kept for the next matrix; None: it
-            is not kept.
+        weight: [N, K], any floating dtype; encoding runs on its device, which the result stays on.
+        weight_format: the format; `WeightFormat.effective` fits its block to K.
+        quantizer: "mse" picks the clipping with the least squared error per block; "absmax" scales to the largest
+            magnitude (the NormalFloat preset of arXiv 2509.25214); "weighted" weights every error by the energy of its
+            input, the diagonal of `moment`; "gptq" codes one input after another under those scales, each compensating
+            the errors before it (`coatrt.quantization.gptq`); "feedback" is gptq with the moment shrunk for `tokens`.
+        moment: H = E[x xᵀ] of the inputs, [K, K]; required by "weighted", "gptq" and "feedback", else ignored. It is
+            copied to the weight's device, so store it there if several matrices use it.
+        tokens: number of tokens that the moment averages, for "feedback" (`coatrt.quantization.gptq.shrink`); None:
+            the moment is exact.
+        factors: for "gptq" and "feedback", cache of the moment's factor for the next matrix; None: no cache.
 
     Raises:
-        FormatError: the weight is not a matrix or holds values that are not finite, or the quantizer lacks its moment.
+        FormatError: the weight is not a finite matrix, overflows fp16, or the quantizer lacks its moment.
     """
     if weight.ndim != 2 or not torch.isfinite(weight).all():
-        raise FormatError(f"a weight of shape {tuple(weight.shape)} is no finite matrix; give a finite [N, K] tensor")
+        raise FormatError(f"weight must be a finite matrix [N, K], got shape {tuple(weight.shape)}")
     K = weight.shape[1]
     fmt = WeightFormat.parse(weight_format).effective(K)
     if not fmt.has_scales:
@@ -105,12 +104,12 @@ def encode(
     if moment is not None:
         moment = moment.to(weight.device)
     grid = Grid(fmt.kind)
-    result = _scaled(weight, fmt, grid, quantizer, moment)
+    result = _with_scales(weight, fmt, grid, quantizer, moment)
     scales = decode_scales(result)
-    if quantizer in FED_BACK:
+    if quantizer in FEEDBACK:
         assert moment is not None
-        trusted = tokens if quantizer == "feedback" else None
-        order, factor = (factors or InverseFactors()).get(moment.float(), trusted)
+        shrink_tokens = tokens if quantizer == "feedback" else None
+        order, factor = (factors or InverseFactors()).get(moment.float(), shrink_tokens)
         result.codes[:, K:] = grid.nearest(torch.zeros(1, device=weight.device)).to(grid.dtype)
         result.codes[:, :K] = feedback_codes(weight.float(), scales, fmt.block or K, grid, order, factor)
         return result
@@ -130,20 +129,20 @@ def _as_stored(weight: Tensor, fmt: WeightFormat) -> QuantizedMatrix:
 
 
 def _pieces(weight: Tensor, fmt: WeightFormat) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (rows, their blocks [rows, blocks, block], float32, the last one padded with zeros)."""
+    """Yield (rows, their blocks float32 [rows, blocks, block]); the last block is padded with zeros."""
     N, K = weight.shape
     width = fmt.padded(K)
-    step = max(1, (_CHUNK if weight.device.type == "cpu" else _CHUNK_BESIDE) // width)
+    step = max(1, (_CHUNK if weight.device.type == "cpu" else _GPU_CHUNK) // width)
     for start in range(0, N, step):
         rows = slice(start, min(start + step, N))
         part = torch.nn.functional.pad(weight[rows].float(), (0, width - K)) if width != K else weight[rows].float()
         yield rows, part.view(len(part), -1, fmt.block or width)
 
 
-def _scaled(
+def _with_scales(
     weight: Tensor, fmt: WeightFormat, grid: Grid, quantizer: Quantizer, moment: Tensor | None
 ) -> QuantizedMatrix:
-    """Return the matrix with its scales chosen and stored, and codes that are still zero."""
+    """Return the matrix with its scales; its codes are zero."""
     N, K = weight.shape
     width = fmt.padded(K)
     importance = None
@@ -151,27 +150,27 @@ def _scaled(
         assert moment is not None
         importance = torch.nn.functional.pad(moment.diagonal().float(), (0, width - K)).view(-1, fmt.block or width)
     constant = tensor_scale_of(weight) if fmt.kind == "nvfp4" else 0.0
-    chosen = torch.empty(N, width // (fmt.block or width), device=weight.device)
+    scales = torch.empty(N, width // (fmt.block or width), device=weight.device)
     for rows, blocks in _pieces(weight, fmt):
-        chosen[rows] = choose_scales(blocks, fmt, grid, quantizer != "absmax", importance, constant)
+        scales[rows] = choose_scales(blocks, fmt, grid, quantizer != "absmax", importance, constant)
     supers = None
     if fmt.kind == "nvfp4":
-        stored = (chosen / constant).to(torch.float8_e4m3fn)
+        stored_scales = (scales / constant).to(torch.float8_e4m3fn)
     elif fmt.scale_bits:
-        stored, supers, constant = quantize_scales(chosen, fmt)
+        stored_scales, supers, constant = quantize_scales(scales, fmt)
     else:
-        stored = chosen.half()
+        stored_scales = scales.half()
     codes = torch.zeros(N, width, dtype=grid.dtype, device=weight.device)
-    return QuantizedMatrix(fmt, N, K, codes, stored, supers, constant)
+    return QuantizedMatrix(fmt, N, K, codes, stored_scales, supers, constant)
 
 
 def _check(quantizer: Quantizer, moment: Tensor | None, K: int) -> None:
     if quantizer not in QUANTIZERS:
         raise FormatError(f"no quantizer {quantizer!r}; allowed: {', '.join(QUANTIZERS)}")
     if quantizer in CALIBRATED and (moment is None or moment.shape != (K, K) or not torch.isfinite(moment).all()):
-        given = "none" if moment is None else f"one of shape {tuple(moment.shape)}"
+        shape = "none" if moment is None else f"one of shape {tuple(moment.shape)}"
         raise FormatError(
-            f"the quantizer {quantizer} needs a finite second moment [{K}, {K}] of the inputs, {given} is given; "
+            f"the quantizer {quantizer} needs a finite second moment [{K}, {K}] of the inputs, got {shape}; "
             "calibrate, or use mse"
         )
 
@@ -184,7 +183,7 @@ def decode_scales(matrix: QuantizedMatrix, dtype: torch.dtype = torch.float32) -
     """
     fmt, scales = matrix.format, matrix.scales
     if scales is None:
-        raise FormatError(f"{fmt} has no scales; ask only formats with scales")
+        raise FormatError(f"{fmt} has no scales; use a format with scales")
     if fmt.kind == "nvfp4":
         return scales.to(dtype) * torch.tensor(matrix.constant, dtype=dtype)
     if matrix.super_scales is not None:
@@ -195,7 +194,7 @@ def decode_scales(matrix: QuantizedMatrix, dtype: torch.dtype = torch.float32) -
 
 
 def decode(matrix: QuantizedMatrix, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return the weight [N, K] that the codes stand for: level in `dtype` × scale in `dtype`, rounded once.
+    """Return the decoded weight [N, K]: level in `dtype` × scale in `dtype`, rounded once.
 
     torch, numpy (tests/support/numpy_decode.py) and the exported graphs give the same bits for float32 and float16.
     """

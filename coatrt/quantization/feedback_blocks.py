@@ -1,7 +1,7 @@
 """Error feedback on a GPU: a block of columns at a time, all rows of the matrix side by side.
 
-The arithmetic is that of `coatrt.quantization.gptq` with sums in another order, so that codes differ from the CPU's
-where two levels lie equally near but for rounding, and, in that row, in what makes up for such a difference.
+It computes the same as `coatrt.quantization.gptq` with sums in another order. Codes differ from the CPU's where
+rounding decides between two equally near levels, and then in later codes of that row, which compensate.
 """
 
 from collections.abc import Callable
@@ -19,23 +19,23 @@ __all__ = ["block_codes", "torch_step"]
 
 Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Grid], None]
 
-_BLOCK = 64  # columns coded before the rest of the matrix hears of their errors
-_ROWS = 1 << 15  # rows coded together: tables have many, and a kernel's offsets within a block stay below 2^31
+_BLOCK = 64  # columns coded before their errors are propagated to the rest of the matrix
+_ROWS = 1 << 15  # rows coded together; keeps a kernel's offsets in a block below 2^31 for large tables
 
 
 def block_codes(
     weight: Tensor, scales: Tensor, block: int, grid: Grid, order: Tensor, factor: Tensor, step: Step | None = None
 ) -> Tensor:
-    """Return codes [N, K] as `coatrt.quantization.gptq.feedback_codes` does, whose arguments these are.
+    """Return codes [N, K], see `coatrt.quantization.gptq.feedback_codes`, which has the same arguments.
 
     Args:
-        weight: W, float32 [N, K], on any device; all others lie there too.
+        weight: W, float32 [N, K], on any device; the other tensors are on the same device.
         scales: float32 [N, blocks].
         block: weights along K that share a scale.
         grid: the levels.
-        order: of the inputs.
-        factor: of the inverse of the second moment, in that order.
-        step: codes the columns of a block, as `torch_step` does; None: the fastest that there is for the device.
+        order: order of the inputs.
+        factor: factor of the inverse second moment, in that order.
+        step: codes the columns of a block, like `torch_step`; None: the fastest for the device.
     """
     step = step or _step_for(weight.device)
     places = (order // block).int()
@@ -51,26 +51,33 @@ def block_codes(
 def _levels(
     weight: Tensor, scales: Tensor, places: Tensor, grid: Grid, order: Tensor, factor: Tensor, step: Step
 ) -> Tensor:
-    """Return the levels [K, n] of a piece of W in the order of the inputs."""
-    left = weight.t()[order].contiguous()
+    """Return the levels [K, n] of some rows of W in the order of the inputs."""
+    remaining = weight.t()[order].contiguous()
     spans = scales.t().contiguous()
-    errors = torch.empty(_BLOCK, left.shape[1], device=left.device)
-    for start in range(0, len(left), _BLOCK):
-        stop = min(start + _BLOCK, len(left))
-        made = errors[: stop - start]
-        step(left[start:stop], made, factor[start:stop, start:stop].t().contiguous(), places[start:stop], spans, grid)
-        left[stop:].addmm_(factor[start:stop, stop:].t(), made, alpha=-1)
-    return left
+    errors = torch.empty(_BLOCK, remaining.shape[1], device=remaining.device)
+    for start in range(0, len(remaining), _BLOCK):
+        stop = min(start + _BLOCK, len(remaining))
+        block_errors = errors[: stop - start]
+        step(
+            remaining[start:stop],
+            block_errors,
+            factor[start:stop, start:stop].t().contiguous(),
+            places[start:stop],
+            spans,
+            grid,
+        )
+        remaining[stop:].addmm_(factor[start:stop, stop:].t(), block_errors, alpha=-1)
+    return remaining
 
 
 def torch_step(columns: Tensor, errors: Tensor, before: Tensor, places: Tensor, scales: Tensor, grid: Grid) -> None:
-    """Code a block of columns one after another, each making up for the errors of those before it.
+    """Code the columns of a block one after another, each compensating the errors of those before it.
 
     Args:
-        columns: what is left of Wᵀ, float32 [c, n]; it becomes the levels chosen.
-        errors: float32 [c, n], to be filled: what was lost in each column, by its pivot.
+        columns: remaining part of Wᵀ, float32 [c, n]; overwritten with the levels.
+        errors: output, float32 [c, n]: error of each column divided by its pivot.
         before: Uᵀ of the block, float32 [c, c], lower triangular.
-        places: int32 [c], the block of weights each column belongs to.
+        places: int32 [c], scale block of each column.
         scales: float32 [blocks, n].
         grid: the levels.
     """
@@ -89,7 +96,7 @@ def _step_for(device: torch.device) -> Step:
 
 @cache
 def _kernel_step() -> Step:
-    """Return the kernel of Triton if it can be built and run here, else torch's loop, and say so."""
+    """Return the Triton kernel if it builds and runs here; else warn and return torch's loop."""
     try:
         from coatrt.quantization.feedback_kernel import step
 
@@ -97,8 +104,8 @@ def _kernel_step() -> Step:
         level, error = one * 2.25, one.clone()
         step(level, error, one, torch.zeros(1, dtype=torch.int32, device="cuda"), one, Grid("int8"))
         if (float(level), float(error)) != (2.0, 0.25):
-            raise ArithmeticError(f"2.25 is coded as {float(level):g} and {float(error):g}")
-    except Exception as error:  # no Triton, no C compiler for it, a GPU it does not know
-        warn_once(f"error feedback runs without Triton, forty times as slow or more ({reason(error)})")
+            raise ArithmeticError(f"the kernel codes 2.25 as {float(level):g} with error {float(error):g}")
+    except Exception as error:  # no Triton, no C compiler for it, or an unsupported GPU
+        warn_once(f"error feedback runs without Triton, at least 40 times slower ({reason(error)}); install triton")
         return torch_step
     return step

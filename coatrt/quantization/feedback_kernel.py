@@ -1,6 +1,6 @@
-"""Error feedback within a block of columns, in one kernel of Triton: a tile of rows is coded column by column.
+"""Error feedback in a block of columns as one Triton kernel: a tile of rows is coded column by column.
 
-Import it where a CUDA device computes, or with TRITON_INTERPRET=1; torch for Linux brings Triton along.
+Import it on a machine with a CUDA device, or with TRITON_INTERPRET=1; torch for Linux includes Triton.
 """
 
 import torch
@@ -13,9 +13,9 @@ from coatrt.quantization.grid import Grid
 __all__ = ["BLOCK", "step"]
 
 BLOCK = 64
-"""Most columns of a block: their errors stay in the registers of the threads that code a tile."""
+"""Maximum columns of a block: their errors stay in the registers of the threads that code a tile."""
 
-_TILE = 32  # rows of W that one warp codes; each of its threads holds all errors of one row
+_TILE = 32  # rows of W per warp; each thread holds all errors of one row
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -37,46 +37,46 @@ def _code(  # type: ignore[no-untyped-def]
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = row < rows
     past = tl.arange(0, COLUMNS)
-    made = tl.zeros((COLUMNS, TILE), tl.float32)
+    block_errors = tl.zeros((COLUMNS, TILE), tl.float32)
     for j in range(count):
         share = tl.load(before + j * count + past, mask=past < count, other=0.0)
         pivot = tl.load(before + j * count + j)
-        column = tl.load(columns + j * rows + row, mask=inside, other=0.0) - tl.sum(made * share[:, None], 0)
+        column = tl.load(columns + j * rows + row, mask=inside, other=0.0) - tl.sum(block_errors * share[:, None], 0)
         scale = tl.load(scales + tl.load(places + j) * rows + row, mask=inside, other=1.0)
         value = tl.div_rn(column, tl.where(scale == 0.0, 1.0, scale))
         magnitude = tl.abs(value)
         sign = value.to(tl.int32, bitcast=True) & -2147483648
-        if KIND == "integer":  # the sum with 1.5 · 2^23 has no place for a fraction: it is rounded half to even
+        if KIND == "integer":  # a sum with 1.5 · 2^23 has no fraction bits: it rounds half to even
             most = (1 << (BITS - 1)) * 1.0
             level = (tl.minimum(tl.maximum(value, -most), most - 1.0) + 12582912.0) - 12582912.0
         elif KIND == "fp8":
             least = tl.minimum(magnitude, 448.0)
             bits = least.to(tl.int32, bitcast=True)
             normal = ((bits + 524287 + ((bits >> 20) & 1)) & -1048576).to(tl.float32, bitcast=True)
-            subnormal = (least + 24576.0) - 24576.0  # whose last bit stands for 2^-9
+            subnormal = (least + 24576.0) - 24576.0  # spacing 2^-9
             level = tl.where(least < 0.015625, subnormal, normal)
             level = (level.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
         else:
             point = magnitude if KIND == "nvfp4" else value
-            passed = tl.zeros((TILE,), tl.int32)  # edges below the value, by halving
+            below = tl.zeros((TILE,), tl.int32)  # number of edges below the value, by binary search
             for bit in tl.static_range(BITS):
                 step = 1 << (BITS - 1 - bit)
-                passed = tl.where(point > tl.load(edges + passed + (step - 1)), passed + step, passed)
-            level = tl.load(levels + passed)
+                below = tl.where(point > tl.load(edges + below + (step - 1)), below + step, below)
+            level = tl.load(levels + below)
             if KIND == "nvfp4":
                 level = (level.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
         error = tl.div_rn(column - level * scale, pivot)
         tl.store(columns + j * rows + row, level, mask=inside)
         tl.store(errors + j * rows + row, error, mask=inside)
-        made = tl.where((past == j)[:, None], error[None, :], made)
+        block_errors = tl.where((past == j)[:, None], error[None, :], block_errors)
 
 
 def step(columns: Tensor, errors: Tensor, before: Tensor, places: Tensor, scales: Tensor, grid: Grid) -> None:
-    """Code a block of columns, see `coatrt.quantization.feedback_blocks.torch_step`; all tensors are contiguous.
+    """Code a block of columns, see `coatrt.quantization.feedback_blocks.torch_step`; tensors must be contiguous.
 
     Args:
-        columns: float32 [c, n], c at most `BLOCK`; they become the levels.
-        errors: float32 [c, n], to be filled.
+        columns: float32 [c, n], c at most `BLOCK`; overwritten with the levels.
+        errors: output, float32 [c, n].
         before: float32 [c, c].
         places: int32 [c].
         scales: float32 [blocks, n].

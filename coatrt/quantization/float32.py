@@ -1,4 +1,4 @@
-"""Products in float32 as such: GPUs may be told to take TF32 instead, whose 10 bits are too few here."""
+"""Matrix products in full float32: GPUs may be set to TF32, whose 10 mantissa bits are too few here."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,16 +10,16 @@ __all__ = ["full_float32"]
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Have products of float32 matrices keep all bits for as long as the context lasts."""
+    """Compute products of float32 matrices in full precision inside the context."""
     try:
         before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # TF32 was asked for by torch's newer switch, and the two do not mix
+    except RuntimeError:  # TF32 is set by torch's newer switch, which excludes the older one
         switch = torch.backends.cuda.matmul
-        asked, switch.fp32_precision = switch.fp32_precision, "ieee"
+        setting, switch.fp32_precision = switch.fp32_precision, "ieee"
         try:
             yield
         finally:
-            switch.fp32_precision = asked
+            switch.fp32_precision = setting
         return
     if before == "highest":  # torch's default
         yield

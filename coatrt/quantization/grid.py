@@ -1,4 +1,4 @@
-"""Grids: the numbers that the codes of a kind stand for, and which of them is nearest."""
+"""Grids: the levels of a kind of format, and the nearest level to a value."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ E4M3_MAX = 448.0
 _INT_LIMITS = {"int8": (-128, 127), "int4": (-8, 7)}
 _REACH = {"int8": 127.0, "int4": 7.0, "fp8": E4M3_MAX, "nvfp4": 6.0}
 _DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.int8}
-_MANY = 15  # edges above which a binary search costs less than one pass per edge
+_MAX_PASSES = 15  # with more edges a binary search is faster than one pass per edge
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class Grid:
 
     @cached_property
     def levels(self) -> Tensor | None:
-        """Level by code, float32; None where the code is the level itself."""
+        """Level by code, float32; None if the code is the level."""
         return torch.tensor(codebook(self.kind)) if self.kind == "nvfp4" or self.kind.startswith("nf") else None
 
     @cached_property
     def _edges(self) -> Tensor:
-        """Ascending midpoints of neighbouring levels (nvfp4: of the magnitudes)."""
+        """Midpoints between neighbouring levels, ascending (nvfp4: of the magnitudes)."""
         return (self._ascending[1:] + self._ascending[:-1]) / 2
 
     @cached_property
@@ -50,7 +50,7 @@ class Grid:
 
     def steps(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the ascending edges, and the heights between them, of a codebook (nvfp4: of the magnitudes)."""
-        return _on(self.kind, device)
+        return _steps_on(self.kind, device)
 
     @cached_property
     def _count(self) -> "_Staircase":
@@ -62,31 +62,31 @@ class Grid:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What codes are stored in."""
+        """Dtype of stored codes."""
         return _DTYPES.get(self.kind, torch.uint8)
 
     @property
     def reach(self) -> float:
-        """The level that a block's largest magnitude gets without clipping."""
+        """The level of a block's largest magnitude without clipping."""
         return _REACH.get(self.kind, 1.0)
 
     def nearest(self, values: Tensor) -> Tensor:
-        """Return the code of the level nearest to each value (already divided by its scale), in a dtype at hand.
+        """Return the code of the level nearest to each value (divided by its scale), in any dtype.
 
-        Half way between two levels of a codebook the lower magnitude wins for nvfp4, the lower level else.
+        On a tie in a codebook nvfp4 takes the lower magnitude, the others the lower level.
         """
         if self.kind in _INT_LIMITS:
             return values.round().clamp_(*_INT_LIMITS[self.kind])
         if self.kind == "fp8":
             return values.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
         if self.kind == "nvfp4":
-            magnitude = self._passed(values.abs())
+            magnitude = self._edges_below(values.abs())
             return torch.where((values < 0) & (magnitude > 0), magnitude + 8, magnitude)
-        return self._passed(values)
+        return self._edges_below(values)
 
-    def _passed(self, values: Tensor) -> Tensor:
-        """Return how many edges lie below each value, int32."""
-        if len(self._edges) > _MANY or values.device.type != "cpu":
+    def _edges_below(self, values: Tensor) -> Tensor:
+        """Return the number of edges below each value, int32."""
+        if len(self._edges) > _MAX_PASSES or values.device.type != "cpu":
             return torch.bucketize(values, self.steps(values.device)[0], out_int32=True)
         return self._count(values).int()
 
@@ -98,15 +98,15 @@ class Grid:
         return torch.index_select(levels, 0, codes.reshape(-1).int()).view(codes.shape)
 
     def snap(self, values: Tensor) -> Tensor:
-        """Return value(nearest(values)), float32, for codebooks of few levels without the codes between."""
-        if self.levels is None or len(self._edges) > _MANY or values.device.type != "cpu":
+        """Return value(nearest(values)), float32; small codebooks skip the codes."""
+        if self.levels is None or len(self._edges) > _MAX_PASSES or values.device.type != "cpu":
             return self.value(self.nearest(values))
         return self._round(values.abs()).copysign_(values) if self.kind == "nvfp4" else self._round(values)
 
     def row_snapper(self) -> Callable[[Row], tuple[Row, Row]]:
         """Return a function from one row of float32 values to (codes, levels), equal to `nearest` and `value`.
 
-        For rows of a few thousand values, where every call of torch costs more than its work. The row is overwritten.
+        For rows of a few thousand values, where the overhead of torch calls dominates. The row is overwritten.
         """
         if self.kind in _INT_LIMITS:
             least, most = map(np.float32, _INT_LIMITS[self.kind])
@@ -126,12 +126,12 @@ class Grid:
         levels, edges = self.levels.numpy(), self._edges.numpy()
         if self.kind == "nvfp4":
 
-            def signed(row: Row) -> tuple[Row, Row]:
+            def nvfp4_codes(row: Row) -> tuple[Row, Row]:
                 magnitude = edges.searchsorted(np.abs(row))
                 codes = magnitude + 8 * ((row < 0) & (magnitude > 0))
                 return codes, levels.take(codes)
 
-            return signed
+            return nvfp4_codes
 
         def ascending(row: Row) -> tuple[Row, Row]:
             codes = edges.searchsorted(row)
@@ -141,15 +141,15 @@ class Grid:
 
 
 @lru_cache
-def _on(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return a codebook's edges and heights on a device, copied there once."""
+def _steps_on(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the edges and heights of a codebook on a device, cached."""
     grid = Grid(kind)
     return grid._edges.to(device), grid._ascending.to(device)
 
 
 @lru_cache
 def _levels_on(kind: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return a codebook's levels on a device, copied there once."""
+    """Return the levels of a codebook on a device, cached."""
     levels = Grid(kind).levels
     assert levels is not None
     return levels.to(device, dtype)
@@ -157,10 +157,10 @@ def _levels_on(kind: str, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class _Staircase:
-    """A function that rises by steps: heights[i], i the number of ascending edges below a value.
+    """A step function: heights[i], i the number of ascending edges below a value.
 
-    As many passes as edges of arithmetic that needs no branch: several times faster than a binary search. The sum of
-    steps goes from the height next to zero outwards, where magnitudes grow, so that a step to the very float exists.
+    One branch-free pass per edge, several times faster than a binary search. Steps are summed from the height next to
+    zero outwards, where magnitudes grow, so that a step to exactly the next height exists.
     """
 
     start: float
@@ -175,16 +175,16 @@ class _Staircase:
         return cls(float(heights[zero]), up, down)
 
     def __call__(self, values: Tensor) -> Tensor:
-        result, passed = torch.full_like(values, self.start), torch.empty_like(values)
+        result, above = torch.full_like(values, self.start), torch.empty_like(values)
         for edge, step in self.up:
-            result.add_(torch.gt(values, edge, out=passed), alpha=step)
+            result.add_(torch.gt(values, edge, out=above), alpha=step)
         for edge, step in self.down:
-            result.add_(torch.le(values, edge, out=passed), alpha=step)
+            result.add_(torch.le(values, edge, out=above), alpha=step)
         return result
 
 
 def _exact_step(old: Tensor, new: Tensor) -> float:
-    """Return the float32 whose rounded sum with `old` is `new`, the larger of the two in magnitude."""
+    """Return the float32 step such that `old` + step rounds to `new`, which is larger in magnitude."""
     step = new - old
     for direction in (-torch.inf, torch.inf):
         other = torch.nextafter(step, torch.tensor(direction))

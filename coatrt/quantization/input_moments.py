@@ -1,4 +1,4 @@
-"""Calibration: tokens, and the second moments H = E[x xᵀ] of what every linear matrix reads while they run through."""
+"""Calibration: tokens, and the second moments H = E[x xᵀ] of the inputs of every linear matrix on them."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -23,17 +23,17 @@ from coatrt.system.resources import free_device_memory, free_memory
 from coatrt.system.scratch import sweep
 from coatrt.system.tensors import hash_tensors, read_tensors, write_tensors
 
-__all__ = ["Calibration", "InputMoments", "calibration_examples", "measure_moments", "tokens_wanted", "visit_inputs"]
+__all__ = ["Calibration", "InputMoments", "calibration_examples", "measure_moments", "required_tokens", "visit_inputs"]
 
 _KEY = "tokens"
 _TOKENS_PER_INPUT = 4
 _BATCH = 4  # blocks in one forward pass
-_LEAST = 1 << 30  # bytes of moments measured at once however little memory is free
+_MIN_BYTES = 1 << 30  # bytes of moments measured at once in any case
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """The tokens that a model is calibrated on.
+    """The calibration tokens of a model.
 
     Args:
         tokens: int64 [blocks, length], at least one.
@@ -43,17 +43,17 @@ class Calibration:
 
     @classmethod
     def of(cls, examples: Examples) -> "Calibration":
-        """Return the tokens of examples, padding left out: rows one after the other, cut to their length."""
+        """Return the tokens of examples without padding, concatenated and cut into rows of their width."""
         width = examples.tokens.shape[1]
-        used = torch.arange(width) <= examples.last[:, None]
-        if bool(used.all()):
+        is_used = torch.arange(width) <= examples.last[:, None]
+        if bool(is_used.all()):
             return cls(examples.tokens)
-        stream = examples.tokens[used]
+        stream = examples.tokens[is_used]
         return cls(stream[: max(1, len(stream) // width) * width].view(-1, min(width, len(stream))))
 
     @cached_property
     def hash(self) -> str:
-        """First 16 hexadecimal digits of a SHA-256 over shape and tokens."""
+        """First 16 hexadecimal digits of the SHA-256 over shape and tokens."""
         return hash_tensors({_KEY: self.tokens})[:16]
 
     def save(self, path: Path) -> None:
@@ -62,25 +62,25 @@ class Calibration:
 
     @classmethod
     def load(cls, path: Path) -> "Calibration":
-        """Return the tokens in a file that `save` wrote.
+        """Read the tokens from a file of `save`.
 
         Raises:
             CheckpointError: it is missing or damaged.
         """
-        found = read_tensors(path)
-        if found is None or _KEY not in found[0]:
+        content = read_tensors(path)
+        if content is None or _KEY not in content[0]:
             raise CheckpointError(f"{path} is missing or damaged; copy it again")
-        return cls(found[0][_KEY])
+        return cls(content[0][_KEY])
 
 
 def calibration_examples(train: Examples, count: int, length: int, seed: int) -> Examples:
-    """Return the examples to calibrate on: `count` of them, of short ones as many as hold count · length tokens.
+    """Return the examples to calibrate on: `count` of them, or more short ones with count · length tokens in all.
 
     Args:
-        train: what to choose from; all of it where it holds less.
-        count: examples at least.
-        length: tokens of a whole example.
-        seed: of the order.
+        train: examples to choose from; all of them if they are fewer.
+        count: minimum number of examples.
+        length: tokens of a full example.
+        seed: seed of the order.
     """
     order = batches(len(train), len(train), 0, seed)
     tokens = (train.last[order] + 1).cumsum(0)
@@ -88,10 +88,10 @@ def calibration_examples(train: Examples, count: int, length: int, seed: int) ->
     return train[order[: max(count, enough)]]
 
 
-def tokens_wanted(model: ModelMatrices) -> int:
-    """Return how many tokens error feedback should be calibrated on: four for each input of the widest matrix.
+def required_tokens(model: ModelMatrices) -> int:
+    """Return the number of calibration tokens that error feedback needs: four per input of the widest matrix.
 
-    With fewer it can make up for less (`benchmarks/calibration_size.py`, docs/formats.md).
+    With fewer tokens the quantization error grows (`benchmarks/calibration_size.py`, docs/formats.md).
     """
     return _TOKENS_PER_INPUT * max(matrix.K for matrix in model.targets)
 
@@ -110,10 +110,10 @@ def visit_inputs(
     Args:
         model: a transformers model.
         tokens: int64 [blocks, length].
-        names: of the modules, the head among them as `HEAD`.
-        visit: called for every module and batch.
+        names: names of the modules; `HEAD` for the head.
+        visit: called once per module and batch.
         progress: called after each batch.
-        stage: what the progress is of.
+        stage: name of the stage in progress reports.
     """
 
     def watch(name: str) -> Callable[[Any, Any], None]:
@@ -126,7 +126,7 @@ def visit_inputs(
         for start in range(0, len(tokens), _BATCH):
             rows = tokens[start : start + _BATCH].to(model.device)
             out = model.get_decoder()(input_ids=rows, use_cache=False)
-            if HEAD in names:  # its logits are not needed, only what it reads
+            if HEAD in names:  # its input suffices, no logits are computed
                 visit(HEAD, out.last_hidden_state.flatten(0, -2))
             progress(start + len(rows), len(tokens), stage)
 
@@ -137,7 +137,7 @@ def measure_moments(model: Any, tokens: Tensor, names: Sequence[str], progress: 
     Args:
         model: a transformers model in full precision.
         tokens: int64 [blocks, length].
-        names: see `visit_inputs`; all their moments are in memory at once.
+        names: see `visit_inputs`; all moments are in memory at once.
         progress: called after each batch.
     """
     moments: dict[str, Tensor] = {}
@@ -158,17 +158,17 @@ def _free(device: torch.device) -> int:
 
 
 class InputMoments:
-    """The second moments of one checkpoint under one calibration, measured when first asked for and kept on disk.
+    """The second moments of one checkpoint and calibration, measured on first use and cached on disk.
 
-    Matrices that read the same input (q/k/v, gate/up) share one; a tied table has that of the head. The model is loaded
-    in float32 for as long as moments are measured, on `compute` if it fits in half of the memory free there: as many
-    groups of matrices at once as half of what is then free holds, one run over the tokens each.
+    Matrices of a fused group (q/k/v, gate/up) share one; a tied table has that of the head. To measure, the model is
+    loaded in float32, on `compute` if it fits in half of the free memory there. Each run over the tokens measures as
+    many moments as fit in half of the memory that is then free.
 
     Args:
         checkpoint: the model.
         calibration: the tokens.
         progress: called while moments are measured.
-        compute: torch device that the model runs on, and where moments are handed out.
+        compute: torch device that runs the model; moments are returned on it.
     """
 
     def __init__(
@@ -183,54 +183,56 @@ class InputMoments:
         self._root = cache_directory() / "moments" / checkpoint.fingerprint / calibration.hash
         sweep(self._root)
         self.leader = {name: group[0] for group in checkpoint.matrices.groups for name in group}
-        """Matrix → the first of the matrices that read what it reads, by which its moment is kept."""
+        """Matrix → first matrix with the same input, whose name the shared moment has."""
         if checkpoint.matrices.tied:
             self.leader[EMBEDDING] = HEAD
         self._width = {self.leader[matrix.name]: matrix.K for matrix in checkpoint.matrices.matrices}
-        self._held: dict[str, Tensor] = {}
-        self._kept = True  # whether the last ones could be written
+        self._moments: dict[str, Tensor] = {}
+        self._is_cache_writable = True  # whether the last moment could be written
 
     def get(self, name: str) -> Tensor:
         """Return the moment [K, K] of the input of matrix `name`, float32.
 
         Raises:
-            ConfigError: it is an embedding with a head of its own: what it reads are token ids.
+            ConfigError: it is an untied embedding, which reads token ids.
             CheckpointError: the model cannot be loaded.
         """
         if name == EMBEDDING and not self._checkpoint.matrices.tied:
             raise ConfigError(f"{name} reads token ids, which have no second moment; encode it with mse")
         leader = self.leader[name]
-        if leader not in self._held:
-            found = self._read(leader)
-            self._held = {}  # the disk has them; those of one group follow each other
-            self._held[leader] = (found if found is not None else self._measure(leader)).to(self._compute)
-        return self._held[leader]
+        if leader not in self._moments:
+            moment = self._read(leader)
+            self._moments = {}  # one at a time: the rest is on disk, and callers go group by group
+            self._moments[leader] = (moment if moment is not None else self._measure(leader)).to(self._compute)
+        return self._moments[leader]
 
     def release(self) -> None:
-        """Free the memory of the last moment; the disk has it."""
-        self._held = {}
+        """Free the memory of the last moment; it stays on disk."""
+        self._moments = {}
 
     def _read(self, leader: str) -> Tensor | None:
-        found = read_tensors(self._root / f"{leader}.safetensors")
-        moment = found[0].get("moment") if found is not None and found[1].get("place") == self._place(leader) else None
+        entry = read_tensors(self._root / f"{leader}.safetensors")
+        if entry is None or entry[1].get("place") != self._place(leader):
+            return None
+        moment = entry[0].get("moment")
         K = self._width[leader]
         return moment if moment is not None and moment.shape == (K, K) else None
 
     def _place(self, leader: str) -> str:
-        """Return what a file says of itself: under another matrix's name it is measured again."""
+        """Return the identity stored in a file, so that a renamed file is not read."""
         return f"{self._root.parent.name}/{self._root.name}/{leader}"
 
-    def _measure(self, wanted: str) -> Tensor:
-        """Measure every moment that is not on disk, so that the model is loaded once, and return the one wanted.
+    def _measure(self, name: str) -> Tensor:
+        """Measure every moment that is not on disk, so that the model is loaded once, and return that of `name`.
 
-        Where the disk takes none, only the one wanted: memory may not hold all.
+        If the cache cannot be written, measure only `name`, as all may not fit in memory.
         """
-        leaders = [leader for leader in self._width if leader != EMBEDDING] if self._kept else [wanted]
-        missing = [leader for leader in leaders if leader == wanted or self._read(leader) is None]
+        leaders = [leader for leader in self._width if leader != EMBEDDING] if self._is_cache_writable else [name]
+        missing = [leader for leader in leaders if leader == name or self._read(leader) is None]
         model, tokens = load_model(self._checkpoint), self.calibration.tokens
         if sum(weight.nbytes for weight in model.parameters()) <= _free(self._compute) // 2:
             model = model.to(self._compute)
-        limit = max(_LEAST, _free(model.device) // 2)
+        limit = max(_MIN_BYTES, _free(model.device) // 2)
         runs: list[list[str]] = [[]]
         size = 0
         for leader in missing:
@@ -243,12 +245,12 @@ class InputMoments:
         for run in runs:
             for leader, measured in measure_moments(model, tokens, run, self._progress).items():
                 moment = measured.cpu()
-                self._kept = False
+                self._is_cache_writable = False
                 with cache_writing():
                     write_tensors(
                         self._root / f"{leader}.safetensors", {"moment": moment}, {"place": self._place(leader)}
                     )
-                    self._kept = True
-                if leader == wanted:
-                    found = moment
-        return found
+                    self._is_cache_writable = True
+                if leader == name:
+                    result = moment
+        return result

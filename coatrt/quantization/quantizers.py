@@ -1,15 +1,15 @@
-"""The quantizers by name, read without torch; `coatrt.quantization.codec.encode` is what they do."""
+"""Names of the quantizers, importable without torch; `coatrt.quantization.codec.encode` implements them."""
 
 from typing import Literal, get_args
 
-__all__ = ["CALIBRATED", "FED_BACK", "QUANTIZERS", "QUANTIZER_VERSION", "Quantizer"]
+__all__ = ["CALIBRATED", "FEEDBACK", "QUANTIZERS", "QUANTIZER_VERSION", "Quantizer"]
 
-QUANTIZER_VERSION = 3  # raise when encode gives other codes: caches are keyed by it
+QUANTIZER_VERSION = 3  # increase it if encode returns other codes: it is part of cache keys
 Quantizer = Literal["absmax", "mse", "weighted", "gptq", "feedback"]
-"""How scales and codes are chosen, see `coatrt.quantization.codec.encode`."""
+"""Choice of scales and codes, see `coatrt.quantization.codec.encode`."""
 
 QUANTIZERS: tuple[Quantizer, ...] = get_args(Quantizer)
 CALIBRATED: frozenset[Quantizer] = frozenset({"weighted", "gptq", "feedback"})
-"""Quantizers that need the second moment of the matrix's input."""
-FED_BACK: frozenset[Quantizer] = frozenset({"gptq", "feedback"})
-"""Those of them whose codes make up for each other's errors, and that want many tokens."""
+"""Quantizers that need the second moment of a matrix's input."""
+FEEDBACK: frozenset[Quantizer] = frozenset({"gptq", "feedback"})
+"""Quantizers with error feedback, which need many calibration tokens."""

@@ -1,4 +1,4 @@
-"""Scales: one per block, chosen by the error that it leaves, and quantized themselves where the format says so."""
+"""Scales: one per block, chosen by the quantization error, and quantized themselves in some formats."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from coatrt.quantization.weight_format import WeightFormat
 __all__ = ["choose_scales", "quantize_scales", "tensor_scale_of"]
 
 _SUPER_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Clipping candidates as fractions of absmax; fewer bits gain from clipping harder.
+# Clipping candidates as fractions of absmax; fewer bits need stronger clipping.
 _RATIOS = {
     2: (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.64, 0.58, 0.52),
     3: (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.74, 0.68),
@@ -19,14 +19,14 @@ _RATIOS = {
 
 
 def _ratios(kind: str, bits: int) -> tuple[float, ...]:
-    """Return the clipping candidates of a kind; rounding of FP8 elements and of 256 levels leaves none worth trying."""
+    """Return the clipping candidates of a kind; with FP8 elements or 256 levels clipping gains nothing."""
     if kind == "nvfp4":
         return (1.0, 0.92, 0.85, 0.75)
     return (1.0,) if kind in ("fp8", "nf8") else _RATIOS[bits]
 
 
 def tensor_scale_of(weight: Tensor) -> float:
-    """Return nvfp4's scale of a whole matrix, a power of two: exact in fp16, it moves only the exponents of E4M3."""
+    """Return nvfp4's scale of a matrix, a power of two: exact in fp16, it only shifts the exponents of E4M3."""
     ceiling = float(weight.abs().max()) / Grid("nvfp4").reach / E4M3_MAX
     return float(2.0 ** max(-24, torch.tensor(max(ceiling, 2.0**-24)).log2().ceil().item()))
 
@@ -39,38 +39,38 @@ def choose_scales(
     importance: Tensor | None = None,
     tensor_scale: float = 0.0,
 ) -> Tensor:
-    """Return one scale per block, float32 but of a value that the format can store.
+    """Return one scale per block, float32, rounded to what the format stores.
 
-    Without `clip` it is that of the largest magnitude, with it that of the clipping with the least squared error. With
-    an importance it minimises Σ h (w − s·q)², h the energy of the weight's input: the same clippings, of either sign
-    for NormalFloat, then the least-squares scale of the codes found, Σ h·w·q / Σ h·q². More such turns gain nothing
-    that can be measured.
+    Without `clip` the scale fits the largest magnitude; with it, it is the clipping with the least squared error. With
+    an importance h, the energy of each input, it minimises Σ h (w − s·q)²: first over the clippings, with either sign
+    for NormalFloat, then the least-squares scale of the resulting codes, Σ h·w·q / Σ h·q². Further iterations gain
+    nothing measurable.
 
     Args:
         blocks: [rows, blocks, B] float32.
         fmt: the effective format.
         grid: its levels.
-        clip: see above.
-        importance: h, [blocks, B]; None: every weight counts alike.
-        tensor_scale: see `tensor_scale_of`; for nvfp4 only.
+        clip: whether to try clippings.
+        importance: h, [blocks, B]; None: all weights count equally.
+        tensor_scale: see `tensor_scale_of`, for nvfp4 only.
 
     Returns:
         [rows, blocks].
     """
     absmax = blocks.abs().amax(-1)
-    # Only a plain NormalFloat scale may be negative: it turns the uneven levels round. TensorRT refuses a negative
+    # Only a NormalFloat scale may be negative, which mirrors the asymmetric levels. TensorRT refuses a negative
     # scale of DequantizeLinear, and double quantization stores the distance from the least scale.
     signed = importance is not None and fmt.is_normal_float and not fmt.scale_bits
     ratios = _ratios(fmt.kind, fmt.bits) if clip else (1.0,)
     first, *others = (*ratios, *(-ratio for ratio in ratios)) if signed else ratios
-    best = _storable(absmax * (first / grid.reach), fmt, tensor_scale)
+    best = _as_stored(absmax * (first / grid.reach), fmt, tensor_scale)
     if not others and importance is None:
         return best
     least = _error(blocks, _levels(blocks, best, grid), best, importance)
 
     def offer(scale: Tensor) -> None:
         nonlocal best, least
-        scale = _storable(scale, fmt, tensor_scale)
+        scale = _as_stored(scale, fmt, tensor_scale)
         error = _error(blocks, _levels(blocks, scale, grid), scale, importance)
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
 
@@ -79,12 +79,12 @@ def choose_scales(
     if importance is not None:
         level = _levels(blocks, best, grid)
         weighted = level * importance
-        fitted = (weighted * blocks).sum(-1) / (weighted * level).sum(-1).clamp(min=1e-30)
-        offer(fitted if signed else fitted.clamp(min=0))
+        least_squares = (weighted * blocks).sum(-1) / (weighted * level).sum(-1).clamp(min=1e-30)
+        offer(least_squares if signed else least_squares.clamp(min=0))
     return best
 
 
-def _storable(scale: Tensor, fmt: WeightFormat, tensor_scale: float) -> Tensor:
+def _as_stored(scale: Tensor, fmt: WeightFormat, tensor_scale: float) -> Tensor:
     """Return the scales [rows, blocks] as the format stores them, float32."""
     if fmt.kind != "nvfp4":
         return scale.half().float()
@@ -92,12 +92,12 @@ def _storable(scale: Tensor, fmt: WeightFormat, tensor_scale: float) -> Tensor:
 
 
 def _levels(blocks: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-    """Return the level [rows, blocks, B] nearest to each weight under the scales [rows, blocks]."""
+    """Return the nearest level [rows, blocks, B] to each weight under the scales [rows, blocks]."""
     return grid.snap(blocks / torch.where(scale != 0, scale, torch.ones_like(scale))[..., None])
 
 
 def _error(blocks: Tensor, level: Tensor, scale: Tensor, importance: Tensor | None) -> Tensor:
-    """Return the squared error [rows, blocks], each weight's counted by its importance; `level` is overwritten."""
+    """Return the squared error [rows, blocks], weighted by importance; `level` is overwritten."""
     squared = level.mul_(scale[..., None]).sub_(blocks).square_()
     return (squared if importance is None else squared.mul_(importance)).sum(-1)
 

@@ -1,1 +1,1 @@
-"""Measured configurations of an adapter."""
+"""Search: measured configurations of an adapter."""

@@ -1,7 +1,7 @@
-"""Which configurations to measure: allocations by predicted cost, at budgets where the measured front is widest.
+"""The search loop: it measures allocations by predicted cost, at budgets in the widest gaps of the measured front.
 
-The evaluator is a function configuration → loss, so nothing here knows models. A proposal depends on the archive alone:
-a search that was interrupted goes on as if it had not been.
+The evaluator is a function configuration → loss, so nothing here depends on models. A proposal depends on the archive
+alone, so an interrupted search continues with the same result.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ from coatrt.system.progress import Progress, silent
 __all__ = ["extend_archive", "spread_allocations"]
 
 _START = 8
-_SHARES = (0.5, 0.25, 0.75)  # of a gap: where its middle is measured already, a quarter
+_SHARES = (0.5, 0.25, 0.75)  # places in a gap to try: its middle, then its quarters
 
 
 def extend_archive(
@@ -32,19 +32,19 @@ def extend_archive(
     lora_bytes: int = 0,
     progress: Progress = silent,
 ) -> Archive:
-    """Measure allocations until the archive holds as many configurations as asked for, or no new one is left.
+    """Measure allocations until the archive has `evaluations` configurations, or no new one is left.
 
-    First come allocations at eight budgets from the least bytes to the most, then one at a time the allocation in the
-    middle of the widest gap of the measured front: where neighbours on it have the largest product of their distances
-    in bytes and in loss.
+    First come allocations at eight budgets from the minimum to the maximum of bytes. Then, one at a time, comes the
+    allocation in the middle of the widest gap of the measured front: that with the largest product of its neighbours'
+    distances in bytes and in loss.
 
     Args:
         space: matrices and formats.
         costs: predicted cost by matrix and format, nats per token.
         evaluate: configuration → held-out loss, nats per token.
-        evaluations: configurations in the archive at the end, those measured before counted.
-        archive: what was measured before, and where more is written; a new one in memory if not given.
-        lora_bytes: bytes of the adapter's LoRA in fp16, counted with every configuration.
+        evaluations: configurations in the archive at the end, including those measured before.
+        archive: earlier measurements, extended in place; None: a new one in memory.
+        lora_bytes: bytes of the adapter's LoRA in fp16, added to every configuration.
         progress: called after each measurement.
 
     Raises:
@@ -66,14 +66,14 @@ def extend_archive(
 
 
 def spread_allocations(space: ConfigSpace, costs: CostTable, count: int) -> list[QuantConfig]:
-    """Return allocations at budgets spread evenly from the least bytes of a space to the most, both included."""
+    """Return allocations at evenly spread budgets, from the minimum to the maximum of a space's bytes."""
     price, size = cost_matrix(space, costs), space.sizes.astype(np.float64)
     budgets = np.linspace(size.min(1).sum(), size.max(1).sum(), count) + 0.5  # bytes are whole numbers
     return [space.config(near_optimal(price, size, budget)) for budget in budgets.tolist()]
 
 
 def _in_gaps(space: ConfigSpace, costs: CostTable, archive: Archive) -> Iterator[QuantConfig]:
-    """Yield allocations inside the gaps of the measured front, the widest first."""
+    """Yield allocations in the gaps of the measured front, widest first."""
     price, size, front = cost_matrix(space, costs), space.sizes.astype(np.float64), archive.front()
     areas = [(right.nbytes - left.nbytes) * (left.loss - right.loss) for left, right in pairwise(front)]
     for place in sorted(range(len(areas)), key=areas.__getitem__, reverse=True):

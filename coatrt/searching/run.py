@@ -1,4 +1,4 @@
-"""The Pareto search of an adapter: held-out loss with the LoRA it emits, kept in the adapter's directory."""
+"""The Pareto search of an adapter: held-out losses with the emitted LoRA, archived in the adapter's directory."""
 
 import math
 from dataclasses import replace
@@ -28,30 +28,30 @@ def search(
     device: str = "cpu",
     progress: Progress = silent,
 ) -> tuple[Archive, tuple[float, float]]:
-    """Measure configurations of an adapter, each with the LoRA that the hypernetwork emits for it.
+    """Measure configurations of an adapter, each with its emitted LoRA.
 
     Args:
-        directory: of the adapter; its archive.json is saved after every measurement, an existing one is resumed.
-        data: of the task the adapter was trained on; its held-out examples are measured on.
-        evaluations: configurations to measure, those in the archive counted.
-        blocks: held-out blocks of text (examples, questions) for each loss, spread over all of them.
-        model: where the adapter's model is now; by default where it was at training.
+        directory: the adapter; its archive.json is saved after every measurement, and an existing one is resumed.
+        data: data of the adapter's task, with the held-out examples to measure on.
+        evaluations: configurations to measure, including those in the archive.
+        blocks: held-out blocks of text (examples, questions) for each loss, spread evenly over all.
+        model: current path or hub name of the model; by default that of training.
         device: torch device, such as "cpu" or "cuda".
         progress: called after each measurement.
 
     Returns:
-        The archive, and the reference point of its hypervolume: most bits of the space with the LoRA, and the loss of a
-        model that gives every token the same probability.
+        The archive, and the reference point of its hypervolume: maximum bits of the space with the LoRA, and the loss
+        of a model that gives every token the same probability.
 
     Raises:
-        CheckpointError: adapter or model cannot be read.
-        ConfigError: the archive belongs to other text or another adapter, the adapter was trained on another task, an
-            option is out of range, the device is not there, or another search or training of the adapter is running.
+        CheckpointError: the adapter or its model cannot be read.
+        ConfigError: the archive is of other text or another adapter, the adapter was trained on another task, an option
+            is out of range, there is no such device, or another search or training of the adapter is running.
     """
     if blocks < 1:
-        raise ConfigError(f"blocks {blocks} is given; give at least 1")
+        raise ConfigError(f"blocks must be at least 1, got {blocks}")
     if not Path(directory).is_dir():
-        Adapter.from_pretrained(directory)  # says what is wrong
+        Adapter.from_pretrained(directory)  # raises an error that says what is wrong
     with exclusive(directory):
         return _search(Path(directory), data, evaluations, blocks, model, device, progress)
 
@@ -69,14 +69,14 @@ def _search(
     description = adapter.description
     task, examples = description.metrics["task"], data.held_out
     if task != data.kind:
-        raise ConfigError(f"the adapter was trained on the task {task}, got data of {data.kind}; give data of its task")
+        raise ConfigError(f"the data must be of the adapter's task, {task}, got {data.kind}")
     data.check_rows(description.model.matrices[0].N)
-    picked = examples[torch.linspace(0, len(examples) - 1, min(blocks, len(examples))).round().long()]
+    sample = examples[torch.linspace(0, len(examples) - 1, min(blocks, len(examples))).round().long()]
     space, lora = description.space, 2 * description.lora_parameters
-    identity = f"{description.hash} {picked.digest[:16]}"
+    identity = f"{description.hash} {sample.digest[:16]}"
     archive = Archive.open(directory / ARCHIVE_FILE, space.model.parameters, identity)
     evaluator = Evaluator(adapter, model=model, device=device, progress=progress)
-    measured_on = replace(data, held_out=picked, choices=None)
+    measured_on = replace(data, held_out=sample, choices=None)
 
     def evaluate(config: QuantConfig) -> float:
         return evaluator.measure(config, measured_on, adapter.emit(config))["loss"]

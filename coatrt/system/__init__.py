@@ -1,1 +1,1 @@
-"""Files, memory, progress, processes."""
+"""Files, memory, progress and processes."""

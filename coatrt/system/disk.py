@@ -1,4 +1,4 @@
-"""A disk that is full or read-only: one line that names the path, and caches that do without."""
+"""Disks that are full or read-only: errors that name the path, and caches that are optional."""
 
 import contextlib
 import errno
@@ -14,16 +14,16 @@ from coatrt.system.scratch import is_scratch
 __all__ = ["cache_directory", "cache_writing", "cached", "is_cached", "writing"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_ANYWHERE = (*_FULL, errno.EROFS, errno.EFBIG)  # of writes alone, whichever file they name
-_NAMELESS = (*_ANYWHERE, errno.EIO)  # where the error names no file
-_WORDS = {os.strerror(code): code for code in _ANYWHERE}
+_WRITE_ERRORS = (*_FULL, errno.EROFS, errno.EFBIG)  # only writes raise these, so the file they name does not matter
+_UNNAMED_ERRORS = (*_WRITE_ERRORS, errno.EIO)  # about writing even if the error names no file
+_MESSAGES = {os.strerror(code): code for code in _WRITE_ERRORS}
 
 
 @contextlib.contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Raise a DiskError that names `path` where what happens inside cannot write to it.
+    """Turn errors about writing to `path` inside the context into a DiskError that names it.
 
-    Libraries with a native core (safetensors, tokenizers, ONNX Runtime) say so in the text of errors of their own.
+    Native libraries (safetensors, tokenizers, ONNX Runtime) report such errors only in their messages.
     """
     try:
         yield
@@ -39,43 +39,41 @@ def writing(path: str | Path) -> Iterator[None]:
         elif code == errno.EFBIG:
             remedy = "raise the limit on file sizes (ulimit -f), or give a path on another disk"
         elif code in (errno.EROFS, errno.EACCES, errno.EPERM):
-            remedy = "give a path that can be written to, or change its permissions"
+            remedy = "give a writable path, or change its permissions"
         raise DiskError(f"{path} cannot be written", reason, remedy) from None
 
 
 def _code(error: Exception, path: Path) -> int | None:
-    """Return the number of the system's error behind an exception, None where it is not about writing `path`."""
-    if isinstance(error, OSError) and error.errno is not None:  # shutil's own has none
-        if error.errno in _ANYWHERE or not isinstance(error.filename, str | os.PathLike):
-            return error.errno if error.errno in _NAMELESS else None
-        named, place = Path(error.filename).absolute(), path.absolute()
-        above = place.is_relative_to(named)
-        if (
-            error.errno == errno.ENOENT
-        ):  # no directory can be made there, as in /proc; else a file to be read is missing
-            return error.errno if above or is_scratch(named.name) else None
-        near = above or named.is_relative_to(place) or any(map(is_scratch, named.parts))
-        return error.errno if near and error.errno != errno.EAGAIN else None
+    """Return the errno behind an exception, None if it is not about writing `path`."""
+    if isinstance(error, OSError) and error.errno is not None:  # shutil.Error has none
+        if error.errno in _WRITE_ERRORS or not isinstance(error.filename, str | os.PathLike):
+            return error.errno if error.errno in _UNNAMED_ERRORS else None
+        file, target = Path(error.filename).absolute(), path.absolute()
+        above = target.is_relative_to(file)
+        if error.errno == errno.ENOENT:  # a directory cannot be created, as in /proc; otherwise an input is missing
+            return error.errno if above or is_scratch(file.name) else None
+        nearby = above or file.is_relative_to(target) or any(map(is_scratch, file.parts))
+        return error.errno if nearby and error.errno != errno.EAGAIN else None
     if isinstance(error, CoatError):
         return None
-    if (found := re.search(r"\(os error (\d+)\)", str(error))) and int(found[1]) != errno.ENOENT:  # as Rust says it
-        return int(found[1])
-    return next((code for words, code in _WORDS.items() if words in str(error)), None)
+    if (match := re.search(r"\(os error (\d+)\)", str(error))) and int(match[1]) != errno.ENOENT:  # Rust's format
+        return int(match[1])
+    return next((code for message, code in _MESSAGES.items() if message in str(error)), None)
 
 
 @contextlib.contextmanager
 def cache_writing() -> Iterator[None]:
-    """Go on where what is written inside, which can be made again, cannot be kept; one line says so, once a process."""
+    """Continue without the cache if the writes inside fail; warn once a process."""
     try:
         yield
     except (ConfigError, OSError) as error:
-        said = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
+        cause = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
         where = f"the cache {cache_directory()} cannot be written"
-        warn_once(f"{where} ({said}); later runs compute again what it would hold")
+        warn_once(f"{where} ({cause}); later runs repeat this work")
 
 
 def cached(folder: Path, pattern: str) -> list[Path]:
-    """Return what a glob matches in a folder of the cache, sorted; nothing where that cannot be looked at."""
+    """Return what a glob matches in a folder of the cache, sorted; nothing if the folder cannot be read."""
     try:
         return sorted(folder.glob(pattern))
     except OSError:  # a name too long, no permission
@@ -83,7 +81,7 @@ def cached(folder: Path, pattern: str) -> list[Path]:
 
 
 def is_cached(path: Path) -> bool:
-    """Return whether a file of the cache is there; one that cannot be looked at is not."""
+    """Return whether a file of the cache exists; False if its folder cannot be read."""
     try:
         return path.is_file()
     except OSError:
@@ -91,12 +89,12 @@ def is_cached(path: Path) -> bool:
 
 
 def cache_directory() -> Path:
-    """Return the directory for what can be made again: $COATRT_CACHE, $XDG_CACHE_HOME/coatrt or ~/.cache/coatrt.
+    """Return the cache directory: $COATRT_CACHE, else $XDG_CACHE_HOME/coatrt, else ~/.cache/coatrt.
 
-    An empty variable counts as none, a relative path is one in the current directory.
+    An empty variable counts as unset. A relative path starts at the current directory.
 
     Raises:
-        DiskError: there is neither, and no home directory.
+        DiskError: both variables are unset and there is no home directory.
     """
     if own := os.environ.get("COATRT_CACHE"):
         return Path(own).absolute()
@@ -105,5 +103,5 @@ def cache_directory() -> Path:
     try:
         return Path.home() / ".cache" / "coatrt"
     except RuntimeError:
-        remedy = "set COATRT_CACHE to a directory that can be written to"
-        raise DiskError("the cache has no place", "no home directory", remedy) from None
+        remedy = "set COATRT_CACHE to a writable directory"
+        raise DiskError("no cache directory", "no home directory", remedy) from None

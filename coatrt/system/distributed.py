@@ -1,4 +1,4 @@
-"""Several processes, each with its share of a batch (Accelerate); one process needs nothing of it."""
+"""Data-parallel processes, each with its share of a batch (Accelerate); a single process does not import it."""
 
 import atexit
 import os
@@ -13,11 +13,11 @@ from coatrt.errors import ConfigError
 
 __all__ = ["Processes"]
 
-_PATIENCE = timedelta(days=1)  # the others wait while the first encodes a large model; NCCL's own limit is 10 minutes
+_TIMEOUT = timedelta(days=1)  # others wait while the first encodes a large model; NCCL's default is 10 minutes
 
 
 class Processes:
-    """This process among those that `accelerate launch` or `torchrun` started; alone without them.
+    """The processes that `accelerate launch` or `torchrun` started; only this one without them.
 
     Args:
         device: torch device type that trains, "cpu" or "cuda".
@@ -28,13 +28,13 @@ class Processes:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import PartialState
 
-            self._state = PartialState(cpu=device == "cpu", timeout=_PATIENCE)
-            # Gloo's threads must be joined before the interpreter is gone, or now and then the process ends in abort().
+            self._state = PartialState(cpu=device == "cpu", timeout=_TIMEOUT)
+            # Gloo's threads must be joined before the interpreter exits, or the process sometimes ends in abort().
             atexit.register(self._state.destroy_process_group)
 
     @property
     def count(self) -> int:
-        """Processes in all."""
+        """Number of processes."""
         return int(self._state.num_processes) if self._state is not None else 1
 
     @property
@@ -49,13 +49,11 @@ class Processes:
             ConfigError: the batch does not divide evenly.
         """
         if len(rows) % self.count:
-            raise ConfigError(
-                f"a batch of {len(rows)} does not divide among {self.count} processes; give a multiple of {self.count}"
-            )
+            raise ConfigError(f"the batch must be a multiple of the {self.count} processes, got {len(rows)}")
         return rows[self._state.process_index :: self.count] if self._state is not None else rows
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Make every gradient the sum over all processes; a parameter without one counts as zero."""
+        """Sum every gradient over all processes; a missing gradient counts as zero."""
         if self.count > 1:
             for parameter in parameters:
                 if parameter.grad is None:
@@ -64,19 +62,19 @@ class Processes:
 
     @torch.no_grad()
     def copy_from_first(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Give every process the first one's values: what was computed in each may differ in its last bits."""
+        """Copy the first process's values to all: results computed in each may differ in the last bits."""
         if self.count > 1:
             for parameter in parameters:
                 torch.distributed.broadcast(parameter, 0)
 
     def sum(self, values: Tensor) -> list[float]:
-        """Return numbers [n] summed over all processes; they may be overwritten."""
+        """Return numbers [n] summed over all processes; `values` may be overwritten."""
         if self.count > 1:
             torch.distributed.all_reduce(values)
-        found: list[float] = values.cpu().tolist()
-        return found
+        sums: list[float] = values.cpu().tolist()
+        return sums
 
     def wait(self) -> None:
-        """Wait until every process is here."""
+        """Wait until every process has called this."""
         if self._state is not None:
             self._state.wait_for_everyone()

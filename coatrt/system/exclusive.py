@@ -15,23 +15,23 @@ __all__ = ["exclusive"]
 
 @contextlib.contextmanager
 def exclusive(directory: str | Path) -> Iterator[None]:
-    """Hold the lock on a directory, made if missing, that one process at a time may write or replace.
+    """Lock a directory, created if missing, so that one process at a time writes or replaces it.
 
-    The lock is a file inside it. Whoever replaces the directory holds the old one's, so the new one is free at once.
-    What killed processes have left inside is swept.
+    The lock is a file inside it. A process that replaces the directory holds the lock of the old one, so the new one is
+    free at once. Scratch directories that killed processes left inside are removed.
 
     Raises:
         ConfigError: another process holds it, or it cannot be written.
     """
     directory = Path(directory)
-    made = not directory.exists()
+    created = not directory.exists()
     path = directory / LOCK
     try:
         with writing(directory):
             directory.mkdir(parents=True, exist_ok=True)
             descriptor = hold(path)
     except BlockingIOError:
-        raise ConfigError(f"{directory} is being written by another training or search; wait for its end") from None
+        raise ConfigError(f"{directory} is in use by another training or search; wait until it ends") from None
     try:
         sweep(directory)
         yield
@@ -39,7 +39,7 @@ def exclusive(directory: str | Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             if descriptor is not None and os.path.samestat(os.fstat(descriptor), path.stat()):
                 path.unlink()
-            if made:
-                directory.rmdir()  # where nothing was written
+            if created:
+                directory.rmdir()  # only succeeds if nothing was written
         if descriptor is not None:
             os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Atomic files and hashes: nothing half-written is ever visible under its final name, and nothing is ever missing."""
+"""Atomic files and hashes: at every moment the old or the new version exists under its name, complete."""
 
 import contextlib
 import ctypes
@@ -15,7 +15,7 @@ from coatrt.system.scratch import OLD, is_scratch, scratch
 
 __all__ = ["atomic_directory", "atomic_file", "check_replaceable", "sha256_file", "write_text"]
 
-_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
+_AT_CWD, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
 
 
 def _fsync(path: Path) -> None:
@@ -28,20 +28,20 @@ def _fsync(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yield the path of an empty file beside `path`; on success it is synced and renamed to `path`, on error removed.
+    """Yield the path of an empty temporary file; on success it is synced and replaces `path`, on error it is removed.
 
-    A link stays: the file it names is replaced.
+    If `path` is a link, its target is replaced.
 
     Raises:
         ConfigError: `path` is a device, a pipe or a directory.
         DiskError: the disk is full or read-only, or permissions are missing.
     """
     path = Path(path)
-    with writing(path):  # a name too long shows here
+    with writing(path):  # raises if a name is too long
         if path.is_symlink():
             path = path.resolve()
         if path.exists() and not path.is_file():
-            raise ConfigError(f"{path} is no regular file and cannot be replaced by one; give the path of a file")
+            raise ConfigError(f"not a regular file: {path}; give the path of a file")
     with writing(path), scratch(path.parent, path.name) as directory:
         temporary = directory / "new"
         temporary.write_bytes(b"")
@@ -53,33 +53,33 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 
 def check_replaceable(path: Path) -> None:
-    """Refuse what cannot be replaced as a directory: files, links, mount points, the current directory, what holds it.
+    """Refuse paths that a directory cannot replace: files, links, mount points, the current directory, its parents.
 
     Raises:
         ConfigError: it is one of these.
     """
-    whole = path.resolve()
+    real = path.resolve()
     if path.is_symlink():
-        raise ConfigError(f"{path} is a link; give the directory it names, {whole}")
+        raise ConfigError(f"{path} is a link; give its target, {real}")
     if path.is_file():
         raise ConfigError(f"{path} is a file; give a directory")
-    if whole == Path.cwd() or whole in Path.cwd().parents:
-        raise ConfigError(f"{path} is the current directory or holds it; give a directory inside it")
+    if real == Path.cwd() or real in Path.cwd().parents:
+        raise ConfigError(f"{path} is or contains the current directory; give a directory inside it")
     if path.is_mount():
-        raise ConfigError(f"{path} is a mount point, which cannot be replaced as a whole; give a directory inside it")
+        raise ConfigError(f"{path} is a mount point, which cannot be replaced; give a directory inside it")
 
 
 @contextlib.contextmanager
 def atomic_directory(path: str | Path, own: Collection[str] | None = None) -> Iterator[Path]:
     """Yield a temporary directory beside `path`; on success it takes the place of `path`, on error it is removed.
 
-    A directory already at `path` is replaced only when the new one is complete, and at no moment is there neither: the
-    two change places. Where a file system cannot do that, the old one waits in a hidden directory between two renames,
-    and `coatrt.system.scratch.restore` puts it back after a kill.
+    An existing directory is replaced once the new one is complete, by exchanging the two in one step. On a file system
+    that cannot exchange them, the old one is in a hidden directory between two renames, and
+    `coatrt.system.scratch.restore` moves it back after a kill.
 
     Args:
         path: the directory.
-        own: names inside `path` that go with the directory replaced; others are in the new one too. None: all go.
+        own: entries of `path` to drop; all others are kept in the new directory. None: drop all.
 
     Raises:
         ConfigError: `path` cannot be replaced, see `check_replaceable`.
@@ -105,9 +105,9 @@ def atomic_directory(path: str | Path, own: Collection[str] | None = None) -> It
 
 
 def _replace(path: Path, new: Path, own: Collection[str] | None) -> None:
-    """Let directory `new` change places with `path`; what fails leaves `path` as it was."""
+    """Exchange the directories `new` and `path`; on failure `path` is unchanged."""
     if own is not None:
-        _share(path, new, own)
+        _copy_missing(path, new, own)
     _fsync(new)
     if not _exchange(new, path):
         old = new.parent / OLD / path.name
@@ -118,35 +118,35 @@ def _replace(path: Path, new: Path, own: Collection[str] | None) -> None:
         except OSError:
             old.rename(path)
             raise
-        old.rename(new)  # so that it is not taken for one to put back
+        old.rename(new)  # or the next sweep would restore it
     if own is not None:
-        _share(new, path, own)  # what was written there in the meantime
+        _copy_missing(new, path, own)  # files written there in the meantime
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Let two directories change places in one step, and return whether the file system can."""
+    """Exchange two directories in one step; return False if the file system cannot."""
     call = getattr(ctypes.CDLL(None), "renameat2", None)
-    return call is not None and call(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
+    return call is not None and call(_AT_CWD, os.fsencode(one), _AT_CWD, os.fsencode(other), _EXCHANGE) == 0
 
 
-def _share(source: Path, target: Path, own: Collection[str]) -> None:
-    """Give `target` what `source` holds of others and `target` does not: the same files, by hard links."""
+def _copy_missing(source: Path, target: Path, own: Collection[str]) -> None:
+    """Hard-link the entries of `source` that are not in `own` and missing in `target` into `target`."""
     for entry in sorted(source.iterdir()):
-        place = target / entry.name
-        if entry.name in own or entry.name == LOCK or is_scratch(entry.name) or os.path.lexists(place):
+        copy = target / entry.name
+        if entry.name in own or entry.name == LOCK or is_scratch(entry.name) or os.path.lexists(copy):
             continue
         if entry.is_symlink() or not entry.is_dir():
-            _link(entry, place)
+            _link(entry, copy)
             continue
-        if mounted := next((folder for folder, _, _ in os.walk(entry) if os.path.ismount(folder)), None):
-            raise ConfigError(f"{mounted} is a mount point inside a directory to be replaced; unmount it first")
-        shutil.copytree(entry, place, symlinks=True, copy_function=_link)
+        if mount := next((folder for folder, _, _ in os.walk(entry) if os.path.ismount(folder)), None):
+            raise ConfigError(f"{mount} is a mount point in a directory to be replaced; unmount it first")
+        shutil.copytree(entry, copy, symlinks=True, copy_function=_link)
 
 
 def _link(source: str | Path, target: str | Path) -> None:
     try:
         os.link(source, target, follow_symlinks=False)
-    except OSError:  # no hard links there, or not of files that belong to someone else
+    except OSError:  # no hard links on this file system, or not of files of another user
         shutil.copy2(source, target, follow_symlinks=False)
 
 

@@ -1,7 +1,7 @@
-"""JSON files: written atomically, read strictly into the types they hold; what is wrong is one line.
+"""JSON files: written atomically, read strictly into typed values, with one-line errors.
 
-A sealed file's first key, "seal", is the SHA-256 of all bytes behind that line: whatever is altered shows before
-anything is parsed. It guards against accident; against an enemy, who can seal as well, a bundle's signature does.
+The first key of a sealed file, "seal", is the SHA-256 of all bytes after that line, checked before anything is parsed.
+It detects accidents; an attacker can recompute it, so a bundle may also be signed.
 """
 
 import difflib
@@ -28,14 +28,14 @@ _SEAL = re.compile(rb'\{\n "seal": "([0-9a-f]{64})",\n')
 
 
 def parse_json(data: bytes | str, where: str, remedy: str, error: type[CoatError] = ConfigError) -> Any:
-    """Return what a JSON text says; `where` names it in the message.
+    """Return the value of a JSON text; `where` names it in the message.
 
     Raises:
-        CoatError: it is not JSON in UTF-8, or an object in it has a key twice: which of the two counts is not said.
+        CoatError: it is not JSON in UTF-8, or an object in it has a key twice, which JSON leaves undefined.
     """
     text = decode(data, where, error) if isinstance(data, bytes) else data
     if text.startswith(MARK):
-        raise error(f"{where} begins with a byte order mark (U+FEFF) where no file begins; remove that character")
+        raise error(f"{where} begins with a byte order mark (U+FEFF) that is not at the start of its file; remove it")
 
     def unique(pairs: list[tuple[str, Any]]) -> None:
         if len(dict(pairs)) < len(pairs):
@@ -44,7 +44,7 @@ def parse_json(data: bytes | str, where: str, remedy: str, error: type[CoatError
 
     try:
         value = msgspec.json.decode(text)
-        json.loads(text, object_pairs_hook=unique, parse_int=str, parse_float=str)  # msgspec takes the last one
+        json.loads(text, object_pairs_hook=unique, parse_int=str, parse_float=str)  # msgspec keeps the last duplicate
     except (UnicodeError, msgspec.DecodeError, ValueError, RecursionError) as problem:
         raise error(f"{where} is not JSON ({problem}); {remedy}") from None
     return value
@@ -65,57 +65,59 @@ def read_as(
 
     Args:
         path: the file.
-        kind: its type, see `convert`; `object` for any JSON.
-        what: what the file is, for the message ("configuration", "bundle manifest").
-        remedy: what to do where it is garbled ("train the adapter again").
-        error: what to raise; None: see `convert`.
-        version: what its key "format" must be; None: it has none.
-        sealed: it was written with a seal, which is checked first.
+        kind: type of the value, see `convert`; `object` for any JSON.
+        what: kind of file, for the message ("configuration", "bundle manifest").
+        remedy: what to do if it is garbled ("train the adapter again").
+        error: class to raise; None: see `convert`.
+        version: required value of its key "format"; None: not checked.
+        sealed: whether it has a seal, which is checked first.
         check: called with the content before it is parsed.
 
     Raises:
         CoatError: the file is missing, altered, not JSON, or of another version or structure.
     """
-    path, raised = Path(path), error or ConfigError
+    path, error_class = Path(path), error or ConfigError
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise raised(f"{what} {path} does not exist; give the path of an existing file") from None
+        raise error_class(f"{what} {path} does not exist; give the path of an existing file") from None
     except OSError as problem:
-        raise raised(f"{what} {path} cannot be read: {problem.strerror}; give the path of a readable file") from None
+        raise error_class(
+            f"{what} {path} cannot be read: {problem.strerror}; give the path of a readable file"
+        ) from None
     if sealed:
         seal = _SEAL.match(data)
         if seal is None:
-            raise raised(f"{what} {path} has no seal: it was altered, or another coatrt wrote it; {remedy}")
+            raise error_class(f"{what} {path} has no seal: it was altered, or another coatrt wrote it; {remedy}")
         if hashlib.sha256(data[seal.end() :]).hexdigest() != seal[1].decode():
-            raise raised(f"{what} {path} was altered or is damaged; {remedy}")
+            raise error_class(f"{what} {path} was altered or is damaged; {remedy}")
     if check is not None:
         check(data)
-    value = parse_json(data, f"{what} {path}", remedy, raised)
+    value = parse_json(data, f"{what} {path}", remedy, error_class)
     if sealed:
         del value["seal"]
     try:
-        msgspec.msgpack.encode(value)  # refuses integers beyond 64 bits, which would overflow where they meet floats
+        msgspec.msgpack.encode(value)  # refuses integers beyond 64 bits, which would overflow in float arithmetic
     except (OverflowError, RecursionError) as problem:
-        raise raised(f"{what} {path} is garbled ({problem}); {remedy}") from None
+        raise error_class(f"{what} {path} is garbled ({problem}); {remedy}") from None
     if version is not None and (not isinstance(value, dict) or value.get("format") != version):
-        given = value.get("format") if isinstance(value, dict) else None
-        raise raised(f"{what} {path} has format {given}, coatrt {__version__} reads {version}; {remedy}")
+        actual = value.get("format") if isinstance(value, dict) else None
+        raise error_class(f"{what} {path} has format {actual}, coatrt {__version__} reads {version}; {remedy}")
     return convert(value, kind, f"{what} {path}", remedy, error)
 
 
 def convert(
     value: Any, kind: type[T], where: str, remedy: str, error: type[CoatError] | None = None, *, exact: bool = False
 ) -> T:
-    """Return JSON data as a dataclass, TypedDict or container of these; types are strict, missing keys are refused.
+    """Return JSON data as a dataclass, TypedDict or container of these; wrong types and missing keys are refused.
 
     Args:
         value: the data.
         kind: the type.
-        where: what the data are, and of which file, for the message.
-        remedy: what to do where they are garbled.
-        error: what to raise; None: ConfigError, and what the type's own checks raise.
-        exact: refuse keys that are no field of the dataclass `kind`, and require all that are: defaults stand for none.
+        where: kind of data and its file, for the message.
+        remedy: what to do if they are garbled.
+        error: class to raise; None: ConfigError, or the class that the type's own checks raise.
+        exact: refuse keys that are not fields of the dataclass `kind`, and require every field, defaults or not.
 
     Raises:
         CoatError: the data are of another structure, or the type refuses them.
@@ -133,16 +135,17 @@ def convert(
     except msgspec.ValidationError as problem:
         raise (error or ConfigError)(f"{where} is garbled ({problem}); {remedy}") from None
     except CoatError as problem:
-        raise (error or type(problem))(f"{where}: {problem}") from None
+        advice = "" if "; " in str(problem) else f"; {remedy}"
+        raise (error or type(problem))(f"{where}: {problem}{advice}") from None
 
 
 def _encode(value: object) -> bytes:
-    # The hook is asked about what JSON has no form for: numpy's floats.
+    # The hook converts values without a JSON form: numpy's floats.
     return msgspec.json.encode(value, enc_hook=float)
 
 
 def to_data(value: object) -> Any:
-    """Return what a JSON file of a value holds, dataclasses as objects and tuples as lists."""
+    """Return a value as JSON data: dataclasses as dictionaries, tuples as lists."""
     return msgspec.json.decode(_encode(value))
 
 
@@ -156,8 +159,8 @@ def write_json(path: str | Path, value: object, *, sealed: bool = False) -> None
 
     Args:
         path: the file.
-        value: the value, an object where it is sealed.
-        sealed: with the hash of all the rest in front, see `read_as`.
+        value: the value; an object if sealed.
+        sealed: whether to put the hash of the rest in front, see `read_as`.
     """
     text = dump_json(value) + "\n"
     if sealed:

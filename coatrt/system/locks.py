@@ -1,4 +1,4 @@
-"""Locks on files; the system frees them, however their holder ends."""
+"""File locks, released by the operating system however the process ends."""
 
 import errno
 import fcntl
@@ -8,17 +8,17 @@ from pathlib import Path
 __all__ = ["LOCK", "hold"]
 
 LOCK = ".lock"
-"""Name of the file that is locked, inside the directory that it stands for."""
+"""Name of the lock file inside the directory it locks."""
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
 
 
 def hold(path: Path) -> int | None:
-    """Lock a file, made if missing, and return the descriptor that holds it; None where a file system has no locks.
+    """Lock a file, created if missing, and return its descriptor; None if the file system has no locks.
 
     Raises:
         BlockingIOError: another process holds it.
-        OSError: it cannot be made.
+        OSError: it cannot be created.
     """
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)

@@ -1,4 +1,4 @@
-"""What an ONNX file says it is made of, read without loading any weight."""
+"""Inputs, outputs and external data of an ONNX file, read without loading any weight."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,10 +15,9 @@ class OnnxFile:
     """An ONNX file.
 
     Args:
-        external: the files that its tensors lie in, as it names them (relative to its own place), and the bytes of each
-            that it reads.
-        inputs: name → shape, a text or None where a dimension is open.
-        outputs: the same.
+        external: external data file, as the graph names it (relative to its directory) → bytes of it that are read.
+        inputs: name → shape; a dynamic dimension is its name or None.
+        outputs: name → shape, likewise.
     """
 
     external: Mapping[str, int]
@@ -27,13 +26,13 @@ class OnnxFile:
 
 
 def read_onnx(graph: Path) -> OnnxFile:
-    """Return what an ONNX file says of itself.
+    """Return inputs, outputs and external data of an ONNX file.
 
-    All of it is walked, subgraphs, functions and attributes too: a runtime follows every external name.
+    Subgraphs, functions and attributes are searched too: a runtime follows every external name.
 
     Raises:
-        BundleError: it is no ONNX file, or has no graph with nodes, outputs and a version: protobuf takes an empty or
-            cut file for a message that says less.
+        BundleError: it is not an ONNX file, or lacks nodes, outputs or a version: protobuf parses an empty or truncated
+            file as a message with fewer fields.
     """
     import onnx
     from google.protobuf.message import DecodeError, Message
@@ -41,7 +40,7 @@ def read_onnx(graph: Path) -> OnnxFile:
     try:
         model = onnx.load(graph, load_external_data=False)
     except (DecodeError, ValueError, RecursionError) as error:
-        raise BundleError(f"{graph} is no ONNX graph ({reason(error)}); build the bundle again") from None
+        raise BundleError(f"not an ONNX graph: {graph} ({reason(error)}); build the bundle again") from None
     parts = {
         "content": graph.stat().st_size,
         "IR version": model.ir_version,
@@ -49,26 +48,26 @@ def read_onnx(graph: Path) -> OnnxFile:
         "nodes": len(model.graph.node),
         "outputs": len(model.graph.output),
     }
-    if missing := next((name for name, there in parts.items() if not there), ""):
-        raise BundleError(f"{graph} is no whole ONNX graph, it has no {missing}; build the bundle again")
+    if missing := next((name for name, present in parts.items() if not present), ""):
+        raise BundleError(f"not a complete ONNX graph: {graph} (no {missing}); build the bundle again")
     external: dict[str, int] = {}
-    left: list[Message] = [model]
-    while left:
-        message = left.pop()
-        if isinstance(message, onnx.TensorProto):  # whose bytes would be copied below
-            facts = {entry.key: entry.value for entry in message.external_data}
+    queue: list[Message] = [model]
+    while queue:
+        message = queue.pop()
+        if isinstance(message, onnx.TensorProto):  # going on would copy its bytes
+            entries = {entry.key: entry.value for entry in message.external_data}
             for location in (entry.value for entry in message.external_data if entry.key == "location"):
-                external[location] = max(external.get(location, 0), _end(facts))
+                external[location] = max(external.get(location, 0), _end(entries))
             continue
         for field, value in message.ListFields():
             if field.message_type is not None:
-                left += [value] if isinstance(value, Message) else value
+                queue += [value] if isinstance(value, Message) else value
     return OnnxFile(external, _shapes(model.graph.input), _shapes(model.graph.output))
 
 
-def _end(facts: Mapping[str, str]) -> int:
-    """Return where the bytes of an external tensor end; 0 where the graph does not say."""
-    numbers = [facts.get(key, "0") for key in ("offset", "length")]
+def _end(entries: Mapping[str, str]) -> int:
+    """Return the end offset in bytes of an external tensor; 0 where the graph names none."""
+    numbers = [entries.get(key, "0") for key in ("offset", "length")]
     return sum(int(number) for number in numbers if number.isascii() and number.isdigit() and len(number) < 20)
 
 

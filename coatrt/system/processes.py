@@ -1,4 +1,4 @@
-"""Processes that this one starts: they end with it."""
+"""Child processes that end with this one."""
 
 import ctypes
 import os
@@ -14,25 +14,25 @@ _running: set["subprocess.Popen[str]"] = set()
 
 
 def run_child(command: Sequence[str], environment: Mapping[str, str]) -> tuple[str, int]:
-    """Run a command to its end, and return all that it printed and its exit code; `end_children` ends it before."""
-    pipe, joined = subprocess.PIPE, subprocess.STDOUT
-    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=joined, text=True, errors="replace") as child:
+    """Run a command and return its output and exit code; `end_children` kills it early."""
+    pipe, merged = subprocess.PIPE, subprocess.STDOUT
+    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=merged, text=True, errors="replace") as child:
         _running.add(child)
         try:
-            said, _ = child.communicate()
+            output, _ = child.communicate()
         finally:
             _running.discard(child)
-    return said, child.returncode
+    return output, child.returncode
 
 
 def end_children() -> None:
-    """Kill what `run_child` runs, in whichever thread."""
+    """Kill every command that `run_child` is running, in any thread."""
     for child in list(_running):
         child.kill()
 
 
 def end_with_parent(parent: int) -> None:
-    """Let the system kill this process when process `parent`, which started it, is gone."""
+    """Have the kernel kill this process when its parent, process `parent`, ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was gone before
+    if os.getppid() != parent:  # it ended before the call
         sys.exit(1)

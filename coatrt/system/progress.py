@@ -1,4 +1,4 @@
-"""How long work says how far it is; who calls it decides what is drawn (the command line does, see `coatrt.cli`)."""
+"""The progress callback of long work; the caller decides how to show it (see `coatrt.cli.progress`)."""
 
 from typing import Protocol
 
@@ -6,15 +6,15 @@ __all__ = ["Progress", "silent"]
 
 
 class Progress(Protocol):
-    """What long work calls as it goes on."""
+    """Callback that long work calls as it proceeds."""
 
     def __call__(self, done: int, total: int, stage: str, note: str = "", /) -> None:
-        """Take note of how far a stage is.
+        """Report how far a stage is.
 
         Args:
-            done: units of the stage that are done; the first call of a stage may say any number.
+            done: finished units of the stage; the first call of a stage may start at any number.
             total: units of the stage.
-            stage: its name; another name begins another stage.
+            stage: its name; a new name begins a new stage.
             note: a figure to show beside it, such as the loss.
         """
 

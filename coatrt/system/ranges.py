@@ -1,4 +1,4 @@
-"""Numbers in files: types that say which values they have, which `coatrt.system.json_data.convert` checks by place."""
+"""Number types with ranges for values in files; `coatrt.system.json_data.convert` checks them and names the key."""
 
 from typing import Annotated
 
@@ -7,22 +7,22 @@ from msgspec import Meta
 __all__ = ["Bytes", "Count", "Integer", "Layers", "Measure", "Real", "Whole"]
 
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
-"""A width, a number of tokens, of slots, of rows."""
+"""A width, or a number of tokens, slots or rows."""
 
 Layers = Annotated[int, Meta(ge=1, le=4096)]
-"""Decoder layers: lists are made of that many."""
+"""Decoder layers; lists of this length are allocated."""
 
 Whole = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-"""A token, a step, a compute capability, a number of things that may be none."""
+"""A token, a step, a compute capability, or a count that may be 0."""
 
 Bytes = Annotated[int, Meta(ge=0, le=2**60)]
 """A size in bytes, or a number of weights."""
 
 Integer = Annotated[int, Meta(ge=-(2**53), le=2**53)]
-"""Any integer that a float holds too, such as a seed."""
+"""An integer that a float represents exactly, such as a seed."""
 
 Measure = Annotated[float, Meta(ge=0, le=1e18)]
-"""Seconds, bits per weight, an error: whatever is measured and cannot be negative."""
+"""A measurement that cannot be negative: seconds, bits per weight, an error."""
 
 Real = Annotated[float, Meta(ge=-1e18, le=1e18)]
-"""A loss or a cost; far from where sums of it overflow."""
+"""A loss or a cost; sums of it do not overflow."""

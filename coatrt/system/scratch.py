@@ -1,4 +1,4 @@
-"""Scratch directories: hidden, locked by their process, and swept by the next one where that process is gone."""
+"""Scratch directories: hidden, locked by their process, and removed by the next process if that one was killed."""
 
 import contextlib
 import os
@@ -13,44 +13,44 @@ from coatrt.system.locks import LOCK, hold
 __all__ = ["OLD", "is_scratch", "restore", "scratch", "sweep"]
 
 OLD = "old"
-"""Name, in a scratch directory, of the folder that a directory waits in while another takes its place."""
+"""Folder of a scratch directory that holds the old version of a directory while it is being replaced."""
 
 _MARK = ".coatrt-"
-_LONGEST = 200  # characters of a name, so that the hidden one stays below the file system's 255 bytes
+_MAX_BYTES = 200  # of a name, so that the hidden name stays below the file system's 255 bytes
 _NAME = re.compile(r"\..*\.coatrt-\w{16}", re.DOTALL)
 
 
 def is_scratch(name: str) -> bool:
-    """Return whether a file name is one that `scratch` makes."""
+    """Return whether a file name is that of a scratch directory."""
     return _NAME.fullmatch(name) is not None
 
 
 @contextlib.contextmanager
 def scratch(parent: Path, name: str) -> Iterator[Path]:
-    """Yield a new hidden directory in `parent`, made if missing, and remove it; `sweep` it first of what others left.
+    """Yield a new hidden directory in `parent`, created if missing, and remove it; `sweep` the parent first.
 
     Args:
-        parent: where it is.
-        name: what it is for, part of its own name.
+        parent: the directory around it.
+        name: what it is for; part of its own name.
     """
     parent.mkdir(parents=True, exist_ok=True)
     sweep(parent)
-    short, descriptor = os.fsdecode(os.fsencode(name)[:_LONGEST]), None
+    short, descriptor = os.fsdecode(os.fsencode(name)[:_MAX_BYTES]), None
     directory = Path()  # until it has a name
     try:
-        while True:  # named before it is made: a signal at any moment finds what to remove
+        while True:  # the name is set before mkdir, so that a signal at any moment leaves nothing behind
             directory = parent / f".{short}{_MARK}{secrets.token_hex(8)}"
             directory.mkdir(mode=0o700)
             try:
                 descriptor = hold(directory / LOCK)
                 break
             except (BlockingIOError, FileNotFoundError):
-                continue  # another process found it before it was locked, and sweeps it
+                continue  # another process swept it before it was locked
         yield directory
     finally:
         try:
             _remove(directory)
-        finally:  # a signal may have ended that one
+        finally:  # again, as a signal may have interrupted the first
             _remove(directory)
             if descriptor is not None:
                 os.close(descriptor)
@@ -62,7 +62,7 @@ def _remove(directory: Path) -> None:
 
 
 def sweep(parent: Path) -> None:
-    """Remove the scratch directories in `parent` whose process is gone; a directory put aside comes back first."""
+    """Remove the scratch directories in `parent` whose process has ended, and restore directories they hold."""
     with contextlib.suppress(OSError), os.scandir(parent) as entries:
         for entry in [entry for entry in entries if is_scratch(entry.name) and entry.is_dir(follow_symlinks=False)]:
             with contextlib.suppress(OSError):
@@ -71,7 +71,7 @@ def sweep(parent: Path) -> None:
 
 
 def _settle(directory: Path) -> None:
-    """Put back what a process that is gone has put aside, and remove its scratch directory."""
+    """Restore the directories that an ended process moved aside, and remove its scratch directory."""
     descriptor = hold(directory / LOCK)
     if descriptor is None:
         return
@@ -86,6 +86,6 @@ def _settle(directory: Path) -> None:
 
 
 def restore(path: Path) -> None:
-    """Put a directory back that a process, killed while it replaced it, has left beside its place."""
+    """Restore a directory if a process was killed while replacing it."""
     if not path.exists():
         sweep(path.parent)

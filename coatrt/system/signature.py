@@ -1,7 +1,7 @@
-"""Detached signatures of one file, in the bundle format of OpenSSF model signing: DSSE, in-toto, ECDSA on P-256.
+"""Detached signatures of one file in the format of OpenSSF model signing: DSSE, in-toto, ECDSA on P-256.
 
-`model_signing verify key` accepts them, and those it writes over one file are accepted here. Its library serves
-the tests alone: with it come twenty packages, and a device needs one hash and one curve, those of `cryptography`.
+`model_signing verify key` accepts them, and coatrt accepts those it writes over one file. That library is used in tests
+only: it needs twenty packages, and a device needs one hash and one curve, those of `cryptography`.
 """
 
 import hashlib
@@ -22,10 +22,10 @@ _PREDICATE = "https://model_signing/signature/v1.0"
 
 
 def sign(data: bytes, name: str, key: str | Path) -> str:
-    """Return the signature of a file, the text of a model.sig, by the private key in a PEM file.
+    """Return the signature of a file, the content of a model.sig, by the private key in a PEM file.
 
     Raises:
-        ConfigError: `cryptography` is not installed, or the key does not serve.
+        ConfigError: `cryptography` is not installed, or the key cannot be used.
     """
     private = _key(key, "private")
     digest = hashlib.sha256(data)
@@ -54,16 +54,16 @@ def sign(data: bytes, name: str, key: str | Path) -> str:
 
 
 def check_signature(data: bytes, name: str, signature: bytes, key: str | Path | bytes) -> str:
-    """Return why a signature is not one of this file by this key; empty where it is.
+    """Return why a signature of a file is not valid for a key; "" where it is valid.
 
     Args:
         data: content of the file.
-        name: of the file; the signature must be of it alone.
-        signature: content of the model.sig.
-        key: the public key, PEM or a file of it.
+        name: its name; the signature must cover this file alone.
+        signature: content of model.sig.
+        key: the public key, PEM or the path of a PEM file.
 
     Raises:
-        ConfigError: `cryptography` is not installed, or the key does not serve.
+        ConfigError: `cryptography` is not installed, or the key cannot be used.
     """
     public = _key(key, "public")
     from cryptography.exceptions import InvalidSignature
@@ -72,22 +72,24 @@ def check_signature(data: bytes, name: str, signature: bytes, key: str | Path | 
         envelope = parse_json(signature, "the signature", "sign again")["dsseEnvelope"]
         payload = b64decode(envelope["payload"], validate=True)
         public.verify(b64decode(envelope["signatures"][0]["sig"], validate=True), _encoded(payload), _ecdsa())
-        statement = parse_json(payload, "its payload", "sign again")  # of the key's owner from here on
-        told = (envelope["payloadType"], statement["_type"], statement["predicateType"])
-        signed = statement["predicate"]["resources"]
+        statement = parse_json(payload, "its payload", "sign again")  # written by the key's owner, as now verified
+        types = (envelope["payloadType"], statement["_type"], statement["predicateType"])
+        resources = statement["predicate"]["resources"]
     except InvalidSignature:
-        return "another key made it, or it was altered"
+        return "signed by another key, or altered"
     except (ValueError, TypeError, LookupError, AttributeError, CoatError):
-        return "it is garbled"
-    mine = {"name": name, "algorithm": "sha256", "digest": hashlib.sha256(data).hexdigest()}
-    return "" if told == (_PAYLOAD, _STATEMENT, _PREDICATE) and signed == [mine] else "it is of another content"
+        return "malformed signature"
+    expected = {"name": name, "algorithm": "sha256", "digest": hashlib.sha256(data).hexdigest()}
+    return (
+        "" if types == (_PAYLOAD, _STATEMENT, _PREDICATE) and resources == [expected] else "signature of another file"
+    )
 
 
 def public_key(key: str | Path) -> bytes:
-    """Return the public half of a private key in a PEM file, PEM too.
+    """Return the public key, as PEM, of a private key in a PEM file.
 
     Raises:
-        ConfigError: `cryptography` is not installed, or the key does not serve.
+        ConfigError: `cryptography` is not installed, or the key cannot be used.
     """
     private = _key(key, "private")
     from cryptography.hazmat.primitives import serialization as pem
@@ -97,12 +99,12 @@ def public_key(key: str | Path) -> bytes:
 
 
 def _encoded(payload: bytes) -> bytes:
-    """Return what DSSE signs: the payload behind its type, each with its length."""
+    """Return the bytes that DSSE signs: the type and the payload, each preceded by its length."""
     return b"DSSEv1 %d %s %d %s" % (len(_PAYLOAD), _PAYLOAD.encode(), len(payload), payload)
 
 
 def _key(key: str | Path | bytes, half: str) -> Any:
-    """Return a key, refused in one line unless it is of this half and on P-256."""
+    """Return a private or public key; any other is refused in one line, as is one that is not on P-256."""
     try:
         from cryptography.hazmat.primitives import serialization as pem
         from cryptography.hazmat.primitives.asymmetric import ec
@@ -110,17 +112,17 @@ def _key(key: str | Path | bytes, half: str) -> Any:
         raise ConfigError(f"signatures need the sign extra ({error}); pip install 'coatrt[sign]'") from None
     try:
         data = key if isinstance(key, bytes) else Path(key).read_bytes()
-        found: Any = pem.load_pem_private_key(data, None) if half == "private" else pem.load_pem_public_key(data)
-        if not isinstance(getattr(found, "curve", None), ec.SECP256R1):
-            raise ValueError("it is on no P-256 curve")
-    except Exception as error:  # the library's own share no public base
-        reason = getattr(error, "strerror", None) or str(error).partition(".")[0] or type(error).__name__
-        where = "the PEM given" if isinstance(key, bytes) else key
+        loaded: Any = pem.load_pem_private_key(data, None) if half == "private" else pem.load_pem_public_key(data)
+        if not isinstance(getattr(loaded, "curve", None), ec.SECP256R1):
+            raise ValueError("its curve is not P-256")
+    except Exception as error:  # the library's exceptions share no public base class
+        cause = getattr(error, "strerror", None) or str(error).partition(".")[0] or type(error).__name__
+        where = "the PEM" if isinstance(key, bytes) else key
         raise ConfigError(
-            f"no {half} key to use in {where} ({' '.join(reason.split())}); give a PEM file of a {half} key on P-256, "
-            "not encrypted (docs/bundle.md)"
+            f"not a usable {half} key: {where} ({' '.join(cause.split())}); give a PEM file with a {half} key on "
+            "P-256, not encrypted (docs/bundle.md)"
         ) from None
-    return found
+    return loaded
 
 
 def _ecdsa() -> Any:

@@ -1,4 +1,4 @@
-"""Tensors on their way: to a device, and to safetensors files with a hash of their content, whole or not at all."""
+"""Tensors moved to a device, and safetensors files with a hash of their content, written atomically."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ _HASH = "sha256"
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a small tensor on a device; nobody waits until a GPU has it, or for what the GPU is doing."""
+    """Return a small tensor on a device; the copy to a GPU is asynchronous."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -36,7 +36,7 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _seal(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Return what the hash in the metadata must be: that of the tensors and of all other metadata."""
+    """Return the hash of the tensors and of all metadata but the hash itself."""
     others = {key: value for key, value in metadata.items() if key != _HASH}
     return hashlib.sha256(f"{hash_tensors(tensors)} {json.dumps(others, sort_keys=True)}".encode()).hexdigest()
 
@@ -47,15 +47,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     Args:
         path: the file.
         tensors: any dtype that safetensors has.
-        metadata: texts to keep beside them.
+        metadata: texts to store with them.
     """
-    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_file(path) as temporary:
-        save_file(held, str(temporary), metadata={**(metadata or {}), _HASH: _seal(held, metadata or {})})
+        save_file(contiguous, str(temporary), metadata={**(metadata or {}), _HASH: _seal(contiguous, metadata or {})})
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-    """Return tensors and metadata of a file; None where it is missing, damaged, or its hash is another."""
+    """Return tensors and metadata of a file; None if it is missing or damaged, or its hash does not match."""
     if not is_cached(path):
         return None
     try:

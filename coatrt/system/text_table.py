@@ -6,11 +6,11 @@ __all__ = ["aligned"]
 
 
 def aligned(rows: Sequence[Sequence[str]], columns: str) -> str:
-    """Return rows as lines whose cells stand below each other, two spaces apart.
+    """Return rows as lines with aligned columns, two spaces apart.
 
     Args:
-        rows: cells as text, the head among them.
-        columns: a character per column: "<" aligns it left, ">" right.
+        rows: cells as text, header included.
+        columns: one character per column: "<" for left, ">" for right alignment.
     """
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     return "\n".join(

@@ -1,1 +1,1 @@
-"""Training of an adapter."""
+"""Training of adapters."""

@@ -1,4 +1,4 @@
-"""What a trained LoRA is worth on held-out data: the metrics of an adapter."""
+"""Held-out losses of a trained LoRA, for the metrics of its adapter."""
 
 from typing import Any
 
@@ -25,27 +25,27 @@ def measure_budgets(
     options: TrainOptions,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Return held-out losses: full precision, and per budget a configuration's without and with its LoRA.
+    """Return held-out losses: of full precision, and per budget of a configuration without and with its LoRA.
 
-    Where the task has an accuracy, it stands beside each loss, its key ending in "_accuracy".
+    If the task has an accuracy, each loss has one beside it under a key that ends in "_accuracy".
 
     Args:
-        model: the base; its configuration and LoRA are left as they happen to be.
-        lora: as trained.
-        sampler: gives the configuration that a planner would choose for a budget.
-        data: its held-out examples are measured on.
-        options: budgets, and how many examples.
+        model: the base model; its configuration and LoRA are changed.
+        lora: the trained LoRA.
+        sampler: provides the configuration of a budget, as a planner would choose it.
+        data: data with the held-out examples.
+        options: budgets and number of examples.
         progress: called after each measurement.
     """
-    done, total = 0, 1 + 2 * len(options.budgets)
+    count, total = 0, 1 + 2 * len(options.budgets)
 
     def measure(name: str, config: QuantConfig | None, adapted: bool = False) -> dict[str, float]:
-        nonlocal done
+        nonlocal count
         model.set_config(config)
         model.set_pairs(lora.pairs(config) if adapted and config is not None else None)
         numbers = measure_held_out(model, data, options.held_out_limit(data.kind))
-        done += 1
-        progress(done, total, "held-out loss")
+        count += 1
+        progress(count, total, "held-out loss")
         return {name if key == "loss" else f"{name}_{key}": value for key, value in numbers.items()}
 
     full_precision, rows = measure("full_precision", None), []

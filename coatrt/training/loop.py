@@ -1,4 +1,4 @@
-"""The optimisation loop: a LoRA module learns on configurations drawn anew in every step, and resumes where it was."""
+"""The optimisation loop: every step draws new configurations; an interrupted run resumes exactly."""
 
 import math
 import time
@@ -20,7 +20,7 @@ from coatrt.training.resume_state import History, load_state, save_state
 
 __all__ = ["optimise"]
 
-_CLIP = 1.0  # largest norm of the gradient
+_MAX_NORM = 1.0  # of the gradient
 
 
 def optimise(
@@ -34,40 +34,42 @@ def optimise(
     processes: Processes,
     progress: Progress = silent,
 ) -> History:
-    """Train a LoRA module, from its last checkpoint if there is one.
+    """Train a LoRA module, resuming from its last checkpoint if there is one.
 
     Args:
-        model: the frozen base.
-        lora: trained in place.
-        data: what to train on.
-        draw: the configurations of a step.
-        options: steps, rates, batch and the rest.
+        model: the frozen base model.
+        lora: LoRA module, trained in place.
+        data: examples to train on.
+        draw: step → its configurations.
+        options: steps, learning rates, batch and so on.
         state: directory of checkpoints.
-        run: identifies model, data and options; a checkpoint of another run is refused.
-        processes: those that train together, each with its share of every batch.
+        run: identity of model, data and options; a checkpoint of another run is refused.
+        processes: data-parallel processes, each with its share of every batch.
         progress: called after each step.
 
     Raises:
         CoatError: the loss is not finite.
-        ConfigError: a checkpoint of another run, or a batch that does not divide among the processes.
+        ConfigError: a checkpoint of another run, or a batch that is not a multiple of the processes.
         CheckpointError: a checkpoint is damaged.
     """
     members = lora.parameter_groups()
-    groups = [{"params": own, "peak": options.rates[name]} for name, own in members.items()]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)  # each step sets the rates
-    parameters = [parameter for own in members.values() for parameter in own]
+    groups = [
+        {"params": parameters_of_group, "peak": options.rates[name]} for name, parameters_of_group in members.items()
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)  # rates are set in each step
+    parameters = [parameter for parameters_of_group in members.values() for parameter in parameters_of_group]
     history = load_state(state, lora, optimizer, run) or History()
-    started = time.monotonic() - history.seconds
+    start = time.monotonic() - history.seconds
     while history.step < options.steps:
         passes = _passes(data, draw(history.step), options, history.step, processes)
-        found = accumulate_gradients(model, lora, passes, options.accumulate)
+        local_losses = accumulate_gradients(model, lora, passes, options.accumulate)
         processes.sum_gradients(parameters)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * options.rate(history.step)
-        torch.nn.utils.clip_grad_norm_(parameters, _CLIP)
+        torch.nn.utils.clip_grad_norm_(parameters, _MAX_NORM)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses = processes.sum(found)  # a GPU is waited for here, once a step, with all its work handed over
+        losses = processes.sum(local_losses)  # the only wait for a GPU in a step, after all its work is queued
         if not all(map(math.isfinite, losses)):
             raise CoatError(
                 f"the loss is not finite at step {history.step + 1}; try a lower --learning-rate or a higher --low-bits"
@@ -75,12 +77,12 @@ def optimise(
         history.step += 1
         history.losses.append(losses)
         progress(history.step, options.steps, "training", f"loss {sum(losses) / len(losses):.3f}")
-        due = history.step == options.steps or history.step % options.checkpoint_every == 0
-        if due and processes.is_first:
-            history.seconds = time.monotonic() - started
+        is_due = history.step == options.steps or history.step % options.checkpoint_every == 0
+        if is_due and processes.is_first:
+            history.seconds = time.monotonic() - start
             save_state(state, lora, optimizer, run, history)
     processes.wait()
-    history.seconds = time.monotonic() - started
+    history.seconds = time.monotonic() - start
     return history
 
 
@@ -93,5 +95,5 @@ def _passes(
     for config, own in zip(configs, rows, strict=True):
         batch = data[own]
         mine = batch[processes.share(torch.arange(len(batch)))].trimmed()
-        passes.append(Pass(config, mine, batch.predicted))
+        passes.append(Pass(config, mine, batch.target_count))
     return passes

@@ -15,13 +15,13 @@ __all__ = ["LoraModule", "Pass", "accumulate_gradients"]
 
 
 class LoraModule(Protocol):
-    """What the loop trains: a module that gives each matrix its pair for a configuration."""
+    """A module that the loop trains: it provides the LoRA pair of each matrix for a configuration."""
 
     def pairs(self, config: QuantConfig, dtype: torch.dtype = torch.float32) -> Mapping[str, tuple[Tensor, Tensor]]:
         """Return matrix name → (A [K, r], scaled B [r, N]), computed in float32 and then cast."""
 
     def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:
-        """Return the parameters that learn, by the name of their rate (`TrainOptions.rates`)."""
+        """Return the trained parameters by the name of their learning rate (`TrainOptions.rates`)."""
 
     def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         """Return every parameter by name."""
@@ -29,12 +29,12 @@ class LoraModule(Protocol):
 
 @dataclass(frozen=True)
 class Pass:
-    """What one configuration of a step is trained on.
+    """One configuration of a step and its rows.
 
     Args:
         config: the configuration.
-        batch: this process's rows.
-        total: targets of the whole batch, over all processes: sums are divided by it.
+        batch: rows of this process.
+        total: number of targets in the batch over all processes, the divisor of loss sums.
     """
 
     config: QuantConfig
@@ -45,20 +45,19 @@ class Pass:
 def accumulate_gradients(
     model: FakeQuantModel, lora: LoraModule, passes: Sequence[Pass], accumulate: int = 1
 ) -> Tensor:
-    """Add to the LoRA's gradients those of the mean loss over configurations.
+    """Add the gradients of the mean loss over configurations to those of the LoRA.
 
-    Where a batch is cut into parts, the pairs of its configuration are leaves while the model runs, so that they are
-    computed and differentiated once, and the gradients of all parts are summed in float32. On a GPU nothing here waits
-    for what it computes.
+    If a batch is cut into parts, the pairs of its configuration are leaves while the model runs, so that they are
+    computed and differentiated once and the gradients of all parts are summed in float32. Nothing here waits for a GPU.
 
     Args:
-        model: the base; its configuration and pairs are left as they happen to be.
-        lora: gives the pairs.
+        model: the base model; its configuration and pairs are changed.
+        lora: provides the pairs.
         passes: configurations of the step and their rows.
-        accumulate: parts each batch is cut into.
+        accumulate: number of parts of each batch.
 
     Returns:
-        per configuration this process's part of the task's loss, nats per token, float64 on the model's device.
+        This process's part of the loss per configuration, nats per token, float64 on the model's device.
     """
     losses = []
     for one in passes:
@@ -69,12 +68,12 @@ def accumulate_gradients(
         whole = [tensor for pair in pairs.values() for tensor in pair]
         leaves = [tensor.detach().requires_grad_() for tensor in whole] if cut else whole
         model.set_pairs(dict(zip(pairs, zip(leaves[::2], leaves[1::2], strict=True), strict=True)))
-        found = []
+        part_losses = []
         for rows in parts:
             loss = nn.functional.cross_entropy(*model.predictions(one.batch[rows]), reduction="sum") / one.total
-            found.append(loss.detach())
+            part_losses.append(loss.detach())
             (loss / len(passes)).backward()  # type: ignore[no-untyped-call]
-        losses.append(torch.stack(found).double().sum())
+        losses.append(torch.stack(part_losses).double().sum())
         if cut:
             torch.autograd.backward(whole, [leaf.grad for leaf in leaves])
     return torch.stack(losses)

@@ -1,4 +1,4 @@
-"""How an adapter is trained: every option with its help, default and limits, which the command line shows too."""
+"""Options of training with their help, defaults and limits, shared with the command line."""
 
 import math
 from collections.abc import Mapping
@@ -13,10 +13,10 @@ from coatrt.quantization.weight_format import WeightFormat
 __all__ = ["DEFAULT_FORMATS", "TrainOptions"]
 
 DEFAULT_FORMATS = ("nf3-g64", "nf4-g64", "int4-g64", "nvfp4", "fp8", "int8", "fp16")
-"""Some format for every device, from 3.25 bits up."""
+"""At least one format for every device, from 3.25 bits up."""
 
-_MOST_RANK = 4096
-_WARMUP = 0.1  # share of the steps in which the rates rise
+_MAX_RANK = 4096
+_WARMUP = 0.1  # share of the steps in which learning rates rise
 
 T = TypeVar("T")
 
@@ -33,59 +33,61 @@ def _option(
     """Return a field of `TrainOptions`.
 
     Args:
-        default: its default.
-        help: what it does.
-        least: smallest value allowed.
-        above: every value allowed is larger, and finite.
-        most: largest value allowed.
-        unset: what None, the default, stands for.
+        default: default value.
+        help: help text.
+        least: minimum.
+        above: exclusive minimum of a finite value.
+        most: maximum.
+        unset: meaning of the default None.
     """
     return field(default=default, metadata={"help": help, "least": least, "above": above, "most": most, "unset": unset})
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How an adapter is trained.
+    """Options of training.
 
     Raises:
-        ConfigError: a value that is not allowed.
+        ConfigError: a value is not allowed.
         FormatError: an unknown format.
     """
 
     formats: tuple[str, ...] = _option(DEFAULT_FORMATS, "Weight formats a configuration may use.")
-    rank: int = _option(16, "LoRA rank, a multiple of 16.", least=1, most=_MOST_RANK)
+    rank: int = _option(16, "LoRA rank, a multiple of 16.", least=1, most=_MAX_RANK)
     alpha: float = _option(32.0, "LoRA alpha: products are scaled by alpha / rank.", above=0, most=1e6)
-    ranks: tuple[tuple[str, int], ...] = _option((), "Ranks of module kinds that differ from --rank: down_proj=32.")
+    ranks: tuple[tuple[str, int], ...] = _option(
+        (), "Ranks of target modules that differ from --rank, such as down_proj=32."
+    )
     preset: Preset = _option(
         "none",
-        "Hypernetwork: coatrt, paper (arXiv 2509.25214), or none, which leaves it to compensation to tell "
-        "configurations apart.",
+        "Hypernetwork: coatrt, paper (arXiv 2509.25214), or none; with none, the LoRA depends on the configuration by "
+        "compensation alone.",
     )
     compensation: bool = _option(True, "Add the closed-form compensation term to B, one per format.")
     start: Literal["mixed", "residual", "random"] = _option(
         "mixed",
-        "Where A starts: residual, the directions that the format of fewest bits loses; random; or mixed, half of its "
-        "columns each. Without compensation always random.",
+        "Initial A: residual, the main directions of the quantization error in the format of fewest bits; random; or "
+        "mixed, half of the columns each. Without compensation always random.",
     )
-    quantizer: Quantizer = _option("feedback", "How weights are encoded.")
+    quantizer: Quantizer = _option("feedback", "Quantizer of the weights.")
     steps: int = _option(300, "Optimizer steps.", least=1, most=10**9)
     batch: int = _option(
-        4, "Blocks of text (examples) per configuration and step; a step has two.", least=1, most=65536
+        4, "Blocks of text (examples) per configuration; a step has two configurations.", least=1, most=65536
     )
     accumulate: int = _option(
         1,
-        "Parts a batch is cut into to save memory, rows of similar length grouped; the gradient is the same.",
+        "Parts that a batch is cut into to save memory, rows of similar length grouped; the gradient is the same.",
         least=1,
         most=65536,
     )
     max_length: int = _option(
-        256, "Tokens of a block of text; most tokens of an example of chat or choice.", least=2, most=2**20
+        256, "Tokens of a block of text; maximum tokens of an example of chat or choice.", least=2, most=2**20
     )
     low_bits: float | None = _option(
-        None, "Lowest budget trained for, bits per weight.", above=0, unset="the least the formats allow"
+        None, "Lowest budget of training, bits per weight.", above=0, unset="the minimum of the formats"
     )
     high_bits: float | None = _option(
-        None, "Highest budget trained for.", above=0, unset="the most the formats allow, up to 8.5"
+        None, "Highest budget of training, bits per weight.", above=0, unset="the maximum of the formats, up to 8.5"
     )
     learning_rate: float = _option(1e-3, "Peak learning rate of A.", above=0, most=100)
     rate_ratio: float | None = _option(
@@ -97,11 +99,11 @@ class TrainOptions:
     )
     theta_rate: float = _option(1e-4, "Peak learning rate of the hypernetwork.", above=0, most=100)
     precision: Literal["float32", "bfloat16"] = _option(
-        "float32", "Precision of the model's weights and products; the LoRA and its optimizer stay float32."
+        "float32", "Precision of the model's weights and products; the LoRA and its optimizer are always float32."
     )
     calibration: int | None = _option(
         None,
-        "Blocks of text to calibrate on; of shorter examples as many more as hold the same number of tokens.",
+        "Blocks of text to calibrate on; of shorter examples as many as have the same number of tokens.",
         least=1,
         most=2**20,
         unset="16; for gptq and feedback, four tokens for each input of the widest matrix",
@@ -109,9 +111,11 @@ class TrainOptions:
     evaluation: int | None = _option(
         None, "Held-out blocks (examples, questions) to measure on.", least=1, most=2**20, unset="16; for choice 200"
     )
-    budgets: tuple[float, ...] = _option((4.0, 5.0, 6.0), "Average bits at which the held-out loss is measured.")
+    budgets: tuple[float, ...] = _option(
+        (4.0, 5.0, 6.0), "Average bits per weight at which the held-out loss is measured."
+    )
     checkpoint_every: int = _option(25, "Steps between checkpoints.", least=1, most=10**9)
-    seed: int = _option(0, "Seed of start values, batches and configurations.", least=0, most=2**32 - 1)
+    seed: int = _option(0, "Seed of initial values, batches and configurations.", least=0, most=2**32 - 1)
 
     def __post_init__(self) -> None:
         for text in self.formats:
@@ -132,8 +136,8 @@ class TrainOptions:
             if most < math.inf and not value <= most:
                 raise ConfigError(f"{one.name} must be at most {most:.15g}, got {value}")
         for kind, rank in self.ranks:
-            if not 1 <= rank <= _MOST_RANK:
-                raise ConfigError(f"the rank of {kind} must be at least 1 and at most {_MOST_RANK}, got {rank}")
+            if not 1 <= rank <= _MAX_RANK:
+                raise ConfigError(f"the rank of {kind} must be at least 1 and at most {_MAX_RANK}, got {rank}")
         if self.accumulate > self.batch:
             raise ConfigError(f"accumulate must be at most batch, {self.batch}, got {self.accumulate}")
 
@@ -151,14 +155,14 @@ class TrainOptions:
         return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, self.steps - rise)))
 
     def held_out_limit(self, task: str) -> int:
-        """Return how many held-out examples are measured on at most; an accuracy needs more of them than a loss."""
+        """Return the maximum number of held-out examples; an accuracy needs more of them than a loss."""
         if self.evaluation is not None:
             return self.evaluation
         return 200 if task == "choice" else 16
 
 
-def _documented(docstring: str) -> str:
-    """Return the class's docstring with an entry for each option, its help."""
+def _add_args(docstring: str) -> str:
+    """Return the docstring of the class with the help of each option under Args."""
     summary, _, rest = docstring.partition("\n")
     entries = []
     for one in fields(TrainOptions):
@@ -167,4 +171,4 @@ def _documented(docstring: str) -> str:
     return "\n".join([summary, "\n    Args:", *entries, rest])
 
 
-TrainOptions.__doc__ = _documented(TrainOptions.__doc__ or "")
+TrainOptions.__doc__ = _add_args(TrainOptions.__doc__ or "")

@@ -1,4 +1,4 @@
-"""Training checkpoints: parameters, AdamW moments and progress in one safetensors file; a run resumes exactly."""
+"""Training checkpoints: parameters, AdamW moments and history in one safetensors file; a run resumes exactly."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +22,12 @@ _RESTART = "start over with --overwrite"
 
 @dataclass
 class History:
-    """What a run has done so far.
+    """Steps and losses of a run so far.
 
     Args:
-        step: optimizer steps.
-        losses: per step, the task's loss under each of its configurations, nats per token.
-        seconds: of training.
+        step: number of optimizer steps.
+        losses: losses of each step, one per configuration, nats per token.
+        seconds: duration of training.
     """
 
     step: Whole = 0
@@ -38,14 +38,14 @@ class History:
 def save_state(
     directory: Path, module: LoraModule, optimizer: torch.optim.Optimizer, run: str, progress: History
 ) -> None:
-    """Write a checkpoint, atomically: the one before it stays until this one is complete.
+    """Write a checkpoint, atomically: the previous one stays until this one is complete.
 
     Args:
-        directory: of the training state, made if missing.
-        module: its parameters are saved.
+        directory: directory of checkpoints, created if missing.
+        module: module whose parameters are saved.
         optimizer: AdamW over exactly these parameters.
-        run: identifies options, model and data; `load_state` refuses another.
-        progress: what else a resumed run needs.
+        run: identity of options, model and data; `load_state` refuses another.
+        progress: steps and losses so far.
     """
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in module.named_parameters():
@@ -68,7 +68,7 @@ def check_state(directory: Path, run: str) -> None:
 
 
 def claim_state(directory: Path, run: str) -> None:
-    """Make a directory the training state of a run; sensitivities that nothing says to be this run's are removed.
+    """Mark a directory as the state of a run, and remove sensitivities if it was not marked before.
 
     Raises:
         ConfigError: it belongs to other options, another model or other data.
@@ -79,8 +79,8 @@ def claim_state(directory: Path, run: str) -> None:
         write_json(directory / _RUN, {"run": run}, sealed=True)
 
 
-def _check_run(directory: Path, found: object, run: str) -> None:
-    if found != run:
+def _check_run(directory: Path, saved_run: object, run: str) -> None:
+    if saved_run != run:
         raise ConfigError(
             f"{directory} holds a training with other options, another model or other data; resume with the same "
             "ones, or start over with --overwrite"
@@ -88,12 +88,12 @@ def _check_run(directory: Path, found: object, run: str) -> None:
 
 
 def has_state(directory: Path) -> bool:
-    """Return whether a checkpoint has been written."""
+    """Return whether there is a checkpoint."""
     return (directory / _STATE).is_file()
 
 
 def load_state(directory: Path, module: LoraModule, optimizer: torch.optim.Optimizer, run: str) -> History | None:
-    """Read the last checkpoint into `module` and `optimizer` and return its progress; None where there is none.
+    """Read the last checkpoint into `module` and `optimizer` and return its history; None without a checkpoint.
 
     Raises:
         ConfigError: it belongs to other options, another model or other data.
@@ -101,10 +101,10 @@ def load_state(directory: Path, module: LoraModule, optimizer: torch.optim.Optim
     """
     if not has_state(directory):
         return None
-    found = read_tensors(directory / _STATE)
-    if found is None:
+    entry = read_tensors(directory / _STATE)
+    if entry is None:
         raise CheckpointError(f"{directory / _STATE} is damaged; {_RESTART}")
-    tensors, metadata = found
+    tensors, metadata = entry
     _check_run(directory, metadata.get("run"), run)
     where = f"the progress in {directory / _STATE}"
     value = parse_json(metadata.get("progress", ""), where, _RESTART, CheckpointError)

@@ -1,4 +1,4 @@
-"""Training: A, B and θ together on the task loss, over configurations drawn anew in every step."""
+"""Training of A, B and θ together on the task loss, with new configurations in every step."""
 
 import hashlib
 import json
@@ -49,7 +49,7 @@ from coatrt.training.resume_state import History, check_state, claim_state, has_
 
 __all__ = ["train"]
 
-_STARTED_SHARE = {"residual": 1.0, "mixed": 0.5, "random": 0.0}  # of A's columns, see TrainOptions.start
+_START_SHARES = {"residual": 1.0, "mixed": 0.5, "random": 0.0}  # of A's columns, see TrainOptions.start
 
 
 def train(
@@ -65,17 +65,17 @@ def train(
 ) -> Adapter:
     """Train a configuration-aware LoRA on text or another task and save it.
 
-    While it runs, `output`/training holds a checkpoint; when it ends, the finished adapter takes the directory's place.
+    While it runs, `output`/training has a checkpoint; at the end the finished adapter replaces the directory.
 
     Args:
         source: the model: Hugging Face directory, hub name or GGUF file.
-        data: what to train and to measure on (`coatrt.data.registry.load_task`).
+        data: data to train and measure on, from `load_task`.
         output: directory of the adapter.
-        options: how to train.
-        resume: go on from the last checkpoint; a finished adapter is returned as it is.
-        overwrite: replace a finished adapter or forget an unfinished one.
+        options: options of training.
+        resume: continue from the last checkpoint; a finished adapter is returned unchanged.
+        overwrite: replace a finished adapter, or discard an unfinished training.
         device: torch device, such as "cpu" or "cuda".
-        progress: called as calibration, sensitivities, training and measuring go on, in the first process only.
+        progress: called during calibration, sensitivities, training and measuring, in the first process only.
 
     Raises:
         ConfigError: options or data do not fit, `output` is in use, or there is no such device.
@@ -85,7 +85,7 @@ def train(
     sweep(output.parent)
     run = _open(source, data, output, options or TrainOptions(), device, progress)
     if resume and not overwrite and (output / "adapter.json").is_file():
-        return _finished(output, run.identity)
+        return _read_finished(output, run.identity)
     check_replaceable(output)
     with exclusive(output) if run.processes.is_first else nullcontext():
         if run.processes.is_first:
@@ -98,25 +98,25 @@ def train(
 
 @dataclass(frozen=True)
 class _Run:
-    """What a training works on, opened and checked."""
+    """The checked inputs of a training."""
 
-    source: str  # the model's name or absolute path
+    source: str  # hub name or absolute path of the model
     checkpoint: Checkpoint
     spec: DecoderSpec
     space: ConfigSpace
-    budgets: tuple[float, float]  # lowest and highest to train for, bits per weight
+    budgets: tuple[float, float]  # lowest and highest of training, bits per weight
     contract: LoraContract
     data: TaskData
     options: TrainOptions
     state: Path  # directory of checkpoints
-    identity: str  # stands for options, model and data
+    identity: str  # hash of options, model and data
     device: str
     processes: Processes
     progress: Progress  # of the first process
 
     @cached_property
     def calibration(self) -> Calibration:
-        """The tokens whose second moments the quantizer and compensation see."""
+        """The tokens for the second moments of quantizer and compensation."""
         return Calibration.of(self._examples(calibration_blocks(self.options, self.checkpoint.matrices)))
 
     @cached_property
@@ -151,16 +151,16 @@ def _train(run: _Run, output: Path) -> None:
 def _open(
     source: str | Path, data: TaskData, output: Path, options: TrainOptions, device: str, progress: Progress
 ) -> _Run:
-    """Open the model, and refuse what would fail later."""
+    """Open the model and check everything that could fail later."""
     checkpoint = Checkpoint.open(source)
     spec = DecoderSpec.from_config(checkpoint.config)
     preflight(checkpoint, progress)
     data.check_rows(checkpoint.matrices.matrices[0].N)
     space = ConfigSpace(checkpoint.matrices, tuple(map(WeightFormat.parse, options.formats)))
     processes = Processes(compute_device(device).type)
-    processes.share(torch.arange(options.batch))  # refuses a batch that does not divide among them
-    asked = {**asdict(options), "checkpoint_every": None}  # which decides nothing but when checkpoints are saved
-    facts = json.dumps([asked, checkpoint.fingerprint, data.digest])
+    processes.share(torch.arange(options.batch))  # refuses a batch that is not a multiple of them
+    choices = {**asdict(options), "checkpoint_every": None}  # it does not affect the result
+    facts = json.dumps([choices, checkpoint.fingerprint, data.digest])
     return _Run(
         source=str(Path(source).absolute()) if Path(source).exists() else str(source),
         checkpoint=checkpoint,
@@ -179,23 +179,25 @@ def _open(
 
 
 def _budgets(space: ConfigSpace, options: TrainOptions) -> tuple[float, float]:
-    """Return the lowest and the highest budget to train for, in bits per weight."""
+    """Return the lowest and the highest budget of training, in bits per weight."""
     least, most = space.min_bits, space.max_bits
     low = least if options.low_bits is None else options.low_bits
     high = min(most, max(low, 8.5)) if options.high_bits is None else options.high_bits
     if not least - 1e-9 <= low <= high <= most + 1e-9:
         raise ConfigError(
-            f"budgets of {low:g} to {high:g} bits cannot be trained for; the formats allow {least:.3f} to {most:.3f}"
+            f"budgets must be within {least:.3f} to {most:.3f} bits, the range of the formats, got {low:g} to {high:g} "
+            "(--low-bits, --high-bits)"
         )
     for bits in options.budgets:
         if not least <= bits <= most:
             raise ConfigError(
-                f"a budget of {bits:g} bits cannot be measured; the formats allow {least:.3f} to {most:.3f} (--budgets)"
+                f"budgets must be within {least:.3f} to {most:.3f} bits, the range of the formats, got {bits:g} "
+                "(--budgets)"
             )
     return low, high
 
 
-def _finished(output: Path, identity: str) -> Adapter:
+def _read_finished(output: Path, identity: str) -> Adapter:
     adapter = Adapter.from_pretrained(output)
     if adapter.description.metrics.get("run") != identity:
         raise ConfigError(
@@ -206,23 +208,25 @@ def _finished(output: Path, identity: str) -> Adapter:
 
 
 def _claim(output: Path, identity: str, resume: bool, overwrite: bool) -> None:
-    """Refuse a directory in use, and forget an unfinished training that is not to be resumed."""
+    """Refuse a directory with other content, and discard an unfinished training unless it is resumed."""
     state = output / "training"
-    finished = (output / "adapter.json").is_file()
-    if finished and not overwrite:
+    is_finished = (output / "adapter.json").is_file()
+    if is_finished and not overwrite:
         raise ConfigError(f"{output} holds a finished adapter; give another directory, or --overwrite to replace it")
     others = [path for path in output.iterdir() if path.name != LOCK]
-    if others and not (finished or state.is_dir()):
+    if others and not (is_finished or state.is_dir()):
         raise ConfigError(f"{output} holds other files; give another directory")
     if state.is_dir() and not resume and not overwrite:
-        raise ConfigError(f"{output} holds an unfinished training; give --resume to go on or --overwrite to start over")
+        raise ConfigError(
+            f"{output} holds an unfinished training; give --resume to continue it, or --overwrite to start over"
+        )
     if overwrite and not resume:
         shutil.rmtree(state, ignore_errors=True)
     check_state(state, identity)
 
 
 def _encode(run: _Run, codes: CodeStore) -> None:
-    """Encode every matrix in every format, so that this long work shows its progress; all of it is needed anyway."""
+    """Encode every matrix in every format now, all of which is needed later, so that progress is shown."""
     names = run.checkpoint.matrices.names
     for i, name in enumerate(names):
         for fmt in run.space.formats:
@@ -232,24 +236,25 @@ def _encode(run: _Run, codes: CodeStore) -> None:
 
 
 def _measure(run: _Run, model: FakeQuantModel, codes: CodeStore) -> Sensitivity:
-    """Return the sensitivities, measured by the first process unless an interrupted training left them."""
+    """Return the sensitivities, measured by the first process unless an interrupted training saved them."""
     path = run.state / "sensitivity.json"
     if run.processes.is_first:
         claim_state(run.state, run.identity)
         if not path.is_file():
             _encode(run, codes)
-            measured = measure_sensitivity(model, codes, run.sensitivity_examples, run.space.formats, run.progress)
-            if not all(isfinite(cost) for row in measured.costs.values() for cost in row.values()):
+            sensitivity = measure_sensitivity(model, codes, run.sensitivity_examples, run.space.formats, run.progress)
+            if not all(isfinite(cost) for row in sensitivity.costs.values() for cost in row.values()):
                 raise CheckpointError(
-                    f"{run.checkpoint.directory}: its outputs are not finite numbers; a norm or bias is beyond measure"
+                    f"the outputs of {run.checkpoint.directory} are not finite; check its norms and biases, or "
+                    "download it again"
                 )
-            write_json(path, measured, sealed=True)
+            write_json(path, sensitivity, sealed=True)
     run.processes.wait()
     return read_as(path, Sensitivity, "sensitivities", "remove the file to measure them again", sealed=True)
 
 
 def _start(run: _Run, model: FakeQuantModel, sensitivity: Sensitivity) -> CoaLora:
-    """Return the LoRA as training begins: with compensation, A starts from what C can make up for most."""
+    """Return the initial LoRA; with compensation, A starts with the directions that compensate most."""
     options = run.options
     encoder = ConfigEncoder(run.checkpoint.matrices, run.space.formats, sensitivity.errors)
     lora = CoaLora(run.contract, encoder, options.preset, options.seed)
@@ -258,7 +263,7 @@ def _start(run: _Run, model: FakeQuantModel, sensitivity: Sensitivity) -> CoaLor
         return lora
     moments = InputMoments(run.checkpoint, run.calibration, run.progress, run.device)
     compensator = Compensator(model, moments, run.contract, run.progress)
-    share = _STARTED_SHARE[options.start]
+    share = _START_SHARES[options.start]
     if not share or has_state(run.state):
         lora.compensate(compensator)
         return lora
@@ -273,7 +278,7 @@ def _start(run: _Run, model: FakeQuantModel, sensitivity: Sensitivity) -> CoaLor
 def _adapter(
     run: _Run, lora: CoaLora, sensitivity: Sensitivity, history: History, held_out: Mapping[str, Any]
 ) -> Adapter:
-    """Return the finished adapter with what was measured of it."""
+    """Return the finished adapter with its metrics."""
     options, data = run.options, run.data
     limit = options.held_out_limit(data.kind)
     description = AdapterDescription(
@@ -288,9 +293,9 @@ def _adapter(
             "options": asdict(options),
             "task": data.kind,
             "dropped": data.dropped,
-            "train_tokens": data.train.predicted,
+            "train_tokens": data.train.target_count,
             "held_out_examples": min(limit, len(data.held_out)),
-            "held_out_tokens": data.held_out[:limit].predicted,
+            "held_out_tokens": data.held_out[:limit].target_count,
             "seconds": history.seconds,
             "losses": history.losses,
             "held_out": held_out,

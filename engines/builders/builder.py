@@ -18,7 +18,7 @@ from typing import Any
 
 from coatrt.configs.config import QuantConfig
 from coatrt.devices.probe import probe
-from coatrt.devices.profiles import DeviceProfile, least_sm
+from coatrt.devices.profiles import DeviceProfile, min_sm
 from coatrt.errors import BuildError, DeviceError, FormatError
 from coatrt.system.files import atomic_file
 from coatrt.system.processes import run_child
@@ -88,7 +88,7 @@ def check_formats(config: QuantConfig, device: DeviceProfile, activations: str =
         name, fmt = wrong[0]
         more = f" and {len(wrong) - 1} more matrices" if len(wrong) > 1 else ""
         raise FormatError(
-            f"{device.id} (SM{device.sm}) cannot run {fmt} ({name}{more}): it needs SM{least_sm(fmt)} or later; "
+            f"{device.id} (SM{device.sm}) cannot run {fmt} ({name}{more}): it needs SM{min_sm(fmt)} or later; "
             f"allowed there: {', '.join(device.kinds)}"
         )
 

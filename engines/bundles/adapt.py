@@ -111,7 +111,7 @@ def write_onnx_adapter(path: str | Path, tensors: Mapping[str, NDArray[np.float3
     import onnxruntime as ort
 
     adapter = ort.AdapterFormat()
-    inputs = contract.joined(tensors)
+    inputs = contract.graph_inputs(tensors)
     adapter.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in inputs.items()})
     adapter.set_model_version(int(getattr(tensors, "configuration", "")[:_VERSION_DIGITS] or "0", 16))
     with atomic_file(path) as temporary:

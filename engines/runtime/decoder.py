@@ -93,7 +93,7 @@ class CachedDecoder(ABC):
         if self.contract is None:
             return
         zeros = {name: np.zeros(shape, self._dtype) for name, shape in self.contract.inputs.items()}
-        for name, value in (zeros if tensors is None else self.contract.joined(tensors, self._dtype)).items():
+        for name, value in (zeros if tensors is None else self.contract.graph_inputs(tensors, self._dtype)).items():
             self._bind(name, value)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> NDArray[np.float32]:

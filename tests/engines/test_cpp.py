@@ -187,14 +187,14 @@ def test_a_damaged_bundle_is_refused_in_pythons_words(cpp: Any, tiny_bundle: Pat
     DAMAGE[name](directory)
     with pytest.raises(CoatError) as error:
         Bundle.open(directory).check_all()
-    assert cpp.refusal("check", directory) == str(error.value).replace("format 1;", 'format "1";')
+    assert cpp.refusal("check", directory) == str(error.value).replace("format 1,", 'format "1",')
 
 
 OWN_WORDS: dict[str, tuple[Any, str]] = {
     "not JSON": (lambda d: (d / "manifest.json").write_text(seal_text('{"format": 1,')), "is not JSON"),
     "nested": (lambda d: (d / "manifest.json").write_text(seal_text('"a":' + "[" * 100_000)), "nested deeper than 64"),
-    "negative bytes": (lambda d: _alter(d, lambda m: m["files"]["cpu.onnx"].update(bytes=-1)), "gives no sha256"),
-    "huge bytes": (lambda d: _alter(d, lambda m: m["files"]["cpu.onnx"].update(bytes=2**64)), "gives no sha256"),
+    "negative bytes": (lambda d: _alter(d, lambda m: m["files"]["cpu.onnx"].update(bytes=-1)), "has no sha256"),
+    "huge bytes": (lambda d: _alter(d, lambda m: m["files"]["cpu.onnx"].update(bytes=2**64)), "has no sha256"),
     "NUL in a name": (lambda d: _alter(d, lambda m: m["files"].update({"a\0b": m["files"]["cpu.onnx"]})), "leaves"),
     "matrices": (lambda d: _alter(d, lambda m: m.update(matrices={"matrices": [[1]]})), "garbles matrices"),
     "stop tokens": (lambda d: _alter(d, lambda m: m["model"].update(stop_tokens="2")), "garbles stop_tokens"),
@@ -215,7 +215,10 @@ LIES: dict[str, tuple[Any, str]] = {
     "more layers": (lambda m: m["decoders"]["cpu"]["io"].update(layers=3), "ONNX Runtime fails"),
     "half": (lambda m: m["decoders"]["cpu"]["io"].update(activations="float16"), "ONNX Runtime fails"),
     "huge": (lambda m: m["decoders"]["cpu"]["io"].update(head_dim=2**61), "inputs and outputs are garbled"),
-    "zero": (lambda m: m["decoders"]["cpu"]["io"].update(head_dim=0), "decoder head_dim is 0; give a whole number"),
+    "zero": (
+        lambda m: m["decoders"]["cpu"]["io"].update(head_dim=0),
+        "decoder head_dim must be a whole number of at least 1, got 0",
+    ),
     "no graph": (lambda m: m["decoders"].pop("cpu"), "has no cpu graph, only cuda, engine; build it again"),
     "weights elsewhere": (lambda m: m["decoders"]["cpu"].update(weights="../x"), "has no file ../x; it has"),
 }

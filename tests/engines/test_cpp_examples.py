@@ -227,7 +227,7 @@ def test_the_service_ends_where_it_is_told_to_while_loading(cpp: Any, tiny_bundl
 
 def test_the_service_refuses_in_one_line(cpp: Any, tmp_path: Path) -> None:
     for arguments, message in (
-        ([tmp_path], "is no bundle"),
+        ([tmp_path], "not a bundle: "),
         ([], "usage: service BUNDLE"),
         ([tmp_path, "--port", "x"], "--port must be a whole number from 0 to 65535, got x"),
         ([tmp_path, "--port", "80x"], "got 80x"),

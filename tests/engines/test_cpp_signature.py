@@ -47,4 +47,4 @@ def test_a_signature_is_required_in_pythons_words(cpp: Any, tiny_bundle: Path, t
         Bundle.open(directory, key=keys[1])
     refused = cpp.run("signed", directory, keys[1])
     assert (refused.returncode, refused.stderr) == (2, f"{error.value}\n")
-    assert "no public key to use in" in cpp.run("signed", directory, keys[0]).stderr
+    assert "not a usable public key: " in cpp.run("signed", directory, keys[0]).stderr

@@ -67,7 +67,7 @@ void require_signature([[maybe_unused]] const std::string_view manifest, [[maybe
   const std::string wrong = check_signature(manifest, kManifest, directory / kSignature, key);
   if (!wrong.empty())
     throw Error(directory.string() + " has no signature by " + key + " (" + wrong +
-                "); fetch the bundle again from who signs it");
+                "); download the bundle again from its publisher");
 #else
   throw Error("a signature is required and the library was built without component sign; add it to find_package(coatrt)");
 #endif
@@ -83,7 +83,7 @@ void check_file(const fs::path& directory, const std::string& name, const Json& 
     throw Error(manifest + " names " + repr(name) + ", a link that leaves the bundle; do not use it");
   std::int64_t bytes = 0;
   if (find_text(facts, "sha256") == nullptr || !whole(find(facts, "bytes"), 0, bytes))
-    throw Error(manifest + " gives no sha256 and bytes for " + name + "; build it again");
+    throw Error(manifest + " has no sha256 and bytes for " + name + "; build the bundle again");
   std::error_code error;
   const std::uintmax_t size = fs::file_size(path, error);
   if (error || size != static_cast<std::uintmax_t>(bytes))
@@ -116,7 +116,7 @@ void read_model(BundleState& state) {
 std::shared_ptr<BundleState> open_state(const fs::path& directory, const BundleOptions& options) {
   const fs::path file = directory / kManifest;
   if (!is_file(file))
-    throw Error(directory.string() + " is no bundle: it has no manifest.json; make one with coatrt build");
+    throw Error("not a bundle: " + directory.string() + " (no manifest.json); create one with coatrt build");
   std::error_code error;
   if (fs::file_size(file, error) > kMostManifest)
     throw Error(file.string() + " has more than 64 MiB; build the bundle again");
@@ -136,7 +136,7 @@ std::shared_ptr<BundleState> open_state(const fs::path& directory, const BundleO
   std::int64_t number = 0;
   if (!whole(format, 0, number) || number != kFormat)
     throw Error(directory.string() + " has bundle format " + (format == nullptr ? "None" : format->dump()) +
-                "; this coatrt " + kVersion + " reads " + std::to_string(kFormat) + "; rebuild it");
+                ", coatrt " + kVersion + " reads " + std::to_string(kFormat) + "; build it again");
   std::vector<std::string> missing;
   for (const char* key : {"format", "coatrt", "model", "configuration", "matrices", "decoders", "engines", "versions", "files"})
     if (find(manifest, key) == nullptr) missing.emplace_back(key);
@@ -177,19 +177,19 @@ fs::path BundleState::path(const std::string& name) {
 
 fs::path BundleState::graph(const std::string& name, const std::string& weights) {
   if (!weights.empty()) path(weights);
-  // ONNX Runtime takes another kind of file by its ending, and what that would read is not known here.
+  // By the suffix ONNX Runtime picks another file format, and what that would read is not known here.
   if (fs::path(name).extension() != ".onnx")
-    throw Error((directory / name).string() + " is no ONNX graph by its name; build the bundle again");
+    throw Error("not an ONNX graph: " + (directory / name).string() + " (its name does not end in .onnx); build the bundle again");
   const auto file = read(name);
   std::set<std::string> locations;
   try {
     locations = external_data(file->text());
   } catch (const Error& error) {
-    throw Error((directory / name).string() + " is no ONNX graph (" + error.what() + "); build the bundle again");
+    throw Error("not an ONNX graph: " + (directory / name).string() + " (" + error.what() + "); build the bundle again");
   }
   for (const std::string& location : locations)
     if ((fs::path(name).parent_path() / location).lexically_normal() != fs::path(weights))
-      throw Error((directory / name).string() + " reads weights from " + repr(location) + ", the manifest gives it " +
+      throw Error((directory / name).string() + " reads weights from " + repr(location) + ", the manifest allows " +
                   (weights.empty() ? "none" : weights) + "; do not use this bundle");
   return directory / name;
 }
@@ -284,10 +284,10 @@ std::size_t Bundle::check_all() const {
   std::sort(links.begin(), links.end());
   std::sort(extra.begin(), extra.end());
   if (!links.empty())
-    throw Error(state_->directory.string() + " holds links (" + detail::join(links) + "); copy the bundle with what they name");
+    throw Error(state_->directory.string() + " contains links (" + detail::join(links) + "); copy the bundle with the linked files");
   if (!extra.empty())
-    throw Error(state_->directory.string() + " holds " + detail::join(extra) +
-                ", which the manifest does not name; remove it");
+    throw Error(state_->directory.string() + " contains " + detail::join(extra) +
+                ", not in the manifest; remove it");
   for (const auto& [name, _] : files.items()) state_->read(name);
   return files.size();
 }

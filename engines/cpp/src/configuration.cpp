@@ -51,7 +51,7 @@ std::vector<Pattern> patterns_of(const nlohmann::ordered_json& value, const std:
 std::string advice(const std::string& pattern) {
   bool expression = pattern.find_first_of("(|+^$") != pattern.npos;
   for (const char* sign : {".*", "\\."}) expression = expression || pattern.find(sign) != pattern.npos;
-  return expression ? "patterns are globs, not regular expressions: write *.mlp.* or *[qkv]_proj" : "correct or drop it";
+  return expression ? "patterns are globs, not regular expressions: write *.mlp.* or *[qkv]_proj" : "correct or remove it";
 }
 
 }  // namespace

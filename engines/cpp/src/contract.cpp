@@ -34,13 +34,13 @@ Contract Contract::from_json(const Json& value) {
   if (alpha == nullptr || !alpha->is_number()) garbled("'alpha'");
   if (dtype == nullptr) garbled("'dtype'");
   if (const Json* rule = find(value, "scale_rule"); rule != nullptr && *rule != kScaleRule)
-    throw Error("LoRA scale rule " + (rule->is_string() ? repr(rule->get<std::string>()) : rule->dump()) +
-                " is given; allowed: " + repr(kScaleRule) + "; export again");
+    throw Error("the LoRA scale rule must be " + repr(kScaleRule) + ", got " +
+                (rule->is_string() ? repr(rule->get<std::string>()) : rule->dump()) + "; export again");
   if (const double number = alpha->get<double>(); !(number > 0 && std::isfinite(number)))
-    throw Error("LoRA alpha " + alpha->dump() + " is given; give a positive number, such as 32");
+    throw Error("LoRA alpha must be above 0, got " + alpha->dump());
   if (!is_activation(*dtype))
-    throw Error("LoRA dtype " + repr(*dtype) + " is given; allowed: float32, float16, bfloat16; use float32");
-  if (*dtype != "float32") throw Error("LoRA dtype " + repr(*dtype) + " is given; C++ reads float32; export again");
+    throw Error("the LoRA dtype must be one of float32, float16, bfloat16, got " + repr(*dtype));
+  if (*dtype != "float32") throw Error("the LoRA dtype must be float32 for C++, got " + repr(*dtype) + "; export again");
 
   Contract contract;
   std::set<std::string> names, inputs;
@@ -52,10 +52,9 @@ Contract Contract::from_json(const Json& value) {
     if (!whole(find(row, "K"), 0, K) || !whole(find(row, "N"), 0, N) || !whole(find(row, "rank"), 0, rank))
       garbled("a width of " + *matrix);
     if (rank < 1 || rank % 16 != 0)
-      throw Error("LoRA rank " + std::to_string(rank) + " is given; allowed: multiples of 16; choose 16 or 32");
+      throw Error("the LoRA rank must be a multiple of 16, got " + std::to_string(rank));
     if (K < 1 || N < 1 || K > kMostWidth || N > kMostWidth || rank > kMostWidth)
-      throw Error("LoRA of " + *matrix + " has K " + std::to_string(K) + " and N " + std::to_string(N) +
-                  "; give positive widths");
+      throw Error("K and N of " + *matrix + " must be at least 1, got " + std::to_string(K) + " and " + std::to_string(N));
     names.insert(*A);
     names.insert(*B);
     contract.tensors.push_back({*A, K, rank});
@@ -66,11 +65,10 @@ Contract Contract::from_json(const Json& value) {
   }
   for (const Tensor& input : contract.inputs) inputs.insert(input.name);
   if (inputs.size() != contract.inputs.size())
-    throw Error("two groups of the LoRA contract have one name; keep the matrices of a group together");
+    throw Error("two groups of the LoRA contract have the same name; list the matrices of a group together");
   if (names.empty() || names.size() != contract.tensors.size())
     throw Error("the LoRA contract has " + std::to_string(contract.tensors.size() / 2) + " matrices and " +
-                std::to_string(names.size()) + " distinct tensor names; give at least one matrix, with two names of its "
-                "own each");
+                std::to_string(names.size()) + " distinct tensor names; each matrix, at least one, needs two names of its own");
   return contract;
 }
 
@@ -85,7 +83,7 @@ void Contract::join(const std::string& group, const std::string& last, const std
   }
   Tensor &low = inputs[inputs.size() - 2], &high = inputs.back();
   if (low.rows != A.rows)
-    throw Error("the LoRA matrices of " + group + " differ in K (" + matrix + "); they read one input, so give one width");
+    throw Error("the matrices of " + group + " differ in K (" + matrix + "); a group reads one input of one width");
   places.push_back({inputs.size() - 2, 0, low.columns});
   places.push_back({inputs.size() - 1, high.rows, high.columns});
   low = {"lora_A." + group, low.rows, low.columns + A.columns};
@@ -99,7 +97,7 @@ DecoderIO DecoderIO::from_json(const Json& value) {
     if (found == nullptr)
       throw Error("the decoder's inputs and outputs are garbled (" + repr(name) + " is missing); export again");
     if (!whole(found, 1, field))
-      throw Error(std::string("decoder ") + name + " is " + found->dump() + "; give a whole number of at least 1");
+      throw Error(std::string("decoder ") + name + " must be a whole number of at least 1, got " + found->dump());
   };
   count("layers", io.layers);
   count("kv_heads", io.kv_heads);
@@ -110,8 +108,8 @@ DecoderIO DecoderIO::from_json(const Json& value) {
   if (slots != nullptr && !slots->is_null()) count("cache_length", io.cache_length);
   const std::string* dtype = find_text(value, "activations");
   if (dtype == nullptr || !is_activation(*dtype))
-    throw Error("decoder activations " + (dtype == nullptr ? "None" : repr(*dtype)) +
-                " are given; allowed: float32, float16, bfloat16");
+    throw Error("decoder activations must be one of float32, float16, bfloat16, got " +
+                (dtype == nullptr ? "None" : repr(*dtype)));
   io.activations = *dtype;
   const std::int64_t most = std::max(io.max_positions, io.cache_length);
   const std::int64_t cache = product(product(product(io.kv_heads, io.head_dim), most), 4);

@@ -65,7 +65,7 @@ def term(compensator: Compensator, matrix: str, fmt: WeightFormat, A: Tensor) ->
 
 def held(compensator: Compensator, matrix: str) -> int:
     """Return the bytes of what is kept of a matrix's inputs."""
-    return compensator._grams[matrix]._held.nbytes
+    return compensator._grams[matrix]._values.nbytes
 
 
 @pytest.fixture(scope="module", params=[3, 16], ids=["inputs", "moments"])
@@ -97,7 +97,7 @@ def test_the_term_is_least_squares_over_the_inputs(setting: Setting) -> None:
 
 
 def test_of_many_tokens_the_first_are_kept(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coatrt.adapter.compensation._MOST_TOKENS", 100)
+    monkeypatch.setattr("coatrt.adapter.compensation._MAX_TOKENS", 100)
     setting = Setting(tiny_llama, 16)
     for tensor in setting.contract.tensors:  # 3 blocks of 32 for inputs of 64 and of 160
         assert held(setting.compensator, tensor.matrix) == 2 * 96 * tensor.K

@@ -131,7 +131,7 @@ def test_an_adapter_keeps_its_quantizer(tiny_adapter: Path, tmp_path: Path) -> N
     encoded_by("absmax", None).save_pretrained(tmp_path / "paper")
     assert Adapter.from_pretrained(tmp_path / "paper").calibration is None
     assert not (tmp_path / "paper" / "calibration.safetensors").exists()
-    with pytest.raises(ConfigError, match="feedback is given without calibration tokens"):
+    with pytest.raises(ConfigError, match="feedback needs calibration tokens"):
         encoded_by("feedback", None)
     with pytest.raises(ConfigError, match="no quantizer 'best'; allowed: absmax, mse, weighted, gptq, feedback"):
         encoded_by("best")

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coatrt.configs.config import ConfigPatterns, QuantConfig, names_like
+from coatrt.configs.config import ConfigPatterns, QuantConfig, matching_names
 from coatrt.errors import CheckpointError, ConfigError, FormatError
 from coatrt.models.matrices import ModelMatrices, matrices_of
 from coatrt.quantization.weight_format import WeightFormat
@@ -74,14 +74,14 @@ def test_exact_name_beats_first_pattern_beats_default():
     ],
 )
 def test_a_pattern_is_a_glob_over_the_whole_name(pattern, names):
-    assert set(names_like(pattern, MODEL)) == names
+    assert set(matching_names(pattern, MODEL)) == names
 
 
 @pytest.mark.parametrize("pattern", ["(.*)*(.*)*(.*)*(.*)*x", "*o*o*o*o*o*o*o*o*o*o*o*o*o*o*!", "*" * 5000 + "!"])
 def test_no_pattern_takes_long(pattern):
     started = time.perf_counter()
     with pytest.raises(ConfigError, match="matches none of the model's"):
-        names_like(pattern, MODEL)
+        matching_names(pattern, MODEL)
     assert time.perf_counter() - started < 1
 
 

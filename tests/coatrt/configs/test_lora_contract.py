@@ -46,7 +46,7 @@ def test_contract_file_round_trip(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("rank", "alpha"), [(8, 16), (0, 16), (-16, 16), (24, 16), (16, 0), (16, float("inf"))])
 def test_contract_refuses_rank_and_alpha(rank: int, alpha: float) -> None:
-    with pytest.raises(ConfigError, match=r"is given; "):
+    with pytest.raises(ConfigError, match=r"^(the LoRA rank|LoRA alpha) must be .*, got "):
         contract_for(MODEL, rank, alpha)
 
 
@@ -96,13 +96,13 @@ def test_the_inputs_of_a_graph_are_joined_and_hold_zeros() -> None:
     contract = contract_for(replace(MODEL, matrices=(*MODEL.matrices[:2], *pair, *MODEL.matrices[2:])), 16, 32)
     rng = np.random.default_rng(0)
     tensors = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in contract.shapes.items()}
-    joined = contract.joined(tensors)
+    inputs = contract.graph_inputs(tensors)
     gate, up = (tensors[f"lora_B.{layer}{kind}_proj"] for kind in ("gate", "up"))
     expected = np.block([[gate, np.zeros_like(up)], [np.zeros_like(gate), up]])
-    assert np.array_equal(joined[f"lora_B.{layer}gate_up_proj"], expected)
+    assert np.array_equal(inputs[f"lora_B.{layer}gate_up_proj"], expected)
     side_by_side = np.hstack([tensors[f"lora_A.{layer}{kind}_proj"] for kind in ("gate", "up")])
-    assert np.array_equal(joined[f"lora_A.{layer}gate_up_proj"], side_by_side)
-    assert {name: value.shape for name, value in joined.items()} == contract.inputs
+    assert np.array_equal(inputs[f"lora_A.{layer}gate_up_proj"], side_by_side)
+    assert {name: value.shape for name, value in inputs.items()} == contract.inputs
     tensor = contract.by_matrix[f"{layer}up_proj"]
     with pytest.raises(ConfigError, match="differ in K"):
         replace(contract, tensors=(replace(tensor, matrix="a", A="b", B="c", K=80), tensor))

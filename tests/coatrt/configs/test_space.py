@@ -31,13 +31,13 @@ SPACE = ConfigSpace(big_model(), FORMATS)
 @settings(max_examples=60, deadline=None)
 @given(st.floats(2.26, 8.0), st.integers(0, 1000))
 def test_budgeted_samples_meet_the_budget_and_keep_groups_together(bits, seed):
-    config = SPACE.sample_budgeted(np.random.default_rng(seed), bits)
+    config = SPACE.sample(np.random.default_rng(seed), bits)
     assert abs(config.average_bits(SPACE.model) - bits) <= 0.15
     assert all(len({config[name] for name in group}) == 1 for group in SPACE.groups)
 
 
 def test_budgeted_samples_differ_and_reach_the_extremes():
     rng = np.random.default_rng(0)
-    assert len({SPACE.sample_budgeted(rng, 4.0).hash for _ in range(20)}) == 20
-    assert SPACE.sample_budgeted(rng, 0) == SPACE.uniform("nf2-g64")
-    assert SPACE.sample_budgeted(rng, 99) == SPACE.uniform("int8")
+    assert len({SPACE.sample(rng, 4.0).hash for _ in range(20)}) == 20
+    assert SPACE.sample(rng, 0) == SPACE.uniform("nf2-g64")
+    assert SPACE.sample(rng, 99) == SPACE.uniform("int8")

@@ -55,7 +55,7 @@ def test_answers_are_those_of_a_rendering_by_hand(tokenizer: Any) -> None:
     )
     assert text(tokenizer, marked) == "<|end|>\n".join(turns) + "<|end|>"
     assert answers(tokenizer, marked) == ["yes sir<|end|>", "no<|end|>"]  # the end token is learned, the line break not
-    assert marked.predicted == len("yes sir") + len("no") + 2
+    assert marked.target_count == len("yes sir") + len("no") + 2
     start = len(turns[0]) + len(turns[1]) + len("<|im|>assistant\n") + 2 * 2  # two turns closed by <|end|> and \n
     assert (marked.targets[0] != IGNORED).nonzero()[0].item() == start
 
@@ -112,12 +112,12 @@ def test_templates_without_a_fixed_place_for_answers_are_refused(tokenizer: Any)
     one = Conversation(TALK.messages[:2])
     assert answers(tokenizer, chat_task(tokenizer, [one], [one], 200).train) == ["<t></t>yes sir\n"]
     tokenizer.chat_template = "{{ raise_exception('roles must take turns') }}"
-    with pytest.raises(ConfigError, match=r"x line 3: .* refuses it \(roles must take turns\)"):
+    with pytest.raises(ConfigError, match=r"x line 3: .* fails \(roles must take turns\)"):
         chat_task(tokenizer, [Conversation(TALK.messages, where="x line 3")], [TALK], 200)
 
 
 def test_conversations_without_an_answer_are_refused() -> None:
     with pytest.raises(ConfigError, match="no message of the assistant"):
         Conversation((("user", "hi"),))
-    with pytest.raises(ConfigError, match="speaks first"):
+    with pytest.raises(ConfigError, match="first message is the assistant"):
         Conversation((("assistant", "hi"),))

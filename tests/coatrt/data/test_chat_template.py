@@ -91,7 +91,7 @@ def test_what_is_no_template_is_one_line(tokenizer: Any, monkeypatch: pytest.Mon
     with pytest.raises(ConfigError, match=r"cannot be used .*multiple chat templates"):
         chat_template(tokenizer)
     tokenizer.chat_template = 7
-    with pytest.raises(ConfigError, match="is a int; give a text"):
+    with pytest.raises(ConfigError, match="must be a text, got int"):
         chat_template(tokenizer)
     tokenizer.chat_template = "{{ 1 / 0 }}"
     with pytest.raises(

@@ -52,7 +52,7 @@ def test_an_answer_of_weight_0_is_read_and_not_learned(tokenizer: Any) -> None:
     for weight in (2, -1, 0.5, True, "1", [1]):
         with pytest.raises(ConfigError, match=r"line 7: weight is .*; give 0 or 1"):
             conversation(USER, {**YES, "weight": weight})
-    with pytest.raises(ConfigError, match="message 1, of the role user, has a weight"):
+    with pytest.raises(ConfigError, match="message 1 of role user has a weight"):
         conversation({**USER, "weight": 1}, YES)
 
 
@@ -72,10 +72,10 @@ def test_what_the_template_leaves_out_is_refused_by_name(tokenizer: Any) -> None
     line = (USER, CALLS, RESULT, YES)
     with pytest.raises(
         ConfigError,
-        match=r"x.jsonl line 7: the chat template of .*llama/chat_template.jinja leaves out tools; remove it",
+        match=r"x.jsonl line 7: the chat template of .*llama/chat_template.jinja ignores tools; remove it",
     ):
         chat_task(tokenizer, [conversation(USER, YES, tools=TOOLS)], [], 2000)
-    with pytest.raises(ConfigError, match="leaves out tool_calls of message 2"):
+    with pytest.raises(ConfigError, match="ignores tool_calls of message 2"):
         chat_task(tokenizer, [conversation(*line)], [], 2000)
     tokenizer.chat_template = TEMPLATE
     for messages, said in (
@@ -86,10 +86,10 @@ def test_what_the_template_leaves_out_is_refused_by_name(tokenizer: Any) -> None
         ((USER, CALLS, {**RESULT, "tool_call_id": "c2"}, YES), "tool_call_id of message 3"),
         ((USER, RESULT, YES), "tool_call_id of message 2"),
     ):
-        with pytest.raises(ConfigError, match=f"line 7: .* leaves out {said}; remove"):
+        with pytest.raises(ConfigError, match=f"line 7: .* ignores {said}; remove"):
             chat_task(tokenizer, [conversation(*messages)], [], 2000)
     tokenizer.chat_template = "{% for m in messages if m.role in ('user', 'assistant') %}{{ m.content }}{% endfor %}"
-    with pytest.raises(ConfigError, match="leaves out message 1, of the role developer"):
+    with pytest.raises(ConfigError, match="ignores message 1 of role developer"):
         chat_task(tokenizer, [conversation({"role": "developer", "content": "Be kind."}, USER, YES)], [], 2000)
 
 
@@ -106,26 +106,32 @@ WRONG: dict[str, tuple[Any, str]] = {
     "key of a message": ({"messages": [USER, {**YES, "wieght": 0}]}, "line 1 message 2 has the unknown key 'wieght'"),
     "key of a pair": ({"prompt": "a", "completion": "b", "weight": 0}, "line 1 has the unknown key 'weight'"),
     "parallel calls": ({"messages": [USER, YES], "parallel_tool_calls": False}, "has parallel_tool_calls, which no"),
-    "two parts": ({"messages": [{**USER, "content": [{"type": "text", "text": "a"}] * 2}, YES]}, "content is a list"),
+    "two parts": (
+        {"messages": [{**USER, "content": [{"type": "text", "text": "a"}] * 2}, YES]},
+        "content must be a text or",
+    ),
     "a picture": (
         {"messages": [{**USER, "content": [{"type": "image_url", "image_url": {}}]}, YES]},
-        "is a list; give",
+        "content must be a text or",
     ),
     "key of a part": (
         {"messages": [{**USER, "content": [{"type": "text", "text": "a", "x": 1}]}, YES]},
         "content has the unknown key 'x'",
     ),
     "null content": ({"messages": [{**USER, "content": None}, YES]}, "a message without content"),
-    "tools a text": ({"messages": [USER, YES], "tools": "sum"}, "tools is no list of objects"),
-    "calls an object": ({"messages": [USER, {**CALLS, "tool_calls": {}}]}, "tool_calls is no list with calls"),
-    "call of what": ({"messages": [USER, {**CALLS, "tool_calls": [{"id": "a"}]}]}, "has no function in a call"),
+    "tools a text": ({"messages": [USER, YES], "tools": "sum"}, "tools must be a list of objects"),
+    "calls an object": ({"messages": [USER, {**CALLS, "tool_calls": {}}]}, "tool_calls must be a list of calls"),
+    "call of what": (
+        {"messages": [USER, {**CALLS, "tool_calls": [{"id": "a"}]}]},
+        "a call in tool_calls has no function",
+    ),
     "arguments": (
         {"messages": [USER, {**CALLS, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
         "line 1: arguments is not JSON",
     ),
     "arguments a list": (
         {"messages": [USER, {**CALLS, "tool_calls": [{"function": {"name": "f", "arguments": "[]"}}]}]},
-        "arguments of a call are no object",
+        "the arguments of a call must be an object",
     ),
     "key of a choice": (
         {"prompt": "a", "choices": ["b", "c"], "answer": 0, "label": 1},

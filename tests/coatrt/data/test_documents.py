@@ -23,5 +23,5 @@ def test_missing_and_empty_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no text in"):
         read_documents([tmp_path])
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match=r"binary\.txt is UTF-16 by its first bytes"):
+    with pytest.raises(ConfigError, match=r"binary\.txt is UTF-16 \(it begins with"):
         read_documents([tmp_path])

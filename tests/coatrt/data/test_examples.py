@@ -91,7 +91,7 @@ def test_what_is_no_example_is_refused() -> None:
     tokens = torch.arange(6).view(2, 3)
     marked = torch.tensor([[IGNORED, 1, 2], [IGNORED, IGNORED, 5]])
     examples = Examples(tokens, marked)
-    assert (len(examples), examples.predicted, examples.counts.tolist(), examples.last.tolist()) == (
+    assert (len(examples), examples.target_count, examples.counts.tolist(), examples.last.tolist()) == (
         2,
         3,
         [2, 1],
@@ -101,9 +101,9 @@ def test_what_is_no_example_is_refused() -> None:
     assert examples.digest != examples[:1].digest
     assert examples.digest != Examples.of_blocks(tokens).digest
     for targets, said in (
-        (marked[:, :2], "give both as"),
-        (marked.int(), "give int64"),
-        (torch.tensor([[IGNORED, 1, 1], [IGNORED, 4, 5]]), "differs from its token"),
+        (marked[:, :2], "must have the same shape"),
+        (marked.int(), "must be int64"),
+        (torch.tensor([[IGNORED, 1, 1], [IGNORED, 4, 5]]), "a target must be its token"),
         (tokens, "first token of a row"),
         (torch.tensor([[IGNORED, 1, 2], [IGNORED] * 3]), "has no target"),
     ):

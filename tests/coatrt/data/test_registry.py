@@ -87,21 +87,25 @@ def test_text_and_chat_files(files: Path, tokenizer: Any) -> None:
 
 WRONG: dict[str, tuple[str, list[Any], str]] = {
     "not JSON": ("choice", [question(0), '{"prompt": '], r"x\.jsonl line 2 is not JSON"),
-    "no object": ("chat", ["", "[1]"], r"x\.jsonl line 2 is a list; give one JSON object a line"),
-    "nothing": ("choice", [" ", ""], "no line in"),
+    "no object": ("chat", ["", "[1]"], r"x\.jsonl line 2 is a list; give one JSON object per line"),
+    "nothing": ("choice", [" ", ""], "no lines in"),
     "one line": ("choice", [question(0)], "give at least two"),
     "no answer": ("choice", [question(0), {"prompt": "a", "choices": [" b", " c"]}], "line 2 has no 'answer'"),
-    "answer out of range": ("choice", [question(0), {**question(1), "answer": 4}], "line 2: answer 4 is given; the 4"),
-    "negative answer": ("choice", [question(0), {**question(1), "answer": -1}], "line 2: answer -1 is given"),
-    "answer a text": ("choice", [{**question(0), "answer": "b"}], "line 1: answer is 'b'; give the place"),
-    "answer a truth": ("choice", [{**question(0), "answer": True}], "line 1: answer is True"),
-    "choices a text": ("choice", [{**question(0), "choices": "ab"}], "line 1: choices is a str; give a list"),
-    "empty choice": ("choice", [{**question(0), "choices": ["a", ""]}], 'line 1: a choice is ""; give a text'),
-    "prompt a number": ("choice", [{**question(0), "prompt": 3}], "line 1: prompt is 3; give a text"),
+    "answer out of range": (
+        "choice",
+        [question(0), {**question(1), "answer": 4}],
+        "line 2: answer must be an index from 0 to",
+    ),
+    "negative answer": ("choice", [question(0), {**question(1), "answer": -1}], "line 2: answer must be"),
+    "answer a text": ("choice", [{**question(0), "answer": "b"}], "index of the right choice, from 0, got 'b'"),
+    "answer a truth": ("choice", [{**question(0), "answer": True}], "from 0, got True"),
+    "choices a text": ("choice", [{**question(0), "choices": "ab"}], "choices must be a list of texts, got str"),
+    "empty choice": ("choice", [{**question(0), "choices": ["a", ""]}], "a choice must be a text and not empty, got"),
+    "prompt a number": ("choice", [{**question(0), "prompt": 3}], "line 1: prompt must be a text and not empty, got 3"),
     "nothing fits": ("choice", [{**question(0), "prompt": "a" * 99}] * 2, "none of 1 questions to train on fits"),
-    "chat keys": ("chat", [{"text": "a"}], "line 1 has no 'prompt'; a chat line has the key messages"),
+    "chat keys": ("chat", [{"text": "a"}], "line 1 has no 'prompt'; a chat line has messages"),
     "no completion": ("chat", [{"prompt": "a"}], "line 1 has no 'completion'"),
-    "messages a text": ("chat", [{"messages": "a"}], "line 1: messages is no list of objects"),
+    "messages a text": ("chat", [{"messages": "a"}], "line 1: messages must be a list of objects"),
     "no role": ("chat", [{"messages": [{"content": "a"}]}], "line 1 has a message without role"),
     "content a number": ("chat", [{"messages": [{"role": "user", "content": 1}]}], "line 1: content is 1"),
     "no assistant": ("chat", [{"messages": [{"role": "user", "content": "a"}]}], "line 1 has no message of"),
@@ -120,7 +124,7 @@ def test_wrong_files_kinds_and_lengths_are_refused(files: Path, tokenizer: Any) 
     with pytest.raises(ConfigError, match=r"none\.jsonl does not exist"):
         load_task("chat", [files / "none.jsonl"], tokenizer, 32)
     (files / "binary.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match=r"binary\.jsonl is UTF-16 by its first bytes"):
+    with pytest.raises(ConfigError, match=r"binary\.jsonl is UTF-16 \(it begins with"):
         load_task("chat", [files / "binary.jsonl"], tokenizer, 32)
     with pytest.raises(ConfigError, match="unknown task 'poem'; allowed: text, chat, choice"):
         load_task("poem", [files], tokenizer, 32)

@@ -15,7 +15,7 @@ from coatrt.searching.run import search
 from coatrt.training.run import train
 from support.tiny import text_data, tiny_options
 
-SAID = r"hold the token 27[2-9] '<extra_\d+>' and the model's embedding has 272 rows; save the model with its embedding"
+SAID = r"contain token 27[2-9] '<extra_\d+>', the model's embedding has 272 rows; resize the embedding"
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_the_token_and_the_rows_are_named_before_any_work(
         (tmp_path / "c.jsonl").write_text('{"prompt": "a", "choices": ["b", "<extra_17>"], "answer": 0}\n' * 2)
         data = load_task("choice", [tmp_path / "c.jsonl"], tokenizer, 32)
     else:
-        data = replace(good, **{place: getattr(extra, place)}, added=extra.added)
+        data = replace(good, **{place: getattr(extra, place)}, added_tokens=extra.added_tokens)
     with pytest.raises(ConfigError, match=SAID):
         train(tiny_llama, data, tmp_path / "out", tiny_options())
     assert not (tmp_path / "out").exists()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from coatrt.devices.probe import probe
-from coatrt.devices.profiles import device_profile, device_profiles, least_sm
+from coatrt.devices.profiles import device_profile, device_profiles, min_sm
 from coatrt.errors import DeviceError
 from coatrt.quantization.weight_format import WeightFormat
 
@@ -55,7 +55,7 @@ def test_known_figures() -> None:
 )
 def test_formats_follow_the_compute_capability(text: str, first: int) -> None:
     fmt = WeightFormat.parse(text)
-    assert least_sm(fmt) == first
+    assert min_sm(fmt) == first
     for profile in device_profiles():
         assert profile.supports(fmt) == (profile.sm == 0 or profile.sm >= first)
         assert (fmt.kind in profile.to_json()["formats"]) == profile.supports(fmt)
@@ -110,5 +110,5 @@ def test_probe_without_a_driver_and_with_a_broken_one(tmp_path: Path, monkeypatc
     with pytest.raises(DeviceError, match=r"nvidia-smi failed \(No devices were found\)"):
         probe()
     fake_driver(tmp_path, 'echo "what"')
-    with pytest.raises(DeviceError, match="nvidia-smi said 'what'"):
+    with pytest.raises(DeviceError, match="nvidia-smi printed 'what'"):
         probe()

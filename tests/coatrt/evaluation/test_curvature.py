@@ -74,14 +74,14 @@ def residual(checkpoint: Checkpoint, name: str, fmt: WeightFormat) -> torch.Tens
 def test_gains_are_squared_gradients_per_target(checkpoint: Checkpoint, examples: Examples) -> None:
     found, seen = output_gains(FakeQuantModel(checkpoint, CodeStore(checkpoint)), examples), taps(checkpoint, examples)
     for name in LAYERS:
-        expected = seen[name][1].square().sum(0) / examples.predicted
+        expected = seen[name][1].square().sum(0) / examples.target_count
         torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-9)
 
 
 @pytest.mark.parametrize("examples", [text(6, 13, 0), MARKED], ids=["text", "marked"])
 def test_costs_are_those_of_autograd(checkpoint: Checkpoint, examples: Examples) -> None:
     seen, codes = taps(checkpoint, examples), CodeStore(checkpoint)
-    model, targets = FakeQuantModel(checkpoint, codes), examples.predicted
+    model, targets = FakeQuantModel(checkpoint, codes), examples.target_count
     found = measure_sensitivity(model, codes, examples, FORMATS).costs
     for name in (*LAYERS, TABLE):
         for fmt in FORMATS:

@@ -80,7 +80,7 @@ def test_scaling_by_keys_is_honoured(name: str, kind: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("key", "said"),
     [
-        (("add_string", "llama.rope.scaling.type", "longrope"), "scales its rotary positions by 'longrope'"),
+        (("add_string", "llama.rope.scaling.type", "longrope"), "has rope scaling 'longrope'"),
         (("add_string", "llama.rope.scaling.type", "yarn"), "lacks the key llama.rope.scaling.factor"),
         (("add_float32", "llama.rope.scaling.attn_factor", 1.5), "the keys llama.rope.scaling.attn_factor"),
         (("add_float32", "llama.rope.scale_linear", 2.0), "llama.rope.scale_linear"),
@@ -90,8 +90,8 @@ def test_scaling_by_keys_is_honoured(name: str, kind: str, tmp_path: Path) -> No
         (("add_uint32", "llama.expert_count", 8), "llama.expert_count"),
         (("add_uint32", "llama.rope.dimension_count", 8), "heads of 16 and rope.dimension_count 8"),
         (("add_uint32", "llama.attention.value_length", 8), "attention.value_length 8"),
-        (("add_uint16", "split.count", 2), "is one part of 2; merge them"),
-        (("add_string", "general.type", "adapter"), "is of the architecture llama"),
+        (("add_uint16", "split.count", 2), "is one of 2 parts; merge them"),
+        (("add_string", "general.type", "adapter"), "has the architecture llama"),
         (("add_string", "clip.vision.model", "x"), "clip.vision.model"),
     ],
 )

@@ -50,9 +50,9 @@ def test_an_empty_model_takes_no_memory(tiny_llama: Path) -> None:
     [
         ("rows", r"model.embed_tokens.weight has the shape \[272, 64\], config.json says \[260, 64\]"),
         ("width", r"has the shape \[160, 64\], config.json says \[128, 64\]"),
-        ("layers", "9 tensors which .* does not use, like model.layers.1"),
-        ("more layers", "9 tensors which .* it lacks, like model.layers.2"),
-        ("bias", "8 tensors which .* it lacks, like model.layers.0.self_attn.k_proj.bias"),
+        ("layers", "9 tensors unused for .*, like model.layers.1"),
+        ("more layers", "9 tensors missing for .*, like model.layers.2"),
+        ("bias", "8 tensors missing for .*, like model.layers.0.self_attn.k_proj.bias"),
         ("head", "tie_word_embeddings is true and lm_head.weight has other values than model.embed_tokens.weight"),
     ],
 )

@@ -39,4 +39,4 @@ def test_a_conversion_that_the_cache_cannot_hold_lasts_as_long_as_the_process(
     assert Path(directory).is_relative_to(tmp_path / "tmp")
     assert not list((tmp_path / "tmp").glob("*coatrt*"))
     said = [line for line in done.stderr.splitlines() if line.startswith("coatrt")]
-    assert len(said) == 1 and f"cannot be written ({reason}); later runs compute again" in said[0]
+    assert len(said) == 1 and f"cannot be written ({reason}); later runs repeat" in said[0]

@@ -83,7 +83,7 @@ def test_the_vocabulary_at_fault_is_named(data: bytes, bare: Path) -> None:
 
 @pytest.mark.parametrize(
     ("data", "said"),
-    [(b"a\nb\xff", "line 2 is no UTF-8 text"), (b"\xef\xbb\xbf{{ messages }}", "begins with a byte order mark")],
+    [(b"a\nb\xff", "line 2 is not UTF-8"), (b"\xef\xbb\xbf{{ messages }}", "begins with a byte order mark")],
 )
 @pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/tool_use.jinja"])
 def test_a_template_that_is_no_plain_text_is_named(name: str, data: bytes, said: str, bare: Path) -> None:

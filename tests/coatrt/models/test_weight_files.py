@@ -79,11 +79,11 @@ def test_an_index_that_is_not_its_shards_is_refused(how: str, sharded: Path) -> 
         names[name] = second if names[name] == first else first
     elif how == "elsewhere":
         names[name] = f"../sharded/{first}"
-        said = "lies elsewhere"
+        said = "is outside the directory"
     elif how == "twice":
         tensors = load_file(sharded / second)
         save_file({**tensors, **load_file(sharded / first)}, sharded / second)
-        said = "both hold"
+        said = "both contain"
     elif how == "more":
         names["model.layers.9.mlp.up_proj.weight"] = first
         said = "differ in 1 tensors, like model.layers.9"

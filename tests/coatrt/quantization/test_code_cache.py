@@ -105,14 +105,14 @@ def test_16_bits_need_no_moments(checkpoint: Checkpoint, tmp_path: Path, monkeyp
 
 def test_a_calibration_must_be_given(checkpoint: Checkpoint) -> None:
     for quantizer in ("weighted", "gptq", "feedback"):
-        with pytest.raises(ConfigError, match="without calibration tokens"):
+        with pytest.raises(ConfigError, match="needs calibration tokens"):
             CodeStore(checkpoint, quantizer)  # type: ignore[arg-type]
 
 
 def test_codes_are_kept_while_memory_is_free(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     def held(store: CodeStore) -> list[str]:
-        found = [f"{name} {fmt}" for name, fmt in store._held]
-        assert store._bytes == sum(matrix.nbytes for matrix in store._held.values())
+        found = [f"{name} {fmt}" for name, fmt in store._matrices]
+        assert store._bytes == sum(matrix.nbytes for matrix in store._matrices.values())
         return found
 
     def fill(store: CodeStore) -> None:
@@ -125,10 +125,10 @@ def test_codes_are_kept_while_memory_is_free(checkpoint: Checkpoint, monkeypatch
     few = CodeStore(checkpoint)
     fill(few)
     assert len(held(few)) == 3  # less than a store may always keep
-    monkeypatch.setattr(module, "_LEAST", 5 * one // 2)
+    monkeypatch.setattr(module, "_MIN_BYTES", 5 * one // 2)
     fill(scarce := CodeStore(checkpoint))
     assert held(scarce) == [f"{NAME} nf4-g32", f"{NAME} nvfp4"]
-    monkeypatch.setattr(module, "_LEAST", one // 2)
+    monkeypatch.setattr(module, "_MIN_BYTES", one // 2)
     fill(nothing := CodeStore(checkpoint))
     assert held(nothing) == []
     monkeypatch.setattr(module, "free_memory", lambda: 1 << 40)
@@ -156,9 +156,9 @@ def test_matrices_that_read_one_input_are_encoded_with_one_factor(
 def test_what_only_encoding_needs_is_released_and_made_again(checkpoint: Checkpoint) -> None:
     codes = CodeStore(checkpoint, "feedback", Calibration(TOKENS))
     codes.get(NAME, "nf3-g32")
-    assert codes._moments is not None and codes._moments._held and codes._factors._value is not None
+    assert codes._moments is not None and codes._moments._moments and codes._factors._value is not None
     codes.release()
-    assert not codes._moments._held and codes._factors._value is None
+    assert not codes._moments._moments and codes._factors._value is None
     moment = InputMoments(checkpoint, Calibration(TOKENS)).get(NAME)
     want = encode(checkpoint.tensor(f"{NAME}.weight"), "int4-g32", "feedback", moment, TOKENS.numel())
     assert torch.equal(codes.get(NAME, "int4-g32").codes, want.codes)

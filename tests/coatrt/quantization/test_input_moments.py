@@ -11,7 +11,7 @@ from coatrt.errors import CheckpointError, ConfigError
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.models.modules import load_model
 from coatrt.quantization import input_moments as calibration
-from coatrt.quantization.input_moments import Calibration, InputMoments, calibration_examples, tokens_wanted
+from coatrt.quantization.input_moments import Calibration, InputMoments, calibration_examples, required_tokens
 from coatrt.system.notices import warn_once
 from coatrt.system.tensors import read_tensors
 from support.programs import run_program
@@ -50,7 +50,7 @@ def expected(tiny_llama: Path) -> dict[str, torch.Tensor]:
 def test_moments_equal_those_of_every_matrix_alone(
     tiny_llama: Path, expected: dict[str, torch.Tensor], least: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibration, "_LEAST", least)
+    monkeypatch.setattr(calibration, "_MIN_BYTES", least)
     monkeypatch.setattr(calibration, "free_memory", lambda: 0)
     runs = []
     measure = calibration.measure_moments
@@ -138,7 +138,7 @@ def test_tokens_are_saved_and_checked(tmp_path: Path) -> None:
 
 def test_error_feedback_wants_tokens_for_every_input(tiny_llama: Path) -> None:
     matrices = Checkpoint.open(tiny_llama).matrices
-    assert tokens_wanted(matrices) == 4 * 160  # its widest inputs are those of down_proj
+    assert required_tokens(matrices) == 4 * 160  # its widest inputs are those of down_proj
 
 
 def test_short_examples_make_up_in_number() -> None:

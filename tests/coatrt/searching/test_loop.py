@@ -59,7 +59,7 @@ def test_it_beats_random_and_spread_configurations_at_equal_evaluations(seed: in
     for config in spread_allocations(space, costs, 40):
         spread.add(ArchiveEntry(config, config.nbytes(space.model), loss(config)))
     while len(random) < 40:
-        config = space.sample_budgeted(rng, float(rng.uniform(space.min_bits, space.max_bits)))
+        config = space.sample(rng, float(rng.uniform(space.min_bits, space.max_bits)))
         random.add(ArchiveEntry(config, config.nbytes(space.model), loss(config)))
     assert archive.hypervolume(reference) > spread.hypervolume(reference)
     assert archive.hypervolume(reference) > 1.01 * random.hypervolume(reference)

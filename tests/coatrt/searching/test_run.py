@@ -86,7 +86,7 @@ def test_losses_of_another_task_are_those_of_its_marked_tokens(tiny_llama: Path,
     data = load_task("choice", [tmp_path / "q.jsonl"], tokenizer, 32)
     options = tiny_options(formats=("int4-g32", "int8"), preset="none", budgets=(5.0,), steps=1, precision="bfloat16")
     adapter = train(tiny_llama, data, tmp_path / "a", options)
-    with pytest.raises(ConfigError, match="trained on the task choice, got data of text"):
+    with pytest.raises(ConfigError, match="the data must be of the adapter's task, choice, got text"):
         search(tmp_path / "a", text_data(tiny_llama, TEXT, TEXT), evaluations=2)
     command = ["search", str(tmp_path / "a"), "--data", str(tmp_path / "q.jsonl"), "--evaluations", "2"]
     said = CliRunner().invoke(cli, command)
@@ -111,7 +111,7 @@ def test_a_second_search_at_once_is_refused(directory: Path, tiny_llama: Path) -
         said.append(run_program(_SEARCH, directory, tiny_llama).stdout)
 
     archive, _ = search(directory, text_data(tiny_llama, TEXT, TEXT), evaluations=2, blocks=2, progress=begin_another)
-    assert said == ["adapter is being written by another training or search; wait for its end\n"] * 2
+    assert said == ["adapter is in use by another training or search; wait until it ends\n"] * 2
     assert len(archive) == 2
     search(directory, text_data(tiny_llama, TEXT, TEXT), evaluations=3, blocks=2)  # the lock is free again
     assert len(Archive.load(directory / "archive.json")) == 3
@@ -122,7 +122,7 @@ def test_a_search_and_a_training_of_the_same_adapter_exclude_each_other(director
     data = text_data(tiny_llama, TEXT, TEXT)
 
     def refused(work: Callable[[], object]) -> None:
-        with pytest.raises(ConfigError, match="adapter is being written by another training or search; wait for") as e:
+        with pytest.raises(ConfigError, match="adapter is in use by another training or search; wait until") as e:
             work()
         said.append(str(e.value))
 
@@ -196,7 +196,7 @@ def test_another_adapter_or_other_text_is_refused(directory: Path, tiny_llama: P
     search(directory, text_data(tiny_llama, TEXT, TEXT), **facts)
     with pytest.raises(ConfigError, match="other text"):
         search(directory, text_data(tiny_llama, other, other), **facts)
-    with pytest.raises(ConfigError, match="blocks 0 is given"):
+    with pytest.raises(ConfigError, match="blocks must be at least 1, got 0"):
         search(directory, text_data(tiny_llama, TEXT, TEXT), **{**facts, "blocks": 0})
     path = directory / "adapter.json"
     alter_sealed(path, lambda whole: whole.update(coatrt="0"))

@@ -77,7 +77,7 @@ def test_a_place_that_cannot_be_made(
     monkeypatch.setenv("COATRT_CACHE", str(place))
     assert torch.equal(_use(tiny_llama), expected)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith(f"cannot be written ({reason}); later runs compute again what it would hold")
+    assert line.endswith(f"cannot be written ({reason}); later runs repeat this work")
     with pytest.raises(DiskError, match=r"cannot be written: [\w ]+; check the path"):  # an output does not do without
         write_text(place / "out", "")
 

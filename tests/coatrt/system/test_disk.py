@@ -35,7 +35,7 @@ def test_each_librarys_error_is_one_line_of_the_path(error: Exception) -> None:
 @pytest.mark.parametrize(
     ("code", "said"),
     [
-        (errno.EROFS, "Read-only file system; give a path that can be written to, or change its permissions"),
+        (errno.EROFS, "Read-only file system; give a writable path, or change its permissions"),
         (errno.EDQUOT, "Disk quota exceeded; free disk space, or give a path on another disk"),
         (errno.EFBIG, r"File too large; raise the limit on file sizes \(ulimit -f\), or give a path on another disk"),
     ],
@@ -71,8 +71,7 @@ def test_a_cache_that_cannot_be_written_is_one_line_a_process(
         with cache_writing(), writing("/cache/codes"):
             raise OSError(errno.ENOSPC, "full")
     assert capsys.readouterr().err == (
-        "coatrt: the cache /cache cannot be written (No space left on device); "
-        "later runs compute again what it would hold\n"
+        "coatrt: the cache /cache cannot be written (No space left on device); later runs repeat this work\n"
     )
 
 
@@ -100,5 +99,7 @@ def test_no_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/shared")
     assert cache_directory() == Path("/shared/coatrt")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    with pytest.raises(DiskError, match=r"^the cache has no place: no home directory; set COATRT_CACHE to a directory"):
+    with pytest.raises(
+        DiskError, match=r"^no cache directory: no home directory; set COATRT_CACHE to a writable directory"
+    ):
         cache_directory()

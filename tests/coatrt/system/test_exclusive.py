@@ -24,7 +24,7 @@ def _try(directory: Path) -> None:
 def test_one_process_at_a_time_holds_a_directory_and_nothing_stays(tmp_path: Path) -> None:
     path = tmp_path / "d"
     with exclusive(path):
-        with pytest.raises(ConfigError, match="d is being written by another training or search; wait for its end"):
+        with pytest.raises(ConfigError, match="d is in use by another training or search; wait until it ends"):
             _try(path)
         assert fork(lambda: _try(path)) == 70
         (path / "file").touch()

@@ -211,7 +211,7 @@ def test_another_structure_is_refused(given: tuple[Kind, Path], text: str) -> No
         with pytest.raises(ConfigError, match="holds a training with other options"):
             kind.read(directory)
     elif kind.name == "manifest.json" and "format" in text:
-        with pytest.raises(CoatError, match=r"has bundle format \S+; this coatrt \S+ reads 3; rebuild it"):
+        with pytest.raises(CoatError, match=r"has bundle format \S+, coatrt \S+ reads 3; build it again"):
             kind.read(directory)
     else:
         refused(kind, directory)
@@ -288,10 +288,10 @@ def test_a_number_that_cannot_be_is_refused_with_its_place(
 def test_sizes_that_cannot_be_together_are_refused(valid: Path, tmp_path: Path) -> None:
     """Every number is one that could be, all of them are not: sums would overflow, lists would fill the memory."""
     for change, said in (
-        (lambda m: [row.__setitem__(slice(1, 3), [2**31 - 1] * 2) for row in m], r"weights are more than \d+"),
-        (lambda m: m.clear(), "a model needs matrices"),
-        (lambda m: m.append(m[1]), "each of a name of its own"),
-        (lambda m: m[1].__setitem__(0, f"model.layers.{'9' * 5000}.mlp.up_proj"), "lies in no layer below 10000"),
+        (lambda m: [row.__setitem__(slice(1, 3), [2**31 - 1] * 2) for row in m], r"weights must be at most \d+"),
+        (lambda m: m.clear(), "a model needs at least one matrix"),
+        (lambda m: m.append(m[1]), "names must not repeat"),
+        (lambda m: m[1].__setitem__(0, f"model.layers.{'9' * 5000}.mlp.up_proj"), "must be below 10000"),
     ):
         directory = Path(shutil.copytree(valid / "manifest", tmp_path / said[:3], dirs_exist_ok=True))
         alter_sealed(directory / "manifest.json", lambda whole, change=change: change(whole["matrices"]["matrices"]))
@@ -342,5 +342,5 @@ def test_missing_and_unreadable_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read: Is a directory; give the path of a readable file"):
         read_as(tmp_path, object, "thing", "")
     (tmp_path / "bin").write_bytes(b'"\xff"')
-    with pytest.raises(ConfigError, match=r"thing .*bin line 1 is no UTF-8 text .*; save it as UTF-8"):
+    with pytest.raises(ConfigError, match=r"thing .*bin line 1 is not UTF-8 .*; save it as UTF-8"):
         read_as(tmp_path / "bin", object, "thing", "make it again")

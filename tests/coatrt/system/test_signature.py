@@ -28,11 +28,11 @@ def test_a_signature_is_of_one_content_name_and_key(keys: tuple[Path, Path], tmp
     signature = sign(DATA, "manifest.json", private).encode()
     assert check_signature(DATA, "manifest.json", signature, public) == ""
     assert check_signature(DATA, "manifest.json", signature, public_key(private)) == ""
-    assert check_signature(DATA + b" ", "manifest.json", signature, public) == "it is of another content"
-    assert check_signature(DATA, "other.json", signature, public) == "it is of another content"
+    assert check_signature(DATA + b" ", "manifest.json", signature, public) == "signature of another file"
+    assert check_signature(DATA, "other.json", signature, public) == "signature of another file"
     other = write_keys(tmp_path)
     assert other is not None
-    assert check_signature(DATA, "manifest.json", signature, other[1]) == "another key made it, or it was altered"
+    assert check_signature(DATA, "manifest.json", signature, other[1]) == "signed by another key, or altered"
 
 
 def _enveloped(signature: bytes, change: Any) -> bytes:
@@ -61,7 +61,7 @@ def test_an_altered_signature_is_none(keys: tuple[Path, Path]) -> None:
         assert check_signature(DATA, "manifest.json", _enveloped(signature, change), public) != ""
     twice = b'{"dsseEnvelope": {}, ' + signature[1:]
     for garbage in (twice, b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000):
-        assert check_signature(DATA, "manifest.json", garbage, public) == "it is garbled"
+        assert check_signature(DATA, "manifest.json", garbage, public) == "malformed signature"
 
 
 def test_keys_that_do_not_serve_are_one_line(keys: tuple[Path, Path], tmp_path: Path) -> None:
@@ -78,11 +78,11 @@ def test_keys_that_do_not_serve_are_one_line(keys: tuple[Path, Path], tmp_path: 
         (tmp_path / name).write_bytes(data)
     for path in (*(tmp_path / name for name in files), tmp_path / "none", tmp_path, public):
         with pytest.raises(
-            ConfigError, match=r"no private key to use in .*; give a PEM file of a private key on P-256"
+            ConfigError, match=r"not a usable private key: .*; give a PEM file with a private key on P-256"
         ) as error:
             sign(DATA, "a", path)
         assert "\n" not in str(error.value)
-    with pytest.raises(ConfigError, match="no public key to use"):
+    with pytest.raises(ConfigError, match="not a usable public key: "):
         check_signature(DATA, "a", b"", private)
 
 

@@ -44,13 +44,11 @@ def test_other_encodings_are_named(encoding: str, tmp_path: Path) -> None:
     name = encoding[:6].upper()
     text = ROW.decode() if encoding.count("-") == 1 else f"\ufeff{ROW.decode()}"
     data = text.encode(encoding)
-    with pytest.raises(
-        ConfigError, match=rf"^data .*a\.txt is {name} by its first bytes \([0-9a-f ]+\); save it as UTF-8"
-    ):
+    with pytest.raises(ConfigError, match=rf"^data .*a\.txt is {name} \(it begins with [0-9a-f ]+\); save it as UTF-8"):
         read_documents([put(tmp_path / "a.txt", data)])
-    with pytest.raises(ConfigError, match=rf"^data .*a\.jsonl is {name} by its first bytes"):
+    with pytest.raises(ConfigError, match=rf"^data .*a\.jsonl is {name} \(it begins"):
         read_lines([put(tmp_path / "a.jsonl", data)])
-    with pytest.raises(ConfigError, match=rf"^thing .*a\.json is {name} by its first bytes"):
+    with pytest.raises(ConfigError, match=rf"^thing .*a\.json is {name} \(it begins"):
         read_as(put(tmp_path / "a.json", data), object, "thing", "")
 
 
@@ -58,7 +56,7 @@ def test_other_encodings_are_named(encoding: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("bad", [b"\xe9", b"\xff", b"\xc3(", b"\xed\xa0\x80", b"\xf5", b"\x80"])
 def test_bytes_that_are_no_text_have_a_line(bad: bytes, end: bytes, tmp_path: Path) -> None:
     data = ROW + end + end + ROW.replace(b"a", bad) + end
-    said = rf"line 3 is no UTF-8 text \(byte {bad[:1].hex()} at \d+: [a-z ]+\); save it as UTF-8"
+    said = rf"line 3 is not UTF-8 \(byte {bad[:1].hex()} at \d+: [a-z ]+\); save it as UTF-8"
     for name, read in (("a.txt", read_documents), ("a.jsonl", read_lines)):
         with pytest.raises(ConfigError, match=rf"^data .*{name} {said}$"):
             read([put(tmp_path / name, data)])
@@ -69,9 +67,7 @@ def test_bytes_that_are_no_text_have_a_line(bad: bytes, end: bytes, tmp_path: Pa
 def test_a_nul_has_a_line(tmp_path: Path) -> None:
     for name, read in (("a.txt", read_documents), ("a.jsonl", read_lines)):
         for data in (ROW + b"\r\n" + ROW[:5] + b"\0", ROW + b"\n" + "so".encode("utf-16-le")):
-            with pytest.raises(
-                ConfigError, match=rf"{name} line 2 holds a NUL character, which no text does; give UTF-8"
-            ):
+            with pytest.raises(ConfigError, match=rf"{name} line 2 holds a NUL character; give UTF-8"):
                 read([put(tmp_path / name, data)])
     (line,) = read_lines([put(tmp_path / "a.jsonl", b'{"prompt": "\\u0000"}')])
     assert line.value["prompt"] == "\0"  # written as an escape it is meant

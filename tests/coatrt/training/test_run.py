@@ -20,7 +20,7 @@ from support.tiny import save_tiny_llama, text_data, tiny_options
 
 
 def test_budgets_outside_the_formats_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"the formats allow 3\.5"):
+    with pytest.raises(ConfigError, match=r"budgets must be within 3\.5"):
         train(tiny_llama, text_data(tiny_llama), tmp_path / "a", tiny_options(low_bits=2.0))
     assert not (tmp_path / "a").exists()
 

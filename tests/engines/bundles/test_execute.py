@@ -274,7 +274,7 @@ def test_a_foreign_directory_and_a_context_beyond_the_model_are_refused_first(ad
         build_targets(adapter, adapter.checkpoint(), wanted, SMALL, overwrite=True)
     assert [path.name for path in app.iterdir()] == ["manifest.json"]
     wanted = [Target(device_profile("cpu"), adapter.description.space.uniform("int8"), tmp_path / "new" / "b")]
-    with pytest.raises(ConfigError, match="a context of 8193 is given and the model has 8192 positions"):
+    with pytest.raises(ConfigError, match="context must be at most 8192, the positions of the model, got 8193"):
         build_targets(adapter, adapter.checkpoint(), wanted, BundleOptions(context=8193))
     assert not (tmp_path / "new").exists()
 

@@ -52,12 +52,12 @@ def refused(bundle: Bundle) -> str:
 
 
 BYTES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "empty": (lambda data: b"", "is no whole ONNX graph, it has no content; build the bundle again"),
-    "cut": (lambda data: data[: len(data) // 2], "is no ONNX graph (Error parsing message"),
-    "one byte less": (lambda data: data[:-1], "is no"),
-    "text": (lambda data: b"<html>not found</html>\n", "is no ONNX graph (Error parsing message"),
-    "zeros": (lambda data: bytes(100), "is no ONNX graph"),
-    "a pointer": (lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is no"),
+    "empty": (lambda data: b"", "(no content); build the bundle again"),
+    "cut": (lambda data: data[: len(data) // 2], "(Error parsing message"),
+    "one byte less": (lambda data: data[:-1], "("),
+    "text": (lambda data: b"<html>not found</html>\n", "(Error parsing message"),
+    "zeros": (lambda data: bytes(100), "(Error parsing message"),
+    "a pointer": (lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "("),
 }
 
 
@@ -95,12 +95,12 @@ def _wider(model: Any) -> None:
 
 
 MODELS: dict[str, tuple[Callable[[Any], None], str]] = {
-    "no graph": (lambda model: model.ClearField("graph"), "is no whole ONNX graph, it has no nodes"),
-    "no nodes": (_without("node"), "is no whole ONNX graph, it has no nodes"),
-    "no outputs": (_without("output"), "is no whole ONNX graph, it has no outputs"),
+    "no graph": (lambda model: model.ClearField("graph"), "(no nodes)"),
+    "no nodes": (_without("node"), "(no nodes)"),
+    "no outputs": (_without("output"), "(no outputs)"),
     "no inputs": (_without("input"), "has no input input_ids, which its bundle names"),
-    "no operators": (lambda model: model.ClearField("opset_import"), "is no whole ONNX graph, it has no operator set"),
-    "no version": (lambda model: model.ClearField("ir_version"), "is no whole ONNX graph, it has no IR version"),
+    "no operators": (lambda model: model.ClearField("opset_import"), "(no operator set)"),
+    "no version": (lambda model: model.ClearField("ir_version"), "(no IR version)"),
     "another output": (_rename("output"), "has no output logits, which its bundle names"),
     "half of its nodes": (_cut_nodes, "is no valid ONNX graph ("),
     "no weights": (_without("initializer"), "is no valid ONNX graph ("),

@@ -28,7 +28,7 @@ Key read_key(const std::string& path) {
   const std::unique_ptr<std::FILE, Free> file(std::fopen(path.c_str(), "rb"));
   Key key(file ? PEM_read_PUBKEY(file.get(), nullptr, nullptr, nullptr) : nullptr);
   if (!key || EVP_PKEY_base_id(key.get()) != EVP_PKEY_EC || EVP_PKEY_bits(key.get()) != 256)
-    throw Error("no public key to use in " + path + "; give a PEM file of a public key on P-256 (docs/bundle.md)");
+    throw Error("not a usable public key: " + path + "; give a PEM file with a public key on P-256 (docs/bundle.md)");
   return key;
 }
 
@@ -67,29 +67,29 @@ std::string check_signature(std::string_view data, const std::string& name, cons
                             const std::string& key) {
   const Key public_key = read_key(key);
   std::error_code unknown;
-  if (!std::filesystem::is_regular_file(signature, unknown)) return "there is none";
+  if (!std::filesystem::is_regular_file(signature, unknown)) return "no model.sig";
   try {
     const Json bundle = parse_json(MappedFile(signature).text(), "signature", signature.string());
     const Json* envelope = find(bundle, "dsseEnvelope");
     const Json* signatures = envelope == nullptr ? nullptr : find(*envelope, "signatures");
     const std::string* encoded = envelope == nullptr ? nullptr : find_text(*envelope, "payload");
     if (encoded == nullptr || signatures == nullptr || !signatures->is_array() || signatures->empty())
-      return "it is garbled";
+      return "malformed signature";
     const std::string* sig = find_text(signatures->front(), "sig");
     const auto payload = decoded(*encoded), bytes = sig == nullptr ? std::nullopt : decoded(*sig);
-    if (!payload || !bytes) return "it is garbled";
+    if (!payload || !bytes) return "malformed signature";
     const std::string signed_text = "DSSEv1 " + std::to_string(kPayloadType.size()) + " " + std::string(kPayloadType) + " " +
                                     std::to_string(payload->size()) + " " + *payload;
     const std::unique_ptr<EVP_MD_CTX, Free> context(EVP_MD_CTX_new());
     if (!context || EVP_DigestVerifyInit(context.get(), nullptr, EVP_sha256(), nullptr, public_key.get()) != 1)
-      throw Error("OpenSSL cannot check a signature; look at its installation");
+      throw Error("OpenSSL cannot check a signature; install it again");
     if (EVP_DigestVerify(context.get(), reinterpret_cast<const unsigned char*>(bytes->data()), bytes->size(),
                          reinterpret_cast<const unsigned char*>(signed_text.data()), signed_text.size()) != 1)
-      return "another key made it, or it was altered";
+      return "signed by another key, or altered";
     const Json statement = parse_json(*payload, "signature", signature.string());
-    return is_text(*envelope, "payloadType", kPayloadType) && states(statement, data, name) ? "" : "it is of another content";
+    return is_text(*envelope, "payloadType", kPayloadType) && states(statement, data, name) ? "" : "signature of another file";
   } catch (const Error&) {
-    return "it is garbled";
+    return "malformed signature";
   }
 }
 
