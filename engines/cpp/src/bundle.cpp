@@ -63,13 +63,13 @@ void check_seal(const std::string_view text, const std::string& file) {
 /// Refuse a manifest that the user's key has not signed.
 void require_signature([[maybe_unused]] const std::string_view manifest, [[maybe_unused]] const fs::path& directory,
                        [[maybe_unused]] const std::string& key) {
-#ifdef COATRT_SIGN
+#ifdef COATRT_OPENSSL
   const std::string wrong = check_signature(manifest, kManifest, directory / kSignature, key);
   if (!wrong.empty())
     throw Error(directory.string() + " has no signature by " + key + " (" + wrong +
                 "); fetch the bundle again from who signs it");
 #else
-  throw Error("a signature is required and the library was built without component sign; add it to find_package(coatrt)");
+  throw Error("a signature is required and the library was built without OpenSSL; add component sign to find_package(coatrt)");
 #endif
 }
 
