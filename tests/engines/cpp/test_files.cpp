@@ -59,7 +59,7 @@ TEST_CASE("a safetensors file is read, a lying one refused") {
   CHECK(tensors.size() == 2);
   CHECK(metadata == std::map<std::string, std::string>{{"x", "y"}});
   for (const char* bad : {"[]", "1", R"({"x":1})", R"({"x":{"y":"z"}})", "null"})
-    CHECK(why(file(std::string("{\"__metadata__\":") + bad + "}", 0)) == "its metadata is no object of texts");
+    CHECK(why(file(std::string("{\"__metadata__\":") + bad + "}", 0)) == "its metadata is not an object of strings");
   CHECK(tensors.at("a").shape == std::vector<std::int64_t>{2, 2});
   CHECK(tensors.at("b").bytes == "\1");
   CHECK(why(file(good, 18)) == "bytes after the last tensor belong to none");
@@ -67,7 +67,7 @@ TEST_CASE("a safetensors file is read, a lying one refused") {
   CHECK(why("") == "the file is too short for a header");
   CHECK(why(file(good, 17, 5000)) == "its header claims 5000 bytes, the file has " + std::to_string(bytes.size()));
   CHECK(why(file(good, 17, ~0ULL)).find("its header claims") == 0);
-  CHECK(why(file("[]", 0)) == "its header is no object");
+  CHECK(why(file("[]", 0)) == "its header is not an object");
   CHECK(why(file("{", 0)).find("is not JSON") != std::string::npos);
   CHECK(why(file(std::string(10000, '['), 0)).find("nested deeper than 64") != std::string::npos);
   const auto one = [](const std::string& facts, std::size_t size) { return why(file("{\"a\":{" + facts + "}}", size)); };
