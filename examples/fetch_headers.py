@@ -1,6 +1,9 @@
-"""Headers for building the C++ library where the system has none: through apt-get, without root, into a directory.
+"""Headers of nlohmann-json, ONNX Runtime and doctest through apt-get, without root, into a directory.
 
-python examples/fetch_headers.py DIRECTORY
+    python examples/fetch_headers.py DIRECTORY          # then pass -DCMAKE_PREFIX_PATH=DIRECTORY to CMake
+
+For machines that reach a Debian mirror and no other site, and for the tests: elsewhere CMake downloads what it does not
+find (engines/cpp/coatrt-headers.cmake).
 """
 
 import hashlib
@@ -16,8 +19,8 @@ __all__ = ["FetchError", "fetch"]
 
 _SUITE = "trixie"
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-# Package → the file inside that shows it is there. Apt checks Debian's signature of whatever version it fetches;
-# the versions tried are pinned by hash as well.
+# Package → a file that it installs. Apt checks Debian's signature of the version it downloads; these versions are
+# pinned by hash as well.
 _PACKAGES = {
     "nlohmann-json3-dev": "nlohmann/json.hpp",
     "libonnxruntime-dev": "onnxruntime/onnxruntime_c_api.h",
@@ -31,22 +34,22 @@ _SHA256 = {
 
 
 class FetchError(Exception):
-    """The headers cannot be had here; the message says why."""
+    """The headers cannot be fetched; the message says why."""
 
 
 def fetch(directory: Path) -> Path:
-    """Put nlohmann-json, ONNX Runtime and doctest headers into `directory`/include and return that.
+    """Put the headers into `directory`/include and return that directory.
 
     Raises:
-        FetchError: this machine has no apt-get or no Debian keyring, or a download fails or is not what was pinned.
+        FetchError: this machine has no apt-get or no Debian keyring, or a download fails or differs from its hash.
     """
     include = directory / "include"
     if all((include / shown).is_file() for shown in _PACKAGES.values()):
         return include
     if not all(map(shutil.which, ("apt-get", "dpkg-deb"))) or not _KEYRING.is_file():
         raise FetchError(
-            "headers are fetched with apt-get and Debian's keyring, which this machine lacks; install nlohmann-json, "
-            "doctest and ONNX Runtime's C API headers yourself and name them in CMAKE_PREFIX_PATH"
+            "apt-get or Debian's keyring is missing; install nlohmann-json, doctest and ONNX Runtime's C API headers "
+            "yourself and name their directory in CMAKE_PREFIX_PATH"
         )
     include.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
@@ -57,14 +60,14 @@ def fetch(directory: Path) -> Path:
         for archive in sorted(work.glob("*.deb")):
             expected, found = _SHA256.get(archive.name), hashlib.sha256(archive.read_bytes()).hexdigest()
             if expected not in (None, found):
-                raise FetchError(f"{archive.name} has sha256 {found[:12]}…, not {expected[:12]}…; do not use it")
+                raise FetchError(f"{archive.name} has sha256 {found[:12]}…, expected {expected[:12]}…; do not use it")
             run("dpkg-deb", "--extract", str(archive), str(work / "root"))
         shutil.copytree(work / "root/usr/include", include, dirs_exist_ok=True)
     return include
 
 
 def _apt(work: Path) -> Callable[..., None]:
-    """Return a runner of commands under an apt configuration of its own, whose state is all in `work`."""
+    """Return a function that runs commands with an apt configuration and state in `work` alone."""
     for folder in ("state/lists/partial", "cache/archives/partial"):
         (work / folder).mkdir(parents=True)
     (work / "state/status").touch()
@@ -81,14 +84,14 @@ def _apt(work: Path) -> Callable[..., None]:
         if done.returncode:
             said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
             raise FetchError(
-                f"{' '.join(command[:2])} fails ({''.join(said)}); check the network, or install the headers"
+                f"{' '.join(command[:2])} failed ({''.join(said)}); check the network, or install the headers"
             )
 
     return run
 
 
 def _repository() -> str:
-    """Return the Debian archive this machine's apt is set up with, else Debian's own address."""
+    """Return the Debian mirror of this machine's apt configuration, or Debian's own address."""
     command = ["apt-get", "indextargets", "--format", "$(REPO_URI)"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     known = [line for line in done.stdout.splitlines() if line.rstrip("/").endswith("/debian")]

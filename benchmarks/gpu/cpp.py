@@ -75,7 +75,7 @@ def program(headers: Path) -> Path:
         if not (headers / name).is_file():
             raise FileNotFoundError(f"no {name} in {headers}: run examples/fetch_headers.py build/deps")
     cpp = ROOT / "engines" / "cpp"
-    folders = (cpp / "src", *(cpp / "src" / name for name in ("cuda", "ort", "tokenizer")))
+    folders = (cpp / "src", *(cpp / "src" / name for name in ("cuda", "ort", "portable", "tokenizer")))
     sources = [path for folder in folders for path in sorted(folder.glob("*.cpp"))]
     sources.append(ROOT / "benchmarks" / "cpp" / "bench.cpp")
     every = sorted(path for path in cpp.rglob("*") if path.suffix in (".cpp", ".hpp", ".inc"))

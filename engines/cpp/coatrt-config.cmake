@@ -3,9 +3,12 @@
 #   coatrt::coatrt   Bundle, Session, Tokenizer over ONNX Runtime, on the CPU and on a GPU
 #   component trt    also TensorRT or TensorRT-RTX: your SDK's include directory in coatrt_TRT_INCLUDE, its library in
 #                    coatrt_TRT_LIBRARY; CUDA's runtime through find_package(CUDAToolkit)
-#   component sign   also signatures of bundles, checked with OpenSSL's libcrypto (1.1.1 or later)
+#   component sign   requires OpenSSL's libcrypto (1.1.1 or later), which checks signatures of bundles; it is used
+#                    where it is found without this component too, unless coatrt_OPENSSL=OFF
 #   component c      also the C functions of coatrt/coatrt.h
-cmake_minimum_required(VERSION 3.16)
+#
+# Where the headers come from: coatrt-headers.cmake.
+cmake_minimum_required(VERSION 3.16...3.31)
 set(_root "${CMAKE_CURRENT_LIST_DIR}")
 
 function(_coatrt_refuse reason)
@@ -16,26 +19,58 @@ endfunction()
 if(TARGET coatrt::coatrt)
   return()
 endif()
-find_path(coatrt_JSON_INCLUDE nlohmann/json.hpp)
-find_path(coatrt_ORT_INCLUDE onnxruntime_c_api.h PATH_SUFFIXES onnxruntime onnxruntime/core/session)
-find_package(Threads QUIET)
-if(NOT coatrt_JSON_INCLUDE)
-  _coatrt_refuse("nlohmann/json.hpp is not found; install nlohmann-json, or name its directory in CMAKE_PREFIX_PATH (examples/fetch_headers.py of a checkout fetches it)")
+foreach(_component IN LISTS coatrt_FIND_COMPONENTS)
+  if(NOT _component MATCHES "^(ort|trt|sign|c)$" AND coatrt_FIND_REQUIRED_${_component})
+    _coatrt_refuse("no component ${_component}; allowed: ort, trt, sign, c")
+    return()
+  endif()
+endforeach()
+
+include("${CMAKE_CURRENT_LIST_DIR}/coatrt-headers.cmake")
+if(NOT TARGET coatrt::nlohmann_json)
+  _coatrt_refuse("nlohmann/json.hpp is not found; install nlohmann-json, or name its directory in CMAKE_PREFIX_PATH, or set coatrt_FETCH_HEADERS=ON")
   return()
 endif()
-if(NOT coatrt_ORT_INCLUDE)
-  _coatrt_refuse("onnxruntime_c_api.h is not found; install ONNX Runtime's headers, or name their directory in CMAKE_PREFIX_PATH (examples/fetch_headers.py of a checkout fetches them)")
+if(NOT TARGET coatrt::onnxruntime)
+  _coatrt_refuse("onnxruntime_c_api.h is not found; install ONNX Runtime's headers, or name their directory in CMAKE_PREFIX_PATH, or set coatrt_FETCH_HEADERS=ON")
   return()
+endif()
+find_package(Threads REQUIRED)
+
+# Where there is OpenSSL, it computes SHA-256, six times as fast as portable code on a processor with instructions for it,
+# and checks signatures.
+option(coatrt_OPENSSL "Use OpenSSL's libcrypto where CMake finds it" ON)
+if(coatrt_OPENSSL OR "sign" IN_LIST coatrt_FIND_COMPONENTS)
+  find_package(OpenSSL 1.1.1 QUIET COMPONENTS Crypto)
+endif()
+if(TARGET OpenSSL::Crypto AND (coatrt_OPENSSL OR "sign" IN_LIST coatrt_FIND_COMPONENTS))
+  set(_hashes openssl)
+elseif("sign" IN_LIST coatrt_FIND_COMPONENTS)
+  _coatrt_refuse("component sign needs OpenSSL's headers and libcrypto; install libssl-dev")
+  return()
+else()
+  set(_hashes portable)
+  if(NOT coatrt_FIND_QUIETLY)
+    message(STATUS "coatrt: hashes files without OpenSSL, more slowly; install libssl-dev for it")
+  endif()
 endif()
 
-file(GLOB _sources "${_root}/src/*.cpp" "${_root}/src/cuda/*.cpp" "${_root}/src/ort/*.cpp" "${_root}/src/tokenizer/*.cpp")
+file(GLOB _sources "${_root}/src/*.cpp" "${_root}/src/cuda/*.cpp" "${_root}/src/ort/*.cpp" "${_root}/src/tokenizer/*.cpp"
+  "${_root}/src/${_hashes}/*.cpp")
 add_library(coatrt STATIC EXCLUDE_FROM_ALL ${_sources})
 add_library(coatrt::coatrt ALIAS coatrt)
 target_compile_features(coatrt PUBLIC cxx_std_17)
 set_target_properties(coatrt PROPERTIES POSITION_INDEPENDENT_CODE ON CXX_EXTENSIONS OFF)
 target_include_directories(coatrt PUBLIC "${_root}/include" PRIVATE "${_root}/src")
-target_include_directories(coatrt SYSTEM PRIVATE "${coatrt_JSON_INCLUDE}" "${coatrt_ORT_INCLUDE}")
+# Their directories and not the targets, which a directory that links coatrt::coatrt need not know.
+target_include_directories(coatrt SYSTEM PRIVATE
+  $<TARGET_PROPERTY:coatrt::nlohmann_json,INTERFACE_INCLUDE_DIRECTORIES>
+  $<TARGET_PROPERTY:coatrt::onnxruntime,INTERFACE_INCLUDE_DIRECTORIES>)
 target_link_libraries(coatrt PUBLIC Threads::Threads ${CMAKE_DL_LIBS})
+if(_hashes STREQUAL openssl)
+  target_compile_definitions(coatrt PRIVATE COATRT_OPENSSL=1)
+  target_link_libraries(coatrt PUBLIC OpenSSL::Crypto)
+endif()
 
 # pip's ONNX Runtime, where it lies beside this package: the default at run time.
 file(GLOB _library "${_root}/../../../onnxruntime/capi/libonnxruntime.so.*")
@@ -57,16 +92,6 @@ if("trt" IN_LIST coatrt_FIND_COMPONENTS)
   target_include_directories(coatrt SYSTEM PRIVATE "${coatrt_TRT_INCLUDE}")
   target_compile_definitions(coatrt PRIVATE COATRT_TRT=1)
   target_link_libraries(coatrt PUBLIC "${coatrt_TRT_LIBRARY}" CUDA::cudart)
-endif()
-if("sign" IN_LIST coatrt_FIND_COMPONENTS)
-  find_package(OpenSSL 1.1.1 QUIET COMPONENTS Crypto)
-  if(NOT TARGET OpenSSL::Crypto)
-    _coatrt_refuse("component sign needs OpenSSL's headers and libcrypto; install libssl-dev")
-    return()
-  endif()
-  target_sources(coatrt PRIVATE "${_root}/src/sign/signature.cpp")
-  target_compile_definitions(coatrt PRIVATE COATRT_SIGN=1)
-  target_link_libraries(coatrt PUBLIC OpenSSL::Crypto)
 endif()
 if("c" IN_LIST coatrt_FIND_COMPONENTS)
   target_sources(coatrt PRIVATE "${_root}/src/c/coatrt.cpp")

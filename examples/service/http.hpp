@@ -6,20 +6,20 @@
 #include <string_view>
 #include <utility>
 
-/// One request, whole.
+/// One complete request.
 struct HttpRequest {
   std::string method, path, query, body;
   bool keep_alive = true;  // whether the connection may serve another
   bool chunked = true;     // whether the client reads chunks: HTTP/1.1
 };
 
-/// An answer that ends the connection: what came was no request that is served here.
+/// An error answer that ends the connection.
 struct HttpRefusal {
   int status;
   std::string reason;
 };
 
-/// Takes requests out of the bytes of one connection. It holds at most one head, one body and what one read brings.
+/// Parses the requests of one connection. It buffers at most one head, one body and the bytes of one read.
 class RequestReader {
  public:
   static constexpr std::size_t kMostHead = 16 << 10, kMostBody = 1 << 20;
@@ -28,7 +28,7 @@ class RequestReader {
   bool begun() const { return head_ || !held_.empty(); }
   std::size_t bytes() const { return held_.size(); }
 
-  /// The next request; nothing where more bytes are needed. Throws HttpRefusal.
+  /// The next request, or nothing where more bytes are needed. Throws HttpRefusal.
   std::optional<HttpRequest> next() {
     if (!head_ && !read_head()) return std::nullopt;
     if (held_.size() < length_) return std::nullopt;
@@ -41,7 +41,7 @@ class RequestReader {
     return request;
   }
 
-  /// Whether the client waits for a word before it sends the body; true once a request.
+  /// Whether the client waits for "100 Continue" before it sends the body; true once for each request.
   bool asks_to_continue() { return std::exchange(expects_, false) && held_.size() < length_; }
 
  private:
@@ -102,7 +102,7 @@ class RequestReader {
     }
   }
 
-  static std::size_t parsed(const std::string& digits) {  // any number beyond what is taken is as good as another
+  static std::size_t parsed(const std::string& digits) {  // numbers above the limit need no exact value
     const std::size_t first = std::min(digits.find_first_not_of('0'), digits.size() - 1);
     return digits.size() - first > 9 ? kMostBody + 1 : std::stoul(digits);
   }
@@ -123,7 +123,7 @@ class RequestReader {
   bool expects_ = false;
 };
 
-/// Status line and headers of an answer; `length` is absent for chunks or for a body that the connection's end ends.
+/// Status line and headers of an answer. Without `length` the body is chunked or ends with the connection.
 inline std::string response_head(int status, std::string_view type, std::optional<std::size_t> length, bool chunked,
                                  bool keep_alive) {
   const char* text = status == 200   ? "OK"

@@ -17,7 +17,7 @@
 
 namespace {
 
-/// The whole number that an option is given.
+/// The value of an option that takes a whole number.
 template <class Number>
 void read_number(const std::string& name, const std::string& text, long least, long most, Number& number) {
   long value = 0;
@@ -30,7 +30,7 @@ void read_number(const std::string& name, const std::string& text, long least, l
 
 Options parse(int argc, char** argv) {
   Options options;
-  options.session.threads = 1;  // requests run side by side: one core each
+  options.session.threads = 1;  // requests run in parallel, on one core each
   std::set<std::string> given;
   long deadline = options.deadline.count();
   for (int i = 1; i < argc; ++i) {
@@ -58,8 +58,8 @@ Options parse(int argc, char** argv) {
   return options;
 }
 
-/// Ends the process on SIGTERM or SIGINT: in order where that takes less than `kPatience`, else all the same. A model that
-/// loads and a prompt that is being read answer to nobody meanwhile.
+/// Ends the process on SIGTERM or SIGINT: cleanly within `kPatience`, after that at once. Loading a model and reading a
+/// prompt cannot be interrupted.
 class Ending {
  public:
   static constexpr std::chrono::seconds kPatience{4};
@@ -68,10 +68,10 @@ class Ending {
     sigemptyset(&signals_);
     sigaddset(&signals_, SIGINT);
     sigaddset(&signals_, SIGTERM);
-    pthread_sigmask(SIG_BLOCK, &signals_, nullptr);  // before any thread is made, so that only this one gets them
+    pthread_sigmask(SIG_BLOCK, &signals_, nullptr);  // before any thread starts, so that only this one gets them
     thread_ = std::thread([this] { run(); });
   }
-  /// In order, and without a signal.
+  /// Ends the wait without a signal.
   ~Ending() {
     {
       const std::lock_guard lock(mutex_);
@@ -84,7 +84,7 @@ class Ending {
   Ending(const Ending&) = delete;
   Ending& operator=(const Ending&) = delete;
 
-  /// What to stop; at once where the signal has come already. Null where it is no more.
+  /// The service to stop, at once if the signal has come already; null once it is gone.
   void watch(Service* service) {
     const std::lock_guard lock(mutex_);
     service_ = service;

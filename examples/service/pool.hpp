@@ -12,13 +12,13 @@
 
 #include "server.hpp"
 
-/// Emitted LoRAs by configuration hash: the last few that were asked for.
+/// The last few emitted LoRAs, by configuration hash.
 class Loras {
  public:
   explicit Loras(const coatrt::Bundle& bundle) : bundle_(bundle) {}
 
   coatrt::Lora of(const coatrt::Configuration& configuration, const std::string& hash) {
-    const std::lock_guard lock(mutex_);  // one emission at a time: it uses all cores already
+    const std::lock_guard lock(mutex_);  // one emission at a time: it uses all cores
     for (auto at = known_.begin(); at != known_.end(); ++at)
       if (at->first == hash) {
         known_.splice(known_.begin(), known_, at);
@@ -36,7 +36,7 @@ class Loras {
   std::list<std::pair<std::string, coatrt::Lora>> known_;
 };
 
-/// Threads that work off a bounded queue, in order of arrival.
+/// Threads that process a bounded queue in order of arrival.
 class Workers {
  public:
   struct Job {
@@ -44,7 +44,7 @@ class Workers {
     std::shared_ptr<Reply> reply;
     std::chrono::steady_clock::time_point start = std::chrono::steady_clock::now();
   };
-  /// `work` is called with the number of its thread; it must not throw. `refuse` gets what is still queued at the end.
+  /// `work` is called with the number of its thread and must not throw. `refuse` gets the jobs still queued at the end.
   using Work = std::function<void(std::size_t thread, Job& job)>;
 
   Workers(std::size_t threads, std::size_t most_waiting, Work work, std::function<void(Job&)> refuse)
@@ -58,7 +58,7 @@ class Workers {
   Workers(const Workers&) = delete;
   Workers& operator=(const Workers&) = delete;
 
-  /// Take a job; false where too many wait already. Jobs whose client has gone do not count.
+  /// Queue a job; false where the queue is full. Jobs whose client is gone do not count.
   bool offer(Job& job) {
     {
       const std::lock_guard lock(mutex_);
@@ -71,7 +71,7 @@ class Workers {
     ready_.notify_one();
     return true;
   }
-  /// Take no more jobs, and refuse those that wait.
+  /// Accept no more jobs and refuse those in the queue.
   void close() {
     std::list<Job> rest;
     {
@@ -102,7 +102,7 @@ class Workers {
       ++busy_;
       lock.unlock();
       if (!job.reply->gone()) work_(thread, job);
-      job = {};  // the answer is given up before the thread counts as free
+      job = {};  // drops the answer before the thread counts as free
       lock.lock();
       --busy_;
     }

@@ -9,18 +9,18 @@
 #include <string>
 #include <vector>
 
-using Json = nlohmann::ordered_json;  // the patterns of a configuration are tried in the order they are given in
+using Json = nlohmann::ordered_json;  // patterns of a configuration apply in the order of the text
 
-/// Parse what a stranger sent. Depth is bounded as everything that walks a value recurses; keys are, as each one costs a
-/// look at those before it.
+/// Parse an untrusted request. Depth is bounded because walking a value recurses; the number of keys, because each is
+/// compared with those before it.
 inline Json parse_json(const std::string& body, const std::string& example) {
   coatrt::check_json(body, "the request", "send an object like " + example, {32, 5000});
   return Json::parse(body);
 }
 
-/// What POST /generate asks for.
+/// The parameters of POST /generate.
 struct GenerateRequest {
-  std::vector<std::int64_t> tokens;   // the prompt is given as tokens,
+  std::vector<std::int64_t> tokens;   // the prompt as tokens,
   std::optional<std::string> prompt;  // or as text
   std::size_t max_tokens = 64;
   coatrt::Sampling sampling;

@@ -19,7 +19,7 @@
 namespace {
 
 constexpr std::chrono::milliseconds kTick{100};  // how late a deadline may be noticed
-constexpr std::chrono::seconds kLinger{1};       // for a client to read the last answer before its connection ends
+constexpr std::chrono::seconds kLinger{1};       // time for a client to read the last answer before its connection ends
 constexpr int kAcceptedAtOnce = 64;
 
 }  // namespace
@@ -68,13 +68,13 @@ void Reply::end() { add(chunked_ ? "0\r\n\r\n" : "", true); }
 struct Server::Connection {
   enum State { kReading, kAnswering, kClosing } state = kReading;
   int descriptor;
-  Clock::time_point deadline;  // the far future while an answer is being made
+  Clock::time_point deadline;  // the far future while an answer is computed
   RequestReader reader{};
   std::shared_ptr<Reply> reply{};
   std::string out{};
   std::size_t sent = 0;
   bool keep_alive = true, shut = false, over = false;
-  bool more = false;  // bytes of a next request came with the one before: no poll sees them
+  bool more = false;  // bytes of the next request came with the last one, so poll does not report them
 
   Connection(int fd, Clock::time_point until) : descriptor(fd), deadline(until) {}
   Connection(const Connection&) = delete;
@@ -88,7 +88,7 @@ struct Server::Connection {
 
 Server::Server(Handler handler, std::size_t most_connections, std::chrono::seconds deadline)
     : handler_(std::move(handler)), most_(most_connections), deadline_(deadline), waker_(std::make_shared<const Waker>()) {
-  rlimit files{};  // a connection is a descriptor; the bundle and the libraries have theirs
+  rlimit files{};  // each connection takes a descriptor; the bundle and the libraries take others
   const rlim_t needed = most_ + 256;
   if (::getrlimit(RLIMIT_NOFILE, &files) == 0 && files.rlim_cur < needed) {
     files.rlim_cur = std::min(files.rlim_max, needed);
@@ -130,7 +130,7 @@ void Server::stop() {
   waker_->wake();
 }
 
-/// End the connection nearest to its deadline; false where every one has an answer being made.
+/// End the connection nearest to its deadline; false where every connection waits for an answer.
 bool Server::evict() {
   const auto nearest = std::min_element(connections_.begin(), connections_.end(),
                                         [](const auto& a, const auto& b) { return a.deadline < b.deadline; });
@@ -161,7 +161,7 @@ void Server::read(Connection& connection, Clock::time_point now) {
   static thread_local std::vector<char> buffer(64 << 10);
   const ssize_t count = ::recv(connection.descriptor, buffer.data(), buffer.size(), 0);
   if (count == 0 || (count < 0 && errno != EAGAIN && errno != EINTR)) connection.over = true;
-  if (count <= 0 || connection.state == Connection::kClosing) return;  // what comes after the last answer is dropped
+  if (count <= 0 || connection.state == Connection::kClosing) return;  // bytes after the last answer are dropped
   connection.reader.add({buffer.data(), static_cast<std::size_t>(count)});
   next_request(connection, now);
 }
@@ -196,9 +196,9 @@ void Server::refuse(Connection& connection, const HttpRefusal& refusal, Clock::t
   write(connection, now);
 }
 
-/// Take what has been written to the reply so far.
+/// Move the bytes of the reply so far to the connection.
 void Server::collect(Connection& connection, Clock::time_point now) {
-  const bool alone = connection.reply.use_count() == 1;  // then nobody writes any more
+  const bool alone = connection.reply.use_count() == 1;  // no thread writes to it any more
   bool finished = false;
   {
     const std::lock_guard lock(connection.reply->mutex_);
@@ -230,7 +230,7 @@ void Server::write(Connection& connection, Clock::time_point now) {
   finish(connection, now);
 }
 
-/// What follows an answer that has been sent: the next request, or the end.
+/// After an answer: wait for the next request, or end the connection.
 void Server::finish(Connection& connection, Clock::time_point now) {
   if (connection.state == Connection::kAnswering && connection.deadline != Clock::time_point::max()) {
     connection.reply.reset();
@@ -239,7 +239,7 @@ void Server::finish(Connection& connection, Clock::time_point now) {
     connection.more = connection.keep_alive && connection.reader.begun();
   }
   if (connection.state == Connection::kClosing && !std::exchange(connection.shut, true))
-    ::shutdown(connection.descriptor, SHUT_WR);  // bytes unread at a close would take the answer back
+    ::shutdown(connection.descriptor, SHUT_WR);  // closing with unread bytes would discard the answer
 }
 
 /// One round: wait for something to happen, then give every connection one turn.
@@ -249,7 +249,7 @@ void Server::wait_and_handle(bool stopping) {
   if (!stopping && Clock::now() >= accept_from_) polled[1].fd = listener_;
   for (const Connection& connection : connections_) {
     short events = connection.unsent() ? POLLOUT : 0;
-    // A client that has closed while its answer is being made is gone; one that closes after that may still read it.
+    // A client that closes before its answer is complete is gone; one that closes later may still read it.
     if (connection.state != Connection::kAnswering) events |= POLLIN;
     else if (connection.deadline == Clock::time_point::max()) events |= POLLRDHUP;
     polled.push_back({connection.descriptor, events, 0});

@@ -25,8 +25,8 @@ class Waker {
   int descriptor_;
 };
 
-/// The answer to one request, written by one thread, sent by the server's; without one the connection ends. Writing never
-/// waits for the client: what it has not read is kept, and a client that leaves too much unread is gone.
+/// The answer to one request, written by one thread and sent by the server's. Writing never waits for the client: unread
+/// bytes are kept, and a client that leaves too many is disconnected. A reply dropped without an answer ends the connection.
 class Reply {
  public:
   Reply(std::shared_ptr<const Waker> waker, const HttpRequest& request)
@@ -38,7 +38,7 @@ class Reply {
   void begin(std::string_view type);
   void part(std::string_view bytes);
   void end();
-  /// Whether nobody reads the answer any more; then it need not be made.
+  /// Whether the client is gone, so that the answer is not needed.
   bool gone() const { return gone_; }
 
  private:
@@ -49,29 +49,28 @@ class Reply {
   std::shared_ptr<const Waker> waker_;
   const bool keep_alive_, chunked_;
   std::mutex mutex_;
-  std::string bytes_;  // not yet taken by the server
+  std::string bytes_;  // not yet taken by the server's thread
   bool finished_ = false;
-  std::atomic<std::size_t> unsent_{0};  // bytes it has taken that the client has not
+  std::atomic<std::size_t> unsent_{0};  // bytes taken by the server's thread and not by the client
   std::atomic<bool> gone_{false};
 };
 
-/// HTTP on one thread that waits for no client. A request reaches the handler when it is whole; connections that take
-/// longer than that, or that do not read their answer, cost no thread, only a place among the connections, and the one
-/// nearest to its deadline gives its place to the next that comes.
+/// HTTP on one thread that waits for no client. The handler gets complete requests. Slow clients take a connection and no
+/// thread; where all connections are taken, a new one replaces that nearest to its deadline.
 class Server {
  public:
-  /// Called on the server's thread, so it must not wait; the answer may be made by another thread.
+  /// Called on the server's thread, so it must not block; another thread may write the answer.
   using Handler = std::function<void(HttpRequest&& request, const std::shared_ptr<Reply>& reply)>;
-  static constexpr std::chrono::seconds kGrace{2};      // for answers begun, once it is told to stop
-  static constexpr std::size_t kMostHeld = 64 << 20;    // bytes of requests that are not whole yet
+  static constexpr std::chrono::seconds kGrace{2};      // time to finish answers after `stop`
+  static constexpr std::size_t kMostHeld = 64 << 20;    // bytes of incomplete requests
 
-  /// `deadline` is for a whole request to arrive, and for the client to read what is left of an answer that is whole.
+  /// `deadline` limits how long a request takes to arrive, and how long the client takes to read a complete answer.
   Server(Handler handler, std::size_t most_connections, std::chrono::seconds deadline);
   ~Server();
-  /// Listen; false where the address cannot be had. Port 0 is any free one; `port()` says which.
+  /// Listen; false where the address is not available. Port 0 takes a free port: `port()` returns it.
   bool bind(const std::string& host, int port);
   int port() const;
-  /// Serve until `stop`, then for as long as answers are being made, at most `kGrace`.
+  /// Serve until `stop`, then finish running answers for at most `kGrace`.
   void serve();
   /// From any thread, also before `serve`.
   void stop();
@@ -96,6 +95,6 @@ class Server {
   std::shared_ptr<const Waker> waker_;
   std::list<Connection> connections_;
   int listener_ = -1;
-  Clock::time_point accept_from_{};  // no descriptor was free: not before then
+  Clock::time_point accept_from_{};  // when to accept again after no descriptor was free
   std::atomic<bool> stopped_{false};
 };

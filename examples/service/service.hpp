@@ -9,7 +9,7 @@
 #include "request.hpp"
 #include "server.hpp"
 
-/// How the service runs.
+/// Options of the service.
 struct Options {
   std::string bundle, host = "127.0.0.1";
   int port = 8080;
@@ -18,8 +18,8 @@ struct Options {
   coatrt::SessionOptions session;
 };
 
-/// The bundle's model behind HTTP. One thread serves connections, /health and /metrics; one for each session generates;
-/// one changes the default configuration.
+/// A bundle's model behind HTTP. One thread serves connections, /health and /metrics, one for each session generates, one
+/// changes the default configuration.
 class Service {
  public:
   explicit Service(const Options& options)
@@ -38,7 +38,7 @@ class Service {
                      [this](Job& job) { refuse(job); }) {}
 
   Server& server() { return server_; }
-  /// Refuse what waits, and serve until what runs is answered or `Server::kGrace` is over.
+  /// Refuse queued requests and finish running ones for at most `Server::kGrace`.
   void stop() {
     server_.stop();
     generating_.close();
@@ -48,11 +48,11 @@ class Service {
  private:
   using Job = Workers::Job;
   using Clock = std::chrono::steady_clock;
-  static constexpr std::size_t kConnections = 512;  // beside those that are being answered
+  static constexpr std::size_t kConnections = 512;  // in addition to those with a running request
   static constexpr std::size_t kConfigurationsWaiting = 8;
-  static constexpr std::size_t kLongestMessage = 1000;  // one may quote what a client sent
+  static constexpr std::size_t kLongestMessage = 1000;  // messages may quote the client
 
-  /// A session, and the configuration whose LoRA it has bound.
+  /// A session and the configuration of its current LoRA.
   struct Slot {
     coatrt::Session session;
     std::string bound;
@@ -61,7 +61,7 @@ class Service {
   static std::vector<Slot> make_slots(const coatrt::Bundle& bundle, const Options& options) {
     std::vector<Slot> slots;
     coatrt::SessionOptions session = options.session;
-    session.notice = [](const std::string&) {};  // whoever asks for another configuration's LoRA knows
+    session.notice = [](const std::string&) {};  // clients choose the LoRA of another configuration on purpose
     for (std::size_t i = 0; i < options.sessions; ++i) slots.push_back({coatrt::Session(bundle, session), ""});
     return slots;
   }
@@ -95,7 +95,7 @@ class Service {
     metrics_.request(503, since(job.start));
   }
 
-  /// Errors become one JSON line: 400 for what the client got wrong, 500 for the rest.
+  /// Errors become one JSON line: 400 for invalid requests, 500 for the rest.
   Workers::Work guarded(Workers::Work work) {
     const auto fail = [this](Job& job, int status, const std::string& message) {
       answer(*job.reply, status, {{"error", message.substr(0, kLongestMessage)}});
@@ -119,12 +119,12 @@ class Service {
   }
 
   void configure(Job& job) {
-    parse_json(job.request.body, R"({"default": "int8"})");  // what a stranger sent is bounded first
+    parse_json(job.request.body, R"({"default": "int8"})");  // checks the limits for untrusted JSON first
     auto configuration =
         std::make_shared<const coatrt::Configuration>(bundle_.configuration(job.request.body, "configuration"));
     const std::string hash = configuration->hash();
     const auto start = Clock::now();
-    loras_.of(*configuration, hash);  // emitted before it is the default, so that no request waits for it
+    loras_.of(*configuration, hash);  // emitted before it becomes the default, so that no request waits for it
     const double seconds = since(start);
     {
       const std::lock_guard lock(mutex_);
@@ -184,14 +184,14 @@ class Service {
       if (!request.stream) {
         answer(reply, 200, last);
       } else {
-        if (first) reply.begin("text/event-stream");  // the model stopped at once
+        if (first) reply.begin("text/event-stream");  // the model stopped without a token
         last["done"] = true;
         event(last);
         reply.end();
       }
     } catch (const std::exception& error) {
       if (!request.stream || first) throw;
-      status = 500;  // the status line has gone out already
+      status = 500;  // the status line is sent already
       event({{"error", std::string(error.what()).substr(0, kLongestMessage)}});
       reply.end();
     }

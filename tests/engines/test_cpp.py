@@ -196,8 +196,8 @@ OWN_WORDS: dict[str, tuple[Any, str]] = {
     "negative bytes": (lambda d: _alter(d, lambda m: m["files"]["cpu.onnx"].update(bytes=-1)), "has no sha256"),
     "huge bytes": (lambda d: _alter(d, lambda m: m["files"]["cpu.onnx"].update(bytes=2**64)), "has no sha256"),
     "NUL in a name": (lambda d: _alter(d, lambda m: m["files"].update({"a\0b": m["files"]["cpu.onnx"]})), "leaves"),
-    "matrices": (lambda d: _alter(d, lambda m: m.update(matrices={"matrices": [[1]]})), "garbles matrices"),
-    "stop tokens": (lambda d: _alter(d, lambda m: m["model"].update(stop_tokens="2")), "garbles stop_tokens"),
+    "matrices": (lambda d: _alter(d, lambda m: m.update(matrices={"matrices": [[1]]})), "is garbled (matrices)"),
+    "stop tokens": (lambda d: _alter(d, lambda m: m["model"].update(stop_tokens="2")), "is garbled (stop_tokens)"),
 }
 
 
@@ -292,7 +292,7 @@ def test_a_lora_whose_metadata_lies_is_refused(cpp: Any, tiny_bundle: Path, tmp_
     text = json.dumps(header | {"__metadata__": json.loads(metadata)}).encode()
     (tmp_path / "l.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
     said = cpp.refusal("lora", tiny_bundle, tmp_path / "l.safetensors")
-    assert said.endswith("is damaged (its metadata is no object of texts); emit it again with coatrt adapt")
+    assert said.endswith("is damaged (its metadata is not an object of strings); emit it again with coatrt adapt")
     with pytest.raises(CoatError, match="is damaged"):
         load_lora(tmp_path / "l.safetensors", Bundle.open(tiny_bundle).contract)
 

@@ -1,4 +1,4 @@
-"""The C++ examples: minimal, built as README says against the package as pip installs it, and the service."""
+"""The C++ examples: minimal, built as the documents say against the package as pip installs it, and the service."""
 
 import json
 import signal
@@ -16,6 +16,17 @@ from coatrt.bundle import Bundle
 from support.cpp_service import Service
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def documented_commands() -> list[str]:
+    """Return the two commands with which a document builds examples/minimal."""
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
+        lines = [line.strip().split("  #")[0] for line in path.read_text(encoding="utf-8").splitlines()]
+        commands = [line for line in lines if line.startswith("cmake ") and "build/minimal" in line]
+        if commands:
+            assert [command.split()[1] for command in commands] == ["-S", "--build"], path
+            return commands
+    raise AssertionError("no document builds examples/minimal")
 
 
 def test_minimal_says_what_coatrt_run_says(cpp: Any, headers: Path, tiny_bundle: Path, tmp_path: Path) -> None:
@@ -36,19 +47,16 @@ def test_minimal_says_what_coatrt_run_says(cpp: Any, headers: Path, tiny_bundle:
 
     def shell(command: str) -> str:
         path = f"{tmp_path / 'p' / 'bin'}:{cpp.environment.get('PATH', '')}"
-        environment = {**cpp.environment, "PYTHONPATH": str(tmp_path / "p"), "PATH": path}
+        own = {"PYTHONPATH": str(tmp_path / "p"), "PATH": path, "CMAKE_PREFIX_PATH": str(headers.parent)}
+        environment = {**cpp.environment, **own}
         done = subprocess.run(
             command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
         return done.stdout
 
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    commands = [line.strip() for line in readme.splitlines() if line.startswith("    ") and "build/" in line][-3:]
-    assert [command.split()[0] for command in commands] == ["python", "cmake", "cmake"]
-    for command in commands:
-        command = command.split("  #")[0].replace("build/minimal", str(tmp_path / "build"))
-        shell(command.replace("python -m", f"{sys.executable} -m"))
+    for command in documented_commands():
+        shell(command.replace("build/minimal", str(tmp_path / "build")))
     cache = (tmp_path / "build/CMakeCache.txt").read_text()
     assert f"coatrt_DIR:UNINITIALIZED={tmp_path}/p/" in cache or f"coatrt_DIR:PATH={tmp_path}/p/" in cache
     text = "the cat sat é"

@@ -66,5 +66,5 @@ def test_a_pattern_that_backtracks_ends_in_time(cpp: Any, tmp_path: Path) -> Non
     (tmp_path / "texts.json").write_text(json.dumps(["a" * 200_000]))
     started = time.perf_counter()
     line = cpp.refusal("split", "a*a*a*a*a*a*a*a*b", tmp_path / "texts.json")
-    assert "takes too many steps on this text; shorten it or use token ids" in line
+    assert "takes too many steps on this text; shorten it or pass token ids" in line
     assert time.perf_counter() - started < 20

@@ -39,7 +39,7 @@ def test_a_signature_is_required_in_pythons_words(cpp: Any, tiny_bundle: Path, t
     directory = Path(shutil.copytree(tiny_bundle, tmp_path / "b"))
     Bundle.open(directory).sign(keys[0])
     done = cpp.run("signed", directory, keys[1])
-    if "without component sign" in done.stderr:
+    if "built without OpenSSL" in done.stderr:
         pytest.skip("needs OpenSSL's headers")
     assert (done.returncode, done.stderr) == (0, "")
     CHANGES[name](directory)

@@ -34,7 +34,7 @@ bool is_file(const fs::path& path) {
   return fs::is_regular_file(path, error);
 }
 
-/// Whether `path`, links followed, lies within `directory`.
+/// Whether `path` is inside `directory` once links are followed.
 bool within(const fs::path& path, const fs::path& directory) {
   std::error_code error;
   const fs::path whole = fs::canonical(path, error), root = fs::canonical(directory, error);
@@ -48,7 +48,7 @@ void check_hash(const std::string& where, const Json& facts, const std::string& 
                 "…; copy the bundle again or build it again");
 }
 
-/// A sealed file begins with the SHA-256 of all bytes behind that line: whatever is altered shows before it is parsed.
+/// A sealed file begins with the SHA-256 of all bytes after that line, so that a change shows before anything is parsed.
 void check_seal(const std::string_view text, const std::string& file) {
   constexpr std::string_view before = "{\n \"seal\": \"", after = "\",\n";
   constexpr std::size_t digits = 64, start = before.size() + digits + after.size();
@@ -63,13 +63,13 @@ void check_seal(const std::string_view text, const std::string& file) {
 /// Refuse a manifest that the user's key has not signed.
 void require_signature([[maybe_unused]] const std::string_view manifest, [[maybe_unused]] const fs::path& directory,
                        [[maybe_unused]] const std::string& key) {
-#ifdef COATRT_SIGN
+#ifdef COATRT_OPENSSL
   const std::string wrong = check_signature(manifest, kManifest, directory / kSignature, key);
   if (!wrong.empty())
     throw Error(directory.string() + " has no signature by " + key + " (" + wrong +
                 "); download the bundle again from its publisher");
 #else
-  throw Error("a signature is required and the library was built without component sign; add it to find_package(coatrt)");
+  throw Error("a signature is required and the library was built without OpenSSL; add component sign to find_package(coatrt)");
 #endif
 }
 
@@ -96,23 +96,23 @@ void read_model(BundleState& state) {
   const std::string where = (state.directory / kManifest).string();
   const Json *inventory = find(state.manifest["matrices"], "matrices"), *stops = find(state.manifest["model"], "stop_tokens");
   if (inventory == nullptr || !inventory->is_array() || inventory->empty())
-    throw Error(where + " garbles matrices; build the bundle again");
+    throw Error(where + " is garbled (matrices); build the bundle again");
   for (const Json& row : *inventory) {
     if (!row.is_array() || row.empty() || !row[0].is_string())
-      throw Error(where + " garbles matrices; build the bundle again");
+      throw Error(where + " is garbled (matrices); build the bundle again");
     state.matrices.push_back(row[0].get<std::string>());
   }
-  if (stops == nullptr || !stops->is_array()) throw Error(where + " garbles stop_tokens; build the bundle again");
+  if (stops == nullptr || !stops->is_array()) throw Error(where + " is garbled (stop_tokens); build the bundle again");
   for (const Json& stop : *stops) {
     std::int64_t token = 0;
-    if (!whole(&stop, 0, token)) throw Error(where + " garbles stop_tokens; build the bundle again");
+    if (!whole(&stop, 0, token)) throw Error(where + " is garbled (stop_tokens); build the bundle again");
     state.stop_tokens.push_back(token);
   }
 }
 
 }  // namespace
 
-/// Parse and check a manifest; its files are looked at as well.
+/// Parse and check a manifest, and the presence and size of its files.
 std::shared_ptr<BundleState> open_state(const fs::path& directory, const BundleOptions& options) {
   const fs::path file = directory / kManifest;
   if (!is_file(file))
@@ -210,7 +210,7 @@ std::pair<fs::path, DecoderIO> BundleState::decoder(const std::string& form) {
   const std::string *weights = find_text(*facts, "weights"), *graph = find_text(*facts, "file");
   const Json* io = find(*facts, "io");
   if (weights == nullptr || graph == nullptr || io == nullptr)
-    throw Error((directory / kManifest).string() + " garbles decoders; build the bundle again");
+    throw Error((directory / kManifest).string() + " is garbled (decoders); build the bundle again");
   return {this->graph(*graph, *weights), DecoderIO::from_json(*io)};
 }
 
@@ -218,7 +218,7 @@ Contract BundleState::contract() { return Contract::from_json(json("lora_io.json
 
 Configuration BundleState::configuration() {
   const std::string* name = find_text(manifest.at("configuration"), "file");
-  if (name == nullptr) throw Error((directory / kManifest).string() + " garbles configuration; build the bundle again");
+  if (name == nullptr) throw Error((directory / kManifest).string() + " is garbled (configuration); build the bundle again");
   const auto file = read(*name);
   return resolve(file->text(), (directory / *name).string(), matrices);
 }

@@ -13,7 +13,7 @@ namespace coatrt {
 namespace detail {
 namespace {
 
-// A configuration may come from a stranger: these bound the time to read and to match it.
+// A configuration may come from an untrusted client: these bound the time to read and to match it.
 constexpr std::size_t kMostKeys = 4096;
 constexpr std::size_t kMostPatternCharacters = 8192;
 

@@ -1,4 +1,4 @@
-// A walk over the protocol buffer of onnx.proto, as far as tensors lie in it; no library for that is needed.
+// Walks the protocol buffer of onnx.proto where it can hold tensors, without a library.
 #include "external_data.hpp"
 
 #include <cstdint>

@@ -5,8 +5,8 @@
 
 namespace coatrt::detail {
 
-/// The files from which an ONNX model reads tensors, as it names them: ONNX Runtime opens whatever stands there.
-/// Throws an Error for what is no protocol buffer.
+/// The files from which an ONNX model reads tensors, as the model names them: ONNX Runtime opens any path.
+/// Throws where the bytes are not a protocol buffer.
 std::set<std::string> external_data(std::string_view model);
 
 }  // namespace coatrt::detail

@@ -15,11 +15,11 @@ std::string join(const std::vector<std::string>& texts);
 
 /// Parse JSON; `what` and `source` are for the message. Nesting is bounded.
 Json parse_json(std::string_view text, const std::string& what, const std::string& source);
-/// The same with keys in the order of the text. Each key costs a look at those before it, so their number is bounded too.
+/// The same with keys in the order of the text. Each key is compared with those before it, so their number is bounded.
 nlohmann::ordered_json parse_ordered_json(std::string_view text, const std::string& what, const std::string& source,
                                           std::size_t most_keys);
 
-/// The value of a key, or nullptr where `value` is no object or lacks it.
+/// The value of a key, or nullptr where `value` is not an object or lacks it.
 const Json* find(const Json& value, const char* key);
 /// A string field, or nullptr.
 const std::string* find_text(const Json& value, const char* key);

@@ -6,7 +6,7 @@
 
 namespace coatrt::detail {
 
-/// Tell whoever opened a session one line.
+/// Report one line to `SessionOptions::notice`, or on standard error.
 inline void notify(const SessionOptions& options, const std::string& line) {
   if (options.notice) options.notice(line);
   else std::cerr << "coatrt: " << line << std::endl;

@@ -48,9 +48,9 @@ StoredTensor read_tensor(const std::string& name, const Json& facts, std::string
 
 std::map<std::string, std::string> read_metadata(const Json& facts) {
   std::map<std::string, std::string> metadata;
-  if (!facts.is_object()) throw Error("its metadata is no object of texts");
+  if (!facts.is_object()) throw Error("its metadata is not an object of strings");
   for (const auto& [key, value] : facts.items()) {
-    if (!value.is_string()) throw Error("its metadata is no object of texts");
+    if (!value.is_string()) throw Error("its metadata is not an object of strings");
     metadata.emplace(key, value.get<std::string>());
   }
   return metadata;
@@ -65,7 +65,7 @@ SafetensorsFile read_safetensors(std::string_view file) {
   if (length > kMostHeader || length > file.size() - 8)
     throw Error("its header claims " + std::to_string(length) + " bytes, the file has " + std::to_string(file.size()));
   const Json header = parse_json(file.substr(8, static_cast<std::size_t>(length)), "header", "of the file");
-  if (!header.is_object()) throw Error("its header is no object");
+  if (!header.is_object()) throw Error("its header is not an object");
   const std::string_view data = file.substr(8 + static_cast<std::size_t>(length));
   SafetensorsFile read;
   auto& tensors = read.tensors;

@@ -46,7 +46,7 @@ struct Session::State {
                   "; use the bundle's tokenizer");
   }
 
-  /// Run tokens in pieces the backend takes. A sequence that failed half-way has to be started anew.
+  /// Run tokens in pieces that the backend takes. After a failure the sequence has to start again with a prefill.
   Logits feed(const std::int64_t* tokens, std::size_t count) {
     logits = nullptr;
     const float* made = nullptr;
@@ -70,7 +70,7 @@ struct Session::State {
       throw Error("the LoRA and its contract differ: it belongs to another bundle's model; emit it again");
   }
 
-  /// Say, or refuse, that a LoRA makes up for the errors of another configuration than the weights'.
+  /// Warn about a LoRA that was emitted for another configuration than the weights'; with strict_lora refuse it.
   void check_configuration(const std::string& emitted, bool named) {
     const std::string* weights = detail::find_text(bundle.state()->manifest.at("configuration"), "hash");
     if (weights == nullptr || emitted == *weights) return;

@@ -5,7 +5,7 @@
 
 namespace coatrt::detail {
 
-/// Why a signature file is not one of this file by the public key in a PEM file; empty where it is. Component sign only.
+/// Why a signature file is not a signature of `data` by the public key in a PEM file; empty where it is. Needs OpenSSL.
 std::string check_signature(std::string_view data, const std::string& name, const std::filesystem::path& signature,
                             const std::string& key);
 

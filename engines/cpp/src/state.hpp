@@ -16,8 +16,7 @@ namespace coatrt::detail {
 class OrtRuntime;
 class Emitter;
 
-/// What an opened bundle holds. The manifest and what is read from it at opening never change; the rest is made once,
-/// under the mutex.
+/// An opened bundle. What `open` reads from the manifest never changes; the rest is created once, under the mutex.
 struct BundleState {
   std::filesystem::path directory;
   BundleOptions options;
@@ -32,7 +31,7 @@ struct BundleState {
   std::shared_ptr<Emitter> emitter;
   std::map<std::string, std::weak_ptr<void>> models;  // loaded decoders by options, shared by sessions
 
-  /// Refuse a name the manifest lacks; return what it says of it.
+  /// The manifest's entry of a file. Throws where there is none.
   const Json& facts(const std::string& name) const;
   /// The file's path, hash checked.
   std::filesystem::path path(const std::string& name);

@@ -4,6 +4,8 @@ import json
 import sys
 from pathlib import Path
 
+from coatrt.bundle import BUNDLE_FORMAT
+
 IO = {
     "layers": 2,
     "kv_heads": 2,
@@ -15,7 +17,7 @@ IO = {
 }
 FILE = {"sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a", "bytes": 2}  # {}
 MANIFEST = {
-    "format": 2,
+    "format": BUNDLE_FORMAT,
     "coatrt": "0.1.0",
     "model": {"stop_tokens": [2]},
     "configuration": {"file": "a"},

@@ -11,7 +11,6 @@
 #include "half.hpp"
 #include "json.hpp"
 #include "safetensors.hpp"
-#include "sha256.hpp"
 
 using namespace coatrt::detail;
 
@@ -34,15 +33,6 @@ std::string why(const std::string& bytes) {
 }
 
 }  // namespace
-
-TEST_CASE("SHA-256 of the standard's examples") {
-  CHECK(sha256("", 0) == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
-  CHECK(sha256("abc", 3) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
-  const std::string million(1000000, 'a');
-  CHECK(sha256(million.data(), million.size()) == "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0");
-  const std::string two = "abcdbcdecdefdefgefghfghighijhijkijkljklmklmnlmnomnopnopq";
-  CHECK(sha256(two.data(), two.size()) == "248d6a61d20638b8e5c026930c3e6039a33ce45964ff2167f6ecedd419db06c1");
-}
 
 TEST_CASE("float16 and bfloat16 round to nearest, ties to even") {
   for (std::uint32_t half = 0; half < 0x10000; ++half) {
@@ -69,7 +59,7 @@ TEST_CASE("a safetensors file is read, a lying one refused") {
   CHECK(tensors.size() == 2);
   CHECK(metadata == std::map<std::string, std::string>{{"x", "y"}});
   for (const char* bad : {"[]", "1", R"({"x":1})", R"({"x":{"y":"z"}})", "null"})
-    CHECK(why(file(std::string("{\"__metadata__\":") + bad + "}", 0)) == "its metadata is no object of texts");
+    CHECK(why(file(std::string("{\"__metadata__\":") + bad + "}", 0)) == "its metadata is not an object of strings");
   CHECK(tensors.at("a").shape == std::vector<std::int64_t>{2, 2});
   CHECK(tensors.at("b").bytes == "\1");
   CHECK(why(file(good, 18)) == "bytes after the last tensor belong to none");
@@ -77,7 +67,7 @@ TEST_CASE("a safetensors file is read, a lying one refused") {
   CHECK(why("") == "the file is too short for a header");
   CHECK(why(file(good, 17, 5000)) == "its header claims 5000 bytes, the file has " + std::to_string(bytes.size()));
   CHECK(why(file(good, 17, ~0ULL)).find("its header claims") == 0);
-  CHECK(why(file("[]", 0)) == "its header is no object");
+  CHECK(why(file("[]", 0)) == "its header is not an object");
   CHECK(why(file("{", 0)).find("is not JSON") != std::string::npos);
   CHECK(why(file(std::string(10000, '['), 0)).find("nested deeper than 64") != std::string::npos);
   const auto one = [](const std::string& facts, std::size_t size) { return why(file("{\"a\":{" + facts + "}}", size)); };

@@ -54,12 +54,12 @@ TEST_CASE("a text that takes too many steps is refused in one line") {
   const std::vector<char32_t> text(1000, U'a');
   std::size_t steps = 10'000;
   CHECK_THROWS_WITH_AS(Pattern("a*a*b").match(text, 0, text.size(), steps),
-                       "the tokenizer's pattern takes too many steps on this text; shorten it or use token ids", coatrt::Error);
+                       "the tokenizer's pattern takes too many steps on this text; shorten it or pass token ids", coatrt::Error);
 }
 
 TEST_CASE("UTF-8 and normal form") {
   CHECK(replace_invalid("a\xff" "b\xe2\x82" "c\xed\xa0\x80") == "a\ufffd" "b\ufffd" "c\ufffd\ufffd\ufffd");
-  CHECK_THROWS_WITH_AS(decode_utf8("ab\xc0\x80"), "the text is no UTF-8 at byte 2; give UTF-8", coatrt::Error);
+  CHECK_THROWS_WITH_AS(decode_utf8("ab\xc0\x80"), "the text is not UTF-8 at byte 2; give UTF-8", coatrt::Error);
   CHECK(to_nfc(decode_utf8("e\u0301\u212b x")) == decode_utf8("\u00e9\u00c5 x"));
   CHECK(to_nfc(decode_utf8("a\u0323\u0302 a\u0302\u0323")) == decode_utf8("\u1ead \u1ead"));
   CHECK(to_nfc(decode_utf8("\u1112\u1161\u11ab")) == decode_utf8("\ud55c"));

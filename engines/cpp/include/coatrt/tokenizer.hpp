@@ -9,20 +9,20 @@
 
 namespace coatrt {
 
-/// Byte-level BPE as Hugging Face's tokenizer.json describes it; another kind of tokenizer is refused (use token ids).
-/// Immutable: one serves all threads.
+/// Byte-level BPE from Hugging Face's tokenizer.json. Other kinds of tokenizer are refused: pass token ids instead.
+/// Immutable, so that all threads can share one.
 class Tokenizer {
  public:
-  /// The bundle's, its hash checked.
+  /// The bundle's tokenizer; its hash is checked.
   explicit Tokenizer(const Bundle& bundle);
   /// From the text of a tokenizer.json.
   explicit Tokenizer(std::string_view json);
 
-  /// Token ids of UTF-8 text; special tokens written in it become themselves.
+  /// Token ids of UTF-8 text. Special tokens that the text spells out become special tokens.
   std::vector<std::int64_t> encode(std::string_view text, bool add_special_tokens = true) const;
-  /// Text of tokens, special ones left out; bytes that are no UTF-8 become U+FFFD.
+  /// Text of tokens, without special tokens; invalid UTF-8 becomes U+FFFD.
   std::string decode(const std::vector<std::int64_t>& tokens) const;
-  /// Raw bytes of one token, none for a special one or an unknown id.
+  /// Raw bytes of one token; empty for a special token or an unknown id.
   std::string bytes(std::int64_t token) const;
 
   struct State;
@@ -31,13 +31,13 @@ class Tokenizer {
   std::shared_ptr<const State> state_;
 };
 
-/// Text of tokens as they come: whole characters only.
+/// Text of a stream of tokens, in whole characters.
 class TextStream {
  public:
   explicit TextStream(const Tokenizer& tokenizer) : tokenizer_(tokenizer) {}
-  /// Add a token and return the characters it completes.
+  /// Add a token; returns the characters it completes.
   std::string add(std::int64_t token);
-  /// What is left at the end.
+  /// The rest, at the end of the stream.
   std::string finish();
 
  private:

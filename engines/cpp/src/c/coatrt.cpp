@@ -12,7 +12,7 @@ struct coatrt_session {
 
 namespace {
 
-thread_local std::string last_error;  // what C can be told; errors carry no other state
+thread_local std::string last_error;  // the message of coatrt_error()
 
 template <typename Call>
 int guarded(const Call& call) noexcept {

@@ -11,7 +11,7 @@
 namespace coatrt::detail {
 
 DeviceWeights device_weights(const Configuration& configuration, const Json& model) {
-  const auto garbled = [] { return Error("the manifest garbles matrices; build the bundle again"); };
+  const auto garbled = [] { return Error("the manifest is garbled (matrices); build the bundle again"); };
   std::int64_t total = 0, decoded = 0, count = 0;
   if (!whole(find(model, "other_bytes"), 0, total)) throw garbled();
   const Json* tied = find(model, "tied");

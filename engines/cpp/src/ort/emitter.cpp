@@ -13,7 +13,7 @@ std::vector<std::string> texts(const Json& side, const char* key) {
   if (rows == nullptr || !rows->is_array()) throw Error("hypernet.json lacks " + repr(key) + "; build the bundle again");
   std::vector<std::string> result;
   for (const Json& row : *rows) {
-    if (!row.is_string()) throw Error("hypernet.json garbles " + repr(key) + "; build the bundle again");
+    if (!row.is_string()) throw Error("hypernet.json is garbled (" + repr(key) + "); build the bundle again");
     result.push_back(row.get<std::string>());
   }
   return result;

@@ -13,7 +13,7 @@ namespace {
 
 constexpr std::size_t kEndless = std::numeric_limits<std::size_t>::max();
 constexpr int kDepth = 16;
-constexpr std::size_t kMostItems = 1024;  // the matcher is as many calls deep
+constexpr std::size_t kMostItems = 1024;  // the matcher recurses once an item
 
 /// What one character may be: any of the terms, or none of them where negated.
 struct Class {
@@ -68,7 +68,7 @@ class Parser {
 
  private:
   [[noreturn]] void refuse(const std::string& what) const {
-    throw Error("the tokenizer's pattern " + shown_ + " has " + what + ", which is not supported; use token ids");
+    throw Error("the tokenizer's pattern " + shown_ + " has " + what + ", which is not supported; pass token ids instead");
   }
   bool more() const { return at_ < text_.size(); }
   char32_t peek() const { return more() ? text_[at_] : 0; }
@@ -117,7 +117,7 @@ class Parser {
     else if (take("{")) {
       made.least = made.most = number();
       if (take(",")) made.most = peek() == '}' ? kEndless : number();
-      if (!take("}") || made.most < made.least) refuse("a garbled {}");
+      if (!take("}") || made.most < made.least) refuse("an invalid {}");
     } else return;
     if (take("+")) made.possessive = true;
     if (peek() == '?' || peek() == '*' || peek() == '{') refuse("a lazy or doubled quantifier");
@@ -126,7 +126,7 @@ class Parser {
   std::size_t number() {
     std::size_t value = 0, digits = 0;
     for (; peek() >= '0' && peek() <= '9' && digits < 6; ++at_, ++digits) value = 10 * value + (peek() - '0');
-    if (digits == 0) refuse("a garbled {}");
+    if (digits == 0) refuse("an invalid {}");
     return value;
   }
 
@@ -142,7 +142,7 @@ class Parser {
         if (term.name == 0 && peek() == '-' && at_ + 1 < text_.size() && text_[at_ + 1] != ']') {
           ++at_;
           const Class::Term last = escaped_or_plain();
-          if (last.name != 0 || last.first < term.first) refuse("a garbled range");
+          if (last.name != 0 || last.first < term.first) refuse("an invalid range");
           term.last = last.first;
         }
         made.terms.push_back(term);
@@ -239,11 +239,11 @@ class Matcher {
   }
 
  private:
-  static constexpr std::size_t kLight = 1024;                      // times to turn back before failures are noted
+  static constexpr std::size_t kLight = 1024;                      // backtracks before failures are noted
   static constexpr std::size_t kMostNoted = std::size_t{1} << 28;  // bits
 
   void spend(std::size_t count) {
-    if (count > steps_) throw Error("the tokenizer's pattern takes too many steps on this text; shorten it or use token ids");
+    if (count > steps_) throw Error("the tokenizer's pattern takes too many steps on this text; shorten it or pass token ids");
     steps_ -= count;
   }
   void note() {
@@ -278,7 +278,7 @@ Pattern& Pattern::operator=(Pattern&&) noexcept = default;
 Pattern Pattern::literal(std::string_view text) {
   auto made = std::make_unique<Alternatives>(1);
   const std::vector<char32_t> points = decode_utf8(text);
-  if (points.size() > kMostItems) throw Error("the tokenizer splits at a text of more than 1024 characters; use token ids");
+  if (points.size() > kMostItems) throw Error("the tokenizer splits at a text of more than 1024 characters; pass token ids instead");
   for (const char32_t point : points) {
     Item item;
     item.number = made->front().size();

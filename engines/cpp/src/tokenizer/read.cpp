@@ -7,15 +7,15 @@
 namespace coatrt::detail {
 namespace {
 
-// GPT-2's, which ByteLevel uses unless told otherwise.
+// GPT-2's pattern, the default of ByteLevel.
 const char* const kByteLevel = R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
 constexpr std::int64_t kMostTokens = std::int64_t{1} << 31;
 
 [[noreturn]] void refuse(const std::string& what) {
-  throw Error("tokenizer.json has " + what + ", which the C++ tokenizer does not do; use token ids");
+  throw Error("tokenizer.json has " + what + ", which the C++ tokenizer does not support; pass token ids instead");
 }
 [[noreturn]] void garbled(const std::string& what) {
-  throw Error("tokenizer.json garbles " + what + "; build the bundle again");
+  throw Error("tokenizer.json is garbled (" + what + "); build the bundle again");
 }
 
 std::string type_of(const Json& value) {
@@ -50,7 +50,7 @@ std::unordered_map<char32_t, char> alphabet() {
   return bytes;
 }
 
-/// A token in that alphabet as its bytes; as it stands where it holds other characters.
+/// The bytes of a token in that alphabet; the token itself where it has other characters.
 std::string to_bytes(const std::string& token, const std::unordered_map<char32_t, char>& bytes) {
   std::string made;
   for (const char32_t point : decode_utf8(token)) {
@@ -76,7 +76,7 @@ void read_model(const Json& model, Tokenizer::State& state) {
   const Json *vocabulary = find(model, "vocab"), *merges = find(model, "merges");
   if (vocabulary == nullptr || !vocabulary->is_object() || merges == nullptr || !merges->is_array()) garbled("model");
   const auto bytes = alphabet();
-  std::unordered_map<std::string, std::int64_t> written;  // as the file writes them
+  std::unordered_map<std::string, std::int64_t> written;  // tokens as the file spells them
   for (const auto& [token, value] : vocabulary->items()) {
     const std::int64_t id = token_id(value);
     std::string raw = to_bytes(token, bytes);
@@ -93,7 +93,7 @@ void read_model(const Json& model, Tokenizer::State& state) {
   };
   for (const Json& merge : *merges) {
     std::string left, right;
-    if (merge.is_string()) {  // "a b", as older files have it
+    if (merge.is_string()) {  // "a b" in older files
       const auto text = merge.get<std::string>();
       const std::size_t space = text.find(' ');
       if (space == text.npos) garbled("merges");
@@ -114,7 +114,7 @@ void read_added(const Json* tokens, Tokenizer::State& state) {
   for (const Json& token : *tokens) {
     const std::string* content = find_text(token, "content");
     if (content == nullptr || content->empty() || find(token, "id") == nullptr) garbled("added_tokens");
-    if (flag(token, "single_word", false)) refuse("a token that matches single words only");
+    if (flag(token, "single_word", false)) refuse("an added token with single_word");
     const std::int64_t id = token_id(*find(token, "id"));
     const auto points = decode_utf8(*content);
     const bool normalized = flag(token, "normalized", false);
@@ -123,7 +123,7 @@ void read_added(const Json* tokens, Tokenizer::State& state) {
     state.bytes[id] = *content;
     if (flag(token, "special", false)) state.special.insert(id);
   }
-  for (auto& group : state.added)  // the longest wins where several begin at one place
+  for (auto& group : state.added)  // of several that begin at one place the longest wins
     std::stable_sort(group.begin(), group.end(),
                      [](const auto& a, const auto& b) { return a.content.size() > b.content.size(); });
 }
@@ -146,7 +146,7 @@ void read_pre_tokenizer(const Json* value, Tokenizer::State& state) {
     if (type == "ByteLevel") {
       byte_level = true;
       state.prefix_space = flag(*part, "add_prefix_space", true);
-      if (state.prefix_space && !state.splits.empty()) refuse("a space put before every piece");
+      if (state.prefix_space && !state.splits.empty()) refuse("add_prefix_space after a split");
       if (flag(*part, "use_regex", true)) state.splits.emplace_back(kByteLevel);
     } else if (type == "Digits") {
       state.splits.emplace_back(flag(*part, "individual_digits", false) ? R"(\p{N})" : R"(\p{N}+)");

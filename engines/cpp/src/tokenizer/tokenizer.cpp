@@ -13,7 +13,7 @@ struct Span {
   std::size_t begin, end;
 };
 
-/// The added token that begins at `at`, the longest first; nullptr for none.
+/// The longest added token that begins at `at`, or nullptr.
 const AddedToken* added_at(const std::vector<AddedToken>& tokens, const Text& text, std::size_t at, std::size_t end) {
   for (const AddedToken& token : tokens)
     if (token.content.size() <= end - at && std::equal(token.content.begin(), token.content.end(), text.begin() + static_cast<std::ptrdiff_t>(at)))
@@ -27,10 +27,10 @@ struct Encoder {
   std::vector<std::int64_t>& tokens;
   std::size_t& steps;  // of pattern matching, for the whole text
 
-  /// Take out the added tokens of a group; what lies between goes on to the next group, then to the pieces.
+  /// Find the added tokens of a group. The text between them goes to the next group, after the last group to `pieces`.
   void with_added(Span span, std::size_t group) const {
     if (group == std::size(state.added)) return pieces(span);
-    if (group == 1 && state.nfc) {  // what is left is normalized before the second group is looked for
+    if (group == 1 && state.nfc) {  // the second group is looked for in the normalized text
       const Text normal = detail::to_nfc({text.begin() + static_cast<std::ptrdiff_t>(span.begin),
                                           text.begin() + static_cast<std::ptrdiff_t>(span.end)});
       return Encoder{state, normal, tokens, steps}.find_added({0, normal.size()}, group);
@@ -67,7 +67,7 @@ struct Encoder {
     }
   }
 
-  /// Split by one pattern after the other: its matches, and what lies between them.
+  /// Split into the matches of a pattern and the text between them, then each by the next pattern.
   void split(Span span, std::size_t pattern) const {
     if (pattern == state.splits.size()) return encode(span);
     std::size_t begin = span.begin;

@@ -13,7 +13,7 @@
 
 namespace coatrt {
 
-/// A token that is found in the text before anything else is done with it.
+/// A token that is looked for before the text is normalized or split.
 struct AddedToken {
   std::int64_t id;
   std::u32string content;
@@ -21,19 +21,19 @@ struct AddedToken {
 };
 
 struct Tokenizer::State {
-  std::vector<AddedToken> added[2];  // found in the text as given; found in the normalized text
+  std::vector<AddedToken> added[2];  // looked for in the text as passed; in the normalized text
   bool nfc = false;
   bool prefix_space = false;
-  std::vector<detail::Pattern> splits;  // one after the other; matches and what lies between become pieces
+  std::vector<detail::Pattern> splits;  // applied in order; matches and the text between them become pieces
   detail::Bpe bpe;
-  std::vector<std::int64_t> before, after;  // added around a text by the post-processor
+  std::vector<std::int64_t> before, after;  // special tokens of the post-processor
   std::unordered_map<std::int64_t, std::string> bytes;
   std::unordered_set<std::int64_t> special;
 };
 
 namespace detail {
 
-/// Read a tokenizer.json; what this library cannot do exactly is refused.
+/// Read a tokenizer.json. Throws where this library would not give the tokens of Hugging Face.
 Tokenizer::State read_tokenizer(std::string_view json);
 
 }  // namespace detail

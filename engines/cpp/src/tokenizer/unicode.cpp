@@ -73,7 +73,7 @@ std::vector<char32_t> decode_utf8(std::string_view text) {
   points.reserve(text.size());
   for (std::size_t at = 0; at < text.size();) {
     const Utf8 read = read_utf8(text, at);
-    if (!read.valid) throw Error("the text is no UTF-8 at byte " + std::to_string(at) + "; give UTF-8");
+    if (!read.valid) throw Error("the text is not UTF-8 at byte " + std::to_string(at) + "; give UTF-8");
     points.push_back(read.point);
     at += read.length;
   }

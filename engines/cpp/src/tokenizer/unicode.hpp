@@ -18,10 +18,10 @@ struct Utf8 {
 };
 Utf8 read_utf8(std::string_view text, std::size_t at);
 
-/// Code points of UTF-8 text; throws where it is none.
+/// Code points of UTF-8 text. Throws where it is invalid.
 std::vector<char32_t> decode_utf8(std::string_view text);
 void append_utf8(std::string& text, char32_t point);
-/// Replace what is no UTF-8 by U+FFFD.
+/// Replace invalid UTF-8 by U+FFFD.
 std::string replace_invalid(std::string_view bytes);
 
 /// Text in normalization form C (UAX #15).

@@ -56,7 +56,7 @@ std::shared_ptr<TrtEngine> load_engine(BundleState& bundle) {
   const Json* shapes = find(facts, "shapes");
   const std::string* file = find_text(facts, "file");
   if (file == nullptr || shapes == nullptr || !whole(find(*shapes, "prefill"), 1, loaded->prefill))
-    throw Error("the manifest garbles engines; build the bundle again");
+    throw Error("the manifest is garbled (engines); build the bundle again");
   loaded->file = *file;
   loaded->io = bundle.decoder("engine").second;
   if (loaded->io.cache_length < 1) throw Error("the engine's caches have no fixed length; build the bundle again");

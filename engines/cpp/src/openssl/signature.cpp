@@ -1,4 +1,4 @@
-// Component sign: detached signatures as coatrt build --sign writes them, checked with OpenSSL (coatrt/system/signature.py).
+// Checks detached signatures of `coatrt build --sign` (coatrt/system/signature.py).
 #include <openssl/evp.h>
 #include <openssl/pem.h>
 
@@ -50,7 +50,7 @@ bool is_text(const Json& value, const char* key, std::string_view expected) {
   return found != nullptr && *found == expected;
 }
 
-/// Whether the statement is of this file alone.
+/// Whether the statement is about this file and no other.
 bool states(const Json& statement, std::string_view data, const std::string& name) {
   const Json* predicate = find(statement, "predicate");
   const Json* files = predicate == nullptr ? nullptr : find(*predicate, "resources");
