@@ -195,7 +195,7 @@ def switching(bundles: dict[str, Bundle]) -> list[dict[str, Any]]:
     """Time switches between configurations of a running session, one decoder held and all held."""
     rows = []
     for held in (1, len(bundles)):
-        session = SwitchingDecoder(bundles, options=RuntimeOptions(context=2048), held=held)
+        session = SwitchingDecoder(bundles, options=RuntimeOptions(context=2048), cache_size=held)
         session.prefill([[1 + i % 100 for i in range(128)]])
         for _ in range(2):
             for name in bundles:
@@ -208,7 +208,7 @@ def switching(bundles: dict[str, Bundle]) -> list[dict[str, Any]]:
                         "load_s": row.load_seconds,
                         "emit_s": row.emit_seconds,
                         "bind_s": row.bind_seconds,
-                        "kept": row.kept,
+                        "kept": row.continues,
                     }
                 )
         del session
