@@ -194,8 +194,8 @@ def cpu_memory(adapter: Adapter, bundles: dict[str, Bundle]) -> list[dict[str, A
 def switching(bundles: dict[str, Bundle]) -> list[dict[str, Any]]:
     """Time switches between configurations of a running session, with one decoder in memory and with all."""
     rows = []
-    for limit in (1, len(bundles)):
-        session = SwitchingDecoder(bundles, options=RuntimeOptions(context=2048), limit=limit)
+    for held in (1, len(bundles)):
+        session = SwitchingDecoder(bundles, options=RuntimeOptions(context=2048), cache_size=held)
         session.prefill([[1 + i % 100 for i in range(128)]])
         for _ in range(2):
             for name in bundles:
@@ -203,12 +203,12 @@ def switching(bundles: dict[str, Bundle]) -> list[dict[str, Any]]:
                 session.decode([5])
                 rows.append(
                     {
-                        "held": limit,
+                        "held": held,
                         "to": name,
                         "load_s": row.load_seconds,
                         "emit_s": row.emit_seconds,
                         "bind_s": row.bind_seconds,
-                        "kept": row.kept,
+                        "kept": row.continues,
                     }
                 )
         del session

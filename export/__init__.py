@@ -1,1 +1,1 @@
-"""Checkpoint and adapter to ONNX: decoder graphs, weight formats, the hypernetwork."""
+"""Checkpoint and adapter → ONNX: decoder graphs, weight storage, the hypernetwork."""

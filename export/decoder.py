@@ -1,4 +1,4 @@
-"""Checkpoint and configuration → decoder graphs and their one weights file."""
+"""Checkpoint and configuration → decoder graphs that share one weights file."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import DecoderIO, LoraContract
 from coatrt.errors import CheckpointError, ConfigError
 from coatrt.export.graph import GraphBuilder, GraphForm
-from coatrt.export.joining import grouped, joined
+from coatrt.export.joining import fused_groups, join
 from coatrt.export.network import Network
 from coatrt.export.projections import NetworkWeights
 from coatrt.export.weight_file import WEIGHTS_FILE, WeightFile
@@ -30,7 +30,7 @@ def _max_positions(spec: DecoderSpec, form: GraphForm) -> int:
     """Return the rows of the rotary tables.
 
     Raises:
-        ConfigError: the caches have more slots than the model has positions.
+        ConfigError: the cache length exceeds the model's positions.
     """
     if form.cache_length is None:
         return min(spec.max_positions, form.max_positions)
@@ -39,11 +39,11 @@ def _max_positions(spec: DecoderSpec, form: GraphForm) -> int:
 
 
 def decoder_io(checkpoint: Checkpoint, form: GraphForm) -> DecoderIO:
-    """Return what a runtime has to know to bind the graph of a model in one form.
+    """Return the inputs and outputs of a model's graph in one form, as a runtime needs them.
 
     Raises:
-        CheckpointError: the model is of an unknown family.
-        ConfigError: the caches have more slots than the model has positions.
+        CheckpointError: the model's family is unknown.
+        ConfigError: the cache length exceeds the model's positions.
     """
     spec = DecoderSpec.from_config(checkpoint.config)
     return DecoderIO(
@@ -63,21 +63,23 @@ def _check(
     model = checkpoint.matrices
     if set(config.formats) != set(model.names):
         wrong = sorted(set(config.formats) ^ set(model.names))
+        names = wrong[0] if len(wrong) == 1 else f"{wrong[0]} and {len(wrong) - 1} more matrices"
         raise ConfigError(
-            f"the configuration and the model differ in {len(wrong)} matrices, like {wrong[0]}; "
-            "give a configuration resolved for this model"
+            f"the configuration and the model differ in {names}; give a configuration resolved for this model"
         )
     if contract is not None:
-        given = {tensor.matrix: (tensor.N, tensor.K, tensor.group) for tensor in contract.tensors}
-        needed = {matrix.name: (matrix.N, matrix.K, fused_name(matrix.name)) for matrix in model.targets}
-        if given != needed:
+        targets = {tensor.matrix: (tensor.N, tensor.K, tensor.group) for tensor in contract.tensors}
+        expected = {matrix.name: (matrix.N, matrix.K, fused_name(matrix.name)) for matrix in model.targets}
+        if targets != expected:
             raise ConfigError(
-                f"the LoRA contract has {len(given)} matrices that are not the model's {len(needed)} targets in "
-                "name, shape or group; make the contract from this model"
+                f"the LoRA contract's {len(targets)} target modules differ from the model's {len(expected)} in name, "
+                "shape or fused group; create the contract from this model"
             )
+    if not forms:
+        raise ConfigError("no graph form to write; give at least one")
     distinct = min(len({form.file for form in forms}), len({form.name for form in forms}))
-    if not forms or distinct != len(forms):
-        raise ConfigError(f"{len(forms)} graph forms are given; give at least one, each name and file once")
+    if distinct != len(forms):
+        raise ConfigError(f"each graph form needs its own name and file, got {distinct} for {len(forms)} forms")
 
 
 def export_decoder(
@@ -90,31 +92,32 @@ def export_decoder(
     codes: CodeStore | None = None,
     progress: Progress = silent,
 ) -> None:
-    """Write a model as decoder graphs, all reading one `weights.bin`; every matrix is quantized once.
+    """Write a model as decoder graphs that share one `weights.bin`; every matrix is quantized once.
 
-    Only matrices that read one input are in memory together, so the peak does not grow with the number of layers.
+    Only the matrices of one fused group are in memory together, so the peak does not grow with the number of layers.
 
     Args:
         checkpoint: the model.
         config: a format for each of its matrices.
-        directory: an existing directory, which the caller makes visible only when this returns.
-        forms: the graphs to write, each name once.
-        contract: LoRA inputs to add to every graph; None for graphs without.
-        codes: cache of encoded matrices; None encodes here and keeps nothing.
+        directory: an existing directory; the caller publishes it only after this returns.
+        forms: the graphs to write; names and files must differ.
+        contract: LoRA inputs to add to every graph; None for graphs without LoRA.
+        codes: cache of encoded matrices; None encodes without a cache.
         progress: called after every matrix.
 
     Raises:
-        CheckpointError: the family is unknown or the checkpoint has tensors the graph does not use.
+        CheckpointError: the family is unknown, a form does not support the model's heads, or the checkpoint has tensors
+            that the graph does not use.
         ConfigError: configuration, contract or forms do not fit the model.
-        FormatError: a weight cannot be held in its format.
+        FormatError: a weight cannot be stored in its format.
     """
     _check(checkpoint, config, contract, forms)
     spec = DecoderSpec.from_config(checkpoint.config)
     positions = [_max_positions(spec, form) for form in forms]
-    if spec.head_dim % 8 and (refused := [form.name for form in forms if form.name != "engine"]):
+    if spec.head_dim % 8 and (runtime_forms := [form.name for form in forms if form.name != "engine"]):
         raise CheckpointError(
-            f"{checkpoint.directory} has heads of {spec.head_dim} dimensions; the {refused[0]} form takes multiples of "
-            "8, as ONNX Runtime's attention does; give another model, or write the engine form alone (export_decoder)"
+            f"{checkpoint.directory}: head_dim must be a multiple of 8 for the {runtime_forms[0]} form (ONNX Runtime's "
+            f"attention), got {spec.head_dim}; use another model, or write the engine form alone (export_decoder)"
         )
     check_tensors(checkpoint)
     matrices = _encoded(checkpoint, config, codes, progress)
@@ -136,22 +139,22 @@ def write_graphs(
     tied: bool,
     contract: LoraContract | None = None,
 ) -> None:
-    """Write encoded matrices and what `spec` says of them as graphs with one weights file.
+    """Write encoded matrices as the graphs of a decoder, with one weights file.
 
     Args:
         directory: an existing directory.
-        spec: what to compute.
+        spec: the decoder's architecture.
         matrices: (name, codes) in network order, embedding first.
-        small: returns a norm or bias by name, None where the model has none.
-        forms: the graphs.
+        small: returns a norm or bias by name; None if the model has none of that name.
+        forms: the graphs to write.
         positions: rows of each graph's rotary tables.
-        tied: whether the head reads the embedding.
-        contract: LoRA inputs to add; None for graphs without.
+        tied: whether the head shares the embedding's weight.
+        contract: LoRA inputs to add; None for graphs without LoRA.
     """
     with WeightFile(directory) as weights_file:
         graphs = [GraphBuilder(form, weights_file) for form in forms]
-        written = _write_matrices(matrices, graphs, tied=tied)
-        for graph, weights, rows in zip(graphs, written, positions, strict=True):
+        stored = _write_matrices(matrices, graphs, tied=tied)
+        for graph, weights, rows in zip(graphs, stored, positions, strict=True):
             Network(graph, spec, weights, small, contract, rows).write()
     for graph in graphs:
         graph.save(directory)
@@ -160,38 +163,38 @@ def write_graphs(
 def _encoded(
     checkpoint: Checkpoint, config: QuantConfig, codes: CodeStore | None, progress: Progress
 ) -> Iterator[tuple[str, QuantizedMatrix]]:
-    """Yield every matrix's name and codes; none is held when the next one is read."""
+    """Yield every matrix's name and codes; each is released before the next one is read."""
     names = checkpoint.matrices.names
-    for done, name in enumerate(names, 1):
+    for count, name in enumerate(names, 1):
         if codes is not None:
             yield name, codes.get(name, config[name])
         else:
             yield name, encode(checkpoint.tensor(f"{name}.weight"), config[name])
-        progress(done, len(names), "matrices", name)
+        progress(count, len(names), "matrices", name)
 
 
 def _write_matrices(
     matrices: Iterable[tuple[str, QuantizedMatrix]], graphs: Sequence[GraphBuilder], *, tied: bool
 ) -> list[NetworkWeights]:
-    """Write every matrix into every graph, those that read one input as one where that can be."""
+    """Write every matrix into every graph; a fused group becomes one matrix where its codes allow it."""
     tables: list[Table] = []
-    alone: list[dict[str, ir.Value]] = [{} for _ in graphs]
-    together: list[dict[str, ir.Value]] = [{} for _ in graphs]
+    single: list[dict[str, ir.Value]] = [{} for _ in graphs]
+    fused: list[dict[str, ir.Value]] = [{} for _ in graphs]
     widths: dict[str, int] = {}
-    for group in grouped(matrices):
+    for group in fused_groups(matrices):
         name, matrix = next(iter(group.items()))
-        widths |= {name: one.N for name, one in group.items()}
-        whole, joint = joined(list(group.values())), fused_name(name)
-        if whole is not None:
-            group.clear()  # it holds copies
+        widths |= {name: member.N for name, member in group.items()}
+        joint, joint_name = join(list(group.values())), fused_name(name)
+        if joint is not None:
+            group.clear()  # the joint matrix is a copy; free its members
         for number, graph in enumerate(graphs):
             if name == EMBEDDING:
                 tables.append(write_table(graph, name, matrix, head=tied))
                 if (head := tables[-1].weight) is not None:
-                    alone[number][HEAD] = head
-            elif whole is not None:
-                together[number][joint] = write_matrix(graph, joint, whole)
+                    single[number][HEAD] = head
+            elif joint is not None:
+                fused[number][joint_name] = write_matrix(graph, joint_name, joint)
             else:
-                alone[number].update({name: write_matrix(graph, name, one) for name, one in group.items()})
-        del group, matrix, whole  # before the next ones are read
-    return [NetworkWeights(*one, widths) for one in zip(tables, alone, together, strict=True)]
+                single[number].update({name: write_matrix(graph, name, member) for name, member in group.items()})
+        del group, matrix, joint  # free them before the next group is read
+    return [NetworkWeights(*weights, widths) for weights in zip(tables, single, fused, strict=True)]

@@ -1,4 +1,4 @@
-"""Attention in the engine form: rotary embedding, masks and caches spelled out, in the shapes that TensorRT likes."""
+"""Attention in the engine form: rotary embedding, masks and caches as basic operators in shapes that TensorRT fuses."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,17 +11,17 @@ from coatrt.models.spec import DecoderSpec
 __all__ = ["Attend", "EngineAttention"]
 
 Attend = Callable[[ir.Value, ir.Value, ir.Value, int, str], tuple[ir.Value, list[ir.Value]]]
-"""(query, key, value, layer, prefix of names) → what the heads read, and the caches."""
+"""(query, key, value, layer, prefix of names) → attention output, and the updated caches."""
 
 
 class EngineAttention:
-    """The attention of every layer; what layers share is written once.
+    """The attention of every layer; nodes that layers share are written once.
 
     Args:
         graph: receives the nodes.
-        spec: what to compute.
+        spec: the decoder's architecture.
         positions: [B, S].
-        write_index: [B] first slot written.
+        write_index: [B], the first cache slot to write.
         tables: cosines and sines [positions, rotated dimensions / 2].
         past: key and value cache of each layer.
     """
@@ -37,15 +37,15 @@ class EngineAttention:
     ) -> None:
         self._graph, self._spec, self._positions, self._write_index = graph, spec, positions, write_index
         (self._cos, self._sin), self._past = tables, past
-        # TensorRT-RTX 1.7.1 copies keys and values once per query head, the whole cache for every token, unless the
-        # queries that share them come as rows of one head.
+        # TensorRT-RTX 1.7.1 copies the whole key and value cache once per query head for every token, unless the
+        # queries of a group are laid out as rows of one head.
         self._grouped = spec.heads != spec.kv_heads
         if any(spec.rotary):
-            self._cos_here, self._sin_here = self._rotary_factors()
+            self._cos_factors, self._sin_factors = self._rotary_factors()
         self._masks = self._attention_masks()
 
     def _rotary_factors(self) -> tuple[ir.Value, ir.Value]:
-        """Return cos|cos and −sin|sin of the positions at hand, [B, 1, S, rotated dimensions], once for all layers."""
+        """Return cos|cos and −sin|sin of the step's positions, [B, 1, S, rotated dimensions], for all layers."""
         graph = self._graph
         positions = graph.op("Unsqueeze", [self._positions, graph.ints(1)], "rotary.positions")  # [B, 1, S]
         cos = graph.op("Gather", [self._cos, positions], "rotary.cos_here", axis=0)
@@ -57,9 +57,9 @@ class EngineAttention:
         )
 
     def _attention_masks(self) -> dict[int | None, ir.Value]:
-        """Return per window the mask [B, 1, S, L]: a query at position p sees slots p − window + 1 … p.
+        """Return the mask [B, 1, S, L] of each window: a query at position p sees slots p − window + 1 … p.
 
-        For grouped queries it is repeated per query head of a group, [B, 1, group · S, L].
+        For grouped queries it is repeated for each query head of a group: [B, 1, group · S, L].
         """
         graph, length = self._graph, self._graph.form.cache_length
         assert length is not None, "the engine form has a cache length"
@@ -80,23 +80,23 @@ class EngineAttention:
     def attend(
         self, query: ir.Value, key: ir.Value, value: ir.Value, layer: int, prefix: str
     ) -> tuple[ir.Value, list[ir.Value]]:
-        """Return what the heads read, [B, S, heads · D], and the caches with the keys and values written.
+        """Return the attention output, [B, S, heads · D], and the caches with the new keys and values.
 
         Args:
             query: [B, heads, S, D].
             key: [B, KV, S, D].
-            value: as `key`.
-            layer: which.
-            prefix: of the names.
+            value: [B, KV, S, D].
+            layer: index of the layer.
+            prefix: prefix of the node names.
         """
         graph, spec = self._graph, self._spec
         if spec.rotary[layer]:
-            query, key = self._turned(query, f"{prefix}.q"), self._turned(key, f"{prefix}.k")
+            query, key = self._rotate(query, f"{prefix}.q"), self._rotate(key, f"{prefix}.k")
         past_key, past_value = self._past[layer]
         key = graph.op("TensorScatter", [past_key, key, self._write_index], f"present.{layer}.key", axis=2)
         value = graph.op("TensorScatter", [past_value, value, self._write_index], f"present.{layer}.value", axis=2)
         mask = self._masks[spec.windows[layer]]
-        if self._grouped:  # the queries of a group follow each other as if they were positions
+        if self._grouped:  # lay out the queries of a group as if they were further positions
             query = graph.op("Reshape", [query, graph.ints(0, spec.kv_heads, -1, spec.head_dim)], f"{prefix}.q.grouped")
         mixed = graph.op(
             "Attention", [query, key, value, mask], f"{prefix}.attention", scale=spec.attention_multiplier
@@ -107,10 +107,11 @@ class EngineAttention:
         mixed = graph.op("Reshape", [mixed, graph.ints(0, 0, spec.heads * spec.head_dim)], f"{prefix}.joined")
         return mixed, [key, value]
 
-    def _turned(self, x: ir.Value, name: str) -> ir.Value:
-        """Return RotaryEmbedding of [B, heads, S, D], its arithmetic spelled out.
+    def _rotate(self, x: ir.Value, name: str) -> ir.Value:
+        """Return x [B, heads, S, D] with rotary embedding, written as basic operators.
 
-        For that operator TensorRT-RTX 1.7.1 keeps a copy of its kernel's source per layer, 165 kB each; for this one.
+        For the operator RotaryEmbedding, TensorRT-RTX 1.7.1 stores a copy of its kernel's source per layer, 165 kB
+        each; for these operators it stores one copy.
         """
         graph, half, width = self._graph, len(self._spec.inverse_frequencies), self._spec.head_dim
 
@@ -119,11 +120,11 @@ class EngineAttention:
 
         first, second = part("first", 0, half), part("second", half, 2 * half)
         rest = part("rest", 2 * half, width) if 2 * half < width else None
-        turned = x if rest is None else graph.op("Concat", [first, second], f"{name}.turned", axis=-1)
+        both = x if rest is None else graph.op("Concat", [first, second], f"{name}.turned", axis=-1)
         swapped = graph.op("Concat", [second, first], f"{name}.swapped", axis=-1)
-        along = graph.op("Mul", [turned, self._cos_here], f"{name}.along")
-        across = graph.op("Mul", [swapped, self._sin_here], f"{name}.across")
+        along = graph.op("Mul", [both, self._cos_factors], f"{name}.along")
+        across = graph.op("Mul", [swapped, self._sin_factors], f"{name}.across")
         if rest is None:
             return graph.op("Add", [along, across], f"{name}.rotated")
-        turned = graph.op("Add", [along, across], f"{name}.turned_by_position")
-        return graph.op("Concat", [turned, rest], f"{name}.rotated", axis=-1)
+        rotated = graph.op("Add", [along, across], f"{name}.turned_by_position")
+        return graph.op("Concat", [rotated, rest], f"{name}.rotated", axis=-1)

@@ -1,4 +1,4 @@
-"""A small builder over onnx-ir: names every node and value, keeps weights outside the graph."""
+"""A small graph builder on onnx-ir: names every node and value, stores weights outside the graph."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ __all__ = ["IR_VERSION", "OPEN_POSITIONS", "OPSET", "TORCH_DTYPES", "GraphBuilde
 OPSET = 24  # the first with TensorScatter and Swish
 IR_VERSION = 11
 OPEN_POSITIONS = 32768
-"""Most rows of the rotary tables where the caches are open and no longer context is asked for."""
+"""Default limit on the rows of the rotary tables in forms with an open cache length."""
 _RUNTIME_DOMAIN = "com.microsoft"
 _INLINE_BYTES = 1024
 _DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
@@ -29,19 +29,20 @@ TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": 
 
 @dataclass(frozen=True)
 class GraphForm:
-    """One way to write a model down, for one kind of runtime.
+    """How a model is written as a graph for one kind of runtime.
 
     Args:
-        name: "engine" for TensorRT (quantized constants read by DequantizeLinear only), "cpu" for ONNX Runtime, or
-            "cuda" for its CUDA provider (all of it on the GPU, so that a step can be captured as a CUDA graph).
+        name: "engine" for TensorRT (quantized constants are read by DequantizeLinear only), "cpu" for ONNX Runtime, or
+            "cuda" for its CUDA provider (every node runs on the GPU, so that a step can be captured as a CUDA graph).
         file: name of the graph file.
-        activations: dtype of activations, caches and LoRA inputs; cpu: no bfloat16; cuda: float16.
-        cache_length: slots of each key/value cache; None leaves them open (not in the engine form).
-        max_positions: most rows of the rotary tables where the caches are open; the model's own limit lowers it. With a
-            cache length there is a row per slot.
+        activations: dtype of activations, caches and LoRA inputs. engine: float32, float16 or bfloat16; cpu: float32 or
+            float16; cuda: float16.
+        cache_length: slots of each KV cache; None leaves the length open (not in the engine form).
+        max_positions: limit on the rows of the rotary tables if the cache length is open; the model's own limit applies
+            too. With a cache length there is one row per slot.
 
     Raises:
-        ConfigError: the combination does not exist.
+        ConfigError: the combination is not supported.
     """
 
     name: Literal["engine", "cpu", "cuda"]
@@ -53,22 +54,22 @@ class GraphForm:
     def __post_init__(self) -> None:
         allowed = {"engine": ACTIVATIONS, "cpu": ("float32", "float16"), "cuda": ("float16",)}
         if self.name not in allowed:
-            raise ConfigError(f"graph form {self.name!r} is given; allowed: {', '.join(allowed)}")
+            raise ConfigError(f"graph form must be one of {', '.join(allowed)}, got {self.name!r}")
         if self.activations not in allowed[self.name]:
             raise ConfigError(
-                f"{self.activations} activations are given for the {self.name} form; "
-                f"allowed: {', '.join(allowed[self.name])}"
+                f"activations of the {self.name} form must be one of {', '.join(allowed[self.name])}, "
+                f"got {self.activations}"
             )
         if self.name == "engine" and self.cache_length is None:
-            raise ConfigError("the engine form has no cache length; give one, such as 2048: TensorRT needs it fixed")
+            raise ConfigError("the engine form needs a fixed cache length; give one, such as 2048")
         if (self.cache_length is not None and self.cache_length < 1) or self.max_positions < 1:
             raise ConfigError(
-                f"cache length {self.cache_length} and {self.max_positions} positions are given; give positive numbers"
+                f"cache_length and max_positions must be at least 1, got {self.cache_length} and {self.max_positions}"
             )
 
 
 class Nodes:
-    """A graph under construction; every value is named by its caller, and a node is named after its output."""
+    """A graph under construction; callers name every value, and a node is named after its output."""
 
     def __init__(self) -> None:
         self._inputs: list[ir.Value] = []
@@ -83,7 +84,7 @@ class Nodes:
         return name
 
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
-        """Return a new graph input; a text dimension is dynamic."""
+        """Add a graph input and return it; a dimension given by name is dynamic."""
         value = ir.Value(name=self._claim(name), type=ir.TensorType(dtype), shape=ir.Shape(shape))
         self._inputs.append(value)
         return value
@@ -94,7 +95,7 @@ class Nodes:
         self._outputs.append(value)
 
     def op(self, op_type: str, inputs: Sequence[ir.Value | None], name: str, **attributes: Any) -> ir.Value:
-        """Add one node and return its output, both called `name`."""
+        """Add one node and return its output; both are named `name`."""
         value = ir.Value(name=self._claim(name))
         self._nodes.append(ir.node(op_type, inputs, attributes, outputs=[value], name=name))
         return value
@@ -108,7 +109,7 @@ class Nodes:
         return value
 
     def model(self, name: str, **domains: int) -> ir.Model:
-        """Return the finished model, with the versions of operator domains beside ONNX's own."""
+        """Return the model; `domains` gives the versions of operator domains other than ONNX's own."""
         graph = ir.Graph(
             self._inputs,
             self._outputs,
@@ -125,7 +126,7 @@ class GraphBuilder(Nodes):
 
     Args:
         form: the form to write.
-        weights: the open file that takes the weights.
+        weights: the open weights file.
     """
 
     def __init__(self, form: GraphForm, weights: WeightFile) -> None:
@@ -148,9 +149,9 @@ class GraphBuilder(Nodes):
     def runtime_op(
         self, op_type: str, inputs: Sequence[ir.Value | None], names: Sequence[str], **attributes: Any
     ) -> list[ir.Value]:
-        """Add one node of ONNX Runtime's own operators (domain com.microsoft) and return its outputs, called `names`.
+        """Add one node of ONNX Runtime's own operators (domain com.microsoft) and return its outputs.
 
-        The node is called like the first of them; an output without a name is left out.
+        The outputs are named `names`, and the node like the first of them. An empty name omits that output.
         """
         assert not self.is_engine, f"TensorRT has no {op_type}"
         outputs = [ir.Value(name=self._claim(name) if name else "") for name in names]
@@ -158,7 +159,7 @@ class GraphBuilder(Nodes):
         return outputs
 
     def split(self, value: ir.Value, widths: Mapping[str, int]) -> list[ir.Value]:
-        """Cut the last axis of a value into named parts of the given widths."""
+        """Split the last axis of a value into parts; `widths` maps their names to their widths."""
         outputs = [ir.Value(name=self._claim(name)) for name in widths]
         sizes = self.ints(*widths.values())
         self._nodes.append(ir.node("Split", [value, sizes], {"axis": -1}, outputs=outputs, name=outputs[0].name))
@@ -167,13 +168,13 @@ class GraphBuilder(Nodes):
     def store(
         self, name: str, tensor: torch.Tensor, dtype: ir.DataType, shape: Sequence[int] | None = None
     ) -> ir.Value:
-        """Return an initializer whose bytes go to the weights file.
+        """Add an initializer whose bytes are stored in the weights file, and return it.
 
         Args:
             name: name of the initializer.
-            tensor: contiguous data; sub-byte dtypes come packed, low bits first.
-            dtype: what the bytes mean in the graph.
-            shape: elements in the graph; the tensor's own shape by default.
+            tensor: contiguous data; sub-byte dtypes must be packed, low bits first.
+            dtype: dtype of the data in the graph.
+            shape: shape of the data in the graph; by default the tensor's own.
         """
         offset, length = self._weights.add(tensor)
         dims = ir.Shape(tuple(tensor.shape) if shape is None else tuple(shape))
@@ -183,11 +184,11 @@ class GraphBuilder(Nodes):
         return self.initializer(data, name)
 
     def small(self, name: str, tensor: torch.Tensor) -> ir.Value:
-        """Return a small tensor as an initializer in the activations' dtype."""
+        """Add a norm, bias or rotary table as an initializer in the activations' dtype, and return it."""
         return self.store(name, tensor.to(TORCH_DTYPES[self.form.activations]).contiguous(), self.activations)
 
     def constant(self, array: NDArray[Any]) -> ir.Value:
-        """Return a small constant, the same one for equal content."""
+        """Return a small constant; equal arrays share one initializer."""
         digest = hashlib.sha256(array.tobytes()).hexdigest()[:12]
         name = f"constant.{array.dtype}.{'x'.join(map(str, array.shape))}.{digest}"
         if array.size <= 8 and array.dtype.kind == "i":
@@ -210,7 +211,7 @@ class GraphBuilder(Nodes):
         return self.constant(np.asarray(values, np.float32).astype(self.activations.numpy()))
 
     def cast(self, value: ir.Value, name: str) -> ir.Value:
-        """Return `value` in the activations' dtype; nothing is added where an initializer has it already."""
+        """Return `value` cast to the activations' dtype; an initializer of that dtype is returned as it is."""
         if value.dtype == self.activations:
             return value
         return self.op("Cast", [value], name, to=self.activations)
@@ -218,9 +219,9 @@ class GraphBuilder(Nodes):
     def rounded(self, op_type: Literal["Add", "Mul"], left: ir.Value, right: ir.Value, name: str) -> ir.Value:
         """Return left + right or left × right, rounded once to the activations' dtype.
 
-        ONNX Runtime has no float16 arithmetic on the CPU: it would keep a chain in float32, and would not fold it.
-        Explicit casts keep each rounding and fold. A float32 product or sum of two float16 numbers, rounded to
-        float16, is the float16 result: float32 has 24 ≥ 2·11 + 2 significand bits.
+        ONNX Runtime has no float16 arithmetic on the CPU: it would compute a chain of operators in float32 and not fold
+        it. Explicit casts keep each rounding and fold. The float32 product or sum of two float16 numbers, rounded to
+        float16, equals the float16 result, as float32 has 24 ≥ 2·11 + 2 significand bits (Figueroa 1995).
         """
         if self.is_engine or self.activations != ir.DataType.FLOAT16:
             return self.op(op_type, [left, right], name)

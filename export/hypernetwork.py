@@ -1,8 +1,8 @@
 """Adapter → hypernet.onnx: one integer per matrix in, every LoRA tensor of the contract out.
 
 Format fields, layers, module kinds, features and their averages are constants of the graph, so that a service needs no
-feature code: input `formats` is int64 [M], for each target matrix (contract order) the place of its format in the list
-that `hypernet.json` holds.
+feature code. The input `formats`, int64 [M], gives for each target module (contract order) the index of its format in
+the list "formats" of `hypernet.json`.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ from coatrt.system.json_data import write_json
 
 __all__ = ["export_hypernetwork"]
 
-_LARGE = 1 << 30  # a protobuf ends at 2 GiB: beyond this the tensors go to a file of their own
+_LARGE = 1 << 30  # bytes above which tensors go to a separate file: a protobuf is limited to 2 GiB
 
 
 class _Graph(Nodes):
@@ -58,7 +58,7 @@ def _write_theta(graph: _Graph, adapter: Adapter, formats: ir.Value) -> ir.Value
     theta, encoder = adapter.lora.theta, adapter.encoder
     assert theta is not None
     fields = graph.op("Gather", [graph.constant(encoder.fields, "format_fields"), formats], "fields")  # [M, 5]
-    seen = []
+    embeddings = []
     for i, table in enumerate(theta.embeddings.parameters()):
         name = f"embedding_{i}"
         weights = graph.constant(table, f"{name}.weight")
@@ -66,10 +66,10 @@ def _write_theta(graph: _Graph, adapter: Adapter, formats: ir.Value) -> ir.Value
             index = graph.op("Gather", [fields, graph.constant(np.array(i), f"column_{i}")], f"{name}.index", axis=1)
         else:
             index = graph.constant(encoder.places[:, i - encoder.fields.shape[1]], f"{name}.index")
-        seen.append(graph.op("Gather", [weights, index], name))  # [M, width]
-    joined = graph.op("Concat", seen, "embedded", axis=1)
+        embeddings.append(graph.op("Gather", [weights, index], name))  # [M, width]
+    state = graph.op("Concat", embeddings, "embedded", axis=1)
     scale, shift = graph.constant(theta.norm.weight, "norm.weight"), graph.constant(theta.norm.bias, "norm.bias")
-    state = graph.op("LayerNormalization", [joined, scale, shift], "normed", axis=-1, epsilon=theta.norm.eps)
+    state = graph.op("LayerNormalization", [state, scale, shift], "normed", axis=-1, epsilon=theta.norm.eps)
     if theta.preset == "coatrt":
         state = graph.op("Concat", [state, _write_features(graph, adapter, formats)], "seen", axis=1)
     for name, layer in (("hidden", theta.hidden), ("out", theta.out)):
@@ -95,33 +95,34 @@ def _write_features(graph: _Graph, adapter: Adapter, formats: ir.Value) -> ir.Va
 
 
 def _write_lora(graph: _Graph, adapter: Adapter, formats: ir.Value, updates: ir.Value | None) -> None:
-    """Write A as it is and B' = s·(I + U)ᵀB + C per stack of equal shapes, split it in contract order."""
+    """Write A unchanged and B' = s·(I + U)ᵀB + C per stack of equal shapes, as outputs in contract order."""
     contract, lora = adapter.description.contract, adapter.lora
-    made: dict[str, ir.Value] = {}
+    outputs: dict[str, ir.Value] = {}
     transposed = graph.op("Transpose", [updates], "U_transposed", perm=[0, 2, 1]) if updates is not None else None
     for stack, (rows, A, B) in enumerate(lora.stacks()):
         name = f"stack_{stack}"
-        folded = graph.constant(B.detach() * contract.scale(contract.tensors[rows[0]]), f"{name}.B")
-        mine = graph.constant(rows, f"{name}.rows")
+        b = graph.constant(B.detach() * contract.scale(contract.tensors[rows[0]]), f"{name}.B")
+        members = graph.constant(rows, f"{name}.rows")
         if transposed is not None:
-            update = graph.op("Gather", [transposed, mine], f"{name}.U")
+            update = graph.op("Gather", [transposed, members], f"{name}.U")
             if B.shape[1] < contract.rank:
                 edges = [graph.constant([at, at], f"{name}.edge{at}") for at in (0, B.shape[1])]
                 update = graph.op("Slice", [update, *edges, graph.constant([1, 2], "square_axes")], f"{name}.U_used")
-            change = graph.op("MatMul", [update, folded], f"{name}.change")
-            folded = graph.op("Add", [folded, change], f"{name}.folded")  # [m, r, N]
+            change = graph.op("MatMul", [update, b], f"{name}.change")
+            b = graph.op("Add", [b, change], f"{name}.folded")  # [m, r, N]
         if lora.compensated:
-            count, choices, *used = lora.C[stack].shape
-            table = graph.constant(lora.C[stack].reshape(count * choices, *used), f"{name}.C")
+            count, choices, *shape = lora.C[stack].shape
+            table = graph.constant(lora.C[stack].reshape(count * choices, *shape), f"{name}.C")
             starts = graph.constant(torch.arange(count) * choices, f"{name}.C_starts")
-            place = graph.op("Add", [graph.op("Gather", [formats, mine], f"{name}.formats"), starts], f"{name}.C_rows")
-            term = graph.op("Gather", [table, place], f"{name}.C_half")
+            index = graph.op("Gather", [formats, members], f"{name}.formats")
+            index = graph.op("Add", [index, starts], f"{name}.C_rows")
+            term = graph.op("Gather", [table, index], f"{name}.C_half")
             term = graph.op("Cast", [term], f"{name}.C_used", to=ir.DataType.FLOAT)
-            folded = graph.op("Add", [folded, term], f"{name}.compensated")
+            b = graph.op("Add", [b, term], f"{name}.compensated")
         for i, row in enumerate(rows):
             tensor = contract.tensors[row]
             at = graph.constant(np.array(i), f"place_{i}")
-            made[tensor.A] = graph.op("Identity", [graph.constant(A[i], f"{tensor.A}.trained")], tensor.A)
-            made[tensor.B] = graph.op("Gather", [folded, at], tensor.B, axis=0)
-    for name, shape in contract.shapes.items():
-        graph.output(made[name], ir.DataType.FLOAT, shape)
+            outputs[tensor.A] = graph.op("Identity", [graph.constant(A[i], f"{tensor.A}.trained")], tensor.A)
+            outputs[tensor.B] = graph.op("Gather", [b, at], tensor.B, axis=0)
+    for name, size in contract.shapes.items():
+        graph.output(outputs[name], ir.DataType.FLOAT, size)

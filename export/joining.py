@@ -1,4 +1,4 @@
-"""Matrices that read one input, written as one: their product is one kernel instead of one for each."""
+"""Joins the matrices of a fused group into one, so that a step runs one kernel instead of one per matrix."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -8,45 +8,45 @@ import torch
 from coatrt.models.matrices import fused_name
 from coatrt.quantization.codec import QuantizedMatrix
 
-__all__ = ["grouped", "joined"]
+__all__ = ["fused_groups", "join"]
 
 
-def grouped(matrices: Iterable[tuple[str, QuantizedMatrix]]) -> Iterator[dict[str, QuantizedMatrix]]:
-    """Yield matrices in network order, those that read one input together; one group is in memory."""
-    held: dict[str, QuantizedMatrix] = {}
-    last = ""
+def fused_groups(matrices: Iterable[tuple[str, QuantizedMatrix]]) -> Iterator[dict[str, QuantizedMatrix]]:
+    """Yield matrices in network order, one fused group at a time; only that group is in memory."""
+    group: dict[str, QuantizedMatrix] = {}
+    group_name = ""
     for name, matrix in matrices:
-        together = fused_name(name)
-        if held and (not together or together != last):
-            yield held
-            held = {}
-        held[name], last = matrix, together
+        joint_name = fused_name(name)
+        if group and (not joint_name or joint_name != group_name):
+            yield group
+            group = {}
+        group[name], group_name = matrix, joint_name
         del matrix
-    if held:
-        yield held
+    if group:
+        yield group
 
 
-def joined(matrices: Sequence[QuantizedMatrix]) -> QuantizedMatrix | None:
-    """Return matrices with a common input as one, None where their codes cannot lie side by side.
+def join(matrices: Sequence[QuantizedMatrix]) -> QuantizedMatrix | None:
+    """Return the matrices of a fused group as one; None if their codes cannot be concatenated.
 
-    They can where the format is one and what belongs to a whole matrix is equal: the tensor scale of nvfp4. Doubly
-    quantized scales run through all rows of a matrix, so they cannot.
+    They can if format and per-matrix constant (the tensor scale of nvfp4) are equal. Double quantization cannot be
+    joined: its blocks of scales cross the rows of a matrix.
     """
     first, *others = matrices
-    alike = all((one.format, one.constant) == (first.format, first.constant) for one in others)
-    if not others or not alike or first.super_scales is not None:
+    equal = all((other.format, other.constant) == (first.format, first.constant) for other in others)
+    if not others or not equal or first.super_scales is not None:
         return None
-    scales = [one.scales for one in matrices if one.scales is not None]
+    scales = [matrix.scales for matrix in matrices if matrix.scales is not None]
     return replace(
         first,
-        N=sum(one.N for one in matrices),
-        codes=_below(one.codes for one in matrices),
-        scales=_below(scales) if scales else None,
+        N=sum(matrix.N for matrix in matrices),
+        codes=_stack_rows(matrix.codes for matrix in matrices),
+        scales=_stack_rows(scales) if scales else None,
     )
 
 
-def _below(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Return tensors with their rows below each other; 8-bit floats keep their bytes."""
+def _stack_rows(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return tensors concatenated along their rows; 8-bit floats keep their bytes."""
     parts = list(tensors)
     if parts[0].element_size() > 1:
         return torch.cat(parts)

@@ -19,11 +19,11 @@ class Network:
     """Writes one decoder into one graph.
 
     Args:
-        graph: receives the nodes; the weights are in it already.
-        spec: what to compute.
-        weights: what it holds of them.
-        tensor: reads a small tensor of the checkpoint by name, None where it has none.
-        contract: LoRA inputs to add; None for a graph without.
+        graph: receives the nodes; its weights are stored already.
+        spec: the decoder's architecture.
+        weights: the weights in the graph.
+        tensor: reads a norm or bias of the checkpoint by name; returns None if there is none of that name.
+        contract: LoRA inputs to add; None for a graph without LoRA.
         max_positions: rows of the rotary tables.
     """
 
@@ -40,7 +40,7 @@ class Network:
         self._tensor, self._max_positions = tensor, max_positions
         self._projections = Projections(graph, weights, tensor, contract)
         rotated = 2 * len(spec.inverse_frequencies)
-        # GroupQueryAttention rotates where both widths are multiples of 16, and then takes positions from `seqlens_k`.
+        # GroupQueryAttention can rotate if both widths are multiples of 16; it then derives positions from `seqlens_k`.
         self._rotates_inside = not graph.is_engine and rotated % 16 == 0 and spec.head_dim % 16 == 0
 
     def write(self) -> None:
@@ -76,23 +76,22 @@ class Network:
         elif not graph.is_cuda:
             self._ends = self._sequence_ends(ids)
 
-        x = self._multiplied(
-            self._weights.table.rows(ids), spec.embedding_multiplier, "embedding.multiplied"
-        )  # [B, S, H]
+        x = self._multiply(self._weights.table.rows(ids), spec.embedding_multiplier, "embedding.multiplied")
+        # x: [B, S, H]
         hidden, presents = x if spec.norm_after else self._norm(x, "model.layers.0.input_layernorm"), []
         for layer in range(spec.layers):
             x, hidden, present = self._layer(x, hidden, layer)
             presents += present
-        x = self._asked(hidden, index)  # only the positions asked for reach the head
+        x = self._logits_positions(hidden, index)  # the head runs at these positions only
         if self._last_norm is None:
             x = self._norm(x, "model.norm")
-        divided = spec.logits_divisor != 1.0
+        has_divisor = spec.logits_divisor != 1.0
         last = "logits.narrow" if graph.is_cuda else "logits"
-        logits = graph.op("MatMul", [x, self._weights.alone[HEAD]], "logits.undivided" if divided else last)
-        if divided:
+        logits = graph.op("MatMul", [x, self._weights.single[HEAD]], "logits.undivided" if has_divisor else last)
+        if has_divisor:
             logits = graph.op("Div", [logits, graph.real(spec.logits_divisor)], last)
         dtype = graph.activations
-        if graph.is_cuda:  # a GPU casts them in microseconds, numpy in half a millisecond
+        if graph.is_cuda:  # the GPU casts the logits in microseconds, numpy in half a millisecond
             dtype = ir.DataType.FLOAT
             logits = graph.op("Cast", [logits], "logits", to=dtype)
         graph.output(logits, dtype, ["B", "T", spec.vocabulary])
@@ -100,7 +99,7 @@ class Network:
             graph.output(value, graph.activations, shape)
 
     def _rotary_tables(self) -> tuple[ir.Value, ir.Value]:
-        """Return cosines and sines [positions, rotated dimensions / 2], computed in float32 as transformers does."""
+        """Return cosines and sines [positions, rotated dimensions / 2], computed in float32 as in transformers."""
         angles = torch.arange(self._max_positions, dtype=torch.float)[:, None] * torch.tensor(
             self._spec.inverse_frequencies
         )
@@ -110,117 +109,117 @@ class Network:
         )
 
     def _sequence_ends(self, ids: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Return the last slot each sequence fills in this call, int32 [B], and how many the longest has then."""
+        """Return the last slot each sequence fills in this call, int32 [B], and the longest sequence's new length."""
         graph = self._graph
-        added = graph.op("Shape", [ids], "tokens.added", start=1, end=2)
-        ends = graph.op("Add", [self._write_index, added], "cache.ends")
+        count = graph.op("Shape", [ids], "tokens.added", start=1, end=2)
+        ends = graph.op("Add", [self._write_index, count], "cache.ends")
         last = graph.op("Sub", [ends, graph.ints(1)], "cache.last.wide")
-        most = graph.op("ReduceMax", [ends], "cache.filled.wide", keepdims=0)
+        longest = graph.op("ReduceMax", [ends], "cache.filled.wide", keepdims=0)
         return (
             graph.op("Cast", [last], "cache.last", to=ir.DataType.INT32),
-            graph.op("Cast", [most], "cache.filled", to=ir.DataType.INT32),
+            graph.op("Cast", [longest], "cache.filled", to=ir.DataType.INT32),
         )
 
     @property
     def _last_norm(self) -> str | None:
-        """The norm that is one with the last addition; None where only the positions asked for are normed."""
+        """The final norm if it is fused with the last addition; None if it runs after it, at the logits' positions."""
         return None if self._graph.is_engine or self._spec.norm_after else "model.norm"
 
-    def _asked(self, hidden: ir.Value, index: ir.Value) -> ir.Value:
-        """Return the positions that get logits, [B, T, H].
+    def _logits_positions(self, hidden: ir.Value, index: ir.Value) -> ir.Value:
+        """Return the hidden states of the positions that get logits, [B, T, H].
 
-        In the cuda form `index` counts through all B·S positions: a captured GatherND would copy from host memory that
-        ONNX Runtime has freed by then.
+        In the cuda form `index` counts through all B·S positions, for a Gather: a captured GatherND would copy from
+        host memory that ONNX Runtime has freed by the time of the replay.
         """
         graph = self._graph
         if graph.is_cuda:
             return graph.op(
                 "Gather", [graph.op("Flatten", [hidden], "all_hidden", axis=2), index], "last_hidden", axis=0
             )
-        asked = graph.op("Unsqueeze", [index, graph.ints(-1)], "logits_positions")  # [B, T, 1]
-        return graph.op("GatherND", [hidden, asked], "last_hidden", batch_dims=1)
+        positions = graph.op("Unsqueeze", [index, graph.ints(-1)], "logits_positions")  # [B, T, 1]
+        return graph.op("GatherND", [hidden, positions], "last_hidden", batch_dims=1)
 
     def _layer(self, x: ir.Value, hidden: ir.Value, layer: int) -> tuple[ir.Value, ir.Value, list[ir.Value]]:
-        """Return the residual stream behind a layer, what the next layer reads, and the caches.
+        """Return the residual stream after a layer, the input of the next layer, and the caches.
 
         Args:
             x: the residual stream.
-            hidden: what the layer reads: its norm, or x itself in families that norm behind.
-            layer: which.
+            hidden: the layer's input: the norm of x, or x itself in families that norm after each block.
+            layer: index of the layer.
         """
-        prefix, after = f"model.layers.{layer}", self._spec.norm_after
+        prefix, norm_after = f"model.layers.{layer}", self._spec.norm_after
         update, presents = self._attention(hidden, layer, f"{prefix}.self_attn")
         middle: str | None = f"{prefix}.post_attention_layernorm"
-        following = f"model.layers.{layer + 1}.input_layernorm" if layer + 1 < self._spec.layers else self._last_norm
-        if after:
-            update, middle, following = self._norm(update, f"{prefix}.post_attention_layernorm"), None, None
-        x, hidden = self._added(x, update, f"{prefix}.attention_residual", middle)
+        next_norm = f"model.layers.{layer + 1}.input_layernorm" if layer + 1 < self._spec.layers else self._last_norm
+        if norm_after:
+            update, middle, next_norm = self._norm(update, f"{prefix}.post_attention_layernorm"), None, None
+        x, hidden = self._add_residual(x, update, f"{prefix}.attention_residual", middle)
         update = self._mlp(hidden, f"{prefix}.mlp")
-        if after:
+        if norm_after:
             update = self._norm(update, f"{prefix}.post_feedforward_layernorm")
-        x, hidden = self._added(x, update, f"{prefix}.mlp_residual", following)
+        x, hidden = self._add_residual(x, update, f"{prefix}.mlp_residual", next_norm)
         return x, hidden, presents
 
     def _attention(self, x: ir.Value, layer: int, prefix: str) -> tuple[ir.Value, list[ir.Value]]:
         spec, names = self._spec, [f"{prefix}.{name}_proj" for name in "qkv"]
-        whole = self._projections.together(x, names)
-        if whole is not None and self._takes_packed(layer, prefix):
-            mixed, presents = self._cpu_attention(whole, None, None, layer, prefix)
-            return self._projections.linear(mixed, f"{prefix}.o_proj"), presents
-        query, key, value = self._projections.parts(x, whole, names)
+        qkv = self._projections.fused(x, names)
+        if qkv is not None and self._takes_packed(layer, prefix):
+            heads, presents = self._cpu_attention(qkv, None, None, layer, prefix)
+            return self._projections.linear(heads, f"{prefix}.o_proj"), presents
+        query, key, value = self._projections.parts(x, qkv, names)
         query = self._heads(query, f"{prefix}.q_proj", f"{prefix}.q_norm", spec.heads)
         key = self._heads(key, f"{prefix}.k_proj", f"{prefix}.k_norm", spec.kv_heads)
         value = self._heads(value, f"{prefix}.v_proj", None, spec.kv_heads)
-        mixed, presents = self._attend(query, key, value, layer, prefix)
-        return self._projections.linear(mixed, f"{prefix}.o_proj"), presents
+        heads, presents = self._attend(query, key, value, layer, prefix)
+        return self._projections.linear(heads, f"{prefix}.o_proj"), presents
 
     def _takes_packed(self, layer: int, prefix: str) -> bool:
-        """Return whether nothing comes between the projections and the attention, so that it takes them as one."""
+        """Return whether the attention can read the fused q|k|v projection: no norm or rotation comes in between."""
         if self._graph.is_engine:
             return False
-        normed = any(self._tensor(f"{prefix}.{name}_norm.weight") is not None for name in "qk")
-        return not normed and (self._rotates_inside or not self._spec.rotary[layer])
+        has_norm = any(self._tensor(f"{prefix}.{name}_norm.weight") is not None for name in "qk")
+        return not has_norm and (self._rotates_inside or not self._spec.rotary[layer])
 
     def _cpu_attention(
         self, query: ir.Value, key: ir.Value | None, value: ir.Value | None, layer: int, prefix: str
     ) -> tuple[ir.Value, list[ir.Value]]:
-        """ONNX Runtime's own operator: it appends to the caches and reads only their filled slots.
+        """Write GroupQueryAttention, which appends to the caches and reads only their filled slots.
 
-        Without key and value, `query` holds all three. With Attention and TensorScatter of ONNX a token costs as much
-        as a full cache.
+        Without key and value, `query` is q|k|v. ONNX's own Attention and TensorScatter would read every slot for every
+        token.
         """
         graph, spec, window = self._graph, self._spec, self._spec.windows[layer]
         inside = self._rotates_inside and spec.rotary[layer]
         if spec.rotary[layer] and not inside:
-            assert key is not None, "packed projections are rotated inside"
-            query = self._rotated(query, f"{prefix}.q", spec.heads)
-            key = self._rotated(key, f"{prefix}.k", spec.kv_heads)
-        more = {"do_rotary": 1} if inside else {}
+            assert key is not None, "a fused projection is rotated inside the operator"
+            query = self._rotate(query, f"{prefix}.q", spec.heads)
+            key = self._rotate(key, f"{prefix}.k", spec.kv_heads)
+        attributes = {"do_rotary": 1} if inside else {}
         if window is not None:
-            more["local_window_size"] = window
+            attributes["local_window_size"] = window
         tables: tuple[ir.Value, ...] = (self._cos, self._sin) if inside else ()
         if inside and not graph.is_cuda:
             tables = (*tables, self._positions)
-        mixed, *presents = graph.runtime_op(
+        heads, *presents = graph.runtime_op(
             "GroupQueryAttention",
             [query, key, value, *self._past[layer], *self._ends, *tables],
             [f"{prefix}.attention", f"present.{layer}.key", f"present.{layer}.value"],
             num_heads=spec.heads,
             kv_num_heads=spec.kv_heads,
             scale=spec.attention_multiplier,
-            **more,
+            **attributes,
         )
-        return mixed, presents
+        return heads, presents
 
     def _heads(self, out: ir.Value, projection: str, norm: str | None, heads: int) -> ir.Value:
-        """Return what a projection gave, normed where the checkpoint has that norm.
+        """Return a projection's output, with its norm if the checkpoint has one.
 
-        It is cut into heads [B, heads, S, D] in the engine form, [B, S, heads · D] in the cpu form.
+        The shape is [B, heads, S, D] in the engine form, [B, S, heads · D] in the others.
         """
         graph, width = self._graph, self._spec.head_dim
         scale = self._tensor(f"{norm}.weight") if norm is not None else None
         per_head = scale is not None and scale.numel() == width
-        if scale is not None and not per_head:  # over all heads at once
+        if scale is not None and not per_head:  # one norm over all heads
             out = self._norm(out, str(norm))
         if not (graph.is_engine or per_head):
             return out
@@ -231,7 +230,7 @@ class Network:
             return graph.op("Reshape", [out, graph.ints(0, 0, heads * width)], f"{projection}.normed")
         return graph.op("Transpose", [out], f"{projection}.by_head", perm=[0, 2, 1, 3])
 
-    def _rotated(self, x: ir.Value, name: str, heads: int) -> ir.Value:
+    def _rotate(self, x: ir.Value, name: str, heads: int) -> ir.Value:
         half, width = len(self._spec.inverse_frequencies), self._spec.head_dim
         partial = {"rotary_embedding_dim": 2 * half} if 2 * half != width else {}
         inputs = [x, self._cos, self._sin, self._positions]
@@ -239,39 +238,39 @@ class Network:
 
     def _mlp(self, x: ir.Value, prefix: str) -> ir.Value:
         graph, names = self._graph, [f"{prefix}.{name}_proj" for name in ("gate", "up")]
-        gate, up = self._projections.parts(x, self._projections.together(x, names), names)
+        gate, up = self._projections.parts(x, self._projections.fused(x, names), names)
         if self._spec.activation == "silu" and graph.is_engine:
             gate = graph.op("Swish", [gate], f"{prefix}.activated")
-        elif self._spec.activation == "silu":  # one kernel; ONNX Runtime takes Swish apart into three
+        elif self._spec.activation == "silu":  # one kernel; ONNX Runtime expands Swish into three
             (gate,) = graph.runtime_op("QuickGelu", [gate], [f"{prefix}.activated"], alpha=1.0)
         else:
             approximate = "tanh" if self._spec.activation == "gelu_tanh" else "none"
             gate = graph.op("Gelu", [gate], f"{prefix}.activated", approximate=approximate)
-        gated = graph.op("Mul", [gate, up], f"{prefix}.gated")
-        return self._projections.linear(gated, f"{prefix}.down_proj")
+        product = graph.op("Mul", [gate, up], f"{prefix}.gated")
+        return self._projections.linear(product, f"{prefix}.down_proj")
 
     def _norm(self, x: ir.Value, name: str) -> ir.Value:
         op = "LayerNormalization" if self._spec.layer_norm else "RMSNormalization"
         return self._graph.op(op, [x, *self._scales(name)], name, axis=-1, epsilon=self._spec.epsilon)
 
     def _scales(self, name: str) -> list[ir.Value]:
-        """Return the weight of a norm and, where it has one, its bias."""
+        """Return the weight of a norm and its bias, if it has one."""
         weight, bias = self._tensor(f"{name}.weight"), self._tensor(f"{name}.bias") if self._spec.layer_norm else None
-        assert weight is not None, f"the tensor reader refuses a checkpoint without {name}.weight"
+        assert weight is not None, f"check_tensors refuses a checkpoint without {name}.weight"
         scales = [self._graph.small(f"{name}.weight", weight.float() + self._spec.norm_offset)]
         return scales if bias is None else [*scales, self._graph.small(f"{name}.bias", bias)]
 
-    def _multiplied(self, x: ir.Value, factor: float, name: str) -> ir.Value:
+    def _multiply(self, x: ir.Value, factor: float, name: str) -> ir.Value:
         return x if factor == 1.0 else self._graph.op("Mul", [x, self._graph.real(factor)], name)
 
-    def _added(self, x: ir.Value, update: ir.Value, name: str, norm: str | None) -> tuple[ir.Value, ir.Value]:
-        """Return x + update and the norm of that sum; without a norm the sum twice."""
+    def _add_residual(self, x: ir.Value, update: ir.Value, name: str, norm: str | None) -> tuple[ir.Value, ir.Value]:
+        """Return x + update and the norm of that sum; without a norm, the sum twice."""
         graph, spec = self._graph, self._spec
-        update = self._multiplied(update, spec.residual_multiplier, f"{name}.multiplied")
+        update = self._multiply(update, spec.residual_multiplier, f"{name}.multiplied")
         if norm is None or graph.is_engine:
             total = graph.op("Add", [x, update], name)
             return total, total if norm is None else self._norm(total, norm)
         op = "SkipLayerNormalization" if spec.layer_norm else "SkipSimplifiedLayerNormalization"
         inputs = [x, update, *self._scales(norm)]
-        normed, *_, total = graph.runtime_op(op, inputs, [norm, "", "", name], epsilon=spec.epsilon)
-        return total, normed
+        hidden, *_, total = graph.runtime_op(op, inputs, [norm, "", "", name], epsilon=spec.epsilon)
+        return total, hidden

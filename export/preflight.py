@@ -1,4 +1,4 @@
-"""Preflight: the graph's own arithmetic against transformers' modules, a layer at a time, on a few tokens."""
+"""Preflight: compares the graph with transformers' modules, one layer at a time, on a few tokens."""
 
 import hashlib
 import json
@@ -33,40 +33,40 @@ from coatrt.system.scratch import scratch
 __all__ = ["TOLERANCE", "compare", "preflight"]
 
 TOLERANCE = 1e-5
-"""Largest difference allowed, as a share of the largest logit; float32 alone leaves some 1e-6."""
+"""Largest difference allowed, relative to the largest logit; float32 rounding alone gives about 1e-6."""
 
 _TOKENS = 24
-_WINDOW = 5  # stands for any attention window, so that few tokens see past it
-_ROWS = 64  # of the embedding and the head
-_FAR = 16384  # positions up to which rotary tables are compared
+_WINDOW = 5  # replaces any attention window, so that a few tokens reach beyond it
+_ROWS = 64  # rows of the embedding and the head that are compared
+_MAX_POSITION = 16384  # rotary tables are compared up to this position
 
 
 def preflight(checkpoint: Checkpoint, progress: Progress = silent) -> None:
-    """Refuse a model that a graph would compute otherwise than transformers does.
+    """Refuse a model whose graph would compute other logits than transformers.
 
     The first two layers, the last and one of each kind are compared, each alone between embedding and head, at the
-    first positions and at the last. One layer at a time is in memory. Windows are shortened for both sides alike. What
-    has passed is remembered in the cache, for this model, this code and these versions of the libraries.
+    first positions and at the last. Only one layer is in memory at a time. Attention windows are shortened on both
+    sides. A pass is cached for this model, this code and these versions of the libraries.
 
     Args:
         checkpoint: the model.
         progress: called after every layer.
 
     Raises:
-        CheckpointError: they differ by more than `TOLERANCE`, or the model cannot be exported or loaded.
+        CheckpointError: the logits differ by more than `TOLERANCE`, or the model cannot be exported or loaded.
     """
     spec = DecoderSpec.from_config(checkpoint.config)
     check_exportable(checkpoint, spec)
-    passed = cache_directory() / "preflight" / _identity(checkpoint)
-    if not is_cached(passed):
+    marker = cache_directory() / "preflight" / _identity(checkpoint)
+    if not is_cached(marker):
         compare(checkpoint, spec, progress)
         with suppress(OSError):
-            passed.parent.mkdir(parents=True, exist_ok=True)
-            passed.touch()
+            marker.parent.mkdir(parents=True, exist_ok=True)
+            marker.touch()
 
 
 def _identity(checkpoint: Checkpoint) -> str:
-    """Return what stands for a model, the code that reads and writes it, and the libraries."""
+    """Return a hash of the model, the code that reads and writes it, and the libraries' versions."""
     digest = hashlib.sha256(f"{checkpoint.fingerprint} {json.dumps(versions())}".encode())
     for folder in (Path(__file__).parent, Path(spec_module.__file__).parent):
         for path in sorted(folder.rglob("*.py")):
@@ -75,30 +75,30 @@ def _identity(checkpoint: Checkpoint) -> str:
 
 
 def compare(checkpoint: Checkpoint, spec: DecoderSpec, progress: Progress = silent) -> float:
-    """Return the largest difference of logits, as a share of the largest; see `preflight`.
+    """Return the largest difference of logits, relative to the largest logit; see `preflight`.
 
     Raises:
-        CheckpointError: it is more than `TOLERANCE`.
+        CheckpointError: the difference exceeds `TOLERANCE`.
     """
     part = _Part(checkpoint)
-    layers, worst = _layers(checkpoint, spec), 0.0
+    layers, largest = _layers(checkpoint, spec), 0.0
     count = min(_TOKENS, spec.max_positions)
-    starts = sorted({0, min(spec.max_positions, _FAR) - count})
+    starts = sorted({0, min(spec.max_positions, _MAX_POSITION) - count})
     ids = torch.arange(count)[None] % part.rows
-    for done, layer in enumerate(layers, 1):
-        both = zip(part.transformers_logits(layer, ids, starts), part.graph_logits(layer, ids, starts), strict=True)
-        for start, (expected, found) in zip(starts, both, strict=True):
+    for number, layer in enumerate(layers, 1):
+        pairs = zip(part.transformers_logits(layer, ids, starts), part.graph_logits(layer, ids, starts), strict=True)
+        for start, (expected, logits) in zip(starts, pairs, strict=True):
             if not (np.isfinite(expected).all() and expected.any()):
                 raise CheckpointError(
-                    f"{checkpoint.directory}: the logits of layer {layer} are not finite or all zero; a norm or "
-                    "bias is beyond measure: fetch the model again"
+                    f"{checkpoint.directory}: the logits of layer {layer} are not finite or all zero: a norm or bias "
+                    "is damaged; download the model again"
                 )
-            difference = np.abs(found - expected).max(axis=-1) / np.abs(expected).max()  # by position
+            difference = np.abs(logits - expected).max(axis=-1) / np.abs(expected).max()  # by position
             if not difference.max() <= TOLERANCE and not difference.max() <= 3 * part.rounding(layer, ids, start):
                 raise CheckpointError(_difference(checkpoint, spec, layer, start, difference))
-            worst = max(worst, float(difference.max()))
-        progress(done, len(layers), "preflight")
-    return worst
+            largest = max(largest, float(difference.max()))
+        progress(number, len(layers), "preflight")
+    return largest
 
 
 def _layers(checkpoint: Checkpoint, spec: DecoderSpec) -> list[int]:
@@ -114,7 +114,7 @@ def _layers(checkpoint: Checkpoint, spec: DecoderSpec) -> list[int]:
 
 
 class _Part:
-    """One layer of a model between some rows of its embedding and head, as transformers and as a graph."""
+    """One layer of a model between some rows of its embedding and head, in transformers and as a graph."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         config = dict(checkpoint.config)
@@ -132,7 +132,7 @@ class _Part:
         return self._checkpoint.tensor(name, rows).to(self._dtype)
 
     def rounding(self, layer: int, ids: torch.Tensor, start: int) -> float:
-        """Return what float32 leaves of transformers' own logits, as a share of the largest: more where they cancel."""
+        """Return the float32 rounding error of transformers' own logits, relative to the largest logit."""
         ((single,), (double,)) = (self.transformers_logits(layer, ids, [start], d) for d in (torch.float, torch.double))
         return float(np.abs(single - double).max() / np.abs(double).max())
 
@@ -140,7 +140,7 @@ class _Part:
     def transformers_logits(
         self, layer: int, ids: torch.Tensor, starts: Sequence[int], dtype: torch.dtype = torch.float
     ) -> list[NDArray[np.float32]]:
-        """Return the logits [S, rows] of transformers' modules for ids [1, S] at positions from each start on."""
+        """Return the logits [S, rows] of transformers' modules for ids [1, S], one array per start position."""
         model = empty_model(self._checkpoint)
         config, inner = model.config, model.model
         inner.layers = torch.nn.ModuleList([inner.layers[layer]])
@@ -160,14 +160,14 @@ class _Part:
         positions = [torch.arange(start, start + ids.shape[1])[None] for start in starts]
         try:
             return [model(input_ids=ids, position_ids=at).logits[0].numpy() for at in positions]
-        except Exception as error:  # whatever config.json makes of the modules
+        except Exception as error:  # a wrong config.json can fail anywhere in the modules
             raise CheckpointError(
                 f"{self._checkpoint.directory}: transformers cannot run layer {layer} ({reason(error)}); correct "
                 "config.json"
             ) from None
 
     def graph_logits(self, layer: int, ids: torch.Tensor, starts: Sequence[int]) -> list[NDArray[np.float32]]:
-        """Return the logits [S, rows] of the cpu graph of the layer in ONNX Runtime, as `transformers_logits`."""
+        """Return the logits of the layer's cpu graph in ONNX Runtime, shaped as those of `transformers_logits`."""
         import onnxruntime as ort
 
         spec = replace(
@@ -179,7 +179,7 @@ class _Part:
         )
         prefix = f"model.layers.{layer}."
         matrices = [m.name for m in self._checkpoint.matrices.matrices if m.is_table or m.name.startswith(prefix)]
-        encoded = (
+        codes = (
             (name.replace(prefix, "model.layers.0."), encode(self._tensor(f"{name}.weight"), self._format))
             for name in matrices
         )
@@ -191,14 +191,14 @@ class _Part:
         form = GraphForm("cpu", "cpu.onnx", "float32")
         options = ort.SessionOptions()
         options.log_severity_level = 4
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it would decode every weight
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # else it decodes every weight
         options.enable_cpu_mem_arena = False
         length, zeros = ids.shape[1], np.zeros(1, np.int64)
         cache = np.zeros((1, spec.kv_heads, length, spec.head_dim), np.float32)
         place = Path(tempfile.gettempdir())
         with writing(place), scratch(place, "preflight") as directory:
             tied = self._checkpoint.matrices.tied
-            write_graphs(directory, spec, encoded, small, [form], [max(starts) + length], tied=tied)
+            write_graphs(directory, spec, codes, small, [form], [max(starts) + length], tied=tied)
             session = ort.InferenceSession(str(directory / form.file), options, providers=["CPUExecutionProvider"])
             feeds = {
                 "input_ids": ids.numpy(),
@@ -216,18 +216,18 @@ class _Part:
 def _difference(
     checkpoint: Checkpoint, spec: DecoderSpec, layer: int, start: int, difference: NDArray[np.float32]
 ) -> str:
-    """Return what differs, as far as the positions tell it."""
+    """Return the message about a difference; the positions where it occurs point to the likely cause."""
     first = int(np.flatnonzero(~(difference <= max(TOLERANCE, 0.05 * float(np.nanmax(difference)))))[0])
     if start:
-        what = "the rotary frequencies or their scaling (rope_parameters, rope_scaling)"
+        cause = "the rotary frequencies or their scaling (rope_parameters, rope_scaling)"
     elif first == 0:
-        what = "norms, activation, multipliers, biases or the head"
+        cause = "norms, activation, multipliers, biases or the head"
     elif first >= _WINDOW and getattr(complete_config(checkpoint.config), "sliding_window", None):
-        what = "the attention window (sliding_window, layer_types)"
+        cause = "the attention window (sliding_window, layer_types)"
     else:
-        what = "attention, its scale or the rotary positions"
+        cause = "attention, its scale or the rotary positions"
     return (
-        f"{checkpoint.directory}: layer {layer} of its graph differs from transformers' {spec.family} modules by "
-        f"{difference.max():.1e} of the largest logit from token {start + first} on, allowed {TOLERANCE:g}: {what}; "
-        "correct config.json, or report this model"
+        f"{checkpoint.directory}: the graph of layer {layer} differs from transformers' {spec.family} modules by "
+        f"{difference.max():.1e} of the largest logit from token {start + first} on, allowed {TOLERANCE:g}; likely "
+        f"cause: {cause}; correct config.json, or report this model"
     )

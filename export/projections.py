@@ -1,4 +1,4 @@
-"""The linear matrices of a decoder in a graph: products, biases, LoRA; those that read one input side by side."""
+"""The linear layers of a decoder in a graph: products, biases and LoRA, with fused groups as one product."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,25 +20,25 @@ class NetworkWeights:
 
     Args:
         table: the embedding.
-        alone: matrix name → weight [K, N], the head among them.
-        together: joint name → weight [K, sum of N] of the matrices that read one input, see `fused_name`.
+        single: matrix name → weight [K, N], including the head.
+        fused: joint name → weight [K, sum of N] of a fused group, see `fused_name`.
         widths: matrix name → N.
     """
 
     table: Table
-    alone: Mapping[str, ir.Value]
-    together: Mapping[str, ir.Value]
+    single: Mapping[str, ir.Value]
+    fused: Mapping[str, ir.Value]
     widths: Mapping[str, int]
 
 
 class Projections:
-    """Multiplies with the matrices of the layers.
+    """Writes the linear layers.
 
     Args:
-        graph: receives the nodes; the weights are in it already.
-        weights: what it holds of them.
-        tensor: reads a small tensor of the checkpoint by name, None where it has none.
-        contract: LoRA inputs to add; None for a graph without.
+        graph: receives the nodes; its weights are stored already.
+        weights: the weights in the graph.
+        tensor: reads a bias of the checkpoint by name; returns None if there is none of that name.
+        contract: LoRA inputs to add; None for a graph without LoRA.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Projections:
         self._sizes: dict[int, ir.Value] = {}  # width → [B, S, width]
 
     def add_inputs(self, ids: ir.Value) -> None:
-        """Add the LoRA inputs to a graph that reads the tokens `ids` [B, S]."""
+        """Add the LoRA inputs; `ids` [B, S] are the graph's tokens."""
         graph, dtype = self._graph, self._graph.activations
         for group in self._groups.values():
             A = graph.input(group.A, dtype, (group.K, group.rank))
@@ -68,43 +68,43 @@ class Projections:
     def linear(self, x: ir.Value, name: str) -> ir.Value:
         """Return x·W (+ bias) (+ (x·A)·B)."""
         graph, bias = self._graph, self._tensor(f"{name}.bias")
-        out = graph.op("MatMul", [x, self._weights.alone[name]], f"{name}.product")
+        out = graph.op("MatMul", [x, self._weights.single[name]], f"{name}.product")
         if bias is not None:
             out = graph.op("Add", [out, graph.small(f"{name}.bias", bias)], f"{name}.biased")
-        return self._adapted(out, x, name)
+        return self._add_lora(out, x, name)
 
-    def together(self, x: ir.Value, names: Sequence[str]) -> ir.Value | None:
-        """Return what `linear` gives for matrices that read x, side by side.
+    def fused(self, x: ir.Value, names: Sequence[str]) -> ir.Value | None:
+        """Return the outputs of `linear` for a fused group, concatenated.
 
-        None where neither their weights nor their LoRA are one: each is then better multiplied on its own.
+        None if neither the weights nor the LoRA of the group are joined: single products are faster then.
         """
         graph, joint = self._graph, fused_name(names[0])
-        whole = self._weights.together.get(joint)
-        if whole is None and joint not in self._lora:
+        weight = self._weights.fused.get(joint)
+        if weight is None and joint not in self._lora:
             return None
-        if whole is not None:
-            out = graph.op("MatMul", [x, whole], f"{joint}.product")
+        if weight is not None:
+            out = graph.op("MatMul", [x, weight], f"{joint}.product")
         else:
-            parts = [graph.op("MatMul", [x, self._weights.alone[name]], f"{name}.product") for name in names]
+            parts = [graph.op("MatMul", [x, self._weights.single[name]], f"{name}.product") for name in names]
             out = graph.op("Concat", parts, f"{joint}.products", axis=-1)
         biases = [self._tensor(f"{name}.bias") for name in names]
         if any(bias is not None for bias in biases):
             widths = [self._weights.widths[name] for name in names]
             rows = [torch.zeros(n) if bias is None else bias.float() for n, bias in zip(widths, biases, strict=True)]
             out = graph.op("Add", [out, graph.small(f"{joint}.bias", torch.cat(rows))], f"{joint}.biased")
-        return self._adapted(out, x, joint)
+        return self._add_lora(out, x, joint)
 
-    def parts(self, x: ir.Value, whole: ir.Value | None, names: Sequence[str]) -> list[ir.Value]:
-        """Return what `linear` gives for each of the matrices that read x, cut from what `together` gave."""
-        if whole is None:
+    def parts(self, x: ir.Value, fused: ir.Value | None, names: Sequence[str]) -> list[ir.Value]:
+        """Return the output of each matrix of a fused group: split from the output of `fused`, or computed singly."""
+        if fused is None:
             return [self.linear(x, name) for name in names]
-        return self._graph.split(whole, {f"{name}.part": self._weights.widths[name] for name in names})
+        return self._graph.split(fused, {f"{name}.part": self._weights.widths[name] for name in names})
 
-    def _adapted(self, out: ir.Value, x: ir.Value, name: str) -> ir.Value:
-        """Return out + (x·A)·B where there is a LoRA of that name.
+    def _add_lora(self, out: ir.Value, x: ir.Value, name: str) -> ir.Value:
+        """Return out + (x·A)·B if there is a LoRA of that name.
 
-        TensorRT-RTX 1.7.1 multiplies by everything that reads one x at once. With an A among it, which is no constant,
-        that is a copy in 16 bits of all the weights, made in every step. It does not see that a flat x is the same.
+        TensorRT-RTX 1.7.1 fuses all products of one x into one. If A, which is not a constant, is among them, it copies
+        all their weights in 16 bits in every step. A reshaped x hides from it that the input is the same.
         """
         graph = self._graph
         if name not in self._lora:

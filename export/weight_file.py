@@ -1,4 +1,4 @@
-"""`weights.bin`: the one file that holds the weights of every graph of a model, each distinct tensor once."""
+"""`weights.bin`: one file with the weights of all graphs of a model; each distinct tensor is stored once."""
 
 import hashlib
 from pathlib import Path
@@ -10,17 +10,17 @@ import torch
 __all__ = ["WEIGHTS_FILE", "WeightFile"]
 
 WEIGHTS_FILE = "weights.bin"
-_PAGE = 4096  # a runtime maps large tensors: they start on a page
-_LINE = 64  # small ones start on a cache line
+_PAGE = 4096  # alignment of large tensors, which runtimes map into memory
+_LINE = 64  # alignment of small tensors: a cache line
 _LARGE = 1 << 20
-_PIECE = 1 << 24
+_CHUNK = 1 << 24
 
 
 class WeightFile:
     """An append-only file of tensors, addressed by content: equal bytes are stored once, whatever their name or dtype.
 
     Args:
-        directory: where `weights.bin` is written.
+        directory: the directory of `weights.bin`.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -41,7 +41,7 @@ class WeightFile:
             self._stream = None
 
     def add(self, tensor: torch.Tensor) -> tuple[int, int]:
-        """Store the bytes of `tensor` unless they are stored already; nothing of it stays in memory.
+        """Store the bytes of `tensor` unless they are stored already; no reference to it is kept.
 
         Args:
             tensor: contiguous, any dtype.
@@ -52,11 +52,11 @@ class WeightFile:
         data = tensor.reshape(-1).view(torch.uint8).numpy().data
         digest = hashlib.sha256(data).digest()
         if digest not in self._places:
-            assert self._stream is not None, "a weight file is written inside its with block"
+            assert self._stream is not None, "use WeightFile in a with block"
             padding = -self.size % (_PAGE if len(data) >= _LARGE else _LINE)
             self._stream.write(bytes(padding))
-            for start in range(0, len(data), _PIECE):
-                self._stream.write(data[start : start + _PIECE])
+            for start in range(0, len(data), _CHUNK):
+                self._stream.write(data[start : start + _CHUNK])
             self._places[digest] = (self.size + padding, len(data))
             self.size += padding + len(data)
         return self._places[digest]

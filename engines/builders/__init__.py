@@ -1,1 +1,1 @@
-"""Engines from graphs."""
+"""Graphs → TensorRT engines."""

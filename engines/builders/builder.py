@@ -1,7 +1,7 @@
-"""Engine form of a graph → TensorRT engine, built by Polygraphy in a process of its own.
+"""Engine form of a graph → TensorRT engine, built by Polygraphy in a separate process.
 
-A native builder that dies takes its process with it; here that becomes one BuildError. One optimization profile covers
-prefill and decode: with two, TensorRT-RTX 1.7.1 stores the weights twice.
+A native builder that crashes takes its process with it; here a crash becomes a BuildError. One optimization profile
+covers prefill and decode: with two, TensorRT-RTX 1.7.1 stores the weights twice.
 """
 
 import contextlib
@@ -34,12 +34,12 @@ class EngineShapes:
     """Ranges of the dynamic dimensions of an engine.
 
     Args:
-        batch: most sequences at once.
-        prefill: most tokens per sequence in one call.
-        logits: most positions per sequence that get logits in one call.
+        batch: largest number of sequences per call.
+        prefill: largest number of tokens per sequence and call.
+        logits: largest number of positions per sequence and call that get logits.
 
     Raises:
-        BuildError: a number is not positive.
+        BuildError: a number is below 1.
     """
 
     batch: Count = 1
@@ -49,20 +49,20 @@ class EngineShapes:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if value < 1:
-                raise BuildError(f"engine {name} {value} is given; give at least 1")
+                raise BuildError(f"engine {name} must be at least 1, got {value}")
 
 
 @dataclass(frozen=True)
 class BuildRecord:
-    """What was built.
+    """What the manifest records of an engine.
 
     Args:
         file: name of the engine file.
-        sms: compute capabilities it runs on (86, 120).
+        sms: compute capabilities it runs on, such as 86 or 120.
         builder: "tensorrt-rtx" or "tensorrt".
-        version: of the builder; an engine does not load in another.
-        seconds: of the build.
-        bytes: of the engine.
+        version: version of the builder; an engine loads in that version only.
+        seconds: duration of the build.
+        bytes: size of the engine.
         shapes: ranges of its dynamic dimensions.
     """
 
@@ -76,17 +76,17 @@ class BuildRecord:
 
 
 def check_formats(config: QuantConfig, device: DeviceProfile, activations: str = "float16") -> None:
-    """Refuse a configuration that a device cannot run, before any builder is asked.
+    """Refuse a configuration that a device cannot run, before any builder starts.
 
     Raises:
-        FormatError: a matrix has a format, or the activations a type, that the device lacks.
+        FormatError: the device does not support a matrix's format or the dtype of the activations.
     """
     if activations == "bfloat16" and 0 < device.sm < 80:
-        raise FormatError(f"{device.id} (SM{device.sm}) has no bfloat16; take float16 activations")
-    wrong = [(name, fmt) for name, fmt in config.formats.items() if not device.supports(fmt)]
-    if wrong:
-        name, fmt = wrong[0]
-        more = f" and {len(wrong) - 1} more matrices" if len(wrong) > 1 else ""
+        raise FormatError(f"{device.id} (SM{device.sm}) has no bfloat16; use float16 activations")
+    unsupported = [(name, fmt) for name, fmt in config.formats.items() if not device.supports(fmt)]
+    if unsupported:
+        name, fmt = unsupported[0]
+        more = f" and {len(unsupported) - 1} more matrices" if len(unsupported) > 1 else ""
         raise FormatError(
             f"{device.id} (SM{device.sm}) cannot run {fmt} ({name}{more}): it needs SM{min_sm(fmt)} or later; "
             f"allowed there: {', '.join(device.kinds)}"
@@ -97,7 +97,7 @@ def installed_builder(builder: str) -> str:
     """Return the version of an installed builder.
 
     Raises:
-        BuildError: it, or Polygraphy, is not installed, or only a stub of it is.
+        BuildError: the builder or Polygraphy is not installed, or its module does not load.
     """
     module = builder.replace("-", "_")
     for package in (module, "polygraphy"):
@@ -108,7 +108,9 @@ def installed_builder(builder: str) -> str:
             )
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(builder)
-    return str(importlib.import_module(module).__version__)
+    with contextlib.suppress(ImportError, OSError, AttributeError):  # a folder of that name imports too, as a namespace
+        return str(importlib.import_module(module).__version__)
+    raise BuildError(f"the module {module} here has no version; install {builder} again")
 
 
 def build_engine(
@@ -129,14 +131,14 @@ def build_engine(
         shapes: ranges of the dynamic dimensions.
 
     Raises:
-        BuildError: the builder is absent, has no GPU it needs, refuses the graph, or dies.
+        BuildError: the builder is not installed, needs a GPU that this machine lacks, refuses the graph, or crashes.
     """
     shapes = shapes or EngineShapes()
     if device.builder not in _EXTRAS:
-        raise BuildError(f"{device.id} runs graphs in {device.builder}; no engine is built for it")
+        raise BuildError(f"{device.id} runs graphs in {device.builder} and needs no engine; give a GPU")
     version = installed_builder(device.builder)
     sms = tuple(sorted({device.sm, *(other.sm for other in also)}))
-    chosen = _gpu(sms) if device.builder == "tensorrt" else {}
+    variables = _gpu_variables(sms) if device.builder == "tensorrt" else {}
     with atomic_file(engine) as temporary:
         request = {
             "graph": str(graph.resolve()),
@@ -145,51 +147,54 @@ def build_engine(
             "sms": sms,
             "shapes": asdict(shapes),
         }
-        started = time.monotonic()
-        _run_worker(request, f"{engine.name} for {_said(sms)}", chosen)
-        seconds = time.monotonic() - started
+        start = time.monotonic()
+        _run_worker(request, f"{engine.name} for {_sm_text(sms)}", variables)
+        seconds = time.monotonic() - start
         size = temporary.stat().st_size
     return BuildRecord(engine.name, sms, device.builder, version, seconds, size, shapes)
 
 
-def _said(sms: Iterable[int]) -> str:
+def _sm_text(sms: Iterable[int]) -> str:
     return f"SM{'/'.join(map(str, sms))}"
 
 
-def _gpu(sms: tuple[int, ...]) -> dict[str, str]:
-    """Return the environment in which CUDA's first GPU has the target's SM: regular TensorRT builds for that one.
+def _gpu_variables(sms: tuple[int, ...]) -> dict[str, str]:
+    """Return environment variables that make the GPU with the target's SM CUDA's first: regular TensorRT uses that one.
 
     Raises:
-        BuildError: no GPU of this machine has it, or several SMs are asked for.
+        BuildError: no GPU of this machine has that SM, or there are several SMs.
     """
     if len(sms) > 1:
-        raise BuildError(f"regular TensorRT builds for one SM, {_said(sms)} are given; build for each on its own")
+        raise BuildError(f"regular TensorRT builds for one SM, got {_sm_text(sms)}; build for each separately")
     try:
-        here = [profile.sm for profile in probe()]
+        available = [profile.sm for profile in probe()]
     except DeviceError as error:
         raise BuildError(str(error)) from None
-    if sms[0] not in here:
-        found = f"this machine's GPUs have {_said(sorted(set(here)))}" if here else "this machine has no GPU"
-        raise BuildError(f"regular TensorRT needs a GPU with {_said(sms)}, {found}; build on the device")
-    if len(set(here)) == 1:
+    if sms[0] not in available:
+        have = (
+            f"this machine's GPUs have {_sm_text(sorted(set(available)))}" if available else "this machine has no GPU"
+        )
+        raise BuildError(f"regular TensorRT needs a GPU with {_sm_text(sms)}, {have}; build on the device")
+    if len(set(available)) == 1:
         return {}
-    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": str(here.index(sms[0]))}  # as nvidia-smi counts
+    index = str(available.index(sms[0]))  # in the order of nvidia-smi, which is that of the bus
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": index}
 
 
-def _run_worker(request: dict[str, Any], what: str, chosen: Mapping[str, str]) -> None:
+def _run_worker(request: dict[str, Any], what: str, variables: Mapping[str, str]) -> None:
     rtx = str(int(request["builder"] == "tensorrt-rtx"))
-    environment = {**os.environ, **chosen, "POLYGRAPHY_USE_TENSORRT_RTX": rtx}
+    environment = {**os.environ, **variables, "POLYGRAPHY_USE_TENSORRT_RTX": rtx}
     command = [sys.executable, "-m", "coatrt.engines.builders.worker", json.dumps({**request, "parent": os.getpid()})]
-    said, code = run_child(command, environment)
+    output, code = run_child(command, environment)
     size = Path(request["engine"]).stat().st_size
     if code or not size:
-        raise BuildError(f"building {what} failed: {_reason(said, code)}")
+        raise BuildError(f"building {what} failed: {_reason(output, code)}")
 
 
 def _reason(output: str, code: int) -> str:
-    """Return the builder's own words: the last lines that are errors."""
+    """Return the builder's first two distinct error lines."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    told = [line for line in lines if "[E]" in line or "rror" in line] or lines
-    chosen: Sequence[str] = list(dict.fromkeys(told))[:2] or ["no message"]
-    died = f" (the builder died with signal {-code})" if code < 0 else ""
-    return " | ".join(line[:300] for line in chosen) + died
+    errors = [line for line in lines if "[E]" in line or "rror" in line] or lines
+    first: Sequence[str] = list(dict.fromkeys(errors))[:2] or ["no message"]
+    crash = f" (the builder died with signal {-code})" if code < 0 else ""
+    return " | ".join(line[:300] for line in first) + crash

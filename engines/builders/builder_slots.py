@@ -1,4 +1,4 @@
-"""How many builders run at once: single-threaded processes, as many as there are cores and memory for."""
+"""Limits how many builders run at once: they are single-threaded processes, limited by cores and memory."""
 
 import contextlib
 import threading
@@ -15,23 +15,22 @@ _PER_WEIGHT_BYTE = 4.0
 
 
 def builder_bytes(weights: int) -> int:
-    """Return the memory to set aside for a builder of so many bytes of weights.
+    """Return the memory to reserve for a builder, in bytes, given the bytes of its weights.
 
-    Peaks of TensorRT-RTX 1.7.1 on SmolLM2-135M are 0.93 GB for 93 MB of weights in both forms of the graph; the slope
-    is a margin, not a fit.
+    TensorRT-RTX 1.7.1 on SmolLM2-135M peaks at 0.93 GB for 93 MB of weights; the slope is a safety margin, not a fit.
     """
     return _BUILDER_BASE + int(_PER_WEIGHT_BYTE * weights)
 
 
 class BuilderSlots:
-    """Lets builders in while there are cores and memory; one is always let in.
+    """Admits builders while there are cores and memory; one builder is always admitted.
 
     Args:
-        jobs: most builders at once; by default the usable cores.
-        memory: bytes for all of them; by default 70 % of what is free.
+        jobs: largest number of builders at once; by default the usable cores.
+        memory: bytes for all builders together; by default 70 % of the free memory.
 
     Raises:
-        ConfigError: a number is not positive.
+        ConfigError: a number is below 1.
     """
 
     def __init__(self, jobs: int | None = None, memory: int | None = None) -> None:
@@ -39,21 +38,21 @@ class BuilderSlots:
         self.memory = int(0.7 * free_memory()) if memory is None else memory
         if self.jobs < 1 or self.memory < 1:
             raise ConfigError(f"jobs and build memory must be at least 1, got {jobs} and {memory}")
-        self._inside: list[int] = []
-        self._changed = threading.Condition()
+        self._sizes: list[int] = []  # of the running builders
+        self._condition = threading.Condition()
 
     @contextlib.contextmanager
     def take(self, size: int) -> Iterator[None]:
-        """Wait until a builder of `size` bytes may run, and hold its place meanwhile."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._inside or self._fits(size))
-            self._inside.append(size)
+        """Wait until a builder of `size` bytes may run; its slot is freed at the end of the with block."""
+        with self._condition:
+            self._condition.wait_for(lambda: not self._sizes or self._fits(size))
+            self._sizes.append(size)
         try:
             yield
         finally:
-            with self._changed:
-                self._inside.remove(size)
-                self._changed.notify_all()
+            with self._condition:
+                self._sizes.remove(size)
+                self._condition.notify_all()
 
     def _fits(self, size: int) -> bool:
-        return len(self._inside) < self.jobs and sum(self._inside) + size <= self.memory
+        return len(self._sizes) < self.jobs and sum(self._sizes) + size <= self.memory

@@ -1,4 +1,4 @@
-"""Engines kept by what they were built from: the same graph, weights, builder and shapes give the same engine."""
+"""A cache of engines, keyed by graph, weights, builder and shapes."""
 
 import contextlib
 import hashlib
@@ -25,11 +25,11 @@ _STALE_SECONDS = 24 * 3600
 
 
 def engine_key(directory: Path, builder: str, shapes: EngineShapes) -> str:
-    """Return 32 digits for what an engine depends on, its targets aside.
+    """Return the cache key of an engine: 32 hexadecimal digits of a hash over all it depends on except its targets.
 
     Args:
-        directory: holds base.onnx and weights.bin.
-        builder: "tensorrt-rtx" or "tensorrt", installed here.
+        directory: the directory of base.onnx and weights.bin.
+        builder: "tensorrt-rtx" or "tensorrt"; must be installed.
         shapes: ranges of the dynamic dimensions.
     """
     content = {
@@ -43,21 +43,21 @@ def engine_key(directory: Path, builder: str, shapes: EngineShapes) -> str:
 
 
 class _Entry(TypedDict):
-    """The JSON beside a cached engine: what was built, and the hash of the engine."""
+    """The JSON file beside a cached engine: its record and its hash."""
 
     record: BuildRecord
     sha256: str
 
 
 class EngineCache:
-    """Engines on disk, the least recently used going first beyond a limit.
+    """A directory of engines; beyond a size limit the least recently used are removed.
 
-    An entry is an engine, named by its targets and content, and then its JSON; without both it is no entry. A disk that
-    is full or read-only loses entries, never a build.
+    An entry is an engine file, named by its targets and content, and a JSON file written after it; one without the
+    other is ignored. A full or read-only disk costs cache entries, but never fails a build.
 
     Args:
         root: directory of the cache.
-        limit_bytes: most bytes of engines kept.
+        limit_bytes: limit on the total size of the engines.
     """
 
     def __init__(self, root: Path, limit_bytes: int = _LIMIT) -> None:
@@ -69,66 +69,66 @@ class EngineCache:
         return cls(cache_directory() / "engines")
 
     def fetch(self, key: str, sms: Iterable[int], engine: Path) -> BuildRecord | None:
-        """Copy an engine that serves every target to `engine` and return its record; None where there is none.
+        """Copy a cached engine that runs on every target to `engine` and return its record; None if there is none.
 
-        An engine for more targets serves as well: TensorRT-RTX stores one form for all of them (docs/engines.md).
-        A file whose hash does not hold is removed; one that cannot be read or copied is left.
+        An engine for more targets matches too: TensorRT-RTX stores one form for all of them (docs/engines.md). An
+        engine with a wrong hash is removed; one that cannot be read or copied stays.
 
         Args:
             key: see `engine_key`.
-            sms: compute capabilities it has to run on.
+            sms: compute capabilities the engine has to run on.
             engine: the file to write, atomically.
         """
-        wanted = set(sms)
+        targets = set(sms)
         sweep(self.root / key)
-        for side in cached(self.root / key, "*.json"):
+        for json_file in cached(self.root / key, "*.json"):
             with contextlib.suppress(OSError, CoatError):
-                entry = read_as(side, _Entry, "cached engine", "remove it", sealed=True)
-                if not wanted <= set(entry["record"].sms):
+                entry = read_as(json_file, _Entry, "cached engine", "remove it", sealed=True)
+                if not targets <= set(entry["record"].sms):
                     continue
-                held = side.with_suffix(".engine")
-                if sha256_file(held) != entry["sha256"]:
-                    _remove(side)
+                source = json_file.with_suffix(".engine")
+                if sha256_file(source) != entry["sha256"]:
+                    _remove(json_file)
                     continue
                 with atomic_file(engine) as temporary:
-                    shutil.copyfile(held, temporary)
+                    shutil.copyfile(source, temporary)
                 with contextlib.suppress(OSError):
-                    side.touch()
+                    json_file.touch()
                 return replace(entry["record"], file=engine.name)
         return None
 
-    def keep(self, key: str, engine: Path, record: BuildRecord) -> None:
-        """Copy an engine into the cache, where there is room and leave to."""
+    def store(self, key: str, engine: Path, record: BuildRecord) -> None:
+        """Copy an engine into the cache; a full or read-only cache is left as it is, with a warning."""
         with cache_writing():
             digest = sha256_file(engine)
-            held = self.root / key / f"{'-'.join(f'sm{sm}' for sm in record.sms)}-{digest[:12]}.engine"
-            with atomic_file(held) as temporary:
+            copy = self.root / key / f"{'-'.join(f'sm{sm}' for sm in record.sms)}-{digest[:12]}.engine"
+            with atomic_file(copy) as temporary:
                 shutil.copyfile(engine, temporary)
-            write_json(held.with_suffix(".json"), _Entry(record=record, sha256=digest), sealed=True)
+            write_json(copy.with_suffix(".json"), _Entry(record=record, sha256=digest), sealed=True)
             self._shrink()
 
     def _shrink(self) -> None:
-        """Remove the least recently used entries beyond the limit, and what builds that were stopped have left."""
+        """Remove the least recently used entries beyond the limit, and leftovers of interrupted builds."""
         entries: list[tuple[float, int, Path]] = []
         stale = time.time() - _STALE_SECONDS
         for folder in cached(self.root, "*"):
             sweep(folder)
         for path in cached(self.root, "*/*"):
             with contextlib.suppress(OSError):  # another build may have removed it
-                used, held = path.stat().st_mtime, path.with_suffix(".engine")
-                if path.suffix == ".json" and held.is_file():
-                    entries.append((used, held.stat().st_size, path))
-                elif used < stale and (path.suffix == ".json" or not path.with_suffix(".json").is_file()):
+                last_use, engine = path.stat().st_mtime, path.with_suffix(".engine")
+                if path.suffix == ".json" and engine.is_file():
+                    entries.append((last_use, engine.stat().st_size, path))
+                elif last_use < stale and (path.suffix == ".json" or not path.with_suffix(".json").is_file()):
                     path.unlink()
         total = sum(size for _, size, _ in entries)
-        for _, size, side in sorted(entries):
+        for _, size, json_file in sorted(entries):
             if total <= self.limit_bytes:
                 return
-            _remove(side)
+            _remove(json_file)
             total -= size
 
 
-def _remove(side: Path) -> None:
-    for path in (side, side.with_suffix(".engine")):
+def _remove(json_file: Path) -> None:
+    for path in (json_file, json_file.with_suffix(".engine")):
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)

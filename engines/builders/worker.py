@@ -1,4 +1,4 @@
-"""The builder process: `python -m coatrt.engines.builders.worker REQUEST`, as JSON; it ends with its parent."""
+"""The builder process: `python -m coatrt.engines.builders.worker REQUEST`, a JSON text; it ends with its parent."""
 
 import json
 import sys
@@ -12,15 +12,15 @@ __all__ = ["build"]
 
 
 def build(request: dict[str, Any]) -> None:
-    """Build the engine that a request describes, tuned for decoding one token, and write it to the request's path."""
+    """Build the engine of a request, tuned for decoding one token, and write it to the request's path."""
     from polygraphy.backend.trt import CreateConfig, Profile, engine_bytes_from_network, network_from_onnx_path
     from polygraphy.logger import G_LOGGER
 
     G_LOGGER.module_severity = G_LOGGER.ERROR
     builder, network, parser = network_from_onnx_path(request["graph"], strongly_typed=True)
     profile = Profile()
-    for name, least, most in ranges(network, request["shapes"]):
-        profile.add(name, min=least, opt=least, max=most)
+    for name, smallest, largest in ranges(network, request["shapes"]):
+        profile.add(name, min=smallest, opt=smallest, max=largest)
     options: dict[str, Any] = {"profiles": [profile]}
     if request["builder"] == "tensorrt-rtx":
         from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
@@ -35,6 +35,6 @@ def build(request: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    asked = json.loads(sys.argv[1])
-    end_with_parent(asked["parent"])
-    build(asked)
+    request = json.loads(sys.argv[1])
+    end_with_parent(request["parent"])
+    build(request)

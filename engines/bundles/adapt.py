@@ -1,4 +1,4 @@
-"""A bundle's hypernetwork at work: the LoRA of any configuration as a file, without torch or the base model."""
+"""Emits the LoRA of any configuration with a bundle's hypernetwork, as a file, without torch or the base model."""
 
 import time
 from collections.abc import Mapping
@@ -26,12 +26,12 @@ _VERSION_DIGITS = 7
 
 @dataclass(frozen=True)
 class Emission:
-    """What was emitted.
+    """An emitted LoRA.
 
     Args:
         config: the configuration.
         tensors: number of LoRA tensors.
-        seconds: of emitting them, loading and writing aside.
+        seconds: time to emit them, without loading and writing.
     """
 
     config: QuantConfig
@@ -51,7 +51,8 @@ def adapt(
         format: "safetensors", "peft" (needs torch) or "onnx-adapter".
 
     Raises:
-        ConfigError: the configuration has a format the adapter was not trained for, or the output is in use.
+        ConfigError: the file format is unknown, the adapter was not trained for a weight format of the configuration,
+            or the output is in the bundle or a directory with files.
         BundleError: a file of the bundle was altered.
     """
     if format not in get_args(LoraFormat):
@@ -62,12 +63,12 @@ def adapt(
     if output.is_dir() and any(output.iterdir()):
         raise ConfigError(f"not an empty directory: {output}; give a new path")
     config = config or bundle.config
-    for facts in bundle.manifest["decoders"].values():  # who lies about one graph is not to be believed in another
+    for facts in bundle.manifest["decoders"].values():  # an altered graph makes the whole bundle untrustworthy
         bundle.graph(facts["file"], facts["weights"])
     emitter = Emitter.of(bundle)
-    started = time.perf_counter()
+    start = time.perf_counter()
     tensors = emitter.emit(config)
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - start
     if format == "peft":
         write_emitted_peft(output, tensors, emitter.contract, str(bundle.manifest["model"]["source"]))
     elif format == "onnx-adapter":
@@ -80,13 +81,13 @@ def adapt(
 def write_emitted_peft(
     directory: str | Path, tensors: Mapping[str, NDArray[np.float32]], contract: LoraContract, base_model: str
 ) -> None:
-    """Write emitted tensors as a PEFT adapter; alpha/rank is taken out of B again, for PEFT applies it.
+    """Write emitted tensors as a PEFT adapter; B is divided by alpha/rank, which PEFT applies itself.
 
     Args:
-        directory: where to write.
+        directory: the directory to write.
         tensors: every tensor of the contract.
         contract: names, rank and alpha.
-        base_model: kept as information.
+        base_model: name of the base model, for the adapter's config.
     """
     import torch
 
@@ -103,10 +104,10 @@ def write_emitted_peft(
 
 
 def write_onnx_adapter(path: str | Path, tensors: Mapping[str, NDArray[np.float32]], contract: LoraContract) -> None:
-    """Write emitted tensors as ONNX Runtime's `.onnx_adapter`, which `RunOptions.add_active_adapter` takes.
+    """Write emitted tensors as ONNX Runtime's `.onnx_adapter`, for `RunOptions.add_active_adapter`.
 
-    It holds the inputs of the graph, joined as the contract says. Its model version, an int32, holds the first seven
-    digits of the configuration's hash.
+    It contains the inputs of the graph, joined by fused group as in the contract. Its model version, an int32, is the
+    first seven hexadecimal digits of the configuration's hash.
     """
     import onnxruntime as ort
 
@@ -117,6 +118,6 @@ def write_onnx_adapter(path: str | Path, tensors: Mapping[str, NDArray[np.float3
     with atomic_file(path) as temporary:
         try:
             adapter.export_adapter(str(temporary))
-        except RuntimeError:  # which does not say why; the system does
+        except RuntimeError:  # its message has no reason: write as much again, for the system's own error
             temporary.write_bytes(bytes(sum(value.nbytes for value in inputs.values())))
             raise

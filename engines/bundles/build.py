@@ -37,20 +37,20 @@ def build(
     progress: Progress = silent,
     tell: Callable[[str], None] | None = None,
 ) -> list[BundleResult]:
-    """Plan a configuration for each device and make its bundle; bundles that are up to date are left as they are.
+    """Plan a configuration for each device and build its bundle; bundles that are up to date are left unchanged.
 
     Args:
         adapter: directory of a trained adapter.
-        devices: ids of device profiles, as `coatrt devices` lists them.
-        output: the bundle's directory; with several devices, the directory of their bundles.
-        request: what is asked of the plans.
-        config: this configuration for all devices, in place of planning.
-        options: see `BundleOptions`; by default as many positions, sequences and prompt tokens as the request has.
-        model: where the adapter's model is now; by default where it was at training.
-        cache: engines of earlier builds, see `EngineCache.default`; None builds all.
-        slots: how many builders run at once.
-        overwrite: replace bundles that are there and are not current.
-        sign: PEM file of the private key that signs them; a bundle that it has not signed is not current.
+        devices: ids of device profiles, as listed by `coatrt devices`.
+        output: the bundle's directory; with several devices, the parent directory of their bundles.
+        request: requirements of the plans.
+        config: a configuration for all devices; None plans one for each device.
+        options: see `BundleOptions`; by default the context, batch and prefill length of the request.
+        model: the adapter's model; by default its path at training.
+        cache: cache of engines, see `EngineCache.default`; None builds every engine.
+        slots: limit on the builders that run at once.
+        overwrite: replace bundles that exist and are out of date.
+        sign: PEM file of the private key to sign with; a bundle without its signature is out of date.
         progress: called as graphs are written.
         tell: called with a line for the user as bundles finish.
 
@@ -58,10 +58,10 @@ def build(
         One entry per device, in order.
 
     Raises:
-        DeviceError: no such device, or one that allows none of the adapter's formats.
+        DeviceError: a device is unknown, or supports none of the adapter's formats.
         FormatError: a device cannot run a format of the configuration.
         BuildError: a builder is not installed or refuses a graph; the other bundles are finished.
-        ConfigError: nothing keeps the limits, the configuration does not fit, or a place is in use.
+        ConfigError: no configuration meets the limits, the given one does not fit, or an output is in use.
     """
     if isinstance(devices, str):
         raise ConfigError(f"devices must be a list of ids, got {devices!r}; give [{devices!r}]")
@@ -74,6 +74,6 @@ def build(
     preparation = prepare(description, targets, options or BundleOptions.of(request), overwrite=overwrite, sign=sign)
     if not preparation.jobs:
         return [preparation.current[target.output] for target in targets]
-    loaded = Adapter.from_pretrained(adapter)
-    checkpoint = loaded.checkpoint(model)
-    return execute(preparation, loaded, checkpoint, cache=cache, slots=slots, progress=progress, tell=tell)
+    trained = Adapter.from_pretrained(adapter)
+    checkpoint = trained.checkpoint(model)
+    return execute(preparation, trained, checkpoint, cache=cache, slots=slots, progress=progress, tell=tell)

@@ -1,4 +1,4 @@
-"""The files of a bundle but engine and manifest: what all bundles of an adapter share, what a configuration adds."""
+"""Writes a bundle's files except engine and manifest: those all bundles of an adapter share, and a configuration's."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ __all__ = ["export_config", "export_shared"]
 
 
 def export_shared(adapter: Adapter, checkpoint: Checkpoint, directory: Path) -> dict[str, Any]:
-    """Write hypernetwork, LoRA contract and tokenizer into a directory; return the manifest's facts about them."""
+    """Write hypernetwork, LoRA contract and tokenizer into a directory; return their entries for the manifest."""
     write_json(directory / "lora_io.json", adapter.description.contract)
     export_hypernetwork(adapter, directory)
     tokenizer = load_tokenizer(checkpoint.directory)
@@ -52,13 +52,13 @@ def export_config(
     codes: CodeStore,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Write the graphs, weights and LoRA of one configuration, and return the manifest's facts about them.
+    """Write the graphs, weights and LoRA of one configuration; return their entries for the manifest.
 
     Args:
         adapter: the trained adapter.
         checkpoint: its model.
         config: the configuration.
-        shared: where `export_shared` has written.
+        shared: the directory that `export_shared` wrote.
         directory: an existing directory.
         options: see `BundleOptions`.
         codes: cache of encoded matrices.
@@ -71,7 +71,7 @@ def export_config(
     export_decoder(checkpoint, config, directory, forms=forms, contract=contract, codes=codes, progress=progress)
     config.save(directory / "configuration.json")
     save_lora(directory / "lora.safetensors", Emitter(shared / "hypernet.onnx", contract).emit(config), config)
-    measured = adapter.description.sensitivity.errors  # matrix → format → relative error
+    errors = adapter.description.sensitivity.errors  # matrix → format → relative error
     return {
         "configuration": {
             "file": "configuration.json",
@@ -79,9 +79,7 @@ def export_config(
             "average_bits": config.average_bits(adapter.description.model),
             "bytes": config.nbytes(adapter.description.model),
             "errors": {
-                name: measured[name][str(fmt)]
-                for name, fmt in config.formats.items()
-                if str(fmt) in measured.get(name, {})
+                name: errors[name][str(fmt)] for name, fmt in config.formats.items() if str(fmt) in errors.get(name, {})
             },
         },
         "decoders": {

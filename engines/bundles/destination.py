@@ -1,4 +1,4 @@
-"""Where a bundle may be written: a new or empty directory, or one that holds a bundle and nothing else."""
+"""Checks where a bundle may be written: a new or empty directory, or one with a bundle and nothing else."""
 
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -14,40 +14,40 @@ __all__ = ["check_output", "holds_bundle"]
 _SHOWN = 3
 
 
-class _Marks(TypedDict):  # by which a manifest is known, of whatever version
+class _Marks(TypedDict):  # keys that identify a bundle's manifest of any version
     format: Any
     coatrt: Any
     files: dict[str, Any]
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Refuse an output directory that holds something, unless it is a bundle that may be replaced.
+    """Refuse an output directory that is not empty, unless it is a bundle that may be replaced.
 
-    A bundle is known by its manifest, damaged or not. What cannot be renamed is refused too: the finished bundle takes
-    its place.
+    A bundle is identified by its manifest, even a damaged one. A directory that cannot be renamed is refused too, as
+    the new bundle replaces it by renaming.
 
     Raises:
-        ConfigError: it does, or see `check_replaceable`.
+        ConfigError: the directory has other files, or a bundle without `overwrite`; or see `check_replaceable`.
     """
     check_replaceable(output)
     if not output.is_dir() or not any(output.iterdir()):
         return
-    named = _named(output)
-    others = _others(output, named) if named is not None else sorted(path.name for path in output.iterdir())
+    own = _manifest_files(output)
+    others = _other_files(output, own) if own is not None else sorted(path.name for path in output.iterdir())
     if others:
-        some = ", ".join(others[:_SHOWN]) + (", …" if len(others) > _SHOWN else "")
-        raise ConfigError(f"{output} holds other files ({some}); give a new directory")
+        sample = ", ".join(others[:_SHOWN]) + (", …" if len(others) > _SHOWN else "")
+        raise ConfigError(f"{output} holds other files ({sample}); give a new directory")
     if not overwrite:
         raise ConfigError(f"{output} holds a bundle; give a new directory, or --overwrite to replace it")
 
 
 def holds_bundle(directory: Path) -> bool:
-    """Return whether a directory has a bundle's manifest; another program's manifest.json is none."""
-    return (directory / MANIFEST).is_file() and _named(directory) is not None
+    """Return whether a directory has a bundle's manifest; another program's manifest.json does not count."""
+    return (directory / MANIFEST).is_file() and _manifest_files(directory) is not None
 
 
-def _named(directory: Path) -> set[str] | None:
-    """Return the files that a bundle's manifest names; None where the directory has no manifest of ours."""
+def _manifest_files(directory: Path) -> set[str] | None:
+    """Return the files listed in a bundle's manifest; None if the directory has no such manifest."""
     try:
         manifest = read_as(directory / MANIFEST, _Marks, "bundle manifest", "build the bundle again")
     except ConfigError:
@@ -55,10 +55,10 @@ def _named(directory: Path) -> set[str] | None:
     return set(manifest["files"])
 
 
-def _others(directory: Path, named: Iterable[str]) -> list[str]:
-    """Return what is there beside a bundle's own files, a directory without what it holds."""
-    files = {MANIFEST, SIGNATURE, *named}
-    if "build.json" in files:  # what the build kit leaves where it is stopped
+def _other_files(directory: Path, own: Iterable[str]) -> list[str]:
+    """Return files and directories that are not the bundle's own; of a directory's content only the directory."""
+    files = {MANIFEST, SIGNATURE, *own}
+    if "build.json" in files:  # leftovers of an interrupted build kit count as the bundle's own
         files.add(f"{MANIFEST}.part")
         files |= {path.name for ending in ("part", "engine") for path in directory.glob(f"sm[0-9]*.{ending}")}
     folders = {str(parent) for name in files for parent in PurePosixPath(name).parents}

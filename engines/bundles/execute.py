@@ -1,4 +1,4 @@
-"""A prepared build, done: shared files once, graphs one configuration after another, builders side by side."""
+"""Executes a build: writes shared files once, then graphs per configuration, with builders in parallel."""
 
 import contextlib
 import shutil
@@ -31,7 +31,7 @@ __all__ = ["execute"]
 
 T = TypeVar("T")
 _Engine = tuple[BuildRecord | None, bool]
-"""The record of a job's engine, None where it has none, and whether the engine came from the cache."""
+"""The record of a job's engine (None without engine), and whether the engine came from the cache."""
 
 
 def execute(
@@ -44,18 +44,18 @@ def execute(
     progress: Progress = silent,
     tell: Callable[[str], None] | None = None,
 ) -> list[BundleResult]:
-    """Make every bundle of a preparation; none is visible at its place before it is complete.
+    """Build every bundle of a preparation; a bundle appears in its directory only when it is complete.
 
-    Each matrix is encoded once for each format, each distinct configuration becomes one set of graphs, and one engine
-    serves all its TensorRT-RTX devices. Graphs are written here while builders run beside. Whatever fails, bundles that
-    can be finished are.
+    Each matrix is encoded once per format, each distinct configuration becomes one set of graphs, and one engine runs
+    on all its TensorRT-RTX devices. Graphs are written here while builders run in parallel. A failure does not keep
+    other bundles from being finished.
 
     Args:
         preparation: see `coatrt.engines.bundles.prepare`.
         adapter: the trained adapter.
         checkpoint: its model.
-        cache: engines of earlier builds; None builds all.
-        slots: how many builders run at once.
+        cache: cache of engines; None builds every engine.
+        slots: limit on the builders that run at once.
         progress: called after each matrix.
         tell: called with a line for the user as bundles finish.
 
@@ -63,9 +63,9 @@ def execute(
         One entry per target, in order.
 
     Raises:
-        CheckpointError: a graph would not compute what the model does, see `preflight`; nothing was made.
-        BuildError: a builder is not installed; nothing was made. Or it refuses a graph, or a bundle cannot be
-            written; the other bundles are finished.
+        CheckpointError: a graph would compute other logits than the model, see `preflight`; no bundle is written.
+        BuildError: a builder is not installed; no bundle is written. Or a builder refuses a graph, or a bundle cannot
+            be written; the other bundles are finished.
     """
     results = dict(preparation.current)
     if preparation.jobs:
@@ -76,29 +76,29 @@ def execute(
         codes = adapter.codes(checkpoint, progress)
         output = preparation.jobs[0].targets[0].output
         with writing(output), scratch(output.parent, "build") as place:
-            slots, tell = slots or BuilderSlots(), _unfailing(tell)
+            slots, tell = slots or BuilderSlots(), _without_errors(tell)
             build = _Build(preparation, adapter, checkpoint, codes, cache, slots, progress, tell, place)
             results |= build.run()
     return [results[target.output] for target in preparation.targets]
 
 
-def _unfailing(tell: Callable[[str], None] | None) -> Callable[[str], None]:
-    """Return a `tell` that stops no bundle where its line cannot be printed."""
+def _without_errors(tell: Callable[[str], None] | None) -> Callable[[str], None]:
+    """Return a `tell` that ignores output errors: a closed terminal must not fail a bundle."""
 
-    def say(line: str) -> None:
+    def quiet_tell(line: str) -> None:
         with contextlib.suppress(OSError):
             if tell is not None:
                 tell(line)
 
-    return say
+    return quiet_tell
 
 
 @dataclass
 class _Build:
-    """A build under way: graphs are written one after another, builders run beside, bundles are sealed as they finish.
+    """A running build: graphs are written one after another, builders run in parallel, finished bundles are sealed.
 
-    `shared` are the manifest's facts about the files that all bundles share; `running` gives each engine's job, and the
-    facts about the files of its configuration.
+    `shared` are the manifest's entries of the files that all bundles share; `running` maps each engine's future to its
+    job and the manifest's entries of its configuration's files.
     """
 
     preparation: Preparation
@@ -110,17 +110,17 @@ class _Build:
     progress: Progress
     tell: Callable[[str], None]
     scratch: Path
-    started: float = field(default_factory=time.monotonic)
+    start: float = field(default_factory=time.monotonic)
     shared: dict[str, Any] = field(default_factory=dict)
     running: dict[Future[_Engine], tuple[Job, dict[str, Any]]] = field(default_factory=dict)
     results: dict[Path, BundleResult] = field(default_factory=dict)
     failures: list[CoatError] = field(default_factory=list)
 
     def run(self) -> dict[Path, BundleResult]:
-        """Return the results by place.
+        """Return the results by output directory.
 
         Raises:
-            BuildError: some failed.
+            BuildError: a bundle failed.
         """
         with ThreadPoolExecutor(self.slots.jobs) as pool:
             try:
@@ -133,32 +133,32 @@ class _Build:
             except Exception:
                 self._collect(block=True)
                 raise
-            except BaseException:  # told to end
+            except BaseException:  # Ctrl-C or SIGTERM
                 pool.shutdown(wait=False, cancel_futures=True)
                 while not all(future.done() for future in self.running):
-                    end_children()  # a builder may just be starting
+                    end_children()  # again and again, as a builder may just be starting
                     wait(self.running, timeout=0.1)
                 raise
-        wanted = len(self.preparation.targets)
-        if self.failures and wanted == 1:
+        total = len(self.preparation.targets)
+        if self.failures and total == 1:
             raise self.failures[0]
         if self.failures:
-            lost = wanted - len(self.results) - len(self.preparation.current)
-            raise BuildError(f"{lost} of {wanted} bundles failed, the others are finished: {self.failures[0]}")
+            failed = total - len(self.results) - len(self.preparation.current)
+            raise BuildError(f"{failed} of {total} bundles failed, the others are finished: {self.failures[0]}")
         return self.results
 
     def _folders(self, job: Job) -> tuple[Path, Path]:
-        """Return where the files are that all bundles share, and those of a configuration."""
+        """Return the directory of the files that all bundles share, and that of a configuration's files."""
         return self.scratch / "shared", self.scratch / job.config.hash
 
     def _attempt(self, work: Callable[[], T]) -> T | None:
-        """Return what some work returns, None where it failed: the failure is raised when all else is finished."""
+        """Return the result of `work`, or None if it fails; `run` raises the failure when everything else is done."""
         try:
             return work()
         except CoatError as error:
             self.failures.append(error)
         except OSError as error:
-            # shutil's own error is a list with a reason for every file.
+            # shutil.Error has a list with a reason per file.
             reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error
             self.failures.append(
                 BuildError(f"a bundle cannot be written ({reason}); check permissions and free disk space, build again")
@@ -166,20 +166,20 @@ class _Build:
         return None
 
     def _write(self, number: int, job: Job) -> dict[str, Any]:
-        """Write the files of job `number`, counted from 0, and return the manifest's facts about them."""
+        """Write the files of job `number`, counted from 0, and return their entries for the manifest."""
         shared, directory = self._folders(job)
         with writing(job.targets[0].output):
-            return self._written(number, job, shared, directory)
+            return self._write_files(number, job, shared, directory)
 
-    def _written(self, number: int, job: Job, shared: Path, directory: Path) -> dict[str, Any]:
+    def _write_files(self, number: int, job: Job, shared: Path, directory: Path) -> dict[str, Any]:
         if not self.shared:
             shutil.rmtree(shared, ignore_errors=True)
             shared.mkdir()
             self.shared = export_shared(self.adapter, self.checkpoint, shared)
         directory.mkdir()
 
-        def step(done: int, of: int, stage: str, note: str = "", /) -> None:
-            self.progress(number * of + done, len(self.preparation.jobs) * of, stage, note)
+        def step(count: int, total: int, stage: str, note: str = "", /) -> None:
+            self.progress(number * total + count, len(self.preparation.jobs) * total, stage, note)
 
         return export_config(
             self.adapter,
@@ -200,21 +200,21 @@ class _Build:
         sms = [device.sm for device in devices]
         engine = directory / ("-".join(f"sm{sm}" for sm in sms) + ".engine")
         key = engine_key(directory, devices[0].builder, options.shapes) if self.cache is not None else ""
-        if self.cache is not None and (found := self.cache.fetch(key, sms, engine)) is not None:
-            return found, True
+        if self.cache is not None and (cached := self.cache.fetch(key, sms, engine)) is not None:
+            return cached, True
         with self.slots.take(builder_bytes((directory / "weights.bin").stat().st_size)):
             record = build_engine(directory / "base.onnx", engine, devices[0], also=devices[1:], shapes=options.shapes)
         if self.cache is not None:
-            self.cache.keep(key, engine, record)
+            self.cache.store(key, engine, record)
         return record, False
 
     def _collect(self, block: bool) -> None:
         """Seal the bundles whose engine is finished; with `block`, wait for all."""
         while self.running:
-            finished, _ = wait(self.running, timeout=None if block else 0, return_when=FIRST_COMPLETED)
-            if not finished:
+            futures, _ = wait(self.running, timeout=None if block else 0, return_when=FIRST_COMPLETED)
+            if not futures:
                 return
-            for future in finished:
+            for future in futures:
                 job, facts = self.running.pop(future)
                 engine = self._attempt(future.result)
                 if engine is not None:
@@ -224,13 +224,13 @@ class _Build:
     def _seal(self, job: Job, facts: dict[str, Any], record: BuildRecord | None, cached: bool) -> None:
         for target in job.targets:
             fingerprint = self.preparation.fingerprints[target.output]
-            known = {**self.shared, **facts, "fingerprint": fingerprint}
-            folders, prepared = self._folders(job), self.preparation
-            work = partial(seal_bundle, target, folders, known, record, prepared.options, self.tell, prepared.sign)
+            entries = {**self.shared, **facts, "fingerprint": fingerprint}
+            folders, options, sign = self._folders(job), self.preparation.options, self.preparation.sign
+            work = partial(seal_bundle, target, folders, entries, record, options, self.tell, sign)
             bundle = self._attempt(work)
             if bundle is None:
                 continue
-            seconds = time.monotonic() - self.started
+            seconds = time.monotonic() - self.start
             result = BundleResult(target, bundle, "cached" if cached else "built", seconds)
             self.results[target.output] = result
             if len(self.preparation.targets) > 1:

@@ -1,4 +1,4 @@
-"""What a bundle was made from, as one hash: the same hash at the same place means there is nothing to do."""
+"""A hash of everything a bundle is built from: a bundle whose manifest has the same hash is up to date."""
 
 import hashlib
 import importlib.util
@@ -29,20 +29,20 @@ WRITERS = (
     "coatrt.engines.builders",
     "coatrt.engines.bundles",
 )
-"""Modules and rooms whose code decides what is in a bundle, subfolders included; a test holds them against imports."""
+"""Modules and packages whose code determines a bundle's content, subfolders included; a test checks them by imports."""
 
 
 def writers_hash() -> str:
-    """Return the hash of the source files that write bundles: a changed exporter makes other bundles."""
+    """Return the hash of the source files that write bundles: a changed exporter writes other bundles."""
     specs = [spec for name in WRITERS if (spec := importlib.util.find_spec(name)) is not None]
     return code_hash(Path(spec.origin) for spec in specs if spec.origin is not None)
 
 
 def code_hash(origins: Iterable[Path]) -> str:
-    """Return the SHA-256 over the names and bytes of source files, those of a package with all below it.
+    """Return the SHA-256 of the names and bytes of source files.
 
     Args:
-        origins: modules; an `__init__.py` stands for its whole folder.
+        origins: files of modules; an `__init__.py` stands for its whole folder, subfolders included.
     """
     digest = hashlib.sha256()
     for origin in origins:
@@ -53,11 +53,11 @@ def code_hash(origins: Iterable[Path]) -> str:
 
 
 def bundle_fingerprint(adapter: str, target: Target, options: BundleOptions, code: str) -> str:
-    """Return 32 digits for everything a bundle depends on: adapter, configuration, device, options, plan, code.
+    """Return 32 hexadecimal digits of a hash over adapter, configuration, device, options, plan, code and versions.
 
     Args:
         adapter: hash of the adapter.
-        target: what the bundle is made for.
+        target: the bundle's device, configuration and plan.
         options: see `BundleOptions`.
         code: see `writers_hash`.
     """
@@ -80,12 +80,14 @@ def bundle_fingerprint(adapter: str, target: Target, options: BundleOptions, cod
 
 
 def current_bundle(directory: Path, fingerprint: str, key: bytes | None = None) -> Bundle | None:
-    """Return the whole bundle of a fingerprint, if it is there; sizes are compared, `coatrt verify` checks hashes.
+    """Return the bundle in a directory if it is complete and has this fingerprint, else None.
+
+    Only the sizes of its files are compared; `coatrt verify` checks their hashes.
 
     Args:
-        directory: where it is.
+        directory: the bundle's directory.
         fingerprint: see `bundle_fingerprint`.
-        key: public key that must have signed it.
+        key: public key that must have signed it; None accepts any bundle.
     """
     try:
         bundle = Bundle.open(directory, key=key)

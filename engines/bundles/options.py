@@ -1,4 +1,4 @@
-"""What goes into a bundle; read without torch."""
+"""The options of a bundle; importable without torch."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,14 +14,14 @@ __all__ = ["BundleOptions"]
 
 @dataclass(frozen=True)
 class BundleOptions:
-    """What goes into a bundle.
+    """The options of a bundle.
 
     Args:
-        activations: of the engine form: float16 or bfloat16.
-        cpu_activations: of the cpu form: float32 or float16.
-        context: slots of the KV cache per sequence in the engine form; the others have positions for as many.
+        activations: dtype of the engine form's activations: float16 or bfloat16.
+        cpu_activations: dtype of the cpu form's activations: float32 or float16.
+        context: KV cache slots per sequence in the engine form; the other forms have at least as many positions.
         shapes: ranges of the engine's dynamic dimensions.
-        engine: whether an engine is built where the device's builder can do so here.
+        engine: whether to build an engine, if the device's builder can build it on this machine.
     """
 
     activations: str = "float16"
@@ -32,10 +32,10 @@ class BundleOptions:
 
     @classmethod
     def of(cls, request: "PlanRequest", **changes: Any) -> "BundleOptions":
-        """Return the options of a plan's request: its positions, sequences and prompt tokens.
+        """Return options with the context, batch and prefill length of a plan's request.
 
         Args:
-            request: what the plan was asked.
+            request: the plan's request.
             changes: the other options.
         """
         shapes = EngineShapes(request.batch, min(request.prefill, request.context))

@@ -1,4 +1,4 @@
-"""What a build has to do, decided and checked before any of it is done; read without torch."""
+"""Decides and checks what a build has to do, before it does anything; importable without torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,11 +21,11 @@ __all__ = ["Job", "Preparation", "prepare"]
 
 @dataclass(frozen=True)
 class Job:
-    """One configuration: its graphs are written once, for every target that has it.
+    """One configuration, whose graphs are written once for all its targets.
 
     Args:
         config: the configuration.
-        targets: at least one.
+        targets: the targets with this configuration, at least one.
     """
 
     config: QuantConfig
@@ -33,7 +33,7 @@ class Job:
 
     @property
     def rtx_devices(self) -> tuple[DeviceProfile, ...]:
-        """One device of each compute capability that the job's one TensorRT-RTX engine must serve, by capability."""
+        """One device per compute capability that the job's TensorRT-RTX engine has to run on, in ascending order."""
         devices = [target.device for target in self.targets if target.device.builder == "tensorrt-rtx"]
         by_sm = {device.sm: device for device in devices}
         return tuple(by_sm[sm] for sm in sorted(by_sm))
@@ -44,12 +44,12 @@ class Preparation:
     """A build that is ready to be executed.
 
     Args:
-        targets: every bundle asked for, in order.
+        targets: every target of the build, in order.
         options: see `BundleOptions`.
-        fingerprints: by the place of each target, see `coatrt.engines.bundles.fingerprint`.
-        current: results of the bundles that are up to date, by place.
-        jobs: what is to do, one for each distinct configuration.
-        sign: PEM file of the private key that signs the bundles; None for none.
+        fingerprints: output directory → fingerprint, see `coatrt.engines.bundles.fingerprint`.
+        current: output directory → result, for the bundles that are up to date.
+        jobs: the remaining work, one job per distinct configuration.
+        sign: PEM file of the private key to sign with; None for unsigned bundles.
     """
 
     targets: tuple[Target, ...]
@@ -68,35 +68,35 @@ def prepare(
     overwrite: bool = False,
     sign: str | Path | None = None,
 ) -> Preparation:
-    """Return what a build has to do; nothing is written.
+    """Return what a build has to do, without writing anything.
 
     Args:
         adapter: the trained adapter.
-        targets: what to make, every place once.
+        targets: the bundles to build; their output directories must differ.
         options: see `BundleOptions`.
-        overwrite: replace bundles that are there and are not current.
-        sign: PEM file of the private key that signs them; a bundle that it has not signed is not current.
+        overwrite: replace bundles that exist and are out of date.
+        sign: PEM file of the private key to sign with; a bundle without its signature is out of date.
 
     Raises:
         FormatError: a device cannot run a format.
-        ConfigError: a configuration does not fit the adapter, a place is in use, or the model has fewer positions than
-            the context has.
+        ConfigError: a configuration does not fit the adapter, an output directory is in use, or the context exceeds the
+            model's positions.
     """
     adapter.spec.check_context(options.context)
     code, key = writers_hash(), None if sign is None else public_key(sign)
     fingerprints = {target.output: bundle_fingerprint(adapter.hash, target, options, code) for target in targets}
     if len(fingerprints) != len(targets):
-        raise ConfigError(f"{len(targets)} bundles have {len(fingerprints)} output directories; give each its own")
-    _check_places([target.output.absolute() for target in targets])
+        raise ConfigError(f"{len(targets)} bundles have only {len(fingerprints)} output directories; give each its own")
+    _check_outputs([target.output.absolute() for target in targets])
     current: dict[Path, BundleResult] = {}
     by_config: dict[str, list[Target]] = {}
     for target in targets:
         sweep(target.output.parent)
         _check_formats(adapter, target.config)
         check_formats(target.config, target.device, options.activations)
-        found = current_bundle(target.output, fingerprints[target.output], key) if adapter.hash else None
-        if found is not None:
-            current[target.output] = BundleResult(target, found, "current", 0.0)
+        bundle = current_bundle(target.output, fingerprints[target.output], key) if adapter.hash else None
+        if bundle is not None:
+            current[target.output] = BundleResult(target, bundle, "current", 0.0)
             continue
         check_output(target.output, overwrite)
         by_config.setdefault(target.config.hash, []).append(target)
@@ -104,20 +104,19 @@ def prepare(
     return Preparation(tuple(targets), options, fingerprints, current, jobs, sign)
 
 
-def _check_places(places: Sequence[Path]) -> None:
-    """Refuse a bundle inside another one, of this build or of an earlier one."""
-    for place in places:
-        for parent in place.parents:
-            if parent in places or holds_bundle(parent):
-                raise ConfigError(f"{place} lies inside the bundle {parent}; give a directory outside")
+def _check_outputs(outputs: Sequence[Path]) -> None:
+    """Refuse an output directory inside another bundle, of this build or an earlier one."""
+    for output in outputs:
+        for parent in output.parents:
+            if parent in outputs or holds_bundle(parent):
+                raise ConfigError(f"{output} lies inside the bundle {parent}; give a directory outside")
 
 
 def _check_formats(adapter: AdapterDescription, config: QuantConfig) -> None:
-    """Refuse a configuration that the adapter does not serve."""
+    """Refuse a configuration with a format the adapter was not trained for."""
     for tensor in adapter.contract.tensors:
         fmt = config.formats.get(tensor.matrix)
         if fmt not in adapter.formats:
-            raise ConfigError(
-                f"{tensor.matrix} is {fmt or 'not in the configuration'}, which the adapter was not trained for; "
-                f"allowed: {', '.join(map(str, adapter.formats))}"
-            )
+            problem = f"is {fmt}, which the adapter was not trained for" if fmt else "has no format"
+            allowed = ", ".join(map(str, adapter.formats))
+            raise ConfigError(f"{tensor.matrix} {problem}; allowed: {allowed}")

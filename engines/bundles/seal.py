@@ -1,4 +1,4 @@
-"""Files of a configuration + engine → the bundle of one device, visible only when it is complete."""
+"""Files of a configuration and engine → the bundle of one device, which appears only when it is complete."""
 
 import shutil
 from collections.abc import Callable, Mapping
@@ -27,19 +27,19 @@ def seal_bundle(
     tell: Callable[[str], None],
     sign: str | Path | None = None,
 ) -> Bundle:
-    """Put a bundle together at its target's place and open it.
+    """Assemble a bundle in its target's output directory and open it.
 
-    A device with regular TensorRT gets its engine where this machine has the builder and a GPU of its kind, else a
-    build kit.
+    For a device with regular TensorRT, the engine is built if this machine has the builder and a GPU of that compute
+    capability; otherwise the bundle gets a build kit.
 
     Args:
-        target: the place, and the device.
-        folders: the files; other bundles may be put together from the same.
-        facts: what the manifest says of them, and what the bundle was made from.
-        record: of the TensorRT-RTX engine in the last folder; None where there is none.
+        target: device, output directory and plan.
+        folders: directories of the bundle's files, which are copied: other bundles may need them too.
+        facts: the manifest's entries of these files, and the fingerprint.
+        record: record of the TensorRT-RTX engine in the last folder; None if there is none.
         options: see `BundleOptions`.
         tell: called with a line for the user.
-        sign: PEM file of the private key that signs it.
+        sign: PEM file of the private key to sign with; None for an unsigned bundle.
     """
     device = target.device
     with atomic_directory(target.output) as temporary:
@@ -62,9 +62,9 @@ def seal_bundle(
 def _local_engine(
     directory: Path, target: Target, options: BundleOptions, tell: Callable[[str], None]
 ) -> list[BuildRecord]:
-    """Build with regular TensorRT where it is installed and a GPU has the target's SM, else leave a build kit.
+    """Build with regular TensorRT if it is installed and a GPU has the target's SM; otherwise add a build kit.
 
-    The kit needs the package tensorrt on the device, and nothing of coatrt.
+    The kit needs only the package tensorrt on the device, not coatrt.
     """
     device = target.device
     engine = directory / f"sm{device.sm}.engine"
@@ -82,5 +82,5 @@ def _local_engine(
         }
         write_json(directory / "build.json", recipe)
         shutil.copyfile(kit_script.__file__, directory / "build_engine.py")
-        tell(f"{device.id}: no engine here ({error}); on the device, in the bundle: python build_engine.py")
+        tell(f"{device.id}: no engine built here ({error}); run python build_engine.py in the bundle on the device")
         return []

@@ -1,4 +1,4 @@
-"""What bundles are made for, and what came of it; read without torch."""
+"""Targets of a build and their results; importable without torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ __all__ = ["BundleResult", "Target", "plan_targets"]
 
 @dataclass(frozen=True)
 class Target:
-    """A bundle to make.
+    """A bundle to build.
 
     Args:
-        device: what it is for.
+        device: the device it is for.
         config: its configuration.
         output: its directory.
-        plan: why this configuration; saved as plan.json.
+        plan: the plan of the configuration, saved as plan.json; None if it was not planned.
     """
 
     device: DeviceProfile
@@ -38,10 +38,10 @@ class BundleResult:
     """A finished bundle.
 
     Args:
-        target: what was asked for.
-        bundle: the bundle, opened.
-        state: "built"; "cached" where its engine came from the cache; "current" where nothing was to do.
-        seconds: from the start of the build until it was complete.
+        target: its target.
+        bundle: the opened bundle.
+        state: "built"; "cached" if its engine came from the cache; "current" if it was up to date.
+        seconds: time from the start of the build until the bundle was complete.
     """
 
     target: Target
@@ -59,28 +59,28 @@ def plan_targets(
     choice: tuple[QuantConfig, Plan | None] | None = None,
     archive: Archive | None = None,
 ) -> list[Target]:
-    """Return a target for each device: its plan's configuration, or one that was chosen before.
+    """Return a target for each device, with a planned configuration or a given one.
 
     Args:
-        adapter: what to plan with.
-        devices: the targets' devices, each once.
-        output: the bundle's directory; with several devices, the directory of their bundles.
-        request: what is asked of the plans.
-        choice: a configuration for all devices, and the plan it comes from; a plan's figures are saved with the bundle
-            of its own device and adapter only.
+        adapter: the adapter to plan with.
+        devices: the targets' devices; they must differ.
+        output: the bundle's directory; with several devices, the parent directory of their bundles.
+        request: requirements of the plans.
+        choice: a configuration for all devices and the plan it comes from; the plan is saved only with the bundle of
+            its own device and adapter. None plans a configuration for each device.
         archive: measured configurations, see `coatrt.planning.planner.plan`.
 
     Raises:
-        DeviceError: a device allows none of the adapter's formats.
-        ConfigError: nothing keeps the limits.
+        DeviceError: a device supports none of the adapter's formats.
+        ConfigError: no configuration meets the limits.
     """
-    places = [output if len(devices) == 1 else output / device.id for device in devices]
+    outputs = [output if len(devices) == 1 else output / device.id for device in devices]
     if choice is None:
         plans = plan_fleet(adapter, devices, request, archive=archive)
-        return [Target(*row) for row in zip(devices, [plan.config for plan in plans], places, plans, strict=True)]
+        return [Target(*row) for row in zip(devices, [plan.config for plan in plans], outputs, plans, strict=True)]
     config, plan = choice
     origin = (plan.device, plan.adapter) if plan is not None else None
     return [
-        Target(device, config, place, plan if (device.id, adapter.hash) == origin else None)
-        for device, place in zip(devices, places, strict=True)
+        Target(device, config, directory, plan if (device.id, adapter.hash) == origin else None)
+        for device, directory in zip(devices, outputs, strict=True)
     ]

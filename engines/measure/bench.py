@@ -1,4 +1,4 @@
-"""Benchmark of a bundle on this machine: latencies, tokens/s, LoRA on and off, emission, load, the bandwidth bound."""
+"""Benchmark of a bundle on this machine: latency, tokens/s, LoRA on and off, emission, loading, share of bandwidth."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ from coatrt.errors import ConfigError
 from coatrt.system.progress import Progress, silent
 from coatrt.system.text_table import aligned
 
-__all__ = ["bench", "bench_text", "percentiles", "timed"]
+__all__ = ["bench", "bench_text", "percentiles", "seconds_of"]
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
@@ -32,11 +32,11 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
     return {"p50_ms": p50, "p90_ms": p90, "p99_ms": p99, "samples": len(seconds)}
 
 
-def timed(call: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
-    """Return the seconds that a call takes by a clock."""
-    started = clock()
+def seconds_of(call: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
+    """Return the seconds that a call takes."""
+    start = clock()
     call()
-    return clock() - started
+    return clock() - start
 
 
 def bench(
@@ -51,31 +51,31 @@ def bench(
 ) -> dict[str, Any]:
     """Measure a bundle on this machine.
 
-    With and without LoRA alternate within every repetition, so that a noisy machine hits both alike. "Without" binds
-    zero tensors: the graph is the same one, which is what a service runs. On a GPU the LoRA that is switched to lies in
-    page-locked memory, as a service would keep those that it changes between.
+    Runs with and without LoRA alternate within every repetition, so that noise affects both equally. "Without" binds
+    zeros to the same graph, as a service would. On a GPU the LoRA to switch to is in page-locked memory, as in a
+    service that switches between several.
 
     Args:
         bundle: an opened bundle.
-        options: how it runs; the context is what the longest prompt and the tokens need.
-        prompts: prompt lengths in tokens; decoding goes on behind the longest.
+        options: how it runs; the context is replaced by the longest prompt plus `tokens`.
+        prompts: prompt lengths in tokens; decoding continues after the longest.
         tokens: tokens decoded per repetition.
         repeat: repetitions.
-        device: profile of the machine, for the bandwidth bound; None leaves it out.
+        device: profile of this machine, for its share of the peak bandwidth; None omits that.
         progress: called after each repetition.
 
     Raises:
-        ConfigError: a number is not positive or does not fit the decoder.
+        ConfigError: a number is below 1 or does not fit the decoder.
         BuildError: the backend cannot run here.
     """
     if not prompts or min(*prompts, tokens, repeat) < 1:
-        given = f"{list(prompts)}, {tokens} and {repeat}"
-        raise ConfigError(f"prompt lengths, tokens and repeat must be at least 1, got {given}")
-    prompts = sorted(set(prompts))  # the longest comes last, and decoding goes on behind it
+        values = f"{list(prompts)}, {tokens} and {repeat}"
+        raise ConfigError(f"prompt lengths, tokens and repeat must be at least 1, got {values}")
+    prompts = sorted(set(prompts))  # the longest last: decoding continues after it
     options = replace(options, context=prompts[-1] + tokens)
     lora = load_lora(bundle.path("lora.safetensors"), bundle.contract)
-    decoder, load_seconds = _loaded(bundle, options)
-    emission = _emission(bundle, options.threads, max(3, repeat))
+    decoder, load_seconds = _load(bundle, options)
+    emission = _time_emission(bundle, options.threads, max(3, repeat))
     prefill, decode, switch = _sample(decoder, lora, options, prompts, repeat, progress)
     sizes = _bytes_per_token(bundle, decoder.io, options)
     rate = sizes["total"] / median(decode[True])
@@ -103,24 +103,27 @@ def bench(
     }
 
 
-def _loaded(bundle: Bundle, options: RuntimeOptions) -> tuple[Decoder, float]:
-    """Return a decoder that has the context, and the seconds of loading it."""
-    started = time.perf_counter()
+def _load(bundle: Bundle, options: RuntimeOptions) -> tuple[Decoder, float]:
+    """Return a decoder with the context of `options`, and the seconds it took to load."""
+    start = time.perf_counter()
     decoder = load_decoder(bundle, options)
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - start
     if decoder.capacity < options.context:
-        raise ConfigError(f"prompts and tokens need {options.context} positions, the decoder has {decoder.capacity}")
+        raise ConfigError(
+            f"prompts and tokens need {options.context} positions, the decoder has {decoder.capacity}; use shorter "
+            "prompts or fewer tokens, or build the bundle with a longer --context"
+        )
     return decoder, seconds
 
 
-def _emission(bundle: Bundle, threads: int | None, count: int) -> list[float]:
-    """Return the seconds of emitting the LoRA of the bundle's own configuration."""
+def _time_emission(bundle: Bundle, threads: int | None, count: int) -> list[float]:
+    """Return the seconds of each emission of the LoRA of the bundle's own configuration."""
     emitter, config = Emitter.of(bundle, threads), bundle.config
-    return [timed(lambda: emitter.emit(config)) for _ in range(count + 1)][1:]
+    return [seconds_of(lambda: emitter.emit(config)) for _ in range(count + 1)][1:]
 
 
 def _row(seconds: Sequence[float], tokens: int) -> dict[str, float]:
-    """Return percentiles of calls that each take so many tokens, and tokens per second."""
+    """Return percentiles of calls that process `tokens` tokens each, and tokens per second."""
     return {**percentiles(seconds), "tokens_per_s": tokens / median(seconds)}
 
 
@@ -132,7 +135,7 @@ def _sample(
     repeat: int,
     progress: Progress,
 ) -> tuple[dict[tuple[int, bool], list[float]], dict[bool, list[float]], list[float]]:
-    """Return seconds of prefill by (prompt length, LoRA on), of a decoded token by LoRA on, and of binding the LoRA."""
+    """Return seconds of prefill by (prompt length, LoRA on), of a decode step by LoRA on, and of binding the LoRA."""
     if isinstance(decoder, DeviceDecoder):
         lora = decoder.packed(lora)
     rng = np.random.default_rng(0)
@@ -142,13 +145,13 @@ def _sample(
     switch: list[float] = []
     for repetition in range(-1, repeat):  # the first round warms up
         for on in (True, False) if repetition % 2 else (False, True):
-            bound = timed(partial(decoder.set_lora, lora if on else None))
+            bind_seconds = seconds_of(partial(decoder.set_lora, lora if on else None))
             if on:
-                switch.append(bound)
+                switch.append(bind_seconds)
             for length in prompts:
-                prefill[length, on].append(timed(partial(decoder.prefill, [row[:length] for row in text])))
+                prefill[length, on].append(seconds_of(partial(decoder.prefill, [row[:length] for row in text])))
             for step in range(prompts[-1], options.context):
-                decode[on].append(timed(partial(decoder.decode, [row[step] for row in text])))
+                decode[on].append(seconds_of(partial(decoder.decode, [row[step] for row in text])))
         if repetition == -1:
             for samples in (*prefill.values(), *decode.values(), switch):
                 samples.clear()
@@ -158,11 +161,11 @@ def _sample(
 
 
 def _bytes_per_token(bundle: Bundle, io: DecoderIO, options: RuntimeOptions) -> dict[str, int]:
-    """Return the bytes that decoding a token of each sequence reads, by purpose."""
+    """Return the bytes that one decode step reads, by purpose."""
     weights = int(bundle.manifest["configuration"]["bytes"]) + bundle.model_matrices.other_bytes
     element = np.dtype(io.activations).itemsize
     lora = element * sum(rows * columns for rows, columns in bundle.contract.inputs.values())
-    slots = io.cache_length or options.context  # an engine reads the slots that are not filled, too
+    slots = io.cache_length or options.context  # an engine reads unfilled slots too
     cache = 2 * io.layers * io.kv_heads * io.head_dim * slots * element * options.batch
     return {"weights": weights, "lora": lora, "kv_cache": cache, "total": weights + lora + cache}
 

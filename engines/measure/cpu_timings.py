@@ -1,4 +1,4 @@
-"""Timings of this machine's CPU: every product of a model's space, and one whole decoder, in ONNX Runtime."""
+"""CPU timings: every matrix product of a configuration space, and one whole decoder, in ONNX Runtime."""
 
 import gc
 import statistics
@@ -14,9 +14,9 @@ import onnxruntime as ort
 from coatrt.adapter.adapter import Adapter
 from coatrt.configs.config import QuantConfig
 from coatrt.devices.environment import environment
-from coatrt.engines.measure.bench import timed
+from coatrt.engines.measure.bench import seconds_of
 from coatrt.engines.measure.product_graph import copies_of, write_products
-from coatrt.engines.measure.whole_decoders import Clock, Timed, WholeDecoders, timings_scratch, without_drift
+from coatrt.engines.measure.whole_decoders import Clock, TimedDecoder, WholeDecoders, timings_scratch, without_drift
 from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder, session
 from coatrt.errors import ConfigError
@@ -30,10 +30,10 @@ from coatrt.system.progress import Progress, silent
 
 __all__ = ["adapted_decoder", "check_sizes", "time_cpu", "time_product"]
 
-# A product of the decoder finds its weight outside the cache: copies of it take turns.
+# In a decoder, a product's weight is not in the CPU cache. To reproduce that, copies of the weight are used in turn.
 _WORKING_SET = 160 << 20
 _COPIES = (2, 400)
-_BUDGET = 0.25  # seconds of timing for a product
+_BUDGET = 0.25  # seconds of timing per product
 _FORM = GraphForm("cpu", "cpu.onnx", "float32")
 
 
@@ -52,28 +52,29 @@ def time_product(
         K: input width.
         N: output width.
         fmt: the weight's format.
-        tokens: rows.
+        tokens: numbers of rows.
         options: threads and accuracy level.
-        clock: seconds; `time.thread_time` leaves out what other processes took from one thread.
+        clock: returns seconds; `time.thread_time` excludes time that other processes take from one thread.
     """
-    found = []
-    with timings_scratch() as place:
+    products = []
+    with timings_scratch() as directory:
         copies = copies_of(K, N, fmt, _WORKING_SET, _COPIES, 4)
-        made = session(write_products(place, _FORM, K, N, fmt, copies), options.threads, options.accuracy_level)
+        graph = write_products(directory, _FORM, K, N, fmt, copies)
+        product_session = session(graph, options.threads, options.accuracy_level)
         for count in tokens:
-            binding = made.io_binding()
+            binding = product_session.io_binding()
             rng = np.random.default_rng(count)
             binding.bind_cpu_input("x", rng.normal(size=(count, K)).astype(np.float32))
             y = ort.OrtValue.ortvalue_from_numpy(np.zeros((count, N), np.float32))
             binding.bind_ortvalue_output("y", y)
             samples: list[float] = []
-            started = clock()
-            while len(samples) < 4 or (clock() - started < _BUDGET and len(samples) < 200):
-                samples.append(timed(partial(made.run_with_iobinding, binding), clock))
-            found.append(Product(K, N, str(fmt.effective(K)), count, statistics.median(samples[1:]) / copies))
-        del made, binding
+            start = clock()
+            while len(samples) < 4 or (clock() - start < _BUDGET and len(samples) < 200):
+                samples.append(seconds_of(partial(product_session.run_with_iobinding, binding), clock))
+            products.append(Product(K, N, str(fmt.effective(K)), count, statistics.median(samples[1:]) / copies))
+        del product_session, binding
     gc.collect()
-    return found
+    return products
 
 
 def adapted_decoder(
@@ -85,7 +86,7 @@ def adapted_decoder(
         adapter: the adapter.
         checkpoint: its model.
         config: the configuration.
-        directory: an existing directory for the graph, which is written where it is not there yet.
+        directory: an existing directory; the graph is written there unless it exists.
         options: threads, context and accuracy level.
     """
     contract = adapter.description.contract
@@ -98,13 +99,13 @@ def adapted_decoder(
 
 
 def check_sizes(tokens: Sequence[int], contexts: Sequence[int]) -> None:
-    """Refuse to time nothing.
+    """Refuse empty or non-positive sizes.
 
     Raises:
-        ConfigError: fewer than one number of tokens or slots is given.
+        ConfigError: `tokens` or `contexts` is empty, or has a number below 1.
     """
     if not tokens or not contexts or min(*tokens, *contexts) < 1:
-        raise ConfigError(f"tokens and contexts must be positive numbers, got {list(tokens)} and {list(contexts)}")
+        raise ConfigError(f"tokens and contexts must be at least 1, got {list(tokens)} and {list(contexts)}")
 
 
 def time_cpu(
@@ -117,41 +118,41 @@ def time_cpu(
     clock: Clock = time.perf_counter,
     progress: Progress = silent,
 ) -> MeasuredLatency:
-    """Return the timings of this machine for an adapter's model.
+    """Return the CPU timings of this machine for an adapter's model.
 
-    The rest of a call is what a whole decoder, every matrix in the first format, takes beyond its products.
+    The "rest" of a call is the time of a whole decoder, with every matrix in the first format, minus its products.
 
     Args:
         adapter: gives the model, its formats and the LoRA.
-        checkpoint: its model.
+        checkpoint: the adapter's model.
         options: threads and accuracy level.
-        tokens: rows of the products: 1, and more than one for prefill.
-        contexts: slots of the caches.
+        tokens: rows of the products: 1 for decode, more for prefill.
+        contexts: KV cache slots.
         clock: see `time_product`.
         progress: called after each measurement.
 
     Raises:
-        ConfigError: fewer than one number of tokens or slots is given.
+        ConfigError: `tokens` or `contexts` is empty, or has a number below 1.
     """
     check_sizes(tokens, contexts)
     formats, model = adapter.description.formats, adapter.description.model
     shapes = {(matrix.K, matrix.N): matrix.is_table for matrix in model.multiplied}
-    total, found = len(shapes) * len(formats) + 1, []
+    total, batches = len(shapes) * len(formats) + 1, []
     reference = QuantConfig.uniform(model, formats[0])
-    with timings_scratch() as place:
-        decoders = {
-            decoder.capacity: decoder
-            for context in contexts
-            for decoder in [adapted_decoder(adapter, checkpoint, reference, place, replace(options, context=context))]
-        }
-        whole = WholeDecoders([Timed(one, slots) for slots, one in decoders.items()], max(tokens), clock)
+    with timings_scratch() as directory:
+        decoders = {}
+        for context in contexts:
+            decoder = adapted_decoder(adapter, checkpoint, reference, directory, replace(options, context=context))
+            decoders[decoder.capacity] = decoder
+        subjects = [TimedDecoder(decoder, slots) for slots, decoder in decoders.items()]
+        whole = WholeDecoders(subjects, max(tokens), clock)
         whole.time()
         for (K, N), table in shapes.items():
             rows = (1,) if table else tuple(sorted(set(tokens)))
             for fmt in formats:
-                found.append(time_product(K, N, fmt, rows, options=options, clock=clock))
+                batches.append(time_product(K, N, fmt, rows, options=options, clock=clock))
                 whole.time()
-                progress(len(found), total, "products")
+                progress(len(batches), total, "products")
     facts = environment()
     settings = {
         "threads": options.threads or facts["cores"],
@@ -159,8 +160,8 @@ def time_cpu(
         "activations": _FORM.activations,
         "processor": facts["cpu"],
     }
-    products = tuple(without_drift(found, whole.beside))
+    products = tuple(without_drift(batches, whole.reference_seconds))
     timings = MeasuredLatency("cpu", f"onnxruntime {ort.__version__}", settings, products, ())
     progress(total, total, "products")
-    work = Workload.of(adapter.description, max(contexts), 1, max(tokens), np.dtype(_FORM.activations).itemsize)
-    return replace(timings, rests=tuple(whole.rests(timings, model, work, reference)))
+    workload = Workload.of(adapter.description, max(contexts), 1, max(tokens), np.dtype(_FORM.activations).itemsize)
+    return replace(timings, rests=tuple(whole.rests(timings, model, workload, reference)))

@@ -1,7 +1,7 @@
-"""Timings of this machine's GPU in ONNX Runtime's CUDA provider: every product of a space, and whole decode steps.
+"""GPU timings in ONNX Runtime's CUDA provider: every matrix product of a configuration space, and whole decode steps.
 
-A product is timed as many of it, each with a weight of its own, in a graph that is replayed as a CUDA graph: neither
-the L2 cache nor launches by the host are in its time.
+A product is timed in a graph of many copies, each with its own weight, replayed as a CUDA graph: so its time includes
+neither hits in the L2 cache nor launches by the host.
 """
 
 import gc
@@ -19,7 +19,7 @@ from coatrt.adapter.adapter import Adapter
 from coatrt.configs.config import QuantConfig
 from coatrt.engines.measure.cpu_timings import check_sizes
 from coatrt.engines.measure.product_graph import copies_of, write_products
-from coatrt.engines.measure.whole_decoders import Clock, Timed, WholeDecoders, timings_scratch, without_drift
+from coatrt.engines.measure.whole_decoders import Clock, TimedDecoder, WholeDecoders, timings_scratch, without_drift
 from coatrt.engines.runtime.cuda import CudaDecoder
 from coatrt.engines.runtime.cuda_driver import DeviceMemory, open_driver
 from coatrt.engines.runtime.cuda_memory import device_weights
@@ -40,13 +40,13 @@ from coatrt.system.progress import Progress, silent
 __all__ = ["Provider", "time_cuda", "time_products", "time_space"]
 
 Provider = Literal["cuda", "cpu"]
-"""cpu computes the same on the CPU, for tests."""
+""""cpu" runs the same computation on the CPU, for tests."""
 
 _WORKING_SET = 256 << 20  # several times the L2 cache of any GPU
 _COPIES = (2, 256)
-_BUDGET = 0.15  # seconds of timing for a product
-_REPLAYS = 10  # started in a row, so that the GPU has always work
-_WARM = 3  # the graph is captured in these
+_BUDGET = 0.15  # seconds of timing per product
+_REPLAYS = 10  # launched in a row, so that the GPU never waits for the host
+_WARMUP = 3  # runs in which the graph is captured
 _FORM = GraphForm("cuda", "cuda.onnx", "float16")
 _HALF = np.dtype(np.float16)
 
@@ -74,55 +74,55 @@ def time_products(
         K: input width.
         N: output width.
         fmt: the weight's format.
-        tokens: rows.
+        tokens: numbers of rows.
         provider: "cuda", or "cpu" for tests.
-        clock: seconds.
+        clock: returns seconds.
 
     Raises:
-        BuildError: no GPU that ONNX Runtime serves.
+        BuildError: there is no GPU that ONNX Runtime supports.
     """
-    memory, found = _memory(provider), []
-    with timings_scratch() as place:
+    memory, products = _memory(provider), []
+    with timings_scratch() as directory:
         copies = copies_of(K, N, fmt, _WORKING_SET, _COPIES, _HALF.itemsize)
-        made = cuda_session(write_products(place, _FORM, K, N, fmt, copies), memory)
+        session = cuda_session(write_products(directory, _FORM, K, N, fmt, copies), memory)
         for number, count in enumerate(tokens, 1):
-            run = _bound(made, memory, K, N, count, copies, number)
-            seconds = _seconds_of_a_run(run, memory, clock) / copies
-            found.append(Product(K, N, str(fmt.effective(K)), count, seconds))
-        del made, run
-    gc.collect()  # buffers go with the memory
-    return found
+            run = _runner(session, memory, K, N, count, copies, number)
+            seconds = _run_seconds(run, memory, clock) / copies
+            products.append(Product(K, N, str(fmt.effective(K)), count, seconds))
+        del session, run
+    gc.collect()  # frees the buffers with the memory
+    return products
 
 
-def _bound(made: Any, memory: Memory, K: int, N: int, count: int, copies: int, number: int) -> Any:
-    """Return what runs the graph with so many rows; on a GPU as the CUDA graph of that number."""
+def _runner(session: Any, memory: Memory, K: int, N: int, count: int, copies: int, number: int) -> Any:
+    """Return a function that runs the graph with `count` rows, on a GPU as CUDA graph `number`."""
     x = np.random.default_rng(count).normal(size=(count, K)).astype(_HALF)
-    given, taken = memory.allocate(x.nbytes), memory.allocate(count * N * _HALF.itemsize)
-    memory.write(given, x)
+    source, target = memory.allocate(x.nbytes), memory.allocate(count * N * _HALF.itemsize)
+    memory.write(source, x)
     memory.synchronize()
-    binding, options = made.io_binding(), ort.RunOptions()
-    binding.bind_input("x", memory.device, 0, _HALF.type, [count, K], given)
-    for copy in range(copies):  # all into one buffer: the stream runs them one after another
-        binding.bind_output(f"y{copy}", memory.device, 0, _HALF.type, [count, N], taken)
+    binding, options = session.io_binding(), ort.RunOptions()
+    binding.bind_input("x", memory.device, 0, _HALF.type, [count, K], source)
+    for copy in range(copies):  # outputs may share a buffer: the stream runs the products one after another
+        binding.bind_output(f"y{copy}", memory.device, 0, _HALF.type, [count, N], target)
     if memory.device == "cuda":
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         options.add_run_config_entry("gpu_graph_id", str(number))
-    return lambda: made.run_with_iobinding(binding, options)
+    return lambda: session.run_with_iobinding(binding, options)
 
 
-def _seconds_of_a_run(run: Any, memory: Memory, clock: Clock) -> float:
-    """Return the median seconds of a run among many in a row: the host waits once for all of a row."""
-    for _ in range(_WARM):
+def _run_seconds(run: Any, memory: Memory, clock: Clock) -> float:
+    """Return the median seconds of a run; the host waits only once per `_REPLAYS` runs."""
+    for _ in range(_WARMUP):
         run()
     memory.synchronize()
     samples: list[float] = []
-    started = clock()
-    while len(samples) < 3 or (clock() - started < _BUDGET and len(samples) < 50):
-        began = clock()
+    start = clock()
+    while len(samples) < 3 or (clock() - start < _BUDGET and len(samples) < 50):
+        sample_start = clock()
         for _ in range(_REPLAYS):
             run()
         memory.synchronize()
-        samples.append((clock() - began) / _REPLAYS)
+        samples.append((clock() - sample_start) / _REPLAYS)
     return statistics.median(samples)
 
 
@@ -130,14 +130,14 @@ def _decoder(
     adapter: Adapter,
     checkpoint: Checkpoint,
     config: QuantConfig,
-    place: Path,
+    root: Path,
     context: int,
     lora: bool,
     provider: Provider,
 ) -> CudaDecoder:
-    """Return a decoder of a configuration, with the adapter's LoRA bound or with a graph that has none."""
+    """Return a decoder of a configuration, with the adapter's LoRA bound or with a graph without LoRA."""
     contract = adapter.description.contract if lora else None
-    directory = place / ("lora" if lora else "base")
+    directory = root / ("lora" if lora else "base")
     directory.mkdir()
     codes = adapter.codes(checkpoint)
     export_decoder(checkpoint, config, directory, forms=[_FORM], contract=contract, codes=codes)
@@ -156,15 +156,15 @@ def _decoder(
 
 
 def _smallest(model: ModelMatrices, formats: Sequence[WeightFormat]) -> QuantConfig:
-    """Return the configuration in one format that takes the least memory on the GPU."""
+    """Return the single-format configuration that needs the least GPU memory."""
     uniform = [QuantConfig.uniform(model, fmt) for fmt in formats]
     return min(uniform, key=lambda config: device_weights(config, model).nbytes)
 
 
-def _timed_as(formats: Sequence[WeightFormat], K: int) -> dict[WeightFormat, list[str]]:
-    """Return the formats to time and, of each, those it stands for: all that are decoded at load run the same product.
+def _representatives(formats: Sequence[WeightFormat], K: int) -> dict[WeightFormat, list[str]]:
+    """Return the formats to time, each with the effective formats at this K that share its timing.
 
-    Formats stand for those with the same effective format at this K, too.
+    All formats that are decoded when the graph loads share one, as they run the same float16 product.
     """
     groups: dict[str, tuple[WeightFormat, list[str]]] = {}
     for fmt in formats:
@@ -191,26 +191,26 @@ def time_cuda(
 
     Args:
         adapter: gives the model, its formats and the LoRA.
-        checkpoint: its model.
+        checkpoint: the adapter's model.
         device: id of the GPU's profile.
-        gpu: its name as the driver has it.
-        tokens: rows of the products: 1, and more than one for batches and prefill.
-        contexts: slots filled when a token is decoded.
+        gpu: the GPU's name from the driver.
+        tokens: rows of the products: 1 for decode, more for batches and prefill.
+        contexts: KV cache slots filled at a decode step.
         provider: "cuda", or "cpu" for tests.
-        clock: seconds.
+        clock: returns seconds.
         progress: called after each measurement.
 
     Raises:
-        BuildError: no GPU that ONNX Runtime serves, or not enough memory on it.
-        ConfigError: fewer than one number of tokens or slots is given.
+        BuildError: there is no GPU that ONNX Runtime supports, or not enough GPU memory.
+        ConfigError: `tokens` or `contexts` is empty, or has a number below 1.
     """
     check_sizes(tokens, contexts)
     facts = adapter.description
     workload = Workload.of(facts, min(max(contexts), facts.spec.max_positions), 1, max(tokens))
-    with timings_scratch() as place:
+    with timings_scratch() as directory:
 
         def decoder_of(config: QuantConfig, lora: bool) -> StatefulDecoder:
-            return _decoder(adapter, checkpoint, config, place, max(contexts), lora, provider)
+            return _decoder(adapter, checkpoint, config, directory, max(contexts), lora, provider)
 
         return time_space(
             facts.model,
@@ -241,43 +241,47 @@ def time_space(
     clock: Clock = time.perf_counter,
     progress: Progress = silent,
 ) -> MeasuredLatency:
-    """Return the timings of a model's products in some formats, and of all else.
+    """Return the timings of a model's products in some formats, and of the rest of a call.
 
-    The rest of a call is what a whole decoder takes beyond its products, with the LoRA and in a graph without one.
+    The rest is the time of a whole decoder minus its products, measured with the LoRA and in a graph without one.
 
     Args:
         model: the matrices.
-        formats: of the space.
-        workload: of the decoder with its LoRA.
-        decoder_of: (configuration, whether it has a LoRA) → a decoder of the model.
-        device: see `time_cuda`, as all else.
-        gpu: name.
-        tokens: rows.
-        contexts: slots.
-        provider: "cuda", or "cpu" for tests.
-        clock: seconds.
-        progress: called after each measurement.
+        formats: formats of the configuration space.
+        workload: workload of the decoder with its LoRA.
+        decoder_of: (configuration, with LoRA or not) → a decoder of the model.
+        device: see `time_cuda`.
+        gpu: see `time_cuda`.
+        tokens: see `time_cuda`.
+        contexts: see `time_cuda`.
+        provider: see `time_cuda`.
+        clock: see `time_cuda`.
+        progress: see `time_cuda`.
 
     Raises:
-        BuildError: no GPU that ONNX Runtime serves, or not enough memory on it.
+        BuildError: there is no GPU that ONNX Runtime supports, or not enough GPU memory.
     """
-    _memory(provider)  # before anything is written
+    _memory(provider)  # fails without a GPU, before anything is written
     shapes = {(matrix.K, matrix.N): matrix.is_table for matrix in model.multiplied}
-    work = [(K, N, table, fmt, of) for (K, N), table in shapes.items() for fmt, of in _timed_as(formats, K).items()]
-    reference, found, decoders = _smallest(model, formats), [], []
+    work = [
+        (K, N, table, fmt, texts)
+        for (K, N), table in shapes.items()
+        for fmt, texts in _representatives(formats, K).items()
+    ]
+    reference, batches, decoders = _smallest(model, formats), [], []
     for lora in (True, False):
         decoder = decoder_of(reference, lora)
-        filled = sorted({min(context, decoder.capacity) for context in contexts})
-        decoders += [Timed(decoder, context, lora) for context in filled]
+        slots = sorted({min(context, decoder.capacity) for context in contexts})
+        decoders += [TimedDecoder(decoder, context, lora) for context in slots]
     whole = WholeDecoders(decoders, max(tokens), clock)
     whole.time()
-    for K, N, table, fmt, of in work:
+    for K, N, table, fmt, texts in work:
         rows = (1,) if table else tuple(sorted(set(tokens)))
-        timed = time_products(K, N, fmt, rows, provider=provider, clock=clock)
-        found.append([replace(product, format=text) for text in of for product in timed])
+        timings_of_rows = time_products(K, N, fmt, rows, provider=provider, clock=clock)
+        batches.append([replace(product, format=text) for text in texts for product in timings_of_rows])
         whole.time()
-        progress(len(found), len(work), "products")
+        progress(len(batches), len(work), "products")
     settings = {"gpu": gpu or device, "activations": _FORM.activations}
-    products = tuple(without_drift(found, whole.beside))
+    products = tuple(without_drift(batches, whole.reference_seconds))
     timings = MeasuredLatency(device, f"onnxruntime {ort.__version__}, CUDA provider", settings, products, (), "cuda")
     return replace(timings, rests=tuple(whole.rests(timings, model, workload, reference)))

@@ -1,6 +1,6 @@
-"""What an engine of TensorRT-RTX does in a step, read from the engine: it keeps its program as text.
+"""Reads from a TensorRT-RTX engine which kernels a step launches: the engine contains its program as text.
 
-No GPU is needed. The text is not documented; what it looks like was found in engines of TensorRT-RTX 1.7.1.
+No GPU is needed. The text is not documented; the patterns here match engines of TensorRT-RTX 1.7.1.
 """
 
 import re
@@ -18,14 +18,14 @@ _WEIGHT = re.compile(r"(model\.layers\.\d+\.[a-z_.]+)\.weight(\.|$)")
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel of a step.
+    """One kernel launch of a step.
 
     Args:
-        kind: "function" for a generated kernel, "runtime_fusion" for a product with what is fused to it, made when the
-            engine loads, "fully_connected" for a product by a library.
-        name: the builder's.
+        kind: "function" for a generated kernel, "runtime_fusion" for a product and its fused neighbours, compiled when
+            the engine loads, "fully_connected" for a library's product.
+        name: the builder's name for it.
         nodes: names of the ONNX nodes it computes.
-        inputs: names of what it reads.
+        inputs: names of its inputs.
     """
 
     kind: str
@@ -35,30 +35,30 @@ class Launch:
 
 
 def engine_program(engine: Path) -> list[Launch]:
-    """Return the kernels of one call of an engine, in the order of launching.
+    """Return the kernels that an engine launches in one call, in order.
 
     Raises:
-        BuildError: the file holds no program of the kind that is known here.
+        BuildError: the file has no program in the format of TensorRT-RTX 1.7.1.
     """
     text = engine.read_bytes().decode("latin-1")
     start, end = text.find("\nmain {"), text.find("\nshape_main {")
     if not 0 <= start < end:
-        raise BuildError(f"{engine} holds no program that can be read; TensorRT-RTX 1.7.1 writes one")
+        raise BuildError(f"no readable program in {engine}; give an engine built by TensorRT-RTX 1.7.1")
     program = text[start:end]
-    places = [match.start() for match in _STATEMENT.finditer(program)] + [len(program)]
-    found = []
-    for match, stop in zip(_STATEMENT.finditer(program), places[1:], strict=True):
+    starts = [match.start() for match in _STATEMENT.finditer(program)] + [len(program)]
+    launches = []
+    for match, stop in zip(_STATEMENT.finditer(program), starts[1:], strict=True):
         body = program[match.start() : stop]
         inputs = re.search(r"\sinput(?:_args)?=\{([^}]*)\}", body)
-        read = tuple(re.findall(r'"([^"]+)"', inputs[1])) if inputs else ()
-        found.append(Launch(match[1], match[2], tuple(re.findall(r"\[ONNX Layer: ([^\]]+)\]", body)), read))
-    return found
+        names = tuple(re.findall(r'"([^"]+)"', inputs[1])) if inputs else ()
+        launches.append(Launch(match[1], match[2], tuple(re.findall(r"\[ONNX Layer: ([^\]]+)\]", body)), names))
+    return launches
 
 
 def decoded_weights(program: Sequence[Launch]) -> set[str]:
-    """Return the weights that a step writes to memory in 16 bits before it multiplies with them.
+    """Return the weights that a step decodes to memory in 16 bits before their product.
 
-    A matrix is named as its product is in the graph: those that read one input may be one (`….gate_up_proj`).
+    A matrix is named like its product in the graph; a fused group has one name (`….gate_up_proj`).
     """
     return {
         match[1]

@@ -1,4 +1,4 @@
-"""ONNX Runtime's CUDA provider: every buffer at a fixed address on the GPU, a decode step replayed as a CUDA graph."""
+"""ONNX Runtime's CUDA provider: fixed GPU addresses for every buffer, and decode steps replayed as a CUDA graph."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,24 +23,24 @@ from coatrt.system.notices import warn_once
 __all__ = ["CudaDecoder"]
 
 _LOGITS, _WIDE = np.dtype(np.float32), np.dtype(np.int64)
-_NOT_CAPTURED = "-1"  # as the number of a CUDA graph in ONNX Runtime's run options
+_NOT_CAPTURED = "-1"  # the graph number in ONNX Runtime's run options that turns capturing off
 
 
 class CudaDecoder(DeviceDecoder):
-    """A decoder graph in ONNX Runtime's CUDA provider; caches, LoRA and inputs stay where they are on the GPU.
+    """A decoder graph in ONNX Runtime's CUDA provider; caches, LoRA and inputs keep their addresses on the GPU.
 
     Args:
         graph: the cuda form of the graph.
         io: its inputs and outputs.
-        contract: its LoRA inputs; None where it has none.
+        contract: its LoRA inputs; None for a graph without LoRA.
         options: batch and context.
-        weight_bytes: of the weights on the GPU, where it is known: they are refused before they are loaded.
-        content: hashes of the graph and its weights: decoders of equal content share one session, with the weights.
-        provider: "cpu" computes the same on the CPU, for tests.
+        weight_bytes: bytes of the weights on the GPU, for the memory check before they are loaded; 0 if unknown.
+        content: hashes of the graph and its weights; decoders of equal content share one session and its weights.
+        provider: "cpu" runs the same computation on the CPU, for tests.
         replay: whether decode steps are replayed as a CUDA graph.
 
     Raises:
-        BuildError: no GPU that ONNX Runtime serves, not enough memory on it, or a graph that is refused.
+        BuildError: there is no GPU that ONNX Runtime supports, not enough GPU memory, or the graph is refused.
     """
 
     def __init__(
@@ -78,24 +78,24 @@ class CudaDecoder(DeviceDecoder):
                 "input_ids": ((batch, None), _WIDE),
                 "position_ids": ((batch, None), _WIDE),
             },
-            most=slots,
+            max_tokens=slots,
             logits=_LOGITS,
             weight_bytes=weight_bytes,
-            advice="give a shorter --context or a smaller batch",
+            advice="use a shorter --context or a smaller batch",
             memory=memory,
         )
         self._session, self._replays = self._shared.session, replay and driver is not None
-        self._inputs_here = {one.name for one in self._session.get_inputs()}
+        self._input_names = {node.name for node in self._session.get_inputs()}
         for name in (*io.past_names, *self._layout.pieces):
-            if name not in self._inputs_here:
+            if name not in self._input_names:
                 raise BuildError(f"{graph.name} has no input {name}, which its bundle names; build the bundle again")
         self._total = np.zeros((), np.int32)  # read on the host
-        # Two bindings: what decode binds stays as it is, a prefill binds its own number of tokens.
+        # Two bindings: that of decode never changes, that of prefill is bound anew for each number of tokens.
         with self._lock:
-            self._decode_binding, self._prefill_binding = self._bound(), self._bound()
+            self._decode_binding, self._prefill_binding = self._new_binding(), self._new_binding()
             self._bind_step(self._decode_binding, 1)
-            self._captured = self._run_options(self._shared.graph_number())
-            self._plain = self._run_options(_NOT_CAPTURED)
+            self._replay_options = self._run_options(self._shared.graph_number())
+            self._plain_options = self._run_options(_NOT_CAPTURED)
             self._memory.synchronize()
 
     @classmethod
@@ -107,9 +107,9 @@ class CudaDecoder(DeviceDecoder):
         provider: Literal["cuda", "cpu"] = "cuda",
         replay: bool = True,
     ) -> "CudaDecoder":
-        """Return the decoder of a bundle; one line says which weights ONNX Runtime does not keep packed.
+        """Return the decoder of a bundle; warn in one line about weights that ONNX Runtime does not keep packed.
 
-        Decoders of one bundle share its weights, and take turns.
+        Decoders of one bundle share its weights and run one at a time.
 
         Raises:
             BuildError: see `CudaDecoder`.
@@ -117,7 +117,7 @@ class CudaDecoder(DeviceDecoder):
         graph, io = bundle.decoder("cuda")
         weights = device_weights(bundle.config, bundle.model_matrices)
         facts, files = bundle.manifest["decoders"]["cuda"], bundle.manifest["files"]
-        made = cls(
+        decoder = cls(
             graph,
             io,
             bundle.contract,
@@ -129,7 +129,7 @@ class CudaDecoder(DeviceDecoder):
         )
         if weights.note and provider == "cuda":
             warn_once(weights.note)
-        return made
+        return decoder
 
     def run(
         self, tokens: NDArray[np.int64], starts: NDArray[np.int64], index: NDArray[np.int64]
@@ -140,26 +140,27 @@ class CudaDecoder(DeviceDecoder):
             BuildError: the graph fails.
             ConfigError: see `OrtDecoder.run`.
         """
-        self._check_pieces(tokens, starts)
-        added = tokens.shape[1]
-        ends = starts + added
+        self._check_chunk(tokens, starts)
+        count = tokens.shape[1]
+        ends = starts + count
         values = self._inputs(tokens, starts, index)
-        values["logits_rows"] = index + added * np.arange(self.batch)[:, None]
+        values["logits_rows"] = index + count * np.arange(self.batch)[:, None]
         values["seqlens_k"] = (ends - 1).astype(np.int32)
-        replays = self._replays and added == 1 and bool(starts.all())
-        # A captured step is the same for every length: it is told of all slots, and `seqlens_k` says which are filled.
-        self._total[...] = self._slots if replays else ends.max()
-        with self._lock:  # nothing else uses the stream meanwhile
+        replay = self._replays and count == 1 and bool(starts.all())
+        # A captured step serves every length: its total is all slots, and `seqlens_k` says how many are filled.
+        self._total[...] = self._slots if replay else ends.max()
+        with self._lock:  # nothing else may use the stream meanwhile
             self._memory.enter()
-            self._steps.write(values, added)
-            binding = self._decode_binding if added == 1 else self._prefill_binding
-            if added > 1:
-                self._bind_step(binding, added)
+            self._steps.write(values, count)
+            binding = self._decode_binding if count == 1 else self._prefill_binding
+            if count > 1:
+                self._bind_step(binding, count)
             try:
-                self._session.run_with_iobinding(binding, self._captured if replays else self._plain)
-            except Exception as error:  # onnxruntime raises types of its own that share no public base
+                self._session.run_with_iobinding(binding, self._replay_options if replay else self._plain_options)
+            except Exception as error:  # onnxruntime's exceptions share no public base class
                 raise BuildError(
-                    f"ONNX Runtime fails in a step of {added} tokens ({reason(error)}); give less --context or batch"
+                    f"ONNX Runtime fails in a step of {count} tokens ({reason(error)}); use a shorter --context or a "
+                    "smaller batch"
                 ) from None
             return self._read_logits()
 
@@ -170,14 +171,14 @@ class CudaDecoder(DeviceDecoder):
             options.add_run_config_entry("gpu_graph_id", number)
         return options
 
-    def _bind_step(self, binding: Any, added: int) -> None:
-        """Bind what changes with every call, for calls of so many tokens."""
-        for name, (address, shape, dtype) in self._steps.places(added).items():
-            if name in self._inputs_here:
+    def _bind_step(self, binding: Any, tokens: int) -> None:
+        """Bind the inputs that change with every call, for calls of `tokens` tokens."""
+        for name, (address, shape, dtype) in self._steps.places(tokens).items():
+            if name in self._input_names:
                 binding.bind_input(name, self._memory.device, 0, dtype.type, list(shape), address)
 
-    def _bound(self) -> Any:
-        """Return everything bound that no call changes."""
+    def _new_binding(self) -> Any:
+        """Return a binding of all buffers that no call changes."""
         binding, device, io = self._session.io_binding(), self._memory.device, self.io
         half = self._dtype.type
         binding.bind_input("total_sequence_length", "cpu", 0, np.int32, [], self._total.ctypes.data)

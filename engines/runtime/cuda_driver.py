@@ -1,6 +1,6 @@
-"""The NVIDIA driver through ctypes: which GPU is here, how much of its memory is free, buffers and copies.
+"""The NVIDIA driver through ctypes: the GPU and its free memory, buffers, streams and copies.
 
-libcuda comes with the driver, so that all of this works before any CUDA library is found, and says what is missing.
+libcuda comes with the driver, so this works without any CUDA library and can say which one is missing.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ _LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 _NO_DEVICE, _OUT_OF_MEMORY = 100, 2
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_…
 _NON_BLOCKING = 1  # the stream does not wait for the default stream
-_OTHERWISE = "run the bundle with --backend ort"
+_ALTERNATIVE = "run the bundle with --backend ort"
 
 _Size, _Pointer, _Address = ctypes.c_size_t, ctypes.c_void_p, ctypes.c_uint64
 _SIGNATURES: dict[str, list[Any]] = {
@@ -48,26 +48,26 @@ _SIGNATURES: dict[str, list[Any]] = {
 
 @functools.cache
 def open_driver() -> "CudaDriver":
-    """Return the driver with the first GPU it shows.
+    """Return the driver with its first visible GPU.
 
     Raises:
-        BuildError: no driver, no GPU, or a driver that fails.
+        BuildError: there is no driver or no GPU, or the driver fails.
     """
     try:
         library = ctypes.CDLL(_LIBRARY)
     except OSError:
-        raise BuildError(f"no NVIDIA driver here ({_LIBRARY} is missing); {_OTHERWISE}") from None
+        raise BuildError(f"no NVIDIA driver here ({_LIBRARY} is missing); {_ALTERNATIVE}") from None
     return CudaDriver(library)
 
 
 class CudaDriver:
-    """The driver's calls, on its first GPU.
+    """The driver's calls, on its first visible GPU.
 
     Args:
         library: libcuda.
 
     Raises:
-        BuildError: it shows no GPU, or fails.
+        BuildError: there is no visible GPU, or the driver fails.
     """
 
     def __init__(self, library: Any) -> None:
@@ -75,12 +75,14 @@ class CudaDriver:
         self.declare(_SIGNATURES)
         status = library.cuInit(0)
         if status not in (0, _NO_DEVICE):
-            raise BuildError(f"the NVIDIA driver does not start ({self.reason(status)}); repair it, or {_OTHERWISE}")
+            raise BuildError(
+                f"the NVIDIA driver does not start ({self.reason(status)}); reinstall it, or {_ALTERNATIVE}"
+            )
         count, device = ctypes.c_int(0), ctypes.c_int(0)
         if status == 0:
             self.call("cuDeviceGetCount", ctypes.byref(count))
         if count.value == 0:
-            raise BuildError(f"no NVIDIA GPU here; {_OTHERWISE}")
+            raise BuildError(f"no NVIDIA GPU here; {_ALTERNATIVE}")
         self.call("cuDeviceGet", ctypes.byref(device), 0)
         parts = []
         for attribute in (_MAJOR, _MINOR):
@@ -92,25 +94,25 @@ class CudaDriver:
         self._streams: list[int] = []
 
     def declare(self, signatures: Mapping[str, list[Any]]) -> None:
-        """Name the types of calls that are made later.
+        """Declare the argument types of driver calls.
 
         Raises:
-            BuildError: the driver lacks one.
+            BuildError: the driver lacks one of them.
         """
         for name, arguments in signatures.items():
             function = getattr(self._library, name, None)
             if function is None:
-                raise BuildError(f"the NVIDIA driver has no {name}; update it, or {_OTHERWISE}")
+                raise BuildError(f"the NVIDIA driver is too old (it has no {name}); update it, or {_ALTERNATIVE}")
             function.argtypes, function.restype = arguments, ctypes.c_int
 
     def reason(self, status: int) -> str:
-        """Return what the driver says of a status."""
+        """Return the driver's text for a status code."""
         text = ctypes.c_char_p()
         self._library.cuGetErrorString(status, ctypes.byref(text))
         return (text.value or b"").decode(errors="replace") or f"error {status}"
 
     def status(self, name: str, *arguments: Any) -> int:
-        """Make a call whose failure the caller knows what to do about; 0 is success."""
+        """Make a call and return its status for the caller to handle; 0 is success."""
         return int(getattr(self._library, name)(*arguments))
 
     def call(self, name: str, *arguments: Any) -> None:
@@ -121,25 +123,25 @@ class CudaDriver:
         """
         status = self.status(name, *arguments)
         if status == _OUT_OF_MEMORY:
-            raise BuildError(f"not enough memory on the GPU or in the host ({name}); give less --context or batch")
+            raise BuildError(f"not enough GPU or host memory ({name}); use a shorter --context or a smaller batch")
         if status:
-            raise BuildError(f"the NVIDIA driver fails ({name}: {self.reason(status)}); {_OTHERWISE}")
+            raise BuildError(f"the NVIDIA driver fails ({name}: {self.reason(status)}); {_ALTERNATIVE}")
 
     def enter(self) -> None:
-        """Make the GPU's primary context, which ONNX Runtime and torch share, current in this thread."""
+        """Make the GPU's primary context current in this thread; ONNX Runtime and torch use the same context."""
         if not self._context:
             self.call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device)
         self.call("cuCtxSetCurrent", self._context)
 
     def memory(self) -> tuple[int, int]:
-        """Return the free and all bytes of the GPU."""
+        """Return the free and the total memory of the GPU, in bytes."""
         self.enter()
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         self.call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
         return free.value, total.value
 
     def take_stream(self) -> int:
-        """Return a stream; `give_stream` takes it back. It is never destroyed: a session may still know it."""
+        """Return a stream; `give_stream` takes it back for reuse. It is never destroyed: a session may still use it."""
         if self._streams:
             return self._streams.pop()
         stream = ctypes.c_void_p()
@@ -147,7 +149,7 @@ class CudaDriver:
         return int(stream.value or 0)
 
     def give_stream(self, stream: int) -> None:
-        """Take a stream back that nothing runs on."""
+        """Return an idle stream for reuse."""
         self._streams.append(stream)
 
     def allocate(self, nbytes: int) -> int:
@@ -157,7 +159,7 @@ class CudaDriver:
         return int(address.value)
 
     def allocate_host(self, nbytes: int) -> int:
-        """Return the address of page-locked memory of the host."""
+        """Return the address of new page-locked host memory."""
         address = ctypes.c_void_p()
         self.call("cuMemHostAlloc", ctypes.byref(address), nbytes, 0)
         return int(address.value or 0)
@@ -175,22 +177,22 @@ class CudaDriver:
         self.call("cuMemsetD8Async", address, 0, nbytes, stream)
 
     def synchronize(self, stream: int) -> None:
-        """Wait for a stream."""
+        """Wait for all work on a stream."""
         self.call("cuStreamSynchronize", stream)
 
     def free(self, address: int) -> None:
-        """Give a buffer of the GPU back; what fails then, at the end of a process, does not matter."""
+        """Free a GPU buffer; failures are ignored, as they only happen when the process ends."""
         self._library.cuCtxSetCurrent(self._context)
         self._library.cuMemFree_v2(address)
 
     def free_host(self, address: int) -> None:
-        """Give page-locked memory back."""
+        """Free page-locked host memory."""
         self._library.cuCtxSetCurrent(self._context)
         self._library.cuMemFreeHost(address)
 
 
 class _PageLocked:
-    """Page-locked memory, freed with the last array that looks into it."""
+    """Page-locked memory, freed with the last array that views it."""
 
     def __init__(self, driver: CudaDriver, nbytes: int) -> None:
         address = driver.allocate_host(max(nbytes, 1))
@@ -203,7 +205,7 @@ class DeviceMemory(Memory):
 
     Args:
         driver: the GPU.
-        stream: of another memory, which outlives this one; None for a stream of its own.
+        stream: the stream of another memory that outlives this one; None takes a new stream.
 
     Raises:
         BuildError: the driver fails.
@@ -219,8 +221,8 @@ class DeviceMemory(Memory):
             weakref.finalize(self, driver.give_stream, stream).atexit = False
         self.stream = stream
 
-    def beside(self) -> "DeviceMemory":
-        """Return a memory whose buffers live as long as it does, on the same stream."""
+    def sibling(self) -> "DeviceMemory":
+        """Return a new memory on the same stream; its buffers live as long as it does."""
         return DeviceMemory(self._driver, self.stream)
 
     def enter(self) -> None:
@@ -228,17 +230,17 @@ class DeviceMemory(Memory):
         self._driver.enter()
 
     def allocate(self, nbytes: int) -> int:
-        """Return the address of a new buffer, full of zeros."""
+        """Return the address of a new buffer, filled with zeros."""
         address = self._driver.allocate(max(nbytes, 1))
         weakref.finalize(self, self._driver.free, address).atexit = False
         self.clear(address, nbytes)
         return address
 
     def host(self, nbytes: int) -> NDArray[np.uint8]:
-        """Return a page-locked array full of zeros."""
-        made = np.asarray(_PageLocked(self._driver, nbytes))
-        made.fill(0)
-        return made
+        """Return a page-locked array of zeros."""
+        array = np.asarray(_PageLocked(self._driver, nbytes))
+        array.fill(0)
+        return array
 
     def write(self, address: int, data: NDArray[Any]) -> None:
         """Start a copy to the GPU."""
@@ -256,5 +258,5 @@ class DeviceMemory(Memory):
             self._driver.clear(address, nbytes, self.stream)
 
     def synchronize(self) -> None:
-        """Wait for everything that was started."""
+        """Wait for all copies and runs on the stream."""
         self._driver.synchronize(self.stream)

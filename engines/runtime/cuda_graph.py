@@ -1,4 +1,4 @@
-"""A step as a CUDA graph: what a stream was given is captured once, and launched from then on."""
+"""A step as a CUDA graph: the work of a stream is captured once, then launched as one call."""
 
 import contextlib
 import ctypes
@@ -20,44 +20,44 @@ _SIGNATURES: dict[str, list[Any]] = {
     "cuGraphDestroy": [_Pointer],
     "cuGraphExecDestroy": [_Pointer],
 }
-_THREAD_LOCAL = 1  # other threads, such as those that compile kernels, may go on reserving memory
+_THREAD_LOCAL = 1  # other threads, such as those that compile kernels, may allocate memory during the capture
 
 
-def _destroy(driver: CudaDriver, made: ctypes.c_void_p) -> None:
-    with contextlib.suppress(BuildError):  # at the end of a process nothing of this matters
+def _destroy(driver: CudaDriver, executable: ctypes.c_void_p) -> None:
+    with contextlib.suppress(BuildError):  # failures only happen when the process ends
         driver.enter()
-        driver.status("cuGraphExecDestroy", made)
+        driver.status("cuGraphExecDestroy", executable)
 
 
 class CudaGraph:
-    """Captured work; whatever it reads and writes must stay where it is.
+    """Captured work; every buffer it reads or writes must keep its address.
 
     Args:
         driver: the GPU, current in this thread.
-        stream: nothing runs on it.
-        enqueue: gives it the work, which is captured and not run.
+        stream: an idle stream.
+        enqueue: adds the work to the stream; it is captured, not run.
 
     Raises:
-        BuildError: it cannot be captured, and the stream is as it was; the message is the reason alone.
+        BuildError: the work cannot be captured; the stream is usable again. The message is the reason alone.
     """
 
     def __init__(self, driver: CudaDriver, stream: int, enqueue: Callable[[], None]) -> None:
         driver.declare(_SIGNATURES)
         self._driver, self._stream = driver, stream
-        graph, self._made = _Pointer(), _Pointer()
+        graph, self._executable = _Pointer(), _Pointer()
         self._check("cuStreamBeginCapture_v2", stream, _THREAD_LOCAL)
         try:
             try:
                 enqueue()
-            finally:  # else the stream stays in capture, and nothing runs on it any more
-                ended = driver.status("cuStreamEndCapture", stream, ctypes.byref(graph))
-            if ended:
-                raise BuildError(f"cuStreamEndCapture: {driver.reason(ended)}")
-            self._check("cuGraphInstantiateWithFlags", ctypes.byref(self._made), graph, 0)
+            finally:  # otherwise the stream stays in capture mode and runs nothing any more
+                status = driver.status("cuStreamEndCapture", stream, ctypes.byref(graph))
+            if status:
+                raise BuildError(f"cuStreamEndCapture: {driver.reason(status)}")
+            self._check("cuGraphInstantiateWithFlags", ctypes.byref(self._executable), graph, 0)
         finally:
             if graph:
                 driver.status("cuGraphDestroy", graph)
-        weakref.finalize(self, _destroy, driver, self._made).atexit = False
+        weakref.finalize(self, _destroy, driver, self._executable).atexit = False
 
     def _check(self, name: str, *arguments: Any) -> None:
         if status := self._driver.status(name, *arguments):
@@ -69,4 +69,4 @@ class CudaGraph:
         Raises:
             BuildError: the driver fails.
         """
-        self._driver.call("cuGraphLaunch", self._made, self._stream)
+        self._driver.call("cuGraphLaunch", self._executable, self._stream)

@@ -1,4 +1,4 @@
-"""What a decoder takes on a GPU: which weights stay packed there, and whether there is room."""
+"""The GPU memory of a decoder: which weights stay packed, and whether all of it fits."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ __all__ = ["DeviceWeights", "check_memory", "device_weights"]
 
 _PACKED = ("int4", "int8")  # ONNX Runtime fuses these into MatMulNBits
 _SIXTEEN_BITS = ("fp16", "bf16")
-_WORKSPACE = 256 << 20  # libraries, and what a prefill takes beside the caches
+_WORKSPACE = 256 << 20  # for the libraries and the activations of a prefill
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class DeviceWeights:
     """The weights of a configuration on the GPU.
 
     Args:
-        nbytes: all of them.
-        note: one line on those that are decoded to float16 when the graph loads; empty where none are.
+        nbytes: bytes of all weights.
+        note: one line about the weights that are decoded to float16 when the graph loads; empty if there are none.
     """
 
     nbytes: int
@@ -29,8 +29,8 @@ class DeviceWeights:
 
 
 def device_weights(config: QuantConfig, model: ModelMatrices) -> DeviceWeights:
-    """Return what the weights of a configuration take: ONNX Runtime has packed products for int4 and int8 alone."""
-    total, decoded, kinds = model.other_bytes, 0, Counter[str]()
+    """Return the size of a configuration's weights on the GPU; ONNX Runtime keeps only int4 and int8 packed there."""
+    total, decoded_bytes, kinds = model.other_bytes, 0, Counter[str]()
     for matrix in model.matrices:
         fmt, wide = config[matrix.name], 2 * matrix.N * matrix.K
         total += fmt.nbytes(matrix.N, matrix.K) if fmt.kind not in _SIXTEEN_BITS else wide
@@ -41,13 +41,13 @@ def device_weights(config: QuantConfig, model: ModelMatrices) -> DeviceWeights:
             total += wide - fmt.nbytes(matrix.N, matrix.K)
         if multiplied and fmt.kind not in (*_PACKED, *_SIXTEEN_BITS):
             kinds[fmt.kind] += 1
-            decoded += wide
+            decoded_bytes += wide
     if not kinds:
         return DeviceWeights(total, "")
-    listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
     note = (
-        f"ONNX Runtime multiplies only int4 and int8 packed: {sum(kinds.values())} matrices ({listed}) are decoded to "
-        f"float16 on the GPU and take {decoded / 1e9:.2f} GB"
+        f"ONNX Runtime keeps only int4 and int8 packed on the GPU: {sum(kinds.values())} matrices ({counts}) are "
+        f"decoded to float16 and take {decoded_bytes / 1e9:.2f} GB"
     )
     return DeviceWeights(total, note)
 
@@ -55,25 +55,25 @@ def device_weights(config: QuantConfig, model: ModelMatrices) -> DeviceWeights:
 def check_memory(
     driver: CudaDriver, weights: int, caches: int, other: int, slots: int, batch: int, advice: str
 ) -> None:
-    """Refuse a decoder that cannot fit.
+    """Refuse a decoder that does not fit into the free GPU memory.
 
     Args:
         driver: the GPU.
-        weights: bytes of its weights.
-        caches: bytes of its caches.
+        weights: bytes of the weights.
+        caches: bytes of the KV caches.
         other: bytes of LoRA and logits.
-        slots: of the caches.
-        batch: sequences.
-        advice: what to do.
+        slots: cache slots per sequence.
+        batch: sequences per step.
+        advice: what the user can do, for the message.
 
     Raises:
-        BuildError: the GPU has not as many bytes free.
+        BuildError: the GPU has fewer bytes free than the decoder needs.
     """
     free, total = driver.memory()
     needed = weights + caches + other + _WORKSPACE
     if needed > free:
         raise BuildError(
-            f"not enough memory on the GPU: {needed / 1e9:.2f} GB are needed ({weights / 1e9:.2f} GB of weights, "
-            f"{caches / 1e9:.2f} GB of caches for {batch} × {slots} positions) and {free / 1e9:.2f} of "
-            f"{total / 1e9:.2f} GB are free; {advice}"
+            f"not enough GPU memory: {needed / 1e9:.2f} GB needed ({weights / 1e9:.2f} GB of weights, "
+            f"{caches / 1e9:.2f} GB of caches for {batch} × {slots} positions), {free / 1e9:.2f} of "
+            f"{total / 1e9:.2f} GB free; {advice}"
         )

@@ -1,4 +1,4 @@
-"""One session of the cuda form for all decoders of one content: the weights are on the GPU once."""
+"""One session per distinct graph and weights, shared by all decoders, so that the weights are on the GPU once."""
 
 import itertools
 import threading
@@ -12,20 +12,19 @@ from coatrt.engines.runtime.memory import HostMemory, Memory
 
 __all__ = ["SharedSession", "shared_session"]
 
-_open: "weakref.WeakValueDictionary[tuple[str, str], SharedSession]" = weakref.WeakValueDictionary()
-_opening = threading.Lock()  # one thread at a time loads weights
+_sessions: "weakref.WeakValueDictionary[tuple[str, str], SharedSession]" = weakref.WeakValueDictionary()
+_load_lock = threading.Lock()  # one thread at a time loads weights
 
 
 class SharedSession:
-    """A session on a stream, over which decoders take turns: each has buffers, bindings and a CUDA graph of its own.
+    """A session on one stream that decoders use in turn; each has its own buffers, bindings and CUDA graph.
 
-    ONNX Runtime keeps a captured graph under its number, with the addresses it was captured with, and has no call that
-    forgets it: a number is never used again. It keeps graphs for each thread apart, so that a decoder which moves to
-    another thread is captured there once more.
+    ONNX Runtime stores a captured graph and its addresses under a number and cannot delete it, so no number is used
+    twice. It stores graphs per thread: a decoder that moves to another thread is captured there again.
 
     Args:
         graph: the cuda form.
-        driver: of the GPU; None for the CPU.
+        driver: the GPU; None for the CPU.
 
     Raises:
         BuildError: see `cuda_session`.
@@ -35,38 +34,39 @@ class SharedSession:
         self._memory: Memory = HostMemory() if driver is None else DeviceMemory(driver)
         self.session = cuda_session(graph, self._memory)
         self.lock = threading.Lock()
-        """Held for a whole step: a stream that is captured takes no other work, and nobody may allocate meanwhile."""
+        """Locked for a whole step: while a stream is captured, no other work may use it and nothing may allocate."""
         self._numbers = itertools.count(1)
 
     def memory(self) -> Memory:
         """Return a memory for the buffers of one decoder."""
-        return self._memory.beside()
+        return self._memory.sibling()
 
     def graph_number(self) -> str:
-        """Return a number for the captured steps of one decoder."""
+        """Return an unused number for the CUDA graph of one decoder."""
         return str(next(self._numbers))
 
 
 def shared_session(
     graph: Path, content: str, driver: CudaDriver | None, check: Callable[[bool], None]
 ) -> SharedSession:
-    """Return the session that runs the same content already, or a new one.
+    """Return the open session of the same content, or a new one.
 
     Args:
         graph: the cuda form.
-        content: hashes of the graph and its weights; empty for a session that nobody else gets.
-        driver: of the GPU; None for the CPU.
-        check: called before anything is loaded, with whether the weights are there already; refuses what cannot fit.
+        content: hashes of the graph and its weights; empty for a session that is not shared.
+        driver: the GPU; None for the CPU.
+        check: called with whether the weights are on the GPU already, before anything is loaded; raises if the decoder
+            does not fit.
 
     Raises:
-        BuildError: see `cuda_session`, and what `check` refuses.
+        BuildError: see `cuda_session`; or `check` raised it.
     """
     key = (content, "cpu" if driver is None else "cuda")
-    with _opening:
-        made = _open.get(key) if content else None
-        check(made is not None)
-        if made is None:
-            made = SharedSession(graph, driver)
+    with _load_lock:
+        session = _sessions.get(key) if content else None
+        check(session is not None)
+        if session is None:
+            session = SharedSession(graph, driver)
             if content:
-                _open[key] = made
-        return made
+                _sessions[key] = session
+        return session

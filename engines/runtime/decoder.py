@@ -1,4 +1,4 @@
-"""What every runtime offers, and the bookkeeping of positions they share."""
+"""The decoder interface that every runtime implements, and the position bookkeeping they share."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -17,50 +17,50 @@ LoraTensors = Mapping[str, NDArray[np.float32]]
 
 
 class Decoder(Protocol):
-    """A loaded decoder with its caches: `prefill` starts sequences, `decode` continues them."""
+    """A loaded decoder with its KV caches: `prefill` starts sequences, `decode` continues them."""
 
     io: DecoderIO
 
     @property
     def capacity(self) -> int:
-        """Most positions of a sequence, prompt included."""
+        """Largest number of positions of a sequence, prompt included."""
 
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Positions filled so far, int64 [B]."""
 
     def set_lora(self, tensors: LoraTensors | None) -> None:
-        """Bind the tensors of the contract (float32, cast here); None: zeros, which equal the base bit for bit."""
+        """Bind the contract's tensors (float32, cast here); None binds zeros, which equals the base bit for bit."""
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """Start new sequences and return the logits after each prompt, float32 [B, V]."""
 
     def decode(self, tokens: Sequence[int | None]) -> NDArray[np.float32]:
-        """Add one token to each sequence, where not None, and return the logits after it, float32 [B, V]."""
+        """Append one token to each sequence (None skips it) and return the logits after it, float32 [B, V]."""
 
 
 class CachedDecoder(ABC):
-    """A decoder that keeps the positions of its sequences.
+    """A decoder that tracks the lengths of its sequences.
 
     Args:
         io: inputs and outputs of the graph.
-        contract: its LoRA inputs; None where it has none.
-        batch: sequences at once.
-        slots: of the KV cache per sequence.
-        piece: most tokens per sequence in one call; None takes every prompt whole.
+        contract: its LoRA inputs; None for a graph without LoRA.
+        batch: sequences per step.
+        slots: KV cache slots per sequence.
+        chunk: largest number of prompt tokens per sequence in one call; None runs every prompt in one call.
     """
 
     configuration = ""
-    """Hash of the configuration of the graph's weights; empty where it is not known."""
+    """Hash of the configuration of the graph's weights; empty if unknown."""
     strict_lora = False
-    """Whether a LoRA that says to be of another configuration is refused; else that is said in one line."""
+    """Whether to refuse a LoRA that was emitted for another configuration; otherwise warn in one line."""
 
     def __init__(
-        self, io: DecoderIO, contract: LoraContract | None, batch: int, slots: int, piece: int | None = None
+        self, io: DecoderIO, contract: LoraContract | None, batch: int, slots: int, chunk: int | None = None
     ) -> None:
         self.io, self.contract, self.batch = io, contract, batch
         self.capacity = min(slots, io.max_positions)
-        self._piece, self._dtype = piece, np.dtype(io.activations)
+        self._chunk, self._dtype = chunk, np.dtype(io.activations)
         self._lengths = np.zeros(batch, np.int64)
 
     @property
@@ -69,25 +69,26 @@ class CachedDecoder(ABC):
         return self._lengths.copy()
 
     def set_lora(self, tensors: LoraTensors | None) -> None:
-        """Bind the tensors of the contract (float32, cast here); None: zeros.
+        """Bind the contract's tensors (float32, cast here); None binds zeros.
 
         Raises:
-            ConfigError: they are not those of the contract, or of another configuration under `strict_lora`.
+            ConfigError: the tensors do not match the contract, or `strict_lora` and they belong to another
+                configuration.
         """
         if tensors is not None:
             self._check_lora(tensors)
         self._take_lora(tensors)
 
     def _check_lora(self, tensors: LoraTensors) -> str:
-        """Return the configuration that a LoRA names, the decoder's where it names none.
+        """Return the configuration hash that a LoRA names; if it names none, the decoder's own.
 
         Raises:
             ConfigError: see `set_lora`.
         """
         check_lora(self.contract, tensors)
-        emitted: str = getattr(tensors, "configuration", self.configuration)
-        check_configuration(emitted, self.configuration, strict=self.strict_lora)
-        return emitted
+        configuration: str = getattr(tensors, "configuration", self.configuration)
+        check_configuration(configuration, self.configuration, strict=self.strict_lora)
+        return configuration
 
     def _take_lora(self, tensors: LoraTensors | None) -> None:
         if self.contract is None:
@@ -100,17 +101,17 @@ class CachedDecoder(ABC):
         """Start new sequences and return the logits after each prompt, float32 [B, V].
 
         Raises:
-            ConfigError: another number of prompts than the batch, or prompts the graph cannot run.
+            ConfigError: the number of prompts is not the batch size, or the graph cannot run one of them.
         """
         self._check(prompts, 0)
         lengths = np.array([len(prompt) for prompt in prompts], np.int64)
-        tokens = np.zeros((self.batch, lengths.max()), np.int64)  # padded at the right
+        tokens = np.zeros((self.batch, lengths.max()), np.int64)  # padded on the right
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt)] = prompt
-        piece = self._piece or tokens.shape[1]
+        chunk = self._chunk or tokens.shape[1]
         result = np.zeros((self.batch, self.io.vocabulary), np.float32)
-        for start in range(0, tokens.shape[1], piece):
-            part = tokens[:, start : start + piece]
+        for start in range(0, tokens.shape[1], chunk):
+            part = tokens[:, start : start + chunk]
             last = lengths - 1 - start
             index = np.clip(last, 0, part.shape[1] - 1)[:, None]
             logits = self.run(part, np.full(self.batch, start, np.int64), index)
@@ -120,48 +121,48 @@ class CachedDecoder(ABC):
         return result
 
     def decode(self, tokens: Sequence[int | None]) -> NDArray[np.float32]:
-        """Add one token to each sequence, where not None, and return the logits after it, float32 [B, V].
+        """Append one token to each sequence (None skips it) and return the logits after it, float32 [B, V].
 
-        A sequence that gets None rests: what it computes goes to its first free slot, or to its last where it has none,
-        and is not counted. The next token overwrites the one, and a full sequence has no next token that would see the
-        other.
+        A skipped sequence still runs in the batch, with a dummy token that is not counted. The dummy is written to the
+        first free slot, which the next token overwrites, or to the last slot of a full sequence, which no later token
+        reads.
 
         Raises:
-            ConfigError: another number of tokens than sequences, an unknown token, or a full cache.
+            ConfigError: the number of tokens is not the batch size, a token is unknown, or a cache is full.
         """
-        rests = np.array([token is None for token in tokens], bool)
-        fed = [[0 if token is None else token] for token in tokens]
-        filled = int(self._lengths[~rests].max(initial=0)) if len(tokens) == self.batch else 0
-        self._check(fed, filled)
+        skip = np.array([token is None for token in tokens], bool)
+        rows = [[0 if token is None else token] for token in tokens]
+        filled = int(self._lengths[~skip].max(initial=0)) if len(tokens) == self.batch else 0
+        self._check(rows, filled)
         starts = np.minimum(self._lengths, self.capacity - 1)
-        logits = self.run(np.array(fed, np.int64), starts, np.zeros((self.batch, 1), np.int64))
-        self._lengths = self._lengths + ~rests
+        logits = self.run(np.array(rows, np.int64), starts, np.zeros((self.batch, 1), np.int64))
+        self._lengths = self._lengths + ~skip
         return logits[:, 0]
 
     def _check(self, prompts: Sequence[Sequence[int]], filled: int) -> None:
-        """Refuse what the graph cannot run: another batch, nothing, an unknown token, or more positions than it has."""
+        """Refuse what the graph cannot run: a wrong batch, no tokens, an unknown token, or too many positions."""
         if len(prompts) != self.batch:
-            raise ConfigError(f"{len(prompts)} sequences are given to a decoder of batch {self.batch}; give as many")
+            raise ConfigError(f"got {len(prompts)} sequences for a decoder of batch {self.batch}; give {self.batch}")
         if not prompts or not all(len(prompt) for prompt in prompts):
-            raise ConfigError("an empty prompt or batch is given; give at least one token per sequence")
+            raise ConfigError("empty prompt; give at least one token per sequence")
         longest = filled + max(len(prompt) for prompt in prompts)
         if longest > self.capacity:
-            raise ConfigError(f"{longest} positions are needed and the decoder has {self.capacity}, {self._limit}")
-        worst = max(max(prompt) for prompt in prompts)
-        if worst >= self.io.vocabulary or min(min(prompt) for prompt in prompts) < 0:
-            raise ConfigError(
-                f"token id {worst} is outside the vocabulary of {self.io.vocabulary}; use the bundle's tokenizer"
-            )
+            raise ConfigError(f"{longest} positions needed, the decoder has {self.capacity}: {self._limit}")
+        for token in (max(map(max, prompts)), min(map(min, prompts))):
+            if not 0 <= token < self.io.vocabulary:
+                raise ConfigError(
+                    f"token id {token} is outside the vocabulary of {self.io.vocabulary}; use the bundle's tokenizer"
+                )
 
     @property
     def _limit(self) -> str:
         """What sets the capacity, and what to do about it."""
         if self.io.cache_length or self.capacity == self.io.max_positions:
-            return "as many as the bundle was built for; shorten, or build it with more (--context)"
-        return "the context it was loaded with; shorten, or load it with more (--context)"
+            return "the bundle was built for that context; shorten the prompt, or build with a longer --context"
+        return "it was loaded with that context; shorten the prompt, or load it with a longer --context"
 
     def _bind(self, name: str, value: NDArray[Any]) -> None:
-        """Make `value` the input `name` of the graph until another is bound; for decoders that bind one by one."""
+        """Bind `value` to the graph input `name`; only decoders with one buffer per input implement it."""
         raise NotImplementedError
 
     @abstractmethod
@@ -170,13 +171,13 @@ class CachedDecoder(ABC):
     ) -> NDArray[np.float32]:
         """Run the graph once: tokens [B, S] from positions `starts` [B]; return logits [B, T, V] at `index` [B, T].
 
-        Positions filled are not counted: `prefill` and `decode` do.
+        This does not change `lengths`; `prefill` and `decode` do.
         """
 
     def _inputs(
         self, tokens: NDArray[np.int64], starts: NDArray[np.int64], index: NDArray[np.int64]
     ) -> dict[str, NDArray[np.int64]]:
-        """Return the graph's inputs; positions of padding may pass the rotary table, and what they write is masked."""
+        """Return the graph's inputs. Padding may run past the rotary table: it is clamped, and attention masks it."""
         positions = starts[:, None] + np.arange(tokens.shape[1])
         return {
             "input_ids": tokens,
@@ -186,37 +187,38 @@ class CachedDecoder(ABC):
         }
 
 
-def check_configuration(emitted: str, weights: str, *, strict: bool = False) -> None:
-    """Say in one line that a LoRA makes up for the errors of another configuration than the weights'.
+def check_configuration(lora: str, weights: str, *, strict: bool = False) -> None:
+    """Warn in one line if a LoRA was emitted for another configuration than that of the weights.
 
     Args:
-        emitted: hash of the configuration it was emitted for; empty where it names none.
-        weights: hash of theirs; empty where it is not known, and then nothing is said.
-        strict: refuse it.
+        lora: configuration hash that the LoRA was emitted for; empty if it names none.
+        weights: configuration hash of the weights; empty if unknown, which skips the check.
+        strict: raise instead of warning.
 
     Raises:
-        ConfigError: it is of another, and `strict`.
+        ConfigError: the configurations differ and `strict` is set.
     """
-    if not weights or emitted == weights:
+    if not weights or lora == weights:
         return
-    said = f"was emitted for configuration {emitted}" if emitted else "names no configuration"
-    line = f"the LoRA {said}, the weights are of {weights} and stay so; emit it for theirs (coatrt adapt)"
+    origin = f"was emitted for configuration {lora}" if lora else "names no configuration"
+    line = f"the LoRA {origin}, but the weights have {weights}; emit a LoRA for {weights} (coatrt adapt)"
     if strict:
         raise ConfigError(line)
     warn_once(line)
 
 
 def check_lora(contract: LoraContract | None, tensors: LoraTensors) -> None:
-    """Refuse LoRA tensors that are not those of the contract.
+    """Refuse LoRA tensors that do not match the contract.
 
     Raises:
-        ConfigError: a graph without LoRA, a tensor missing, unknown, or of another shape.
+        ConfigError: the graph has no LoRA inputs, or a tensor is missing, unknown or of another shape.
     """
     if contract is None:
         raise ConfigError("the graph has no LoRA inputs; export it with an adapter")
     if set(tensors) != set(contract.shapes):
         wrong = sorted(set(tensors) ^ set(contract.shapes))
-        raise ConfigError(f"the LoRA and its contract differ in {len(wrong)} tensors, like {wrong[0]}; emit it again")
+        names = wrong[0] if len(wrong) == 1 else f"{wrong[0]} and {len(wrong) - 1} more tensors"
+        raise ConfigError(f"the LoRA and its contract differ in {names}; emit it again")
     for name, shape in contract.shapes.items():
         if tuple(tensors[name].shape) != shape:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""What the decoders on a GPU share: caches, LoRA, step inputs and logits that stay where they are."""
+"""The common base of GPU decoders: caches, LoRA, step inputs and logits at fixed addresses."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -21,25 +21,25 @@ __all__ = ["DeviceDecoder"]
 
 
 class DeviceDecoder(StatefulDecoder):
-    """A decoder whose buffers are made once; a runtime binds them and computes.
+    """A decoder whose buffers are allocated once; a subclass binds them to a runtime and runs it.
 
     Args:
         io: inputs and outputs of the graph.
-        contract: its LoRA inputs; None where it has none.
-        batch: sequences at once.
-        slots: of the KV cache per sequence.
-        driver: the GPU; None has the buffers on the CPU, for tests.
-        inputs: what changes with every step: name → shape, None for its tokens, and dtype.
-        most: tokens of the longest step.
-        logits: their dtype in the graph.
-        weight_bytes: of the weights, which are loaded later: they are refused before, with the rest.
-        advice: what to do where the GPU has no room.
-        piece: most tokens per sequence in one call; None takes every prompt whole.
-        memory: returns the memory for the buffers; None makes one. Before it loads anything it calls what it is given,
-            with whether the weights are on the GPU already: that refuses what cannot fit.
+        contract: its LoRA inputs; None for a graph without LoRA.
+        batch: sequences per step.
+        slots: KV cache slots per sequence.
+        driver: the GPU; None allocates the buffers on the CPU, for tests.
+        inputs: the inputs of a step: name → (shape, dtype); a size of None stands for the tokens of the step.
+        max_tokens: tokens of the longest step.
+        logits: dtype of the logits in the graph.
+        weight_bytes: bytes of the weights; they are loaded later, but count in the memory check.
+        advice: what the user can do if the GPU has too little memory.
+        chunk: largest number of prompt tokens per sequence in one call; None runs every prompt in one call.
+        memory: returns the memory for the buffers; None allocates a new one. It must call its argument, the memory
+            check, before it loads anything, with whether the weights are on the GPU already.
 
     Raises:
-        BuildError: not enough memory on the GPU, or the driver fails.
+        BuildError: there is not enough GPU memory, or the driver fails.
     """
 
     def __init__(
@@ -51,14 +51,14 @@ class DeviceDecoder(StatefulDecoder):
         driver: CudaDriver | None,
         *,
         inputs: Mapping[str, tuple[tuple[int | None, ...], "np.dtype[Any]"]],
-        most: int,
+        max_tokens: int,
         logits: "np.dtype[Any]",
         weight_bytes: int,
         advice: str,
-        piece: int | None = None,
+        chunk: int | None = None,
         memory: Callable[[Callable[[bool], None]], Memory] | None = None,
     ) -> None:
-        super().__init__(io, contract, batch, slots, piece)
+        super().__init__(io, contract, batch, slots, chunk)
         self._slots, self._layout = slots, LoraLayout(contract, self._dtype)
         self._cache_shape = (batch, io.kv_heads, slots, io.head_dim)
         self._logits_shape = (batch, 1, io.vocabulary)
@@ -71,27 +71,27 @@ class DeviceDecoder(StatefulDecoder):
                 check_memory(driver, 0 if loaded else weight_bytes, caches, other, slots, batch, advice)
 
         self._lock: AbstractContextManager[Any] = nullcontext()
-        """Held while the stream is used, where decoders share it; whoever makes the memory may set it."""
+        """Locked while the stream is in use; `memory` replaces it if decoders share a stream."""
         if memory is not None:
-            made = memory(check)
+            buffers = memory(check)
         else:
             check(False)
-            made = HostMemory() if driver is None else DeviceMemory(driver)
-        self._memory = made
+            buffers = HostMemory() if driver is None else DeviceMemory(driver)
+        self._memory = buffers
         with self._lock:
-            made.enter()
-            self._caches = [made.allocate(one_cache) for _ in io.past_names]
-            self._lora = made.allocate(self._layout.nbytes)
+            buffers.enter()
+            self._caches = [buffers.allocate(one_cache) for _ in io.past_names]
+            self._lora = buffers.allocate(self._layout.nbytes)
             self._lora_staging: NDArray[np.uint8] | None = None
-            self._steps = StepInputs(made, inputs, most)
-            self._logits = made.allocate(logits_bytes)
-            self._logits_here = made.host(logits_bytes).view(logits).reshape(self._logits_shape)
+            self._steps = StepInputs(buffers, inputs, max_tokens)
+            self._logits = buffers.allocate(logits_bytes)
+            self._host_logits = buffers.host(logits_bytes).view(logits).reshape(self._logits_shape)
 
     def packed(self, tensors: LoraTensors) -> PackedLora:
-        """Return LoRA tensors as they lie on the GPU, in page-locked memory: `set_lora` of that is one copy.
+        """Return LoRA tensors in the GPU's layout in page-locked memory, so that `set_lora` is one copy.
 
         Raises:
-            ConfigError: they are not those of the contract.
+            ConfigError: the tensors do not match the contract.
         """
         configuration = self._check_lora(tensors)
         with self._lock:
@@ -106,7 +106,7 @@ class DeviceDecoder(StatefulDecoder):
             memory.enter()
             if tensors is None:
                 memory.clear(self._lora, self._layout.nbytes)
-            elif isinstance(tensors, PackedLora) and tensors.layout.same(self._layout):
+            elif isinstance(tensors, PackedLora) and tensors.layout.matches(self._layout):
                 memory.write(self._lora, tensors.buffer)
             else:
                 if self._lora_staging is None:
@@ -124,7 +124,7 @@ class DeviceDecoder(StatefulDecoder):
         self._each_head(caches, self._memory.write)
 
     def _each_head(self, caches: list[NDArray[Any]], copy: Any) -> None:
-        """Copy the filled slots of each sequence's heads: they lie together, those of the next head do not."""
+        """Copy the filled slots of every head of every sequence; they are contiguous per head only."""
         stride = self._slots * self.io.head_dim * self._dtype.itemsize
         with self._lock:
             self._memory.enter()
@@ -134,7 +134,7 @@ class DeviceDecoder(StatefulDecoder):
             self._memory.synchronize()
 
     def _read_logits(self) -> NDArray[np.float32]:
-        """Wait for the step and return its logits, float32 [B, 1, V], copied."""
-        self._memory.read(self._logits, self._logits_here)
+        """Wait for the step and return a copy of its logits, float32 [B, 1, V]."""
+        self._memory.read(self._logits, self._host_logits)
         self._memory.synchronize()
-        return self._logits_here.astype(np.float32)
+        return self._host_logits.astype(np.float32)

@@ -1,4 +1,4 @@
-"""The hypernetwork at deploy time: a configuration → its LoRA, in ONNX Runtime, without torch."""
+"""The hypernetwork at deploy time: emits the LoRA of any configuration, in ONNX Runtime, without torch."""
 
 from pathlib import Path
 from typing import TypedDict
@@ -18,7 +18,7 @@ __all__ = ["Emitter"]
 
 
 class _Inputs(TypedDict):
-    """What hypernet.json says of the input: the order of its matrices, and what its integers mean."""
+    """The content of hypernet.json: the order of the input's matrices, and the format each integer stands for."""
 
     matrices: tuple[str, ...]
     formats: tuple[str, ...]
@@ -28,13 +28,14 @@ class Emitter:
     """A loaded hypernetwork.
 
     Args:
-        graph: hypernet.onnx; hypernet.json beside it has "matrices" (order of the input) and "formats" (what its
-            integers mean).
-        contract: names and shapes of what it emits.
-        threads: of the session.
+        graph: hypernet.onnx; hypernet.json beside it has "matrices" (order of the input) and "formats" (the format each
+            integer stands for).
+        contract: names and shapes of the tensors it emits.
+        threads: threads of the session; None for all usable cores.
 
     Raises:
-        BundleError: hypernet.json is garbled.
+        BundleError: hypernet.json is damaged.
+        BuildError: ONNX Runtime refuses the graph.
     """
 
     def __init__(self, graph: Path, contract: LoraContract, threads: int | None = None) -> None:
@@ -48,7 +49,7 @@ class Emitter:
 
     @classmethod
     def of(cls, bundle: Bundle, threads: int | None = None) -> "Emitter":
-        """Return the hypernetwork of a bundle, every file's hash checked first."""
+        """Return the hypernetwork of a bundle; the hash of every file is checked first."""
         bundle.path("hypernet.json")
         weights = "hypernet.bin" if "hypernet.bin" in bundle.manifest["files"] else ""
         if weights:
@@ -59,16 +60,15 @@ class Emitter:
         """Return the hypernetwork's input for a configuration, int64 [M].
 
         Raises:
-            ConfigError: a matrix has no format, or one the adapter was not trained for.
+            ConfigError: a matrix has no format, or a format the adapter was not trained for.
         """
         result = np.empty(len(self.matrices), np.int64)
         for i, name in enumerate(self.matrices):
-            text = str(config.formats.get(name, "nothing"))
-            if text not in self._index:
-                raise ConfigError(
-                    f"{name} is {text}, which the adapter was not trained for; allowed: {', '.join(self.formats)}"
-                )
-            result[i] = self._index[text]
+            fmt = config.formats.get(name)
+            if str(fmt) not in self._index:
+                problem = f"is {fmt}, which the adapter was not trained for" if fmt else "has no format"
+                raise ConfigError(f"{name} {problem}; allowed: {', '.join(self.formats)}")
+            result[i] = self._index[str(fmt)]
         return result
 
     def emit(self, config: QuantConfig) -> Lora:
@@ -76,18 +76,18 @@ class Emitter:
 
         Raises:
             ConfigError: see `ids`.
-            BundleError: the graph does not have the contract's tensors, or emits numbers that are not finite.
+            BundleError: the graph lacks a tensor of the contract, or emits values that are not finite.
         """
         ids = self.ids(config)
         try:
             values = self._session.run(self._names, {"formats": ids})
         except Exception as error:  # onnxruntime raises types of its own that share no public base
             raise BundleError(
-                f"the hypernetwork does not fit its contract ({reason(error)}); build the bundle again"
+                f"the hypernetwork does not match its contract ({reason(error)}); build the bundle again"
             ) from None
         for name, value in zip(self._names, values, strict=True):
             if not np.isfinite(value).all():
                 raise BundleError(
-                    f"{self._graph} emits {name} with numbers that are not finite; train the adapter again, then build"
+                    f"{self._graph} emits {name} with values that are not finite; train the adapter again, then build"
                 )
         return Lora(dict(zip(self._names, values, strict=True)), config.hash)

@@ -1,4 +1,4 @@
-"""Text generation over any runtime: greedy or sampled, one prompt or a batch of unequal ones."""
+"""Text generation with any decoder: greedy or sampled, one prompt or a batch of prompts of different lengths."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from coatrt.data.encoding import encode
 from coatrt.engines.runtime.decoder import Decoder
 from coatrt.errors import BundleError, ConfigError
 
-__all__ = ["Generated", "Sampling", "encode_prompt", "generate", "next_token"]
+__all__ = ["Generation", "Sampling", "encode_prompt", "generate", "next_token"]
 
-_MOST_SEED = 2**64 - 1
+_MAX_SEED = 2**64 - 1
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,13 @@ class Sampling:
     """How the next token is chosen.
 
     Args:
-        temperature: 0 takes the likeliest token; else logits are divided by it.
-        top_k: only so many likeliest tokens; 0 for all.
-        top_p: only the likeliest tokens that make up this probability.
-        seed: of the draws; every row of a batch has draws of its own.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: sample from this many of the most likely tokens; 0 for all.
+        top_p: sample from the most likely tokens whose probabilities add up to this.
+        seed: seed of the random draws; every row of a batch has a generator of its own.
 
     Raises:
-        ConfigError: a value out of range.
+        ConfigError: a value is out of range.
     """
 
     temperature: float = 0.0
@@ -38,22 +38,22 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
-            raise ConfigError(f"temperature {self.temperature} is given; give 0 or a positive number")
+            raise ConfigError(f"temperature must be 0 or a positive number, got {self.temperature}")
         if self.top_k < 0:
-            raise ConfigError(f"top-k {self.top_k} is given; give 0 (all) or a positive number")
+            raise ConfigError(f"top-k must be 0 (all) or a positive number, got {self.top_k}")
         if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top-p {self.top_p} is given; give more than 0, at most 1")
-        if not 0 <= self.seed <= _MOST_SEED:
-            raise ConfigError(f"seed {self.seed} is given; give 0 or a positive number, at most {_MOST_SEED}")
+            raise ConfigError(f"top-p must be more than 0 and at most 1, got {self.top_p}")
+        if not 0 <= self.seed <= _MAX_SEED:
+            raise ConfigError(f"seed must be at least 0 and at most {_MAX_SEED}, got {self.seed}")
 
 
 @dataclass(frozen=True)
-class Generated:
-    """What one prompt was continued with.
+class Generation:
+    """The continuation of one prompt.
 
     Args:
-        tokens: without the stop token.
-        reason: "stop" for a stop token, "length" for the limit.
+        tokens: the new tokens, without the stop token.
+        reason: "stop" if a stop token ended it, "length" if a limit did.
     """
 
     tokens: tuple[int, ...]
@@ -61,8 +61,8 @@ class Generated:
 
 
 def probabilities(logits: NDArray[np.float32], sampling: Sampling) -> NDArray[np.float64]:
-    """Return the distribution the next token is drawn from, float64 [V]: temperature, then top-k, then top-p."""
-    with np.errstate(over="ignore"):  # near temperature 0 all but the likeliest go to minus infinity
+    """Return the probabilities of the next token, float64 [V]: temperature, then top-k, then top-p."""
+    with np.errstate(over="ignore"):  # near temperature 0 all but the most likely go to minus infinity
         scaled = (logits.astype(np.float64) - float(logits.max())) / sampling.temperature
     if 0 < sampling.top_k < len(scaled):
         scaled[np.argpartition(scaled, -sampling.top_k)[: -sampling.top_k]] = -np.inf
@@ -80,12 +80,12 @@ def next_token(logits: NDArray[np.float32], sampling: Sampling, rng: np.random.G
     """Return the next token for logits float32 [V].
 
     Raises:
-        BundleError: the largest of them is not finite, or one is no number.
+        BundleError: the largest logit is infinite, or one is NaN.
     """
     if not np.isfinite(logits.max()):
         raise BundleError(
-            "the logits are not finite: weights or LoRA are damaged, or too large for the graph's activations; check "
-            "the bundle (coatrt verify), or run without the LoRA (--no-lora)"
+            "the logits are not finite: weights or LoRA are damaged, or too large for the dtype of the activations; "
+            "check the bundle (coatrt verify), or run without the LoRA (--no-lora)"
         )
     if sampling.temperature == 0:
         return int(logits.argmax())
@@ -100,33 +100,34 @@ def generate(
     sampling: Sampling | None = None,
     stop: Sequence[int] = (),
     on_token: Callable[[int, int], None] | None = None,
-) -> list[Generated]:
-    """Continue prompts, each until its own end.
+) -> list[Generation]:
+    """Continue each prompt until its own end.
 
     Args:
-        decoder: with its LoRA bound.
-        prompts: token ids, as many as the decoder's batch.
-        max_tokens: most tokens per prompt; the decoder's capacity is the other limit.
-        sampling: greedy by default.
+        decoder: a decoder with its LoRA bound.
+        prompts: token ids; as many prompts as the decoder's batch.
+        max_tokens: largest number of new tokens per prompt; the decoder's capacity limits it too.
+        sampling: how tokens are chosen; greedy by default.
         stop: tokens that end a sequence.
-        on_token: called with (row, token) as soon as a token exists.
+        on_token: called with (row, token) after each new token.
 
     Raises:
-        ConfigError: the prompts do not fit the decoder, or `max_tokens` is not positive.
+        ConfigError: the prompts do not fit the decoder, or `max_tokens` is below 1.
+        BundleError: the logits are not finite.
     """
     if max_tokens < 1:
-        raise ConfigError(f"{max_tokens} tokens are asked for; ask for at least 1")
+        raise ConfigError(f"max_tokens must be at least 1, got {max_tokens}")
     sampling, stops = sampling or Sampling(), set(stop)
-    draws = [np.random.default_rng([sampling.seed, row]) for row in range(len(prompts))]
-    made: list[list[int]] = [[] for _ in prompts]
+    generators = [np.random.default_rng([sampling.seed, row]) for row in range(len(prompts))]
+    continuations: list[list[int]] = [[] for _ in prompts]
     reasons: list[Literal["stop", "length"] | None] = [None] * len(prompts)
     logits = decoder.prefill(prompts)
     while True:
-        feed: list[int | None] = [None] * len(made)
-        for row, tokens in enumerate(made):
+        inputs: list[int | None] = [None] * len(continuations)
+        for row, tokens in enumerate(continuations):
             if reasons[row] is not None:
                 continue
-            token = next_token(logits[row], sampling, draws[row])
+            token = next_token(logits[row], sampling, generators[row])
             if token in stops:
                 reasons[row] = "stop"
                 continue
@@ -136,11 +137,13 @@ def generate(
             if len(tokens) >= max_tokens or int(decoder.lengths[row]) >= decoder.capacity:
                 reasons[row] = "length"
             else:
-                feed[row] = token
+                inputs[row] = token
         if all(reason is not None for reason in reasons):
             break
-        logits = decoder.decode(feed)
-    return [Generated(tuple(tokens), reason or "length") for tokens, reason in zip(made, reasons, strict=True)]
+        logits = decoder.decode(inputs)
+    return [
+        Generation(tuple(tokens), reason or "length") for tokens, reason in zip(continuations, reasons, strict=True)
+    ]
 
 
 def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool = False, system: str | None = None) -> list[int]:
@@ -149,11 +152,11 @@ def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool = False, system: st
     Args:
         tokenizer: a transformers tokenizer.
         prompt: the text.
-        chat: apply the tokenizer's chat template, the prompt being the user's turn.
+        chat: apply the tokenizer's chat template, with the prompt as the user's turn.
         system: the system message of a chat.
 
     Raises:
-        ConfigError: the tokenizer has no chat template, its template refuses the turns, or the prompt is empty.
+        ConfigError: the tokenizer has no chat template, the template refuses the turns, or the prompt is empty.
     """
     if chat:
         template = chat_template(tokenizer)

@@ -1,4 +1,4 @@
-"""Bundle → decoder: which runtime, which file of the bundle."""
+"""Bundle → decoder: picks the runtime and the bundle's files for a backend."""
 
 from dataclasses import replace
 from typing import Any
@@ -14,34 +14,35 @@ _FORMS: dict[Backend, str] = {"ort": "cpu", "trt": "engine", "cuda": "cuda"}
 
 
 def load_decoder(bundle: Bundle, options: RuntimeOptions = RuntimeOptions(), **changes: Any) -> Decoder:
-    """Return a decoder of a bundle with no LoRA bound; every file is hashed before it is read.
+    """Return a decoder of a bundle with no LoRA bound; the hash of every file is checked before it is read.
 
     Args:
         bundle: an opened bundle.
         options: how it runs.
-        changes: fields of `RuntimeOptions` that differ from `options`, such as context=4096.
+        changes: fields of `RuntimeOptions` that override `options`, such as context=4096.
 
     Raises:
-        BuildError: the backend cannot run here, or the bundle has nothing for it.
+        BuildError: the backend cannot run here, or the bundle has no graph or engine for it.
+        BundleError: a file of the bundle was altered.
     """
     options = replace(options, **changes)
     if options.backend == "ort":
         graph, io = bundle.decoder("cpu")
-        made: CachedDecoder = OrtDecoder(graph, io, bundle.contract, options)
+        decoder: CachedDecoder = OrtDecoder(graph, io, bundle.contract, options)
     elif options.backend == "cuda":
         from coatrt.engines.runtime.cuda import CudaDecoder
 
-        made = CudaDecoder.of(bundle, options)
+        decoder = CudaDecoder.of(bundle, options)
     else:
         from coatrt.engines.runtime.trt import TrtDecoder
 
-        made = TrtDecoder.of(bundle, options)
-    made.configuration, made.strict_lora = bundle.manifest["configuration"]["hash"], options.strict_lora
-    return made
+        decoder = TrtDecoder.of(bundle, options)
+    decoder.configuration, decoder.strict_lora = bundle.manifest["configuration"]["hash"], options.strict_lora
+    return decoder
 
 
 def check_decoder(bundle: Bundle, backend: Backend) -> None:
-    """Check the hash of every file that `load_decoder` reads, or may read, before any of them is loaded.
+    """Check the hash of every file that `load_decoder` may read, without loading any of them.
 
     Raises:
         BundleError: a file was altered, or the bundle has no such graph.

@@ -1,4 +1,4 @@
-"""LoRA files: the tensors emitted for one configuration, which the file names."""
+"""LoRA files: the tensors emitted for one configuration, and the hash of that configuration."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +18,7 @@ from coatrt.system.json_data import parse_json
 __all__ = ["CONFIGURATION", "Lora", "load_lora", "save_lora"]
 
 CONFIGURATION = "configuration"
-"""Key of the configuration's hash in the metadata of LoRA files, of PEFT's too."""
+"""Metadata key of the configuration's hash in LoRA files, PEFT files included."""
 
 _AGAIN = "emit it again with coatrt adapt"
 _DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
@@ -29,7 +29,7 @@ class Lora(dict[str, NDArray[np.float32]]):
 
     Args:
         tensors: by name.
-        configuration: hash of the configuration they were emitted for; empty where nobody knows.
+        configuration: hash of the configuration they were emitted for; empty if unknown.
     """
 
     def __init__(self, tensors: Mapping[str, NDArray[np.float32]], configuration: str) -> None:
@@ -38,7 +38,7 @@ class Lora(dict[str, NDArray[np.float32]]):
 
 
 def save_lora(path: str | Path, tensors: Mapping[str, NDArray[np.float32]], config: QuantConfig) -> None:
-    """Write emitted tensors as safetensors, atomically, with the hash of their configuration."""
+    """Write emitted tensors as a safetensors file, atomically, with the hash of their configuration."""
     with atomic_file(path) as temporary:
         save_file(dict(tensors), str(temporary), metadata={CONFIGURATION: config.hash})
 
@@ -49,19 +49,20 @@ def load_lora(path: Path, contract: LoraContract, weights: str = "", *, strict: 
     Args:
         path: the file.
         contract: names and shapes.
-        weights: hash of the configuration of the weights it is for: another is said in one line. A decoder that
-            `load_decoder` returned does so itself.
-        strict: refuse a LoRA of another configuration.
+        weights: configuration hash of the weights the LoRA is for; a LoRA of another one is warned about in one line.
+            Not needed for a decoder that `load_decoder` returned, which checks this itself.
+        strict: raise instead of warning.
 
     Raises:
-        ConfigError: the file is missing, damaged, not of this contract, of another dtype, not finite, or see `strict`.
+        ConfigError: the file is missing or damaged, a tensor does not match the contract, has another dtype or values
+            that are not finite, or `strict` and the LoRA belongs to another configuration.
     """
     if not path.is_file():
         raise ConfigError(f"LoRA {path} does not exist; emit one with coatrt adapt")
     try:
         data = path.read_bytes()
         stored = deserialize(data)  # type: ignore[no-untyped-call]
-        # The header, checked by now, is read again for what the line above does not return.
+        # deserialize has checked the header but does not return its metadata, so parse it here.
         header = data[8 : 8 + int.from_bytes(data[:8], "little")]
         metadata = parse_json(header, f"the header of LoRA {path}", _AGAIN).get("__metadata__") or {}
     except (SafetensorError, OSError, ValueError) as error:
@@ -74,7 +75,7 @@ def load_lora(path: Path, contract: LoraContract, weights: str = "", *, strict: 
         raw = np.frombuffer(facts["data"], _DTYPES[dtype])
         value = (raw.astype("<u4") << 16).view("<f4") if dtype == "BF16" else raw.astype("<f4")
         if not np.isfinite(value).all():
-            raise ConfigError(f"LoRA {path}: {name} has numbers that are not finite; {_AGAIN}")
+            raise ConfigError(f"LoRA {path}: {name} has values that are not finite; {_AGAIN}")
         tensors[name] = value.reshape(facts["shape"])
     try:
         check_lora(contract, tensors)

@@ -1,4 +1,4 @@
-"""Buffers at fixed addresses for a decoder's inputs, caches and LoRA: on the CPU here, on a GPU in `cuda_driver`."""
+"""Buffers at fixed addresses for a decoder's inputs, caches and LoRA: on the CPU here, on the GPU in `cuda_driver`."""
 
 import ctypes
 from abc import ABC, abstractmethod
@@ -10,40 +10,40 @@ from numpy.typing import NDArray
 __all__ = ["ALIGNMENT", "HostMemory", "Memory", "aligned"]
 
 ALIGNMENT = 256
-"""Bytes that every piece of a buffer is aligned to, as CUDA's own allocations are."""
+"""Alignment of every section of a buffer, in bytes; that of CUDA's own allocations."""
 
 
 def aligned(nbytes: int) -> int:
-    """Return a size that whole pieces fill."""
+    """Return a size rounded up to `ALIGNMENT`."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 class Memory(ABC):
-    """Buffers of one device; they live as long as this object."""
+    """Buffers on one device; they live as long as this object."""
 
     device: Literal["cpu", "cuda"]
     stream = 0
-    """The stream that orders copies and runs; 0 on the CPU."""
+    """The CUDA stream that orders copies and runs; 0 on the CPU."""
 
     @abstractmethod
-    def beside(self) -> "Memory":
-        """Return another memory of this device, whose copies are ordered with those of this one."""
+    def sibling(self) -> "Memory":
+        """Return a new memory on the same device and stream."""
 
     @abstractmethod
     def allocate(self, nbytes: int) -> int:
-        """Return the address of a new buffer on the device, full of zeros."""
+        """Return the address of a new device buffer, filled with zeros."""
 
     @abstractmethod
     def host(self, nbytes: int) -> NDArray[np.uint8]:
-        """Return an array of zeros on the host from which copies are fast."""
+        """Return a host array of zeros from which copies to the device are fast."""
 
     @abstractmethod
     def write(self, address: int, data: NDArray[Any]) -> None:
-        """Copy a contiguous array to the device; it may be reused after `synchronize`."""
+        """Start copying a contiguous array to the device; the array may be reused after `synchronize`."""
 
     @abstractmethod
     def read(self, address: int, data: NDArray[Any]) -> None:
-        """Fill a contiguous array from the device; it is filled after `synchronize`."""
+        """Start copying from the device to a contiguous array; its values are valid after `synchronize`."""
 
     @abstractmethod
     def clear(self, address: int, nbytes: int) -> None:
@@ -51,9 +51,9 @@ class Memory(ABC):
 
     @abstractmethod
     def synchronize(self) -> None:
-        """Wait for everything that was started."""
+        """Wait for all copies and runs on the stream."""
 
-    def enter(self) -> None:  # noqa: B027 - a GPU's memory has something to do here
+    def enter(self) -> None:  # noqa: B027 - only a GPU's memory needs it
         """Make the device current in this thread."""
 
 
@@ -65,18 +65,18 @@ class HostMemory(Memory):
     def __init__(self) -> None:
         self._buffers: list[NDArray[np.uint8]] = []
 
-    def beside(self) -> "HostMemory":
-        """Return another one."""
+    def sibling(self) -> "HostMemory":
+        """Return a new host memory."""
         return HostMemory()
 
     def allocate(self, nbytes: int) -> int:
-        """Return the address of a new buffer, full of zeros."""
+        """Return the address of a new buffer, filled with zeros."""
         buffer = np.zeros(nbytes + ALIGNMENT, np.uint8)
         self._buffers.append(buffer)
         return aligned(buffer.ctypes.data)
 
     def host(self, nbytes: int) -> NDArray[np.uint8]:
-        """Return an array."""
+        """Return an array of zeros."""
         return np.zeros(nbytes, np.uint8)
 
     def write(self, address: int, data: NDArray[Any]) -> None:
@@ -92,4 +92,4 @@ class HostMemory(Memory):
         ctypes.memset(address, 0, nbytes)
 
     def synchronize(self) -> None:
-        """Nothing is pending."""
+        """Return at once: copies on the host are finished already."""

@@ -1,4 +1,4 @@
-"""ONNX Runtime: the runtime that runs everything everywhere, bound once and decoding in place."""
+"""ONNX Runtime on the CPU: runs every bundle on every machine; buffers are bound once, caches are updated in place."""
 
 import contextlib
 import ctypes
@@ -23,49 +23,51 @@ def session(graph: Path, threads: int | None = None, accuracy_level: int = 0) ->
 
     Args:
         graph: the model file.
-        threads: of one operator; by default all usable cores.
-        accuracy_level: of int4 and int8 products. 0 decodes the weights when the graph loads: exact, 4 bytes a weight.
-            1 keeps them packed and multiplies in float32: exact too, and slow (int8 a hundred times slower than 4 on
-            AVX2: ONNX Runtime 1.32 decodes the weight in every call). 4 keeps them packed and accumulates in int8: the
-            fastest, and visibly different.
+        threads: threads per operator; by default all usable cores.
+        accuracy_level: of int4 and int8 matrix products. 0 decodes the weights when the graph loads: exact, 4 bytes per
+            weight. 1 keeps them packed and multiplies in float32: exact too, and slow (int8 on AVX2 is a hundred times
+            slower than with 4: ONNX Runtime 1.32 decodes the weight in every call). 4 keeps them packed and accumulates
+            in int8: fastest, with visible rounding differences.
 
     Raises:
         BuildError: ONNX Runtime refuses the graph.
     """
     options = ort.SessionOptions()
-    options.log_severity_level = 4  # what it refuses comes back as an error
+    options.log_severity_level = 4  # errors are raised; logging them too would print them twice
     options.intra_op_num_threads = threads or usable_cores()
     if accuracy_level == 0:  # with quantization off, DequantizeLinear of a constant is folded like any other node
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
     try:
-        made = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises types of its own that share no public base
+        result = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions share no public base class
         raise BuildError(f"ONNX Runtime refuses {graph.name} ({reason(error)}); export it again") from None
-    _give_back()
-    return made
+    _trim_heap()
+    return result
 
 
-def _give_back() -> None:
-    """Return freed memory to the system: what folding a graph's constants used would stay resident, twice the weights.
+def _trim_heap() -> None:
+    """Return freed memory to the system: constant folding leaves twice the size of the weights resident.
 
-    SmolLM2-135M with 80 nvfp4 matrices: 985 MiB resident after loading, 493 after this. Only glibc needs and has it.
+    SmolLM2-135M with 80 nvfp4 matrices: 985 MiB resident after loading, 493 MiB after trimming. Only glibc needs this
+    and has `malloc_trim`.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 class OrtDecoder(StatefulDecoder):
-    """A decoder graph in ONNX Runtime: caches and LoRA are bound once, and the caches are written in place.
+    """A decoder graph in ONNX Runtime; caches and LoRA are bound once, and the caches are updated in place.
 
     Args:
         graph: the cpu form of the graph.
         io: its inputs and outputs.
-        contract: its LoRA inputs; None where it has none.
-        options: threads, batch and accuracy level; the context counts where the graph leaves it open.
+        contract: its LoRA inputs; None for a graph without LoRA.
+        options: threads, batch and accuracy level; the context applies if the graph leaves the cache length open.
 
     Raises:
         BuildError: ONNX Runtime refuses the graph, or it lacks an input that `io` or `contract` names.
+        BundleError: an input has another shape than `io` or `contract` says, or the caches cannot be allocated.
     """
 
     def __init__(
@@ -78,21 +80,23 @@ class OrtDecoder(StatefulDecoder):
         slots = io.cache_length or min(options.context, io.max_positions)
         super().__init__(io, contract, options.batch, slots)
         self._session = session(graph, options.threads, options.accuracy_level)
-        inputs = {one.name: one.shape for one in self._session.get_inputs()}
+        inputs = {node.name: node.shape for node in self._session.get_inputs()}
         for name in (*io.past_names, *(contract.inputs if contract is not None else ())):
             if name not in inputs:
                 raise BuildError(f"{graph.name} has no input {name}, which its bundle names; build the bundle again")
         cache = (None, io.kv_heads, io.cache_length, io.head_dim)
         for name, shape in (*((n, cache) for n in io.past_names), *(contract.inputs if contract else {}).items()):
-            held = tuple(size if isinstance(size, int) else None for size in inputs[name])
-            if held[-2:] != shape[-2:] or held[1:-2] != shape[1:-2]:  # before memory of that size is asked for
-                raise BundleError(f"{graph.name} has {name} as {held}, its bundle says {shape}; build the bundle again")
+            actual = tuple(size if isinstance(size, int) else None for size in inputs[name])
+            if actual[-2:] != shape[-2:] or actual[1:-2] != shape[1:-2]:  # checked before memory of that size is used
+                raise BundleError(
+                    f"{graph.name}: {name} has shape {actual}, its bundle says {shape}; build the bundle again"
+                )
         self._binding = self._session.io_binding()
         shape = (options.batch, io.kv_heads, slots, io.head_dim)
         try:
             self._caches = [ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self._dtype)) for _ in io.past_names]
-        except ValueError as error:  # of numbers that only an altered manifest holds
-            raise BundleError(f"caches of the shape {shape} cannot be made ({error}); build the bundle again") from None
+        except ValueError as error:  # only sizes of an altered manifest get here
+            raise BundleError(f"cannot allocate caches of shape {shape} ({error}); build the bundle again") from None
         for past, present, cache in zip(io.past_names, io.present_names, self._caches, strict=True):
             self._binding.bind_ortvalue_input(past, cache)
             self._binding.bind_ortvalue_output(present, cache)
@@ -107,10 +111,10 @@ class OrtDecoder(StatefulDecoder):
         return [cache.numpy()[:, :, :filled].copy() for cache in self._caches]
 
     def _write_caches(self, caches: list[NDArray[Any]]) -> None:
-        for own, cache in zip(self._caches, caches, strict=True):
-            whole = own.numpy().copy()
-            whole[:, :, : cache.shape[2]] = cache
-            own.update_inplace(np.ascontiguousarray(whole))
+        for buffer, cache in zip(self._caches, caches, strict=True):
+            values = buffer.numpy().copy()
+            values[:, :, : cache.shape[2]] = cache
+            buffer.update_inplace(np.ascontiguousarray(values))
 
     def run(
         self, tokens: NDArray[np.int64], starts: NDArray[np.int64], index: NDArray[np.int64]
@@ -118,13 +122,13 @@ class OrtDecoder(StatefulDecoder):
         """Run the graph once: tokens [B, S] from positions `starts` [B]; return logits [B, T, V] at `index` [B, T].
 
         Raises:
-            ConfigError: several tokens at once behind others, of more than one sequence: ONNX Runtime's attention does
-                not take them.
+            ConfigError: several new tokens after a filled cache in a batch above 1, which ONNX Runtime's attention does
+                not support.
         """
-        self._check_pieces(tokens, starts)
+        self._check_chunk(tokens, starts)
         for name, value in self._inputs(tokens, starts, index).items():
             self._binding.bind_cpu_input(name, np.ascontiguousarray(value))
         self._binding.bind_output("logits")
         self._session.run_with_iobinding(self._binding)
-        logits = self._binding.get_outputs()[-1]  # in the order of binding: the caches were bound first
+        logits = self._binding.get_outputs()[-1]  # outputs come in binding order, and the caches were bound first
         return np.asarray(logits.numpy(), np.float32)

@@ -1,4 +1,4 @@
-"""A LoRA in the dtype and order of a decoder's buffer: switching to it is one copy."""
+"""A LoRA in the dtype and layout of a decoder's buffer, so that switching to it is one copy."""
 
 import math
 from collections.abc import Mapping
@@ -15,29 +15,29 @@ from coatrt.engines.runtime.memory import aligned
 
 __all__ = ["LoraLayout", "PackedLora"]
 
-_LARGE = 1 << 20  # bytes for which threads are worth starting
+_LARGE = 1 << 20  # bytes above which starting threads pays off
 
 
 class LoraLayout:
-    """Where the LoRA inputs of a graph lie in one buffer, every piece aligned, and a contract's tensors in them.
+    """The layout of a graph's LoRA inputs in one buffer, each aligned, and of the contract's tensors within them.
 
     Args:
         contract: names and shapes; None for a graph without LoRA.
-        dtype: of the graph's LoRA inputs.
+        dtype: dtype of the graph's LoRA inputs.
     """
 
     def __init__(self, contract: LoraContract | None, dtype: np.dtype[Any]) -> None:
         self.dtype, self.nbytes = dtype, 0
         self.pieces: dict[str, tuple[int, tuple[int, int]]] = {}
-        """Input → offset in bytes and shape."""
+        """Input → (offset in bytes, shape)."""
         self._places = contract.places if contract is not None else {}
         self._shapes = contract.shapes if contract is not None else {}
         for name, shape in contract.inputs.items() if contract is not None else ():
             self.pieces[name] = self.nbytes, shape
             self.nbytes += aligned(math.prod(shape) * dtype.itemsize)
 
-    def same(self, other: "LoraLayout") -> bool:
-        """Return whether a buffer of one is a buffer of the other."""
+    def matches(self, other: "LoraLayout") -> bool:
+        """Return whether both layouts are equal, so that one buffer serves both."""
         return (self.dtype, self.pieces) == (other.dtype, other.pieces)
 
     def views(self, buffer: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
@@ -56,7 +56,7 @@ class LoraLayout:
         }
 
     def fill(self, buffer: NDArray[np.uint8], tensors: Mapping[str, NDArray[Any]]) -> None:
-        """Cast tensors into their places in a buffer full of zeros; numpy casts on one core and lets others work."""
+        """Cast tensors into their places in a zero-filled buffer, in threads: numpy releases the lock while casting."""
         views = self.views(buffer)
 
         def cast(name: str) -> None:
@@ -68,11 +68,11 @@ class LoraLayout:
 
 
 class PackedLora(Lora):
-    """The tensors of a contract, cast, as views of one buffer; `DeviceDecoder.packed` makes it.
+    """The tensors of a contract, cast, as views of one buffer; `DeviceDecoder.packed` returns one.
 
     Args:
-        buffer: holds them as `layout` says; page-locked where a GPU copies from it.
-        layout: where each lies.
+        buffer: the tensors in `layout`; page-locked memory for a GPU.
+        layout: the layout of the buffer.
         configuration: hash of the configuration they were emitted for.
     """
 

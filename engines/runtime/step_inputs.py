@@ -1,4 +1,4 @@
-"""What changes with every step, in one buffer of the device: a step's inputs are one copy from page-locked memory."""
+"""The inputs that change with every step, in one device buffer: one copy from page-locked memory updates them all."""
 
 import math
 from collections.abc import Mapping
@@ -16,43 +16,44 @@ Place = tuple[int, tuple[int, ...], "np.dtype[Any]"]
 
 
 class StepInputs:
-    """The inputs of a step, one behind the other.
+    """The inputs of a step, one after another in one buffer.
 
     Args:
-        memory: holds the buffer and the array it is copied from.
-        inputs: name → shape, None for the tokens of a step, and dtype.
-        most: tokens of the longest step.
+        memory: allocates the device buffer and the host array it is copied from.
+        inputs: name → (shape, dtype); a size of None stands for the tokens of the step.
+        max_tokens: tokens of the longest step.
     """
 
     def __init__(
-        self, memory: Memory, inputs: Mapping[str, tuple[tuple[int | None, ...], "np.dtype[Any]"]], most: int
+        self, memory: Memory, inputs: Mapping[str, tuple[tuple[int | None, ...], "np.dtype[Any]"]], max_tokens: int
     ) -> None:
         self._memory, self._inputs = memory, dict(inputs)
-        nbytes = sum(aligned(math.prod(shape) * dtype.itemsize) for _, shape, dtype in self._places(0, most).values())
+        places = self._places(0, max_tokens).values()
+        nbytes = sum(aligned(math.prod(shape) * dtype.itemsize) for _, shape, dtype in places)
         self.address = memory.allocate(nbytes)
         self._staging = memory.host(nbytes)
 
-    def _places(self, address: int, room: int) -> dict[str, Place]:
+    def _places(self, address: int, tokens: int) -> dict[str, Place]:
         places: dict[str, Place] = {}
         for name, (shape, dtype) in self._inputs.items():
-            sizes = tuple(room if size is None else size for size in shape)
+            sizes = tuple(tokens if size is None else size for size in shape)
             places[name] = address, sizes, dtype
             address += aligned(math.prod(sizes) * dtype.itemsize)
         return places
 
-    def places(self, room: int) -> dict[str, Place]:
-        """Return where each input lies in steps that are written with this room."""
-        return self._places(self.address, room)
+    def places(self, tokens: int) -> dict[str, Place]:
+        """Return the place of each input in the layout for `tokens` tokens."""
+        return self._places(self.address, tokens)
 
-    def write(self, values: Mapping[str, NDArray[Any]], room: int) -> None:
+    def write(self, values: Mapping[str, NDArray[Any]], tokens: int) -> None:
         """Start the copy of a step's inputs; the next one may be written after `Memory.synchronize`.
 
         Args:
-            values: name → array; more of them than the inputs are passed over.
-            room: tokens that the places leave room for, at least those of this step.
+            values: name → array; names that are not inputs are ignored.
+            tokens: tokens of the layout, at least those of this step; `places` gives the addresses for the same number.
         """
         end = 0
-        for name, (offset, _, dtype) in self._places(0, room).items():
+        for name, (offset, _, dtype) in self._places(0, tokens).items():
             value = values[name]
             end = offset + value.size * dtype.itemsize
             self._staging[offset:end].view(dtype)[...] = value.reshape(-1)

@@ -1,4 +1,4 @@
-"""Switching configurations while a session runs: another bundle's graph or engine, its LoRA emitted on the spot."""
+"""Switching configurations in a running session: loads another bundle's graph or engine and emits its LoRA."""
 
 import time
 from collections import OrderedDict
@@ -18,41 +18,41 @@ from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.state import State, StatefulDecoder
 from coatrt.errors import BundleError, ConfigError
 
-__all__ = ["Switched", "SwitchingDecoder"]
+__all__ = ["SwitchResult", "SwitchingDecoder"]
 
 
 @dataclass(frozen=True)
-class Switched:
-    """What a switch took, in seconds.
+class SwitchResult:
+    """The outcome of a switch; times in seconds.
 
     Args:
-        name: of the bundle switched to.
-        load_seconds: of loading its graph or engine; 0 where it was held.
-        emit_seconds: of emitting its LoRA with the hypernetwork.
-        bind_seconds: of binding the LoRA and moving the caches.
-        kept: whether the sequences go on where they were.
+        name: name of the bundle that is current now.
+        load_seconds: time to load its graph or engine; 0 if it was in memory.
+        emit_seconds: time to emit its LoRA with the hypernetwork.
+        bind_seconds: time to bind the LoRA and copy the caches.
+        continues: whether the sequences continue where they were; otherwise call `prefill` again.
     """
 
     name: str
     load_seconds: float
     emit_seconds: float
     bind_seconds: float
-    kept: bool
+    continues: bool
 
 
 class SwitchingDecoder:
-    """A decoder over several bundles of one adapter, one of them current; a `coatrt.engines.runtime.decoder.Decoder`.
+    """A `Decoder` over several bundles of one adapter, one of which is current.
 
     The hypernetwork is the same in all bundles of an adapter, so one emitter serves every configuration.
 
     Args:
         bundles: name → opened bundle, at least one; the first is current at the start.
-        options: how each runs.
-        held: decoders kept in memory; 1 frees the old one before the next is loaded.
+        options: how each bundle runs.
+        cache_size: number of decoders to keep in memory; 1 frees the current one before loading the next.
 
     Raises:
-        ConfigError: no bundle.
-        BundleError: the bundles are of different models or adapters.
+        ConfigError: there is no bundle, or `cache_size` is below 1.
+        BundleError: the bundles belong to different models or adapters.
     """
 
     def __init__(
@@ -60,77 +60,79 @@ class SwitchingDecoder:
         bundles: Mapping[str, Bundle],
         options: RuntimeOptions = RuntimeOptions(),
         *,
-        held: int = 1,
+        cache_size: int = 1,
     ) -> None:
-        if not bundles or held < 1:
-            raise ConfigError(f"{len(bundles)} bundles and room for {held} decoders are given; give at least 1 each")
-        self.bundles, self._held, self._options = dict(bundles), held, options
+        if not bundles:
+            raise ConfigError("no bundle to switch to; give at least one")
+        if cache_size < 1:
+            raise ConfigError(f"cache_size must be at least 1, got {cache_size}")
+        self.bundles, self._cache_size, self._options = dict(bundles), cache_size, options
         self._check()
         self._emitter = Emitter.of(next(iter(bundles.values())), options.threads)
         self._decoders: OrderedDict[str, Decoder] = OrderedDict()
-        self._lora: LoraTensors | None = None  # what the current decoder has bound
+        self._lora: LoraTensors | None = None  # bound to the current decoder
         self.current = ""
         self.switch(next(iter(bundles)))
 
     def _check(self) -> None:
         (first, bundle), *others = self.bundles.items()
-        one, graph = bundle.manifest, "hypernet.onnx"
-        for name, other in ((name, bundle.manifest) for name, bundle in others):
-            for what, mine, its in (
-                ("model", one["model"]["fingerprint"], other["model"]["fingerprint"]),
-                ("hypernetwork", one["files"][graph]["sha256"], other["files"][graph]["sha256"]),
+        ours, graph = bundle.manifest, "hypernet.onnx"
+        for name, theirs in ((name, bundle.manifest) for name, bundle in others):
+            for what, our_hash, their_hash in (
+                ("model", ours["model"]["fingerprint"], theirs["model"]["fingerprint"]),
+                ("hypernetwork", ours["files"][graph]["sha256"], theirs["files"][graph]["sha256"]),
             ):
-                if mine != its:
+                if our_hash != their_hash:
                     raise BundleError(
-                        f"{first} and {name} have different {what}s ({mine[:12]}, {its[:12]}); "
+                        f"{first} and {name} have different {what}s ({our_hash[:12]}, {their_hash[:12]}); "
                         "give bundles of one adapter"
                     )
 
-    def switch(self, name: str, config: QuantConfig | None = None) -> Switched:
+    def switch(self, name: str, config: QuantConfig | None = None) -> SwitchResult:
         """Make another bundle current and bind the LoRA of its configuration.
 
-        Sequences go on: the caches are copied, which another precision of the weights leaves valid in shape and nearly
-        in value. A switch that fails leaves the session as it was; what can be checked is checked before the old
-        decoder is freed.
+        Sequences continue: the caches are copied. Their shapes fit every configuration of the model, and their values
+        differ only by the quantization error of the old weights. A switch that fails leaves the session as it was: all
+        that can be checked is checked before the old decoder is freed.
 
         Args:
-            name: of the bundle.
-            config: emit the LoRA of this configuration in place of the bundle's own.
+            name: name of the bundle.
+            config: emit the LoRA of this configuration instead of the bundle's own.
 
         Raises:
-            ConfigError: no such bundle, a format the adapter was not trained for, or the sequences are longer than its
-                caches.
+            ConfigError: the name is unknown, the adapter was not trained for a format, or the sequences are longer than
+                the new decoder's caches.
             BundleError: a file of the bundle was altered.
             BuildError: its graph or engine does not load.
         """
         if name not in self.bundles:
-            raise ConfigError(f"no bundle {name!r}; there are {', '.join(self.bundles)}")
+            raise ConfigError(f"unknown bundle {name!r}; allowed: {', '.join(self.bundles)}")
         bundle, old = self.bundles[name], self._decoders.get(self.current)
-        goes_on = old is not None and name == self.current
-        state = old.state() if isinstance(old, StatefulDecoder) and not goes_on else None
+        stays = old is not None and name == self.current
+        state = old.state() if isinstance(old, StatefulDecoder) and not stays else None
         del old
-        started = time.perf_counter()
+        start = time.perf_counter()
         tensors = self._emitter.emit(config or bundle.config)
-        emitted = time.perf_counter()
-        loaded = 0.0
+        emit_end = time.perf_counter()
+        load_seconds = 0.0
         try:
             if name not in self._decoders:
                 check_decoder(bundle, self._options.backend)
                 self._load(name)
-                loaded = time.perf_counter() - emitted
-            before = time.perf_counter()
+                load_seconds = time.perf_counter() - emit_end
+            bind_start = time.perf_counter()
             self._bind(name, tensors, state)
         except BaseException:
-            self._return(name, state)
+            self._restore_current(name, state)
             raise
-        kept = goes_on or (state is not None and isinstance(self._decoders[name], StatefulDecoder))
+        continues = stays or (state is not None and isinstance(self._decoders[name], StatefulDecoder))
         self._decoders.move_to_end(name)
         self.current, self._lora = name, tensors
-        return Switched(name, loaded, emitted - started, time.perf_counter() - before, kept)
+        return SwitchResult(name, load_seconds, emit_end - start, time.perf_counter() - bind_start, continues)
 
     def _load(self, name: str) -> None:
-        """Load a decoder, those longest unused freed first where there is no room."""
-        while len(self._decoders) >= self._held:
+        """Load a decoder; if the cache is full, free the least recently used ones first."""
+        while len(self._decoders) >= self._cache_size:
             self._decoders.popitem(last=False)
         self._decoders[name] = load_decoder(self.bundles[name], self._options)
 
@@ -140,12 +142,12 @@ class SwitchingDecoder:
         if state is not None and isinstance(decoder, StatefulDecoder):
             decoder.restore(state)
 
-    def _return(self, failed: str, state: State | None) -> None:
-        """Have the current decoder again after a switch to another failed: loaded anew where it was freed."""
+    def _restore_current(self, name: str, state: State | None) -> None:
+        """Restore the current decoder after a failed switch to `name`; reload it if it was freed."""
         if self.current in self._decoders:
             self._decoders.move_to_end(self.current)
         elif self.current:
-            self._decoders.pop(failed, None)
+            self._decoders.pop(name, None)
             self._load(self.current)
             self._bind(self.current, self._lora, state)
 
@@ -154,10 +156,10 @@ class SwitchingDecoder:
         """The current decoder.
 
         Raises:
-            ConfigError: a switch failed, and so did loading the decoder of before.
+            ConfigError: a switch failed, and the previous decoder could not be reloaded.
         """
         if self.current not in self._decoders:
-            raise ConfigError(f"{self.current} could not be loaded again after a failed switch; switch to a bundle")
+            raise ConfigError(f"{self.current} could not be reloaded after a failed switch; switch to a bundle")
         return self._decoders[self.current]
 
     @property
@@ -167,7 +169,7 @@ class SwitchingDecoder:
 
     @property
     def capacity(self) -> int:
-        """Most positions of a sequence, prompt included."""
+        """Largest number of positions of a sequence, prompt included."""
         return self.decoder.capacity
 
     @property
@@ -176,7 +178,7 @@ class SwitchingDecoder:
         return self.decoder.lengths
 
     def set_lora(self, tensors: LoraTensors | None) -> None:
-        """Bind other LoRA tensors until the next switch; None: zeros."""
+        """Bind other LoRA tensors until the next switch; None binds zeros."""
         self.decoder.set_lora(tensors)
         self._lora = tensors
 
@@ -185,5 +187,5 @@ class SwitchingDecoder:
         return self.decoder.prefill(prompts)
 
     def decode(self, tokens: Sequence[int | None]) -> NDArray[np.float32]:
-        """Add one token to each sequence, where not None, and return the logits after it, float32 [B, V]."""
+        """Append one token to each sequence (None skips it) and return the logits after it, float32 [B, V]."""
         return self.decoder.decode(tokens)

@@ -1,4 +1,4 @@
-"""One file per way to store a weight; `STORAGES` maps the kinds of `coatrt.quantization.weight_format` to them."""
+"""How weights are stored in a graph, one module per storage; `STORAGES` maps format kinds to modules."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class Table:
 
     Args:
         rows: input ids [B, S] → embeddings [B, S, H].
-        weight: the same table as the head's weight [H, V]; None unless it was asked for.
+        weight: the same table as the head's weight [H, V]; None if the head is not tied.
     """
 
     rows: Callable[[ir.Value], ir.Value]
@@ -45,11 +45,11 @@ class Table:
 
 
 def write_table(graph: GraphBuilder, name: str, matrix: QuantizedMatrix, head: bool) -> Table:
-    """Store an embedding table [N = V, K = H] once and return it, where `head` is true with a tied head's weight."""
+    """Store an embedding table [N = V, K = H] once and return it; with `head`, also as a tied head's weight."""
     storage, name = STORAGES[matrix.format.kind], f"{name}.weight"
     rows = storage.rows(graph, name, matrix)
     weight = None
-    if head and matrix.format.kind in codes.INTEGERS and not graph.is_engine:  # its own codes, which ONNX Runtime fuses
+    if head and matrix.format.kind in codes.INTEGERS and not graph.is_engine:  # separate codes, for MatMulNBits
         weight = storage.weight(graph, f"{name}.head", matrix)
     elif head:
         weight = graph.op("Transpose", [rows(None, f"{name}.table")], f"{name}.head", perm=[1, 0])

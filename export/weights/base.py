@@ -1,4 +1,4 @@
-"""What every weight storage offers, and the pieces they share: scales, byte tables, nibbles."""
+"""The interface of weight storages, and the helpers they share: scales, byte tables, nibbles."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -15,12 +15,12 @@ __all__ = [
     "Rows",
     "Storage",
     "byte_lookup",
-    "cut",
     "gather_rows",
     "nibbles",
-    "scaled",
-    "scaled_rows",
-    "transposed",
+    "scale_rows",
+    "scale_weight",
+    "transpose",
+    "trim_padding",
 ]
 
 
@@ -29,16 +29,16 @@ Rows = Callable[[ir.Value | None, str], ir.Value]
 
 
 class Storage(Protocol):
-    """A file of this folder: how its formats are written into a graph; decoded they equal `codec.decode`."""
+    """A module of this folder, which writes its formats into a graph; the graph's values equal `codec.decode`."""
 
     def weight(self, graph: GraphBuilder, name: str, matrix: QuantizedMatrix) -> ir.Value:
         """Return the weight [K, N] for MatMul, in the activations' dtype."""
 
     def rows(self, graph: GraphBuilder, name: str, matrix: QuantizedMatrix) -> Rows:
-        """Store an embedding table [V, H] and return what reads it, in the activations' dtype."""
+        """Store an embedding table [V, H] and return its reader, which gives rows in the activations' dtype."""
 
 
-def transposed(tensor: torch.Tensor) -> torch.Tensor:
+def transpose(tensor: torch.Tensor) -> torch.Tensor:
     """Return the contiguous transpose of a matrix; 8-bit floats keep their bytes."""
     if tensor.element_size() == 1:
         return tensor.view(torch.uint8).t().contiguous().view(tensor.dtype)
@@ -46,7 +46,7 @@ def transposed(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def nibbles(codes: torch.Tensor) -> torch.Tensor:
-    """Return 4-bit codes (int8 or uint8, any shape) packed flat as ONNX does: two a byte, the first in the low half."""
+    """Return 4-bit codes (int8 or uint8, any shape) packed flat as in ONNX: two per byte, the first in the low half."""
     flat = codes.reshape(-1).view(torch.uint8)
     if flat.numel() % 2:
         flat = torch.cat([flat, flat.new_zeros(1)])
@@ -54,37 +54,39 @@ def nibbles(codes: torch.Tensor) -> torch.Tensor:
 
 
 def gather_rows(graph: GraphBuilder, table: ir.Value, ids: ir.Value | None, name: str) -> ir.Value:
-    """Return the rows of `table` that `ids` names, or the whole table without ids."""
+    """Return the rows `ids` of `table`; without ids the whole table."""
     return table if ids is None else graph.op("Gather", [table, ids], name, axis=0)
 
 
-def cut(graph: GraphBuilder, value: ir.Value, matrix: QuantizedMatrix, axis: int, name: str) -> ir.Value:
-    """Return `value` without what pads K to whole blocks along `axis`."""
+def trim_padding(graph: GraphBuilder, value: ir.Value, matrix: QuantizedMatrix, axis: int, name: str) -> ir.Value:
+    """Return `value` without the padding of K to whole blocks along `axis`."""
     return graph.op("Slice", [value, graph.ints(0), graph.ints(matrix.K), graph.ints(axis)], name)
 
 
 def byte_lookup(graph: GraphBuilder, stored: ir.Value, values: NDArray[np.float32], name: str) -> ir.Value:
-    """Return what each stored byte stands for, cpu form: one Gather that ONNX Runtime folds for constants.
+    """Return the values of stored bytes in the cpu form, by one Gather that ONNX Runtime folds for constants.
 
     Args:
         graph: graph in the cpu form.
         stored: uint8, any shape.
-        values: [256, n]: the n values that a byte packs, in order.
-        name: prefix of the new names.
+        values: [256, n]: the n values packed in each byte, in order.
+        name: prefix of the node names.
 
     Returns:
-        shape of `stored` with a new last axis n, in the activations' dtype.
+        the shape of `stored` with a new last axis n, in the activations' dtype.
     """
     index = graph.op("Cast", [stored], f"{name}.index", to=ir.DataType.INT32)
     return graph.op("Gather", [graph.real(values), index], f"{name}.levels", axis=0)
 
 
-def scaled(graph: GraphBuilder, levels: ir.Value, scales: ir.Value, matrix: QuantizedMatrix, name: str) -> ir.Value:
-    """Return levels × scales as a weight [K, N], one rounding per element.
+def scale_weight(
+    graph: GraphBuilder, levels: ir.Value, scales: ir.Value, matrix: QuantizedMatrix, name: str
+) -> ir.Value:
+    """Return levels × scales as a weight [K, N], rounded once per element.
 
     Args:
         graph: the graph.
-        levels: Kp·N values in [Kp, N] order, any shape; Kp = K where the format has no blocks.
+        levels: Kp·N values in [Kp, N] order, any shape; Kp is K padded to whole blocks.
         scales: [blocks, N], or [1, N] per channel.
         matrix: gives the shape.
         name: name of the weight.
@@ -93,10 +95,10 @@ def scaled(graph: GraphBuilder, levels: ir.Value, scales: ir.Value, matrix: Quan
     blocks = width // (matrix.format.block or width)
     levels = graph.op("Reshape", [levels, graph.ints(blocks, width // blocks, N)], f"{name}.blocks")
     scales = graph.op("Reshape", [scales, graph.ints(blocks, 1, N)], f"{name}.block_scales")
-    return _multiplied(graph, levels, scales, matrix, (width, N), 0, name)
+    return _multiply(graph, levels, scales, matrix, (width, N), 0, name)
 
 
-def scaled_rows(
+def scale_rows(
     graph: GraphBuilder,
     levels: ir.Value,
     scales: ir.Value,
@@ -104,14 +106,14 @@ def scaled_rows(
     ids: ir.Value | None,
     name: str,
 ) -> ir.Value:
-    """Return levels × scales as table rows, one rounding per element.
+    """Return levels × scales as table rows, rounded once per element.
 
     Args:
         graph: the graph.
-        levels: [B, S, …] or, without ids, [V, …]; Hp values in the axes behind.
+        levels: [B, S, …] or, without ids, [V, …]; the remaining axes have Hp values, H padded to whole blocks.
         scales: [V, blocks], or [V, 1] per channel.
         matrix: gives the shape.
-        ids: [B, S] the rows to take; None for the whole table.
+        ids: [B, S] rows to read; None for the whole table.
         name: name of the rows.
 
     Returns:
@@ -123,10 +125,10 @@ def scaled_rows(
     levels = graph.op("Reshape", [levels, graph.ints(*lead, blocks, width // blocks)], f"{name}.blocks")
     scales = gather_rows(graph, scales, ids, f"{name}.row_scales")
     scales = graph.op("Unsqueeze", [scales, graph.ints(-1)], f"{name}.block_scales")
-    return _multiplied(graph, levels, scales, matrix, (*lead, width), -1, name)
+    return _multiply(graph, levels, scales, matrix, (*lead, width), -1, name)
 
 
-def _multiplied(
+def _multiply(
     graph: GraphBuilder,
     levels: ir.Value,
     scales: ir.Value,
@@ -135,8 +137,9 @@ def _multiplied(
     axis: int,
     name: str,
 ) -> ir.Value:
-    """Return levels × scales, given in blocks, in a `shape` of whole blocks, and then cut to K along `axis`."""
+    """Return levels × scales, both in blocks, reshaped to `shape` and trimmed to K along `axis`."""
     product = graph.rounded("Mul", levels, scales, f"{name}.product")
     if matrix.format.padded(matrix.K) == matrix.K:
         return graph.op("Reshape", [product, graph.ints(*shape)], name)
-    return cut(graph, graph.op("Reshape", [product, graph.ints(*shape)], f"{name}.padded"), matrix, axis, name)
+    padded = graph.op("Reshape", [product, graph.ints(*shape)], f"{name}.padded")
+    return trim_padding(graph, padded, matrix, axis, name)

@@ -3,7 +3,7 @@
 import onnx_ir as ir
 
 from coatrt.export.graph import GraphBuilder
-from coatrt.export.weights.base import Rows, scaled, scaled_rows, transposed
+from coatrt.export.weights.base import Rows, scale_rows, scale_weight, transpose
 from coatrt.export.weights.packing import PackedCodes
 from coatrt.export.weights.scales import write_scales
 from coatrt.quantization.codebooks import codebook
@@ -14,19 +14,19 @@ __all__ = ["rows", "weight"]
 
 def weight(graph: GraphBuilder, name: str, matrix: QuantizedMatrix) -> ir.Value:
     """Return the weight [K, N]; planes are packed along K."""
-    codes = PackedCodes.store(graph, f"{name}.codes", transposed(matrix.codes), matrix.format.bits, axis=0)
+    codes = PackedCodes.store(graph, f"{name}.codes", transpose(matrix.codes), matrix.format.bits, axis=0)
     levels = codes.lookup(codebook(matrix.format.kind), None, name)
-    return scaled(graph, levels, write_scales(graph, name, matrix, by_rows=False), matrix, name)
+    return scale_weight(graph, levels, write_scales(graph, name, matrix, by_rows=False), matrix, name)
 
 
 def rows(graph: GraphBuilder, name: str, matrix: QuantizedMatrix) -> Rows:
-    """Return the table's rows, taken before they are unpacked: planes are packed along the hidden axis."""
+    """Return the table's reader; planes are packed along the hidden axis, so that only the rows read are unpacked."""
     prefix = f"{name}.table"
     codes = PackedCodes.store(graph, f"{prefix}.codes", matrix.codes, matrix.format.bits, axis=1)
     scales = write_scales(graph, prefix, matrix, by_rows=True)
 
     def read(ids: ir.Value | None, label: str) -> ir.Value:
         levels = codes.lookup(codebook(matrix.format.kind), ids, label)
-        return scaled_rows(graph, levels, scales, matrix, ids, label)
+        return scale_rows(graph, levels, scales, matrix, ids, label)
 
     return read

@@ -1,9 +1,9 @@
-"""Codes of 2, 3, 4 or 8 bits in planes of bytes, and the graph that reads them back.
+"""Codes of 2, 3, 4 or 8 bits packed in planes of bytes, and the graph nodes that unpack them.
 
-A code is cut into planes of 1, 2, 4 or 8 bits. A plane of w bits packs 8/w codes into a byte: the packed axis of
-length L is cut into 8/w segments, and byte i holds element i of every segment, the first in the low bits. Bytes are
-stored as byte − 128 in INT8: TensorRT keeps constants packed only if DequantizeLinear alone reads them, and INT8 is
-the one carrier it takes on every GPU.
+A code is split into planes of 1, 2, 4 or 8 bits. A plane of w bits packs 8/w codes into a byte: the packed axis of
+length L is split into 8/w segments, and byte i contains element i of every segment, the first in the low bits. Bytes
+are stored as byte − 128 in INT8: TensorRT keeps constants packed only if DequantizeLinear alone reads them, and INT8 is
+the only dtype for that on every GPU.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from coatrt.export.weights.base import gather_rows
 
 __all__ = ["PLANES", "PackedCodes", "pack_plane"]
 
-PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}  # bits of a code → bits of its planes, low bits first
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}  # bits per code → bits of its planes, low bits first
 _BIAS = 128
 
 
@@ -48,10 +48,10 @@ class PackedCodes:
 
     Args:
         graph: the graph.
-        name: prefix of the names.
-        bits: bits of a code.
+        name: prefix of the node names.
+        bits: bits per code.
         axis: the packed axis of the 2-D codes, 0 or 1.
-        shape: of the codes, unpacked.
+        shape: shape of the unpacked codes.
         planes: one packed initializer per plane.
     """
 
@@ -70,19 +70,19 @@ class PackedCodes:
             packed = pack_plane(codes, shift, width, axis)
             stored = graph.store(f"{name}.plane{shift}", packed, ir.DataType.INT8)
             if graph.is_engine:
-                # One reader for all uses; DequantizeLinear with scale 1 gives the byte − 128, exact in every dtype.
+                # One DequantizeLinear for all uses; with scale 1 it gives byte − 128, which is exact in every dtype.
                 stored = graph.op("DequantizeLinear", [stored, graph.real(1.0)], f"{name}.plane{shift}.values")
             planes.append(stored)
             shift += width
         return cls(graph, name, bits, axis, (int(codes.shape[0]), int(codes.shape[1])), tuple(planes))
 
     def lookup(self, levels: NDArray[np.float32] | None, ids: ir.Value | None, name: str) -> ir.Value:
-        """Return what the codes stand for, in the activations' dtype.
+        """Return the values of the codes, in the activations' dtype.
 
         Args:
-            levels: [2^bits] value by code; None for the code itself.
-            ids: [B, S] rows to take (codes packed along axis 1); None for all codes.
-            name: prefix of the new names.
+            levels: [2^bits], the value of each code; None for the code itself.
+            ids: [B, S] rows to read (codes packed along axis 1); None for all codes.
+            name: prefix of the node names.
 
         Returns:
             the codes' shape, or [B, S, shape[1]] with ids.
@@ -90,29 +90,29 @@ class PackedCodes:
         planes = [gather_rows(self.graph, plane, ids, f"{name}.rows{i}") for i, plane in enumerate(self.planes)]
         table = np.arange(1 << self.bits, dtype=np.float32) if levels is None else levels
         if len(planes) == 1:
-            return self._looked_up(planes[0], self.graph.real(table[_parts(self.bits)]), ids, name)
-        codes = self._looked_up(planes[0], self._code_parts(0), ids, f"{name}.plane0")
+            return self._unpack(planes[0], self.graph.real(table[_parts(self.bits)]), ids, name)
+        codes = self._unpack(planes[0], self._code_parts(0), ids, f"{name}.plane0")
         for i, plane in enumerate(planes[1:], 1):
-            part = self._looked_up(plane, self._code_parts(i), ids, f"{name}.plane{i}")
+            part = self._unpack(plane, self._code_parts(i), ids, f"{name}.plane{i}")
             codes = self.graph.op("Add", [codes, part], f"{name}.joined{i}")
         return self.graph.op("Gather", [self.graph.real(table), codes], f"{name}.levels", axis=0)
 
     def _code_parts(self, plane: int) -> ir.Value:
-        """Return [8 / width, 256]: the parts of a byte of a plane, already shifted to their place in the code."""
+        """Return [8 / width, 256]: the codes in each byte of a plane, shifted to their bits in the whole code."""
         widths = PLANES[self.bits]
         return self.graph.constant((_parts(widths[plane]) << sum(widths[:plane])).astype(np.int32))
 
-    def _looked_up(self, plane: ir.Value, table: ir.Value, ids: ir.Value | None, name: str) -> ir.Value:
-        """Return what the bytes of a plane stand for: one Gather from a table [8 / width, 256] gives every segment.
+    def _unpack(self, plane: ir.Value, table: ir.Value, ids: ir.Value | None, name: str) -> ir.Value:
+        """Return the values of a plane's bytes, by one Gather from a table [8 / width, 256] for all segments.
 
-        Unpacking by arithmetic took TensorRT-RTX 1.7.1 up to three times as long to build.
+        With unpacking by arithmetic, TensorRT-RTX 1.7.1 took up to three times as long to build an engine.
         """
         graph = self.graph
         index = graph.op("Cast", [plane], f"{name}.index", to=ir.DataType.INT32)
         index = graph.op("Add", [index, graph.constant(np.array(_BIAS, np.int32))], f"{name}.byte")
         parts = graph.op("Gather", [table, index], f"{name}.parts", axis=1)
         order, shape = ([1, 0, 2], self.shape) if ids is None else ([1, 2, 0, 3], (0, 0, self.shape[1]))
-        if ids is not None or self.axis == 1:  # segments follow each other along the last axis; 0 copies a dimension
+        if ids is not None or self.axis == 1:  # concatenate the segments along the last axis; 0 copies a dimension
             parts = graph.op("Transpose", [parts], f"{name}.segments", perm=order)
         return graph.op("Reshape", [parts, graph.ints(*shape)], f"{name}.ordered")
 

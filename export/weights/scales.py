@@ -1,4 +1,4 @@
-"""Scales in a graph: float16 as stored, quantized themselves (double quantization), or FP8 (nvfp4)."""
+"""Scales in a graph: float16, double quantized, or FP8 (nvfp4)."""
 
 import ml_dtypes
 import numpy as np
@@ -6,7 +6,7 @@ import onnx_ir as ir
 import torch
 
 from coatrt.export.graph import GraphBuilder
-from coatrt.export.weights.base import byte_lookup, transposed
+from coatrt.export.weights.base import byte_lookup, transpose
 from coatrt.export.weights.packing import PackedCodes
 from coatrt.quantization.codec import QuantizedMatrix
 
@@ -19,13 +19,13 @@ _SUPER_DTYPES = {"bf16": ir.DataType.BFLOAT16, "fp16": ir.DataType.FLOAT16, "fp3
 def write_scales(graph: GraphBuilder, name: str, matrix: QuantizedMatrix, by_rows: bool) -> ir.Value:
     """Store the scales of a matrix and return them in the activations' dtype.
 
-    They are [N, blocks] for tables (`by_rows`), [blocks, N] for weights of MatMul; under double quantization code ×
-    super scale, rounded, + offset, rounded.
+    The shape is [N, blocks] for tables (`by_rows`), [blocks, N] for weights of MatMul. With double quantization a scale
+    is code × super scale + offset, rounded after the product and after the sum.
     """
     assert matrix.scales is not None
     fmt = matrix.format
     if matrix.super_scales is None:
-        stored = matrix.scales.contiguous() if by_rows else transposed(matrix.scales)
+        stored = matrix.scales.contiguous() if by_rows else transpose(matrix.scales)
         if fmt.kind == "nvfp4":
             return _write_e4m3(graph, f"{name}.scales", stored, matrix.constant)
         return graph.cast(graph.store(f"{name}.scales", stored, ir.DataType.FLOAT16), f"{name}.scales.cast")
@@ -43,7 +43,7 @@ def write_scales(graph: GraphBuilder, name: str, matrix: QuantizedMatrix, by_row
 
 
 def _write_e4m3(graph: GraphBuilder, name: str, stored: torch.Tensor, constant: float) -> ir.Value:
-    """Return E4M3 × tensor scale, in the activations' dtype; a power of two is exact in all of them."""
+    """Return E4M3 × tensor scale in the activations' dtype; the tensor scale is a power of two, so that is exact."""
     unit = graph.real(constant)
     if graph.is_engine:
         scales = graph.store(name, stored, ir.DataType.FLOAT8E4M3FN)

@@ -202,7 +202,7 @@ def _caches(scratch: Path, model: Path, adapter: Path) -> Iterator[Place]:
         assert cache.fetch("key", [89], scratch / "got.engine") is None, "served for another GPU"
         found = cache.fetch("key", [86], scratch / "got.engine")
         if found is None:
-            cache.keep("key", built, record)
+            cache.store("key", built, record)
             found = cache.fetch("key", [86], scratch / "got.engine")
         assert found is not None
         return repr(found) + (scratch / "got.engine").read_bytes().hex()

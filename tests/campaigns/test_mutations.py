@@ -57,7 +57,7 @@ DAMAGED: dict[str, tuple[str, Callable[[Any], Any], str, str]] = {
         "must have weights",
     ),
     "plan of no time": ("bundle/plan.json", lambda p: {**p, "decode_seconds": -1}, "report-bundle", "negative"),
-    "contract": ("bundle/lora_io.json", lambda c: renamed(c), "adapt", "does not fit its contract"),
+    "contract": ("bundle/lora_io.json", lambda c: renamed(c), "adapt", "does not match its contract"),
     "contract to run": ("bundle/lora_io.json", lambda c: renamed(c), "run", "cpu.onnx has no input another"),
     "deep": ("configuration.json", lambda _: "[" * 100000, "adapt", "configuration.json is not JSON"),
     "archive a list": ("adapter/archive.json", lambda _: [], "plan", "archive.json has no seal"),

@@ -192,7 +192,7 @@ def test_the_service_runs_on_it(gpu: Pretended, cpp: Any, tiny_bundle: Path) -> 
 def test_a_graph_that_is_not_captured_runs_and_is_told(gpu: Pretended, tiny_bundle: Path) -> None:
     answer, said, log = gpu.run("run", tiny_bundle, ON_GPU | {"tokens": 8}, COATRT_STUB_PROVIDER="uncaptured")
     assert said.splitlines()[0].startswith(
-        "coatrt: a decode step of cuda.onnx is not captured as a CUDA graph, and is slower (ONNX Runtime refuses"
+        "coatrt: decoding is slower: cuda.onnx cannot be captured as a CUDA graph (ONNX Runtime refuses"
     )
     assert [" enable_cuda_graph=0 " in line for line in log if line.startswith("options")] == [False, True]
     assert not any("gpu_graph_id=1" in line for line in log)
@@ -211,7 +211,7 @@ def test_a_graph_that_is_not_captured_runs_and_is_told(gpu: Pretended, tiny_bund
         ({"COATRT_STUB_DEVICES": "0"}, "no NVIDIA GPU here; run the bundle with --backend ort"),
         (
             {"COATRT_STUB_START": "803"},
-            "the NVIDIA driver does not start (error 803); repair it, or run the bundle with --backend ort",
+            "the NVIDIA driver does not start (error 803); reinstall it, or run the bundle with --backend ort",
         ),
         (
             {"COATRT_STUB_SM": "100"},
@@ -269,7 +269,7 @@ def test_memory_is_looked_at_before_anything_is_loaded(gpu: Pretended, tiny_bund
             return needed - 1, 80 << 30
 
     with pytest.raises(BuildError) as error:
-        advice = "give a shorter --context or a smaller batch"
+        advice = "use a shorter --context or a smaller batch"
         check_memory(Small(), weights.nbytes, caches, other, 64, 1, advice)  # type: ignore[arg-type]
     assert gpu.refusal(tiny_bundle, COATRT_STUB_FREE=str(needed - 1)) == str(error.value)
     _, said, _ = gpu.run("run", tiny_bundle, ON_GPU, COATRT_STUB_FREE=str(needed))

@@ -107,14 +107,14 @@ REFUSED: tuple[tuple[Any, str], ...] = (
     ({"prompt": 3}, "prompt must be a text"),
     ({"prompt": "a", "max_tokens": -1}, "max_tokens must be a whole number from 1 to 2^63 - 1, got -1"),
     ({"tokens": [99999]}, "outside the vocabulary"),
-    ({"prompt": ""}, "an empty prompt"),
+    ({"prompt": ""}, "empty prompt"),
     (
         {"prompt": "a" * 200},
         "the prompt has 200 tokens and the service runs with --context 96; shorten it, or have the service started "
         "with more",
     ),
     ({"tokens": [1] * 97}, "the prompt has 97 tokens and the service runs with --context 96"),
-    ({"prompt": "a", "temperature": -1}, "temperature -1 is given"),
+    ({"prompt": "a", "temperature": -1}, "temperature must be 0 or a positive number, got -1"),
     ({"prompt": "a", "configuration": {"default": "int5"}}, "no weight format"),
     ({"prompt": "a", "configuration": {"patterns": {"(.*)*x": "int8"}, "default": "int8"}}, "patterns are globs"),
     ({"prompt": "a", "configuration": {"patterns": {"*" * 9000: "int8"}}}, "more than 8192 characters"),

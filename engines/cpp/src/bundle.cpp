@@ -243,8 +243,9 @@ Lora lora_of(std::shared_ptr<MappedFile> file, const std::string& where, const C
   for (const auto& [name, _] : stored)
     if (known.count(name) == 0) wrong.push_back(name);
   if (!wrong.empty())
-    throw Error("the LoRA and its contract differ in " + std::to_string(wrong.size()) + " tensors, like " +
-                *std::min_element(wrong.begin(), wrong.end()) + "; emit it again");
+    throw Error("the LoRA and its contract differ in " + *std::min_element(wrong.begin(), wrong.end()) +
+                (wrong.size() == 1 ? "" : " and " + std::to_string(wrong.size() - 1) + " more tensors") +
+                "; emit it again");
   std::vector<LoraTensor> tensors;
   for (const auto& [name, rows, columns] : contract.tensors) {
     const StoredTensor& found = stored.at(name);

@@ -26,11 +26,11 @@ void normalize(std::vector<double>& weights) {
 
 void check_sampling(const Sampling& sampling) {
   if (!(sampling.temperature >= 0 && std::isfinite(sampling.temperature)))
-    throw Error("temperature " + text(sampling.temperature) + " is given; give 0 or a positive number");
+    throw Error("temperature must be 0 or a positive number, got " + text(sampling.temperature));
   if (sampling.top_k < 0)
-    throw Error("top-k " + std::to_string(sampling.top_k) + " is given; give 0 (all) or a positive number");
+    throw Error("top-k must be 0 (all) or a positive number, got " + std::to_string(sampling.top_k));
   if (!(sampling.top_p > 0 && sampling.top_p <= 1))
-    throw Error("top-p " + text(sampling.top_p) + " is given; give more than 0, at most 1");
+    throw Error("top-p must be more than 0 and at most 1, got " + text(sampling.top_p));
 }
 
 std::int64_t likeliest(const Logits& logits) {

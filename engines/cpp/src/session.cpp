@@ -15,8 +15,9 @@ namespace {
 
 /// What sets the capacity, and what to do about it, in Python's words.
 const char* advice(Limit limit) {
-  return limit == Limit::context ? "the context it was loaded with; shorten, or load it with more (--context)"
-                                 : "as many as the bundle was built for; shorten, or build it with more (--context)";
+  return limit == Limit::context
+             ? "it was loaded with that context; shorten the prompt, or load it with a longer --context"
+             : "the bundle was built for that context; shorten the prompt, or build with a longer --context";
 }
 
 }  // namespace
@@ -34,11 +35,11 @@ struct Session::State {
 
   /// Refuse what the graph cannot run: an unknown token, or more positions than there are.
   void check(const std::int64_t* tokens, std::size_t count, std::int64_t filled) const {
-    if (count == 0) throw Error("an empty prompt or batch is given; give at least one token per sequence");
+    if (count == 0) throw Error("empty prompt; give at least one token per sequence");
     const std::size_t positions = static_cast<std::size_t>(filled) + count;
     if (positions > static_cast<std::size_t>(decoder->capacity()))
-      throw Error(std::to_string(positions) + " positions are needed and the decoder has " +
-                  std::to_string(decoder->capacity()) + ", " + advice(decoder->limit()));
+      throw Error(std::to_string(positions) + " positions needed, the decoder has " +
+                  std::to_string(decoder->capacity()) + ": " + advice(decoder->limit()));
     const auto [least, most] = std::minmax_element(tokens, tokens + count);
     if (*most >= decoder->vocabulary() || *least < 0)
       throw Error("token id " + std::to_string(*most >= decoder->vocabulary() ? *most : *least) +
@@ -76,7 +77,7 @@ struct Session::State {
     if (weights == nullptr || emitted == *weights) return;
     const std::string line = "the LoRA " +
                              (emitted.empty() ? "names no configuration" : "was emitted for configuration " + emitted) +
-                             ", the weights are of " + *weights + " and stay so; emit it for theirs (coatrt adapt)";
+                             ", but the weights have " + *weights + "; emit a LoRA for " + *weights + " (coatrt adapt)";
     if (options.strict_lora) throw Error(line);
     if (named || !told.insert(line).second) return;
     detail::notify(options, line);
@@ -122,7 +123,7 @@ std::int64_t Session::decode() {
 
 Generated Session::generate(const std::vector<std::int64_t>& prompt, std::size_t max_tokens, const Sampling& sampling,
                             const std::function<bool(std::int64_t)>& on_token) {
-  if (max_tokens < 1) throw Error("0 tokens are asked for; ask for at least 1");
+  if (max_tokens < 1) throw Error("max_tokens must be at least 1, got 0");
   detail::check_sampling(sampling);
   std::mt19937_64 random(sampling.seed);
   const auto& stops = state_->bundle.stop_tokens();

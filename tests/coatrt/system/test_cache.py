@@ -50,7 +50,7 @@ def _use(model: Path) -> torch.Tensor:
     checkpoint = Checkpoint.open(model)
     preflight(checkpoint)
     cache, engine = EngineCache.default(), model / "config.json"
-    cache.keep("key", engine, BuildRecord("e", (86,), "tensorrt-rtx", "1", 1.0, 1, EngineShapes()))
+    cache.store("key", engine, BuildRecord("e", (86,), "tensorrt-rtx", "1", 1.0, 1, EngineShapes()))
     cache.fetch("key", [86], model.parent / "got")
     codes = CodeStore(checkpoint, "weighted", Calibration(torch.arange(32)[None])).get(NAME, "int4-g32").codes
     return codes.clone()

@@ -8,7 +8,7 @@ from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import contract_for
 from coatrt.devices.profiles import DeviceProfile, device_profile
 from coatrt.engines.builders import builder
-from coatrt.engines.builders.builder import EngineShapes, build_engine, check_formats
+from coatrt.engines.builders.builder import EngineShapes, build_engine, check_formats, installed_builder
 from coatrt.errors import BuildError, DeviceError, FormatError
 from coatrt.export.decoder import GraphForm, export_decoder
 from coatrt.models.checkpoint import Checkpoint
@@ -103,8 +103,20 @@ def test_a_dying_builder_is_one_error(graphs: Path, tmp_path: Path, monkeypatch:
     assert not any(tmp_path.iterdir())
 
 
+def test_a_folder_called_as_the_builder_is_no_builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tensorrt_empty").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(builder._EXTRAS, "tensorrt-empty", "rtx")
+    find = builder.importlib.util.find_spec
+    monkeypatch.setattr(
+        builder.importlib.util, "find_spec", lambda name: find("json" if name == "polygraphy" else name)
+    )
+    with pytest.raises(BuildError, match="the module tensorrt_empty here has no version; install tensorrt-empty again"):
+        installed_builder("tensorrt-empty")
+
+
 def test_devices_without_a_builder_here(graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(BuildError, match="no engine is built for it"):
+    with pytest.raises(BuildError, match="needs no engine; give a GPU"):
         build_engine(graphs / "int8" / "base.onnx", tmp_path / "e.engine", device_profile("cpu"))
     monkeypatch.setattr(builder.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(BuildError, match=r"tensorrt is not installed; pip install 'coatrt\[tensorrt\]' on the device"):
@@ -149,7 +161,7 @@ def test_regular_tensorrt_needs_a_gpu_of_the_target(tmp_path: Path, monkeypatch:
     with pytest.raises(BuildError, match="check the NVIDIA driver"):
         build_engine(tmp_path / "base.onnx", engine, h100)
     monkeypatch.setattr(builder, "probe", lambda: [l4, h100])
-    with pytest.raises(BuildError, match="builds for one SM, SM87/90 are given"):
+    with pytest.raises(BuildError, match="builds for one SM, got SM87/90"):
         build_engine(tmp_path / "base.onnx", engine, h100, also=[device_profile("jetson-agx-orin")])
     assert not seen
     assert not engine.exists()

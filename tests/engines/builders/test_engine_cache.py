@@ -37,9 +37,9 @@ def test_a_full_disk_keeps_nothing_and_fails_nothing(
     cache, built = EngineCache(tmp_path / "c"), engine_of(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(f"coatrt.engines.builders.engine_cache.{what}", full)
-        cache.keep("key", built, RECORD)
+        cache.store("key", built, RECORD)
     assert cache.fetch("key", [86], tmp_path / "got") is None
-    cache.keep("key", built, RECORD)
+    cache.store("key", built, RECORD)
     assert cache.fetch("key", [86], tmp_path / "got") is not None
 
 
@@ -47,12 +47,12 @@ def test_a_cache_that_is_a_file_fails_nothing(tmp_path: Path) -> None:
     (tmp_path / "c").write_text("no directory")
     cache = EngineCache(tmp_path / "c")
     assert cache.fetch("key", [86], tmp_path / "got") is None
-    cache.keep("key", engine_of(tmp_path), RECORD)
+    cache.store("key", engine_of(tmp_path), RECORD)
 
 
 def test_an_engine_that_cannot_be_copied_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = EngineCache(tmp_path / "c")
-    cache.keep("key", engine_of(tmp_path), RECORD)
+    cache.store("key", engine_of(tmp_path), RECORD)
     with monkeypatch.context() as patch:
         patch.setattr(engine_cache.shutil, "copyfile", full)
         assert cache.fetch("key", [86], tmp_path / "got") is None
@@ -80,11 +80,11 @@ def test_two_builds_of_one_key_do_not_break_each_other(tmp_path: Path, monkeypat
         """Let the other build keep its engine between this one's engine and JSON."""
         monkeypatch.setattr(engine_cache, "write_json", real)
         assert cache.fetch("key", [86], tmp_path / "got") is None  # no entry yet, and not deleted
-        cache.keep("key", two, RECORD)
+        cache.store("key", two, RECORD)
         real(path, value, sealed=sealed)
 
     monkeypatch.setattr(engine_cache, "write_json", other_first)
-    cache.keep("key", one, RECORD)
+    cache.store("key", one, RECORD)
     assert cache.fetch("key", [86], tmp_path / "got") is not None
     assert (tmp_path / "got").read_bytes() in (b"first", b"second")
     assert held(cache) == [".engine", ".engine", ".json", ".json"]  # each whole
@@ -92,27 +92,27 @@ def test_two_builds_of_one_key_do_not_break_each_other(tmp_path: Path, monkeypat
 
 def test_an_altered_record_is_no_entry(tmp_path: Path) -> None:
     cache = EngineCache(tmp_path / "c")
-    cache.keep("key", engine_of(tmp_path), RECORD)
+    cache.store("key", engine_of(tmp_path), RECORD)
     (side,) = cache.root.rglob("*.json")
     side.write_text(side.read_text().replace("86", "89"))
     assert cache.fetch("key", [89], tmp_path / "got") is None
-    cache.keep("key", engine_of(tmp_path), RECORD)
+    cache.store("key", engine_of(tmp_path), RECORD)
     assert cache.fetch("key", [86], tmp_path / "got") is not None
 
 
 def test_halves_go_when_they_are_old(tmp_path: Path) -> None:
     cache = EngineCache(tmp_path / "c")
-    cache.keep("key", engine_of(tmp_path), RECORD)
+    cache.store("key", engine_of(tmp_path), RECORD)
     for name in ("half.engine", ".part.engine.x1y2", "alone.json"):
         (cache.root / "key" / name).write_text("{}")
     os.utime(cache.root / "key" / "alone.json", (0, 0))
-    cache.keep("other", engine_of(tmp_path), RECORD)
+    cache.store("other", engine_of(tmp_path), RECORD)
     names = {path.name for path in (cache.root / "key").iterdir()}
     assert {"half.engine", ".part.engine.x1y2"} < names
     assert "alone.json" not in names
     for name in ("half.engine", ".part.engine.x1y2"):
         old = time.time() - 2 * DAY
         os.utime(cache.root / "key" / name, (old, old))
-    cache.keep("other", engine_of(tmp_path), RECORD)
+    cache.store("other", engine_of(tmp_path), RECORD)
     assert held(cache) == [".engine", ".engine", ".json", ".json"]
     assert cache.fetch("key", [86], tmp_path / "got") is not None

@@ -110,7 +110,7 @@ def test_one_graph_per_configuration_and_one_engine_for_its_gpus(
     assert made[0].bundle.path("lora.safetensors").read_bytes() != made[2].bundle.path("lora.safetensors").read_bytes()
     assert not (tmp_path / "rtx_3060" / "build.json").exists()
     assert json.loads((tmp_path / "h100" / "build.json").read_text())["sm"] == 90
-    assert any("h100: no engine here (tensorrt is not installed)" in line for line in told)
+    assert any("h100: no engine built here (tensorrt is not installed)" in line for line in told)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(target.output.name for target in wanted)
 
 
@@ -158,12 +158,12 @@ def test_the_cache_forgets_the_least_recently_used(tmp_path: Path) -> None:
     )
     (tmp_path / "e").write_bytes(bytes(100))
     for key, age in (("one", 20), ("two", 10)):
-        cache.keep(key, tmp_path / "e", record)
+        cache.store(key, tmp_path / "e", record)
         for path in (cache.root / key).iterdir():
             os.utime(path, (time.time() - age, time.time() - age))
     assert cache.fetch("one", [86], tmp_path / "got") is not None  # now two is the older one
     assert cache.fetch("one", [89], tmp_path / "got") is None
-    cache.keep("three", tmp_path / "e", record)
+    cache.store("three", tmp_path / "e", record)
     found = [cache.fetch(key, [86], tmp_path / "got") is not None for key in ("one", "two", "three")]
     assert found == [True, False, True]
 
@@ -290,12 +290,14 @@ def test_an_engine_is_not_built_on_another_gpu(
     (row,) = build_targets(adapter, adapter.checkpoint(), wanted, SMALL, tell=told.append)
     assert row.bundle.manifest["engines"] == []
     assert json.loads((tmp_path / "h100" / "build.json").read_text())["sm"] == 90
-    assert "h100: no engine here (regular TensorRT needs a GPU with SM90, this machine's GPUs have SM89" in told[0]
+    assert (
+        "h100: no engine built here (regular TensorRT needs a GPU with SM90, this machine's GPUs have SM89" in told[0]
+    )
 
 
 def test_a_place_is_given_once(adapter: Adapter, tmp_path: Path) -> None:
     (target,) = targets(adapter, tmp_path, cpu="int8")
-    with pytest.raises(ConfigError, match="2 bundles have 1 output directories"):
+    with pytest.raises(ConfigError, match="2 bundles have only 1 output directories"):
         build_targets(adapter, adapter.checkpoint(), [target, target], SMALL)
 
 
@@ -325,7 +327,7 @@ def test_the_build_kit_builds_without_coatrt(adapter: Adapter, tmp_path: Path) -
     (moved / "weights.bin").write_bytes(data)
     done = subprocess.run(command, cwd=moved, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "weights.bin is not what the manifest says" in done.stderr
+    assert "weights.bin does not match its hash in manifest.json" in done.stderr
 
 
 def test_a_line_that_cannot_be_printed_stops_no_bundle(adapter: Adapter, builder: FakeBuilder, tmp_path: Path) -> None:

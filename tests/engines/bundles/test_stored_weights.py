@@ -10,7 +10,7 @@ from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle
 from coatrt.configs.config import QuantConfig
 from coatrt.engines.bundles.options import BundleOptions
-from coatrt.engines.bundles.stored_weights import held_weights
+from coatrt.engines.bundles.stored_weights import stored_weights
 from coatrt.engines.bundles.verify import TOLERANCE, verify
 from coatrt.errors import BundleError
 from coatrt.export.decoder import GraphForm, export_decoder
@@ -51,7 +51,7 @@ def test_every_format_is_read_back_bit_for_bit(tmp_path: Path, activations: str,
     for text in FORMATS:
         config = QuantConfig.uniform(checkpoint.matrices, text)
         export_decoder(checkpoint, config, tmp_path, forms=[GraphForm("cpu", "cpu.onnx", activations)])
-        found = dict(held_weights(tmp_path / "cpu.onnx", checkpoint.matrices))
+        found = dict(stored_weights(tmp_path / "cpu.onnx", checkpoint.matrices))
         assert set(found) == set(checkpoint.matrices.names)
         for name, weight in found.items():
             want = decode(encode(checkpoint.tensor(f"{name}.weight"), text), getattr(torch, activations))
@@ -64,7 +64,7 @@ def test_a_bundle_holds_the_codes_of_its_adapter(adapter: Adapter, tmp_path: Pat
     assert adapter.description.quantizer == bundle.manifest["quantizer"] == "feedback"
     assert adapter.calibration is not None
     moments = InputMoments(checkpoint, adapter.calibration)
-    for name, weight in held_weights(bundle.decoder("cpu")[0], bundle.model_matrices):
+    for name, weight in stored_weights(bundle.decoder("cpu")[0], bundle.model_matrices):
         original = checkpoint.tensor(f"{name}.weight")
         want = decode(encode(original, config[name], "feedback", moments.get(name), adapter.calibration.tokens.numel()))
         plain = decode(encode(original, config[name], "mse"))
@@ -89,7 +89,7 @@ def test_verify_needs_no_codes_of_its_own(adapter: Adapter, tmp_path: Path, monk
     codes = adapter.codes(checkpoint)
     other = [
         name
-        for name, weight in held_weights(made.decoder("cpu")[0], made.model_matrices)
+        for name, weight in stored_weights(made.decoder("cpu")[0], made.model_matrices)
         if not np.array_equal(weight, decode(codes.get(name, config[name])).numpy())
     ]
     assert other, "the codes are the same; the test shows nothing"
@@ -106,8 +106,8 @@ def test_a_graph_without_the_matrix_is_refused(tiny_bundle: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
     graph = bundle.decoder("cpu")[0]
     for name, said in (
-        ("model.layers.9.mlp.up_proj", r"does not hold model\.layers\.9\.mlp\.up_proj\.weight"),
-        ("model.layers.0.mlp.up_proj", r"as \(160, 64\), the manifest says \(4, 4\)"),
+        ("model.layers.9.mlp.up_proj", r"lacks model\.layers\.9\.mlp\.up_proj\.weight"),
+        ("model.layers.0.mlp.up_proj", r"has shape \(160, 64\), the manifest says \(4, 4\)"),
     ):
         with pytest.raises(BundleError, match=said):
-            list(held_weights(graph, ModelMatrices((Matrix(name, 4, 4),), tied=True)))
+            list(stored_weights(graph, ModelMatrices((Matrix(name, 4, 4),), tied=True)))

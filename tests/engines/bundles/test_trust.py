@@ -195,11 +195,13 @@ def test_a_graph_of_another_kind_is_refused(copy: Path) -> None:
 def test_a_manifest_without_errors_is_not_verified(copy: Path) -> None:
     errors = Bundle.open(copy).manifest["configuration"]["errors"]
     alter_sealed(copy / "manifest.json", lambda m: m["configuration"].update(errors={}))
-    with pytest.raises(BundleError, match=r"lacks the errors of \d+ matrices, like model\S+, by which weights"):
+    with pytest.raises(
+        BundleError, match=r"lacks the quantization error of model\S+ and \d+ more matrices, which verify compares"
+    ):
         verify(Bundle.open(copy), numbers=False)
     alter_sealed(copy / "manifest.json", lambda m: m["configuration"].update(errors=errors))
     alter_sealed(copy / "manifest.json", lambda m: m["configuration"]["errors"].pop("model.embed_tokens"))
-    with pytest.raises(BundleError, match=r"lacks the errors of 1 matrices, like model.embed_tokens"):
+    with pytest.raises(BundleError, match=r"lacks the quantization error of model.embed_tokens, which"):
         verify(Bundle.open(copy), numbers=False)
     manifest = json.loads((copy / "manifest.json").read_text())
     del manifest["configuration"]["errors"]
@@ -219,7 +221,7 @@ def test_verify_asks_no_server(copy: Path, monkeypatch: pytest.MonkeyPatch, sour
     if source is not None:
         alter_sealed(copy / "manifest.json", lambda m: m["model"].update(source=source))
     report = verify(Bundle.open(copy))
-    assert (report.note == "the model someone/a-model is not here; give it with --model") == (source is not None)
+    assert (report.note == "no model at someone/a-model; give it with --model") == (source is not None)
     assert (report.torch_difference is None) == (source is not None)
 
 
@@ -229,7 +231,7 @@ def test_an_engine_is_not_said_to_load(copy: Path) -> None:
     package, version = next(iter(versions().items()))
     (copy / "sm86.engine").write_bytes(b"engine")
     facts = Bundle.open(copy).manifest
-    for told, said in ((version, "its version is installed here"), ("0", f"needs 0, here is {version}")):
+    for told, said in ((version, "its version is installed here"), ("0", f"needs 0, installed is {version}")):
         engine = {"file": "sm86.engine", "sms": [86], "builder": package, "version": told, "seconds": 1.0, "bytes": 6}
         kept = {key: value for key, value in facts.items() if key not in ("format", "coatrt", "files")}
         seal(copy, {**kept, "engines": [{**engine, "shapes": {}}]})

@@ -55,8 +55,8 @@ TEST_CASE("a session splits prompts, counts positions and refuses what does not 
   CHECK_THROWS_AS(session.decode(-1), coatrt::Error);
   session.decode(1);
   session.decode(1);
-  CHECK_THROWS_WITH_AS(session.decode(1), "11 positions are needed and the decoder has 10, as many as the bundle was built for; shorten, or build it with more (--context)", coatrt::Error);
-  CHECK_THROWS_WITH_AS(session.prefill({}), "an empty prompt or batch is given; give at least one token per sequence", coatrt::Error);
+  CHECK_THROWS_WITH_AS(session.decode(1), "11 positions needed, the decoder has 10: the bundle was built for that context; shorten the prompt, or build with a longer --context", coatrt::Error);
+  CHECK_THROWS_WITH_AS(session.prefill({}), "empty prompt; give at least one token per sequence", coatrt::Error);
   CHECK_THROWS_AS(session.prefill(std::vector<std::int64_t>(11, 1)), coatrt::Error);
   CHECK(session.length() == 10);  // a refused prompt leaves the sequence as it was
 
@@ -68,7 +68,7 @@ TEST_CASE("a session splits prompts, counts positions and refuses what does not 
   made = session.generate({1}, 100, {}, [](std::int64_t token) { return token < 4; });
   CHECK(made.tokens == std::vector<std::int64_t>{2, 3, 4});
   CHECK(made.reason == "cancelled");
-  CHECK_THROWS_WITH_AS(session.generate({1}, 0), "0 tokens are asked for; ask for at least 1", coatrt::Error);
+  CHECK_THROWS_WITH_AS(session.generate({1}, 0), "max_tokens must be at least 1, got 0", coatrt::Error);
   CHECK_THROWS_AS(session.generate({1}, 1, {-1.0}), coatrt::Error);
   CHECK_THROWS_AS(session.generate({1}, 1, {1.0, -1}), coatrt::Error);
   CHECK_THROWS_AS(session.generate({1}, 1, {1.0, 0, 0.0}), coatrt::Error);

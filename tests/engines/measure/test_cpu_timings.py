@@ -82,7 +82,7 @@ def test_timings_cover_their_model_and_the_planner_takes_them(
             )
     finally:
         timings_path("cpu").unlink()
-    with pytest.raises(ConfigError, match="must be positive numbers"):
+    with pytest.raises(ConfigError, match="tokens and contexts must be at least 1"):
         time_cpu(adapter, adapter.checkpoint(), tokens=())
 
 

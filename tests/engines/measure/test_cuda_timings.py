@@ -15,7 +15,7 @@ from coatrt.adapter.adapter import Adapter
 from coatrt.configs.config import QuantConfig
 from coatrt.devices.profiles import device_profile
 from coatrt.engines.measure import cuda_timings
-from coatrt.engines.measure.cuda_timings import _smallest, _timed_as, time_cuda, time_products
+from coatrt.engines.measure.cuda_timings import _representatives, _smallest, time_cuda, time_products
 from coatrt.engines.measure.product_graph import copies_of, write_products
 from coatrt.engines.runtime.cuda import CudaDecoder
 from coatrt.engines.runtime.cuda_session import cuda_session
@@ -88,12 +88,12 @@ def test_a_run_is_timed_in_rows_that_wait_once(monkeypatch: pytest.MonkeyPatch) 
         now[0] += 1e-5  # the host's part, beside the GPU's
         stream.waiting += 1e-3 - 1e-5
 
-    assert cuda_timings._seconds_of_a_run(run, stream, lambda: now[0]) == pytest.approx(1e-3)
+    assert cuda_timings._run_seconds(run, stream, lambda: now[0]) == pytest.approx(1e-3)
 
 
 def test_formats_that_are_decoded_at_load_are_timed_once() -> None:
     formats = [WeightFormat.parse(text) for text in ("nf3-g64", "int4-g64", "fp8", "int8", "nf4-g64", "int8-g64")]
-    found = {str(fmt): of for fmt, of in _timed_as(formats, 64).items()}
+    found = {str(fmt): of for fmt, of in _representatives(formats, 64).items()}
     assert found == {
         "nf3-g64": ["nf3-g64", "fp8", "nf4-g64"],
         "int4-g64": ["int4-g64"],
@@ -246,7 +246,7 @@ def test_the_graph_has_fewer_nodes_than_the_one_that_was_measured(adapter: Adapt
 
 
 def test_what_cannot_be_timed_is_one_line(adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="tokens and contexts must be positive numbers"):
+    with pytest.raises(ConfigError, match="tokens and contexts must be at least 1"):
         time_cuda(adapter, adapter.checkpoint(), "h100", tokens=(), provider="cpu")
 
     def missing() -> None:

@@ -13,7 +13,7 @@ from coatrt.bundle import Bundle
 from coatrt.configs.config import QuantConfig
 from coatrt.devices.profiles import device_profile
 from coatrt.engines.measure import trt_timings
-from coatrt.engines.measure.trt_timings import divided, mixed_configuration, time_trt
+from coatrt.engines.measure.trt_timings import mixed_configuration, products_and_rests, time_trt
 from coatrt.engines.runtime.trt import TrtDecoder
 from coatrt.errors import BuildError, ConfigError
 from coatrt.planning import planner
@@ -110,7 +110,7 @@ def test_all_else_leaves_every_format_what_the_bandwidth_needs(facts: AdapterDes
     formats = [WeightFormat.parse(text) for text in ("int8", "int4-g32")]
     weights = sum(m.N * m.K for m in facts.model.multiplied)
     steps = {fmt: {16: 1e-3 + fmt.bits * 1e-4, 64: 3e-3 + fmt.bits * 1e-4, -8: 9e-3} for fmt in formats}
-    products, rests = divided(steps, facts, replace(DEVICE, bandwidth=1e12), 8)
+    products, rests = products_and_rests(steps, facts, replace(DEVICE, bandwidth=1e12), 8)
     reads = {fmt: sum(fmt.nbytes(m.N, m.K) for m in facts.model.multiplied) / 1e12 for fmt in formats}
     rest = min(found[16] - reads[fmt] for fmt, found in steps.items())
     assert [(r.tokens, r.context, pytest.approx(r.seconds)) for r in rests] == [
@@ -135,6 +135,6 @@ def test_what_is_missing_is_one_line(facts: AdapterDescription, monkeypatch: pyt
     with pytest.raises(BuildError, match=r"tensorrt is not installed; pip install 'coatrt\[tensorrt\]'"):
         time_trt(facts, device_profile("h100"), make)
     monkeypatch.setattr(trt_timings, "installed_builder", lambda builder: "1")
-    monkeypatch.setattr(trt_timings, "_MOST_FORMATS", 2)
+    monkeypatch.setattr(trt_timings, "_MAX_FORMATS", 2)
     with pytest.raises(ConfigError, match="give an adapter with 1 to 2"):
         time_trt(facts, DEVICE, make)

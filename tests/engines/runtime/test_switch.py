@@ -32,9 +32,9 @@ def bundles(tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     return {row.target.output.name: row.bundle for row in made}
 
 
-@pytest.mark.parametrize("held", [1, 2])
-def test_a_switched_session_is_a_fresh_one(bundles: dict[str, Bundle], held: int) -> None:
-    session = SwitchingDecoder(bundles, options=RuntimeOptions(context=64), held=held)
+@pytest.mark.parametrize("cache_size", [1, 2])
+def test_a_switched_session_is_a_fresh_one(bundles: dict[str, Bundle], cache_size: int) -> None:
+    session = SwitchingDecoder(bundles, options=RuntimeOptions(context=64), cache_size=cache_size)
     prompt = [5, 9, 2, 7]
     for name in ("nf3-g32", "int8", "nf3-g32"):
         switched = session.switch(name)
@@ -44,22 +44,22 @@ def test_a_switched_session_is_a_fresh_one(bundles: dict[str, Bundle], held: int
         fresh.set_lora(load_lora(bundles[name].path("lora.safetensors"), bundles[name].contract))
         np.testing.assert_allclose(session.prefill([prompt]), fresh.prefill([prompt]), atol=1e-5)
         np.testing.assert_allclose(session.decode([3]), fresh.decode([3]), atol=1e-5)
-    assert (session.switch("int8").load_seconds == 0) == (held == 2)
+    assert (session.switch("int8").load_seconds == 0) == (cache_size == 2)
 
 
 def test_sequences_go_on_through_a_switch(bundles: dict[str, Bundle]) -> None:
-    session = SwitchingDecoder(bundles, options=RuntimeOptions(context=64), held=2)
+    session = SwitchingDecoder(bundles, options=RuntimeOptions(context=64), cache_size=2)
     session.prefill([[5, 9, 2, 7]])
     straight = session.decode([3])
     before = session.lengths
     session.prefill([[5, 9, 2, 7]])
-    assert session.switch("nf3-g32").kept
+    assert session.switch("nf3-g32").continues
     assert session.lengths.tolist() == [4]
     other = session.decode([3])
     assert not np.allclose(other, straight, atol=1e-3)
-    assert session.switch("int8").kept  # the caches come back with the token that nf3 added
+    assert session.switch("int8").continues  # the caches come back with the token that nf3 added
     assert session.lengths.tolist() == before.tolist() == [5]
-    assert session.switch("int8").kept
+    assert session.switch("int8").continues
     again = session.decode([4])
     assert np.isfinite(again).all()
 
@@ -74,7 +74,7 @@ def test_another_configurations_lora_without_another_graph(bundles: dict[str, Bu
 
 def test_wrong_switches(bundles: dict[str, Bundle], tmp_path: Path) -> None:
     session = SwitchingDecoder(bundles, options=RuntimeOptions(context=64))
-    with pytest.raises(ConfigError, match="no bundle 'x'"):
+    with pytest.raises(ConfigError, match="unknown bundle 'x'; allowed: int8, nf3-g32"):
         session.switch("x")
     with pytest.raises(ConfigError, match="at least 1"):
         SwitchingDecoder({})
@@ -83,14 +83,14 @@ def test_wrong_switches(bundles: dict[str, Bundle], tmp_path: Path) -> None:
         SwitchingDecoder({"a": bundles["int8"], "b": other})
 
 
-@pytest.mark.parametrize("held", [1, 2])
+@pytest.mark.parametrize("cache_size", [1, 2])
 @pytest.mark.parametrize("failure", ["altered", "untrained", "does not load", "longer"])
 def test_a_failed_switch_leaves_the_session_as_it_was(
     bundles: dict[str, Bundle],
     tiny_adapter: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    held: int,
+    cache_size: int,
     failure: str,
 ) -> None:
     other, config = bundles["nf3-g32"], None
@@ -109,7 +109,9 @@ def test_a_failed_switch_leaves_the_session_as_it_was(
 
     monkeypatch.setattr("coatrt.engines.runtime.switch.load_decoder", load)
     session, calm = (
-        SwitchingDecoder({"int8": bundles["int8"], "other": other}, options=RuntimeOptions(context=64), held=held)
+        SwitchingDecoder(
+            {"int8": bundles["int8"], "other": other}, options=RuntimeOptions(context=64), cache_size=cache_size
+        )
         for _ in "ab"
     )
     for each in (session, calm):
@@ -120,7 +122,7 @@ def test_a_failed_switch_leaves_the_session_as_it_was(
             session.switch("other", config)
         assert (session.current, session.lengths.tolist(), session.capacity) == ("int8", calm.lengths.tolist(), 64)
         np.testing.assert_allclose(session.decode([3]), calm.decode([3]), atol=1e-5)
-    assert session.switch("int8").kept
+    assert session.switch("int8").continues
 
 
 def test_a_session_whose_decoder_does_not_come_back_says_so(
@@ -135,7 +137,7 @@ def test_a_session_whose_decoder_does_not_come_back_says_so(
         patch.setattr("coatrt.engines.runtime.switch.load_decoder", load)
         with pytest.raises(BuildError, match="no memory"):
             session.switch("nf3-g32")
-    with pytest.raises(ConfigError, match="int8 could not be loaded again after a failed switch; switch to a bundle"):
+    with pytest.raises(ConfigError, match="int8 could not be reloaded after a failed switch; switch to a bundle"):
         session.decode([3])
-    assert not session.switch("int8").kept
+    assert not session.switch("int8").continues
     assert session.prefill([[1, 2]]).shape == (1, 272)

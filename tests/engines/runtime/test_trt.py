@@ -168,14 +168,16 @@ def test_a_full_cache_is_refused_and_a_full_sequence_rests(machine: Machine, bun
     for each in (decoder, other):
         each.set_lora(lora)
     assert_near(decoder.prefill(prompts), other.prefill(prompts))
-    with pytest.raises(ConfigError, match="97 positions are needed and the decoder has 96, as many as the bundle was"):
+    with pytest.raises(
+        ConfigError, match="97 positions needed, the decoder has 96: the bundle was built for that context"
+    ):
         decoder.decode([1, 1])
     for token in (3, 4):
         assert_near(decoder.decode([None, token])[1:], other.decode([None, token])[1:])
     assert decoder.lengths.tolist() == [96, 5]
-    with pytest.raises(ConfigError, match="1 sequences are given to a decoder of batch 2"):
+    with pytest.raises(ConfigError, match="got 1 sequences for a decoder of batch 2"):
         decoder.prefill([[1]])
-    with pytest.raises(ConfigError, match="97 positions are needed and the decoder has 96"):
+    with pytest.raises(ConfigError, match="97 positions needed, the decoder has 96"):
         decoder.prefill([[1] * 97, [1]])
 
 
@@ -201,15 +203,15 @@ def test_a_running_session_switches_engines_and_goes_on(
     machine: Machine, bundle: Bundle, tiny_bundle: Path, tmp_path: Path
 ) -> None:
     bundles = {"a": bundle, "b": add_engine(tiny_bundle, tmp_path / "b")}
-    for held in (1, 2):
-        session = SwitchingDecoder(bundles, RuntimeOptions(backend="trt", batch=2), held=held)
+    for cache_size in (1, 2):
+        session = SwitchingDecoder(bundles, RuntimeOptions(backend="trt", batch=2), cache_size=cache_size)
         session.prefill(PROMPTS)
         session.decode([3, 4])
         straight = session.decode([5, 6])
         session.prefill(PROMPTS)
         session.decode([3, 4])
         switched = session.switch("b")
-        assert (switched.kept, switched.load_seconds > 0) == (True, True)
+        assert (switched.continues, switched.load_seconds > 0) == (True, True)
         assert session.lengths.tolist() == [10, 4]
         assert np.array_equal(session.decode([5, 6]), straight)
 

@@ -80,7 +80,10 @@ def test_commands_refuse_another_gpu_in_one_line(
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 2
-    assert capsys.readouterr() == ("", "coatrt: the bundle has engines for SM89, this GPU is SM120; build one for it\n")
+    assert capsys.readouterr() == (
+        "",
+        "coatrt: the bundle has engines for SM89, this GPU is SM120; build a bundle for it\n",
+    )
 
 
 def test_verify_runs_the_engine_where_it_can(
@@ -97,6 +100,6 @@ def test_verify_runs_the_engine_where_it_can(
         verify(bundle, numbers=False)
     install(Machine(sm=120), monkeypatch)
     report = verify(bundle, numbers=False)
-    assert report.engine == "not run: the bundle has engines for SM89, this GPU is SM120; build one for it"
+    assert report.engine == "not run: the bundle has engines for SM89, this GPU is SM120; build a bundle for it"
     assert f"engine, here   {report.engine}\n" in report.text()
     assert verify(Bundle.open(tiny_bundle), numbers=False).engine == ""

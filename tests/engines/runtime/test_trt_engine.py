@@ -30,7 +30,7 @@ from support.trt_machine import (
 @pytest.mark.parametrize(
     ("failure", "said"),
     [
-        ({"capturable": False}, "TensorRT finds that it cannot be"),
+        ({"capturable": False}, "TensorRT does not allow it"),
         ({"refuses_capture": True}, "operation not permitted when stream is capturing"),
         ("cuStreamBeginCapture_v2", "cuStreamBeginCapture_v2: error 801"),
         ("cuStreamEndCapture", "cuStreamEndCapture: error 801"),
@@ -56,7 +56,7 @@ def test_a_step_that_is_not_captured_runs_plainly_and_says_so_once(
         assert_near(decoder.prefill(PROMPTS), other.prefill(PROMPTS))
         for tokens in ([5, 6], [7, 8], [9, 10]):
             assert_near(decoder.decode(tokens), other.decode(tokens))
-    line = f"coatrt: a decode step of the engine is not captured as a CUDA graph, and is slower ({said})\n"
+    line = f"coatrt: decoding is slower: the engine cannot be captured as a CUDA graph ({said})\n"
     assert capsys.readouterr().err == line
     assert (machine.driver.calls[LAUNCH], machine.driver.graphs) == (0, {})
     tried = {"cuStreamBeginCapture_v2", "cuStreamEndCapture"} & set(machine.driver.calls)
@@ -69,12 +69,12 @@ def test_a_step_that_is_not_captured_runs_plainly_and_says_so_once(
         ({"start": 100}, 1, "no NVIDIA GPU here; run the bundle with --backend ort"),
         ({"gpus": 0}, 1, "no NVIDIA GPU here; run the bundle with --backend ort"),
         ({"start": 803}, 1, r"the NVIDIA driver does not start \(error 803\)"),
-        ({"sm": 120}, 1, "the bundle has engines for SM89, this GPU is SM120; build one for it"),
-        ({}, 3, "the engine takes a batch of 2, 3 is given; build with --batch"),
+        ({"sm": 120}, 1, "the bundle has engines for SM89, this GPU is SM120; build a bundle for it"),
+        ({}, 3, "batch must be at most 2 with this engine, got 3; build the bundle with a larger --batch"),
         (
             {"free": 1 << 20},
             1,
-            r"not enough memory on the GPU: 0\.27 GB are needed .* give a smaller batch, or build the bundle with a",
+            r"not enough GPU memory: 0\.27 GB needed .* use a smaller batch, or build the bundle with a shorter",
         ),
     ],
 )
@@ -91,7 +91,9 @@ def test_another_tensorrt_or_none_is_refused_with_both_values(
     machine: Machine, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", types.SimpleNamespace(__version__="1.0"))  # type: ignore[arg-type]
-    with pytest.raises(BuildError, match=rf"needs tensorrt-rtx {VERSION}, here is 1\.0; engines do not load across"):
+    with pytest.raises(
+        BuildError, match=rf"needs tensorrt-rtx {VERSION}, installed is 1\.0; engines do not load across"
+    ):
         loaded(bundle)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)  # type: ignore[arg-type]
     with pytest.raises(BuildError, match=r"needs tensorrt-rtx \(.*tensorrt_rtx.*\); install it, or use --backend ort"):
@@ -101,15 +103,17 @@ def test_another_tensorrt_or_none_is_refused_with_both_values(
 def test_what_tensorrt_says_is_in_the_line(
     machine: Machine, bundle: Bundle, tiny_bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(BuildError, match=r"does not load \(magicTag == kEXPECTED_MAGIC_TAG failed\): another TensorRT"):
+    with pytest.raises(BuildError, match=r"does not load \(magicTag == kEXPECTED_MAGIC_TAG failed\): it was built for"):
         loaded(add_engine(tiny_bundle, tmp_path / "b", plan=b"not an engine"))
     machine.tensorrt.no_context = True
-    with pytest.raises(BuildError, match=r"TensorRT makes no context \(no reason is given\); free memory"):
+    with pytest.raises(
+        BuildError, match=r"cannot create an execution context \(TensorRT gives no reason\); free memory"
+    ):
         loaded(bundle)
     machine.tensorrt.no_context = False
     decoder = loaded(bundle)
     machine.tensorrt.fails = True
-    with pytest.raises(BuildError, match=r"fails in a step of 4 tokens \(the first reason\); give a smaller batch"):
+    with pytest.raises(BuildError, match=r"fails in a step of 4 tokens \(the first reason\); use a smaller batch"):
         decoder.prefill(PROMPTS)
     assert capfd.readouterr() == ("", "")
 
@@ -126,7 +130,9 @@ def test_an_engine_that_is_not_the_manifests_is_refused(
 
 def test_the_real_library_refuses_in_one_line(capfd: pytest.CaptureFixture[str]) -> None:
     tensorrt = pytest.importorskip("tensorrt_rtx")
-    with pytest.raises(BuildError, match=r"the engine does not load \(.*Serialization.*\): another TensorRT"):
+    with pytest.raises(
+        BuildError, match=r"the engine does not load \(.*Serialization.*\): it was built for another TensorRT"
+    ):
         TrtEngine(tensorrt, b"no engine" * 100)
     assert capfd.readouterr() == ("", "")
     for name in ("get_tensor_name", "get_tensor_shape", "get_tensor_dtype", "num_io_tensors", "device_memory_size_v2"):

@@ -21,10 +21,10 @@ void DeviceMemory::check_room(const Needs& needs) {
   const auto room = driver_->room();
   const std::size_t needed = needs.weights + needs.caches + needs.other + kWorkspace;
   if (needed > room.free)
-    throw Error("not enough memory on the GPU: " + gigabytes(needed) + " GB are needed (" + gigabytes(needs.weights) +
+    throw Error("not enough GPU memory: " + gigabytes(needed) + " GB needed (" + gigabytes(needs.weights) +
                 " GB of weights, " + gigabytes(needs.caches) + " GB of caches for 1 × " + std::to_string(needs.slots) +
-                " positions) and " + gigabytes(room.free) + " of " + gigabytes(room.total) +
-                " GB are free; give a shorter --context or a smaller batch");
+                " positions), " + gigabytes(room.free) + " of " + gigabytes(room.total) +
+                " GB free; use a shorter --context or a smaller batch");
 }
 
 }  // namespace coatrt::detail

@@ -55,7 +55,7 @@ Driver::Driver() {
 #undef COATRT_TAKE
   const int started = calls_.cuInit(0);
   if (started != 0 && started != kNoDevice)
-    throw Error("the NVIDIA driver does not start (" + reason(started) + "); repair it, or " + kOtherwise);
+    throw Error("the NVIDIA driver does not start (" + reason(started) + "); reinstall it, or " + kOtherwise);
   int count = 0, major = 0, minor = 0;
   if (started == 0) check(calls_.cuDeviceGetCount(&count), "cuDeviceGetCount");
   if (count == 0) throw Error(std::string("no NVIDIA GPU here; ") + kOtherwise);
@@ -73,7 +73,7 @@ std::string Driver::reason(int status) const {
 
 void Driver::check(int status, const char* call) const {
   if (status == kOutOfMemory)
-    throw Error(std::string("not enough memory on the GPU or in the host (") + call + "); give less --context or batch");
+    throw Error(std::string("not enough GPU or host memory (") + call + "); use a shorter --context or a smaller batch");
   if (status != 0) throw Error(std::string("the NVIDIA driver fails (") + call + ": " + reason(status) + "); " + kOtherwise);
 }
 

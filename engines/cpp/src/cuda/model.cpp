@@ -87,8 +87,8 @@ void CudaModel::load_on_gpu(BundleState& bundle, const SessionOptions& options, 
   } catch (const Error& error) {
     const std::string said = error.what();
     if (said.find("raph capture") == said.npos || graphs == "0") throw;
-    notes_.push_back("a decode step of " + graph.filename().string() +
-                     " is not captured as a CUDA graph, and is slower (" + said + ")");
+    notes_.push_back("decoding is slower: " + graph.filename().string() +
+                     " cannot be captured as a CUDA graph (" + said + ")");
     graphs = "0";
     model_ = std::make_unique<OrtModel>(runtime_, graph, wanted);
   }

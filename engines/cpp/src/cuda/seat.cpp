@@ -160,7 +160,7 @@ const float* Seat::run(const std::int64_t* tokens, std::size_t count, std::int64
   memory.write(steps_.data(), staging, layout[3].offset + layout[3].bytes);
   if (added > 1) bind_step(prefill_, added);
   runtime.check(runtime.api().RunWithBinding(model_.session(), replays ? captured_ : plain_, added == 1 ? decode_ : prefill_),
-                "ONNX Runtime fails in a step of " + std::to_string(added) + " tokens", "; give less --context or batch");
+                "ONNX Runtime fails in a step of " + std::to_string(added) + " tokens", "; use a shorter --context or a smaller batch");
   memory.read(logits_here_.data(), logits_.data(), logits_.bytes());
   memory.synchronize();
   return reinterpret_cast<const float*>(logits_here_.data());

@@ -47,8 +47,8 @@ DeviceWeights device_weights(const Configuration& configuration, const Json& mod
   for (const auto& [kind, number] : kinds) listed.push_back(std::to_string(number) + " " + kind);
   char size[32];
   std::snprintf(size, sizeof size, "%.2f", static_cast<double>(decoded) / 1e9);
-  found.note = "ONNX Runtime multiplies only int4 and int8 packed: " + std::to_string(count) + " matrices (" + join(listed) +
-               ") are decoded to float16 on the GPU and take " + size + " GB";
+  found.note = "ONNX Runtime keeps only int4 and int8 packed on the GPU: " + std::to_string(count) + " matrices (" +
+               join(listed) + ") are decoded to float16 and take " + size + " GB";
   return found;
 }
 

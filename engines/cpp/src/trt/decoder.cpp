@@ -50,7 +50,7 @@ class TrtDecoder final : public Decoder {
       replays_ = given->second != "0";
     if (io_.itemsize() != 4) wide_logits_.resize(static_cast<std::size_t>(io_.vocabulary));
     context_.reset(loaded_->engine->createExecutionContext());
-    if (!context_) throw Error("TensorRT makes no context (" + loaded_->logger.last + "); free device memory");
+    if (!context_) throw Error("TensorRT cannot create an execution context (" + loaded_->logger.last + "); free memory on the GPU");
     bind_all();
     memory_.synchronize();
   }
@@ -155,7 +155,7 @@ class TrtDecoder final : public Decoder {
     memory_.synchronize();
     if (const std::string problem = capture(); !problem.empty()) {
       replays_ = false;
-      notify(options_, "a decode step of " + loaded_->file + " is not captured as a CUDA graph, and is slower (" + problem + ")");
+      notify(options_, "decoding is slower: " + loaded_->file + " cannot be captured as a CUDA graph (" + problem + ")");
     }
   }
 

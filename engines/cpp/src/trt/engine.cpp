@@ -29,8 +29,8 @@ const Json& engine_for(const BundleState& bundle) {
           if (sm == here) return engine;
           have += (have.empty() ? "SM" : ", SM") + sm.dump();
         }
-  throw Error("the bundle has engines for " + (have.empty() ? "none" : have) + ", this GPU is SM" + std::to_string(here) +
-              "; build one for it");
+  throw Error("the bundle has engines for " + (have.empty() ? "no GPU" : have) + ", this GPU is SM" +
+              std::to_string(here) + "; build a bundle for it");
 }
 
 /// Refuse a library other than the headers', and an engine of another version: neither shows otherwise until it crashes.
@@ -66,7 +66,7 @@ std::shared_ptr<TrtEngine> load_engine(BundleState& bundle) {
   if (!loaded->runtime) throw Error("TensorRT does not start (" + loaded->logger.last + "); check the driver");
   loaded->engine.reset(loaded->runtime->deserializeCudaEngine(plan->data(), plan->size()));
   if (!loaded->engine)
-    throw Error("the engine does not load: another TensorRT version or another GPU; build the bundle again");
+    throw Error("the engine does not load: it was built for another TensorRT version or another GPU; build the bundle again");
   return loaded;
 }
 
