@@ -13,15 +13,17 @@ def command(onnxruntime: bool) -> None:
     from pathlib import Path
 
     from coatrt.errors import BuildError
+    from coatrt.system.extras import require
 
+    if onnxruntime:
+        require("coatrt cmake-dir --onnxruntime", "cpu")
     name = "onnxruntime" if onnxruntime else "coatrt.engines"
     spec = find_spec(name)
     if spec is None or spec.origin is None:
-        raise BuildError(f"the package {name} is not installed; install coatrt with pip")
+        raise BuildError(f"the package {name} is not installed; install coatrt again")
     root = Path(spec.origin).parent
     found = sorted(root.glob("capi/libonnxruntime.so.*" if onnxruntime else "cpp/coatrt-config.cmake"))
     if not found:
-        raise BuildError(
-            f"{root} holds no {'libonnxruntime' if onnxruntime else 'C++ library'}; install coatrt with pip"
-        )
+        lacking = "libonnxruntime; install onnxruntime" if onnxruntime else "C++ library; install coatrt"
+        raise BuildError(f"{root} holds no {lacking} again")
     click.echo(found[0] if onnxruntime else found[0].parent)

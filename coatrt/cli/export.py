@@ -31,6 +31,9 @@ def command(
     overwrite: bool,
 ) -> None:
     """Write the ONNX graphs, hypernetwork and LoRA of one configuration of ADAPTER: a bundle without an engine."""
+    from coatrt.system.extras import require
+
+    require("coatrt export", "train", "cpu")
     from coatrt.adapter.adapter import Adapter
     from coatrt.adapter.description import AdapterDescription
     from coatrt.cli.progress import drawn_progress

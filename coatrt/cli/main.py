@@ -10,6 +10,7 @@ from coatrt import __version__
 from coatrt.cli import streams
 from coatrt.cli.signals import end_on_signals
 from coatrt.errors import CoatError
+from coatrt.system.extras import extra_of, needs
 
 __all__ = ["cli", "main"]
 
@@ -113,6 +114,10 @@ def _foreseen(error: BaseException) -> str | None:
     """Return what to say of an error that the user can do something about, else None."""
     if isinstance(error, CoatError):
         return str(error)
+    extra = extra_of(error)
+    if extra is not None:
+        name = next((word for word in sys.argv[1:] if word in _COMMANDS), "")
+        return needs(f"coatrt {name}".rstrip(), extra)
     if isinstance(error, OSError) and error.errno is not None:
         what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         return f"{what}; check the path, its permissions and the free disk space"

@@ -43,6 +43,9 @@ def command(
 
     ADAPTER/archive.json is saved after every measurement; an interrupted search is resumed.
     """
+    from coatrt.system.extras import require
+
+    require("coatrt search", "train", "cpu")
     from coatrt.adapter.adapter import Adapter
     from coatrt.cli.progress import drawn_progress
     from coatrt.data.registry import load_task

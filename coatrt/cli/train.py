@@ -119,6 +119,9 @@ def command(
                    or {"prompt": …, "completion": …}; the assistant's answers are learned
     --task choice  a JSON object a line: {"prompt": …, "choices": [" yes", " no"], "answer": 0}
     """  # noqa: D301 - click reads the character \b
+    from coatrt.system.extras import require
+
+    require("coatrt train", "train", "cpu")
     from coatrt.cli.progress import drawn_progress
     from coatrt.data.registry import load_task
     from coatrt.models.checkpoint import Checkpoint

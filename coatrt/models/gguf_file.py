@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from coatrt.errors import CheckpointError, reason
+from coatrt.system.extras import needs
 
 __all__ = ["GgufModel"]
 
@@ -44,8 +45,8 @@ class GgufModel:
     def __init__(self, path: Path) -> None:
         try:
             import gguf
-        except ImportError as error:
-            raise CheckpointError(f"{path.name} needs the gguf extra ({error}); pip install 'coatrt[gguf]'") from None
+        except ImportError:
+            raise CheckpointError(needs(path.name, "gguf")) from None
         self.path = path
         try:
             _check_header(path)

@@ -20,6 +20,7 @@ from coatrt.engines.runtime.lora_file import load_lora
 from coatrt.engines.runtime.options import Backend, RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.errors import BuildError, BundleError, CheckpointError, CoatError
+from coatrt.system.extras import ExtraError, require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,6 +100,7 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, numbers: bool = T
         numbers: compare with torch too; needs the checkpoint and time to load it.
 
     Raises:
+        ExtraError: `model` is given, and torch or transformers is missing.
         BundleError: a file was altered, a graph reads a file that the manifest does not name for it, the errors of a
             matrix are missing, the LoRA is not what the hypernetwork emits, a weight is not its matrix in the
             configuration's format, or the numbers differ.
@@ -225,6 +227,12 @@ def _against_torch(
     torch gets the weights that the bundle holds: encoding the model again would give slightly other codes on another
     machine wherever they depend on second moments. Whether they are the model's is a comparison of its own.
     """
+    try:
+        require("the comparison with torch", "train")
+    except ExtraError as error:
+        if model is not None:  # asked for by name
+            raise
+        return None, 0, str(error)
     import torch
 
     from coatrt.evaluation.fake_quant import FakeQuantModel
