@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from coatrt.errors import CheckpointError, reason
-from coatrt.system.extras import needs
+from coatrt.system.extras import require
 
 __all__ = ["GgufModel"]
 
@@ -39,14 +39,14 @@ class GgufModel:
 
     Raises:
         CheckpointError: it is damaged, one part of several, of another family, or holds keys or tensors that no
-            config.json of its family stands for; or the gguf package is missing.
+            config.json of its family stands for.
+        ExtraError: a package that reads them is missing.
     """
 
     def __init__(self, path: Path) -> None:
-        try:
-            import gguf
-        except ImportError:
-            raise CheckpointError(needs(path.name, "gguf")) from None
+        require(path.name, "gguf")
+        import gguf
+
         self.path = path
         try:
             _check_header(path)

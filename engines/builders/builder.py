@@ -101,7 +101,7 @@ def installed_builder(builder: str) -> str:
     """
     module = builder.replace("-", "_")
     try:
-        require(f"building for {builder}", _EXTRAS[builder])
+        require(f"building with {builder}", _EXTRAS[builder])
     except ExtraError as error:
         where = "" if builder == "tensorrt-rtx" else " on the device itself"
         raise BuildError(f"{error}{where}, then build again") from None

@@ -94,7 +94,7 @@ def test_another_tensorrt_or_none_is_refused_with_both_values(
     with pytest.raises(BuildError, match=rf"needs tensorrt-rtx {VERSION}, here is 1\.0; engines do not load across"):
         loaded(bundle)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)  # type: ignore[arg-type]
-    with pytest.raises(BuildError, match=r"needs tensorrt-rtx \(.*tensorrt_rtx.*\); install it, or use --backend ort"):
+    with pytest.raises(BuildError, match=r"needs tensorrt-rtx.*'\.\[rtx\]' .*; or use --backend ort"):
         loaded(bundle)
 
 
