@@ -35,10 +35,10 @@ def installed(extras: str, place: Path) -> dict[str, Any]:
     started = time.monotonic()
     subprocess.run([sys.executable, "-m", "venv", place], check=True)
     venv = time.monotonic() - started
-    pip = [python, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    pip = [python, "-m", "pip", "--disable-pip-version-check"]
     started = time.monotonic()
     target = f"{ROOT}[{extras}]" if extras else str(ROOT)
-    subprocess.run([*pip, "install", "--no-cache-dir", target], check=True)
+    subprocess.run([*pip, "install", "--quiet", "--no-cache-dir", target], check=True)
     seconds = time.monotonic() - started
     listed = json.loads(subprocess.run([*pip, "list", "--format", "json"], check=True, capture_output=True).stdout)
     packages = sorted(row["name"] for row in listed if row["name"] not in ("pip", "setuptools"))
