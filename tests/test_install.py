@@ -25,6 +25,8 @@ def names(requirements: set[str]) -> set[str]:
     return {re.split(r"[<>=;\s]", line)[0] for line in requirements}
 
 
+NAMED = re.compile(r"pip install [^\n]*(?<!a checkout of )\bcoatrt|coatrt\[[a-z]")
+"""coatrt by a name that pip would look up."""
 BASE = listed(SETUP["options"]["install_requires"])
 LISTS = {extra: listed(text) for extra, text in SETUP["options.extras_require"].items()}
 
@@ -59,5 +61,5 @@ def test_nothing_names_coatrt_in_an_index() -> None:
     parts = ("coatrt", "export", "engines", "examples", "benchmarks")
     paths = [path for part in parts for path in (ROOT / part).rglob("*") if path.suffix in endings]
     for path in (ROOT / "setup.cfg", ROOT / "Makefile", ROOT / ".ci" / "run", *paths):
-        found = re.search(r"pip install [^\n]*(?<!a checkout of )\bcoatrt|coatrt\[[a-z]", path.read_text(encoding="utf-8"))
+        found = NAMED.search(path.read_text(encoding="utf-8"))
         assert found is None, f"{path}: {found and found[0]}"
