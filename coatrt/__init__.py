@@ -5,6 +5,7 @@ What the commands do are names here, listed in `__init__.pyi`. Each is imported 
 """
 
 import os
+from typing import Any
 
 import lazy_loader
 
@@ -14,5 +15,17 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+_load, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 __all__ += ["__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    try:
+        return _load(name)
+    except ModuleNotFoundError as error:
+        from coatrt.system.extras import ExtraError, extra_of, needs
+
+        extra = extra_of(error)
+        if extra is None:
+            raise
+        raise ExtraError(needs(f"coatrt.{name}", extra)) from None

@@ -14,6 +14,7 @@ from coatrt import __version__
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import DecoderIO, LoraContract
 from coatrt.errors import BundleError, ConfigError
+from coatrt.models.bundle_tokenizer import open_tokenizer
 from coatrt.models.matrices import ModelMatrices
 from coatrt.system.files import sha256_file, write_text
 from coatrt.system.json_data import convert, read_as, write_json
@@ -250,6 +251,16 @@ class Bundle:
         for file in names:
             self.path(file)
         return self.directory / name
+
+    def tokenizer(self) -> Any:
+        """Return the tokenizer of the model, its files checked; it needs neither torch nor transformers.
+
+        Raises:
+            BundleError: see `folder`.
+            CheckpointError: a file cannot be read.
+            ExtraError: it is of the few that need transformers, which is missing.
+        """
+        return open_tokenizer(self.folder("tokenizer"))
 
     def check_all(self) -> int:
         """Check the hash of every file and return how many there are.

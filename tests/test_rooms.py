@@ -137,6 +137,7 @@ OF_NO_ONE_MODULE = {
     "campaigns/test_kills": "commands that are killed",
     "campaigns/test_situations": "disks that are full, signals, no home",
     "campaigns/test_mutations": "a short campaign of mutated inputs",
+    "coatrt/cli/test_extras": "commands without optional packages",
     "coatrt/cli/test_offline": "commands without a network",
     "coatrt/cli/test_options": "the numbers of all commands",
     "coatrt/system/test_cache": "a cache that cannot be written",
@@ -157,6 +158,7 @@ OF_NO_ONE_MODULE = {
     "export/test_files": "the files that an export leaves",
     "export/test_rtx": "graphs as TensorRT-RTX takes them",
     "coatrt/test_init": "the front door",
+    "test_install": "what pip installs for each use",
     "test_flips": "the campaign of flipped bytes",
     "test_rooms": "the rooms",
 }

@@ -122,7 +122,10 @@ class Adapter:
             write_json(temporary / "metrics.json", description.metrics)
             if self.calibration is not None:
                 self.calibration.save(temporary / _CALIBRATION)
-            write_peft(temporary / "peft", self.lora.shared(), description.contract, description.source)
+            pairs = {
+                name: (A.float().cpu().numpy(), B.float().cpu().numpy()) for name, (A, B) in self.lora.shared().items()
+            }
+            write_peft(temporary / "peft", pairs, description.contract, description.source)
             files = sorted(path for path in temporary.rglob("*") if path.is_file())
             write_json(
                 temporary / "adapter.json",

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import save_file
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
 from coatrt.configs.lora_contract import LoraContract
 from coatrt.system.files import atomic_directory
@@ -15,7 +16,7 @@ __all__ = ["write_peft"]
 
 def write_peft(
     directory: str | Path,
-    pairs: Mapping[str, tuple[Tensor, Tensor]],
+    pairs: Mapping[str, tuple[NDArray[np.float32], NDArray[np.float32]]],
     contract: LoraContract,
     base_model: str,
     configuration: str = "",
@@ -23,8 +24,8 @@ def write_peft(
     """Write a directory with adapter_config.json and adapter_model.safetensors, atomically.
 
     Args:
-        directory: the directory.
-        pairs: matrix name → (A [K, r], B [r, N]) without alpha/rank, which PEFT applies.
+        directory: where to write.
+        pairs: matrix name → float32 (A [K, r], B [r, N]), alpha/rank not folded into B: PEFT applies it.
         contract: rank, alpha and names.
         base_model: name or path of the base model, for information.
         configuration: hash of their configuration, stored in the metadata; empty if they are for all.
@@ -32,8 +33,8 @@ def write_peft(
     tensors = {}
     for tensor in contract.tensors:
         a, b = pairs[tensor.matrix]
-        tensors[f"base_model.model.{tensor.matrix}.lora_A.weight"] = a.float().T.contiguous().cpu()
-        tensors[f"base_model.model.{tensor.matrix}.lora_B.weight"] = b.float().T.contiguous().cpu()
+        tensors[f"base_model.model.{tensor.matrix}.lora_A.weight"] = np.ascontiguousarray(a.T)
+        tensors[f"base_model.model.{tensor.matrix}.lora_B.weight"] = np.ascontiguousarray(b.T)
     with atomic_directory(directory, ("adapter_config.json", "adapter_model.safetensors")) as temporary:
         metadata = {"format": "pt"} | ({"configuration": configuration} if configuration else {})
         save_file(tensors, str(temporary / "adapter_model.safetensors"), metadata=metadata)

@@ -84,6 +84,7 @@ def command(
     from coatrt.planning.archive import adapter_archive
     from coatrt.planning.plan import read_choice
     from coatrt.planning.plans_text import plans_text
+    from coatrt.system.extras import require
 
     source = click.get_current_context().get_parameter_source
     set_here = [name for name in choices if source(name) is ParameterSource.COMMANDLINE]
@@ -102,6 +103,7 @@ def command(
         for target in targets:
             click.echo(f"{target.output}: {'up to date' if target.output in preparation.current else 'to build'}")
         return
+    require("coatrt build", "train", "cpu")
     from coatrt.adapter.adapter import Adapter
     from coatrt.cli.progress import drawn_progress
     from coatrt.engines.builders.engine_cache import EngineCache

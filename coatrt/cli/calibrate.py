@@ -38,6 +38,9 @@ def calibrate(adapter: Path, model: str | None, profile: str | None, as_json: bo
     ort times every matrix product on the CPU, cuda on the GPU; trt builds and times an engine in each format. ADAPTER
     is a directory that coatrt train wrote.
     """
+    from coatrt.system.extras import require
+
+    require("coatrt devices calibrate", "train", "cpu")
     from coatrt.adapter.adapter import Adapter
     from coatrt.cli.progress import drawn_progress
     from coatrt.devices.probe import local_gpu

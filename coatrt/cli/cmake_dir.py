@@ -23,7 +23,10 @@ def command(onnxruntime: bool) -> None:
     from pathlib import Path
 
     from coatrt.errors import BuildError
+    from coatrt.system.extras import require
 
+    if onnxruntime:
+        require("coatrt cmake-dir --onnxruntime", "cpu")
     name = "onnxruntime" if onnxruntime else "coatrt.engines"
     spec = find_spec(name)
     if spec is None or spec.origin is None:

@@ -41,6 +41,9 @@ def command(
     The bundle holds the hypernetwork and the LoRA, too, and runs with --backend ort and cuda. ADAPTER is a directory
     that coatrt train wrote.
     """
+    from coatrt.system.extras import require
+
+    require("coatrt export", "train", "cpu")
     from coatrt.adapter.adapter import Adapter
     from coatrt.adapter.description import AdapterDescription
     from coatrt.cli.progress import drawn_progress

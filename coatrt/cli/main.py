@@ -11,6 +11,7 @@ from coatrt.cli import streams
 from coatrt.cli.help import Group
 from coatrt.cli.signals import end_on_signals
 from coatrt.errors import CoatError
+from coatrt.system.extras import extra_of, needs
 
 __all__ = ["cli", "main"]
 
@@ -141,6 +142,10 @@ def _expected(error: BaseException) -> str | None:
     """Return the message of an error that the user can correct, else None."""
     if isinstance(error, CoatError):
         return str(error)
+    extra = extra_of(error)
+    if extra is not None:
+        name = next((word for word in sys.argv[1:] if word in _COMMANDS), "")
+        return needs(f"coatrt {name}".rstrip(), extra)
     if isinstance(error, OSError) and error.errno is not None:
         problem = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         return f"{problem}; check the path, its permissions and the free disk space"

@@ -69,13 +69,12 @@ def command(
     from coatrt.engines.runtime.load import check_decoder, load_decoder
     from coatrt.engines.runtime.lora_file import load_lora
     from coatrt.engines.runtime.options import RuntimeOptions
-    from coatrt.models.tokenizer import load_tokenizer
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     texts = read_prompts(prompts, files)
     opened = Bundle.open(bundle, key=key, policy=signature)
     check_decoder(opened, runtime["backend"])
-    tokenizer = load_tokenizer(opened.folder("tokenizer"))
+    tokenizer = opened.tokenizer()
     ids = [encode_prompt(tokenizer, prompt, chat=chat, system=system) for prompt in texts]
     decoder = load_decoder(opened, RuntimeOptions(batch=len(ids), strict_lora=strict_lora, **runtime))
     if not no_lora:

@@ -52,6 +52,9 @@ def command(
     ADAPTER is saved after every measurement; an existing archive is resumed. ADAPTER is a directory that coatrt train
     wrote.
     """
+    from coatrt.system.extras import require
+
+    require("coatrt search", "train", "cpu")
     from coatrt.adapter.adapter import Adapter
     from coatrt.cli.progress import drawn_progress
     from coatrt.data.registry import load_task

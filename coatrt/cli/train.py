@@ -137,6 +137,9 @@ def command(
 
     MODEL is a Hugging Face directory, a name on the Hugging Face hub, or a GGUF file.
     """
+    from coatrt.system.extras import require
+
+    require("coatrt train", "train", "cpu")
     from coatrt.cli.progress import drawn_progress
     from coatrt.data.registry import load_task
     from coatrt.models.checkpoint import Checkpoint

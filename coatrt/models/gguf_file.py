@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from coatrt.errors import CheckpointError, reason
+from coatrt.system.extras import require
 
 __all__ = ["GgufModel"]
 
@@ -38,14 +39,14 @@ class GgufModel:
 
     Raises:
         CheckpointError: it is damaged, a part of a split file, of another family, or has keys or tensors that a
-            config.json of its family cannot express; or the gguf package is missing.
+            config.json of its family cannot express.
+        ExtraError: a package that reads them is missing.
     """
 
     def __init__(self, path: Path) -> None:
-        try:
-            import gguf
-        except ImportError as error:
-            raise CheckpointError(f"{path.name} needs the gguf extra ({error}); pip install 'coatrt[gguf]'") from None
+        require(path.name, "gguf")
+        import gguf
+
         self.path = path
         try:
             _check_header(path)

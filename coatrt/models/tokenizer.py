@@ -1,35 +1,38 @@
-"""The tokenizer of a model or bundle, as transformers reads it; code beside it never runs, a wrong file is named."""
+"""The tokenizer of a model, as transformers reads it; code beside it never runs, a wrong file is named."""
 
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from coatrt.errors import CheckpointError, CoatError, reason
+from coatrt.models.tokenizer_files import SETTINGS, TEXTS, check_files
 from coatrt.models.transformers_config import quiet_transformers
+from coatrt.system.extras import require
 from coatrt.system.json_data import parse_json
-from coatrt.system.utf8 import decode
 
 __all__ = ["load_tokenizer"]
 
 _WHOLE = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 """Files that hold the vocabulary; a tokenizer has one of them at least."""
-_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json")
-_TEXTS = ("chat_template.jinja", "merges.txt", "vocab.txt")
 _AGAIN = "fetch it again"
 
 
 def load_tokenizer(directory: str | Path) -> Any:
     """Return the transformers tokenizer saved in a directory.
 
+    A bundle's own is read by `Bundle.tokenizer`, without transformers.
+
     Raises:
+        ExtraError: transformers is missing.
         CheckpointError: there is none, transformers cannot read it, or it wants to run code of its own; the file at
             fault is named.
     """
+    require(f"the tokenizer of {directory}", "train")
     quiet_transformers()
     directory = Path(directory)
     none = f"{directory} holds no tokenizer that transformers can read"
     try:
-        _check(directory)
+        check_files(directory)
         return _load(directory)
     except CoatError as error:
         raise CheckpointError(f"{none}: {error}") from None
@@ -52,34 +55,6 @@ def _load(directory: Path) -> Any:
     return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
 
 
-def _check(directory: Path) -> None:
-    """Refuse settings that are no JSON object and templates that are no plain UTF-8, before transformers reads them.
-
-    It takes the last of two equal keys, and a byte order mark for a part of the template.
-    """
-    for name in _SETTINGS:
-        if (path := directory / name).exists():
-            value = parse_json(_text(path), str(path), _AGAIN, CheckpointError)
-            if not isinstance(value, dict):
-                raise CheckpointError(f"{path} is a {type(value).__name__}, not an object; {_AGAIN}")
-    for path in (*map(directory.joinpath, _TEXTS), *sorted(directory.glob("additional_chat_templates/*.jinja"))):
-        if path.exists():
-            _text(path)
-
-
-def _text(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-    except OSError as problem:
-        raise CheckpointError(f"{path} cannot be read: {problem.strerror}; {_AGAIN}") from None
-    text = decode(data, str(path), CheckpointError)
-    if len(text.encode()) < len(data):
-        raise CheckpointError(
-            f"{path} begins with a byte order mark (U+FEFF), which counts as text there; save it without"
-        )
-    return text
-
-
 def _at_fault(directory: Path, error: Exception) -> tuple[str, str]:
     """Return which file transformers failed at, empty where none is to blame alone, and what is wrong with it."""
     there = [path.name for path in sorted(directory.iterdir()) if path.is_file()] if directory.is_dir() else []
@@ -88,7 +63,7 @@ def _at_fault(directory: Path, error: Exception) -> tuple[str, str]:
     for name in _WHOLE:
         if name in there and (said := _damage(directory / name)):
             return name, said
-    for name in (*_SETTINGS, *_TEXTS, "config.json"):
+    for name in (*SETTINGS, *TEXTS, "config.json"):
         if name in there and _loads(directory, [other for other in there if other != name]):
             return name, reason(error)
     return "", reason(error)

@@ -12,6 +12,7 @@ from coatrt.errors import ConfigError
 from coatrt.planning.plan import PlanRequest
 from coatrt.reporting.collect import Report, collect
 from coatrt.reporting.figures import FIGURES, colour, draw
+from coatrt.system.extras import require
 from coatrt.system.files import atomic_file, write_text
 
 __all__ = ["page", "report"]
@@ -44,6 +45,7 @@ def report(
         ConfigError: nothing to report is found, a key is given and no bundle, or `output` is a directory.
         CheckpointError, BundleError: one is damaged, or not signed by the key.
     """
+    require("coatrt report", "report")
     output = Path(output)
     if output.is_dir():
         raise ConfigError(f"{output} is a directory; give the name of the HTML file")

@@ -2,11 +2,14 @@
 
 import contextlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
-import torch
 
 from coatrt.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["compute_device", "free_device_memory", "free_memory"]
 
@@ -30,18 +33,22 @@ def free_memory() -> int:
     return free
 
 
-def free_device_memory(device: torch.device) -> int:
+def free_device_memory(device: "torch.device") -> int:
     """Return the bytes still free for tensors on a GPU, including those that torch has reserved."""
+    import torch
+
     reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(torch.cuda.mem_get_info(device)[0]) + reserved
 
 
-def compute_device(text: str) -> torch.device:
+def compute_device(text: str) -> "torch.device":
     """Return the torch device of a name such as "cpu", "cuda" or "cuda:1".
 
     Raises:
         ConfigError: this machine has no such device, or torch cannot use it.
     """
+    import torch
+
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     here = ", ".join(["cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count) if count > 1)])
     try:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from coatrt.errors import CoatError, ConfigError
+from coatrt.system.extras import needs
 from coatrt.system.json_data import parse_json
 
 __all__ = ["check_signature", "public_key", "sign"]
@@ -108,8 +109,8 @@ def _key(key: str | Path | bytes, half: str) -> Any:
     try:
         from cryptography.hazmat.primitives import serialization as pem
         from cryptography.hazmat.primitives.asymmetric import ec
-    except ImportError as error:
-        raise ConfigError(f"signatures need the sign extra ({error}); pip install 'coatrt[sign]'") from None
+    except ImportError:
+        raise ConfigError(needs("a signature", "sign")) from None
     try:
         data = key if isinstance(key, bytes) else Path(key).read_bytes()
         loaded: Any = pem.load_pem_private_key(data, None) if half == "private" else pem.load_pem_public_key(data)

@@ -6,7 +6,6 @@ covers prefill and decode: with two, TensorRT-RTX 1.7.1 stores the weights twice
 
 import contextlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import sys
@@ -20,6 +19,7 @@ from coatrt.configs.config import QuantConfig
 from coatrt.devices.probe import probe
 from coatrt.devices.profiles import DeviceProfile, min_sm
 from coatrt.errors import BuildError, DeviceError, FormatError
+from coatrt.system.extras import ExtraError, require
 from coatrt.system.files import atomic_file
 from coatrt.system.processes import run_child
 from coatrt.system.ranges import Bytes, Count, Measure, Whole
@@ -100,12 +100,11 @@ def installed_builder(builder: str) -> str:
         BuildError: the builder or Polygraphy is not installed, or its module does not load.
     """
     module = builder.replace("-", "_")
-    for package in (module, "polygraphy"):
-        if importlib.util.find_spec(package) is None:
-            where = "" if builder == "tensorrt-rtx" else " on the device itself"
-            raise BuildError(
-                f"{package} is not installed; pip install 'coatrt[{_EXTRAS[builder]}]'{where}, then build again"
-            )
+    try:
+        require(f"building with {builder}", _EXTRAS[builder])
+    except ExtraError as error:
+        where = "" if builder == "tensorrt-rtx" else " on the device itself"
+        raise BuildError(f"{error}{where}, then build again") from None
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(builder)
     with contextlib.suppress(ImportError, OSError, AttributeError):  # a folder of that name imports too, as a namespace

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from coatrt.adapter.peft_format import write_peft
 from coatrt.bundle import Bundle
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import LoraContract
@@ -48,7 +49,7 @@ def adapt(
         bundle: an opened bundle; its base model is not read.
         output: the file to write; for "peft" a directory.
         config: the configuration; by default the bundle's own.
-        format: "safetensors", "peft" (needs torch) or "onnx-adapter".
+        format: "safetensors", "peft" or "onnx-adapter".
 
     Raises:
         ConfigError: the file format is unknown, the adapter was not trained for a weight format of the configuration,
@@ -89,17 +90,7 @@ def write_emitted_peft(
         contract: names, rank and alpha.
         base_model: name of the base model, for the adapter's config.
     """
-    import torch
-
-    from coatrt.adapter.peft_format import write_peft
-
-    pairs = {
-        t.matrix: (
-            torch.from_numpy(tensors[t.A].copy()),
-            torch.from_numpy(tensors[t.B] / np.float32(contract.scale(t))),
-        )
-        for t in contract.tensors
-    }
+    pairs = {t.matrix: (tensors[t.A], tensors[t.B] / np.float32(contract.scale(t))) for t in contract.tensors}
     write_peft(directory, pairs, contract, base_model, getattr(tensors, "configuration", ""))
 
 

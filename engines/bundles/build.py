@@ -3,19 +3,18 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from coatrt.adapter.adapter import Adapter
 from coatrt.adapter.description import AdapterDescription
 from coatrt.configs.config import QuantConfig
 from coatrt.devices.profiles import device_profile
 from coatrt.engines.builders.builder_slots import BuilderSlots
 from coatrt.engines.builders.engine_cache import EngineCache
-from coatrt.engines.bundles.execute import execute
 from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.bundles.prepare import prepare
 from coatrt.engines.bundles.targets import BundleResult, plan_targets
 from coatrt.errors import ConfigError
 from coatrt.planning.archive import adapter_archive
 from coatrt.planning.plan import PlanRequest
+from coatrt.system.extras import require
 from coatrt.system.progress import Progress, silent
 
 __all__ = ["build"]
@@ -72,8 +71,12 @@ def build(
     archive = adapter_archive(adapter)
     targets = plan_targets(description, profiles, Path(output), request, choice=choice, archive=archive)
     preparation = prepare(description, targets, options or BundleOptions.of(request), overwrite=overwrite, sign=sign)
-    if not preparation.jobs:
+    if not preparation.jobs:  # neither torch nor the model is needed to say so
         return [preparation.current[target.output] for target in targets]
+    require("coatrt.build", "train", "cpu")
+    from coatrt.adapter.adapter import Adapter
+    from coatrt.engines.bundles.execute import execute
+
     trained = Adapter.from_pretrained(adapter)
     checkpoint = trained.checkpoint(model)
     return execute(preparation, trained, checkpoint, cache=cache, slots=slots, progress=progress, tell=tell)

@@ -11,6 +11,7 @@ from coatrt.engines.runtime.emitter import Emitter
 from coatrt.engines.runtime.lora_file import save_lora
 from coatrt.export.decoder import WEIGHTS_FILE, decoder_io, export_decoder
 from coatrt.export.hypernetwork import export_hypernetwork
+from coatrt.models.bundle_tokenizer import check_same
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.models.config_file import end_tokens
 from coatrt.models.tokenizer import load_tokenizer
@@ -27,6 +28,7 @@ def export_shared(adapter: Adapter, checkpoint: Checkpoint, directory: Path) -> 
     export_hypernetwork(adapter, directory)
     tokenizer = load_tokenizer(checkpoint.directory)
     tokenizer.save_pretrained(str(directory / "tokenizer"))
+    check_same(tokenizer, directory / "tokenizer")
     stop_tokens = end_tokens(checkpoint.directory, checkpoint.config) | ({tokenizer.eos_token_id} - {None})
     return {
         "model": {

@@ -20,6 +20,7 @@ from coatrt.engines.runtime.lora_file import load_lora
 from coatrt.engines.runtime.options import Backend, RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.errors import BuildError, BundleError, CheckpointError, CoatError
+from coatrt.system.extras import ExtraError, require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,6 +100,7 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, numbers: bool = T
         numbers: compare with torch too; needs the checkpoint and time to load it.
 
     Raises:
+        ExtraError: `model` is given, and torch or transformers is missing.
         BundleError: a file was altered, a graph reads a file that the manifest does not name for it, the quantization
             error of a matrix is missing in the manifest, the LoRA is not the one the hypernetwork emits, a weight is
             not its matrix in the configuration's format, or the logits differ.
@@ -228,6 +230,12 @@ def _against_torch(
     torch gets the weights stored in the bundle: encoding the model again on another machine would give slightly
     different codes wherever they depend on second moments. `_check_weight` compares the weights with the model's.
     """
+    try:
+        require("the comparison with torch", "train")
+    except ExtraError as error:
+        if model is not None:  # asked for by name
+            raise
+        return None, 0, str(error)
     import torch
 
     from coatrt.evaluation.fake_quant import FakeQuantModel

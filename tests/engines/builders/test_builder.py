@@ -119,7 +119,8 @@ def test_devices_without_a_builder_here(graphs: Path, tmp_path: Path, monkeypatc
     with pytest.raises(BuildError, match="needs no engine; give a GPU"):
         build_engine(graphs / "int8" / "base.onnx", tmp_path / "e.engine", device_profile("cpu"))
     monkeypatch.setattr(builder.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(BuildError, match=r"tensorrt is not installed; pip install 'coatrt\[tensorrt\]' on the device"):
+    line = r"needs tensorrt and polygraphy: pip install '\.\[tensorrt\]' in a checkout of coatrt on the device itself"
+    with pytest.raises(BuildError, match=line):
         build_engine(graphs / "int8" / "base.onnx", tmp_path / "e.engine", device_profile("h100"))
 
 

@@ -132,7 +132,7 @@ def test_what_is_missing_is_one_line(facts: AdapterDescription, monkeypatch: pyt
         raise AssertionError("nothing is built")
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(BuildError, match=r"tensorrt is not installed; pip install 'coatrt\[tensorrt\]'"):
+    with pytest.raises(BuildError, match=r"needs tensorrt and polygraphy: pip install '\.\[tensorrt\]'"):
         time_trt(facts, device_profile("h100"), make)
     monkeypatch.setattr(trt_timings, "installed_builder", lambda builder: "1")
     monkeypatch.setattr(trt_timings, "_MAX_FORMATS", 2)

@@ -96,7 +96,7 @@ def test_another_tensorrt_or_none_is_refused_with_both_values(
     ):
         loaded(bundle)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)  # type: ignore[arg-type]
-    with pytest.raises(BuildError, match=r"needs tensorrt-rtx \(.*tensorrt_rtx.*\); install it, or use --backend ort"):
+    with pytest.raises(BuildError, match=r"needs tensorrt-rtx.*'\.\[rtx\]' .*; or use --backend ort"):
         loaded(bundle)
 
 
