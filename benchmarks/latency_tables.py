@@ -1,4 +1,4 @@
-"""The tables of docs/planning.md on the planner's constants, see `tables.py`."""
+"""The tables of docs/evidence/planning.md on the planner's constants, see `tables.py`."""
 
 from typing import Any
 

@@ -8,7 +8,9 @@ A document marks a place with `<!-- results:NAME -->` and `<!-- end -->`; what s
 import argparse
 import re
 import sys
+import textwrap
 from collections.abc import Callable
+from pathlib import Path
 
 from cpp_tables import CPP_TABLES
 from engine_tables import ENGINE_TABLES
@@ -20,16 +22,6 @@ from markdown_tables import ROOT, grid, load
 from method_tables import METHOD_TABLES
 from quantizer_tables import QUANTIZER_TABLES
 
-DOCUMENTS = (
-    "README.md",
-    "docs/engines.md",
-    "docs/method.md",
-    "docs/formats.md",
-    "docs/planning.md",
-    "docs/cpp.md",
-    "docs/gpu.md",
-    "docs/models.md",
-)
 _PLACE = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -125,9 +117,19 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
+def _wrapped(line: str) -> str:
+    """Return prose in lines of at most 118 characters that begin no list, and rows of tables as they are."""
+    if line.startswith("|"):
+        return line
+    lines = textwrap.wrap(line, 118, break_long_words=False, break_on_hyphens=False)
+    for after in lines[1:]:
+        assert not re.match(r"([-+*#>]|\d+[.)]) ", after), f"Markdown would read a list in: {after}"
+    return "\n".join(lines)
+
+
 def _table(name: str) -> str:
     try:
-        return TABLES[name]()
+        return "\n".join(map(_wrapped, TABLES[name]().split("\n")))
     except FileNotFoundError:
         return "Not measured yet."
 
@@ -137,9 +139,10 @@ def filled(text: str) -> str:
     return _PLACE.sub(lambda match: f"{match[1]}{_table(match[2])}\n{match[3]}", text)
 
 
-def stale() -> list[str]:
+def stale() -> list[Path]:
     """Return the documents whose tables are not what the results say."""
-    return [name for name in DOCUMENTS if filled(text := (ROOT / name).read_text(encoding="utf-8")) != text]
+    documents = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [path for path in documents if filled(text := path.read_text(encoding="utf-8")) != text]
 
 
 def main() -> None:
@@ -147,10 +150,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="Change nothing; fail where a document is stale.")
     check = parser.parse_args().check
-    for name in stale():
+    for path in stale():
+        name = path.relative_to(ROOT)
         if check:
             sys.exit(f"{name} is stale; run python benchmarks/tables.py")
-        (ROOT / name).write_text(filled((ROOT / name).read_text(encoding="utf-8")), encoding="utf-8")
+        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
         print(f"filled {name}")
 
 
