@@ -17,7 +17,9 @@ def test_situations_of_three_commands(tmp_path: Path) -> None:
     documented = (ROOT / "docs" / "reference" / "errors.md").read_text(encoding="utf-8").splitlines()
     rows = {_without_commands(row) for row in documented}
     for row in table.splitlines()[2:]:
-        assert _without_commands(row) in rows, f"not in docs/reference/errors.md: {row}; run tests/campaigns/situations.py"
+        assert _without_commands(row) in rows, (
+            f"not in docs/reference/errors.md: {row}; run tests/campaigns/situations.py"
+        )
 
 
 def _without_commands(row: str) -> tuple[str, ...]:
