@@ -71,7 +71,7 @@ class _File(TypedDict):
 
 
 class Manifest(TypedDict):
-    """What manifest.json holds (docs/reference/bundle.md); keys of a later coatrt are passed over."""
+    """What manifest.json holds (docs/bundle.md); keys of a later coatrt are passed over."""
 
     format: int
     coatrt: str

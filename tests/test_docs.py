@@ -75,6 +75,16 @@ def test_documents_name_files_that_exist() -> None:
             assert (ROOT / script).is_file() or script == "build_engine.py", f"{document.name} names {script}"
 
 
+def test_code_names_pages_that_exist() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    for name in listed.stdout.splitlines():
+        if name.endswith((".py", ".cpp", ".hpp", ".h", ".cmake", ".sh", ".md")) and (ROOT / name).is_file():
+            for page in re.findall(r"(?<![\w/])docs/[\w/-]+\.md\b", (ROOT / name).read_text(encoding="utf-8")):
+                assert (ROOT / page).is_file(), f"{name} names {page}"
+
+
 def test_reasons_for_not_running_a_block_name_tests_that_exist() -> None:
     for document in DOCUMENTS:
         for block in blocks(document):

@@ -118,7 +118,7 @@ def _key(key: str | Path | bytes, half: str) -> Any:
         where = "the PEM given" if isinstance(key, bytes) else key
         raise ConfigError(
             f"no {half} key to use in {where} ({' '.join(reason.split())}); give a PEM file of a {half} key on P-256, "
-            "not encrypted (docs/concepts/security.md)"
+            "not encrypted (docs/bundle.md)"
         ) from None
     return found
 

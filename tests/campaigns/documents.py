@@ -41,7 +41,7 @@ PAGES = (
 _FROM_NOTHING = PAGES[:3]
 _BUILDS_ENGINES = ("docs/quickstart.md", "docs/guides/jetson.md")
 SHORT = {
-    "train": "--steps 2 --checkpoint-every 1 --batch 2 --max-length 96 --calibration 20 --evaluation 2 --budgets 6",
+    "train": "--steps 2 --checkpoint-every 1 --batch 2 --max-length 96 --calibration 20 --evaluation 2",
     "search": "--evaluations 2 --blocks 1 --max-length 16",
     "bench": "--tokens 2 --repeat 1 --prompt 4",
     "run": "--max-tokens 2 --context 64",
