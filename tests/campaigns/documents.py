@@ -144,6 +144,8 @@ class Pages:
 def shortened(words: list[str], page: str) -> list[str]:
     """Return the arguments of a command with those that make it short."""
     words = [*words, *shlex.split(SHORT.get(words[0], ""))]
+    if words[0] == "verify" and "--data" in words:
+        words += ["--examples", "2", "--max-length", "32"]
     if words[0] == "train" and "--formats" not in words:
         words += ["--formats", "nf3-g64,int4-g64,int8"]
     if words[0] == "build" and page not in _BUILDS_ENGINES and not re.search("--(no-engine|dry-run)", " ".join(words)):
