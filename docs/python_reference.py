@@ -25,10 +25,11 @@ This page is generated from the code.
 """
 _GROUPS = {
     "Train": "train TrainOptions load_task TaskData Checkpoint load_tokenizer Adapter Evaluator search",
-    "Plan": "plan plan_fleet PlanRequest Plan AdapterDescription QuantConfig WeightFormat",
+    "Plan": "plan plan_fleet plans_text PlanRequest Plan AdapterDescription QuantConfig WeightFormat",
     "Devices": "device_profile device_profiles DeviceProfile probe time_cpu time_cuda time_trt environment",
     "Build": "build BundleOptions BundleResult prepare execute Target EngineCache adapt verify report",
-    "Run": "Bundle load_decoder RuntimeOptions load_lora encode_prompt generate Sampling SwitchingDecoder bench",
+    "Run": "Bundle load_decoder RuntimeOptions load_lora encode_prompt generate Sampling SwitchingDecoder",
+    "Measure": "bench measure_quality Quality save_quality",
     "Progress and errors": "drawn_progress CoatError",
 }
 
@@ -115,14 +116,17 @@ def page() -> str:
     """Return the page."""
     defined = _defined()
     sections = [_INTRODUCTION]
-    for title, names in _GROUPS.items():
-        sections.append(f"## {title}\n")
-        for name in names.split():
+    placed = {name for names in _GROUPS.values() for name in names.split()}
+    groups = {**_GROUPS, "More": " ".join(name for name in defined if name not in placed)}
+    for title, names in groups.items():
+        known = [name for name in names.split() if name in defined]
+        if known:
+            sections.append(f"## {title}\n")
+        for name in known:
             node = defined.pop(name)
             sections.append(f"### {name}\n\n```text\n{_signature(name, node)}\n```\n\n{_sentence(node)}\n")
             if isinstance(node, ast.ClassDef) and (members := list(_members(name, node))):
                 sections.append("\n".join(members) + "\n")
-    assert not defined, f"no group for {', '.join(defined)}"
     return _wrapped("\n".join(sections))
 
 
