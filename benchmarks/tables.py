@@ -10,7 +10,6 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable
-from pathlib import Path
 
 from cpp_tables import CPP_TABLES
 from engine_tables import ENGINE_TABLES
@@ -22,6 +21,10 @@ from markdown_tables import ROOT, grid, load
 from method_tables import METHOD_TABLES
 from quantizer_tables import QUANTIZER_TABLES
 
+DOCUMENTS = (
+    "README.md",
+    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))),
+)
 _PLACE = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -139,10 +142,9 @@ def filled(text: str) -> str:
     return _PLACE.sub(lambda match: f"{match[1]}{_table(match[2])}\n{match[3]}", text)
 
 
-def stale() -> list[Path]:
+def stale() -> list[str]:
     """Return the documents whose tables are not what the results say."""
-    documents = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-    return [path for path in documents if filled(text := path.read_text(encoding="utf-8")) != text]
+    return [name for name in DOCUMENTS if filled(text := (ROOT / name).read_text(encoding="utf-8")) != text]
 
 
 def main() -> None:
@@ -150,11 +152,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="Change nothing; fail where a document is stale.")
     check = parser.parse_args().check
-    for path in stale():
-        name = path.relative_to(ROOT)
+    for name in stale():
         if check:
             sys.exit(f"{name} is stale; run python benchmarks/tables.py")
-        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+        (ROOT / name).write_text(filled((ROOT / name).read_text(encoding="utf-8")), encoding="utf-8")
         print(f"filled {name}")
 
 

@@ -147,7 +147,7 @@ def measure_sensitivity(
     """Measure every matrix in every format.
 
     A cost is the second-order term of the loss (`token_costs`). It ignores how matrices
-    interact: a ranking, not a forecast (docs/evidence/planning.md has its rank correlation with measured losses).
+    interact: a ranking, not a forecast (docs/method.md has its rank correlation with measured losses).
 
     The model is set to full precision and its LoRA is taken away; the examples are those of the calibration.
     """

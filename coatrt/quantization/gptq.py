@@ -27,7 +27,7 @@ def shrunk(moment: Tensor, tokens: int | None) -> Tensor:
 
     The better part of the sampled correlations of few tokens is chance, and feedback would spend its freedom on it. The
     share is the one that leaves the least output error on other text, within 1 % (`benchmarks/shrinkage.py`,
-    docs/evidence/quantizers.md); that one should shrink: Schäfer and Strimmer (2005), doi 10.2202/1544-6115.1175.
+    docs/formats.md); that one should shrink: Schäfer and Strimmer (2005), doi 10.2202/1544-6115.1175.
 
     Args:
         moment: H = E[x xᵀ] over the tokens, float32 [K, K].

@@ -91,7 +91,7 @@ def calibration_examples(train: Examples, count: int, length: int, seed: int) ->
 def tokens_wanted(model: ModelMatrices) -> int:
     """Return how many tokens error feedback should be calibrated on: four for each input of the widest matrix.
 
-    With fewer it can make up for less (`benchmarks/calibration_size.py`, docs/evidence/quantizers.md).
+    With fewer it can make up for less (`benchmarks/calibration_size.py`, docs/formats.md).
     """
     return _TOKENS_PER_INPUT * max(matrix.K for matrix in model.targets)
 

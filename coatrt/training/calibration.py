@@ -11,7 +11,7 @@ from coatrt.training.options import TrainOptions
 __all__ = ["SENSITIVITY_BLOCKS", "calibration_blocks", "few_tokens_notice"]
 
 SENSITIVITY_BLOCKS = 16
-"""Blocks for the sensitivities where no number is given: 4,096 tokens; with 1,024 they rank well (docs/evidence/planning.md)."""
+"""Blocks for the sensitivities where no number is given: 4,096 tokens; with 1,024 they rank well (docs/method.md)."""
 
 
 def calibration_blocks(options: TrainOptions, model: ModelMatrices) -> int:

@@ -22,7 +22,7 @@ class TrainingSampler:
     """Draws the two configurations of a training step, a function of (seed, step) alone.
 
     The first has a budget from the lowest fifth of the range in every other step, and from the highest fifth in the
-    steps between (docs/evidence/results.md compares draws); the second has any. Budgets are drawn first: independent formats per
+    steps between (docs/method.md compares draws); the second has any. Budgets are drawn first: independent formats per
     matrix would concentrate at the mean budget and starve the ends (LLM-QFA, ACL 2025). Three quarters of the draws are
     what a planner could choose: the allocation of least cost under the budget, its costs disturbed; the others are
     random maps of that budget.

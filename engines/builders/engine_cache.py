@@ -71,7 +71,7 @@ class EngineCache:
     def fetch(self, key: str, sms: Iterable[int], engine: Path) -> BuildRecord | None:
         """Copy an engine that serves every target to `engine` and return its record; None where there is none.
 
-        An engine for more targets serves as well: TensorRT-RTX stores one form for all of them (docs/evidence/engines.md).
+        An engine for more targets serves as well: TensorRT-RTX stores one form for all of them (docs/engines.md).
         A file whose hash does not hold is removed; one that cannot be read or copied is left.
 
         Args:

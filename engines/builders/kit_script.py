@@ -31,7 +31,7 @@ def digest(path: Path) -> str:
 
 
 def sealed(rest: str) -> str:
-    """Return the text of a manifest whose lines behind the seal are `rest` (docs/reference/bundle.md)."""
+    """Return the text of a manifest whose lines behind the seal are `rest` (docs/bundle.md)."""
     return f'{{\n "seal": "{hashlib.sha256(rest.encode()).hexdigest()}",\n{rest}'
 
 
