@@ -69,7 +69,7 @@ def main() -> None:
                     continue
                 record = build_engine(graph, work / "e.engine", device_profile(name), shapes=EngineShapes(1, 512))
                 rows.append(row(checkpoint, text, name, record))
-                # SM75 keeps a copy of the norm kernel per layer, 8 MB in all, whatever the format (docs/engines.md).
+                # SM75 keeps a copy of the norm kernel per layer, 8 MB in any format (docs/evidence/engines.md).
                 if device_profile(name).sm >= 80 and rows[-1]["ratio"] > LIMITS.get(text, 9):
                     failed.append(rows[-1])
         large = random_llama(

@@ -1,4 +1,4 @@
-"""Tables of docs/engines.md: engines, graphs, a bundle on the CPU."""
+"""Tables of docs/evidence/engines.md: engines, graphs, a bundle on the CPU."""
 
 from collections.abc import Callable
 from typing import Any

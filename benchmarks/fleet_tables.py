@@ -1,4 +1,4 @@
-"""The tables of docs/planning.md and of the CPU in docs/engines.md, see `tables.py`."""
+"""The tables of docs/evidence/planning.md and of the CPU in docs/evidence/engines.md, see `tables.py`."""
 
 import math
 

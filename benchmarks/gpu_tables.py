@@ -1,4 +1,4 @@
-"""The tables of docs/gpu.md, see `tables.py`."""
+"""The tables of docs/evidence/gpu.md, see `tables.py`."""
 
 from typing import Any
 

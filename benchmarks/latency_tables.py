@@ -1,4 +1,4 @@
-"""The tables of docs/planning.md on the planner's constants, see `tables.py`."""
+"""The tables of docs/evidence/planning.md on the planner's constants, see `tables.py`."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ def latency_constants() -> str:
         ["int4 product", packed(found["packed"]["int4"]), "products of one row"],
         ["int8 product", packed(found["packed"]["int8"]), "products of one row"],
         ["LoRA of a matrix", lora, "groups with and without LoRA"],
-        ["kernel that is no product", micro(found["kernel_seconds"]), "whole steps"],
+        ["kernel that is not a product", micro(found["kernel_seconds"]), "whole steps"],
         ["logits to the host", f"{1e9 * found['host_seconds_per_byte']:.2f} ns per byte", "whole steps"],
         ["node of a prompt", f"{micro(found['launch_seconds'])} by the host", "prompts of 135M"],
     ]

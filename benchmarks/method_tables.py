@@ -1,4 +1,4 @@
-"""Tables of docs/method.md: tasks, training, evidence, costs."""
+"""Tables of docs/evidence/results.md and planning.md: tasks, training, arms, sensitivities."""
 
 import math
 import sys
@@ -29,8 +29,7 @@ def tasks() -> str:
             [
                 row["task"],
                 row["kind"],
-                f"{row['train']:,}",
-                f"{row['held_out']:,}",
+                f"{row['train']:,} / {row['held_out']:,}",
                 str(row["dropped"]),
                 str(row["longest"]),
                 majority,
@@ -40,8 +39,7 @@ def tasks() -> str:
     head = [
         "task",
         "kind",
-        "to train on",
-        "held out",
+        "training / held-out examples",
         "dropped",
         "longest, tokens",
         "majority",
@@ -110,6 +108,7 @@ _MAKERS = (
 METHOD_TABLES: dict[str, Callable[[], str]] = {maker.__name__: maker for maker in _MAKERS}
 for _task, _name in (("sotu", "feedback"), ("trec", "feedback_trec")):
     METHOD_TABLES[f"method_{_name}"] = partial(report.main_table, _task)
+    METHOD_TABLES[f"costs_{_name}"] = partial(report.costs_table, _task)
     METHOD_TABLES[f"rivals_{_name}"] = partial(report.rivals_table, _task)
 METHOD_TABLES["gaps_feedback"] = partial(report.gaps, "sotu")
 METHOD_TABLES["unseen_feedback"] = partial(report.unseen_table, "sotu")

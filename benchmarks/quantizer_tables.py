@@ -1,4 +1,4 @@
-"""Tables of docs/formats.md: quantizers and their calibration."""
+"""Tables of docs/evidence/quantizers.md: quantizers and their calibration."""
 
 from collections.abc import Callable
 

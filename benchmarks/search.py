@@ -46,7 +46,7 @@ METHODS = {"mutation": 3, "spread": 1, "search": 1}
 NAMES = {"mutation": "random mutation", "spread": "spread budgets", "search": "coatrt search"}
 EVALUATIONS, START = 60, 8
 MODEL = MicroOptions(hidden=96, inner=256, layers=8, steps=400)
-PLOT = Path(__file__).resolve().parents[1] / "docs" / "search.png"
+PLOT = Path(__file__).resolve().parents[1] / "docs" / "evidence" / "search.png"
 
 
 class Problem:

@@ -8,6 +8,7 @@ A document marks a place with `<!-- results:NAME -->` and `<!-- end -->`; what s
 import argparse
 import re
 import sys
+import textwrap
 from collections.abc import Callable
 
 from cpp_tables import CPP_TABLES
@@ -22,13 +23,7 @@ from quantizer_tables import QUANTIZER_TABLES
 
 DOCUMENTS = (
     "README.md",
-    "docs/engines.md",
-    "docs/method.md",
-    "docs/formats.md",
-    "docs/planning.md",
-    "docs/cpp.md",
-    "docs/gpu.md",
-    "docs/models.md",
+    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))),
 )
 _PLACE = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -125,9 +120,19 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
+def _wrapped(line: str) -> str:
+    """Return prose in lines of at most 118 characters that begin no list, and rows of tables as they are."""
+    if line.startswith("|"):
+        return line
+    lines = textwrap.wrap(line, 118, break_long_words=False, break_on_hyphens=False)
+    for after in lines[1:]:
+        assert not re.match(r"([-+*#>]|\d+[.)]) ", after), f"Markdown would read a list in: {after}"
+    return "\n".join(lines)
+
+
 def _table(name: str) -> str:
     try:
-        return TABLES[name]()
+        return "\n".join(map(_wrapped, TABLES[name]().split("\n")))
     except FileNotFoundError:
         return "Not measured yet."
 

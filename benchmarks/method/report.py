@@ -1,6 +1,6 @@
 """The evidence's tables and plot, from the JSON that benchmarks/method/run.py left.
 
-python benchmarks/method/report.py   draws docs/method.png; benchmarks/tables.py puts the tables into docs/method.md
+python benchmarks/method/report.py   draws docs/evidence/method.png; benchmarks/tables.py fills docs/evidence
 """
 
 import json
@@ -16,7 +16,7 @@ from markdown_tables import grid
 
 from coatrt.planning.pareto import hypervolume
 
-__all__ = ["accuracy_table", "arms_of", "gaps", "main_table", "rivals_table", "unseen_table"]
+__all__ = ["accuracy_table", "arms_of", "costs_table", "gaps", "main_table", "rivals_table", "unseen_table"]
 
 RESULTS = Path(__file__).parents[1] / "results" / "method"
 _REFERENCE_BITS, _REFERENCE_NATS = 10.0, 1.0
@@ -89,31 +89,42 @@ def main_table(task: str) -> str:
     none = found["none"][0]
     base = none["full_precision"]["loss"]
     budgets = list(dict.fromkeys(row["budget"] for row in none["rows"]))
-    rows = []
-    for name, results in found.items():
-        if name not in _RIVALS:
-            continue
-        volumes = [_volume(result, base) for result in results]
-        minutes = statistics.mean(result["training_s"] for result in results) / 60
-        rows.append(
-            [
-                results[0]["what"],
-                str(len(results)),
-                *(_text(_means(results, "planned", True, budget)) for budget in budgets),
-                _text(volumes),
-                f"{results[0]['trained_parameters'] / 1e6:.2f}",
-                str(results[0]["passes"]),
-                f"{minutes:.0f}",
-            ]
-        )
-    columns = ["hypervolume", "M parameters", "passes", "minutes"]
-    head = ["arm", "seeds", *(f"{budget:g} bits" for budget in budgets), *columns]
+    rows = [
+        [results[0]["what"], *(_text(_means(results, "planned", True, budget)) for budget in budgets)]
+        for name, results in found.items()
+        if name in _RIVALS
+    ]
     accuracy = none["full_precision"].get("accuracy")
     beside = f", accuracy {accuracy:.3f}" if accuracy is not None else ""
     return (
         f"SmolLM2-135M, quantizer feedback on {task}: held-out loss in nats per predicted token, mean ± standard "
-        f"deviation over seeds; full precision without adapter {base:.3f}{beside}. Hypervolume of (bits with the LoRA "
-        f"counted, loss) against ({_REFERENCE_BITS:g} bits, {base + _REFERENCE_NATS:.3f}).\n\n{grid(head, rows)}"
+        f"deviation over seeds; full precision without adapter {base:.3f}{beside}.\n\n"
+        f"{grid(['arm', *(f'{budget:g} bits' for budget in budgets)], rows)}"
+    )
+
+
+def costs_table(task: str) -> str:
+    """Return what every arm took, and its hypervolume."""
+    found = arms_of(task)
+    if "none" not in found:
+        return "Not run yet."
+    base = found["none"][0]["full_precision"]["loss"]
+    rows = [
+        [
+            results[0]["what"],
+            str(len(results)),
+            _text([_volume(result, base) for result in results]),
+            f"{results[0]['trained_parameters'] / 1e6:.2f}",
+            str(results[0]["passes"]),
+            f"{statistics.mean(result['training_s'] for result in results) / 60:.0f}",
+        ]
+        for name, results in found.items()
+        if name in _RIVALS
+    ]
+    head = ["arm", "seeds", "hypervolume", "M parameters", "passes", "minutes"]
+    return (
+        f"Hypervolume of (bits with the LoRA counted, loss) against ({_REFERENCE_BITS:g} bits, "
+        f"{base + _REFERENCE_NATS:.3f}); minutes of training.\n\n{grid(head, rows)}"
     )
 
 
@@ -157,8 +168,17 @@ def _gaps(found: dict[str, list[dict[str, Any]]], left: str, right: str) -> tupl
     return len(pairs), cells
 
 
-def _head(found: dict[str, list[dict[str, Any]]]) -> list[str]:
-    return [f"{budget:g} bits" for budget in dict.fromkeys(row["budget"] for row in found["coatrt"][0]["rows"])]
+def _compared(found: dict[str, list[dict[str, Any]]], what: str, pairs: list[tuple[str, str, str]]) -> str:
+    """Return a table of differences by budget, and in how many seeds they were measured."""
+    budgets = dict.fromkeys(row["budget"] for row in found["coatrt"][0]["rows"])
+    counts, rows = set(), []
+    for label, left, right in pairs:
+        seeds, cells = _gaps(found, left, right)
+        counts.add(seeds)
+        rows.append([label, *cells])
+    (seeds,) = counts
+    table = grid([what, *(f"{budget:g} bits" for budget in budgets)], rows)
+    return f"{table}\n\nNats per token, paired by seed; mean ± standard deviation over {seeds} seeds."
 
 
 def rivals_table(task: str) -> str:
@@ -166,12 +186,10 @@ def rivals_table(task: str) -> str:
     found = arms_of(task)
     if not {"coatrt", "shared"} <= set(found):
         return "Not run yet."
-    rows = []
-    for name in _RIVALS:
-        if name in found and name not in ("none", "coatrt"):
-            seeds, cells = _gaps(found, "coatrt", name)
-            rows.append([found[name][0]["what"], str(seeds), *cells])
-    return grid(["loss of coatrt less that of", "seeds", *_head(found)], rows)
+    rivals = [name for name in _RIVALS if name in found and name not in ("none", "coatrt")]
+    return _compared(
+        found, "loss of coatrt less that of", [(found[name][0]["what"], "coatrt", name) for name in rivals]
+    )
 
 
 def gaps(task: str) -> str:
@@ -179,13 +197,13 @@ def gaps(task: str) -> str:
     found = arms_of(task)
     if "coatrt" not in found:
         return "Not run yet."
-    rows = []
-    for name, results in found.items():
-        for reference in _AGAINST.get(name, ()):
-            if reference in found:
-                seeds, cells = _gaps(found, name, reference)
-                rows.append([f"{results[0]['what']} − {found[reference][0]['what']}", str(seeds), *cells])
-    return grid(["difference in loss (negative: the first is better)", "seeds", *_head(found)], rows)
+    pairs = [
+        (f"{results[0]['what']} − {found[reference][0]['what']}", name, reference)
+        for name, results in found.items()
+        for reference in _AGAINST.get(name, ())
+        if reference in found
+    ]
+    return _compared(found, "difference in loss (negative: the first is better)", pairs)
 
 
 def main() -> None:
@@ -214,7 +232,7 @@ def main() -> None:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(Path(__file__).parents[2] / "docs" / "method.png", dpi=130)
+    figure.savefig(Path(__file__).parents[2] / "docs" / "evidence" / "method.png", dpi=130)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ class EngineSize:
         per_layer: bytes for each decoder layer.
         per_layer_sm75: bytes for each decoder layer more on SM75.
         per_format: kind of format → bytes of its kernels, once an engine, beyond those of fp16.
-        nvfp4_padding: share of an nvfp4 matrix that is added where its rows are no multiple of 128, the tile of its
+        nvfp4_padding: share of an nvfp4 matrix that is added where its rows are not a multiple of 128, the tile of its
             block scales.
     """
 

@@ -2,7 +2,7 @@
 
     python tests/campaigns/situations.py -o situations.json
 
-prints the table of docs/errors.md. Disks are tmpfs mounts: it needs root, and says what it left out without.
+prints the table of docs/reference/errors.md. Disks are tmpfs mounts: it needs root, and says what it left out without.
 """
 
 import argparse

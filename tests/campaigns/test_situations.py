@@ -1,4 +1,4 @@
-"""The situations of three commands; docs/errors.md says what they say (tests/campaigns/situations.py)."""
+"""The situations of three commands; docs/reference/errors.md says what they say (tests/campaigns/situations.py)."""
 
 import os
 from pathlib import Path
@@ -14,10 +14,12 @@ def test_situations_of_three_commands(tmp_path: Path) -> None:
     if os.geteuid():
         pytest.skip("disks of their own need root")
     assert len(outcomes) >= 25
-    documented = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8").splitlines()
+    documented = (ROOT / "docs" / "reference" / "errors.md").read_text(encoding="utf-8").splitlines()
     rows = {_without_commands(row) for row in documented}
     for row in table.splitlines()[2:]:
-        assert _without_commands(row) in rows, f"not in docs/errors.md: {row}; run tests/campaigns/situations.py"
+        assert _without_commands(row) in rows, (
+            f"not in docs/reference/errors.md: {row}; run tests/campaigns/situations.py"
+        )
 
 
 def _without_commands(row: str) -> tuple[str, ...]:

@@ -65,7 +65,7 @@ def python_blocks(path: Path) -> list[str]:
     return [text] if path.suffix == ".py" else re.findall(r"```python\n(.*?)```", text, re.S)
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.py")], ids=str)
+@pytest.mark.parametrize("path", [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*.py")], ids=str)
 def test_documents_and_examples_use_the_front_door_alone(path: Path) -> None:
     for block in python_blocks(path):
         for node in ast.walk(ast.parse(block)):
