@@ -22,7 +22,7 @@ __all__ = ["command"]
 @click.option("--profile", "device", help="Device profile of this machine (coatrt devices), for its bandwidth.")
 @trust_options
 @JSON
-@click.option("-o", "--output", type=PATH, help="Write the JSON here too.")
+@click.option("-o", "--output", type=PATH, help="Write the JSON here too; `coatrt report` reads BUNDLE.bench.json.")
 def command(
     bundle: Path,
     prompts: tuple[int, ...],

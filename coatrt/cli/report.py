@@ -22,6 +22,7 @@ __all__ = ["command"]
 @plan_options
 @trust_options
 @click.option("-o", "--output", required=True, type=PATH, help="The HTML file.")
+@click.option("--title", default="", help="Name of the model on the page.  [default: that of its directory or on the hub]")
 @click.option("--png", type=PATH, help="Write the figures into this directory too.")
 def command(
     paths: tuple[Path, ...],
@@ -29,19 +30,37 @@ def command(
     key: Path | None,
     signature: "SignaturePolicy | None",
     output: Path,
+    title: str,
     png: Path | None,
     **choices: Any,
 ) -> None:
-    """Write one self-contained HTML page about adapters, bundles and directories of bundles in PATHS."""
+    """Write one self-contained HTML page about adapters, bundles and directories of bundles in PATHS.
+
+    What was measured of a bundle NAME is read beside it: NAME.quality.json, which `coatrt verify NAME --data` writes, and
+    NAME.bench.json, from `coatrt bench NAME -o NAME.bench.json`.
+    """
     import shlex
     import sys
 
-    from coatrt.reporting.figures import FIGURES
+    from coatrt.reporting.figures import figure_names
     from coatrt.reporting.write import report
 
     origin = shlex.join(["coatrt", *sys.argv[1:]])
     request = plan_request(choices)
-    found = report(paths, output, devices=devices, request=request, png=png, command=origin, key=key, policy=signature)
-    click.echo(f"{output}: {len(found.entries)} configurations")
-    for name in FIGURES if png is not None else ():
+    found = report(
+        paths,
+        output,
+        devices=devices,
+        request=request,
+        png=png,
+        command=origin,
+        key=key,
+        policy=signature,
+        title=title,
+    )
+    for note in found.notes:
+        click.echo(f"coatrt: {note}", err=True)
+    measured = sum(entry.quality is not None for entry in found.entries)
+    click.echo(f"{output}: {len(found.entries)} bundles and plans, quality measured of {measured}")
+    for name in figure_names(found) if png is not None else ():
         click.echo(f"{png}/{name}.png")
