@@ -22,7 +22,7 @@ __all__ = ["command"]
 @plan_options
 @trust_options
 @click.option("-o", "--output", required=True, type=PATH, help="The HTML file.")
-@click.option("--title", default="", help="Name of the model on the page.  [default: that of its directory or on the hub]")
+@click.option("--title", default="", help="Name of the model on the page.  [default: of its directory or on the hub]")
 @click.option("--png", type=PATH, help="Write the figures into this directory too.")
 def command(
     paths: tuple[Path, ...],
@@ -36,8 +36,8 @@ def command(
 ) -> None:
     """Write one self-contained HTML page about adapters, bundles and directories of bundles in PATHS.
 
-    What was measured of a bundle NAME is read beside it: NAME.quality.json, which `coatrt verify NAME --data` writes, and
-    NAME.bench.json, from `coatrt bench NAME -o NAME.bench.json`.
+    What was measured of a bundle NAME is read beside it: NAME.quality.json, which `coatrt verify NAME --data TEXT`
+    writes, and NAME.bench.json, from `coatrt bench NAME -o NAME.bench.json`.
     """
     import shlex
     import sys

@@ -79,7 +79,10 @@ def quality_figure(figure: "Figure", report: Report) -> None:
     axis, points = figure.subplots(), _points(report)
     accuracy = all(quality.task == "choice" for _, quality in points)
     bits = [bits for bits, _ in points]
-    for what, key, colour, side in (("without the LoRA", "quantized", WITHOUT, 1), ("with its LoRA", "adapted", WITH, -1)):
+    for what, key, colour, side in (
+        ("without the LoRA", "quantized", WITHOUT, 1),
+        ("with its LoRA", "adapted", WITH, -1),
+    ):
         scores: list[tuple[Quality, Score]] = [(quality, getattr(quality, key)) for _, quality in points]
         values = [100 * (score["accuracy"] if accuracy else relative(quality, score)) for quality, score in scores]
         if accuracy:

@@ -1,4 +1,4 @@
-"""What was measured of a bundle, in files beside it: NAME.quality.json and NAME.bench.json beside the directory NAME."""
+"""What was measured of a bundle: NAME.quality.json and NAME.bench.json beside its directory NAME."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -68,7 +68,7 @@ class Row:
 
 
 def model_name(report: Report) -> str:
-    """Return the model's name as the user knows it: the title, the name on the hub, or that of its directory or file."""
+    """Return the model's name as the user knows it: the title, its name on the hub, or that of its directory."""
     if report.title:
         return report.title
     cached = re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]", f"{report.source}/")
@@ -255,14 +255,17 @@ def _adapted(report: Report) -> str:
             for scores in ([quality.quantized for quality in measured], [quality.adapted for quality in measured])
         )
         base = span([quality.base.get("accuracy", 0.0) for quality in measured], lambda share: f"{100 * share:.0f} %")
-        return f"{lora}; with it {after} of the questions are answered right{which}, without it {before}, by the original {base}."
+        return (
+            f"{lora}; with it {after} of the questions are answered right, without it {before}, by the 16-bit original "
+            f"{base}{which}."
+        )
     before, after = (
         _beside_base([relative(quality, score) for quality, score in pairs])
         for pairs in ([(q, q.quantized) for q in measured], [(q, q.adapted) for q in measured])
     )
     return (
-        f"{lora}; with it the perplexity (how uncertain the model is about the next word) is {after} that of the 16-bit "
-        f"original, without it {before}{which}."
+        f"{lora}; with it the perplexity (how uncertain the model is about the next word) is {after} that of the "
+        f"16-bit original, without it {before}{which}."
     )
 
 

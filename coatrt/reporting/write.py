@@ -10,8 +10,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from coatrt import __version__
 from coatrt.bundle import SignaturePolicy
 from coatrt.errors import ConfigError
-from coatrt.planning.plan import PlanRequest
 from coatrt.evaluation.presentation import overhead_text, perplexity_text
+from coatrt.planning.plan import PlanRequest
 from coatrt.reporting.collect import Report, collect
 from coatrt.reporting.figures import draw, figure_names
 from coatrt.reporting.summary import base_row, describe, label, listed, merged, model_name, rows, sentences

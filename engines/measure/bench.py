@@ -24,7 +24,7 @@ from coatrt.evaluation.presentation import median_interval, overhead_text
 from coatrt.system.progress import Progress, silent
 from coatrt.system.text_table import aligned
 
-__all__ = ["bench", "bench_text", "percentiles", "timed"]
+__all__ = ["bench", "bench_text", "overheads", "percentiles", "timed"]
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
@@ -97,7 +97,7 @@ def bench(
         ],
         "lora_switch": percentiles(switch),
         "lora_overhead": median(decode[True]) / median(decode[False]) - 1,
-        "lora_overhead_interval": median_interval(_overheads(decode, tokens)),
+        "lora_overhead_interval": median_interval(overheads(decode, tokens)),
         "repetitions": repeat,
         "bytes_per_token": sizes,
         "environment": environment(),
@@ -106,7 +106,7 @@ def bench(
     }
 
 
-def _overheads(decode: Mapping[bool, Sequence[float]], tokens: int) -> list[float]:
+def overheads(decode: Mapping[bool, Sequence[float]], tokens: int) -> list[float]:
     """Return the LoRA's share of a decode step's time in every repetition, from the medians of its `tokens` steps."""
     on, off = (np.median(np.reshape(decode[lora], (-1, tokens)), axis=1) for lora in (True, False))
     return [float(value) for value in on / off - 1]
