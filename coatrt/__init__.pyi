@@ -19,6 +19,7 @@ from .engines.bundles.build import build as build
 from .engines.bundles.execute import execute as execute
 from .engines.bundles.options import BundleOptions as BundleOptions
 from .engines.bundles.prepare import prepare as prepare
+from .engines.bundles.quality import measure_quality as measure_quality
 from .engines.bundles.targets import BundleResult as BundleResult
 from .engines.bundles.targets import Target as Target
 from .engines.bundles.verify import verify as verify
@@ -42,6 +43,8 @@ from .planning.planner import plan as plan
 from .planning.planner import plan_fleet as plan_fleet
 from .planning.plans_text import plans_text as plans_text
 from .quantization.weight_format import WeightFormat as WeightFormat
+from .reporting.measured import Quality as Quality
+from .reporting.measured import save_quality as save_quality
 from .reporting.write import report as report
 from .searching.run import search as search
 from .training.options import TrainOptions as TrainOptions

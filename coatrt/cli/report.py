@@ -37,6 +37,7 @@ __all__ = ["command"]
 @plan_options
 @trust_options
 @click.option("-o", "--output", required=True, type=PATH, help="HTML file to write.")
+@click.option("--title", default="", help="Name of the model on the page.  [default: of its directory or on the hub]")
 @click.option("--png", type=PATH, help="Write the figures as PNG files to this directory, too.")
 def command(
     paths: tuple[Path, ...],
@@ -44,24 +45,38 @@ def command(
     key: Path | None,
     signature: "SignaturePolicy | None",
     output: Path,
+    title: str,
     png: Path | None,
     **choices: Any,
 ) -> None:
     """Write an HTML report about adapters and bundles.
 
     PATHS are directories of adapters, of bundles, or that hold bundles. The report is one file that loads nothing else.
+    Measurements of a bundle NAME are read beside it: NAME.quality.json, which coatrt verify NAME --data TEXT writes,
+    and NAME.bench.json, from coatrt bench NAME -o NAME.bench.json.
     """
     import shlex
     import sys
 
-    from coatrt.reporting.figures import FIGURES
+    from coatrt.reporting.figures import figure_names
     from coatrt.reporting.write import report
 
     origin = shlex.join(["coatrt", *sys.argv[1:]])
     request = plan_request(choices)
     written = report(
-        paths, output, devices=devices, request=request, png=png, command=origin, key=key, policy=signature
+        paths,
+        output,
+        devices=devices,
+        request=request,
+        png=png,
+        command=origin,
+        key=key,
+        policy=signature,
+        title=title,
     )
-    click.echo(f"{output}: {len(written.entries)} configurations")
-    for name in FIGURES if png is not None else ():
+    for note in written.notes:
+        click.echo(f"coatrt: {note}", err=True)
+    measured = sum(entry.quality is not None for entry in written.entries)
+    click.echo(f"{output}: {len(written.entries)} bundles and plans, quality measured of {measured}")
+    for name in figure_names(written) if png is not None else ():
         click.echo(f"{png}/{name}.png")

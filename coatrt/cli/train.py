@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import Field, fields
-from math import exp, inf
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -168,6 +168,8 @@ def command(
 
 def _summary(adapter: "Adapter", output: Path) -> str:
     """Return the steps, the time and the held-out numbers of a training as text."""
+    from coatrt.evaluation.presentation import accuracy_text, perplexity_text
+
     metrics = adapter.description.metrics
     measured = metrics["held_out"]
     lines = [
@@ -176,10 +178,11 @@ def _summary(adapter: "Adapter", output: Path) -> str:
     ]
     if metrics["dropped"]:
         lines.append(f"dropped        {metrics['dropped']} lines longer than {metrics['options']['max_length']} tokens")
-    lines += _held_out(measured, f"perplexity over {metrics['held_out_tokens']} tokens", "", lambda x: f"{exp(x):.2f}")
+    lines += _held_out(measured, f"perplexity over {metrics['held_out_tokens']} tokens", "", perplexity_text)
     if "full_precision_accuracy" in measured:
-        title = f"accuracy over {metrics['held_out_examples']} questions"
-        lines += _held_out(measured, title, "_accuracy", "{:.3f}".format)
+        count = metrics["held_out_examples"]
+        title = f"accuracy over {count} questions, with its 95 % interval"
+        lines += _held_out(measured, title, "_accuracy", lambda share: accuracy_text(share, count))
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
 """Benchmark of a bundle on this machine: latency, tokens/s, LoRA on and off, emission, loading, share of bandwidth."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from statistics import median
@@ -20,10 +20,11 @@ from coatrt.engines.runtime.load import load_decoder
 from coatrt.engines.runtime.lora_file import load_lora
 from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.errors import ConfigError
+from coatrt.evaluation.presentation import median_interval, overhead_text
 from coatrt.system.progress import Progress, silent
 from coatrt.system.text_table import aligned
 
-__all__ = ["bench", "bench_text", "percentiles", "seconds_of"]
+__all__ = ["bench", "bench_text", "overheads", "percentiles", "seconds_of"]
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
@@ -96,11 +97,19 @@ def bench(
         ],
         "lora_switch": percentiles(switch),
         "lora_overhead": median(decode[True]) / median(decode[False]) - 1,
+        "lora_overhead_interval": median_interval(overheads(decode, tokens)),
+        "repetitions": repeat,
         "bytes_per_token": sizes,
         "environment": environment(),
         "bytes_per_s": rate,
         "bandwidth_share": rate / device.bandwidth if device is not None and device.bandwidth else None,
     }
+
+
+def overheads(decode: Mapping[bool, Sequence[float]], tokens: int) -> list[float]:
+    """Return the LoRA's share of a decode step's time in every repetition, from the medians of its `tokens` steps."""
+    on, off = (np.median(np.reshape(decode[lora], (-1, tokens)), axis=1) for lora in (True, False))
+    return [float(value) for value in on / off - 1]
 
 
 def _load(bundle: Bundle, options: RuntimeOptions) -> tuple[Decoder, float]:
@@ -171,15 +180,19 @@ def _bytes_per_token(bundle: Bundle, io: DecoderIO, options: RuntimeOptions) -> 
 
 
 def bench_text(result: dict[str, Any]) -> str:
-    """Return a benchmark as an aligned table."""
+    """Return a benchmark as an aligned table; a percentile that its samples do not reach is left out."""
     backend, size = result["backend"], result["bytes_per_token"]
     timed = [(f"prefill {row['tokens']}, LoRA {'on' if row['lora'] else 'off'}", row) for row in result["prefill"]]
     timed += [(f"decode, LoRA {'on' if row['lora'] else 'off'}", row) for row in result["decode"]]
     timed += [("hypernetwork", result["emission"]), ("LoRA switch", result["lora_switch"])]
     rows = [("", "p50 ms", "p90 ms", "p99 ms", "tokens/s")]
     for name, row in timed:
-        p50, p90, p99 = (f"{row[key]:.2f}" for key in ("p50_ms", "p90_ms", "p99_ms"))
+        p50, p90, p99 = (
+            f"{row[key]:.2f}" if row["samples"] >= least else ""
+            for key, least in (("p50_ms", 1), ("p90_ms", 10), ("p99_ms", 100))
+        )
         rows.append((name, p50, p90, p99, f"{row['tokens_per_s']:.1f}" if "tokens_per_s" in row else ""))
+    overhead = overhead_text(result["lora_overhead"], result["lora_overhead_interval"], result["repetitions"])
     share = result["bandwidth_share"]
     bound = f"{100 * share:.1f} % of the device's bandwidth" if share is not None else "bandwidth here unknown"
     lines = [
@@ -187,7 +200,7 @@ def bench_text(result: dict[str, Any]) -> str:
         f"{backend['backend']} {backend['activations']}, batch {backend['batch']}"
         + (f", accuracy level {backend['accuracy_level']}" if backend["backend"] == "ort" else ""),
         aligned(rows, "<>>>>"),
-        f"LoRA overhead at decode {100 * result['lora_overhead']:+.1f} %; load {result['load_s']:.2f} s",
+        f"LoRA overhead at decode: {overhead}; load {result['load_s']:.2f} s",
         f"bytes per token {size['total'] / 1e6:.1f} MB (weights {size['weights'] / 1e6:.1f}, "
         f"LoRA {size['lora'] / 1e6:.1f}, "
         f"KV cache {size['kv_cache'] / 1e6:.1f}): {result['bytes_per_s'] / 1e9:.2f} GB/s, {bound}",

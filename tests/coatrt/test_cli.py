@@ -16,6 +16,7 @@ from coatrt.bundle import Bundle
 from coatrt.cli.common import warn_of_idle_gpu
 from coatrt.cli.main import cli, main
 from coatrt.errors import ConfigError
+from coatrt.evaluation.presentation import perplexity_text
 from coatrt.planning.plan import read_choice
 from support.tiny import TEXTS
 
@@ -121,11 +122,16 @@ def test_the_chain_by_hand(tiny_llama: Path, tmp_path: Path) -> None:
     )
     assert [line.split()[0] for line in table.splitlines()[1:4]] == ["t4", "l4", "rtx-4090"]
     said = good("report", adapter, bundle, tmp_path / "pair", "--target", "t4", "-o", tmp_path / "report.html")
-    assert "4 configurations" in said
+    assert "4 bundles and plans, quality measured of 0" in said
     assert plan["configuration_hash"] in (tmp_path / "report.html").read_text()
     good("export", adapter, "--config", tmp_path / "c.json", "-o", tmp_path / "exported", "--context", 64)
     assert Bundle.open(tmp_path / "exported").config.hash == plan["configuration_hash"]
     assert "largest |Δlogit|" in good("verify", bundle)
+    said = good("verify", bundle, "--data", tmp_path / "text", "--max-length", 32, "--examples", 4)
+    assert "held-out perplexity, 4 blocks of text" in said and str(bundle.with_name("bundle.quality.json")) in said
+    quality = json.loads(bundle.with_name("bundle.quality.json").read_text())["quality"]
+    assert perplexity_text(quality["adapted"]["loss"]) in said
+    assert "quality measured of 1" in good("report", bundle, "-o", tmp_path / "report.html")
     assert json.loads(good("verify", bundle, "--json", "--no-torch"))["torch_difference"] is None
     (tmp_path / "other.json").write_text('{"default": "int8"}')
     good("adapt", bundle, "--config", tmp_path / "other.json", "-o", tmp_path / "other.safetensors")

@@ -17,7 +17,7 @@ from coatrt.engines.builders.builder import EngineShapes
 from coatrt.engines.bundles.build import build
 from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.bundles.verify import TOLERANCE, verify
-from coatrt.engines.measure.bench import bench, bench_text, percentiles
+from coatrt.engines.measure.bench import bench, bench_text, overheads, percentiles
 from coatrt.engines.runtime.emitter import Emitter
 from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
@@ -236,10 +236,21 @@ def test_bench_measures_and_accounts(tiny_bundle: Path) -> None:
     assert result["bandwidth_share"] == pytest.approx(result["bytes_per_s"] / 360e9)
     for row in (*result["prefill"], *result["decode"], result["emission"], result["lora_switch"]):
         assert 0 < row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
-    assert "decode, LoRA off" in bench_text(result)
+    low, high = result["lora_overhead_interval"]
+    assert low <= high and result["repetitions"] == 2
+    text = bench_text(result)
+    assert "decode, LoRA off" in text and "not known from 2 repetitions" in text
+    row = next(line for line in text.splitlines() if line.startswith("decode, LoRA off"))
+    assert len(row.split()) == 5  # p50 and tokens/s: of six samples there is no p90
     assert percentiles([0.001, 0.002, 0.003])["p50_ms"] == pytest.approx(2)
     with pytest.raises(ConfigError, match="must be at least 1"):
         bench(bundle, repeat=0)
+
+
+def test_an_overhead_is_measured_within_each_repetition() -> None:
+    """A machine that is twice as slow in one repetition than in another changes no overhead."""
+    decode = {True: [1.1, 1.1, 2.2, 2.2, 3.3, 3.3], False: [1.0, 1.0, 2.0, 2.0, 3.0, 3.0]}
+    assert overheads(decode, 2) == pytest.approx([0.1] * 3)
 
 
 def test_bench_decodes_behind_the_longest_prompt(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
