@@ -75,6 +75,7 @@ def plans_text(plans: "Sequence[Plan]") -> str:
 def command(adapter: Path, devices: tuple[str, ...], output: Path | None, as_json: bool, **choices: Any) -> None:
     """Choose a configuration of ADAPTER per device: least predicted loss, least time per token, or balanced."""
     from coatrt.adapter.description import AdapterDescription
+    from coatrt.cli.progress import drawn_progress
     from coatrt.devices.profiles import device_profile
     from coatrt.errors import ConfigError
     from coatrt.planning.archive import adapter_archive
@@ -87,7 +88,8 @@ def command(adapter: Path, devices: tuple[str, ...], output: Path | None, as_jso
         check_writable(output)
         if len(profiles) > 1:
             raise ConfigError(f"-o takes one device, {len(profiles)} are given; give one, or --json")
-    plans = plan_fleet(AdapterDescription.load(adapter), profiles, request, archive=adapter_archive(adapter))
+    with drawn_progress("plan"):
+        plans = plan_fleet(AdapterDescription.load(adapter), profiles, request, archive=adapter_archive(adapter))
     if output is not None:
         write_json(output, plans[0].to_json())
     if as_json:

@@ -36,12 +36,16 @@ def command(
     import shlex
     import sys
 
+    from coatrt.cli.progress import drawn_progress
     from coatrt.reporting.figures import FIGURES
     from coatrt.reporting.write import report
 
     origin = shlex.join(["coatrt", *sys.argv[1:]])
     request = plan_request(choices)
-    found = report(paths, output, devices=devices, request=request, png=png, command=origin, key=key, policy=signature)
+    with drawn_progress("report"):
+        found = report(
+            paths, output, devices=devices, request=request, png=png, command=origin, key=key, policy=signature
+        )
     click.echo(f"{output}: {len(found.entries)} configurations")
     for name in FIGURES if png is not None else ():
         click.echo(f"{png}/{name}.png")

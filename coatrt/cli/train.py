@@ -119,7 +119,7 @@ def command(
                    or {"prompt": …, "completion": …}; the assistant's answers are learned
     --task choice  a JSON object a line: {"prompt": …, "choices": [" yes", " no"], "answer": 0}
     """  # noqa: D301 - click reads the character \b
-    from coatrt.cli.progress import drawn_progress
+    from coatrt.cli.progress import drawn_progress, write_line
     from coatrt.data.registry import load_task
     from coatrt.models.checkpoint import Checkpoint
     from coatrt.models.spec import DecoderSpec
@@ -131,14 +131,14 @@ def command(
     compute_device(device)
     warn_of_idle_gpu(device)
     options = TrainOptions(**choices)
-    checkpoint = Checkpoint.open(model)
-    DecoderSpec.from_config(checkpoint.config)  # what is wrong there is not the tokenizer's fault
-    tokenizer = load_tokenizer(checkpoint.directory)
     with drawn_progress("train") as progress:
+        checkpoint = Checkpoint.open(model)
+        DecoderSpec.from_config(checkpoint.config)  # what is wrong there is not the tokenizer's fault
+        tokenizer = load_tokenizer(checkpoint.directory)
         loaded = load_task(task, data, tokenizer, options.max_length, held_out=held_out or None, progress=progress)
         notice = few_tokens_notice(options, checkpoint.matrices, loaded)
         if notice is not None:
-            click.echo(f"coatrt: {notice}", err=True)
+            write_line(f"coatrt: {notice}")
         adapter = train(
             model, loaded, output, options, resume=resume, overwrite=overwrite, device=device, progress=progress
         )

@@ -29,9 +29,12 @@ def command(
 ) -> None:
     """Check BUNDLE: signature, hashes, versions, its LoRA, and its logits against torch."""
     from coatrt.bundle import Bundle
+    from coatrt.cli.progress import drawn_progress
     from coatrt.engines.bundles.verify import verify
 
-    report = verify(Bundle.open(bundle, key=key, policy=signature), model=model, numbers=not no_torch)
+    opened = Bundle.open(bundle, key=key, policy=signature)
+    with drawn_progress("verify") as progress:
+        report = verify(opened, model=model, numbers=not no_torch, progress=progress)
     if as_json:
         echo_json(report)
     else:

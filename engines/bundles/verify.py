@@ -20,6 +20,7 @@ from coatrt.engines.runtime.lora_file import load_lora
 from coatrt.engines.runtime.options import Backend, RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.errors import BuildError, BundleError, CheckpointError, CoatError
+from coatrt.system.progress import Progress, silent
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,13 +91,16 @@ class Verification:
         return "\n".join(lines)
 
 
-def verify(bundle: Bundle, *, model: str | Path | None = None, numbers: bool = True) -> Verification:
+def verify(
+    bundle: Bundle, *, model: str | Path | None = None, numbers: bool = True, progress: Progress = silent
+) -> Verification:
     """Check a bundle.
 
     Args:
         bundle: an opened bundle.
         model: the checkpoint, where it is not at the place the bundle remembers.
         numbers: compare with torch too; needs the checkpoint and time to load it.
+        progress: called as each check begins, and after each matrix.
 
     Raises:
         BundleError: a file was altered, a graph reads a file that the manifest does not name for it, the errors of a
@@ -105,7 +109,9 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, numbers: bool = T
         CheckpointError: `model` is given and is not the bundle's model.
     """
     directory = bundle.directory
+    progress(0, 1, "hashes")
     files = bundle.check_all()
+    progress(0, 1, "graphs")
     for form in bundle.manifest["decoders"]:
         graph, io = bundle.decoder(form)
         check_graph(form, graph, io, bundle.contract)
@@ -125,11 +131,13 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, numbers: bool = T
             f"{directory}: the manifest lacks the errors of {len(lacking)} matrices, like {lacking[0]}, by which "
             "weights are compared; build the bundle again"
         )
+    progress(0, 1, "LoRA")
     lora = load_lora(bundle.path("lora.safetensors"), contract)
     emitted = Emitter.of(bundle).emit(config)
     for name, value in emitted.items():
         if not np.allclose(value, lora[name], rtol=0, atol=1e-5):
             raise BundleError(f"{directory}: {name} is not what the hypernetwork emits; build the bundle again")
+    progress(0, 1, "decoding on the CPU")
     graph, io = bundle.decoder("cpu")
     decoder = OrtDecoder(graph, io, contract, RuntimeOptions(context=64, accuracy_level=0))
     prompt = [token % io.vocabulary for token in _PROMPT]
@@ -143,12 +151,13 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, numbers: bool = T
     difference, weights, note = None, 0, "asked not to"
     tolerance = TOLERANCE if io.activations == "float32" else _FLOAT16_TOLERANCE
     if numbers:
-        difference, weights, note = _against_torch(bundle, model, prompt, tokens, adapted, lora)
+        difference, weights, note = _against_torch(bundle, model, prompt, tokens, adapted, lora, progress)
         if difference is not None and not (math.isfinite(difference) and difference <= tolerance):
             raise BundleError(
                 f"{directory}: logits differ from torch by {difference:.2e} of the largest, allowed {tolerance:g}; "
                 "report this with the bundle's manifest"
             )
+    progress(0, 1, "decoding on the GPU")
     engines = _engine_lines(bundle, here)
     cuda, engine = (_on_the_gpu(bundle, backend, prompt, tokens, adapted, lora) for backend in _ON_A_GPU)
     return Verification(
@@ -219,6 +228,7 @@ def _against_torch(
     tokens: Sequence[int],
     logits: NDArray[np.float32],
     lora: LoraTensors,
+    progress: Progress,
 ) -> tuple[float | None, int, str]:
     """Return the difference of logits, matrices whose error was compared, and why there is no comparison.
 
@@ -250,6 +260,7 @@ def _against_torch(
     source = gguf_file(Path(model if model is not None else facts["source"]).expanduser())
     if source is not None:  # the file itself, not our conversion of it, is what the bundle claims to be
         check_conversion(source, checkpoint.directory)
+    progress(0, 1, "loading the model")
     reference = FakeQuantModel(checkpoint, CodeStore(checkpoint))
     errors, compared = bundle.manifest["configuration"]["errors"], 0
     for name, held in held_weights(bundle.decoder("cpu")[0], bundle.model_matrices):
@@ -258,6 +269,7 @@ def _against_torch(
             _check_weight(bundle, name, checkpoint.tensor(f"{name}.weight").float(), weight, errors[name])
             compared += 1
         reference.set_weights([(name, weight)])
+        progress(compared, len(errors), "weights")
     reference.set_lora(bundle.contract, {name: torch.from_numpy(value.copy()) for name, value in lora.items()})
     with torch.no_grad():
         ids = torch.tensor([[*prompt, *tokens]])
