@@ -1,10 +1,12 @@
 """What progress looks like: lines every half minute in a log, a bar for each stage in a terminal."""
 
+import ast
 import io
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from itertools import pairwise
+from pathlib import Path
 from time import monotonic, sleep
 
 import pytest
@@ -178,3 +180,17 @@ def test_without_standard_error_nothing_is_drawn(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sys, "stderr", None)
     with drawn_progress("train") as progress:
         progress(1, 2, "steps")
+
+
+@pytest.mark.parametrize(
+    "name", ["train", "search", "plan", "export", "build", "verify", "bench", "report", "calibrate"]
+)
+def test_every_long_command_draws_its_progress(name: str) -> None:
+    text = Path(progress.__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+    drawn = [
+        node
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.With)
+        and any(ast.unparse(item.context_expr) == f"drawn_progress({name!r})" for item in node.items)
+    ]
+    assert len(drawn) == 1
