@@ -18,9 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from demo_measure import Measurements, measure, write
 from demo_picture import picture
-from demo_table import FP16, Losses, found, perplexity, result_row, table
+from demo_table import found, table
 
 import coatrt
 
@@ -153,79 +153,6 @@ def build(
     return results
 
 
-class Measurements:
-    """Held-out losses, kept in a file as they are measured: an interrupted demo goes on after the last one.
-
-    Args:
-        path: the file.
-        adapter: gives the model.
-        data: what is measured on.
-    """
-
-    def __init__(self, path: Path, adapter: coatrt.Adapter, data: coatrt.TaskData) -> None:
-        self._path, self._adapter, self._data = path, adapter, data
-        self._evaluator: coatrt.Evaluator | None = None
-        self._kept: dict[str, list[float]] = {}
-        self.new = 0
-        if path.is_file():
-            try:
-                self._kept = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise coatrt.CoatError(f"{path} is damaged; remove it and run again") from error
-
-    def losses(self, config: coatrt.QuantConfig, bundle: coatrt.Bundle | None = None) -> Losses:
-        """Return nats per token of each held-out block for a configuration, with the LoRA of a bundle or without."""
-        lora = "" if bundle is None else bundle.manifest["files"]["lora.safetensors"]["sha256"]
-        key = f"{self._data.digest} {config.hash} {lora}"
-        if key not in self._kept:
-            self._evaluator = self._evaluator or coatrt.Evaluator(self._adapter)
-            tensors = None
-            if bundle is not None:
-                tensors = coatrt.load_lora(bundle.path("lora.safetensors"), bundle.contract)
-            self.new += 1
-            self._kept[key] = self._evaluator.example_losses(config, self._data, tensors).tolist()
-            write(self._path, json.dumps(self._kept))
-        return np.array(self._kept[key])
-
-
-def measure(
-    measurements: Measurements, results: list[coatrt.BundleResult], progress: Any
-) -> tuple[list[dict[str, Any]], float]:
-    """Return the result, one row per GPU, and the perplexity of the model in fp16."""
-    bundles = {result.target.device.id: result.bundle for result in results}
-    total, done = 1 + len(bundles) * (1 + len(bundles)), 0
-
-    def losses(what: str, config: coatrt.QuantConfig, lora: coatrt.Bundle | None = None) -> Losses:
-        nonlocal done
-        progress(done, total, "perplexities", what)
-        found = measurements.losses(config, lora)
-        done += 1
-        return found
-
-    model = results[0].bundle.model_matrices
-    base = perplexity(losses(FP16, coatrt.QuantConfig.uniform(model, "fp16")))
-    rows = []
-    for name, bundle in bundles.items():
-        config, bits = bundle.config, {}
-        for matrix in model.targets:
-            value = config[matrix.name].effective(matrix.K).bits_per_weight(matrix.K)
-            bits.setdefault(matrix.kind, []).append(round(value, 3))
-        facts = {
-            "device": name,
-            "bits": config.average_bits(model),
-            "formats": dict(config.counts),
-            "engine_bytes": bundle.manifest["engines"][0]["bytes"],
-            "ideal_bytes": config.nbytes(model) + model.other_bytes,
-            "bits_per_matrix": bits,
-        }
-        without, own = losses(f"{name}, no LoRA", config), losses(f"{name}, own LoRA", config, bundle)
-        others = {
-            other: losses(f"{name}, LoRA of {other}", config, bundles[other]) for other in bundles if other != name
-        }
-        rows.append(result_row(facts, without, own, others))
-    return rows, base
-
-
 def sample(bundle: coatrt.Bundle) -> list[str]:
     """Return text that ONNX Runtime generates on this CPU, without and with the LoRA."""
     tokenizer = coatrt.load_tokenizer(bundle.folder("tokenizer"))
@@ -266,22 +193,8 @@ def shown(arguments: list[str]) -> str:
     return shlex.join([str(program.relative_to(here) if program.is_relative_to(here) else program), *arguments])
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
-def run(output: Path, overwrite: bool) -> None:
-    """Run the demo.
-
-    Raises:
-        CoatError: something is missing or cannot be done; or the result is not what the demo is to show.
-    """
-    check_packages()
-    log, begun = Log(5), output.exists()
-    log.say(INTRO, "")
+def learn(output: Path, overwrite: bool, log: Log) -> tuple[coatrt.Checkpoint, coatrt.TaskData, coatrt.Adapter, int]:
+    """Return model, data, the trained adapter, and how many messages are held out."""
     texts, held_out = speeches()
     with log.step("Train", TRAIN.format(train=len(texts), formats=len(OPTIONS.formats))) as progress:
         progress(0, 1, "loading the model")
@@ -298,48 +211,78 @@ def run(output: Path, overwrite: bool) -> None:
             progress=progress,
         )
     metrics = adapter.description.metrics
-    log.say(f"{len(metrics['losses'])} steps in {metrics['seconds']:.0f} s; the adapter is {output / 'adapter'}.")
-    results = build(adapter, checkpoint, plans(adapter, output, log), log)
-    step = max(1, len(data.held_out) // HELD_OUT_BLOCKS)  # spread over all held-out messages
-    measured = replace(data, held_out=data.held_out[::step][:HELD_OUT_BLOCKS])
-    tokens = measured.held_out.predicted
-    with log.step("Measure", MEASURE.format(messages=len(held_out), tokens=tokens)) as progress:
-        measurements = Measurements(output / "measurements.json", adapter, measured)
-        rows, base = measure(measurements, results, progress)
-    with log.step("Show", "The result as a table and a picture, and what the smallest bundle writes.") as progress:
-        progress(0, 1, "generating text")
-        text = sample(results[0].bundle)
-        result = {
-            "command": "make demo",
-            "rows": rows,
-            "fp16_perplexity": base,
-            "tokens": tokens,
-            "sample": text,
-            "seconds": log.seconds,
-            "cpu_seconds": sum(os.times()[:4]),
-            "in_one_run": not begun,
-            "environment": coatrt.environment(),
-        }
-        progress(0, 1, "drawing")
-        write(output / "demo.svg", picture(result))
-        coatrt.report([output / name for name in TARGETS], output / "report.html")
-        shown_table = table(rows, base)
-        write(output / "table.txt", f"{shown_table}\n\n" + "\n".join([*found(rows, base, tokens), "", *text]) + "\n")
-        if not begun or measurements.new:
-            write(output / "result.json", json.dumps(result, indent=1) + "\n")
+    log.show(f"{len(metrics['losses'])} steps in {metrics['seconds']:.0f} s; the adapter is {output / 'adapter'}")
+    return checkpoint, data, adapter, len(held_out)
+
+
+def earlier(path: Path) -> dict[str, Any] | None:
+    """Return the result of an earlier run, None where there is none."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found
+
+
+def show(output: Path, result: dict[str, Any], log: Log) -> None:
+    """Print what was found, and what to try next."""
+    rows, base, tokens = result["rows"], result["fp16_perplexity"], result["tokens"]
     print(f"\n[{log.seconds:4.0f} s] Perplexity on held-out text\n")
-    log.show(shown_table + "\n\n" + "\n".join(found(rows, base, tokens)) + "\n")
-    for line in text:
+    log.show(table(rows, base) + "\n\n" + "\n".join(found(rows, base, tokens)) + "\n")
+    for line in result["sample"]:
         log.say(line)
-    if begun and not measurements.new and all(result.state == "current" for result in results):
-        log.say("\nAn earlier run had trained, built and measured all this: nothing was computed again.")
-    print(f"\n  Picture: {output / 'demo.svg'}   Report: {output / 'report.html'}   Table: {output / 'table.txt'}")
+    print(f"\n  Picture: {output / 'demo.svg'}   Report: {output / 'report.html'}")
     print("\nWhat to try next:")
     for why, arguments in next_commands(output):
         print(f"  {shown(arguments)}\n      {why}")
     worse = [row["device"] for row in rows if not row["with"] < min(row["without"], base)]
     if worse:
         raise coatrt.CoatError(f"with its LoRA the model is not better than the fp16 base on {', '.join(worse)}")
+
+
+def run(output: Path, overwrite: bool) -> None:
+    """Run the demo.
+
+    Raises:
+        CoatError: something is missing or cannot be done; or the result is not what the demo is to show.
+    """
+    check_packages()
+    log, begun = Log(5), output.exists()
+    log.say(INTRO, "")
+    checkpoint, data, adapter, messages = learn(output, overwrite, log)
+    results = build(adapter, checkpoint, plans(adapter, output, log), log)
+    step = max(1, len(data.held_out) // HELD_OUT_BLOCKS)  # spread over all held-out messages
+    measured = replace(data, held_out=data.held_out[::step][:HELD_OUT_BLOCKS])
+    tokens = measured.held_out.predicted
+    with log.step("Measure", MEASURE.format(messages=messages, tokens=tokens)) as progress:
+        measurements = Measurements(output / "measurements.json", adapter, measured)
+        rows, base = measure(measurements, results, progress)
+    result = earlier(output / "result.json")
+    if result is not None and not measurements.new and all(made.state == "current" for made in results):
+        log.show("An earlier run had trained, built and measured all of this: nothing was computed again.")
+        show(output, result, log)
+        return
+    with log.step("Write", "Text from the smallest bundle (ONNX Runtime on this CPU), picture and report.") as progress:
+        progress(0, 1, "text")
+        text = sample(results[0].bundle)
+        progress(0, 1, "picture and report")
+        result = {
+            "command": "make demo",
+            "rows": rows,
+            "fp16_perplexity": base,
+            "tokens": tokens,
+            "sample": text,
+        }
+        write(output / "demo.svg", picture(result))
+        coatrt.report([output / name for name in TARGETS], output / "report.html")
+        result |= {
+            "seconds": log.seconds,
+            "cpu_seconds": sum(os.times()[:4]),
+            "in_one_run": not begun,
+            "environment": coatrt.environment(),
+        }
+        write(output / "result.json", json.dumps(result, indent=1) + "\n")
+    show(output, result, log)
 
 
 def main() -> None:

@@ -7,7 +7,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["FP16", "beaten", "difference", "found", "neighbour_text", "perplexity", "result_row", "table"]
+__all__ = [
+    "FP16",
+    "LEVEL",
+    "beaten",
+    "difference",
+    "formats_text",
+    "found",
+    "neighbour_text",
+    "perplexity",
+    "result_row",
+    "table",
+]
 
 FP16 = "fp16 base"
 LEVEL = "level"

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import demo
+import demo_measure
 import demo_table
 import numpy as np
 import pytest
@@ -117,19 +118,19 @@ def test_measurements_go_on_after_the_last_one(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(coatrt, "Evaluator", Evaluator, raising=False)
     path, adapter, data = tmp_path / "m.json", SimpleNamespace(), SimpleNamespace(digest="text")
     configs = [SimpleNamespace(hash=str(i)) for i in range(3)]
-    first = demo.Measurements(path, adapter, data)  # type: ignore[arg-type]
+    first = demo_measure.Measurements(path, adapter, data)  # type: ignore[arg-type]
     assert [first.losses(config).tolist() for config in configs[:2]] == [[1, 2, 0], [1, 2, 1]]
-    again = demo.Measurements(path, adapter, data)  # type: ignore[arg-type]
+    again = demo_measure.Measurements(path, adapter, data)  # type: ignore[arg-type]
     assert [again.losses(config).tolist() for config in configs] == [[1, 2, 0], [1, 2, 1], [1, 2, 2]]
     assert (first.new, again.new, Evaluator.calls) == (2, 1, 3)
-    other = demo.Measurements(path, adapter, SimpleNamespace(digest="other text"))  # type: ignore[arg-type]
+    other = demo_measure.Measurements(path, adapter, SimpleNamespace(digest="other text"))  # type: ignore[arg-type]
     other.losses(configs[0])
     assert other.new == 1
     assert len(json.loads(path.read_text())) == 4
     assert list(tmp_path.iterdir()) == [path]
     path.write_text("{")
     with pytest.raises(coatrt.CoatError, match=r"m\.json is damaged; remove it and run again"):
-        demo.Measurements(path, adapter, data)  # type: ignore[arg-type]
+        demo_measure.Measurements(path, adapter, data)  # type: ignore[arg-type]
 
 
 def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
