@@ -1,5 +1,6 @@
 """Progress of long work: bars in a terminal, a line at least every half minute elsewhere, whatever the work does."""
 
+import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -107,6 +108,7 @@ class _Bars(_Drawing):
                 miniters=0,
                 delay=_BAR_DELAY,
                 dynamic_ncols=True,
+                bar_format=None if total > 1 else "{desc} [{elapsed}]",
                 file=self._stream,
             )
         if note:
@@ -123,6 +125,16 @@ class _Bars(_Drawing):
             self._bar = None
 
 
+def _is_wide(stream: TextIO) -> bool:
+    """Return whether a stream is a terminal that a bar fits into: those of containers may say they have no columns."""
+    if not stream.isatty():
+        return False
+    try:
+        return os.get_terminal_size(stream.fileno()).columns > 0
+    except (OSError, ValueError):  # it has no file descriptor to be asked by
+        return True
+
+
 @contextmanager
 def drawn_progress(what: str, stream: TextIO | None = None) -> Iterator[Progress]:
     """Return what draws the progress of a piece of work.
@@ -135,7 +147,7 @@ def drawn_progress(what: str, stream: TextIO | None = None) -> Iterator[Progress
     if stream is None:  # a process without standard error
         yield silent
         return
-    drawing = (_Bars if stream.isatty() else _Lines)(what, stream)
+    drawing = (_Bars if _is_wide(stream) else _Lines)(what, stream)
     drawing.start()
     try:
         yield drawing

@@ -2,6 +2,7 @@
 
 import ast
 import io
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -133,7 +134,7 @@ def test_the_clock_of_a_bar_goes_on_while_the_work_reports_nothing(monkeypatch: 
         end = monotonic() + 20
         while terminal.getvalue().count("loading the model") < 3 and monotonic() < end:
             sleep(0.01)
-    assert terminal.getvalue().count("verify: loading the model:   0%") >= 3
+    assert terminal.getvalue().count("verify: loading the model [00:00]") >= 3
     assert terminal.getvalue().endswith("\n")
 
 
@@ -158,6 +159,18 @@ def test_a_terminal_gets_a_bar_for_each_stage(monkeypatch: pytest.MonkeyPatch) -
     assert "train: training: 100%" in text and "50/50" in text and "loss 1.25" in text
     assert text.index("calibration: 100%") < text.index("training: 100%")
     assert text.endswith("\n")  # what is printed next has a line of its own
+
+
+def test_a_terminal_without_columns_gets_lines(monkeypatch: pytest.MonkeyPatch, clock: Clock, still: None) -> None:
+    class Narrow(Terminal):
+        def fileno(self) -> int:
+            return 2
+
+    monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((0, 0)))
+    with showing("train", narrow := Narrow()) as show:
+        clock.now += 30
+        show(1, 2, "training")
+    assert narrow.getvalue() == "train: training 1/2 (30 s)\n"
 
 
 def test_a_bar_that_was_never_shown_leaves_nothing() -> None:
