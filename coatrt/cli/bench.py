@@ -43,9 +43,7 @@ __all__ = ["command"]
 )
 @trust_options
 @JSON
-@click.option(
-    "-o", "--output", type=PATH, help="Write the JSON to this file, too; coatrt report reads BUNDLE.bench.json."
-)
+@click.option("-o", "--output", type=PATH, help="Write the JSON to this file; coatrt report reads BUNDLE.bench.json.")
 def command(
     bundle: Path,
     prompts: tuple[int, ...],

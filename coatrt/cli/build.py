@@ -105,12 +105,12 @@ def command(
         return
     require("coatrt build", "train", "cpu")
     from coatrt.adapter.adapter import Adapter
-    from coatrt.cli.progress import drawn_progress
+    from coatrt.cli.progress import drawn_progress, write_line
     from coatrt.engines.builders.engine_cache import EngineCache
     from coatrt.engines.bundles.execute import execute
 
-    loaded = Adapter.from_pretrained(adapter)
     with drawn_progress("build") as progress:
+        loaded = Adapter.from_pretrained(adapter)
         results = execute(
             preparation,
             loaded,
@@ -118,7 +118,7 @@ def command(
             cache=None if choices["no_cache"] else EngineCache.default(),
             slots=slots,
             progress=progress,
-            tell=lambda line: click.echo(line, err=True),
+            tell=write_line,
         )
     for result in results:
         click.echo(f"{result.target.output}: {_outcome(result, result.target.config.nbytes(description.model))}")

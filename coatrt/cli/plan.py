@@ -86,6 +86,7 @@ def command(adapter: Path, devices: tuple[str, ...], output: Path | None, as_jso
     one of least predicted loss that fits in the device's memory. ADAPTER is a directory that coatrt train wrote.
     """
     from coatrt.adapter.description import AdapterDescription
+    from coatrt.cli.progress import drawn_progress
     from coatrt.devices.profiles import device_profile
     from coatrt.errors import ConfigError
     from coatrt.planning.archive import adapter_archive
@@ -99,7 +100,8 @@ def command(adapter: Path, devices: tuple[str, ...], output: Path | None, as_jso
         check_writable(output)
         if len(profiles) > 1:
             raise ConfigError(f"-o takes one --target, got {len(profiles)}; give one, or use --json")
-    plans = plan_fleet(AdapterDescription.load(adapter), profiles, request, archive=adapter_archive(adapter))
+    with drawn_progress("plan"):
+        plans = plan_fleet(AdapterDescription.load(adapter), profiles, request, archive=adapter_archive(adapter))
     if output is not None:
         write_json(output, plans[0].to_json())
     if as_json:

@@ -58,22 +58,24 @@ def command(
     import shlex
     import sys
 
+    from coatrt.cli.progress import drawn_progress
     from coatrt.reporting.figures import figure_names
     from coatrt.reporting.write import report
 
     origin = shlex.join(["coatrt", *sys.argv[1:]])
     request = plan_request(choices)
-    written = report(
-        paths,
-        output,
-        devices=devices,
-        request=request,
-        png=png,
-        command=origin,
-        key=key,
-        policy=signature,
-        title=title,
-    )
+    with drawn_progress("report"):
+        written = report(
+            paths,
+            output,
+            devices=devices,
+            request=request,
+            png=png,
+            command=origin,
+            key=key,
+            policy=signature,
+            title=title,
+        )
     for note in written.notes:
         click.echo(f"coatrt: {note}", err=True)
     measured = sum(entry.quality is not None for entry in written.entries)

@@ -70,8 +70,8 @@ def command(
         options = loaded.description.metrics["options"]
         trained = convert(options, TrainOptions, f"options in {adapter / 'metrics.json'}", "train again", exact=True)
         max_length = 128 if task == "text" else trained.max_length
-    tokenizer = load_tokenizer(loaded.checkpoint(model).directory)
     with drawn_progress("search") as progress:
+        tokenizer = load_tokenizer(loaded.checkpoint(model).directory)
         archive, reference = search(
             adapter,
             load_task(task, data, tokenizer, max_length, held_out=data, progress=progress),

@@ -140,7 +140,7 @@ def command(
     from coatrt.system.extras import require
 
     require("coatrt train", "train", "cpu")
-    from coatrt.cli.progress import drawn_progress
+    from coatrt.cli.progress import drawn_progress, write_line
     from coatrt.data.registry import load_task
     from coatrt.models.checkpoint import Checkpoint
     from coatrt.models.spec import DecoderSpec
@@ -152,14 +152,14 @@ def command(
     compute_device(device)
     warn_of_idle_gpu(device)
     options = TrainOptions(**choices)
-    checkpoint = Checkpoint.open(model)
-    DecoderSpec.from_config(checkpoint.config)  # an unknown family is named before its tokenizer fails
-    tokenizer = load_tokenizer(checkpoint.directory)
     with drawn_progress("train") as progress:
+        checkpoint = Checkpoint.open(model)
+        DecoderSpec.from_config(checkpoint.config)  # an unknown family is named before its tokenizer fails
+        tokenizer = load_tokenizer(checkpoint.directory)
         loaded = load_task(task, data, tokenizer, options.max_length, held_out=held_out or None, progress=progress)
         notice = few_tokens_notice(options, checkpoint.matrices, loaded)
         if notice is not None:
-            click.echo(f"coatrt: {notice}", err=True)
+            write_line(f"coatrt: {notice}")
         adapter = train(
             model, loaded, output, options, resume=resume, overwrite=overwrite, device=device, progress=progress
         )

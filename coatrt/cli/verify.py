@@ -60,6 +60,7 @@ def command(
     saved as BUNDLE.quality.json, where coatrt report reads it.
     """
     from coatrt.bundle import Bundle
+    from coatrt.cli.progress import drawn_progress
     from coatrt.engines.bundles.verify import verify
     from coatrt.reporting.measured import quality_path, save_quality
     from coatrt.system.json_data import to_data
@@ -69,14 +70,14 @@ def command(
     opened = Bundle.open(bundle, key=key, policy=signature)
     if data:
         check_writable(quality_path(bundle))
-    report = verify(opened, model=model, numbers=not no_torch)
+    with drawn_progress("verify") as progress:
+        report = verify(opened, model=model, numbers=not no_torch, progress=progress)
     if not as_json:
         click.echo(report.text())
     if not data:
         if as_json:
             echo_json(report)
         return
-    from coatrt.cli.progress import drawn_progress
     from coatrt.data.registry import load_task
     from coatrt.engines.bundles.quality import measure_quality, sampled
     from coatrt.models.tokenizer import load_tokenizer

@@ -7,7 +7,7 @@ from coatrt.data.examples import IGNORED, Examples
 from coatrt.data.task_data import ChoiceSets, TaskData
 from coatrt.evaluation.fake_quant import FakeQuantModel
 
-__all__ = ["choice_scores", "log_likelihoods", "mean_loss", "measure_held_out"]
+__all__ = ["choice_scores", "example_losses", "log_likelihoods", "mean_loss", "measure_held_out"]
 
 _ROWS = 8  # in one forward pass
 _DISTINCT_ROWS = 16  # in one forward pass, if only a few positions need logits
@@ -55,6 +55,11 @@ def log_likelihoods(model: FakeQuantModel, examples: Examples) -> Tensor:
         log_probabilities = logits[at, column, token] - logits.logsumexp(-1)[at, column]
         scores.index_add_(0, rows[row], log_probabilities.double().cpu())
     return scores
+
+
+def example_losses(model: FakeQuantModel, examples: Examples) -> Tensor:
+    """Return the mean cross-entropy over the targets of each row, in nats, float64 [n]."""
+    return -log_likelihoods(model, examples) / examples.counts
 
 
 @torch.no_grad()

@@ -56,7 +56,7 @@ def execute(
         checkpoint: its model.
         cache: cache of engines; None builds every engine.
         slots: limit on the builders that run at once.
-        progress: called after each matrix.
+        progress: called after each matrix and engine.
         tell: called with a line for the user as bundles finish.
 
     Returns:
@@ -210,7 +210,10 @@ class _Build:
 
     def _collect(self, block: bool) -> None:
         """Seal the bundles whose engine is finished; with `block`, wait for all."""
+        jobs = len(self.preparation.jobs)
         while self.running:
+            if block:
+                self.progress(jobs - len(self.running), jobs, "engines")
             futures, _ = wait(self.running, timeout=None if block else 0, return_when=FIRST_COMPLETED)
             if not futures:
                 return

@@ -21,6 +21,7 @@ from coatrt.engines.runtime.options import Backend, RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
 from coatrt.errors import BuildError, BundleError, CheckpointError, CoatError
 from coatrt.system.extras import ExtraError, require
+from coatrt.system.progress import Progress, silent
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,13 +92,16 @@ class Verification:
         return "\n".join(lines)
 
 
-def verify(bundle: Bundle, *, model: str | Path | None = None, numbers: bool = True) -> Verification:
+def verify(
+    bundle: Bundle, *, model: str | Path | None = None, numbers: bool = True, progress: Progress = silent
+) -> Verification:
     """Check a bundle.
 
     Args:
         bundle: an opened bundle.
         model: the checkpoint; by default its path when the bundle was built.
         numbers: compare with torch too; needs the checkpoint and time to load it.
+        progress: called as each check begins, and after each matrix.
 
     Raises:
         ExtraError: `model` is given, and torch or transformers is missing.
@@ -107,7 +111,9 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, numbers: bool = T
         CheckpointError: `model` is not the bundle's model, or cannot be read.
     """
     directory = bundle.directory
+    progress(0, 1, "hashes")
     files = bundle.check_all()
+    progress(0, 1, "graphs")
     for form in bundle.manifest["decoders"]:
         graph, io = bundle.decoder(form)
         check_graph(form, graph, io, bundle.contract)
@@ -128,11 +134,13 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, numbers: bool = T
             f"{directory}: the manifest lacks the quantization error of {names}, which verify compares; build the "
             "bundle again"
         )
+    progress(0, 1, "LoRA")
     lora = load_lora(bundle.path("lora.safetensors"), contract)
     emission = Emitter.of(bundle).emit(config)
     for name, value in emission.items():
         if not np.allclose(value, lora[name], rtol=0, atol=1e-5):
             raise BundleError(f"{directory}: {name} differs from the hypernetwork's output; build the bundle again")
+    progress(0, 1, "decoding on the CPU")
     graph, io = bundle.decoder("cpu")
     decoder = OrtDecoder(graph, io, contract, RuntimeOptions(context=64, accuracy_level=0))
     prompt = [token % io.vocabulary for token in _PROMPT]
@@ -146,12 +154,13 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, numbers: bool = T
     difference, weights, note = None, 0, "skipped on request"
     tolerance = TOLERANCE if io.activations == "float32" else _FLOAT16_TOLERANCE
     if numbers:
-        difference, weights, note = _against_torch(bundle, model, prompt, tokens, lora_logits, lora)
+        difference, weights, note = _against_torch(bundle, model, prompt, tokens, lora_logits, lora, progress)
         if difference is not None and not (math.isfinite(difference) and difference <= tolerance):
             raise BundleError(
                 f"{directory}: logits differ from torch by {difference:.2e} of the largest, allowed {tolerance:g}; "
                 "report this with the bundle's manifest"
             )
+    progress(0, 1, "decoding on the GPU")
     engines = _engine_lines(bundle, installed)
     cuda, engine = (_on_the_gpu(bundle, backend, prompt, tokens, lora_logits, lora) for backend in _ON_A_GPU)
     return Verification(
@@ -224,6 +233,7 @@ def _against_torch(
     tokens: Sequence[int],
     logits: NDArray[np.float32],
     lora: LoraTensors,
+    progress: Progress,
 ) -> tuple[float | None, int, str]:
     """Return the difference of logits, the number of matrices compared, and why there is no comparison.
 
@@ -261,6 +271,7 @@ def _against_torch(
     source = gguf_file(Path(model if model is not None else facts["source"]).expanduser())
     if source is not None:  # a bundle is built from the GGUF file itself, not from a cached conversion of it
         check_conversion(source, checkpoint.directory)
+    progress(0, 1, "loading the model")
     reference = FakeQuantModel(checkpoint, CodeStore(checkpoint))
     errors, count = bundle.manifest["configuration"]["errors"], 0
     for name, values in stored_weights(bundle.decoder("cpu")[0], bundle.model_matrices):
@@ -269,6 +280,7 @@ def _against_torch(
             _check_weight(bundle, name, checkpoint.tensor(f"{name}.weight").float(), weight, errors[name])
             count += 1
         reference.set_weights([(name, weight)])
+        progress(count, len(errors), "weights")
     reference.set_lora(bundle.contract, {name: torch.from_numpy(value.copy()) for name, value in lora.items()})
     with torch.no_grad():
         ids = torch.tensor([[*prompt, *tokens]])

@@ -36,7 +36,18 @@ def copy(tiny_bundle: Path, tmp_path: Path) -> Path:
 
 
 def test_verify_compares_with_torch_and_shows_a_live_lora(tiny_bundle: Path) -> None:
-    report = verify(Bundle.open(tiny_bundle))
+    seen: list[tuple[int, int, str]] = []
+    report = verify(Bundle.open(tiny_bundle), progress=lambda done, total, stage, *_: seen.append((done, total, stage)))
+    assert list(dict.fromkeys(stage for _, _, stage in seen)) == [
+        "hashes",
+        "graphs",
+        "LoRA",
+        "decoding on the CPU",
+        "loading the model",
+        "weights",
+        "decoding on the GPU",
+    ]
+    assert (report.weights, report.weights, "weights") in seen
     assert report.torch_difference is not None
     assert report.torch_difference <= TOLERANCE / 10
     assert report.lora_effect > 0.01
