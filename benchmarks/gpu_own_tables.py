@@ -135,7 +135,8 @@ def gpu_readme() -> str:
     return (
         "On an H100 `--backend cuda` gave torch's logits of a tiny model in all formats. With random weights it "
         f"decoded {', '.join(rates[:2])} and {rates[2]} tokens/s in int4 with LoRA; a training step took "
-        f"{rows['training/step']['ratio']:.2f} × the time of PEFT's ([measurements](docs/evidence/gpu.md))."
+        f"{rows['training/step']['ratio']:.2f} to {rows['training/step/8x512']['ratio']:.2f} × the time of PEFT's "
+        "([measurements](docs/evidence/gpu.md))."
     )
 
 
