@@ -1,6 +1,7 @@
 """Tables of docs/evidence/engines.md: the C++ library and the service."""
 
 from collections.abc import Callable
+from typing import Any
 
 from markdown_tables import grid, load
 
@@ -67,9 +68,45 @@ def cpp_service() -> str:
     )
 
 
+<<<<<<< HEAD
 _MAKERS = (
     cpp_equal,
     cpp_runtime,
     cpp_service,
 )
+=======
+_GROUPS = ("strings", "Unicode", "with NUL")
+_LIBRARIES = ("coatrt", "extensions", "genai")
+
+
+def _differ(row: dict[str, Any]) -> str:
+    """Return how many texts have other ids than in Hugging Face's library."""
+    if "others" in row:
+        return str(row["others"]).split(":")[0]
+    counts = [row[group] for group in _GROUPS]
+    return f"{sum(c['ids_differ'] for c in counts):,} of {sum(c['texts'] for c in counts):,}"
+
+
+def cpp_tokenizers() -> str:
+    """Three tokenizers with C interfaces against Hugging Face's."""
+    found = load("cpp_tokenizers")
+    rows = []
+    for name, speed in found["speed"].items():
+        per_s = [f"{speed['mb_per_s'][kind]:.1f}" if kind in speed["mb_per_s"] else "" for kind in _LIBRARIES]
+        rows.append([name, *(_differ(found["tokenizers"][name][kind]) for kind in _LIBRARIES), *per_s])
+    head = ["tokenizer", *(f"other ids: {kind}" for kind in _LIBRARIES), *(f"MB/s: {kind}" for kind in _LIBRARIES)]
+    hostile = []
+    for kind in _LIBRARIES:
+        counts = {state: count for state, count in found["hostile"][kind].items() if state != "cases"}
+        hostile.append(f"{kind} " + ", ".join(f"{count} {state}" for state, count in sorted(counts.items())))
+    packages = " and ".join(f"{name.replace('_', '-')} {version}" for name, version in found["packages"].items())
+    return (
+        f"{grid(head, rows)}\n\n{packages}, {found['mb']['extensions']:.1f} and {found['mb']['genai']:.1f} MB; "
+        f"coatrt's tokenizer adds {found['mb']['coatrt']:.2f} MB. Damaged or hostile tokenizer.json: "
+        f"{'; '.join(hostile)}."
+    )
+
+
+_MAKERS = (cpp_runtime, cpp_service, cpp_tokenizers)
+>>>>>>> cpp
 CPP_TABLES: dict[str, Callable[[], str]] = {maker.__name__: maker for maker in _MAKERS}

@@ -152,6 +152,7 @@ OF_NO_ONE_MODULE = {
     "engines/test_cpp_signature": "signatures in C++",
     "engines/test_cpp_fuzz": "the readers of the C++ library and the service",
     "engines/test_cpp_guards": "what the C++ library does not read or write",
+    "engines/test_cpp_headers": "where CMake finds the headers of the C++ library",
     "engines/test_cpp_patterns": "the C++ library's globs and regular expressions",
     "engines/test_cpp_service": "the C++ service under attack",
     "engines/test_cpp_tokenizer": "the C++ library's tokenizer",

@@ -66,7 +66,7 @@ class Quality:
         """Return the quality that `Evaluator.measure` found on the held-out examples of `data`."""
         scores: list[Any] = [dict(score) for score in (base, quantized, adapted)]
         examples = data.held_out if data.choices is None else data.choices
-        return cls(data.kind, len(examples), data.held_out.predicted, *scores)
+        return cls(data.kind, len(examples), data.held_out.target_count, *scores)
 
     def score_text(self, score: Score) -> str:
         """Return the accuracy of a score with its interval, or its perplexity."""

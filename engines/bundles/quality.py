@@ -7,7 +7,7 @@ import torch
 
 from coatrt.bundle import Bundle
 from coatrt.data.task_data import TaskData
-from coatrt.engines.bundles.stored_weights import held_weights
+from coatrt.engines.bundles.stored_weights import stored_weights
 from coatrt.engines.runtime.lora_file import load_lora
 from coatrt.errors import CheckpointError, ConfigError
 from coatrt.evaluation.fake_quant import FakeQuantModel
@@ -66,7 +66,7 @@ def measure_quality(
         progress(len(scores), 3, "measuring quality")
 
     measure()
-    held = held_weights(bundle.decoder("cpu")[0], bundle.model_matrices)
+    held = stored_weights(bundle.decoder("cpu")[0], bundle.model_matrices)
     reference.set_weights((name, torch.from_numpy(weight.copy())) for name, weight in held)
     measure()
     lora = load_lora(bundle.path("lora.safetensors"), bundle.contract)

@@ -118,14 +118,15 @@ void read_added(const Json* tokens, Tokenizer::State& state) {
     const std::int64_t id = token_id(*find(token, "id"));
     const auto points = decode_utf8(*content);
     const bool normalized = flag(token, "normalized", false);
-    state.added[normalized ? 1 : 0].push_back(
+    state.added[normalized ? 1 : 0][points.front()].push_back(
         {id, {points.begin(), points.end()}, flag(token, "lstrip", false), flag(token, "rstrip", false)});
     state.bytes[id] = *content;
     if (flag(token, "special", false)) state.special.insert(id);
   }
   for (auto& group : state.added)  // of several that begin at one place the longest wins
-    std::stable_sort(group.begin(), group.end(),
-                     [](const auto& a, const auto& b) { return a.content.size() > b.content.size(); });
+    for (auto& [first, alike] : group)
+      std::stable_sort(alike.begin(), alike.end(),
+                       [](const auto& a, const auto& b) { return a.content.size() > b.content.size(); });
 }
 
 void read_split(const Json& split, Tokenizer::State& state) {

@@ -14,8 +14,10 @@ struct Span {
 };
 
 /// The longest added token that begins at `at`, or nullptr.
-const AddedToken* added_at(const std::vector<AddedToken>& tokens, const Text& text, std::size_t at, std::size_t end) {
-  for (const AddedToken& token : tokens)
+const AddedToken* added_at(const Tokenizer::State::Added& tokens, const Text& text, std::size_t at, std::size_t end) {
+  const auto found = tokens.find(text[at]);
+  if (found == tokens.end()) return nullptr;
+  for (const AddedToken& token : found->second)
     if (token.content.size() <= end - at && std::equal(token.content.begin(), token.content.end(), text.begin() + static_cast<std::ptrdiff_t>(at)))
       return &token;
   return nullptr;

@@ -21,7 +21,8 @@ struct AddedToken {
 };
 
 struct Tokenizer::State {
-  std::vector<AddedToken> added[2];  // looked for in the text as passed; in the normalized text
+  using Added = std::unordered_map<char32_t, std::vector<AddedToken>>;  // by first character, longest first
+  Added added[2];  // looked for in the text as passed; in the normalized text
   bool nfc = false;
   bool prefix_space = false;
   std::vector<detail::Pattern> splits;  // applied in order; matches and the text between them become pieces
