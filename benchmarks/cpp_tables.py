@@ -68,13 +68,6 @@ def cpp_service() -> str:
     )
 
 
-<<<<<<< HEAD
-_MAKERS = (
-    cpp_equal,
-    cpp_runtime,
-    cpp_service,
-)
-=======
 _GROUPS = ("strings", "Unicode", "with NUL")
 _LIBRARIES = ("coatrt", "extensions", "genai")
 
@@ -107,6 +100,5 @@ def cpp_tokenizers() -> str:
     )
 
 
-_MAKERS = (cpp_runtime, cpp_service, cpp_tokenizers)
->>>>>>> cpp
+_MAKERS = (cpp_equal, cpp_runtime, cpp_service, cpp_tokenizers)
 CPP_TABLES: dict[str, Callable[[], str]] = {maker.__name__: maker for maker in _MAKERS}

@@ -284,9 +284,9 @@ def _trained(path: Path, facts: AdapterDescription) -> Trained:
             for point in (archive.front() if archive is not None else ())
         ),
         facts=(
-            ("adapter", f"{path.absolute().name}, hash {facts.hash}"),
+            ("hash", facts.hash),
             ("formats", ", ".join(map(str, facts.formats))),
             *((name, str(shown[name])) for name in names),
-            ("trained for", f"{metrics['seconds']:.0f} s"),
+            ("seconds", f"{metrics['seconds']:.0f}"),
         ),
     )

@@ -31,9 +31,10 @@ __all__ = ["FIGURES", "draw", "figure_names"]
 INK, FAINT, LINE = "#1f2933", "#616e7c", "#e4e7eb"
 WITHOUT, WITH = "#8a94a6", "#3b6fb6"
 _ASSUMED = ("engine", "activations", "runtime")
+_MOST_CHANGE = 1e4  # of perplexity, drawn; a loss beyond is of a model that says nothing
 _MEMORY = {
     "weights": ("weights", "#3b6fb6"),
-    "scales": ("scales of the weights", "#7fa8d9"),
+    "scales": ("scales", "#7fa8d9"),
     "other tensors": ("other tensors", "#9fb0c8"),
     "engine": ("engine overhead", "#e09f3e"),
     "LoRA": ("LoRA", "#d1495b"),
@@ -84,7 +85,10 @@ def quality_figure(figure: "Figure", report: Report) -> None:
         ("with its LoRA", "adapted", WITH, -1),
     ):
         scores: list[tuple[Quality, Score]] = [(quality, getattr(quality, key)) for _, quality in points]
-        values = [100 * (score["accuracy"] if accuracy else relative(quality, score)) for quality, score in scores]
+        values = [
+            100 * (score["accuracy"] if accuracy else min(relative(quality, score), _MOST_CHANGE))
+            for quality, score in scores
+        ]
         if accuracy:
             ranges = [wilson_interval(score["accuracy"], quality.examples) for quality, score in scores]
             low, high = ([abs(100 * r[i] - v) for r, v in zip(ranges, values, strict=True)] for i in (0, 1))
@@ -99,8 +103,7 @@ def quality_figure(figure: "Figure", report: Report) -> None:
     else:
         axis.axhline(0, color=INK, lw=1.2, ls=(0, (4, 2)), label="16-bit original")
         axis.set_ylabel("perplexity against the original, %")
-        low, high = axis.get_ylim()
-        if high > 300:  # a version that is of no use must not hide the others
+        if axis.get_ylim()[1] > 300:  # a version that is of no use must not hide the others
             axis.set_yscale("symlog", linthresh=100)
     axis.set_xlabel("bits per weight")
     axis.margins(x=0.08)
@@ -130,10 +133,11 @@ def bits_figure(figure: "Figure", report: Report) -> None:
     kinds = list(dict.fromkeys(matrix.kind for matrix in first.targets))
     layers = 1 + max(matrix.layer for matrix in first.targets)
     colours = _format_colours(report)
-    figure.set_figheight(0.85 + (0.42 + 0.125 * len(kinds)) * len(groups))
-    axes: Sequence[Axes] = figure.subplots(len(groups), squeeze=False, sharex=True)[:, 0]
+    figure.set_figheight(0.85 + (0.42 + 0.132 * len(kinds)) * len(groups))
+    axes: list[Axes] = figure.subplots(len(groups), squeeze=False, sharex=True)[:, 0].tolist()
     for axis, members in zip(axes, groups, strict=True):
-        entry, cells = members[0], {}
+        entry = members[0]
+        cells: dict[str, list[list[tuple[float, float]]]] = {}
         for matrix in entry.model.targets:
             cells.setdefault(str(entry.config[matrix.name].effective(matrix.K)), []).append(
                 _square(matrix.layer, kinds.index(matrix.kind))
@@ -143,7 +147,7 @@ def bits_figure(figure: "Figure", report: Report) -> None:
             axis.add_patch(PathPatch(outline, facecolor=colours[text], edgecolor="none"))
         axis.set(xlim=(-0.5, layers - 0.5), ylim=(len(kinds) - 0.5, -0.5))
         axis.grid(False)
-        axis.set_yticks(range(len(kinds)), [kind.replace("_proj", "") for kind in kinds], fontsize=7)
+        axis.set_yticks(range(len(kinds)), [kind.replace("_proj", "") for kind in kinds], fontsize=7.5)
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
         axis.set_title(f"{_names(members, 36)}: {entry.bits:.2f} bits", pad=3)
@@ -162,7 +166,7 @@ def _format_colours(report: Report) -> dict[str, Any]:
     """Return format → colour, fewest bits first: few bits are dark, many are light."""
     from matplotlib import colormaps
 
-    found = {}
+    found: dict[str, float] = {}
     for entry in report.entries:
         for matrix in entry.model.targets:
             fmt = entry.config[matrix.name].effective(matrix.K)
@@ -197,10 +201,10 @@ def _whole_mib(entry: Entry) -> dict[str, int]:
 def speed_figure(figure: "Figure", report: Report) -> None:
     """Draw tokens per second, measured or predicted; a row for all that are as fast."""
     rows = []
-    timed = [entry for entry in report.entries if _speeds(entry)]
-    for group in merged(timed, _speeds):
-        what, value, text = _speeds(group[0])
-        rows.append((_names(group, 56), [(what, 0.0, value, WITH, what != "measured")], f"{text} tokens/s"))
+    for group in merged(report.entries, _speeds):
+        if (speed := _speeds(group[0])) is not None:
+            what, value, text = speed
+            rows.append((_names(group, 56), [(what, 0.0, value, WITH, what != "measured")], f"{text} tokens/s"))
     _draw_bars(figure, rows, "tokens per second, with the LoRA")
 
 
@@ -227,7 +231,8 @@ def _draw_bars(figure: "Figure", rows: Sequence[tuple[str, Sequence[Bar], str]],
         places.append(place)
     entries = len({what for _, bars, _ in rows for what, *_ in bars})
     figure.set_figheight(0.7 + 0.5 * place + 0.2 * math.ceil(entries / 3))
-    axis, legend = figure.subplots(), {}
+    axis = figure.subplots()
+    legend: dict[str, Any] = {}
     most = max(start + width for _, bars, _ in rows for _, start, width, _, _ in bars)
     for at, name, (_, bars, note) in zip(places, names, rows, strict=True):
         for what, start, width, colour, assumed in bars:
@@ -240,7 +245,7 @@ def _draw_bars(figure: "Figure", rows: Sequence[tuple[str, Sequence[Bar], str]],
     axis.grid(axis="y", visible=False)
     axis.spines["left"].set_visible(False)
     axis.set_xlabel(unit)
-    figure.legend(legend.values(), legend.keys(), ncols=3, loc="outside lower left")
+    figure.legend(list(legend.values()), list(legend), ncols=3, loc="outside lower left")
 
 
 def _wrapped(name: str) -> str:
@@ -272,12 +277,16 @@ def tradeoff_figure(figure: "Figure", report: Report) -> None:
     for front in dict.fromkeys(map(_front, planned)):
         if front:
             axis.plot(*zip(*front, strict=True), color=WITHOUT, lw=1.2, ls=(0, (3, 2)))
+    axis.margins(x=0.12, y=0.2)
+    middle = sum(axis.get_xlim()) / 2
     for number, group in enumerate(merged(planned, _chosen)):
+        right = _chosen(group[0])[0] > middle
         axis.scatter(*_chosen(group[0]), s=52, color="white", edgecolor=WITH, hatch="//////", lw=1.2, zorder=5)
         axis.annotate(
             _names(group, 28),
             _chosen(group[0]),
-            xytext=(7, 7 if number % 2 == 0 else 18),
+            xytext=(-7 if right else 7, 7 if number % 2 == 0 else 18),
+            ha="right" if right else "left",
             textcoords="offset points",
             fontsize=8,
             weight="bold",
@@ -286,7 +295,6 @@ def tradeoff_figure(figure: "Figure", report: Report) -> None:
     axis.set(xlabel="size of the engine, MB (predicted)", ylabel="estimated rise of perplexity\nwithout the LoRA, %")
     axis.set_yscale("symlog", linthresh=1)
     axis.set_ylim(bottom=0)
-    axis.margins(x=0.12, y=0.2)
 
 
 def _rise(loss: float) -> float:

@@ -14,7 +14,7 @@ from coatrt.evaluation.presentation import overhead_text, perplexity_text
 from coatrt.planning.plan import PlanRequest
 from coatrt.reporting.collect import Report, collect
 from coatrt.reporting.figures import draw, figure_names
-from coatrt.reporting.summary import base_row, describe, label, listed, merged, model_name, rows, sentences
+from coatrt.reporting.summary import base_row, describe, digits, label, listed, merged, model_name, rows, sentences
 from coatrt.system.extras import require
 from coatrt.system.files import atomic_file, write_text
 
@@ -99,8 +99,11 @@ def page(report: Report, command: str) -> str:
         predicted_speed=any(entry.decode_tokens_per_second is None for entry in entries),
         benches=_benches(report),
         choices=_choices(report),
-        latency_sources=sorted({entry.plan.get("latency_source", "") for entry in entries} - {""}),
-        device_sources=sorted({source for entry in entries for source in entry.device.get("sources", ())}),
+        sources=(
+            ("versions", [f"{package} {version}" for package, version in report.versions.items()]),
+            ("predicted speeds", sorted({entry.plan.get("latency_source", "") for entry in entries} - {""})),
+            ("figures of devices", sorted({line for entry in entries for line in entry.device.get("sources", ())})),
+        ),
         perplexity_text=perplexity_text,
         command=command,
         version=__version__,
@@ -127,14 +130,15 @@ def _benches(report: Report) -> list[dict[str, Any]]:
         backend, machine = entry.bench["backend"], entry.bench["environment"]
         speed = next((row["tokens_per_s"] for row in entry.bench["decode"] if row["lora"]), None)
         batch = f" in {backend['batch']} sequences" if backend["batch"] > 1 else ""
-        overhead = (entry.bench[key] for key in ("lora_overhead", "lora_overhead_interval", "repetitions"))  # type: ignore[literal-required]
         found.append(
             {
                 "name": label(entry),
                 "machine": machine["cpu"] if backend["backend"] == "ort" else listed(machine["gpus"]),
                 "backend": _BACKENDS[backend["backend"]],
-                "speed": f"{speed:.3g}{batch}" if speed is not None else "–",
-                "overhead": overhead_text(*overhead),
+                "speed": f"{digits(speed, 3)}{batch}" if speed is not None else "–",
+                "overhead": overhead_text(
+                    entry.bench["lora_overhead"], entry.bench["lora_overhead_interval"], entry.bench["repetitions"]
+                ),
             }
         )
     return found
