@@ -43,7 +43,7 @@ class Conversation:
     """Messages, or a prompt and its completion.
 
     Args:
-        messages: messages, or (role, content), in order; one after the first is a target of the assistant.
+        messages: messages, or (role, content), in order; at least one of the assistant, not the first, is a target.
         plain: whether it is a prompt and a completion, which are concatenated if there is no chat template.
         where: file and line, for messages.
         tools: JSON descriptions of the functions that the assistant may call.

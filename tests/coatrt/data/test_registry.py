@@ -107,7 +107,7 @@ WRONG: dict[str, tuple[str, list[Any], str]] = {
     "no completion": ("chat", [{"prompt": "a"}], "line 1 has no 'completion'"),
     "messages a text": ("chat", [{"messages": "a"}], "line 1: messages must be a list of objects"),
     "no role": ("chat", [{"messages": [{"content": "a"}]}], "line 1 has a message without role"),
-    "content a number": ("chat", [{"messages": [{"role": "user", "content": 1}]}], "line 1: content is 1"),
+    "content a number": ("chat", [{"messages": [{"role": "user", "content": 1}]}], "content must be a text"),
     "no assistant": ("chat", [{"messages": [{"role": "user", "content": "a"}]}], "line 1 has no message of"),
 }
 

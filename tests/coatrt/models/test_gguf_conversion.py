@@ -49,7 +49,7 @@ def test_a_conversion_is_compared_with_its_file(file: Path) -> None:
     tensors = load_file(shard)
     tensors["model.norm.weight"] *= 1.001
     save_file(tensors, shard)
-    with pytest.raises(CheckpointError, match=r"model.norm.weight is not what .*m.gguf holds"):
+    with pytest.raises(CheckpointError, match=r"model.norm.weight differs from .*m.gguf"):
         gguf_conversion.check_conversion(file, made)
 
 

@@ -88,7 +88,7 @@ def test_scaling_by_keys_is_honoured(name: str, kind: str, tmp_path: Path) -> No
         (("add_float32", "llama.logit_scale", 2.0), "llama.logit_scale"),
         (("add_float32", "llama.attention.scale", 0.1), "llama.attention.scale"),
         (("add_uint32", "llama.expert_count", 8), "llama.expert_count"),
-        (("add_uint32", "llama.rope.dimension_count", 8), "heads of 16 and rope.dimension_count 8"),
+        (("add_uint32", "llama.rope.dimension_count", 8), "heads of width 16 and rope.dimension_count 8"),
         (("add_uint32", "llama.attention.value_length", 8), "attention.value_length 8"),
         (("add_uint16", "split.count", 2), "is one of 2 parts; merge them"),
         (("add_string", "general.type", "adapter"), "has the architecture llama"),

@@ -102,7 +102,7 @@ def test_tensors_that_are_no_floats_are_refused(dtype: torch.dtype, whole: Path)
     tensors = load_file(path)
     tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].to(dtype)
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"model.layers.0.mlp.up_proj.weight as .*; allowed: F64, F32, F16, BF16"):
+    with pytest.raises(CheckpointError, match=r"model.layers.0.mlp.up_proj.weight in .*; allowed: F64, F32, F16, BF16"):
         Checkpoint.open(whole)
 
 
