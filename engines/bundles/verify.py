@@ -228,7 +228,7 @@ def _against_torch(
     machine wherever they depend on second moments. Whether they are the model's is a comparison of its own.
     """
     try:
-        require("the comparison with torch", "train")
+        require("the numerical comparison", "train")
     except ExtraError as error:
         if model is not None:  # asked for by name
             raise
