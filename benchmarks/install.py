@@ -139,13 +139,14 @@ def main() -> None:
         earlier = before(given.before, bundle, work, given.repeat) if given.before else None
     manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
     result = {
-        "command": "python benchmarks/install.py",
+        "command": " ".join(["python benchmarks/install.py BUNDLE", *sys.argv[2:]]),
         "model": Path(manifest["model"]["source"]).name,
         "bits": manifest["configuration"]["average_bits"],
         "prompt": PROMPT,
         "tokens": TOKENS,
         "environments": rows,
         "before": earlier,
+        "load_average": os.getloadavg()[1],  # over 5 minutes: where it is high, seconds on the clock are too
         "environment": environment(),
     }
     write_json(given.output, result)

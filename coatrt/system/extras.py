@@ -27,19 +27,19 @@ class ExtraError(CoatError, ImportError):
     """A package is missing that an extra brings."""
 
 
-def needs(what: str, extra: str) -> str:
-    """Return the line that names the missing packages of an extra, and how to install them.
+def needs(what: str, *extras: str) -> str:
+    """Return the line that names the missing packages of extras, and how to install them.
 
     Args:
         what: who needs them, such as "coatrt train".
-        extra: a name of `EXTRAS`.
+        extras: names of `EXTRAS`.
     """
-    packages = [package for module, package in EXTRAS[extra].items() if not _installed(module)]
-    packages = packages or list(EXTRAS[extra].values())
+    modules = {module: package for extra in extras for module, package in EXTRAS[extra].items()}
+    packages = [package for module, package in modules.items() if not _installed(module)] or list(modules.values())
     named = " and ".join([*([", ".join(packages[:-1])] if packages[1:] else []), packages[-1]])
-    other = ", or '.[cuda]' for an NVIDIA GPU," if extra == "cpu" else ""
+    other = "; with an NVIDIA GPU take cuda in place of cpu" if "cpu" in extras else ""
     # No index is named until coatrt is published there: whoever took its name would run code on the reader's machine.
-    return f"{what} needs {named}: pip install '.[{extra}]'{other} in a checkout of coatrt"
+    return f"{what} needs {named}: pip install '.[{','.join(extras)}]' in a checkout of coatrt{other}"
 
 
 def require(what: str, *extras: str) -> None:
@@ -52,9 +52,9 @@ def require(what: str, *extras: str) -> None:
     Raises:
         ExtraError: a package is missing.
     """
-    for extra in extras:
-        if not all(map(_installed, EXTRAS[extra])):
-            raise ExtraError(needs(what, extra))
+    lacking = [extra for extra in extras if not all(map(_installed, EXTRAS[extra]))]
+    if lacking:
+        raise ExtraError(needs(what, *lacking))
 
 
 def extra_of(error: BaseException) -> str | None:

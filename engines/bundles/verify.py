@@ -241,7 +241,7 @@ def _against_torch(
     different codes wherever they depend on second moments. `_check_weight` compares the weights with the model's.
     """
     try:
-        require("the comparison with torch", "train")
+        require("the numerical comparison", "train")
     except ExtraError as error:
         if model is not None:  # asked for by name
             raise

@@ -142,7 +142,7 @@ def test_a_verification_without_torch_says_what_it_left_out(
     answers: dict[tuple[tuple[str, ...], str], dict[str, Any]],
 ) -> None:
     (answer,) = [answer for (packages, name), answer in answers.items() if name == "verify" and "torch" in packages]
-    assert "the comparison with torch needs torch, transformers, accelerate and onnx-ir: pip install" in answer["out"]
+    assert "the numerical comparison needs torch, transformers, accelerate and onnx-ir: pip install" in answer["out"]
 
 
 def test_the_front_door_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,8 +160,12 @@ def test_the_line_names_what_is_missing_alone(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in here else None)
     line = "coatrt train needs transformers and accelerate: pip install '.[train]' in a checkout of coatrt"
     assert needs("coatrt train", "train") == line
-    with pytest.raises(ExtraError, match=r"needs onnxruntime: .*, or '\.\[cuda\]' for an NVIDIA GPU, in a checkout"):
+    with pytest.raises(ExtraError, match=r"^coatrt run needs onnxruntime: .*; with an NVIDIA GPU take cuda"):
         require("coatrt run", "cpu")
+    with pytest.raises(
+        ExtraError, match=r"needs transformers, accelerate and onnxruntime: pip install '\.\[train,cpu\]'"
+    ):
+        require("coatrt train", "train", "cpu")
     assert extra_of(ModuleNotFoundError(name="torch.nn")) == "train"
     assert extra_of(ModuleNotFoundError(name="frobnicate")) is None
     assert extra_of(ImportError(name="torch")) is None
