@@ -122,7 +122,7 @@ def test_the_chain_by_hand(tiny_llama: Path, tmp_path: Path) -> None:
     )
     assert [line.split()[0] for line in table.splitlines()[1:4]] == ["t4", "l4", "rtx-4090"]
     said = good("report", adapter, bundle, tmp_path / "pair", "--target", "t4", "-o", tmp_path / "report.html")
-    assert "4 bundles and plans, quality measured of 0" in said
+    assert "4 bundles and plans, quality measured of 2" in said  # training measured that configuration
     assert plan["configuration_hash"] in (tmp_path / "report.html").read_text()
     good("export", adapter, "--config", tmp_path / "c.json", "-o", tmp_path / "exported", "--context", 64)
     assert Bundle.open(tmp_path / "exported").config.hash == plan["configuration_hash"]
