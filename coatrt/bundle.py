@@ -72,7 +72,7 @@ class _File(TypedDict):
 
 
 class Manifest(TypedDict):
-    """The content of manifest.json (docs/bundle.md); unknown keys of a later coatrt are ignored."""
+    """The content of manifest.json (docs/reference/bundle.md); unknown keys of a later coatrt are ignored."""
 
     format: int
     coatrt: str

@@ -148,7 +148,7 @@ def measure_sensitivity(
     """Measure every matrix in every format.
 
     A cost is the second-order term of the loss (`token_costs`). It ignores how matrices interact: a ranking, not a
-    forecast (docs/method.md has its rank correlation with measured losses).
+    forecast (docs/evidence/planning.md has its rank correlation with measured losses).
 
     This sets the model to full precision and removes its LoRA; the examples are those of the calibration.
     """

@@ -73,7 +73,7 @@ def _damage(path: Path) -> str:
     """Return what is wrong with a file of the vocabulary by itself; empty where nothing is."""
     try:
         if path.suffix == ".json" and not isinstance(parse_json(path.read_bytes(), "it", _AGAIN), dict):
-            return "it is no object"
+            return "it is not a JSON object"
         if path.name == "tokenizer.json":
             from tokenizers import Tokenizer
 

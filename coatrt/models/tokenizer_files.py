@@ -15,7 +15,7 @@ _AGAIN = "fetch it again"
 
 
 def check_files(directory: Path) -> None:
-    """Refuse settings that are no JSON object and templates that are no plain UTF-8.
+    """Refuse settings that are not a JSON object and templates that are not plain UTF-8.
 
     transformers takes the last of two equal keys, and a byte order mark for a part of the template.
 

@@ -26,8 +26,8 @@ def shrink(moment: Tensor, tokens: int | None) -> Tensor:
     """Return H with its off-diagonal elements times T / (T + K), as T tokens estimate K² correlations poorly.
 
     Correlations estimated from few tokens are mostly noise, which error feedback would fit. This factor is within 1 %
-    of the least output error on other text (`benchmarks/shrinkage.py`, docs/formats.md). For shrinkage in general see
-    Schäfer and Strimmer (2005), doi 10.2202/1544-6115.1175.
+    of the least output error on other text (`benchmarks/shrinkage.py`, docs/evidence/quantizers.md). For shrinkage in
+    general see Schäfer and Strimmer (2005), doi 10.2202/1544-6115.1175.
 
     Args:
         moment: H = E[x xᵀ] over the tokens, float32 [K, K].

@@ -91,7 +91,7 @@ def calibration_examples(train: Examples, count: int, length: int, seed: int) ->
 def required_tokens(model: ModelMatrices) -> int:
     """Return the number of calibration tokens that error feedback needs: four per input of the widest matrix.
 
-    With fewer tokens the quantization error grows (`benchmarks/calibration_size.py`, docs/formats.md).
+    With fewer tokens the quantization error grows (`benchmarks/calibration_size.py`, docs/evidence/quantizers.md).
     """
     return _TOKENS_PER_INPUT * max(matrix.K for matrix in model.targets)
 

@@ -217,7 +217,7 @@ def span(values: Sequence[float], text: Callable[[float], str], between: str = "
 
 
 def sentences(report: Report) -> list[str]:
-    """Return in two sentences what was done, and what it is worth."""
+    """Return in two sentences what was done and how much quality it brings."""
     return [_compressed(report), _adapted(report)]
 
 
@@ -246,7 +246,7 @@ def _adapted(report: Report) -> str:
     if not measured:
         budgets = [(bits, quality) for trained in report.trained for bits, _, quality in trained.budgets]
         if not budgets:
-            return f"{lora}; what it is worth is not measured yet."
+            return f"{lora}; its quality is not measured yet."
         measured = [quality for _, quality in budgets]
         which = f", measured in versions of {span([bits for bits, _ in budgets], '{:.1f} bits'.format)}"
     if all(quality.task == "choice" for quality in measured):

@@ -121,7 +121,7 @@ def _key(key: str | Path | bytes, half: str) -> Any:
         where = "the PEM" if isinstance(key, bytes) else key
         raise ConfigError(
             f"not a usable {half} key: {where} ({' '.join(cause.split())}); give a PEM file with a {half} key on "
-            "P-256, not encrypted (docs/bundle.md)"
+            "P-256, not encrypted (docs/concepts/security.md)"
         ) from None
     return loaded
 

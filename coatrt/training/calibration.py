@@ -11,7 +11,7 @@ from coatrt.training.options import TrainOptions
 __all__ = ["SENSITIVITY_BLOCKS", "calibration_blocks", "few_tokens_notice"]
 
 SENSITIVITY_BLOCKS = 16
-"""Default blocks for the sensitivities: 4,096 tokens; 1,024 already rank formats well (docs/method.md)."""
+"""Default blocks for the sensitivities: 4,096 tokens; 1,024 already rank formats well (docs/evidence/planning.md)."""
 
 
 def calibration_blocks(options: TrainOptions, model: ModelMatrices) -> int:

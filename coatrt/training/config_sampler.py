@@ -23,10 +23,10 @@ _JITTER = 0.7  # standard deviation of the noise on the log of a cost
 class TrainingSampler:
     """Draws the two configurations of a training step; the result depends on (seed, step) alone.
 
-    The first has a budget from the lowest and the highest fifth of the range in turn (docs/method.md compares draws),
-    the second from the whole range. Budgets are drawn first: independent formats per matrix would concentrate at the
-    mean budget (LLM-QFA, ACL 2025). Three quarters of the draws are like a planner's choice, the allocation of least
-    cost under the budget with noise on the costs; the others are random configurations of that budget.
+    The first has a budget from the lowest and the highest fifth of the range in turn (docs/evidence/results.md compares
+    draws), the second from the whole range. Budgets are drawn first: independent formats per matrix would concentrate
+    at the mean budget (LLM-QFA, ACL 2025). Three quarters of the draws are like a planner's choice, the allocation of
+    least cost under the budget with noise on the costs; the others are random configurations of that budget.
 
     Args:
         space: matrices and formats.

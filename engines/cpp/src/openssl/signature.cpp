@@ -28,7 +28,7 @@ Key read_key(const std::string& path) {
   const std::unique_ptr<std::FILE, Free> file(std::fopen(path.c_str(), "rb"));
   Key key(file ? PEM_read_PUBKEY(file.get(), nullptr, nullptr, nullptr) : nullptr);
   if (!key || EVP_PKEY_base_id(key.get()) != EVP_PKEY_EC || EVP_PKEY_bits(key.get()) != 256)
-    throw Error("not a usable public key: " + path + "; give a PEM file with a public key on P-256 (docs/bundle.md)");
+    throw Error("not a usable public key: " + path + "; give a PEM file with a public key on P-256 (docs/concepts/security.md)");
   return key;
 }
 
