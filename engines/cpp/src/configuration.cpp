@@ -17,7 +17,7 @@ namespace {
 constexpr std::size_t kMostKeys = 4096;
 constexpr std::size_t kMostPatternCharacters = 8192;
 
-struct Pattern {
+struct FormatPattern {
   std::string text;
   Glob glob;
   std::string format;
@@ -34,8 +34,8 @@ std::string parse(const std::string& source, const std::string& where, const nlo
   return value.get<std::string>();
 }
 
-std::vector<Pattern> patterns_of(const nlohmann::ordered_json& value, const std::string& source) {
-  std::vector<Pattern> patterns;
+std::vector<FormatPattern> patterns_of(const nlohmann::ordered_json& value, const std::string& source) {
+  std::vector<FormatPattern> patterns;
   std::size_t characters = 0;
   for (const auto& [text, format] : value.items()) {
     characters += text.size();
@@ -75,7 +75,7 @@ Configuration resolve(std::string_view text, const std::string& source, const st
       throw Error(source + ": " + key + " is a " + value[key].type_name() + "; give an object of name: format");
 
   std::map<std::string, std::string> exact;
-  std::vector<Pattern> patterns;
+  std::vector<FormatPattern> patterns;
   std::optional<std::string> otherwise;
   if (value.contains("matrices"))
     for (const auto& [name, format] : value["matrices"].items()) exact[name] = parse(source, name, format);
@@ -88,7 +88,7 @@ Configuration resolve(std::string_view text, const std::string& source, const st
       throw Error("the configuration names " + repr(name) + ", which the model lacks; its " +
                   std::to_string(matrices.size()) + " matrices are " + matrices.front() + ", " +
                   matrices[std::min<std::size_t>(1, matrices.size() - 1)] + "; correct the name or use patterns");
-  for (const Pattern& pattern : patterns)
+  for (const FormatPattern& pattern : patterns)
     if (std::none_of(matrices.begin(), matrices.end(), [&](const auto& name) { return pattern.glob.matches(name); }))
       throw Error("the pattern " + repr(pattern.text) + " matches none of the model's " +
                   std::to_string(matrices.size()) + " matrices (like " + matrices.back() + "); " + advice(pattern.text));

@@ -8,7 +8,7 @@
 namespace coatrt::detail {
 namespace {
 
-constexpr int kDepth = 100;  // as deep as protobuf's own reader goes
+constexpr int kMaxMessageDepth = 100;  // as deep as protobuf's own reader goes
 
 enum Message { kModel, kGraph, kFunction, kTraining, kNode, kAttribute, kSparseTensor, kTensor, kEntry };
 
@@ -29,7 +29,7 @@ struct Walk {
   std::set<std::string> locations;
 
   void message(Message kind, std::string_view bytes, int depth) {
-    if (depth > kDepth) throw Error("its messages are nested too deeply");
+    if (depth > kMaxMessageDepth) throw Error("its messages are nested too deeply");
     std::string_view key, value;  // of an entry
     while (!bytes.empty()) {
       const std::uint64_t tag = number(bytes);

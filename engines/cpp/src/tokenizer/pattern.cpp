@@ -15,8 +15,10 @@ constexpr std::size_t kEndless = std::numeric_limits<std::size_t>::max();
 constexpr int kDepth = 16;
 constexpr std::size_t kMostItems = 1024;  // the matcher recurses once an item
 
+}  // namespace
+
 /// What one character may be: any of the terms, or none of them where negated.
-struct Class {
+struct CharacterClass {
   struct Term {
     char32_t first, last;  // a range, where `name` is 0
     char name;             // else a class of `in_class`
@@ -39,12 +41,10 @@ struct Class {
   }
 };
 
-}  // namespace
-
 struct Pattern::Item {
   std::size_t number = 0;  // among all items of the pattern
   enum Kind { kClass, kGroup, kAhead, kNotAhead } kind = kClass;
-  Class what;
+  CharacterClass what;
   Alternatives group;
   std::size_t least = 1, most = 1;
   bool possessive = false;
@@ -130,18 +130,18 @@ class Parser {
     return value;
   }
 
-  Class one(bool any_case) {
-    Class made;
+  CharacterClass one(bool any_case) {
+    CharacterClass made;
     made.any_case = any_case;
     if (take("[")) {
       made.negated = take("^");
       while (!take("]")) {
         if (!more()) refuse("an unmatched [");
         if (peek() == '[' || take("&&")) refuse("a class within a class");
-        Class::Term term = escaped_or_plain();
+        CharacterClass::Term term = escaped_or_plain();
         if (term.name == 0 && peek() == '-' && at_ + 1 < text_.size() && text_[at_ + 1] != ']') {
           ++at_;
-          const Class::Term last = escaped_or_plain();
+          const CharacterClass::Term last = escaped_or_plain();
           if (last.name != 0 || last.first < term.first) refuse("an invalid range");
           term.last = last.first;
         }
@@ -157,8 +157,8 @@ class Parser {
     return made;
   }
 
-  Class::Term escaped_or_plain() {
-    const auto literal = [](char32_t point) { return Class::Term{point, point, 0, false}; };
+  CharacterClass::Term escaped_or_plain() {
+    const auto literal = [](char32_t point) { return CharacterClass::Term{point, point, 0, false}; };
     if (!take("\\")) return literal(text_[at_++]);
     if (!more()) refuse("a lone backslash");
     const char32_t letter = text_[at_++];

@@ -14,7 +14,7 @@ constexpr std::int64_t kMostTokens = std::int64_t{1} << 31;
 [[noreturn]] void refuse(const std::string& what) {
   throw Error("tokenizer.json has " + what + ", which the C++ tokenizer does not support; pass token ids instead");
 }
-[[noreturn]] void garbled(const std::string& what) {
+[[noreturn]] void malformed(const std::string& what) {
   throw Error("tokenizer.json is garbled (" + what + "); build the bundle again");
 }
 
@@ -33,7 +33,7 @@ std::vector<const Json*> parts_of(const Json* value, const char* key) {
   if (value == nullptr || value->is_null()) return {};
   if (type_of(*value) != "Sequence") return {value};
   const Json* list = find(*value, key);
-  if (list == nullptr || !list->is_array()) garbled(key);
+  if (list == nullptr || !list->is_array()) malformed(key);
   std::vector<const Json*> parts;
   for (const Json& part : *list) parts.push_back(&part);
   return parts;
@@ -63,7 +63,7 @@ std::string to_bytes(const std::string& token, const std::unordered_map<char32_t
 
 std::int64_t token_id(const Json& value) {
   std::int64_t id = 0;
-  if (!whole(&value, 0, id) || id >= kMostTokens) garbled("a token id");
+  if (!whole(&value, 0, id) || id >= kMostTokens) malformed("a token id");
   return id;
 }
 
@@ -74,7 +74,7 @@ void read_model(const Json& model, Tokenizer::State& state) {
   for (const char* key : {"continuing_subword_prefix", "end_of_word_suffix"})
     if (const std::string* text = find_text(model, key); text != nullptr && !text->empty()) refuse(key);
   const Json *vocabulary = find(model, "vocab"), *merges = find(model, "merges");
-  if (vocabulary == nullptr || !vocabulary->is_object() || merges == nullptr || !merges->is_array()) garbled("model");
+  if (vocabulary == nullptr || !vocabulary->is_object() || merges == nullptr || !merges->is_array()) malformed("model");
   const auto bytes = alphabet();
   std::unordered_map<std::string, std::int64_t> written;  // tokens as the file spells them
   for (const auto& [token, value] : vocabulary->items()) {
@@ -88,7 +88,7 @@ void read_model(const Json& model, Tokenizer::State& state) {
   std::int64_t rank = 0;
   const auto id_of = [&](const std::string& token) {
     const auto found = written.find(token);
-    if (found == written.end()) garbled("merges");
+    if (found == written.end()) malformed("merges");
     return found->second;
   };
   for (const Json& merge : *merges) {
@@ -96,12 +96,12 @@ void read_model(const Json& model, Tokenizer::State& state) {
     if (merge.is_string()) {  // "a b" in older files
       const auto text = merge.get<std::string>();
       const std::size_t space = text.find(' ');
-      if (space == text.npos) garbled("merges");
+      if (space == text.npos) malformed("merges");
       left = text.substr(0, space), right = text.substr(space + 1);
     } else if (merge.is_array() && merge.size() == 2 && merge[0].is_string() && merge[1].is_string()) {
       left = merge[0].get<std::string>(), right = merge[1].get<std::string>();
     } else {
-      garbled("merges");
+      malformed("merges");
     }
     state.bpe.add_merge(id_of(left), id_of(right), id_of(left + right), rank++);
   }
@@ -110,10 +110,10 @@ void read_model(const Json& model, Tokenizer::State& state) {
 
 void read_added(const Json* tokens, Tokenizer::State& state) {
   if (tokens == nullptr) return;
-  if (!tokens->is_array()) garbled("added_tokens");
+  if (!tokens->is_array()) malformed("added_tokens");
   for (const Json& token : *tokens) {
     const std::string* content = find_text(token, "content");
-    if (content == nullptr || content->empty() || find(token, "id") == nullptr) garbled("added_tokens");
+    if (content == nullptr || content->empty() || find(token, "id") == nullptr) malformed("added_tokens");
     if (flag(token, "single_word", false)) refuse("an added token with single_word");
     const std::int64_t id = token_id(*find(token, "id"));
     const auto points = decode_utf8(*content);
@@ -132,11 +132,11 @@ void read_added(const Json* tokens, Tokenizer::State& state) {
 void read_split(const Json& split, Tokenizer::State& state) {
   const Json* pattern = find(split, "pattern");
   const std::string* behavior = find_text(split, "behavior");
-  if (pattern == nullptr || behavior == nullptr) garbled("pre_tokenizer");
+  if (pattern == nullptr || behavior == nullptr) malformed("pre_tokenizer");
   if (*behavior != "Isolated" || flag(split, "invert", false)) refuse("a split that is " + *behavior + " or inverted");
   if (const std::string* regex = find_text(*pattern, "Regex")) state.splits.emplace_back(*regex);
   else if (const std::string* text = find_text(*pattern, "String")) state.splits.push_back(Pattern::literal(*text));
-  else garbled("pre_tokenizer");
+  else malformed("pre_tokenizer");
 }
 
 void read_pre_tokenizer(const Json* value, Tokenizer::State& state) {
@@ -166,7 +166,7 @@ void read_post_processor(const Json* value, Tokenizer::State& state) {
     if (type == "ByteLevel") continue;
     if (type != "TemplateProcessing") refuse("a post-processor of type " + type);
     const Json *single = find(*part, "single"), *specials = find(*part, "special_tokens");
-    if (single == nullptr || !single->is_array() || specials == nullptr) garbled("post_processor");
+    if (single == nullptr || !single->is_array() || specials == nullptr) malformed("post_processor");
     bool seen = false;
     for (const Json& piece : *single) {
       if (find(piece, "Sequence") != nullptr) {
@@ -177,7 +177,7 @@ void read_post_processor(const Json* value, Tokenizer::State& state) {
       const std::string* name = token == nullptr ? nullptr : find_text(*token, "id");
       const Json* facts = name == nullptr ? nullptr : find(*specials, name->c_str());
       const Json* ids = facts == nullptr ? nullptr : find(*facts, "ids");
-      if (ids == nullptr || !ids->is_array()) garbled("post_processor");
+      if (ids == nullptr || !ids->is_array()) malformed("post_processor");
       for (const Json& id : *ids) (seen ? state.after : state.before).push_back(token_id(id));
     }
   }
@@ -188,7 +188,7 @@ void read_post_processor(const Json* value, Tokenizer::State& state) {
 Tokenizer::State read_tokenizer(std::string_view json) {
   const Json file = parse_json(json, "tokenizer", "tokenizer.json");
   const Json* model = find(file, "model");
-  if (model == nullptr) garbled("model");
+  if (model == nullptr) malformed("model");
   Tokenizer::State state;
   for (const Json* part : parts_of(find(file, "normalizer"), "normalizers")) {
     if (type_of(*part) != "NFC") refuse("a normalizer of type " + type_of(*part));
