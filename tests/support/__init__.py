@@ -1,1 +1,1 @@
-"""What several tests share: tiny models, families, a pretended device, decoding in numpy."""
+"""Helpers that several tests share: tiny models, model families, fake devices, decoding in numpy."""

@@ -1,4 +1,4 @@
-"""Bundles of configurations, for tests."""
+"""Builds bundles of given configurations."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,11 +26,11 @@ def build_targets(
     *,
     overwrite: bool = False,
     sign: Path | None = None,
-    **more: Any,
+    **changes: Any,
 ) -> list[BundleResult]:
-    """Make a bundle for each target."""
+    """Build a bundle for each target; `changes` are options of `execute`."""
     preparation = prepare(adapter.description, targets, options or BundleOptions(), overwrite=overwrite, sign=sign)
-    return execute(preparation, adapter, checkpoint, **more)
+    return execute(preparation, adapter, checkpoint, **changes)
 
 
 def make_bundle(
@@ -40,10 +40,10 @@ def make_bundle(
     output: Path,
     options: BundleOptions | None = None,
     plan: Plan | None = None,
-    **more: Any,
+    **changes: Any,
 ) -> Bundle:
-    """Make the bundle of one configuration for the device called `name`."""
+    """Build the bundle of one configuration for the device `name`."""
     (result,) = build_targets(
-        adapter, adapter.checkpoint(), [Target(device_profile(name), config, output, plan)], options, **more
+        adapter, adapter.checkpoint(), [Target(device_profile(name), config, output, plan)], options, **changes
     )
     return result.bundle

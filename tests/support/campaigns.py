@@ -1,4 +1,4 @@
-"""Campaigns, run short by tests."""
+"""Runs the campaigns of tests/campaigns, shortened, as tests."""
 
 import json
 import subprocess
@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_short(script: str, output: Path, *options: str) -> Any:
-    """Run a script of tests/campaigns, and return what it wrote as JSON, and what it printed."""
+    """Run a script of tests/campaigns; return its JSON result and its standard output."""
     command = [sys.executable, ROOT / "tests/campaigns" / script, "--short", "-o", output, *options]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-4000:]
-    return json.loads(output.read_text()), done.stdout
+    process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert process.returncode == 0, process.stderr[-4000:] + process.stdout[-4000:]
+    return json.loads(output.read_text()), process.stdout

@@ -1,4 +1,4 @@
-"""The commands of coatrt on tiny inputs, in copies of a process that has imported everything once."""
+"""Runs coatrt's commands on tiny inputs, in forks of a process that has imported everything once."""
 
 import atexit
 import gc
@@ -21,10 +21,10 @@ FORMATS = "nf3-g32,int8"
 
 
 def import_everything() -> None:
-    """Import what commands need, and let timings be short, so that each copy of this process starts at once."""
+    """Import everything that commands need and shorten timings, so that each fork of this process starts at once."""
     import importlib
 
-    settings = tempfile.mkdtemp()  # of matplotlib, for other users too
+    settings = tempfile.mkdtemp()  # for matplotlib; readable by other users, as some tests change the user
     Path(settings).chmod(0o755)
     atexit.register(shutil.rmtree, settings, ignore_errors=True)
     os.environ["MPLCONFIGDIR"] = settings
@@ -69,17 +69,17 @@ def run_command(
     errors: Path | None = None,
     started: Callable[[int], object] | None = None,
 ) -> int:
-    """Run a command in a copy of this process and return its exit code; negative where a signal ended it.
+    """Run a command in a fork of this process and return its exit code; negative if a signal ended it.
 
     Args:
-        arguments: of coatrt.
-        prepare: called in the copy before.
-        output: file for what it prints; None for none.
-        errors: file for what it prints on standard error, if another.
-        started: called with the copy's process id.
+        arguments: arguments of coatrt.
+        prepare: called in the child before the command.
+        output: file for standard output; None discards it.
+        errors: file for standard error; None for the same as `output`.
+        started: called with the child's process id.
     """
 
-    from coatrt.cli.main import main  # before the child begins, whom a signal may meet at once
+    from coatrt.cli.main import main  # imported before the fork, as a signal may reach the child at once
 
     def work() -> None:
         for number, path in ((1, output or os.devnull), (2, errors)):
@@ -97,10 +97,10 @@ def run_command(
 
 
 class Inputs:
-    """A tiny model, a text, an adapter and a configuration in a folder.
+    """A tiny model, a text, an adapter, a configuration and a bundle in a folder.
 
     Args:
-        folder: where they are, and made if missing.
+        folder: the folder; missing inputs are created there.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -119,7 +119,7 @@ class Inputs:
             plan = self.adapter / ".." / "config.json"
             assert run_command(["plan", self.adapter, "--target", "cpu", "-o", plan], output=log) == 0, log.read_text()
             log.unlink()
-            for path in folder.rglob("*"):  # for other users too
+            for path in folder.rglob("*"):  # readable by other users, as some tests change the user
                 path.chmod(0o755 if path.is_dir() else 0o644)
 
     def _make(self) -> None:
@@ -128,7 +128,7 @@ class Inputs:
         self.text.write_text("\n\n".join(f"{word} the {word} sat on the mat. " * 30 for word in words))
 
     def train(self, output: Path) -> list[object]:
-        """Return the command that trains the adapter at a place."""
+        """Return the command that trains the adapter into `output`."""
         return [
             *("train", self.model, "--data", self.text, "-o", output, "--steps", 3, "--checkpoint-every", 1),
             *("--formats", FORMATS, "--batch", 2, "--max-length", 32, "--calibration", 20, "--evaluation", 2),
@@ -137,18 +137,18 @@ class Inputs:
 
 
 def content(directory: Path) -> dict[str, Any]:
-    """Return what a command made, times and engines aside."""
-    found: dict[str, Any] = {}
+    """Return the files of a command's output by name, without times and engines."""
+    files: dict[str, Any] = {}
     for path in sorted(directory.rglob("*")):
         name = str(path.relative_to(directory))
         if path.suffix == ".engine" or not path.is_file():
             continue
-        found[name] = path.read_bytes()
+        files[name] = path.read_bytes()
         if path.name in ("adapter.json", "metrics.json", "manifest.json"):
-            value = json.loads(found[name])
-            for measured in ("seconds", "sha256", "engines", "fingerprint", "seal"):  # the last hashes sources
-                value.pop(measured, None)
+            value = json.loads(files[name])
+            for key in ("seconds", "sha256", "engines", "fingerprint", "seal"):  # the fingerprint hashes source files
+                value.pop(key, None)
             for file in [file for file in value.get("files", ()) if file.endswith(".engine")]:
                 del value["files"][file]
-            found[name] = value
-    return found
+            files[name] = value
+    return files

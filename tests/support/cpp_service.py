@@ -1,4 +1,4 @@
-"""The running C++ service."""
+"""Starts the C++ service of examples/service and talks to it."""
 
 import json
 import signal
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Service:
-    """The running service."""
+    """A running service."""
 
     def __init__(self, cpp: Any, bundle: Path, *options: str, wait: bool = True) -> None:
         context = () if "--context" in options else ("--context", "96")
@@ -39,5 +39,5 @@ class Service:
 
     def stop(self) -> None:
         self.process.send_signal(signal.SIGTERM)
-        _, said = self.process.communicate(timeout=60)
-        assert self.process.returncode == 0, said[-3000:]  # the sanitizers' verdict on leaks as well
+        _, errors = self.process.communicate(timeout=60)
+        assert self.process.returncode == 0, errors[-3000:]  # a leak found by the sanitizer fails it too

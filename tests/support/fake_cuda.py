@@ -1,4 +1,4 @@
-"""A fake of libcuda: its calls on the host's memory, a stream that runs when it is waited for, and graphs."""
+"""A fake of libcuda: buffers in host memory, a stream that runs only when it is waited for, and graphs."""
 
 import ctypes
 from collections import Counter
@@ -11,12 +11,12 @@ NOT_IN_CAPTURE, INVALIDATED = 900, 901  # CUDA_ERROR_STREAM_CAPTURE_…
 
 
 class FakeDriver:
-    """Calls of libcuda; `gpus` of compute capability `sm`, with `free` bytes.
+    """The calls of libcuda, for `gpus` GPUs of compute capability `sm` with `free` bytes of free memory.
 
-    Copies run when somebody waits for the stream, not before: what reads or overwrites too early shows.
+    Copies run only when the stream is waited for, so that code that reads or overwrites a buffer too early fails.
 
     Args:
-        fails: name of a call → the status that it returns.
+        fails: name of a call → the status it returns.
     """
 
     def __init__(
@@ -39,20 +39,20 @@ class FakeDriver:
     def __getattr__(self, name: str) -> Callable[..., int]:
         if not name.startswith("cu"):
             raise AttributeError(name)
-        found = {"cuInit": lambda *_: self.start, "cuGetErrorString": lambda *_: 1}.get(name)
-        found = found or type(self).__dict__.get(f"_{name}", lambda *_: 0).__get__(self)
+        function = {"cuInit": lambda *_: self.start, "cuGetErrorString": lambda *_: 1}.get(name)
+        function = function or type(self).__dict__.get(f"_{name}", lambda *_: 0).__get__(self)
 
         def call(*arguments: Any) -> int:
             self.calls[name] += 1
             if name in self.fails and name != "cuStreamEndCapture":
                 return self.fails[name]
-            return int(found(*arguments) or 0)
+            return int(function(*arguments) or 0)
 
         setattr(self, name, call)
         return call
 
-    def give(self, work: Callable[[], None]) -> None:
-        """Give the stream work: run later, or captured."""
+    def enqueue(self, work: Callable[[], None]) -> None:
+        """Add work to the stream, to run later or to be captured."""
         (self.queue if self.capture is None else self.capture).append(work)
 
     def _cuDeviceGetCount(self, count: Any) -> None:
@@ -94,13 +94,13 @@ class FakeDriver:
         self._cuMemFree_v2(address)
 
     def _cuMemsetD8Async(self, address: int, value: int, nbytes: int, _: int) -> None:
-        self.give(lambda: ctypes.memset(address, value, nbytes))
+        self.enqueue(lambda: ctypes.memset(address, value, nbytes))
 
     def _cuMemcpyHtoDAsync_v2(self, to: int, source: int, nbytes: int, _: int) -> None:
-        self.give(lambda: ctypes.memmove(to, source, nbytes))
+        self.enqueue(lambda: ctypes.memmove(to, source, nbytes))
 
     def _cuMemcpyDtoHAsync_v2(self, to: int, source: int, nbytes: int, _: int) -> None:
-        self.give(lambda: ctypes.memmove(to, source, nbytes))
+        self.enqueue(lambda: ctypes.memmove(to, source, nbytes))
 
     def _cuStreamCreate(self, stream: Any, _: int) -> None:
         stream._obj.value = 11
@@ -116,8 +116,8 @@ class FakeDriver:
 
     def _cuStreamBeginCapture_v2(self, _: int, mode: int) -> None:
         assert self.capture is None
-        assert mode == 1, "other threads may reserve memory"
-        assert not self.queue, "what was begun before is waited for"
+        assert mode == 1, "other threads may allocate memory during the capture"
+        assert not self.queue, "the stream must be idle before a capture"
         self.capture, self.invalid = [], False
 
     def _cuStreamEndCapture(self, _: int, graph: Any) -> int:
@@ -135,10 +135,10 @@ class FakeDriver:
 
     def _cuGraphLaunch(self, made: Any, _: int) -> None:
         for work in self.graphs[made.value]:
-            self.give(work)
+            self.enqueue(work)
 
     def _cuGraphDestroy(self, graph: Any) -> None:
         del self.graphs[graph.value]
 
-    def _cuGraphExecDestroy(self, made: Any) -> None:
-        del self.graphs[made.value]
+    def _cuGraphExecDestroy(self, executable: Any) -> None:
+        del self.graphs[executable.value]

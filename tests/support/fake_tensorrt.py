@@ -1,4 +1,4 @@
-"""A fake of TensorRT on the fake driver: it runs the graph that an engine is built from, in ONNX Runtime on the CPU."""
+"""A fake of TensorRT on the fake driver: it runs an engine's source graph in ONNX Runtime on the CPU."""
 
 import ctypes
 import enum
@@ -23,7 +23,7 @@ _NUMPY = {"tensor(float16)": np.float16, "tensor(float)": np.float32, "tensor(in
 def add_engine(
     bundle: Path, directory: Path, *, sm: int = 89, batch: int = 2, prefill: int = 4, plan: bytes = b""
 ) -> Bundle:
-    """Copy a bundle and give it an engine, which names its graph."""
+    """Copy a bundle and add a fake engine, whose bytes are the path of its graph."""
     shutil.copytree(bundle, directory)
     (directory / "sm.engine").write_bytes(plan or str(directory / "base.onnx").encode())
     facts = {
@@ -49,7 +49,7 @@ class _Logger:
 
 
 class FakeContext:
-    """Runs a graph when the stream gets there, with the tensors at the addresses of now."""
+    """Runs a graph when the stream gets to it, with the tensor addresses at the time of enqueueing."""
 
     def __init__(self, engine: "_Engine", eager: bool) -> None:
         self.engine, self.eager = engine, eager
@@ -60,7 +60,7 @@ class FakeContext:
         self.captured, self.ran_in = False, {}  # type: tuple[bool, dict[str, tuple[int, ...]]]
 
     def _changes(self) -> None:
-        assert not self.captured, "a context that a graph was captured from is changed"
+        assert not self.captured, "a context must not change after a graph was captured from it"
 
     def set_device_memory(self, address: int, size: int) -> None:
         self._changes()
@@ -88,7 +88,7 @@ class FakeContext:
         assert self.memory is not None
         assert self.memory[1] >= ACTIVATION_BYTES
         if driver.capture is not None:
-            assert self.ran_in == self.shapes, "the first run in a shape is not captured"
+            assert self.ran_in == self.shapes, "a plain run in the same shapes must come before a capture"
             if trt.refuses_capture:
                 trt.logger.log(_Severity.ERROR, "operation not permitted\nwhen stream is capturing")
                 return False
@@ -103,17 +103,17 @@ class FakeContext:
 
         def work() -> None:
             feeds = {}
-            for one in session.get_inputs():
-                held = np.empty(shapes[one.name], _NUMPY[one.type])
-                ctypes.memmove(held.ctypes.data, addresses[one.name], held.nbytes)
-                feeds[one.name] = held
-            names = [one.name for one in session.get_outputs()]
-            for name, made in zip(names, session.run(names, feeds), strict=True):
+            for node in session.get_inputs():
+                value = np.empty(shapes[node.name], _NUMPY[node.type])
+                ctypes.memmove(value.ctypes.data, addresses[node.name], value.nbytes)
+                feeds[node.name] = value
+            names = [node.name for node in session.get_outputs()]
+            for name, output in zip(names, session.run(names, feeds), strict=True):
                 if name == "logits":
-                    made[...] *= trt.factor
-                ctypes.memmove(addresses[name], np.ascontiguousarray(made).ctypes.data, made.nbytes)
+                    output[...] *= trt.factor
+                ctypes.memmove(addresses[name], np.ascontiguousarray(output).ctypes.data, output.nbytes)
 
-        driver.give(work)
+        driver.enqueue(work)
         return True
 
 
@@ -126,7 +126,7 @@ class _Engine:
         options.log_severity_level, options.intra_op_num_threads = 4, 1
         options.add_session_config_entry("session.disable_quant_qdq", "1")
         self.session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-        self.tensors = {one.name: one for one in (*self.session.get_inputs(), *self.session.get_outputs())}
+        self.tensors = {node.name: node for node in (*self.session.get_inputs(), *self.session.get_outputs())}
         self.num_io_tensors = len(self.tensors)
 
     def get_tensor_name(self, number: int) -> str:
@@ -162,7 +162,7 @@ class _Config:
 
 
 class FakeTensorRT:
-    """The module tensorrt_rtx, or tensorrt; what goes wrong in it is set from outside."""
+    """The module tensorrt_rtx or tensorrt; tests set its failures as attributes."""
 
     __version__ = VERSION
     ILogger = _Logger

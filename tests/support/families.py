@@ -1,4 +1,4 @@
-"""Tiny random models of every family, and a small driver for their graphs."""
+"""Tiny random models of every family, and a minimal runtime for their graphs."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -73,13 +73,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def save_model(directory: Path, name: str, **more: Any) -> Any:
-    """Save a random model whose weights fp16 holds exactly, norms and biases far from their defaults; return it."""
+def save_model(directory: Path, name: str, **overrides: Any) -> Any:
+    """Save and return a random model: weights exact in fp16, norms and biases far from their defaults."""
     import transformers
 
     family, changes = MODELS[name]
     torch.manual_seed(len(name))
-    config = getattr(transformers, f"{family}Config")(**{**_BASE, **changes, **more})
+    config = getattr(transformers, f"{family}Config")(**{**_BASE, **changes, **overrides})
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -104,23 +104,23 @@ def export(
     return directory
 
 
-def joined(lora: dict[str, NDArray[Any]], inputs: set[str]) -> dict[str, NDArray[Any]]:
-    """Return LoRA tensors with A side by side and B block-diagonal where a graph's inputs are so."""
-    found = dict(lora)
+def join_lora(lora: dict[str, NDArray[Any]], inputs: set[str]) -> dict[str, NDArray[Any]]:
+    """Return LoRA tensors with those of a fused group joined (A concatenated, B block-diagonal) as `inputs` require."""
+    tensors_by_input = dict(lora)
     for joint, parts in (("qkv_proj", ("q_proj", "k_proj", "v_proj")), ("gate_up_proj", ("gate_proj", "up_proj"))):
         for name in [name for name in inputs if name.endswith(f".{joint}") and name.startswith("lora_")]:
-            tensors = [found.pop(name.removesuffix(joint) + part) for part in parts]
-            found[name] = np.concatenate(tensors, axis=1)
+            tensors = [tensors_by_input.pop(name.removesuffix(joint) + part) for part in parts]
+            tensors_by_input[name] = np.concatenate(tensors, axis=1)
             if name.startswith("lora_B."):
                 ranks, widths = zip(*(tensor.shape for tensor in tensors), strict=True)
-                found[name] = np.zeros((sum(ranks), sum(widths)), np.float32)
+                blocks = tensors_by_input[name] = np.zeros((sum(ranks), sum(widths)), np.float32)
                 for i, tensor in enumerate(tensors):
-                    found[name][sum(ranks[:i]) : sum(ranks[: i + 1]), sum(widths[:i]) : sum(widths[: i + 1])] = tensor
-    return found
+                    blocks[sum(ranks[:i]) : sum(ranks[: i + 1]), sum(widths[:i]) : sum(widths[: i + 1])] = tensor
+    return tensors_by_input
 
 
 class Runner:
-    """Runs a decoder graph in ONNX Runtime, carrying its caches."""
+    """Runs a decoder graph in ONNX Runtime and keeps its caches between steps."""
 
     def __init__(self, checkpoint: Checkpoint, directory: Path, form: GraphForm = CPU, slots: int = 48) -> None:
         options = ort.SessionOptions()
@@ -133,17 +133,17 @@ class Runner:
         self.cache: dict[str, NDArray[Any]] = {}
 
     def start(self, batch: int) -> None:
-        """Fill the caches with what may not be read: NaN; in the engine form, which masks by adding, large numbers."""
+        """Fill the caches with values that must not be read: NaN, or large numbers where the graph masks by adding."""
         shape = (batch, self.io.kv_heads, self.slots, self.io.head_dim)
-        unread = 50 if self.io.cache_length else np.nan
-        self.cache = {name: np.full(shape, unread, self.dtype) for name in self.io.past_names}
+        poison = 50 if self.io.cache_length else np.nan
+        self.cache = {name: np.full(shape, poison, self.dtype) for name in self.io.past_names}
 
     def step(
         self, ids: NDArray[Any], starts: NDArray[Any], index: NDArray[Any], lora: dict[str, NDArray[Any]] | None = None
     ) -> NDArray[Any]:
-        """Run ids [B, S] that start at positions `starts` [B]; return the logits [B, T, V] at `index` [B, T]."""
+        """Run ids [B, S] from positions `starts` [B]; return the logits [B, T, V] at `index` [B, T]."""
         ends = starts + ids.shape[1]
-        every: dict[str, NDArray[Any]] = {
+        values: dict[str, NDArray[Any]] = {
             "input_ids": ids,
             "position_ids": starts[:, None] + np.arange(ids.shape[1]),
             "write_index": starts,
@@ -152,29 +152,29 @@ class Runner:
             "seqlens_k": (ends - 1).astype(np.int32),
             "total_sequence_length": np.array(ends.max(), np.int32),
         }
-        named = {value.name for value in self.session.get_inputs()}
-        feed = {name: value for name, value in every.items() if name in named} | self.cache
-        feed |= {name: value.astype(self.dtype) for name, value in joined(lora or {}, named).items()}
-        logits, *presents = self.session.run(["logits", *self.io.present_names], feed)
+        names = {node.name for node in self.session.get_inputs()}
+        inputs = {name: value for name, value in values.items() if name in names} | self.cache
+        inputs |= {name: value.astype(self.dtype) for name, value in join_lora(lora or {}, names).items()}
+        logits, *presents = self.session.run(["logits", *self.io.present_names], inputs)
         self.cache = dict(zip(self.io.past_names, presents, strict=True))
         return np.asarray(logits)
 
     def prefill_and_decode(
         self, prompts: list[NDArray[Any]], lengths: list[int], lora: dict[str, NDArray[Any]] | None = None
     ) -> list[NDArray[Any]]:
-        """Return the logits [length, V] of each sequence: `lengths` ids as one right-padded batch, then one by one."""
+        """Return the logits [length, V] of each sequence: first `lengths` ids, padded on the right, then one by one."""
         batch, width, steps = len(prompts), max(lengths), len(prompts[0]) - lengths[0]
         ids = np.zeros((batch, width), np.int64)
         for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
             ids[row, :length] = prompt[:length]
         self.start(batch)
-        every = np.tile(np.arange(width), (batch, 1))
-        first = self.step(ids, np.zeros(batch, np.int64), every, lora)
+        positions = np.tile(np.arange(width), (batch, 1))
+        first = self.step(ids, np.zeros(batch, np.int64), positions, lora)
         logits = [[first[row, :length]] for row, length in enumerate(lengths)]
         for step in range(steps):
-            at = np.array(lengths) + step
-            now = np.array([[prompt[length + step]] for prompt, length in zip(prompts, lengths, strict=True)])
-            out = self.step(now, at, np.zeros((batch, 1), np.int64), lora)
+            starts = np.array(lengths) + step
+            tokens = np.array([[prompt[length + step]] for prompt, length in zip(prompts, lengths, strict=True)])
+            out = self.step(tokens, starts, np.zeros((batch, 1), np.int64), lora)
             for row in range(batch):
                 logits[row].append(out[row])
         return [np.concatenate(parts) for parts in logits]

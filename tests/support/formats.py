@@ -1,4 +1,4 @@
-"""Formats and configurations that several tests take."""
+"""Formats and configurations that several tests use."""
 
 import numpy as np
 
@@ -14,7 +14,7 @@ PAPER_FORMATS = tuple(
     for B0 in (16, 32, 64)
     for B1 in SCALE_BLOCKS[1:]
 )
-"""The 432 choices of arXiv 2509.25214."""
+"""The 432 formats of arXiv 2509.25214."""
 
 
 def random_config(space: ConfigSpace, rng: np.random.Generator) -> QuantConfig:

@@ -1,4 +1,4 @@
-"""GGUF files written from models as llama.cpp's converter writes them."""
+"""Writes models as GGUF files, in the layout of llama.cpp's converter."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,8 +30,8 @@ def _name(name: str) -> str:
     return f"blk.{layer}.{_PARTS[part]}.{kind}"
 
 
-def _interleaved(rows: Any, heads: int) -> Any:
-    """Return rows [N, …] as llama.cpp rotates them: the two halves of each head in turn."""
+def _interleave(rows: Any, heads: int) -> Any:
+    """Return rows [N, …] in llama.cpp's order for rotary embedding: the two halves of each head interleaved."""
     return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
@@ -50,7 +50,7 @@ def write_gguf(
 
     Args:
         path: the file.
-        model: of transformers.
+        model: a model of transformers.
         arch: llama.cpp's name of the family.
         keys: (method of GGUFWriter, key, value) to add.
         more: tensors to add, by their names in the file.
@@ -94,7 +94,7 @@ def write_gguf(
         values = parameter.detach().float().numpy()
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
         if arch == "llama" and heads is not None:
-            values = _interleaved(values, heads)
+            values = _interleave(values, heads)
         writer.add_tensor(
             _name(name), np.ascontiguousarray(values.astype(np.float16) if half and values.ndim == 2 else values)
         )

@@ -1,4 +1,4 @@
-"""Pairs of keys to sign with."""
+"""Creates key pairs for signing."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ __all__ = ["write_keys"]
 
 
 def write_keys(directory: Path) -> tuple[Path, Path] | None:
-    """Write a new private and public key on P-256 as PEM and return their files; None without `cryptography`."""
+    """Write a new private and public P-256 key as PEM and return their files; None if `cryptography` is missing."""
     try:
         from cryptography.hazmat.primitives import serialization as pem
         from cryptography.hazmat.primitives.asymmetric import ec

@@ -1,4 +1,4 @@
-"""Processes that die at a chosen step on the disk."""
+"""Processes that are killed at a chosen file system call."""
 
 import contextlib
 import fcntl
@@ -18,32 +18,32 @@ _STEPS = ("open", "mkdir", "rename", "replace", "link", "symlink", "unlink", "rm
 
 
 def arm(step: int, names: tuple[str, ...] = _STEPS, *, locks: bool = True) -> list[str]:
-    """Let this process kill itself before its step number `step`, from 0; the steps it takes are added to the list."""
-    taken: list[str] = []
+    """Make this process kill itself before file system call number `step`, from 0; return the growing list of calls."""
+    calls: list[str] = []
 
-    def counted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def counting(*arguments: Any, **options: Any) -> Any:
-            if len(taken) == step:
+    def count(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*arguments: Any, **options: Any) -> Any:
+            if len(calls) == step:
                 os.kill(os.getpid(), signal.SIGKILL)
-            taken.append(name)
+            calls.append(name)
             return call(*arguments, **options)
 
-        return counting
+        return wrapper
 
     for name in names:
-        setattr(os, name, counted(name, getattr(os, name)))
+        setattr(os, name, count(name, getattr(os, name)))
     if locks:
-        fcntl.flock = counted("flock", fcntl.flock)
-    files._exchange = counted("exchange", files._exchange)
-    return taken
+        fcntl.flock = count("flock", fcntl.flock)
+    files._exchange = count("exchange", files._exchange)
+    return calls
 
 
 def fork(work: Callable[[], object], started: Callable[[int], object] | None = None) -> int:
-    """Do some work in a copy of this process, and return its exit code; negative where a signal ended it.
+    """Do some work in a fork of this process and return its exit code; negative if a signal ended it.
 
     Args:
-        work: what to do; its exit code is 70 where that raises.
-        started: called in this process with the id of the copy.
+        work: the work; the exit code is 70 if it raises.
+        started: called in this process with the child's process id.
     """
     child = os.fork()
     if child == 0:
@@ -65,18 +65,18 @@ def fork(work: Callable[[], object], started: Callable[[int], object] | None = N
 
 
 def kill_at_each_step(work: Callable[[], object]) -> Iterator[int]:
-    """Do some work in processes that die before their first step, their second and so on; yield after each death.
+    """Do some work in processes killed before their first file system call, their second, and so on; yield after each.
 
-    It ends with the first process that comes to its end.
+    The last process is the first that finishes its work.
     """
     step = 0
     while True:
 
-        def armed(step: int = step) -> None:
+        def work_until_kill(step: int = step) -> None:
             arm(step)
             work()
 
-        code = fork(armed)
+        code = fork(work_until_kill)
         if code == 0:
             return
         assert code == -signal.SIGKILL, code
@@ -85,5 +85,5 @@ def kill_at_each_step(work: Callable[[], object]) -> Iterator[int]:
 
 
 def leftovers(*folders: Path) -> list[str]:
-    """Return what is hidden in folders and below them, as nothing is that a finished command leaves."""
+    """Return the hidden files in folders and their subfolders; a finished command leaves none."""
     return sorted(str(path) for folder in folders for path in folder.rglob(".*"))

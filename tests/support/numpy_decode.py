@@ -1,4 +1,4 @@
-"""The decode arithmetic of `coatrt.quantization.codec` once more in numpy: no torch, same bits."""
+"""The decoding of `coatrt.quantization.codec` reimplemented in numpy; results are equal bit for bit."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def decode_numpy(
     constant: float = 0.0,
     dtype: DTypeLike = np.float32,
 ) -> NDArray[Any]:
-    """Return the weight that codes and scales stand for.
+    """Return the weight of codes and scales.
 
     Args:
         weight_format: the effective format.

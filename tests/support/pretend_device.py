@@ -1,7 +1,7 @@
-"""A device that computes on the CPU and refuses, as a GPU does, operands of another device.
+"""A fake torch device that computes on the CPU and, like a GPU, refuses operands of another device.
 
-Its tensors wrap CPU tensors; every operation is done on what they hold, so results differ from the CPU's in rounding
-only. It takes torch's one place for other devices, for the whole process: import it in a process of its own.
+Its tensors wrap CPU tensors, and every operation runs on those, so results differ from the CPU's in rounding only. It
+uses torch's only slot for other devices, for the whole process: import it in a separate process.
 """
 
 from typing import Any
@@ -20,31 +20,31 @@ _COPYING = {"aten::copy_", "aten::_to_copy"}
 _WAITING = {"aten::_local_scalar_dense", "aten::equal", "aten::nonzero"}
 
 waits: list[str] = []
-"""Operations whose result the CPU sees, for which it would wait for a GPU; in their order."""
+"""Operations whose result the CPU reads, for which it would wait for a GPU, in order."""
 
 
 class Pretend(Tensor):
-    """A tensor of the device.
+    """A tensor on the fake device.
 
     Args:
-        held: the CPU tensor.
+        cpu_tensor: the CPU tensor.
     """
 
-    held: Tensor
+    cpu_tensor: Tensor
 
     @staticmethod
-    def __new__(cls, held: Tensor) -> "Pretend":
-        made: Pretend = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+    def __new__(cls, cpu_tensor: Tensor) -> "Pretend":
+        tensor: Pretend = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
-            held.size(),
-            strides=held.stride(),
-            storage_offset=held.storage_offset(),
-            dtype=held.dtype,
-            layout=held.layout,
+            cpu_tensor.size(),
+            strides=cpu_tensor.stride(),
+            storage_offset=cpu_tensor.storage_offset(),
+            dtype=cpu_tensor.dtype,
+            layout=cpu_tensor.layout,
             device=DEVICE,
         )
-        made.held = held
-        return made
+        tensor.cpu_tensor = cpu_tensor
+        return tensor
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -58,7 +58,7 @@ class Pretend(Tensor):
     def data(self, new: Tensor) -> None:
         if not isinstance(new, Pretend) or (new.shape, new.dtype) != (self.shape, self.dtype):
             raise RuntimeError(f"{new.dtype} {tuple(new.shape)} of {new.device} is set as the data of another tensor")
-        self.held = new.held
+        self.cpu_tensor = new.cpu_tensor
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -70,21 +70,25 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             raise RuntimeError(f"{name} is given {tuple(operand.shape)} of {operand.device} beside tensors of {DEVICE}")
     target = torch.device(kwargs.get("device") or DEVICE)
     kwargs = {key: torch.device("cpu") if key == "device" else value for key, value in kwargs.items()}
-    known = {id(operand.held): operand for operand in tree_leaves((args, kwargs)) if isinstance(operand, Pretend)}
-    out = func(*tree_map(_held, args), **tree_map(_held, kwargs))
+    operands = {
+        id(operand.cpu_tensor): operand for operand in tree_leaves((args, kwargs)) if isinstance(operand, Pretend)
+    }
+    out = func(*tree_map(_unwrap, args), **tree_map(_unwrap, kwargs))
     if target.type == "cpu" or name in _WAITING:
         waits.append(name)
     if target.type == "cpu":
         return out
 
-    def wrapped(made: Any) -> Any:
-        return made if not isinstance(made, Tensor) else known[id(made)] if id(made) in known else Pretend(made)
+    def wrap(result: Any) -> Any:
+        if not isinstance(result, Tensor):
+            return result
+        return operands[id(result)] if id(result) in operands else Pretend(result)
 
-    return tree_map(wrapped, out)
+    return tree_map(wrap, out)
 
 
-def _held(operand: Any) -> Any:
-    return operand.held if isinstance(operand, Pretend) else operand
+def _unwrap(operand: Any) -> Any:
+    return operand.cpu_tensor if isinstance(operand, Pretend) else operand
 
 
 def _empty(size: Any, *, dtype: Any = None, memory_format: Any = None, **_: Any) -> Tensor:
@@ -96,10 +100,14 @@ def _empty_strided(size: Any, stride: Any, *, dtype: Any = None, **_: Any) -> Te
 
 
 def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
-    _held(target).copy_(_held(source))
+    _unwrap(target).copy_(_unwrap(source))
     return target
 
 
 _LIBRARY = torch.library.Library("aten", "IMPL")
-for _name, _made in (("empty.memory_format", _empty), ("empty_strided", _empty_strided), ("_copy_from", _copy_from)):
-    _LIBRARY.impl(_name, _made, "PrivateUse1")
+for _name, _function in (
+    ("empty.memory_format", _empty),
+    ("empty_strided", _empty_strided),
+    ("_copy_from", _copy_from),
+):
+    _LIBRARY.impl(_name, _function, "PrivateUse1")

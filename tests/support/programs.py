@@ -1,4 +1,4 @@
-"""Programs that tests run in a process of their own."""
+"""Runs programs in a separate process."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ __all__ = ["run_program"]
 
 
 def run_program(code: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
-    """Run Python code that may import `support`, and return what it printed."""
+    """Run Python code, which may import `support`, in a separate process, and return the finished process."""
     paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],

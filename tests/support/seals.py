@@ -1,4 +1,4 @@
-"""Altered files with a seal that holds, as someone would write them who alters more than by accident."""
+"""Alters sealed files and seals them again, as an attacker would."""
 
 import hashlib
 import json
@@ -12,14 +12,14 @@ __all__ = ["alter_sealed", "seal_text"]
 
 
 def seal_text(text: str) -> str:
-    """Return a text with a seal in front, whether that gives JSON or not."""
+    """Return a text with a valid seal in front, whether the text is JSON or not."""
     rest = text.removeprefix("{").removeprefix("\n")
     return f'{{\n "seal": "{hashlib.sha256(rest.encode("utf-8", "surrogateescape")).hexdigest()}",\n{rest}'
 
 
 def alter_sealed(path: Path, change: Callable[[Any], Any]) -> None:
     """Change the content of a sealed file in place and seal it again."""
-    whole = json.loads(path.read_text())
-    whole.pop("seal")
-    change(whole)
-    write_json(path, whole, sealed=True)
+    content = json.loads(path.read_text())
+    content.pop("seal")
+    change(content)
+    write_json(path, content, sealed=True)

@@ -1,4 +1,4 @@
-"""Tiny random models with a byte tokenizer, texts and options to train on."""
+"""Tiny random models with a byte tokenizer, and texts and options to train them with."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +34,7 @@ def save_tiny_llama(directory: Path, *, tied: bool = True, seed: int = 0, **chan
 
 
 def save_byte_tokenizer(directory: Path) -> None:
-    """Save a tokenizer with one token a byte, 256 for the end, and a chat template."""
+    """Save a tokenizer with one token per byte, 256 as the end token, and a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -51,7 +51,7 @@ def save_byte_tokenizer(directory: Path) -> None:
 
 
 def text_data(model: Path, texts: Sequence[str] = TEXTS, held_out: Sequence[str] | None = None) -> Any:
-    """Return texts as data to train on, blocks of 32 tokens of a model's tokenizer."""
+    """Return texts as training data: blocks of 32 tokens of a model's tokenizer."""
     from coatrt.data.text import text_task
     from coatrt.models.tokenizer import load_tokenizer
 
@@ -79,7 +79,7 @@ def tiny_options(**changes: Any) -> Any:
 
 
 def lora_elements(model: Any, rank: int = 16) -> int:
-    """Return the elements of a graph's LoRA inputs: q|k|v and gate|up share an A, and a B that holds zeros too."""
+    """Return the number of elements of a graph's LoRA inputs: q|k|v and gate|up have a joint A, and a B with zeros."""
     joint = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
     groups: dict[tuple[int, str], list[Any]] = {}
     for matrix in model.targets:

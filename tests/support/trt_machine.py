@@ -1,4 +1,4 @@
-"""A machine with a GPU and TensorRT, both fakes, and decoders on it."""
+"""A machine with a fake GPU and a fake TensorRT, and decoders on it."""
 
 import sys
 from collections.abc import Callable
@@ -36,7 +36,7 @@ COPY_IN, COPY_OUT, WAIT, LAUNCH = "cuMemcpyHtoDAsync_v2", "cuMemcpyDtoHAsync_v2"
 
 
 class Machine:
-    """A GPU and a TensorRT, both fakes."""
+    """A fake GPU and a fake TensorRT."""
 
     def __init__(self, **facts: Any) -> None:
         self.driver = FakeDriver(**({"sm": 89} | facts))
@@ -51,7 +51,7 @@ class Machine:
         return self.tensorrt.contexts[1]
 
     def calls(self, act: Callable[[], Any]) -> dict[str, int]:
-        """Return how often each call of the driver is made."""
+        """Return how often `act` makes each call of the driver."""
         before = self.driver.calls.copy()
         act()
         return dict(self.driver.calls - before)
@@ -65,19 +65,19 @@ def install(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 def loaded(bundle: Bundle, batch: int = 2) -> TrtDecoder:
-    made = load_decoder(bundle, RuntimeOptions(backend="trt", batch=batch))
-    assert isinstance(made, TrtDecoder)
-    return made
+    decoder = load_decoder(bundle, RuntimeOptions(backend="trt", batch=batch))
+    assert isinstance(decoder, TrtDecoder)
+    return decoder
 
 
 def reference(bundle: Bundle, batch: int = 2) -> OrtDecoder:
-    made = load_decoder(bundle, RuntimeOptions(batch=batch, context=96, threads=1, accuracy_level=0))
-    assert isinstance(made, OrtDecoder)
-    return made
+    decoder = load_decoder(bundle, RuntimeOptions(batch=batch, context=96, threads=1, accuracy_level=0))
+    assert isinstance(decoder, OrtDecoder)
+    return decoder
 
 
-def assert_near(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> None:
-    """The engine form computes in float16, the cpu form in float32."""
-    assert found.dtype == np.float32
+def assert_near(logits: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> None:
+    """Compare within the rounding of float16: the engine form computes in float16, the cpu form in float32."""
+    assert logits.dtype == np.float32
     assert np.abs(expected).max() > 1
-    assert np.abs(found - expected).max() <= 5e-3 * np.abs(expected).max()
+    assert np.abs(logits - expected).max() <= 5e-3 * np.abs(expected).max()
