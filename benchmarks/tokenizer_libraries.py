@@ -2,8 +2,8 @@
 
 python benchmarks/tokenizer_libraries.py extensions|genai LIBRARY TOKENIZER TEXTS.json ROUNDS
 
-Prints {"load_s", "load_mb" of memory, "ids", "decoded", "seconds" of each round over all texts} as JSON; a refusal is
-one line on standard error and exit code 2. TOKENIZER is a directory with tokenizer.json and tokenizer_config.json.
+Prints {"load_s", "ids", "decoded", "seconds" of each round over all texts} as JSON; a refusal is one line on standard
+error and exit code 2. TOKENIZER is a directory with tokenizer.json and tokenizer_config.json.
 """
 
 import ctypes
@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from ctypes import POINTER, byref, c_char_p, c_int32, c_size_t, c_uint32, c_void_p
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 from typing import Protocol
 
 __all__ = ["Library", "measure"]
@@ -112,10 +111,9 @@ _KINDS: dict[str, Callable[[str, str], Library]] = {"extensions": Extensions, "g
 
 def measure(kind: str, library: str, tokenizer: str, texts: list[str], rounds: int) -> dict[str, object]:
     """Return what a library makes of texts, and its times."""
-    start, before = time.perf_counter(), getrusage(RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
     opened = _KINDS[kind](library, tokenizer)
     load, given = time.perf_counter() - start, [text.encode() for text in texts]
-    memory = (getrusage(RUSAGE_SELF).ru_maxrss - before) / 1e3
     ids = [opened.encode(text) for text in given]
     seconds = []
     for _ in range(rounds):
@@ -125,7 +123,7 @@ def measure(kind: str, library: str, tokenizer: str, texts: list[str], rounds: i
         seconds.append(time.perf_counter() - start)
     # Extensions crashes on no tokens: only an empty text asks for that, not one that ends at a NUL in front.
     decoded = [opened.decode(row) if row or not text else "" for row, text in zip(ids, texts, strict=True)]
-    return {"load_s": load, "load_mb": memory, "ids": ids, "decoded": decoded, "seconds": seconds}
+    return {"load_s": load, "ids": ids, "decoded": decoded, "seconds": seconds}
 
 
 if __name__ == "__main__":

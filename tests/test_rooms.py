@@ -160,6 +160,8 @@ OF_NO_ONE_MODULE = {
     "export/test_rtx": "graphs as TensorRT-RTX takes them",
     "coatrt/test_init": "the front door",
     "test_install": "what pip installs for each use",
+    "test_docs_run": "the code blocks of the documents",
+    "test_docs_words": "phrases of documents, messages and docstrings",
     "test_flips": "the campaign of flipped bytes",
     "test_rooms": "the rooms",
 }

@@ -1,7 +1,5 @@
-// tokenize TOKENIZER.json TEXTS.json ROUNDS: seconds and memory to load, the ids and the decoded text of each text, and the
+// tokenize TOKENIZER.json TEXTS.json ROUNDS: seconds to load, the ids and the decoded text of each text, and the
 // seconds of each round over all of them, as JSON on stdout. A refusal is one line on stderr and exit code 2.
-#include <sys/resource.h>
-
 #include <chrono>
 #include <coatrt/error.hpp>
 #include <coatrt/tokenizer.hpp>
@@ -17,13 +15,6 @@ namespace {
 
 double since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
-/// Most memory the process has had, in MB.
-double memory() {
-  rusage usage{};
-  ::getrusage(RUSAGE_SELF, &usage);
-  return static_cast<double>(usage.ru_maxrss) / 1e3;
-}
-
 std::string read(const char* path) {
   std::ifstream file(path, std::ios::binary);
   return {std::istreambuf_iterator<char>(file), {}};
@@ -35,9 +26,8 @@ int main(int, char** arguments) {
   const auto texts = json::parse(read(arguments[2])).get<std::vector<std::string>>();
   try {
     auto start = Clock::now();
-    const double before = memory();
     const coatrt::Tokenizer tokenizer(read(arguments[1]));
-    json answer{{"load_s", since(start)}, {"load_mb", memory() - before}, {"ids", json::array()}, {"decoded", json::array()}, {"seconds", json::array()}};
+    json answer{{"load_s", since(start)}, {"ids", json::array()}, {"decoded", json::array()}, {"seconds", json::array()}};
     for (const auto& text : texts) {
       answer["ids"].push_back(tokenizer.encode(text));
       answer["decoded"].push_back(tokenizer.decode(tokenizer.encode(text)));

@@ -1,9 +1,9 @@
 """Globs and the tokenizer's regular expressions in C++: what Python's match, in bounded time."""
 
 import json
+import os
 import random
 import re
-import time
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,9 @@ def test_no_glob_takes_long(cpp: Any, tmp_path: Path) -> None:
     name = "a" * 2000
     pairs = [["(.*)*(.*)*(.*)*(.*)*x", name], ["*a" * 500 + "*b", name], ["[" * 8000, name], ["*" * 8000 + "b", name]]
     (tmp_path / "pairs.json").write_text(json.dumps(pairs))
-    started = time.perf_counter()
+    started = cpu_seconds()
     assert cpp.probe("globs", tmp_path / "pairs.json") == [False] * len(pairs)
-    assert time.perf_counter() - started < 5  # sanitizers included
+    assert cpu_seconds() - started < 5  # sanitizers included
 
 
 def test_expressions_that_backtrack_match_what_pythons_do(cpp: Any, tmp_path: Path) -> None:
@@ -58,13 +58,19 @@ def test_expressions_that_backtrack_match_what_pythons_do(cpp: Any, tmp_path: Pa
             assert at >= len(text)
 
 
+def cpu_seconds() -> float:
+    """Return the CPU time of finished child processes: wall time says little on a busy machine."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
 def test_a_pattern_that_backtracks_ends_in_time(cpp: Any, tmp_path: Path) -> None:
     (tmp_path / "texts.json").write_text(json.dumps(["a" * 600]))
-    started = time.perf_counter()
+    started = cpu_seconds()
     assert cpp.probe("split", "a*a*a*a*a*a*a*a*b|a+", tmp_path / "texts.json") == [[600]]
-    assert time.perf_counter() - started < 5  # sanitizers included
+    assert cpu_seconds() - started < 5  # sanitizers included
     (tmp_path / "texts.json").write_text(json.dumps(["a" * 200_000]))
-    started = time.perf_counter()
+    started = cpu_seconds()
     line = cpp.refusal("split", "a*a*a*a*a*a*a*a*b", tmp_path / "texts.json")
     assert "takes too many steps on this text; shorten it or pass token ids" in line
-    assert time.perf_counter() - started < 20
+    assert cpu_seconds() - started < 20

@@ -135,7 +135,7 @@ class FakeDriver:
 
     def _cuGraphLaunch(self, made: Any, _: int) -> None:
         for work in self.graphs[made.value]:
-            self.give(work)
+            self.enqueue(work)
 
     def _cuGraphDestroy(self, graph: Any) -> None:
         del self.graphs[graph.value]

@@ -76,8 +76,10 @@ def test_wrong_switches(bundles: dict[str, Bundle], tmp_path: Path) -> None:
     session = SwitchingDecoder(bundles, options=RuntimeOptions(context=64))
     with pytest.raises(ConfigError, match="unknown bundle 'x'; allowed: int8, nf3-g32"):
         session.switch("x")
-    with pytest.raises(ConfigError, match="at least 1"):
+    with pytest.raises(ConfigError, match="no bundle to switch to; give at least one"):
         SwitchingDecoder({})
+    with pytest.raises(ConfigError, match="cache_size must be at least 1, got 0"):
+        SwitchingDecoder(bundles, cache_size=0)
     other = Bundle(bundles["int8"].directory, {**bundles["int8"].manifest, "model": {"fingerprint": "another"}})
     with pytest.raises(BundleError, match="different models"):
         SwitchingDecoder({"a": bundles["int8"], "b": other})
