@@ -38,7 +38,7 @@ lint: .venv/test.done
 
 .venv/test.done: .venv/demo.done
 	@echo "set-up 3/3: what the tests need, half a minute"
-	@$(PIP) --editable '.[all,dev]' $(LOGGED)
+	@$(PIP) --editable '.[all,dev,docs]' $(LOGGED)
 	@touch $@
 
 clean:

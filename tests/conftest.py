@@ -1,6 +1,7 @@
 """Shared fixtures: tiny random models with a byte tokenizer, saved as Hugging Face directories, and a tiny adapter."""
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,15 @@ from support.tiny import save_tiny_llama, text_data, tiny_options
 if importlib.util.find_spec("torch") is not None:  # the fast tests do without
     import torch
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let pytest-xdist give a worker whole files, whose fixtures it makes once, and one worker all C++, first."""
+    compiled = [item.path.name.startswith("test_cpp") for item in items]
+    for item, cpp in zip(items, compiled, strict=True):
+        item.add_marker(pytest.mark.xdist_group("cpp" if cpp else str(item.path)))
+    items[:] = [item for cpp in (True, False) for item, other in zip(items, compiled, strict=True) if other is cpp]
 
 
 @pytest.fixture(scope="session", autouse=True)

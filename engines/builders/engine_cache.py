@@ -71,8 +71,8 @@ class EngineCache:
     def fetch(self, key: str, sms: Iterable[int], engine: Path) -> BuildRecord | None:
         """Copy a cached engine that runs on every target to `engine` and return its record; None if there is none.
 
-        An engine for more targets matches too: TensorRT-RTX stores one form for all of them (docs/engines.md). An
-        engine with a wrong hash is removed; one that cannot be read or copied stays.
+        An engine for more targets matches too: TensorRT-RTX stores one form for all of them
+        (docs/evidence/engines.md). An engine with a wrong hash is removed; one that cannot be read or copied stays.
 
         Args:
             key: see `engine_key`.

@@ -31,7 +31,7 @@ def digest(path: Path) -> str:
 
 
 def sealed(rest: str) -> str:
-    """Return the text of a manifest with its seal; `rest` are the lines after the seal (docs/bundle.md)."""
+    """Return the text of a manifest with its seal; `rest` are the lines after the seal (docs/reference/bundle.md)."""
     return f'{{\n "seal": "{hashlib.sha256(rest.encode()).hexdigest()}",\n{rest}'
 
 

@@ -43,7 +43,7 @@ def save_lora(path: str | Path, tensors: Mapping[str, NDArray[np.float32]], conf
         save_file(dict(tensors), str(temporary), metadata={CONFIGURATION: config.hash})
 
 
-def load_lora(path: Path, contract: LoraContract, weights: str = "", *, strict: bool = False) -> Lora:
+def load_lora(path: Path | str, contract: LoraContract, weights: str = "", *, strict: bool = False) -> Lora:
     """Return the tensors of a LoRA file, checked against the contract; float16 and bfloat16 become float32.
 
     Args:
@@ -57,6 +57,7 @@ def load_lora(path: Path, contract: LoraContract, weights: str = "", *, strict: 
         ConfigError: the file is missing or damaged, a tensor does not match the contract, has another dtype or values
             that are not finite, or `strict` and the LoRA belongs to another configuration.
     """
+    path = Path(path)
     if not path.is_file():
         raise ConfigError(f"LoRA {path} does not exist; emit one with coatrt adapt")
     try:

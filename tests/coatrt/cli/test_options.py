@@ -80,6 +80,7 @@ def arguments(tiny_llama: Path, tiny_adapter: Path, tmp_path_factory: pytest.Tem
         "export": [tiny_adapter, "--config", here / "c.json", "-o", out],
         "run": [bundle, "-p", "x"],
         "bench": [bundle],
+        "verify": [bundle],
         "report": [tiny_adapter, "--target", "t4", "-o", out],
         "calibrate": [tiny_adapter],
     }
