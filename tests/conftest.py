@@ -15,6 +15,7 @@ if importlib.util.find_spec("torch") is not None:  # the fast tests do without
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let pytest-xdist give a worker whole files, whose fixtures it makes once, and one worker all C++, first."""
     compiled = [item.path.name.startswith("test_cpp") for item in items]
