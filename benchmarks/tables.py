@@ -120,7 +120,34 @@ def preflight() -> str:
     return grid(["model", "seconds", "GB above the imports", "difference of logits"], rows)
 
 
-_MAKERS = (demo, allocation, search, preflight)
+def install() -> str:
+    """What an installation takes, and a run in it."""
+    found = load("install")
+    (lean,) = (row for row in found["environments"] if row["extras"] == "cpu")
+    runs = [
+        ("torch and transformers for the tokenizer, as before", found["before"]),
+        (f"`{lean['command']}`", lean["run"]),
+    ]
+    rows = [
+        [
+            name,
+            f"{run['first_token_cpu_s']:.1f}",
+            f"{run['first_token_s']:.1f}",
+            f"{run['first_token_mb']:.0f}",
+            f"{run['whole_cpu_s']:.1f}",
+        ]
+        for name, run in runs
+    ]
+    head = ["`coatrt run`", "CPU s to the first token", "s to the first token", "MB resident", "CPU s in all"]
+    return (
+        f"{grid(head, rows)}\n\n`{lean['command']}` takes {lean['mb']:.0f} MB with its virtual environment, "
+        f"{len(lean['packages'])} packages, no torch; installing took {lean['install_seconds']:.0f} s with downloads. "
+        f"The bundle: SmolLM2-135M at {found['bits']:.0f} bits, {found['tokens']} tokens, the median of "
+        f"{lean['run']['repeat']} runs in turn (`{found['command']}`)."
+    )
+
+
+_MAKERS = (install, demo, allocation, search, preflight)
 TABLES: dict[str, Callable[[], str]] = {
     **{maker.__name__: maker for maker in _MAKERS},
     **ENGINE_TABLES,
