@@ -65,17 +65,21 @@ def neighbour_text(neighbour: Mapping[str, Any]) -> str:
 
 
 def formats_text(formats: Mapping[str, int]) -> str:
-    """Return how many matrices have which format, the fewest bits first."""
-    return ", ".join(f"{count} {name}" for name, count in sorted(formats.items(), key=lambda item: _bits(item[0])))
+    """Return how many matrices have each kind of format ("int4-g64" is an int4), the fewest bits first."""
+    kinds: dict[str, int] = {}
+    for name, count in formats.items():
+        kind = name.partition("-")[0]
+        kinds[kind] = kinds.get(kind, 0) + count
+    return ", ".join(f"{kinds[kind]} {kind}" for kind in sorted(kinds, key=_bits))
 
 
-def _bits(name: str) -> int:
-    return int("".join(filter(str.isdigit, name.partition("-")[0])) or 16)
+def _bits(kind: str) -> int:
+    return int("".join(filter(str.isdigit, kind)))
 
 
 def table(rows: Sequence[Mapping[str, Any]], base: float) -> str:
     """Return the result as text."""
-    head = ["GPU", "bits", "matrices in each format", "engine MB", "no LoRA", "own LoRA", "neighbours' LoRA"]
+    head = ["GPU", "bits", "matrices", "engine MB", "no LoRA", "own LoRA", "neighbours' LoRA"]
     cells = [
         [
             row["device"],

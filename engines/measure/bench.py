@@ -62,7 +62,7 @@ def bench(
         tokens: tokens decoded per repetition.
         repeat: repetitions.
         device: profile of the machine, for the bandwidth bound; None leaves it out.
-        progress: called after each repetition.
+        progress: called as stages begin, and after each repetition.
 
     Raises:
         ConfigError: a number is not positive or does not fit the decoder.
@@ -74,7 +74,9 @@ def bench(
     prompts = sorted(set(prompts))  # the longest comes last, and decoding goes on behind it
     options = replace(options, context=prompts[-1] + tokens)
     lora = load_lora(bundle.path("lora.safetensors"), bundle.contract)
+    progress(0, 1, "loading")
     decoder, load_seconds = _loaded(bundle, options)
+    progress(0, 1, "hypernetwork")
     emission = _emission(bundle, options.threads, max(3, repeat))
     prefill, decode, switch = _sample(decoder, lora, options, prompts, repeat, progress)
     sizes = _bytes_per_token(bundle, decoder.io, options)

@@ -53,13 +53,13 @@ def test_the_table_prints_no_noise() -> None:
     head, small, large, base = demo_table.table(rows(), 42.66).splitlines()
     made = rows()
     assert head.split("  ")[0] == "GPU"
-    assert "20 nf2-g64, 1 int8" in small  # the fewest bits first
+    assert "20 nf2, 1 int8" in small  # the fewest bits first
     assert small.split()[-1] == f"{made[0]['neighbours'][0]['perplexity']:.1f}"
     assert small.split()[-2] == f"{made[0]['with']:.1f}"
     assert f"{made[0]['without']:.1f}" in small.split()
     assert "51.0" in small.split()
     assert large.split()[-1] == "level"
-    assert "3 int4-g64, 2 fp16" in large
+    assert "3 int4, 2 fp16" in large
     assert base.split() == ["fp16", "base", "16.00", "42.7"]
     assert max(map(len, (head, small, large, base))) <= 120
 
