@@ -26,7 +26,7 @@ import coatrt
 
 # Average bits per weight that each GPU may spend. A model of 135 million weights would fit all three as it is: these
 # budgets stand for what a larger one would be left with.
-TARGETS = {"rtx-3050-laptop": 2.75, "rtx-4060": 4.25, "rtx-5090": 6.0}
+TARGETS = {"rtx-3050-laptop": 2.9, "rtx-4060": 4.25, "rtx-5090": 6.0}
 OPTIONS = coatrt.TrainOptions(
     formats=("nf2-g64", "nf3-g64", "int4-g64", "int8"),
     quantizer="feedback",
