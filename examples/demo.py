@@ -82,7 +82,7 @@ class Log:
 
     def say(self, text: str, indent: str = "  ") -> None:
         """Print a paragraph."""
-        print(textwrap.fill(" ".join(text.split()), 110, initial_indent=indent, subsequent_indent=indent), flush=True)
+        print(textwrap.fill(" ".join(text.split()), 116, initial_indent=indent, subsequent_indent=indent), flush=True)
 
     def show(self, text: str) -> None:
         """Print lines as they are."""
@@ -189,7 +189,6 @@ def next_commands(output: Path) -> list[tuple[str, list[str]]]:
             ["build", adapter, "--target", "l4", "--bits", "3.5", "-o", str(output / "l4"), "--overwrite"],
         ),
         ("check a bundle: hashes, weights, logits against torch", ["verify", other]),
-        ("measure how fast it decodes here", ["bench", small, "--prompt", "16", "--repeat", "2"]),
     ]
 
 
