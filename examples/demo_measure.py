@@ -70,7 +70,7 @@ def measure(
         return found
 
     model = results[0].bundle.model_matrices
-    base = perplexity(losses(FP16, coatrt.QuantConfig.uniform(model, "fp16")))
+    base = losses(FP16, coatrt.QuantConfig.uniform(model, "fp16"))
     rows = []
     for name, bundle in bundles.items():
         config, bits = bundle.config, {}
@@ -89,5 +89,5 @@ def measure(
         others = {
             other: losses(f"{name}, LoRA of {other}", config, bundles[other]) for other in bundles if other != name
         }
-        rows.append(result_row(facts, without, own, others))
-    return rows, base
+        rows.append(result_row(facts, base, without, own, others))
+    return rows, perplexity(base)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from demo_table import neighbour_text
+from demo_table import LEVEL, neighbour_text
 
 __all__ = ["picture"]
 
@@ -67,7 +67,14 @@ def _perplexities(axis: Any, row: Mapping[str, Any], rows: Any, base: float) -> 
     """Draw a bar for each way to run a GPU's configuration, and a line where the model in fp16 is."""
     bars = [("no LoRA", row["without"], NONE, ""), ("own LoRA", row["with"], OWN, "")]
     for one in row["neighbours"]:
-        bars.append((f"LoRA of {one['device']}", one["perplexity"], OTHERS, neighbour_text(one)))
+        bars.append(
+            (
+                f"LoRA of {one['device']}",
+                one["perplexity"],
+                OTHERS,
+                neighbour_text(one).replace(LEVEL, "level with own"),
+            )
+        )
     most = max(base, *(max(row["with"], *(one["perplexity"] for one in row["neighbours"])) for row in rows))
     end = 1.45 * most  # a model that 2 bits have broken would dwarf all else: its bar is cut
     for place, (_, value, shade, text) in enumerate(bars):

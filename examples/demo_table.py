@@ -40,13 +40,14 @@ def difference(losses: Losses, others: Losses) -> tuple[float, float]:
 
 
 def result_row(
-    facts: Mapping[str, Any], without: Losses, own: Losses, neighbours: Mapping[str, Losses]
+    facts: Mapping[str, Any], base: Losses, without: Losses, own: Losses, neighbours: Mapping[str, Losses]
 ) -> dict[str, Any]:
     """Return the row of a GPU.
 
     Args:
         facts: "device", "bits", "formats" and "engine_bytes", which the row begins with.
-        without: losses of the quantized model.
+        base: losses of the model in fp16.
+        without: of the quantized model.
         own: with the LoRA emitted for this GPU's configuration.
         neighbours: device → with the LoRA emitted for that device's configuration.
     """
@@ -54,7 +55,15 @@ def result_row(
     for device, losses in neighbours.items():
         nats, error = difference(losses, own)
         rows.append({"device": device, "perplexity": perplexity(losses), "nats_behind": nats, "standard_error": error})
-    return {**facts, "without": perplexity(without), "with": perplexity(own), "neighbours": rows}
+    nats, error = difference(base, own)
+    return {
+        **facts,
+        "without": perplexity(without),
+        "with": perplexity(own),
+        "nats_below_base": nats,
+        "standard_error": error,
+        "neighbours": rows,
+    }
 
 
 def neighbour_text(neighbour: Mapping[str, Any]) -> str:
@@ -65,17 +74,21 @@ def neighbour_text(neighbour: Mapping[str, Any]) -> str:
 
 
 def formats_text(formats: Mapping[str, int]) -> str:
-    """Return how many matrices have which format, the fewest bits first."""
-    return ", ".join(f"{count} {name}" for name, count in sorted(formats.items(), key=lambda item: _bits(item[0])))
+    """Return how many matrices have each kind of format ("int4-g64" is an int4), the fewest bits first."""
+    kinds: dict[str, int] = {}
+    for name, count in formats.items():
+        kind = name.partition("-")[0]
+        kinds[kind] = kinds.get(kind, 0) + count
+    return ", ".join(f"{kinds[kind]} {kind}" for kind in sorted(kinds, key=_bits))
 
 
-def _bits(name: str) -> int:
-    return int("".join(filter(str.isdigit, name.partition("-")[0])) or 16)
+def _bits(kind: str) -> int:
+    return int("".join(filter(str.isdigit, kind)))
 
 
 def table(rows: Sequence[Mapping[str, Any]], base: float) -> str:
     """Return the result as text."""
-    head = ["GPU", "bits", "matrices in each format", "engine MB", "no LoRA", "own LoRA", "neighbours' LoRA"]
+    head = ["GPU", "bits", "matrices", "engine MB", "no LoRA", "own LoRA", "neighbours' LoRA"]
     cells = [
         [
             row["device"],
@@ -106,7 +119,8 @@ def found(rows: Sequence[Mapping[str, Any]], base: float, tokens: int) -> list[s
     small = min(rows, key=lambda row: row["bits"])
     lines = [
         f"{small['device']}: {small['bits']:.2f} bits per weight raise perplexity from {base:.1f} to "
-        f"{small['without']:.1f}; its own LoRA brings it to {small['with']:.1f}."
+        f"{small['without']:.1f}; its own LoRA brings it to {small['with']:.1f},",
+        f"{small['nats_below_base']:.3f} ± {small['standard_error']:.3f} nats per token better than the model in fp16.",
     ]
     for one in beaten(small):
         lines.append(

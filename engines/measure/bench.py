@@ -63,7 +63,7 @@ def bench(
         tokens: tokens decoded per repetition.
         repeat: repetitions.
         device: profile of this machine, for its share of the peak bandwidth; None omits that.
-        progress: called after each repetition.
+        progress: called as stages begin, and after each repetition.
 
     Raises:
         ConfigError: a number is below 1 or does not fit the decoder.
@@ -75,7 +75,9 @@ def bench(
     prompts = sorted(set(prompts))  # the longest last: decoding continues after it
     options = replace(options, context=prompts[-1] + tokens)
     lora = load_lora(bundle.path("lora.safetensors"), bundle.contract)
+    progress(0, 1, "loading")
     decoder, load_seconds = _load(bundle, options)
+    progress(0, 1, "hypernetwork")
     emission = _time_emission(bundle, options.threads, max(3, repeat))
     prefill, decode, switch = _sample(decoder, lora, options, prompts, repeat, progress)
     sizes = _bytes_per_token(bundle, decoder.io, options)
