@@ -79,6 +79,7 @@ def command(
     for note in written.notes:
         click.echo(f"coatrt: {note}", err=True)
     measured = sum(entry.quality is not None for entry in written.entries)
-    click.echo(f"{output}: {len(written.entries)} bundles and plans, quality measured of {measured}")
+    count = len(written.entries)
+    click.echo(f"{output}: {count} configuration{'s' if count != 1 else ''}, {measured} with measured quality")
     for name in figure_names(written) if png is not None else ():
         click.echo(f"{png}/{name}.png")

@@ -2,7 +2,7 @@
 
 python tests/campaigns/documents.py -o RESULT.json [PAGE …]
 
-Every page runs in a folder of its own with what the pages name: the model MODEL, texts/, and talks.jsonl and
+Every page runs in a folder of its own with what the pages name: the model MODEL, texts/, held-out/, and talks.jsonl and
 questions.jsonl (the examples in docs/guides/tasks.md). All pages but the first three find the adapter and the bundles
 that the quickstart leaves. Commands of coatrt run in copies of one process, with options that make them short;
 everything else runs in bash. Blocks in other languages, and those that say why they are not run, are left out.
@@ -76,9 +76,11 @@ class Pages:
         self._folder, self._bare, self._after_quickstart = folder, folder / "bare", folder / "quickstart.md"
         os.environ["COATRT_CACHE"] = str(folder / "cache")
         (self._bare / "texts").mkdir(parents=True)
+        (self._bare / "held-out").mkdir()
         assert fork(lambda: save_tiny_llama(self._bare / "MODEL")) == 0
         for number, word in enumerate(("cat", "dog", "hen", "owl", "fox", "bee", "cow", "ant", "rat", "pig")):
             (self._bare / "texts" / f"{number}.txt").write_text(f"{word} the {word} sat on the mat. " * 30)
+        (self._bare / "held-out" / "0.txt").write_text("cat the elk sat on the mat. " * 60)
         talks, questions = (block.text for block in blocks(ROOT / "docs/guides/tasks.md") if block.language == "json")
         (self._bare / "talks.jsonl").write_text(talks * 8)
         (self._bare / "questions.jsonl").write_text(questions * 8)

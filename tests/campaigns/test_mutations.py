@@ -46,7 +46,7 @@ DAMAGED: dict[str, tuple[str, Callable[[Any], Any], str, str]] = {
         "bundle/hypernet.json",
         lambda h: {**h, "matrices": h["matrices"][:-1]},
         "adapt",
-        "does not fit",
+        "does not match its contract",
     ),
     "plan null": ("bundle/plan.json", lambda _: None, "report-bundle", "plan.json"),
     "plan of little": ("bundle/plan.json", lambda _: PLAN, "report-bundle", "plan.json"),
@@ -61,7 +61,7 @@ DAMAGED: dict[str, tuple[str, Callable[[Any], Any], str, str]] = {
     "contract to run": ("bundle/lora_io.json", lambda c: renamed(c), "run", "cpu.onnx has no input another"),
     "deep": ("configuration.json", lambda _: "[" * 100000, "adapt", "configuration.json is not JSON"),
     "archive a list": ("adapter/archive.json", lambda _: [], "plan", "archive.json has no seal"),
-    "timings twice": ("cpu.json", lambda t: {**t, "products": t["products"] * 2}, "plan-cpu", "name something twice"),
+    "timings twice": ("cpu.json", lambda t: {**t, "products": t["products"] * 2}, "plan-cpu", "hold an entry twice"),
     "timings null": ("cpu.json", lambda _: None, "plan-cpu", "cpu-ort.json"),
 }
 

@@ -8,6 +8,7 @@ import pytest
 from support.campaigns import ROOT, run_short
 
 
+@pytest.mark.slow
 def test_situations_of_three_commands(tmp_path: Path) -> None:
     outcomes, table = run_short("situations.py", tmp_path / "situations.json")
     assert [outcome for outcome in outcomes if outcome["problem"]] == []

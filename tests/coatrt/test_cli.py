@@ -122,7 +122,7 @@ def test_the_chain_by_hand(tiny_llama: Path, tmp_path: Path) -> None:
     )
     assert [line.split()[0] for line in table.splitlines()[1:4]] == ["t4", "l4", "rtx-4090"]
     said = good("report", adapter, bundle, tmp_path / "pair", "--target", "t4", "-o", tmp_path / "report.html")
-    assert "4 bundles and plans, quality measured of 2" in said  # training measured that configuration
+    assert "4 configurations, 2 with measured quality" in said  # training measured that configuration
     assert plan["configuration_hash"] in (tmp_path / "report.html").read_text()
     good("export", adapter, "--config", tmp_path / "c.json", "-o", tmp_path / "exported", "--context", 64)
     assert Bundle.open(tmp_path / "exported").config.hash == plan["configuration_hash"]
@@ -131,7 +131,7 @@ def test_the_chain_by_hand(tiny_llama: Path, tmp_path: Path) -> None:
     assert "held-out perplexity, 4 blocks of text" in said and str(bundle.with_name("bundle.quality.json")) in said
     quality = json.loads(bundle.with_name("bundle.quality.json").read_text())["quality"]
     assert perplexity_text(quality["adapted"]["loss"]) in said
-    assert "quality measured of 1" in good("report", bundle, "-o", tmp_path / "report.html")
+    assert "1 configuration, 1 with measured quality" in good("report", bundle, "-o", tmp_path / "report.html")
     assert json.loads(good("verify", bundle, "--json", "--no-torch"))["torch_difference"] is None
     (tmp_path / "other.json").write_text('{"default": "int8"}')
     good("adapt", bundle, "--config", tmp_path / "other.json", "-o", tmp_path / "other.safetensors")
@@ -199,7 +199,7 @@ WRONG = {
     "pinned format": ("plan {adapter} --target t4 --keep lm_head=fp8", "for t4 and this adapter"),
     "speed nobody knows": ("plan {adapter} --target cpu --min-tokens-per-second 5", "coatrt devices calibrate"),
     "speed": ("plan {adapter} --target t4 --min-tokens-per-second 1e9", "the most predicted is"),
-    "report of nothing": ("report {model} -o {out}", "no adapter, no bundle"),
+    "report of nothing": ("report {model} -o {out}", "not an adapter, a bundle or a directory of bundles: {model}"),
     "report into a directory": ("report {adapter} --target t4 -o {here}", "is a directory"),
     "jobs": ("build {adapter} --target cpu -o {out} --jobs 0", "must be at least 1"),
     "two outputs": ("plan {adapter} --target t4 --target l4 -o {out}", "-o takes one --target, got 2; give one"),

@@ -29,6 +29,7 @@ def documented_commands() -> list[str]:
     raise AssertionError("no document builds examples/minimal")
 
 
+@pytest.mark.slow
 def test_minimal_says_what_coatrt_run_says(cpp: Any, headers: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     assert len((ROOT / "examples/minimal/main.cpp").read_text().splitlines()) <= 40
     install = [

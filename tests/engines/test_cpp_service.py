@@ -10,6 +10,8 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from coatrt.bundle import Bundle, seal
 from support.cpp_service import Service
 
@@ -89,6 +91,7 @@ def test_patterns_are_tried_in_the_order_of_the_request(cpp: Any, tiny_bundle: P
         service.stop()
 
 
+@pytest.mark.slow
 def test_a_short_campaign(cpp: Any, tiny_bundle: Path, tmp_path: Path) -> None:
     """tests/campaigns/service.py: more than 60 attacks while /health is asked, SIGTERM amid them, tokens under load."""
     command = [sys.executable, ROOT / "tests" / "campaigns" / "service.py", tiny_bundle, "-o", tmp_path / "result.json"]

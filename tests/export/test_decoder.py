@@ -193,7 +193,7 @@ def test_positions_follow_the_context_as_far_as_the_model_goes(tmp_path: Path, l
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic' cannot be"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0}}, "'longrope' cannot be"),
         ({"hidden_act": "relu"}, "activation 'relu'"),
-        ({"num_hidden_layers": "three"}, "no valid llama configuration"),
+        ({"num_hidden_layers": "three"}, "not a valid llama configuration"),
     ],
 )
 def test_spec_refuses(llama: tuple[Any, Checkpoint], changes: dict[str, Any], message: str) -> None:

@@ -69,6 +69,7 @@ def test_what_cannot_be_timed_is_one_line(
     assert said in refusal(capsys, monkeypatch, tiny_adapter, *arguments)
 
 
+@pytest.mark.slow
 def test_a_gpu_is_timed_for_its_profile(tiny_adapter: Path, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_timings, "_WORKING_SET", 1 << 16)
     monkeypatch.setattr(cuda_timings, "_BUDGET", 0.0)

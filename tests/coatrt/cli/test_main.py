@@ -14,6 +14,7 @@ from coatrt.cli.main import main
 from coatrt.errors import CoatError
 
 
+@pytest.mark.slow
 @pytest.mark.rtx
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_build_that_is_told_to_end_stops_its_builder_and_leaves_nothing(

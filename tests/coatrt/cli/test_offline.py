@@ -40,6 +40,7 @@ def bundle(tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return directory
 
 
+@pytest.mark.slow
 def test_commands_on_local_paths_connect_to_nothing_and_leave_no_telemetry(
     bundle: Path, tiny_llama: Path, tiny_adapter: Path, tmp_path: Path
 ) -> None:

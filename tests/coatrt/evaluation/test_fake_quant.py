@@ -65,7 +65,7 @@ def test_decoded_weights_take_no_more_of_a_gpu_that_is_short_of_memory(
     model.set_config(QuantConfig.uniform(checkpoint.matrices, "int8"))
     held = model._bytes
     assert held == 4 * checkpoint.matrices.parameters
-    monkeypatch.setattr("coatrt.evaluation.fake_quant._short_of_memory", lambda device: True)
+    monkeypatch.setattr("coatrt.evaluation.fake_quant._is_memory_low", lambda device: True)
     for text in ("fp8", "nf4-g32"):
         model.set_config(QuantConfig.uniform(checkpoint.matrices, text))
         assert model._bytes <= held

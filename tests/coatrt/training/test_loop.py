@@ -106,6 +106,7 @@ def test_ranks_and_no_hypernetwork_from_the_options(tiny_llama: Path, tmp_path: 
         train(tiny_llama, text_data(tiny_llama), tmp_path / "b", tiny_options(ranks=(("nothing", 16),)))
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(tiny_llama: Path, tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     for i, text in enumerate(TEXTS):

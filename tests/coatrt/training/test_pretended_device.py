@@ -43,6 +43,7 @@ print(json.dumps(said))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

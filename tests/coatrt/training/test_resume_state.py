@@ -43,7 +43,7 @@ def test_a_resumed_run_equals_an_unbroken_one(
         patch.setattr(TrainingSampler, "draw", killed)
         with pytest.raises(_Killed):
             train(tiny_llama, text_data(tiny_llama), tmp_path / "broken", tiny_options())
-    with pytest.raises(ConfigError, match="--resume to go on"):
+    with pytest.raises(ConfigError, match="--resume to continue it"):
         train(tiny_llama, text_data(tiny_llama), tmp_path / "broken", tiny_options())
     with pytest.raises(ConfigError, match="other options"):
         train(tiny_llama, text_data(tiny_llama), tmp_path / "broken", tiny_options(seed=5), resume=True)
@@ -59,6 +59,7 @@ def test_a_resumed_run_equals_an_unbroken_one(
         train(tiny_llama, text_data(tiny_llama), tmp_path / "broken", tiny_options())
 
 
+@pytest.mark.slow
 def test_a_killed_process_resumes(tiny_llama: Path, tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     for i, text in enumerate(TEXTS):

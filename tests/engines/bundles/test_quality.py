@@ -31,7 +31,7 @@ def test_a_bundle_measures_as_its_adapter_does(tiny_bundle: Path, tiny_adapter: 
     lora = load_lora(bundle.path("lora.safetensors"), bundle.contract)
     for score, tensors in ((quality.quantized, None), (quality.adapted, lora)):
         assert score["loss"] == pytest.approx(evaluator.measure(bundle.config, data, tensors)["loss"], abs=1e-4)
-    assert (quality.task, quality.examples, quality.tokens) == ("text", 5, data.held_out.predicted)
+    assert (quality.task, quality.examples, quality.tokens) == ("text", 5, data.held_out.target_count)
     path = save_quality(bundle, quality)
     assert find_quality(bundle) == (quality, "")
     path.unlink()

@@ -107,7 +107,7 @@ def test_the_commands_ask_for_a_signature(tiny_adapter: Path, tmp_path: Path) ->
         ("verify", output, "--no-torch"): ("signature      made by the key given", "not made by the key given"),
         ("bench", output, "--prompt", "4", "--tokens", "1", "--repeat", "1"): ("decode", "decode"),
         ("adapt", output, "-o", str(tmp_path / "l.safetensors")): ("LoRA of", "LoRA of"),
-        ("report", output, "-o", str(page)): ("1 configurations", "1 configurations"),
+        ("report", output, "-o", str(page)): ("1 configuration, ", "1 configuration, "),
     }
     for command, (said, _) in commands.items():
         shown = CliRunner().invoke(cli, [*command, "--key", str(public)])

@@ -48,6 +48,7 @@ def test_products_timed_on_a_slow_machine_are_scaled_to_its_median_speed() -> No
     assert [(product.N, product.tokens) for product in found] == [(8, 1), (8, 4), (16, 1)]
 
 
+@pytest.mark.slow
 def test_timings_cover_their_model_and_the_planner_takes_them(
     adapter: Adapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
