@@ -104,7 +104,7 @@ def test_lines_and_tables_are_not_too_wide(document: Path) -> None:
 
 
 def test_the_readme_is_read_in_two_minutes() -> None:
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 95
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 100
     assert len((ROOT / "docs/concepts/method.md").read_text(encoding="utf-8").splitlines()) <= 120
 
 
