@@ -276,7 +276,7 @@ def run(output: Path, overwrite: bool) -> None:
             "command": "make demo",
             "rows": rows,
             "fp16_perplexity": base,
-            "tokens": data.held_out.predicted,
+            "tokens": data.held_out.target_count,
             "passages": len(data.held_out),
             "sample": text,
         }

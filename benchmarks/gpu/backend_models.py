@@ -255,7 +255,7 @@ class RandomModel:
             return ones if name.endswith("norm.weight") and "self_attn" not in name else None
 
         packed: dict[Any, torch.Tensor] = {}
-        pack = storage._packed
+        pack = storage._pack
 
         def once(codes: torch.Tensor, kind: str) -> torch.Tensor:  # equal shapes have equal codes here
             key = (kind, codes.shape)
@@ -263,7 +263,7 @@ class RandomModel:
                 packed[key] = pack(codes, kind)
             return packed[key]
 
-        storage._packed = once
+        storage._pack = once
         write_graphs(
             directory,
             self._spec,
@@ -274,7 +274,7 @@ class RandomModel:
             tied=self.matrices.tied,
             contract=self.contract,
         )
-        storage._packed = pack
+        storage._pack = pack
         _matrix.cache_clear()
 
     def random_lora(self, rng: np.random.Generator) -> dict[str, np.ndarray] | None:
