@@ -16,7 +16,7 @@ demo: .venv/demo.done
 	@$(BIN)/python examples/demo.py --output out/demo
 
 test: .venv/test.done
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadgroup -m "not slow"
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 lint: .venv/test.done
 	$(BIN)/python -m ruff check .

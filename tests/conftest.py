@@ -15,13 +15,9 @@ if importlib.util.find_spec("torch") is not None:  # the fast tests do without
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let pytest-xdist give a worker whole files, whose fixtures it makes once, and one worker all C++, first."""
-    compiled = [item.path.name.startswith("test_cpp") for item in items]
-    for item, cpp in zip(items, compiled, strict=True):
-        item.add_marker(pytest.mark.xdist_group("cpp" if cpp else str(item.path)))
-    items[:] = [item for cpp in (True, False) for item, other in zip(items, compiled, strict=True) if other is cpp]
+    """Begin with the tests in C++: compiling takes every core, and what comes later can be shared out."""
+    items.sort(key=lambda item: not item.path.name.startswith("test_cpp"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,9 +1,12 @@
 """A bundle of the tiny adapter, without an engine; the C++ programs of the tests, compiled with sanitizers."""
 
+import fcntl
 import json
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +66,23 @@ class Built:
         return line
 
 
+@contextmanager
+def alone(name: str) -> Iterator[None]:
+    """Let one of several test processes at a time into a directory of build/."""
+    (ROOT / "build").mkdir(exist_ok=True)
+    with (ROOT / "build" / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 @pytest.fixture(scope="session")
 def headers() -> Path:
     for program in ("cmake", os.environ.get("CXX", "c++")):
         if shutil.which(program) is None:
             pytest.skip(f"the C++ tests need {program}")
     try:
-        return fetch(ROOT / "build" / "deps")
+        with alone("headers"):
+            return fetch(ROOT / "build" / "deps")
     except FetchError as error:
         pytest.skip(f"the C++ tests need headers: {error}")
 
@@ -86,5 +99,6 @@ def compile_cpp(source: Path, directory: Path, *options: str) -> None:
 @pytest.fixture(scope="session")
 def cpp(headers: Path) -> Built:
     directory = ROOT / "build" / "cpp"
-    compile_cpp(ROOT / "tests" / "engines" / "cpp", directory, f"-DCMAKE_PREFIX_PATH={headers.parent}")
+    with alone("cpp"):
+        compile_cpp(ROOT / "tests" / "engines" / "cpp", directory, f"-DCMAKE_PREFIX_PATH={headers.parent}")
     return Built(directory)
