@@ -7,6 +7,7 @@ Interrupt it at any time: run again, and it goes on.
 import argparse
 import importlib.util
 import json
+import math
 import os
 import shlex
 import sys
@@ -281,7 +282,12 @@ def run(output: Path, overwrite: bool) -> None:
             "sample": text,
         }
         write(output / "demo.svg", picture(result))
-        coatrt.report([output / name for name in TARGETS], output / "report.html")
+        for built, row in zip(results, rows, strict=True):
+            losses = ({"loss": math.log(value)} for value in (base, row["without"], row["with"]))
+            coatrt.save_quality(built.bundle, coatrt.Quality.of(data, *losses))
+        coatrt.report(
+            [output / name for name in ("adapter", *TARGETS)], output / "report.html", title="SmolLM2-135M-Instruct"
+        )
         result |= {
             "seconds": log.seconds,
             "cpu_seconds": sum(os.times()[:4]),
