@@ -1,6 +1,6 @@
 """What an installation costs: seconds, MB and packages of fresh environments, and `coatrt run` to its first token.
 
-python benchmarks/install.py out/demo/rtx-3060   (needs make demo; pip's index for each environment)
+python benchmarks/install.py out/demo/rtx-4060   (needs make demo; pip's index for each environment)
 
 Each environment is a fresh venv into which pip installs this checkout, without pip's cache. Then the bundle runs there.
 With --before COMMIT the same bundle also runs as that commit did, its code beside the packages of this Python.
