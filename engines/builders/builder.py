@@ -183,7 +183,9 @@ def _gpu_variables(sms: tuple[int, ...]) -> dict[str, str]:
 def _run_worker(request: dict[str, Any], what: str, variables: Mapping[str, str]) -> None:
     rtx = str(int(request["builder"] == "tensorrt-rtx"))
     environment = {**os.environ, **variables, "POLYGRAPHY_USE_TENSORRT_RTX": rtx}
-    command = [sys.executable, "-m", "coatrt.engines.builders.worker", json.dumps({**request, "parent": os.getpid()})]
+    # -P: a folder coatrt/ in the working directory, such as a checkout's, is not the package
+    module = [sys.executable, "-P", "-m", "coatrt.engines.builders.worker"]
+    command = [*module, json.dumps({**request, "parent": os.getpid()})]
     output, code = run_child(command, environment)
     size = Path(request["engine"]).stat().st_size
     if code or not size:

@@ -144,7 +144,8 @@ class _Build:
             raise self.failures[0]
         if self.failures:
             failed = total - len(self.results) - len(self.preparation.current)
-            raise BuildError(f"{failed} of {total} bundles failed, the others are finished: {self.failures[0]}")
+            others = "; the others are finished" if failed < total else ""
+            raise BuildError(f"{failed} of {total} bundles failed{others}. The first: {self.failures[0]}")
         return self.results
 
     def _folders(self, job: Job) -> tuple[Path, Path]:

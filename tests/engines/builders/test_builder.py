@@ -54,8 +54,11 @@ def test_profile_and_builder_agree(graphs: Path, tiny_llama: Path, tmp_path: Pat
 
 
 @rtx
-def test_one_engine_serves_several_gpus(graphs: Path, tmp_path: Path) -> None:
+def test_one_engine_serves_several_gpus(graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx")
+    (tmp_path / "coatrt").mkdir()  # as in a checkout, where the parts of the package lie elsewhere
+    (tmp_path / "coatrt" / "__init__.py").touch()
+    monkeypatch.chdir(tmp_path)
     record = build_engine(
         graphs / "int4-g32" / "base.onnx",
         tmp_path / "e.engine",
