@@ -22,7 +22,7 @@ from method_tables import METHOD_TABLES
 from quantizer_tables import QUANTIZER_TABLES
 
 sys.path.insert(0, str(ROOT / "examples"))
-from demo_table import FP16, LEVEL, formats_text, neighbour_text
+from demo_table import LEVEL, table_cells
 
 DOCUMENTS = (
     "README.md",
@@ -34,19 +34,9 @@ _PLACE = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 def demo() -> str:
     """README: three GPUs, one adapter."""
     found = load("demo")
-    rows = [
-        [
-            row["device"],
-            f"{row['bits']:.2f}",
-            formats_text(row["formats"]),
-            f"{row['engine_bytes'] / 1e6:.1f}",
-            f"{row['without']:.1f}",
-            f"**{row['with']:.1f}**",
-            " and ".join(map(neighbour_text, row["neighbours"])),
-        ]
-        for row in found["rows"]
-    ]
-    rows.append([FP16, "16.00", "", "", f"{found['fp16_perplexity']:.1f}", "", ""])
+    rows = table_cells(found["rows"], found["fp16_perplexity"])
+    for cells in rows[:-1]:
+        cells[5] = f"**{cells[5]}**"
     head = [
         "GPU",
         "bits per weight",

@@ -18,6 +18,7 @@ __all__ = [
     "perplexity",
     "result_row",
     "table",
+    "table_cells",
 ]
 
 FP16 = "fp16 base"
@@ -86,9 +87,8 @@ def _bits(kind: str) -> int:
     return int("".join(filter(str.isdigit, kind)))
 
 
-def table(rows: Sequence[Mapping[str, Any]], base: float) -> str:
-    """Return the result as text."""
-    head = ["GPU", "bits", "matrices", "engine MB", "no LoRA", "own LoRA", "neighbours' LoRA"]
+def table_cells(rows: Sequence[Mapping[str, Any]], base: float) -> list[list[str]]:
+    """Return the table's rows: GPU, bits, matrices, engine MB, perplexity with no LoRA, its own, its neighbours'."""
     cells = [
         [
             row["device"],
@@ -101,7 +101,13 @@ def table(rows: Sequence[Mapping[str, Any]], base: float) -> str:
         ]
         for row in rows
     ]
-    cells.append([FP16, "16.00", "", "", f"{base:.1f}", "", ""])
+    return [*cells, [FP16, "16.00", "", "", f"{base:.1f}", "", ""]]
+
+
+def table(rows: Sequence[Mapping[str, Any]], base: float) -> str:
+    """Return the result as text."""
+    head = ["GPU", "bits", "matrices", "engine MB", "no LoRA", "own LoRA", "neighbours' LoRA"]
+    cells = table_cells(rows, base)
     widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
     return "\n".join(
         "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, "<><>>>>", widths, strict=True)).rstrip()
