@@ -28,6 +28,7 @@ __all__ = ["command"]
 )
 @click.option(
     "--max-length",
+    "--length",
     type=click.IntRange(min=2),
     cls=Option,
     show_default="128; for chat and choice as in training",

@@ -61,7 +61,10 @@ def _option(field: "Field[Any]", kind: Any) -> Callable[[Callable[..., None]], C
     if isinstance(default, tuple):
         default = ",".join(f"{value:g}" if isinstance(value, float) else str(value) for value in default)
     shown = field.metadata["unset"] or default != ""
-    return click.option(flag, cls=Option, type=_type(field, kind), default=default, show_default=shown, help=help)
+    short = ["--length"] if field.name == "max_length" else []
+    return click.option(
+        flag, *short, cls=Option, type=_type(field, kind), default=default, show_default=shown, help=help
+    )
 
 
 def _type(field: "Field[Any]", kind: Any) -> click.ParamType[Any]:
