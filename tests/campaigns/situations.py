@@ -220,19 +220,29 @@ class Situations:
                 self.run("no HOME, no passwd entry, no XDG_CACHE_HOME", command, 2, nobody)
 
     def signals(self, commands: Sequence[str]) -> None:
-        """SIGTERM and SIGINT, soon after the start."""
+        """SIGTERM and SIGINT, as soon as a command writes, or after 0.12 s; again if it was done before that."""
         for number in (signal.SIGTERM, signal.SIGINT):
             for command in commands:
-                with self._place():
+                for attempt in range(10):
+                    with self._place():
+                        before = self._names()
 
-                    def end(child: int, number: int = number) -> None:
-                        time.sleep(0.12)
-                        os.kill(child, number)
+                        def end(child: int, number: int = number, before: set[Path] = before) -> None:
+                            latest = time.monotonic() + 0.12
+                            while time.monotonic() < latest and self._names() == before:
+                                time.sleep(0.001)
+                            os.kill(child, number)
 
-                    self.run(f"told to end ({number.name})", command, (128 + number, 0), started=end, limit=0)
-                    if left := leftovers(self.folder):
+                        self.run(f"told to end ({number.name})", command, 128 + number, started=end, limit=0)
                         last = self.outcomes[-1]
-                        self.outcomes[-1] = Outcome(*_facts(last), f"left {left}")
+                        if left := leftovers(self.folder):
+                            self.outcomes[-1] = Outcome(*_facts(last), f"left {left}")
+                    if last.code or attempt == 9:
+                        break
+                    self.outcomes.pop()
+
+    def _names(self) -> set[Path]:
+        return {path for folder in (self.out, self.cache, self.temporary) for path in folder.iterdir()}
 
     def readers(self, commands: dict[str, list[object]]) -> None:
         """Standard output closed by its reader, and full."""
