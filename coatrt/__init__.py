@@ -5,6 +5,7 @@ What the commands do are names here, listed in `__init__.pyi`. Each is imported 
 """
 
 import os
+from pathlib import Path
 from typing import Any
 
 import lazy_loader
@@ -14,6 +15,10 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
+
+_HERE = Path(__file__).resolve().parent
+if not (_HERE / "export").is_dir():  # in a checkout the three folders of the package stand side by side
+    __path__.append(str(_HERE.parent))
 
 _load, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 __all__ += ["__version__"]

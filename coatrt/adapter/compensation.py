@@ -87,7 +87,9 @@ def _inputs(model: FakeQuantModel, tokens: Tensor, names: Sequence[str], progres
     inputs: dict[str, list[Tensor]] = {name: [] for name in names}
     model.set_config(None)
     model.set_pairs(None)
-    visit_inputs(model.model, tokens, names, lambda name, x: inputs[name].append(x.bfloat16()), progress, "inputs")
+    visit_inputs(
+        model.model, tokens, names, lambda name, x: inputs[name].append(x.bfloat16()), progress, "measuring inputs"
+    )
     return {name: torch.cat(parts) for name, parts in inputs.items()}
 
 

@@ -109,7 +109,7 @@ class CoaLora(nn.Module):
                     tensor = self.contract.tensors[row]
                     A[i].copy_(compensator.start(tensor, lowest, gains[tensor.matrix], row, share))
                     count += 1
-                    progress(count, total, "directions")
+                    progress(count, total, "LoRA directions")
 
     def settle(self, progress: Progress = silent) -> None:
         """Store C of the current A for every matrix and format, and release the compensator."""

@@ -83,7 +83,7 @@ def command(
     from coatrt.engines.bundles.targets import plan_targets
     from coatrt.planning.archive import adapter_archive
     from coatrt.planning.plan import read_choice
-    from coatrt.planning.plans_text import plans_text
+    from coatrt.planning.plans_text import fleet_table, plans_text
     from coatrt.system.extras import require
 
     source = click.get_current_context().get_parameter_source
@@ -97,7 +97,8 @@ def command(
     options = BundleOptions.of(request, activations=activations, cpu_activations=cpu_activations, engine=not no_engine)
     targets = plan_targets(description, profiles, output, request, choice=choice, archive=adapter_archive(adapter))
     if choice is None:
-        click.echo(plans_text([target.plan for target in targets if target.plan is not None]) + "\n")
+        plans = [target.plan for target in targets if target.plan is not None]
+        click.echo((plans_text(plans) if dry_run else fleet_table(plans)) + "\n")
     preparation = prepare(description, targets, options, overwrite=choices["overwrite"] or dry_run, sign=sign)
     if dry_run or not preparation.jobs:  # neither torch nor the model is needed to say so
         for target in targets:
@@ -121,7 +122,7 @@ def command(
             tell=write_line,
         )
     for result in results:
-        click.echo(f"{result.target.output}: {_outcome(result, result.target.config.nbytes(description.model))}")
+        click.echo(f"{result.target.output}: {_outcome(result)}")
 
 
 def _request(request: "PlanRequest", set_here: Collection[str], path: str, plan: "Plan | None") -> "PlanRequest":
@@ -143,8 +144,8 @@ def _request(request: "PlanRequest", set_here: Collection[str], path: str, plan:
     return request if plan is None else plan.request
 
 
-def _outcome(result: "BundleResult", weights: int) -> str:
-    """Return the outcome for a bundle: its engines, and the least size of its weights."""
+def _outcome(result: "BundleResult") -> str:
+    """Return the outcome for a bundle: its engines, and the size of its files."""
     if result.state == "current":
         return "up to date"
     engines = ", ".join(
@@ -152,4 +153,5 @@ def _outcome(result: "BundleResult", weights: int) -> str:
         + ("from the cache" if result.state == "cached" else f"in {engine['seconds']:.1f} s")
         for engine in result.bundle.manifest["engines"]
     )
-    return f"{engines or 'no engine'}; weights are {weights / 1e6:.1f} MB ideally"
+    size = sum(entry["bytes"] for entry in result.bundle.manifest["files"].values())
+    return f"bundle of {size / 1e6:.1f} MB, {engines or 'no engine'}"

@@ -81,5 +81,7 @@ def command(
     measured = sum(entry.quality is not None for entry in written.entries)
     count = len(written.entries)
     click.echo(f"{output}: {count} configuration{'s' if count != 1 else ''}, {measured} with measured quality")
+    if not measured:
+        click.echo("coatrt: for measured quality run coatrt verify BUNDLE --data TEXT for each bundle", err=True)
     for name in figure_names(written) if png is not None else ():
         click.echo(f"{png}/{name}.png")

@@ -163,6 +163,10 @@ def command(
         notice = few_tokens_notice(options, checkpoint.matrices, loaded)
         if notice is not None:
             write_line(f"coatrt: {notice}")
+        write_line(
+            f"train: 1. quantizing {len(checkpoint.matrices.names)} matrices in {len(options.formats)} formats  "
+            f"2. measuring what each costs  3. training, {options.steps} steps  4. held-out loss"
+        )
         adapter = train(
             model, loaded, output, options, resume=resume, overwrite=overwrite, device=device, progress=progress
         )
@@ -176,7 +180,7 @@ def _summary(adapter: "Adapter", output: Path) -> str:
     metrics = adapter.description.metrics
     measured = metrics["held_out"]
     lines = [
-        f"adapter        {output}",
+        f"saved          {output}",
         f"trained        {len(metrics['losses'])} steps in {metrics['seconds']:.0f} s",
     ]
     if metrics["dropped"]:
@@ -191,8 +195,8 @@ def _summary(adapter: "Adapter", output: Path) -> str:
 
 def _held_out(measured: Mapping[str, Any], title: str, suffix: str, text: Callable[[float], str]) -> list[str]:
     """Return lines of the held-out numbers whose keys end in `suffix`."""
-    lines = [f"held-out {title}", f"  full precision, no adapter {text(measured[f'full_precision{suffix}']):>8}"]
+    lines = [f"held-out {title}", f"  full precision, without LoRA {text(measured[f'full_precision{suffix}']):>8}"]
     for row in measured["budgets"]:
         without, adapted = text(row[f"without{suffix}"]), text(row[f"adapted{suffix}"])
-        lines.append(f"  {row['bits']:5.2f} bits: without {without:>10}   with adapter {adapted:>8}")
+        lines.append(f"  {row['bits']:5.2f} bits: without LoRA {without:>10}   with LoRA {adapted:>8}")
     return lines

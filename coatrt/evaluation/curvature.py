@@ -42,7 +42,7 @@ def visit_outputs(model: FakeQuantModel, examples: Examples, visit: Visitor, pro
         with torch.enable_grad(), _hooked(model, visit, batch):
             (model.loss(batch) * batch.target_count).backward()  # type: ignore[no-untyped-call]
         count += len(rows)
-        progress(count, len(examples), "gradients")
+        progress(count, len(examples), "measuring gradients")
 
 
 @contextmanager
@@ -134,7 +134,7 @@ def relative_errors(
     for i, name in enumerate(names):
         weight = model.weight(name, None)
         errors[name] = {str(fmt): relative_error(weight, codes.get(name, fmt).to(model.compute)) for fmt in formats}
-        progress(i + 1, len(names), "errors")
+        progress(i + 1, len(names), "measuring errors")
     return errors
 
 

@@ -46,6 +46,21 @@ def locate(source: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=_HUB_FILES))
     except (OSError, ValueError) as error:  # the base classes of all hub errors
         raise CheckpointError(
-            f"model {source} is not a local path and cannot be downloaded ({reason(error)}); "
+            f"model {source} is neither a local path nor a model that can be downloaded ({_why(error)}); "
             "give a Hugging Face directory, a GGUF file or a hub name"
         ) from None
+
+
+def _why(error: Exception) -> str:
+    """Return why a model of the hub cannot be had, in a few words."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return "the Hugging Face hub cannot be reached"
+    if isinstance(error, errors.GatedRepoError):
+        return "the hub asks to accept its licence first, and to log in with: hf auth login"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "the hub has no such model; a private one needs: hf auth login"
+    if isinstance(error, errors.HFValidationError):
+        return "not a name of the hub, such as HuggingFaceTB/SmolLM2-135M"
+    return reason(error)

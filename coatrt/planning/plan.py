@@ -201,11 +201,9 @@ class Plan:
         lines.append(f"{'total':<14} {self.total_bytes / 2**20:10.1f} MiB{limit}")
         if self.device == "cpu":
             lines.append("valid for      --accuracy-level 4 (the default) and 1; level 0 decodes int8 and int4 at load")
-        lines.append(
-            f"predicted loss +{self.predicted_loss_increase:.4f} nats per token without the adapter (second order)"
-        )
+        lines.append(f"predicted loss +{self.predicted_loss_increase:.4f} nats per token without LoRA (estimated)")
         if self.measured_loss is not None:
-            lines.append(f"measured loss  {self.measured_loss:.4f} nats per token with the adapter (coatrt search)")
+            lines.append(f"measured loss  {self.measured_loss:.4f} nats per token with LoRA (coatrt search)")
         if self.decode_seconds is not None and self.prefill_seconds is not None:
             lines.append(
                 f"decode         {self.decode_seconds * 1e3:.3f} ms, {1 / self.decode_seconds:.0f} tokens/s with a "
@@ -213,7 +211,7 @@ class Plan:
             )
             lines.append(f"predicted by   {self.latency_source}")
         bound = f"{self.tokens_per_second_bound:.0f} tokens/s" if self.tokens_per_second_bound else "unknown bandwidth"
-        lines.append(f"decode bound   {bound} ({self.bytes_per_token / 1e6:.1f} MB read per token)")
+        lines.append(f"decode, most   {bound}: memory bandwidth / {self.bytes_per_token / 1e6:.1f} MB read per token")
         lines += [f"next step      {step}" for step in self.next_steps]
         return "\n".join(lines)
 

@@ -29,23 +29,26 @@ def is_scratch(name: str) -> bool:
 def scratch(parent: Path, name: str) -> Iterator[Path]:
     """Yield a new hidden directory in `parent`, created if missing, and remove it; `sweep` the parent first.
 
+    Parents that it created and that are empty at the end, as nothing was written, are removed too.
+
     Args:
         parent: the directory around it.
         name: what it is for; part of its own name.
     """
-    parent.mkdir(parents=True, exist_ok=True)
+    missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
     sweep(parent)
     short, descriptor = os.fsdecode(os.fsencode(name)[:_MAX_BYTES]), None
     directory = Path()  # until it has a name
     try:
         while True:  # the name is set before mkdir, so that a signal at any moment leaves nothing behind
             directory = parent / f".{short}{_MARK}{secrets.token_hex(8)}"
-            directory.mkdir(mode=0o700)
+            parent.mkdir(parents=True, exist_ok=True)
             try:
+                directory.mkdir(mode=0o700)
                 descriptor = hold(directory / LOCK)
                 break
             except (BlockingIOError, FileNotFoundError):
-                continue  # another process swept it before it was locked
+                continue  # another process swept it before it was locked, or removed the empty parent
         yield directory
     finally:
         try:
@@ -54,6 +57,9 @@ def scratch(parent: Path, name: str) -> Iterator[Path]:
             _remove(directory)
             if descriptor is not None:
                 os.close(descriptor)
+            with contextlib.suppress(OSError):  # not empty
+                for folder in missing:
+                    folder.rmdir()
 
 
 def _remove(directory: Path) -> None:

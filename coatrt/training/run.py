@@ -154,20 +154,22 @@ def _open(
     """Open the model and check everything that could fail later."""
     checkpoint = Checkpoint.open(source)
     spec = DecoderSpec.from_config(checkpoint.config)
-    preflight(checkpoint, progress)
     data.check_rows(checkpoint.matrices.matrices[0].N)
     space = ConfigSpace(checkpoint.matrices, tuple(map(WeightFormat.parse, options.formats)))
     processes = Processes(compute_device(device).type)
     processes.share(torch.arange(options.batch))  # refuses a batch that is not a multiple of them
     choices = {**asdict(options), "checkpoint_every": None}  # it does not affect the result
     facts = json.dumps([choices, checkpoint.fingerprint, data.digest])
+    budgets = _budgets(space, options)
+    contract = contract_for(checkpoint.matrices, options.rank, options.alpha, dict(options.ranks))
+    preflight(checkpoint, progress)  # the longest check comes last
     return _Run(
         source=str(Path(source).absolute()) if Path(source).exists() else str(source),
         checkpoint=checkpoint,
         spec=spec,
         space=space,
-        budgets=_budgets(space, options),
-        contract=contract_for(checkpoint.matrices, options.rank, options.alpha, dict(options.ranks)),
+        budgets=budgets,
+        contract=contract,
         data=data,
         options=options,
         state=output / "training",
@@ -231,7 +233,7 @@ def _encode(run: _Run, codes: CodeStore) -> None:
     for i, name in enumerate(names):
         for fmt in run.space.formats:
             codes.get(name, fmt)
-        run.progress(i + 1, len(names), "encoding")
+        run.progress(i + 1, len(names), "quantizing")
     codes.release()
 
 

@@ -85,3 +85,13 @@ def test_every_name_can_be_imported() -> None:
     for name in coatrt.__all__:
         assert getattr(coatrt, name) is not None
     assert coatrt.train is importlib.import_module("coatrt.training.run").train
+
+
+def test_a_checkout_that_is_not_installed_is_imported_whole() -> None:
+    """Python takes the folder `coatrt` of the working directory for the package, whatever is installed."""
+    program = (
+        "import sys; sys.meta_path[:] = [finder for finder in sys.meta_path if 'editable' not in repr(finder)];"
+        "import coatrt.engines.bundles.options as options; print(options.__file__)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert Path(done.stdout.strip()) == ROOT / "engines" / "bundles" / "options.py"

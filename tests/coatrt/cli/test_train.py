@@ -20,5 +20,5 @@ def test_accuracies_have_their_interval_and_losses_are_perplexities() -> None:
     adapter: Any = SimpleNamespace(description=SimpleNamespace(metrics=metrics))
     text = _summary(adapter, Path("adapter"))
     assert "accuracy over 8 questions, with its 95 % interval" in text
-    assert "without  25 % (7–59 %)   with adapter 75 % (41–93 %)" in text.replace("without 25", "without  25")
-    assert "4.00 bits: without       54.6   with adapter     7.39" in text
+    assert "without LoRA  25 % (7–59 %)   with LoRA 75 % (41–93 %)" in text.replace("LoRA 25", "LoRA  25")
+    assert "4.00 bits: without LoRA       54.6   with LoRA     7.39" in text

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from coatrt.errors import CheckpointError
 from coatrt.models.checkpoint import Checkpoint
 from support.families import save_model
 from support.gguf_files import write_gguf
@@ -40,3 +41,29 @@ def test_a_conversion_that_the_cache_cannot_hold_lasts_as_long_as_the_process(
     assert not list((tmp_path / "tmp").glob("*coatrt*"))
     said = [line for line in done.stderr.splitlines() if line.startswith("coatrt")]
     assert len(said) == 1 and f"cannot be written ({reason}); later runs repeat" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("LocalEntryNotFoundError", "the Hugging Face hub cannot be reached"),
+        ("HFValidationError", "not a name of the hub, such as HuggingFaceTB/SmolLM2-135M"),
+        ("RepositoryNotFoundError", "the hub has no such model; a private one needs: hf auth login"),
+        ("GatedRepoError", "the hub asks to accept its licence first, and to log in with: hf auth login"),
+    ],
+)
+def test_why_a_model_cannot_be_downloaded_is_one_clause(name: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def fail(*_: object, **__: object) -> None:
+        kind = getattr(errors, name)
+        raise kind.__new__(kind)  # most need a response to be initialised
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open("some/model")
+    assert str(caught.value) == (
+        f"model some/model is neither a local path nor a model that can be downloaded ({why}); "
+        "give a Hugging Face directory, a GGUF file or a hub name"
+    )

@@ -82,3 +82,17 @@ def test_without_locks_nothing_is_swept(tmp_path: Path, monkeypatch: pytest.Monk
     with scratch(tmp_path, "a"):
         assert len(_names(tmp_path)) == 2
     assert len(_names(tmp_path)) == 1
+
+
+def test_parents_are_removed_again_if_nothing_was_written(tmp_path: Path) -> None:
+    new = tmp_path / "new" / "deeper"
+    with pytest.raises(ZeroDivisionError), scratch(new, "a"):
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    with scratch(tmp_path / "mine", "a"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]  # it was there before
+    with scratch(new, "a") as directory:
+        directory.with_name("kept").touch()
+    assert [path.name for path in new.iterdir()] == ["kept"]

@@ -47,12 +47,12 @@ def test_every_long_stage_calls_progress_and_nothing_is_printed(
     train(tiny_llama, text_data(tiny_llama), tmp_path / "a", options, progress=note)
     assert set(stages) - {"preflight"} == {  # which is shown once for a model
         "loading the model",
-        "gradients",
+        "measuring gradients",
         "calibration",
-        "encoding",
-        "errors",
-        "inputs",
-        "directions",
+        "quantizing",
+        "measuring errors",
+        "measuring inputs",
+        "LoRA directions",
         "training",
         "compensation",
         "held-out loss",
