@@ -175,7 +175,9 @@ class Bundle:
 
         restore(directory)
         if not (directory / MANIFEST).is_file():
-            raise BundleError(f"not a bundle: {directory} (no {MANIFEST}); create one with coatrt build")
+            inside = sorted(path.parent.name for path in directory.glob(f"*/{MANIFEST}"))
+            hint = f"give one of its bundles: {', '.join(inside)}" if inside else "create one with coatrt build"
+            raise BundleError(f"not a bundle: {directory} (no {MANIFEST}); {hint}")
         where = f"bundle manifest {directory / MANIFEST}"
         manifest = read_as(
             directory / MANIFEST, object, "bundle manifest", _AGAIN, BundleError, sealed=True, check=check

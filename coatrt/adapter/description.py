@@ -62,6 +62,10 @@ class AdapterFile:
         path = directory / "adapter.json"
         restore(directory)
         if not path.is_file():
+            if (directory / "training").is_dir():
+                raise CheckpointError(
+                    f"the training of adapter {directory} is not finished; continue it with coatrt train … --resume"
+                )
             what = "exists but has no adapter.json" if directory.is_dir() else "does not exist"
             raise CheckpointError(f"adapter {directory} {what}; give the directory that coatrt train wrote")
         again = "copy it again, or train it again"

@@ -98,7 +98,7 @@ def command(
     targets = plan_targets(description, profiles, output, request, choice=choice, archive=adapter_archive(adapter))
     if choice is None:
         plans = [target.plan for target in targets if target.plan is not None]
-        click.echo((plans_text(plans) if dry_run else fleet_table(plans)) + "\n")
+        click.echo((plans_text(plans) if dry_run else fleet_table(plans, sources=False)) + "\n")
     preparation = prepare(description, targets, options, overwrite=choices["overwrite"] or dry_run, sign=sign)
     if dry_run or not preparation.jobs:  # neither torch nor the model is needed to say so
         for target in targets:

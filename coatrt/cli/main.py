@@ -105,6 +105,10 @@ def _run() -> int:
         return code if isinstance(code, int) else 0
     except click.exceptions.Abort as error:  # click's word for Ctrl-C
         return _ending(error.__cause__ or error)
+    except click.exceptions.NoArgsIsHelpError as error:
+        with suppress(OSError):
+            click.echo(error.format_message(), err=True)
+        return error.exit_code
     except click.ClickException as error:
         with suppress(OSError):
             context = error.ctx if isinstance(error, click.UsageError) else None

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import Field, fields
 from math import inf
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 import click
@@ -14,6 +15,7 @@ from coatrt.training.options import TrainOptions
 
 if TYPE_CHECKING:
     from coatrt.adapter.adapter import Adapter
+    from coatrt.system.progress import Progress
 
 __all__ = ["command", "train_options"]
 
@@ -80,6 +82,15 @@ def _type(field: "Field[Any]", kind: Any) -> click.ParamType[Any]:
     return click.FLOAT if above is None else click.FloatRange(min=above, min_open=True, max=finite)
 
 
+_STAGES = {
+    "quantizing": 1,
+    "measuring gradients": 2,
+    "measuring errors": 2,
+    "measuring inputs": 2,
+    "LoRA directions": 2,
+    "training": 3,
+    "held-out loss": 4,
+}
 _KINDS = get_type_hints(TrainOptions)
 train_options = with_options(*(_option(field, _KINDS[field.name]) for field in fields(TrainOptions)))
 """Adds an option for each field of `TrainOptions`, named as the field is."""
@@ -150,8 +161,10 @@ def command(
     from coatrt.models.tokenizer import load_tokenizer
     from coatrt.system.resources import compute_device
     from coatrt.training.calibration import few_tokens_notice
-    from coatrt.training.run import train
+    from coatrt.training.run import check_output, train
 
+    started = monotonic()
+    check_output(output, resume=resume, overwrite=overwrite)
     compute_device(device)
     warn_of_idle_gpu(device)
     options = TrainOptions(**choices)
@@ -163,17 +176,30 @@ def command(
         notice = few_tokens_notice(options, checkpoint.matrices, loaded)
         if notice is not None:
             write_line(f"coatrt: {notice}")
-        write_line(
-            f"train: 1. quantizing {len(checkpoint.matrices.names)} matrices in {len(options.formats)} formats  "
-            f"2. measuring what each costs  3. training, {options.steps} steps  4. held-out loss"
-        )
         adapter = train(
-            model, loaded, output, options, resume=resume, overwrite=overwrite, device=device, progress=progress
+            model,
+            loaded,
+            output,
+            options,
+            resume=resume,
+            overwrite=overwrite,
+            device=device,
+            progress=_numbered(progress),
         )
-    click.echo(_summary(adapter, output))
+    click.echo(_summary(adapter, output, monotonic() - started))
 
 
-def _summary(adapter: "Adapter", output: Path) -> str:
+def _numbered(progress: "Progress") -> "Progress":
+    """Return what draws progress with the number of the stage, of four, before its name."""
+
+    def show(done: int, total: int, stage: str, note: str = "", /) -> None:
+        number = _STAGES.get(stage)
+        progress(done, total, f"{number}/4 {stage}" if number else stage, note)
+
+    return show
+
+
+def _summary(adapter: "Adapter", output: Path, seconds: float) -> str:
     """Return the steps, the time and the held-out numbers of a training as text."""
     from coatrt.evaluation.presentation import accuracy_text, perplexity_text
 
@@ -181,7 +207,7 @@ def _summary(adapter: "Adapter", output: Path) -> str:
     measured = metrics["held_out"]
     lines = [
         f"saved          {output}",
-        f"trained        {len(metrics['losses'])} steps in {metrics['seconds']:.0f} s",
+        f"trained        {len(metrics['losses'])} steps in {metrics['seconds']:.0f} s, {seconds:.0f} s in all",
     ]
     if metrics["dropped"]:
         lines.append(f"dropped        {metrics['dropped']} lines longer than {metrics['options']['max_length']} tokens")

@@ -34,8 +34,8 @@ def _in_full(plans: Sequence[Plan]) -> list[str]:
     return parts
 
 
-def fleet_table(plans: Sequence[Plan]) -> str:
-    """Return a line per plan, then a line per configuration, then the sources of the predictions.
+def fleet_table(plans: Sequence[Plan], *, sources: bool = True) -> str:
+    """Return a line per plan, then a line per configuration, then, with `sources`, those of the predictions.
 
     Devices whose lines are equal share one, devices with equal configurations too.
     """
@@ -60,8 +60,8 @@ def fleet_table(plans: Sequence[Plan]) -> str:
         counts = ", ".join(f"{count} × {text}" for text, count in group[0].config.counts.items())
         same = "the same configuration, " if len(group) > 1 else ""
         formats.append(f"{name}  {', '.join(plan.device for plan in group)}: {same}{counts}")
-    sources = dict.fromkeys(plan.latency_source for plan in plans if plan.latency_source)
-    return "\n".join([table, "", *formats, "", *(f"predicted by {source}" for source in sources)]).rstrip()
+    origins = dict.fromkeys(plan.latency_source for plan in plans if sources and plan.latency_source)
+    return "\n".join([table, "", *formats, "", *(f"predicted by {origin}" for origin in origins)]).rstrip()
 
 
 def _loss(increase: float) -> str:

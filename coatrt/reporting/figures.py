@@ -111,15 +111,23 @@ def quality_figure(figure: "Figure", report: Report) -> None:
 
 
 def _points(report: Report) -> list[tuple[float, Quality]]:
-    """Return (bits, quality) by bits: those of bundles, and the budgets of trainings."""
+    """Return (bits, quality) by bits, of bundles and the budgets of trainings, as far as measured on one sample.
+
+    Numbers of different passages or lengths are not comparable. The sample is the one of the most bundles, then of the
+    most points.
+    """
     found = {}
     for training in report.trained:
         for bits, hash, quality in training.budgets:
-            found[hash, training.hash] = (bits, quality)
+            found[hash, training.hash] = (False, bits, quality)
     for entry in report.entries:
         if entry.quality is not None:
-            found[entry.config.hash, entry.plan.get("adapter", "")] = entry.bits, entry.quality
-    return sorted(found.values(), key=lambda point: point[0])
+            found[entry.config.hash, entry.plan.get("adapter", "")] = True, entry.bits, entry.quality
+    by_sample: dict[tuple[object, ...], list[tuple[bool, float, Quality]]] = {}
+    for point in found.values():
+        by_sample.setdefault(point[2].sample, []).append(point)
+    most = max(by_sample.values(), key=lambda points: (sum(point[0] for point in points), len(points)), default=[])
+    return sorted(((bits, quality) for _, bits, quality in most), key=lambda point: point[0])
 
 
 def bits_figure(figure: "Figure", report: Report) -> None:

@@ -59,6 +59,11 @@ class Quality:
         if accuracies != {self.task == "choice"}:
             raise ConfigError("every score of a choice task needs an accuracy, and no score of another task has one")
 
+    @property
+    def sample(self) -> tuple[object, ...]:
+        """What is equal for qualities that were measured on the same examples of the same model."""
+        return self.task, self.examples, self.tokens, round(self.base["loss"], 6)
+
     @classmethod
     def of(
         cls, data: "TaskData", base: Mapping[str, float], quantized: Mapping[str, float], adapted: Mapping[str, float]
@@ -137,8 +142,8 @@ def bench_path(directory: str | Path) -> Path:
 
 
 def _beside(directory: Path, kind: str) -> Path:
-    absolute = directory.absolute()
-    return absolute.with_name(f"{absolute.name}.{kind}.json")
+    named = directory if directory.name not in ("", "..") else directory.absolute()
+    return named.with_name(f"{named.name}.{kind}.json")
 
 
 def save_quality(bundle: Bundle, quality: Quality) -> Path:

@@ -37,7 +37,8 @@ def measure_budgets(
         options: budgets and number of examples.
         progress: called after each measurement.
     """
-    count, total = 0, 1 + 2 * len(options.budgets)
+    budgets = options.measured_budgets(sampler.space.min_bits, sampler.space.max_bits)
+    count, total = 0, 1 + 2 * len(budgets)
 
     def measure(name: str, config: QuantConfig | None, adapted: bool = False) -> dict[str, float]:
         nonlocal count
@@ -49,7 +50,7 @@ def measure_budgets(
         return {name if key == "loss" else f"{name}_{key}": value for key, value in numbers.items()}
 
     full_precision, rows = measure("full_precision", None), []
-    for bits in options.budgets:
+    for bits in budgets:
         config = sampler.plan_like(None, bits)
         numbers = {**measure("without", config), **measure("adapted", config, adapted=True)}
         rows.append({"bits": config.average_bits(sampler.space.model), "configuration": config.hash, **numbers})

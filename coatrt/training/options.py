@@ -18,6 +18,8 @@ DEFAULT_FORMATS = ("nf3-g64", "nf4-g64", "int4-g64", "nvfp4", "fp8", "int8", "fp
 _MAX_RANK = 4096
 _WARMUP = 0.1  # share of the steps in which learning rates rise
 
+_BUDGETS = (4.0, 5.0, 6.0)
+
 T = TypeVar("T")
 
 
@@ -111,8 +113,10 @@ class TrainOptions:
     evaluation: int | None = _option(
         None, "Held-out blocks (examples, questions) to measure on.", least=1, most=2**20, unset="16; for choice 200"
     )
-    budgets: tuple[float, ...] = _option(
-        (4.0, 5.0, 6.0), "Average bits per weight at which the held-out loss is measured."
+    budgets: tuple[float, ...] | None = _option(
+        None,
+        "Average bits per weight at which the held-out loss is measured.",
+        unset="those of 4, 5 and 6 that the formats allow, else the middle of their range",
     )
     checkpoint_every: int = _option(25, "Steps between checkpoints.", least=1, most=10**9)
     seed: int = _option(0, "Seed of initial values, batches and configurations.", least=0, most=2**32 - 1)
@@ -153,6 +157,17 @@ class TrainOptions:
         if step < rise:
             return (step + 1) / rise
         return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, self.steps - rise)))
+
+    def measured_budgets(self, least: float, most: float) -> tuple[float, ...]:
+        """Return the budgets at which the held-out loss is measured.
+
+        Args:
+            least: fewest bits per weight of a configuration.
+            most: most bits per weight.
+        """
+        if self.budgets is not None:
+            return self.budgets
+        return tuple(bits for bits in _BUDGETS if least <= bits <= most) or ((least + most) / 2,)
 
     def held_out_limit(self, task: str) -> int:
         """Return the maximum number of held-out examples; an accuracy needs more of them than a loss."""

@@ -190,7 +190,7 @@ def _budgets(space: ConfigSpace, options: TrainOptions) -> tuple[float, float]:
             f"budgets must be within {least:.3f} to {most:.3f} bits, the range of the formats, got {low:g} to {high:g} "
             "(--low-bits, --high-bits)"
         )
-    for bits in options.budgets:
+    for bits in options.measured_budgets(least, most):
         if not least <= bits <= most:
             raise ConfigError(
                 f"budgets must be within {least:.3f} to {most:.3f} bits, the range of the formats, got {bits:g} "
@@ -209,11 +209,17 @@ def _read_finished(output: Path, identity: str) -> Adapter:
     return adapter
 
 
-def _claim(output: Path, identity: str, resume: bool, overwrite: bool) -> None:
-    """Refuse a directory with other content, and discard an unfinished training unless it is resumed."""
+def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse a directory that a training may not be written to, before anything else is done.
+
+    Raises:
+        ConfigError: it holds a finished adapter, an unfinished training or other files, which the options do not allow.
+    """
     state = output / "training"
+    if not output.is_dir():
+        return
     is_finished = (output / "adapter.json").is_file()
-    if is_finished and not overwrite:
+    if is_finished and not overwrite and not resume:
         raise ConfigError(f"{output} holds a finished adapter; give another directory, or --overwrite to replace it")
     others = [path for path in output.iterdir() if path.name != LOCK]
     if others and not (is_finished or state.is_dir()):
@@ -222,6 +228,12 @@ def _claim(output: Path, identity: str, resume: bool, overwrite: bool) -> None:
         raise ConfigError(
             f"{output} holds an unfinished training; give --resume to continue it, or --overwrite to start over"
         )
+
+
+def _claim(output: Path, identity: str, resume: bool, overwrite: bool) -> None:
+    """Refuse a directory with other content, and discard an unfinished training unless it is resumed."""
+    check_output(output, resume=resume, overwrite=overwrite)
+    state = output / "training"
     if overwrite and not resume:
         shutil.rmtree(state, ignore_errors=True)
     check_state(state, identity)

@@ -34,6 +34,8 @@ def check_output(output: Path, overwrite: bool) -> None:
         return
     own = _manifest_files(output)
     others = _other_files(output, own) if own is not None else sorted(path.name for path in output.iterdir())
+    if own is None and _holds_bundles_only(output):
+        raise ConfigError(f"{output} holds bundles; give a new directory in it, such as {output / 'l4'}")
     if others:
         sample = ", ".join(others[:_SHOWN]) + (", …" if len(others) > _SHOWN else "")
         raise ConfigError(f"{output} holds other files ({sample}); give a new directory")
@@ -44,6 +46,13 @@ def check_output(output: Path, overwrite: bool) -> None:
 def holds_bundle(directory: Path) -> bool:
     """Return whether a directory has a bundle's manifest; another program's manifest.json does not count."""
     return (directory / MANIFEST).is_file() and _manifest_files(directory) is not None
+
+
+def _holds_bundles_only(directory: Path) -> bool:
+    """Return whether a directory holds bundles, and nothing else but what was measured of them."""
+    names = {path.name for path in directory.iterdir() if path.is_dir() and holds_bundle(path)}
+    beside = {f"{name}.{kind}.json" for name in names for kind in ("quality", "bench")}
+    return bool(names) and {path.name for path in directory.iterdir()} <= names | beside
 
 
 def _manifest_files(directory: Path) -> set[str] | None:

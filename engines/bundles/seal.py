@@ -82,5 +82,5 @@ def _local_engine(
         }
         write_json(directory / "build.json", recipe)
         shutil.copyfile(kit_script.__file__, directory / "build_engine.py")
-        tell(f"{device.id}: no engine built here ({error}); run python build_engine.py in the bundle on the device")
+        tell(f"{device.id}: no engine built here: {error}; or run python build_engine.py in the bundle on the device")
         return []

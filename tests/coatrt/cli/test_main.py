@@ -154,6 +154,18 @@ def test_streams_that_are_narrow_closed_full_or_unread(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("arguments", [[], ["devices", "calibrate"]])
+def test_without_arguments_the_help_is_shown_as_it_is(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended(arguments, 2, monkeypatch)
+    said = capsys.readouterr().err
+    if not arguments:
+        assert said.startswith("Usage: coatrt [OPTIONS] COMMAND") and said.count("\n") > 20
+    else:
+        assert said == "coatrt: Missing argument 'ADAPTER'; see coatrt devices calibrate --help\n"
+
+
 def test_a_wrong_option_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     ended(["plan", "x", "--target", "t4", "--memory", "x"], 2, monkeypatch)
     said = capsys.readouterr().err

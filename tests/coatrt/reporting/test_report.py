@@ -258,6 +258,18 @@ def test_figures_show_what_the_files_say(bundle: Path) -> None:
     assert widths == pytest.approx(list(report.entries[0].plan["memory_bytes"].values()))
 
 
+def test_the_figure_of_quality_joins_points_of_one_sample_only(bundle: Path, tiny_adapter: Path) -> None:
+    save_quality(Bundle.open(bundle), QUALITY)
+    report = collect([tiny_adapter, bundle], (), REQUEST)
+    ((bits, budget),) = ((bits, quality) for training in report.trained for bits, _, quality in training.budgets)
+    shown = [quality for _, quality in figures._points(report)]
+    assert shown == [QUALITY] and budget.sample != QUALITY.sample  # the bundle's sample, though training has another
+    same = replace(QUALITY, **{name: getattr(budget, name) for name in ("task", "examples", "tokens", "base")})
+    entries = [replace(entry, quality=same) for entry in report.entries if entry.quality == QUALITY]
+    both = figures._points(replace(report, entries=tuple(entries)))
+    assert [place for place, _ in both] == sorted([bits, entries[0].bits])
+
+
 def test_text_from_outside_is_shown_and_not_read_as_html(tiny_adapter: Path) -> None:
     report = collect([tiny_adapter], ("rtx-3060",), REQUEST)
     entry = replace(report.entries[0], title="<i>&", plan={**report.entries[0].plan, "next_steps": ["a < b", "c & d"]})

@@ -62,7 +62,7 @@ def test_help_shows_every_option_with_its_default() -> None:
         default = f"({unset})" if unset else field.default
         assert f"{help} [default: {default}" in shown or isinstance(default, (tuple, bool))
     assert "[default: nf3-g64,nf4-g64,int4-g64,nvfp4,fp8,int8,fp16]" in shown
-    assert "[default: 4,5,6]" in shown
+    assert "[default: (those of 4, 5 and 6 that the formats allow, else the middle of their range)]" in shown
     assert "one per format. [default: compensation]" in shown
 
 

@@ -15,7 +15,7 @@ from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import encode, relative_error
 from coatrt.quantization.input_moments import InputMoments
 from coatrt.training.config_sampler import TrainingSampler
-from coatrt.training.run import train
+from coatrt.training.run import check_output, train
 from support.tiny import save_tiny_llama, text_data, tiny_options
 
 
@@ -23,6 +23,24 @@ def test_budgets_outside_the_formats_are_refused(tiny_llama: Path, tmp_path: Pat
     with pytest.raises(ConfigError, match=r"budgets must be within 3\.5"):
         train(tiny_llama, text_data(tiny_llama), tmp_path / "a", tiny_options(low_bits=2.0))
     assert not (tmp_path / "a").exists()
+
+
+def test_budgets_that_nobody_gave_are_those_the_formats_allow() -> None:
+    options = tiny_options(budgets=None)
+    assert options.measured_budgets(2.25, 8.0) == (4.0, 5.0, 6.0)
+    assert options.measured_budgets(4.25, 8.0) == (5.0, 6.0)
+    assert options.measured_budgets(8.0, 16.0) == (12.0,)
+    assert tiny_options(budgets=()).measured_budgets(2.25, 8.0) == ()
+
+
+def test_a_training_that_is_not_finished_says_so(tmp_path: Path) -> None:
+    (tmp_path / "a" / "training").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="is not finished; continue it with coatrt train … --resume"):
+        Adapter.from_pretrained(tmp_path / "a")
+    with pytest.raises(ConfigError, match="holds an unfinished training; give --resume"):
+        check_output(tmp_path / "a", resume=False, overwrite=False)
+    check_output(tmp_path / "a", resume=True, overwrite=False)
+    check_output(tmp_path / "new", resume=False, overwrite=False)
 
 
 def test_a_model_that_cannot_be_exported_is_not_trained(tmp_path: Path) -> None:

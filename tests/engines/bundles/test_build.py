@@ -148,6 +148,10 @@ def test_a_lying_manifest_is_refused(copy: Path, change: dict[str, object], said
     (copy / "manifest.json").unlink()
     with pytest.raises(BundleError, match="not a bundle: "):
         Bundle.open(copy)
+    (copy / "l4").mkdir()
+    (copy / "l4" / "manifest.json").touch()
+    with pytest.raises(BundleError, match="give one of its bundles: l4"):
+        Bundle.open(copy)
 
 
 def reseal(directory: Path) -> None:

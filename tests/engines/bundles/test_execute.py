@@ -110,7 +110,7 @@ def test_one_graph_per_configuration_and_one_engine_for_its_gpus(
     assert made[0].bundle.path("lora.safetensors").read_bytes() != made[2].bundle.path("lora.safetensors").read_bytes()
     assert not (tmp_path / "rtx_3060" / "build.json").exists()
     assert json.loads((tmp_path / "h100" / "build.json").read_text())["sm"] == 90
-    assert any("h100: no engine built here (tensorrt is not installed)" in line for line in told)
+    assert any("h100: no engine built here: tensorrt is not installed" in line for line in told)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(target.output.name for target in wanted)
 
 
@@ -291,7 +291,7 @@ def test_an_engine_is_not_built_on_another_gpu(
     assert row.bundle.manifest["engines"] == []
     assert json.loads((tmp_path / "h100" / "build.json").read_text())["sm"] == 90
     assert (
-        "h100: no engine built here (regular TensorRT needs a GPU with SM90, this machine's GPUs have SM89" in told[0]
+        "h100: no engine built here: regular TensorRT needs a GPU with SM90, this machine's GPUs have SM89" in told[0]
     )
 
 
