@@ -128,7 +128,8 @@ class _Part:
         self._format = WeightFormat.parse("fp16" if half else "bf16")
 
     def _tensor(self, name: str) -> torch.Tensor:
-        rows = slice(0, self.rows) if name in (f"{EMBEDDING}.weight", f"{HEAD}.weight") else None
+        is_table = name in (f"{EMBEDDING}.weight", f"{HEAD}.weight", f"{HEAD}.bias")
+        rows = slice(0, self.rows) if is_table else None
         return self._checkpoint.tensor(name, rows).to(self._dtype)
 
     def rounding(self, layer: int, ids: torch.Tensor, start: int) -> float:

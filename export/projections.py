@@ -76,9 +76,12 @@ class Projections:
     def fused(self, x: ir.Value, names: Sequence[str]) -> ir.Value | None:
         """Return the outputs of `linear` for a fused group, concatenated.
 
-        None if neither the weights nor the LoRA of the group are joined: single products are faster then.
+        None if neither the weights nor the LoRA of the group are joined: single products are faster then. A checkpoint
+        may have the group as one matrix (Phi-3's qkv_proj), named like the group.
         """
         graph, joint = self._graph, fused_name(names[0])
+        if joint in self._weights.single:
+            return self.linear(x, joint)
         weight = self._weights.fused.get(joint)
         if weight is None and joint not in self._lora:
             return None
@@ -94,11 +97,26 @@ class Projections:
             out = graph.op("Add", [out, graph.small(f"{joint}.bias", torch.cat(rows))], f"{joint}.biased")
         return self._add_lora(out, x, joint)
 
-    def parts(self, x: ir.Value, fused: ir.Value | None, names: Sequence[str]) -> list[ir.Value]:
-        """Return the output of each matrix of a fused group: split from the output of `fused`, or computed singly."""
+    def parts(self, x: ir.Value, names: Sequence[str], shares: Sequence[int]) -> list[ir.Value]:
+        """Return the output of each matrix of a fused group: split from the output of `fused`, or computed singly.
+
+        Args:
+            x: the input.
+            names: the matrices.
+            shares: proportions of their widths.
+        """
+        fused = self.fused(x, names)
         if fused is None:
             return [self.linear(x, name) for name in names]
-        return self._graph.split(fused, {f"{name}.part": self._weights.widths[name] for name in names})
+        return self.split(fused, names, shares)
+
+    def split(self, fused: ir.Value, names: Sequence[str], shares: Sequence[int]) -> list[ir.Value]:
+        """Return the parts of the output of `fused`; see `parts`."""
+        widths = self._weights.widths
+        whole = sum(widths[name] for name in names) if names[0] in widths else widths[fused_name(names[0])]
+        return self._graph.split(
+            fused, {f"{name}.part": whole * share // sum(shares) for name, share in zip(names, shares, strict=True)}
+        )
 
     def _add_lora(self, out: ir.Value, x: ir.Value, name: str) -> ir.Value:
         """Return out + (x·A)·B if there is a LoRA of that name.
