@@ -150,6 +150,8 @@ class _Part:
             config.layer_types = [config.layer_types[layer]]
         for table in (inner.embed_tokens, model.lm_head):
             table.weight = torch.nn.Parameter(torch.empty(self.rows, self._spec.hidden, device="meta"))
+        if model.lm_head.bias is not None:
+            model.lm_head.bias = torch.nn.Parameter(torch.empty(self.rows, device="meta"))
         state: dict[str, torch.Tensor] = {}
         for name in model.state_dict():
             if name == f"{HEAD}.weight" and self._checkpoint.matrices.tied:

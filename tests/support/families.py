@@ -38,7 +38,7 @@ _HALF = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 1e4,
-    "original_max_position_embeddings": 8,
+    "original_max_position_embeddings": 6,
     "short_factor": [1.0 + 0.1 * i for i in range(6)],
     "long_factor": [2.0 + 0.5 * i for i in range(6)],
 }
@@ -114,7 +114,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "hidden_size": 64,
             "sliding_window": 6,
-            "original_max_position_embeddings": 8,
+            "original_max_position_embeddings": 6,
             "rope_parameters": LONGROPE | {"partial_rotary_factor": 0.75},
             "tie_word_embeddings": True,
         },
