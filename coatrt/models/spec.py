@@ -130,6 +130,11 @@ class DecoderSpec:
         if not all(window is None or 1 <= window < 2**31 for window in self.windows):
             raise CheckpointError("a window must be 1 to 2147483647 positions; download the model again")
 
+    @property
+    def further_norms(self) -> int:
+        """Norms of a layer beyond the two that Llama has; each is one more kernel."""
+        return max(sum(bool(name) for name in FAMILIES[self.family].norms) - 2, 0)
+
     def check_context(self, context: int) -> None:
         """Refuse a context longer than the positions of the model.
 
