@@ -41,7 +41,7 @@ class Network:
     ) -> None:
         self._graph, self._spec, self._weights = graph, spec, weights
         self._tensor = tensor
-        self._projections = Projections(graph, weights, tensor, contract)
+        self._projections = Projections(graph, weights, tensor, contract, spec.parallel)
         self._family = FAMILIES[spec.family]
         self._rotary = RotaryTables(graph, spec, max_positions)
 

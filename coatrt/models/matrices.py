@@ -131,6 +131,11 @@ class ModelMatrices:
         return tuple(groups)
 
     @cached_property
+    def fused(self) -> Mapping[str, str]:
+        """Matrix → `fused_name` of its group; "" where it is the only one, such as the MLP's first without a gate."""
+        return {name: fused_name(name) if len(group) > 1 else "" for group in self.groups for name in group}
+
+    @cached_property
     def parameters(self) -> int:
         """Number of weights in all matrices."""
         return sum(matrix.N * matrix.K for matrix in self.matrices)

@@ -12,7 +12,7 @@ from importlib import resources
 from typing import Any
 
 from coatrt.devices.profiles import DeviceProfile
-from coatrt.models.matrices import Matrix, ModelMatrices, fused_name
+from coatrt.models.matrices import Matrix, ModelMatrices
 from coatrt.planning.engine_size import CPU_PACKED
 from coatrt.planning.memory import Workload
 from coatrt.quantization.weight_format import WeightFormat
@@ -190,7 +190,7 @@ class CudaLatency:
         seconds += flops / (constants.flops_share * self._flops)
         groups: dict[str, list[Matrix]] = {}
         for matrix in targets:
-            groups.setdefault((self._joined and fused_name(matrix.name)) or matrix.name, []).append(matrix)
+            groups.setdefault((self._joined and model.fused[matrix.name]) or matrix.name, []).append(matrix)
         for group in groups.values():
             K, least = group[0].K, self._constants.packed["int4"]
             seconds -= (len(group) - 1) * (least.floor_seconds + least.input_seconds * K)  # each was counted alone

@@ -50,7 +50,7 @@ def merge(model: Any, contract: LoraContract, lora: dict[str, Any]) -> None:
 
 
 # GroupQueryAttention rotates inside only if it can: not 8 of 16 dimensions, nor before a norm, nor by longrope.
-ROTATED_BEFORE = ("glm4", "hunyuan_v1_dense", "nemotron", "phi", "phi3-longrope-window", "stablelm")
+ROTATED_BEFORE = "glm4 hunyuan_v1_dense nemotron phi phi3-longrope-window stablelm stablelm-parallel".split()
 
 
 @pytest.mark.parametrize(
@@ -65,12 +65,13 @@ def test_the_cuda_form_equals_transformers_with_the_lora(tmp_path: Path, name: s
     runner = Runner(checkpoint, export(checkpoint, tmp_path / "out", (ENGINE, CUDA), contract=contract), CUDA)
     named = {value.name for value in runner.session.get_inputs()}
     assert {"seqlens_k", "total_sequence_length", "logits_rows"} <= named
-    assert ("position_ids" in named) == name.startswith(ROTATED_BEFORE)
+    assert ("position_ids" in named) == (name in ROTATED_BEFORE)
     before = reference(model, ids[0])
     merge(model, contract, lora)
     for got, sequence in zip(runner.prefill_and_decode(ids, LENGTHS, lora), ids, strict=True):
         want = reference(model, sequence)
-        assert np.abs(got - want).max() <= 4e-3 * np.abs(want).max()
+        tolerance = 1e-2 if "gemma" in name else 3e-3  # its many norms raise float16's rounding
+        assert np.abs(got - want).max() <= tolerance * np.abs(want).max()
     assert np.abs(reference(model, ids[0]) - before).max() > 0.02
 
 

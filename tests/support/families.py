@@ -235,7 +235,8 @@ def join_lora(lora: dict[str, NDArray[Any]], inputs: set[str]) -> dict[str, NDAr
     """Return LoRA tensors with those of a fused group joined (A concatenated, B block-diagonal) as `inputs` require."""
     tensors_by_input = dict(lora)
     for joint, parts in (("qkv_proj", ("q_proj", "k_proj", "v_proj")), ("gate_up_proj", ("gate_proj", "up_proj"))):
-        for name in [name for name in inputs if name.endswith(f".{joint}") and name.startswith("lora_")]:
+        joined = (name for name in inputs - set(lora) if name.startswith("lora_"))  # some models have one matrix
+        for name in [name for name in joined if name.endswith(f".{joint}")]:
             tensors = [tensors_by_input.pop(name.removesuffix(joint) + part) for part in parts]
             tensors_by_input[name] = np.concatenate(tensors, axis=1)
             if name.startswith("lora_B."):
