@@ -50,7 +50,15 @@ def merge(model: Any, contract: LoraContract, lora: dict[str, Any]) -> None:
 
 
 # GroupQueryAttention rotates inside only if it can: not 8 of 16 dimensions, nor before a norm, nor by longrope.
-ROTATED_BEFORE = "glm4 hunyuan_v1_dense nemotron phi phi3-longrope-window stablelm stablelm-parallel".split()
+ROTATED_BEFORE = [
+    "glm4",
+    "hunyuan_v1_dense",
+    "nemotron",
+    "phi",
+    "phi3-longrope-window",
+    "stablelm",
+    "stablelm-parallel",
+]
 
 
 @pytest.mark.parametrize(
