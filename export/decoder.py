@@ -69,7 +69,7 @@ def _check(
         )
     if contract is not None:
         targets = {tensor.matrix: (tensor.N, tensor.K, tensor.group) for tensor in contract.tensors}
-        expected = {matrix.name: (matrix.N, matrix.K, fused_name(matrix.name)) for matrix in model.targets}
+        expected = {matrix.name: (matrix.N, matrix.K, model.fused[matrix.name]) for matrix in model.targets}
         if targets != expected:
             raise ConfigError(
                 f"the LoRA contract's {len(targets)} target modules differ from the model's {len(expected)} in name, "

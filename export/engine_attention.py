@@ -6,10 +6,12 @@ import numpy as np
 import onnx_ir as ir
 
 from coatrt.export.graph import GraphBuilder
+from coatrt.export.rotary_tables import RotaryTables
 from coatrt.models.spec import DecoderSpec
 
 __all__ = ["Attend", "EngineAttention"]
 
+_MASKED = 1e4  # far below any soft cap, within float16
 Attend = Callable[[ir.Value, ir.Value, ir.Value, int, str], tuple[ir.Value, list[ir.Value]]]
 """(query, key, value, layer, prefix of names) → attention output, and the updated caches."""
 
@@ -22,8 +24,9 @@ class EngineAttention:
         spec: the decoder's architecture.
         positions: [B, S].
         write_index: [B], the first cache slot to write.
-        tables: cosines and sines [positions, rotated dimensions / 2].
+        rotary: the rotary tables.
         past: key and value cache of each layer.
+        last_norm: norm of the rotated queries (0) or keys (1): (x, prefix, which) → x; None if there is none.
     """
 
     def __init__(
@@ -32,28 +35,32 @@ class EngineAttention:
         spec: DecoderSpec,
         positions: ir.Value,
         write_index: ir.Value,
-        tables: tuple[ir.Value, ir.Value],
+        rotary: RotaryTables,
         past: Sequence[tuple[ir.Value, ir.Value]],
+        last_norm: Callable[[ir.Value, str, int], ir.Value] | None = None,
     ) -> None:
         self._graph, self._spec, self._positions, self._write_index = graph, spec, positions, write_index
-        (self._cos, self._sin), self._past = tables, past
+        self._rotary, self._past, self._last_norm = rotary, past, last_norm
         # TensorRT-RTX 1.7.1 copies the whole key and value cache once per query head for every token, unless the
         # queries of a group are laid out as rows of one head.
         self._grouped = spec.heads != spec.kv_heads
-        if any(spec.rotary):
-            self._cos_factors, self._sin_factors = self._rotary_factors()
+        self._factors: dict[int, tuple[ir.Value, ir.Value]] = {}
+        for index in sorted({index for index in spec.rotary if index is not None}):
+            self._factors[index] = self._rotary_factors(spec.rotary.index(index), f"rotary.{index}.here")
         self._masks = self._attention_masks()
 
-    def _rotary_factors(self) -> tuple[ir.Value, ir.Value]:
-        """Return cos|cos and −sin|sin of the step's positions, [B, 1, S, rotated dimensions], for all layers."""
-        graph = self._graph
-        positions = graph.op("Unsqueeze", [self._positions, graph.ints(1)], "rotary.positions")  # [B, 1, S]
-        cos = graph.op("Gather", [self._cos, positions], "rotary.cos_here", axis=0)
-        sin = graph.op("Gather", [self._sin, positions], "rotary.sin_here", axis=0)
-        negated = graph.op("Neg", [sin], "rotary.sin_negated")
+    def _rotary_factors(self, layer: int, name: str) -> tuple[ir.Value, ir.Value]:
+        """Return cos|cos and −sin|sin of the step's positions, [B, 1, S, rotated dimensions], for all like layers."""
+        graph, tables = self._graph, self._rotary.tables(layer)
+        rows = graph.op("Unsqueeze", [self._rotary.rows(layer), graph.ints(1)], f"{name}.rows")  # [B, 1, S]
+        cos, sin = (
+            graph.op("Gather", [table, rows], f"{name}.{part}", axis=0)
+            for part, table in zip(("cos", "sin"), tables, strict=True)
+        )
+        negated = graph.op("Neg", [sin], f"{name}.sin_negated")
         return (
-            graph.op("Concat", [cos, cos], "rotary.cos_twice", axis=-1),
-            graph.op("Concat", [negated, sin], "rotary.sin_twice", axis=-1),
+            graph.op("Concat", [cos, cos], f"{name}.cos_twice", axis=-1),
+            graph.op("Concat", [negated, sin], f"{name}.sin_twice", axis=-1),
         )
 
     def _attention_masks(self) -> dict[int | None, ir.Value]:
@@ -90,40 +97,67 @@ class EngineAttention:
             prefix: prefix of the node names.
         """
         graph, spec = self._graph, self._spec
-        if spec.rotary[layer]:
-            query, key = self._rotate(query, f"{prefix}.q"), self._rotate(key, f"{prefix}.k")
+        if spec.rotary[layer] is not None:
+            query, key = self._rotate(query, f"{prefix}.q", layer), self._rotate(key, f"{prefix}.k", layer)
+        if self._last_norm is not None:
+            query, key = self._last_norm(query, prefix, 0), self._last_norm(key, prefix, 1)
         past_key, past_value = self._past[layer]
         key = graph.op("TensorScatter", [past_key, key, self._write_index], f"present.{layer}.key", axis=2)
         value = graph.op("TensorScatter", [past_value, value, self._write_index], f"present.{layer}.value", axis=2)
         mask = self._masks[spec.windows[layer]]
         if self._grouped:  # lay out the queries of a group as if they were further positions
             query = graph.op("Reshape", [query, graph.ints(0, spec.kv_heads, -1, spec.head_dim)], f"{prefix}.q.grouped")
-        mixed = graph.op(
-            "Attention", [query, key, value, mask], f"{prefix}.attention", scale=spec.attention_multiplier
-        )  # [B, heads, S, D]
+        if spec.attention_cap:
+            mixed = self._capped_attention(query, key, value, mask, f"{prefix}.attention")
+        else:
+            mixed = graph.op(
+                "Attention", [query, key, value, mask], f"{prefix}.attention", scale=spec.attention_multiplier
+            )  # [B, heads, S, D]
         if self._grouped:
             mixed = graph.op("Reshape", [mixed, graph.ints(0, spec.heads, -1, spec.head_dim)], f"{prefix}.ungrouped")
         mixed = graph.op("Transpose", [mixed], f"{prefix}.by_position", perm=[0, 2, 1, 3])
         mixed = graph.op("Reshape", [mixed, graph.ints(0, 0, spec.heads * spec.head_dim)], f"{prefix}.joined")
         return mixed, [key, value]
 
-    def _rotate(self, x: ir.Value, name: str) -> ir.Value:
+    def _capped_attention(self, query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value, name: str) -> ir.Value:
+        """Return attention with a soft cap c, which the operator Attention of TensorRT-RTX 1.7.1 does not have.
+
+        The scale divides by c before the product, so that float16 does not overflow.
+        """
+        graph, cap = self._graph, self._spec.attention_cap
+        query = graph.op("Mul", [query, graph.real(self._spec.attention_multiplier / cap)], f"{name}.scaled")
+        turned = graph.op("Transpose", [key], f"{name}.keys", perm=[0, 1, 3, 2])
+        scores = graph.op("Tanh", [graph.op("MatMul", [query, turned], f"{name}.scores")], f"{name}.bounded")
+        scores = graph.op("Mul", [scores, graph.real(cap)], f"{name}.capped")
+        # The cap bounds every score, so a score far below it has no weight.
+        scores = graph.op("Where", [mask, scores, graph.real(-_MASKED)], f"{name}.masked")
+        weights = graph.op("Softmax", [scores], f"{name}.weights", axis=-1)
+        return graph.op("MatMul", [weights, value], name)
+
+    def _rotate(self, x: ir.Value, name: str, layer: int) -> ir.Value:
         """Return x [B, heads, S, D] with rotary embedding, written as basic operators.
 
         For the operator RotaryEmbedding, TensorRT-RTX 1.7.1 stores a copy of its kernel's source per layer, 165 kB
-        each; for these operators it stores one copy.
+        each; for these operators it stores one copy. Where neighbouring dimensions are paired, the first of each pair
+        go before the second ones, in queries and keys alike, which does not change their product.
         """
-        graph, half, width = self._graph, len(self._spec.inverse_frequencies), self._spec.head_dim
+        graph, half, width = self._graph, self._rotary.half(layer), self._spec.head_dim
+        interleaved, factors = self._spec.interleaved, self._factors[self._spec.rotary[layer] or 0]
 
-        def part(label: str, start: int, end: int) -> ir.Value:
-            return graph.op("Slice", [x, graph.ints(start), graph.ints(end), graph.ints(-1)], f"{name}.{label}")
+        def part(label: str, start: int, end: int, step: int = 1) -> ir.Value:
+            bounds = [graph.ints(start), graph.ints(end), graph.ints(-1), *([graph.ints(step)] if step > 1 else [])]
+            return graph.op("Slice", [x, *bounds], f"{name}.{label}")
 
-        first, second = part("first", 0, half), part("second", half, 2 * half)
+        if interleaved:
+            first, second = part("first", 0, 2 * half, 2), part("second", 1, 2 * half, 2)
+        else:
+            first, second = part("first", 0, half), part("second", half, 2 * half)
         rest = part("rest", 2 * half, width) if 2 * half < width else None
-        both = x if rest is None else graph.op("Concat", [first, second], f"{name}.turned", axis=-1)
+        is_whole = rest is None and not interleaved
+        both = x if is_whole else graph.op("Concat", [first, second], f"{name}.turned", axis=-1)
         swapped = graph.op("Concat", [second, first], f"{name}.swapped", axis=-1)
-        along = graph.op("Mul", [both, self._cos_factors], f"{name}.along")
-        across = graph.op("Mul", [swapped, self._sin_factors], f"{name}.across")
+        along = graph.op("Mul", [both, factors[0]], f"{name}.along")
+        across = graph.op("Mul", [swapped, factors[1]], f"{name}.across")
         if rest is None:
             return graph.op("Add", [along, across], f"{name}.rotated")
         rotated = graph.op("Add", [along, across], f"{name}.turned_by_position")

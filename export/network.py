@@ -6,9 +6,12 @@ import onnx_ir as ir
 import torch
 
 from coatrt.configs.lora_contract import LoraContract
+from coatrt.export.activation import activated
 from coatrt.export.engine_attention import Attend, EngineAttention
 from coatrt.export.graph import GraphBuilder
 from coatrt.export.projections import NetworkWeights, Projections
+from coatrt.export.rotary_tables import RotaryTables
+from coatrt.models.families import FAMILIES
 from coatrt.models.matrices import HEAD
 from coatrt.models.spec import DecoderSpec
 
@@ -37,19 +40,19 @@ class Network:
         max_positions: int,
     ) -> None:
         self._graph, self._spec, self._weights = graph, spec, weights
-        self._tensor, self._max_positions = tensor, max_positions
-        self._projections = Projections(graph, weights, tensor, contract)
-        rotated = 2 * len(spec.inverse_frequencies)
-        # GroupQueryAttention can rotate if both widths are multiples of 16; it then derives positions from `seqlens_k`.
-        self._rotates_inside = not graph.is_engine and rotated % 16 == 0 and spec.head_dim % 16 == 0
+        self._tensor = tensor
+        self._projections = Projections(graph, weights, tensor, contract, spec.parallel)
+        self._family = FAMILIES[spec.family]
+        self._rotary = RotaryTables(graph, spec, max_positions)
 
     def write(self) -> None:
         """Add inputs, nodes and outputs."""
         graph, spec = self._graph, self._spec
         integer = ir.DataType.INT64
         ids = graph.input("input_ids", integer, ["B", "S"])
-        if not graph.is_cuda or (any(spec.rotary) and not self._rotates_inside):
-            self._positions = graph.input("position_ids", integer, ["B", "S"])
+        positions = None
+        if not graph.is_cuda or self._rotary.needs_positions:
+            positions = graph.input("position_ids", integer, ["B", "S"])
         if graph.is_cuda:
             self._ends = (
                 graph.input("seqlens_k", ir.DataType.INT32, ["B"]),
@@ -68,28 +71,27 @@ class Network:
             for layer in range(spec.layers)
         ]
         self._projections.add_inputs(ids)
-        self._cos, self._sin = self._rotary_tables()
+        self._rotary.write(positions)
         self._attend: Attend = self._cpu_attention
         if graph.is_engine:
-            tables = self._cos, self._sin
-            self._attend = EngineAttention(graph, spec, self._positions, self._write_index, tables, self._past).attend
+            assert positions is not None, "the engine form has positions"
+            last = self._last_head_norm if self._family.head_norms_last else None
+            engine = EngineAttention(graph, spec, positions, self._write_index, self._rotary, self._past, last)
+            self._attend = engine.attend
         elif not graph.is_cuda:
             self._ends = self._sequence_ends(ids)
 
         x = self._multiply(self._weights.table.rows(ids), spec.embedding_multiplier, "embedding.multiplied")
         # x: [B, S, H]
-        hidden, presents = x if spec.norm_after else self._norm(x, "model.layers.0.input_layernorm"), []
+        first, presents = self._norm_name(0, 0), []
+        hidden = x if first is None else self._norm(x, first)
         for layer in range(spec.layers):
             x, hidden, present = self._layer(x, hidden, layer)
             presents += present
         x = self._logits_positions(hidden, index)  # the head runs at these positions only
-        if self._last_norm is None:
-            x = self._norm(x, "model.norm")
-        has_divisor = spec.logits_divisor != 1.0
-        last = "logits.narrow" if graph.is_cuda else "logits"
-        logits = graph.op("MatMul", [x, self._weights.single[HEAD]], "logits.undivided" if has_divisor else last)
-        if has_divisor:
-            logits = graph.op("Div", [logits, graph.real(spec.logits_divisor)], last)
+        if self._fused_last_norm is None:
+            x = self._norm(x, self._family.last_norm)
+        logits = self._logits(x, "logits.narrow" if graph.is_cuda else "logits")
         dtype = graph.activations
         if graph.is_cuda:  # the GPU casts the logits in microseconds, numpy in half a millisecond
             dtype = ir.DataType.FLOAT
@@ -98,15 +100,25 @@ class Network:
         for value in presents:
             graph.output(value, graph.activations, shape)
 
-    def _rotary_tables(self) -> tuple[ir.Value, ir.Value]:
-        """Return cosines and sines [positions, rotated dimensions / 2], computed in float32 as in transformers."""
-        angles = torch.arange(self._max_positions, dtype=torch.float)[:, None] * torch.tensor(
-            self._spec.inverse_frequencies
-        )
-        scaling = self._spec.rope_scaling
-        return self._graph.small("rotary.cos", angles.cos() * scaling), self._graph.small(
-            "rotary.sin", angles.sin() * scaling
-        )
+    def _logits(self, x: ir.Value, name: str) -> ir.Value:
+        """Return the logits [B, T, V]: the head's product, its bias, divisor and soft cap."""
+        graph, spec, bias = self._graph, self._spec, self._tensor(f"{HEAD}.bias")
+        steps: list[Callable[[ir.Value, str], ir.Value]] = [
+            lambda x, name: graph.op("MatMul", [x, self._weights.single[HEAD]], name)
+        ]
+        if bias is not None:
+            stored = graph.small(f"{HEAD}.bias", bias)
+            steps.append(lambda x, name: graph.op("Add", [x, stored], name))
+        if spec.logits_divisor != 1.0:
+            steps.append(lambda x, name: graph.op("Div", [x, graph.real(spec.logits_divisor)], name))
+        if spec.logits_cap:
+            cap = spec.logits_cap
+            steps.append(lambda x, name: graph.op("Div", [x, graph.real(cap)], name))
+            steps.append(lambda x, name: graph.op("Tanh", [x], name))
+            steps.append(lambda x, name: graph.op("Mul", [x, graph.real(cap)], name))
+        for number, step in enumerate(steps, 1):
+            x = step(x, name if number == len(steps) else f"logits.{number}")
+        return x
 
     def _sequence_ends(self, ids: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Return the last slot each sequence fills in this call, int32 [B], and the longest sequence's new length."""
@@ -120,10 +132,17 @@ class Network:
             graph.op("Cast", [longest], "cache.filled", to=ir.DataType.INT32),
         )
 
+    def _norm_name(self, layer: int, place: int) -> str | None:
+        """Return the name of a layer's norm at a place of `Family.norms`; None if the checkpoint has none there."""
+        name = f"model.layers.{layer}.{self._family.norms[place]}"
+        has_norm = self._family.norms[place] and self._tensor(f"{name}.weight") is not None
+        return name if has_norm else None
+
     @property
-    def _last_norm(self) -> str | None:
+    def _fused_last_norm(self) -> str | None:
         """The final norm if it is fused with the last addition; None if it runs after it, at the logits' positions."""
-        return None if self._graph.is_engine or self._spec.norm_after else "model.norm"
+        is_fused = not self._graph.is_engine and self._family.norms[0]
+        return self._family.last_norm if is_fused else None
 
     def _logits_positions(self, hidden: ir.Value, index: ir.Value) -> ir.Value:
         """Return the hidden states of the positions that get logits, [B, T, H].
@@ -144,41 +163,47 @@ class Network:
 
         Args:
             x: the residual stream.
-            hidden: the layer's input: the norm of x, or x itself in families that norm after each block.
+            hidden: the layer's input: the norm of x, or x itself in families without a norm there.
             layer: index of the layer.
         """
-        prefix, norm_after = f"model.layers.{layer}", self._spec.norm_after
+        prefix, is_last = f"model.layers.{layer}", layer + 1 == self._spec.layers
+        next_norm = self._fused_last_norm if is_last else self._norm_name(layer + 1, 0)
         update, presents = self._attention(hidden, layer, f"{prefix}.self_attn")
-        middle: str | None = f"{prefix}.post_attention_layernorm"
-        next_norm = f"model.layers.{layer + 1}.input_layernorm" if layer + 1 < self._spec.layers else self._last_norm
-        if norm_after:
-            update, middle, next_norm = self._norm(update, f"{prefix}.post_attention_layernorm"), None, None
-        x, hidden = self._add_residual(x, update, f"{prefix}.attention_residual", middle)
-        update = self._mlp(hidden, f"{prefix}.mlp")
-        if norm_after:
-            update = self._norm(update, f"{prefix}.post_feedforward_layernorm")
+        if self._spec.parallel:
+            both = [update, self._mlp(hidden, f"{prefix}.mlp")]
+            update = self._graph.op("Add", both, f"{prefix}.attention_and_mlp")
+        else:
+            update = self._maybe_norm(update, self._norm_name(layer, 1))
+            x, hidden = self._add_residual(x, update, f"{prefix}.attention_residual", self._norm_name(layer, 2))
+            update = self._maybe_norm(self._mlp(hidden, f"{prefix}.mlp"), self._norm_name(layer, 3))
         x, hidden = self._add_residual(x, update, f"{prefix}.mlp_residual", next_norm)
         return x, hidden, presents
 
+    def _module(self, prefix: str, name: str) -> str:
+        return f"{prefix}.{self._family.modules.get(name, name)}"
+
     def _attention(self, x: ir.Value, layer: int, prefix: str) -> tuple[ir.Value, list[ir.Value]]:
         spec, names = self._spec, [f"{prefix}.{name}_proj" for name in "qkv"]
-        qkv = self._projections.fused(x, names)
-        if qkv is not None and self._takes_packed(layer, prefix):
-            heads, presents = self._cpu_attention(qkv, None, None, layer, prefix)
-            return self._projections.linear(heads, f"{prefix}.o_proj"), presents
-        query, key, value = self._projections.parts(x, qkv, names)
-        query = self._heads(query, f"{prefix}.q_proj", f"{prefix}.q_norm", spec.heads)
-        key = self._heads(key, f"{prefix}.k_proj", f"{prefix}.k_norm", spec.kv_heads)
+        shares, output = (spec.heads, spec.kv_heads, spec.kv_heads), self._module(prefix, "o_proj")
+        if self._takes_packed(layer, prefix):
+            qkv = self._projections.fused(x, names)
+            if qkv is not None:
+                heads, presents = self._cpu_attention(qkv, None, None, layer, prefix)
+                return self._projections.linear(heads, output), presents
+        query, key, value = self._projections.parts(x, names, shares)
+        norms = [None, None] if self._family.head_norms_last else [f"{prefix}.{n}" for n in self._family.head_norms]
+        query = self._heads(query, f"{prefix}.q_proj", norms[0], spec.heads)
+        key = self._heads(key, f"{prefix}.k_proj", norms[1], spec.kv_heads)
         value = self._heads(value, f"{prefix}.v_proj", None, spec.kv_heads)
         heads, presents = self._attend(query, key, value, layer, prefix)
-        return self._projections.linear(heads, f"{prefix}.o_proj"), presents
+        return self._projections.linear(heads, output), presents
 
     def _takes_packed(self, layer: int, prefix: str) -> bool:
         """Return whether the attention can read the fused q|k|v projection: no norm or rotation comes in between."""
         if self._graph.is_engine:
             return False
-        has_norm = any(self._tensor(f"{prefix}.{name}_norm.weight") is not None for name in "qk")
-        return not has_norm and (self._rotates_inside or not self._spec.rotary[layer])
+        has_norm = any(self._tensor(f"{prefix}.{name}.weight") is not None for name in self._family.head_norms)
+        return not has_norm and (self._spec.rotary[layer] is None or self._rotary.inside(layer))
 
     def _cpu_attention(
         self, query: ir.Value, key: ir.Value | None, value: ir.Value | None, layer: int, prefix: str
@@ -189,17 +214,24 @@ class Network:
         token.
         """
         graph, spec, window = self._graph, self._spec, self._spec.windows[layer]
-        inside = self._rotates_inside and spec.rotary[layer]
-        if spec.rotary[layer] and not inside:
+        inside = self._rotary.inside(layer)
+        if spec.rotary[layer] is not None and not inside:
             assert key is not None, "a fused projection is rotated inside the operator"
-            query = self._rotate(query, f"{prefix}.q", spec.heads)
-            key = self._rotate(key, f"{prefix}.k", spec.kv_heads)
-        attributes = {"do_rotary": 1} if inside else {}
+            query = self._rotate(query, f"{prefix}.q", spec.heads, layer)
+            key = self._rotate(key, f"{prefix}.k", spec.kv_heads, layer)
+        if self._family.head_norms_last:
+            assert key is not None, "a fused projection has no norm"
+            query, key = self._last_head_norm(query, prefix, 0), self._last_head_norm(key, prefix, 1)
+        attributes: dict[str, float | int] = {"do_rotary": 1} if inside else {}
+        if inside and spec.interleaved:
+            attributes["rotary_interleaved"] = 1
         if window is not None:
             attributes["local_window_size"] = window
-        tables: tuple[ir.Value, ...] = (self._cos, self._sin) if inside else ()
+        if spec.attention_cap:
+            attributes["softcap"] = spec.attention_cap
+        tables: tuple[ir.Value, ...] = self._rotary.tables(layer) if inside else ()
         if inside and not graph.is_cuda:
-            tables = (*tables, self._positions)
+            tables = (*tables, self._rotary.rows(layer))
         heads, *presents = graph.runtime_op(
             "GroupQueryAttention",
             [query, key, value, *self._past[layer], *self._ends, *tables],
@@ -218,7 +250,7 @@ class Network:
         """
         graph, width = self._graph, self._spec.head_dim
         scale = self._tensor(f"{norm}.weight") if norm is not None else None
-        per_head = scale is not None and scale.numel() == width
+        per_head = scale is not None and (scale.ndim == 2 or scale.numel() == width)
         if scale is not None and not per_head:  # one norm over all heads
             out = self._norm(out, str(norm))
         if not (graph.is_engine or per_head):
@@ -230,28 +262,49 @@ class Network:
             return graph.op("Reshape", [out, graph.ints(0, 0, heads * width)], f"{projection}.normed")
         return graph.op("Transpose", [out], f"{projection}.by_head", perm=[0, 2, 1, 3])
 
-    def _rotate(self, x: ir.Value, name: str, heads: int) -> ir.Value:
-        half, width = len(self._spec.inverse_frequencies), self._spec.head_dim
-        partial = {"rotary_embedding_dim": 2 * half} if 2 * half != width else {}
-        inputs = [x, self._cos, self._sin, self._positions]
-        return self._graph.op("RotaryEmbedding", inputs, f"{name}.rotated", **partial, num_heads=heads)
+    def _last_head_norm(self, x: ir.Value, prefix: str, which: int) -> ir.Value:
+        """Return rotated queries (0) or keys (1), normed; a norm over single heads, in the shape of `_heads`."""
+        graph, width, norm = self._graph, self._spec.head_dim, f"{prefix}.{self._family.head_norms[which]}"
+        if graph.is_engine:
+            return self._norm(x, norm)
+        x = self._norm(graph.op("Reshape", [x, graph.ints(0, 0, -1, width)], f"{norm}.heads"), norm)
+        return graph.op("Reshape", [x, graph.ints(0, 0, width * self._heads_of(which))], f"{norm}.joined")
+
+    def _heads_of(self, which: int) -> int:
+        return (self._spec.heads, self._spec.kv_heads)[which]
+
+    def _rotate(self, x: ir.Value, name: str, heads: int, layer: int) -> ir.Value:
+        rotated = 2 * self._rotary.half(layer)
+        attributes = {"rotary_embedding_dim": rotated} if rotated != self._spec.head_dim else {}
+        if self._spec.interleaved:
+            attributes["interleaved"] = 1
+        inputs = [x, *self._rotary.tables(layer), self._rotary.rows(layer)]
+        return self._graph.op("RotaryEmbedding", inputs, f"{name}.rotated", **attributes, num_heads=heads)
 
     def _mlp(self, x: ir.Value, prefix: str) -> ir.Value:
-        graph, names = self._graph, [f"{prefix}.{name}_proj" for name in ("gate", "up")]
-        gate, up = self._projections.parts(x, self._projections.fused(x, names), names)
-        if self._spec.activation == "silu" and graph.is_engine:
-            gate = graph.op("Swish", [gate], f"{prefix}.activated")
-        elif self._spec.activation == "silu":  # one kernel; ONNX Runtime expands Swish into three
-            (gate,) = graph.runtime_op("QuickGelu", [gate], [f"{prefix}.activated"], alpha=1.0)
+        up, down = self._module(prefix, "up_proj"), self._module(prefix, "down_proj")
+        if not self._spec.gated:
+            inner = self._activated(self._projections.linear(x, up), prefix)
         else:
-            approximate = "tanh" if self._spec.activation == "gelu_tanh" else "none"
-            gate = graph.op("Gelu", [gate], f"{prefix}.activated", approximate=approximate)
-        product = graph.op("Mul", [gate, up], f"{prefix}.gated")
-        return self._projections.linear(product, f"{prefix}.down_proj")
+            gate, other = self._projections.parts(x, [f"{prefix}.gate_proj", up], (1, 1))
+            inner = self._graph.op("Mul", [self._activated(gate, prefix), other], f"{prefix}.gated")
+        return self._projections.linear(inner, down)
+
+    def _activated(self, x: ir.Value, prefix: str) -> ir.Value:
+        return activated(self._graph, self._spec, x, prefix, self._tensor)
 
     def _norm(self, x: ir.Value, name: str) -> ir.Value:
         op = "LayerNormalization" if self._spec.layer_norm else "RMSNormalization"
-        return self._graph.op(op, [x, *self._scales(name)], name, axis=-1, epsilon=self._spec.epsilon)
+        attributes = {"axis": -1, "epsilon": self._spec.epsilon}
+        scale, *bias = self._scales(name)
+        if scale.shape is not None and len(scale.shape) == 2:  # [heads, D]: the norm of a head has weights of its own
+            ones = self._graph.small(f"{name}.ones", torch.ones(self._spec.head_dim))
+            x = self._graph.op(op, [x, ones], f"{name}.plain", **attributes)
+            return self._graph.op("Mul", [x, scale], name)
+        return self._graph.op(op, [x, scale, *bias], name, **attributes)
+
+    def _maybe_norm(self, x: ir.Value, name: str | None) -> ir.Value:
+        return x if name is None else self._norm(x, name)
 
     def _scales(self, name: str) -> list[ir.Value]:
         """Return the weight of a norm and its bias, if it has one."""

@@ -128,7 +128,8 @@ class _Part:
         self._format = WeightFormat.parse("fp16" if half else "bf16")
 
     def _tensor(self, name: str) -> torch.Tensor:
-        rows = slice(0, self.rows) if name in (f"{EMBEDDING}.weight", f"{HEAD}.weight") else None
+        is_table = name in (f"{EMBEDDING}.weight", f"{HEAD}.weight", f"{HEAD}.bias")
+        rows = slice(0, self.rows) if is_table else None
         return self._checkpoint.tensor(name, rows).to(self._dtype)
 
     def rounding(self, layer: int, ids: torch.Tensor, start: int) -> float:
@@ -149,6 +150,8 @@ class _Part:
             config.layer_types = [config.layer_types[layer]]
         for table in (inner.embed_tokens, model.lm_head):
             table.weight = torch.nn.Parameter(torch.empty(self.rows, self._spec.hidden, device="meta"))
+        if model.lm_head.bias is not None:
+            model.lm_head.bias = torch.nn.Parameter(torch.empty(self.rows, device="meta"))
         state: dict[str, torch.Tensor] = {}
         for name in model.state_dict():
             if name == f"{HEAD}.weight" and self._checkpoint.matrices.tied:

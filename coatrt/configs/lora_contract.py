@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from coatrt.errors import ConfigError
-from coatrt.models.matrices import ModelMatrices, fused_name
+from coatrt.models.matrices import ModelMatrices
 from coatrt.system.ranges import Count, Layers
 
 __all__ = ["ACTIVATIONS", "DecoderIO", "LoraContract", "LoraGroup", "LoraTensor", "Place", "contract_for"]
@@ -207,7 +207,7 @@ def contract_for(model: ModelMatrices, rank: int, alpha: float, ranks: Mapping[s
         raise ConfigError(f"unknown target module {', '.join(sorted(unknown))}; allowed: {', '.join(sorted(kinds))}")
     tensors = tuple(
         LoraTensor(
-            m.name, f"lora_A.{m.name}", f"lora_B.{m.name}", m.K, m.N, ranks.get(m.kind, rank), fused_name(m.name)
+            m.name, f"lora_A.{m.name}", f"lora_B.{m.name}", m.K, m.N, ranks.get(m.kind, rank), model.fused[m.name]
         )
         for m in model.targets
     )

@@ -35,8 +35,12 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def model_type(config: Mapping[str, Any]) -> str:
-    """Return the family in a config.json: llama, qwen3 and so on; empty if it has none."""
-    return str(config.get("model_type", ""))
+    """Return the family in a config.json: llama, qwen3 and so on; empty if it has none.
+
+    As in transformers, a mistral with `layer_types` is a ministral.
+    """
+    family = str(config.get("model_type", ""))
+    return "ministral" if family == "mistral" and "layer_types" in config else family
 
 
 def end_tokens(directory: Path, config: Mapping[str, Any]) -> set[int]:

@@ -24,7 +24,7 @@ from coatrt.system.scratch import scratch
 
 __all__ = ["check_conversion", "convert_gguf"]
 
-_VERSION = 3  # of the conversion's result
+_VERSION = 4  # of the conversion's result
 _SEAL = "sha256.json"  # name of each file → its hash
 _INDEX = "model.safetensors.index.json"
 _SHARD = 2 << 30  # bytes

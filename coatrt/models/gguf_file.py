@@ -2,8 +2,7 @@
 
 import math
 import re
-import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,8 @@ import numpy as np
 import torch
 
 from coatrt.errors import CheckpointError, reason
+from coatrt.models.families import FAMILIES
+from coatrt.models.gguf_header import architecture, check_header
 from coatrt.system.extras import require
 
 __all__ = ["GgufModel"]
@@ -26,9 +27,9 @@ _PLAIN = {  # GGUF key after the architecture's name → key of config.json
     "attention.head_count_kv": "num_key_value_heads",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
-_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a value by type
-_STRING, _ARRAY = 8, 9
-_FAMILIES = ("llama", "qwen2", "qwen3")
+_FAMILIES = {"gemma3": "gemma3_text", "llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+"""Architecture in a GGUF file → model_type."""
+_GEMMA3_27B = 62  # layers of the one Gemma 3 whose queries are scaled by another width than that of a head
 
 
 class GgufModel:
@@ -44,12 +45,14 @@ class GgufModel:
     """
 
     def __init__(self, path: Path) -> None:
+        self.path = path
+        if (name := architecture(path)) and name not in _FAMILIES:
+            raise self._error(f"has the architecture {name}; allowed: {', '.join(_FAMILIES)}; give safetensors")
         require(path.name, "gguf")
         import gguf
 
-        self.path = path
         try:
-            _check_header(path)
+            check_header(path)
             reader = gguf.GGUFReader(path)
             self._keys: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
         except Exception as error:  # the reader raises many kinds
@@ -57,9 +60,14 @@ class GgufModel:
         self._tensors = {str(tensor.name): tensor for tensor in reader.tensors}
         if len(self._tensors) != len(reader.tensors):
             raise self._error("names a tensor twice; download it again")
-        self.family = str(self._keys.get("general.architecture"))
-        if self.family not in _FAMILIES or self._keys.get("general.type", "model") != "model":
-            raise self._error(f"has the architecture {self.family}; allowed: {', '.join(_FAMILIES)}; give safetensors")
+        self._arch = str(self._keys.get("general.architecture"))
+        kind = self._keys.get("general.type", "model")
+        if self._arch not in _FAMILIES or kind != "model":
+            raise self._error(
+                f"has the architecture {self._arch} and the type {kind}; allowed: {', '.join(_FAMILIES)}, and the type "
+                "model; give safetensors"
+            )
+        self.family = _FAMILIES[self._arch]
         if int(self._keys.get("split.count", 1)) > 1:
             raise self._error(f"is one of {self._keys['split.count']} parts; merge them (llama-gguf-split --merge)")
         self.config = self._read_config()
@@ -83,6 +91,8 @@ class GgufModel:
             ):  # llama.cpp rotates neighbouring dimensions, so its rows are interleaved
                 count = self.config[heads]
                 rows = rows.reshape(count, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+            if rows.ndim == 1 and name.endswith("norm.weight"):
+                rows = rows - np.float32(FAMILIES[self.family].norm_offset)  # llama.cpp adds it
             yield name, torch.from_numpy(np.ascontiguousarray(rows))
 
     @property
@@ -97,13 +107,13 @@ class GgufModel:
     def _read_config(self) -> dict[str, Any]:
         """Return the config.json that the keys describe."""
         remaining = {key: value for key, value in self._keys.items() if not _SILENT.match(key)}
-        for key in ("split.count", "split.no", "split.tensors.count", f"{self.family}.rope.scaling.finetuned"):
+        for key in ("split.count", "split.no", "split.tensors.count", f"{self._arch}.rope.scaling.finetuned"):
             remaining.pop(key, None)
 
         def take(name: str, default: Any = None) -> Any:
-            value = remaining.pop(f"{self.family}.{name}", default)
+            value = remaining.pop(f"{self._arch}.{name}", default)
             if value is None:
-                raise self._error(f"lacks the key {self.family}.{name}; download it again or give safetensors")
+                raise self._error(f"lacks the key {self._arch}.{name}; download it again or give safetensors")
             return value
 
         config = {theirs: take(ours) for ours, theirs in _PLAIN.items() if ours != "attention.head_count_kv"}
@@ -144,11 +154,28 @@ class GgufModel:
             "eos_token_id": end,
             "sliding_window": None,
         }
+        if self.family == "gemma3_text":
+            config |= self._gemma3(take, int(head), rope)
         if remaining:
             raise self._error(
                 f"has the keys {', '.join(sorted(remaining)[:3])}, which config.json cannot express; give safetensors"
             )
         return config
+
+    def _gemma3(self, take: Callable[..., Any], head: int, rope: dict[str, Any]) -> dict[str, Any]:
+        """Return what a Gemma 3 adds; llama.cpp knows the rest by the number of layers (`llama-model.cpp`)."""
+        pattern = 6  # every sixth layer sees the whole context
+        hidden, heads = int(self._keys["gemma3.embedding_length"]), int(self._keys["gemma3.attention.head_count"])
+        layers = int(self._keys["gemma3.block_count"])
+        kinds = ["full_attention" if (layer + 1) % pattern == 0 else "sliding_attention" for layer in range(layers)]
+        local = {"rope_type": "default", "rope_theta": float(take("rope.freq_base_swa", 1e4))}
+        return {
+            "layer_types": kinds,
+            "sliding_window": int(take("attention.sliding_window")),
+            "rope_parameters": {"full_attention": rope, "sliding_attention": local},
+            "query_pre_attn_scalar": hidden // heads if layers == _GEMMA3_27B else head,
+            "final_logit_softcapping": take("final_logit_softcapping", 0.0) or None,
+        }
 
     def _llama3(self, base: float, width: int) -> dict[str, Any]:
         """Return the llama3 rope scaling of `rope_freqs.weight`, which has its factors on the wavelengths.
@@ -181,17 +208,17 @@ class GgufModel:
 
     def _read_names(self, gguf: Any) -> dict[str, str]:
         """Return Hugging Face name → stored name of every tensor; any other tensor is refused."""
-        arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.family)
+        arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self._arch)
         layers = self.config["num_hidden_layers"]
         if layers > len(self._tensors):
             raise self._error(f"has {len(self._tensors)} tensors for {layers} layers; download it again")
         table = gguf.get_tensor_name_map(arch, layers)
         modules = ["model.embed_tokens", "model.norm", "lm_head"]
-        parts = ["input_layernorm", "post_attention_layernorm"]
+        parts = [norm for norm in FAMILIES[self.family].norms if norm]
         parts += [f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")]
         parts += [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
         modules += [f"model.layers.{layer}.{part}" for layer in range(layers) for part in parts]
-        optional = {"lm_head", "q_norm", "k_norm"} if self.family != "qwen3" else {"lm_head"}
+        optional = {"lm_head"} if self.family in ("gemma3_text", "qwen3") else {"lm_head", "q_norm", "k_norm"}
         names = {}
         for module in modules:
             stored = table.get_name(module)
@@ -203,55 +230,7 @@ class GgufModel:
         strays = sorted(set(self._tensors) - set(names.values()) - {"rope_freqs.weight"})
         if strays:
             raise self._error(
-                f"has {len(strays)} tensors that the family {self.family} does not use, like {', '.join(strays[:3])}; "
+                f"has {len(strays)} tensors that the family {self._arch} does not use, like {', '.join(strays[:3])}; "
                 "give the model's safetensors"
             )
         return names
-
-
-def _check_header(path: Path) -> None:
-    """Refuse a header whose counts and lengths exceed the file: the reader would run on endlessly.
-
-    The layout is that of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, little-endian.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-
-        def number(form: str) -> int:
-            data = stream.read(struct.calcsize(form))
-            return int(struct.unpack(form, data)[0])
-
-        def skip(length: int) -> None:
-            if length > size - stream.tell():
-                raise ValueError(f"{length} bytes announced, {size - stream.tell()} left")
-            stream.seek(length, 1)
-
-        def value(kind: int) -> None:
-            if kind == _STRING:
-                skip(number("<Q"))
-            elif kind == _ARRAY:
-                inner, count = number("<I"), number("<Q")
-                if inner in _SIZES:
-                    skip(_SIZES[inner] * count)
-                elif inner == _STRING and count <= (size - stream.tell()) // 8:
-                    for _ in range(count):
-                        skip(number("<Q"))
-                else:
-                    raise ValueError(f"an array of {count} values of type {inner}")
-            else:
-                skip(_SIZES[kind])
-
-        if stream.read(4) != b"GGUF" or number("<I") not in (2, 3):
-            raise ValueError("not GGUF version 2 or 3")
-        tensors, keys = number("<Q"), number("<Q")
-        if max(tensors, keys) > size // 12:
-            raise ValueError(f"{tensors} tensors and {keys} keys in {size} bytes")
-        for _ in range(keys):
-            skip(number("<Q"))
-            value(number("<I"))
-        for _ in range(tensors):
-            skip(number("<Q"))
-            dimensions = number("<I")
-            if dimensions > 4:
-                raise ValueError(f"a tensor of {dimensions} dimensions")
-            skip(8 * dimensions + 4 + 8)

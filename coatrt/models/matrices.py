@@ -17,7 +17,7 @@ HEAD = "lm_head"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _MAX_DIGITS = 4  # of a layer number
 _MAX_PARAMETERS = 2**50  # keeps sums of bits below 2^63
-_ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_ORDER = ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj"]
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _FUSED_NAMES = ("qkv_proj", "gate_up_proj")
 
@@ -131,6 +131,11 @@ class ModelMatrices:
         return tuple(groups)
 
     @cached_property
+    def fused(self) -> Mapping[str, str]:
+        """Matrix → `fused_name` of its group; "" where it is the only one, such as the MLP's first without a gate."""
+        return {name: fused_name(name) if len(group) > 1 else "" for group in self.groups for name in group}
+
+    @cached_property
     def parameters(self) -> int:
         """Number of weights in all matrices."""
         return sum(matrix.N * matrix.K for matrix in self.matrices)
@@ -151,7 +156,8 @@ def matrices_of(shapes: Mapping[str, Sequence[int]], tied: bool) -> ModelMatrice
         if tied and name == f"{HEAD}.weight":
             continue
         stem = name.removesuffix(".weight")
-        if name.endswith(".weight") and len(shape) == 2 and (_LAYER.fullmatch(stem) or stem in (EMBEDDING, HEAD)):
+        is_place = _LAYER.fullmatch(stem) is not None or stem in (EMBEDDING, HEAD)
+        if name.endswith(".weight") and len(shape) == 2 and is_place and not stem.endswith("norm"):
             matrices.append(Matrix(stem, int(shape[0]), int(shape[1])))
         else:
             other += 2 * math.prod(shape)

@@ -6,12 +6,11 @@ from typing import Any, Literal
 
 from coatrt.errors import CheckpointError, ConfigError, reason
 from coatrt.models.config_file import model_type
+from coatrt.models.families import FAMILIES, LEFT_OUT, Family
+from coatrt.models.rotary import Rotary, rotations
 from coatrt.models.transformers_config import complete_config
 
-__all__ = ["FAMILIES", "DecoderSpec"]
-
-FAMILIES = ("gemma", "granite", "llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3", "stablelm")
-"""Values of model_type that the graph writer knows, each tested against transformers."""
+__all__ = ["DecoderSpec"]
 
 _COUNTS = (
     "num_attention_heads",
@@ -36,19 +35,21 @@ _CONFIG_MAXIMA = {
     "head_dim": _MAXIMA["head_dim"],
 }  # for other keys the limit of _COUNTS
 _MAX_FACTOR = 1e18
-_WINDOW_PER_LAYER = ("qwen2", "qwen3", "smollm3")  # families whose modules honour layer_types
+_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
+    "relu2": "relu2",
+    "xielu": "xielu",
 }
 
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """Shapes and operations of a decoder-only, Llama-like model.
+    """Shapes and operations of a decoder-only model; `FAMILIES[family]` has the names of its modules.
 
     Args:
         family: model_type of the checkpoint.
@@ -60,18 +61,21 @@ class DecoderSpec:
         vocabulary: rows of the embedding table.
         max_positions: longest sequence that the model supports.
         epsilon: epsilon of every norm.
-        layer_norm: whether norms also subtract the mean and add a bias (stablelm).
-        norm_offset: added to every norm weight (gemma stores weight − 1).
-        norm_after: whether norms follow attention and MLP instead of preceding them (olmo2).
-        activation: activation of the gate.
-        inverse_frequencies: rotary frequencies in radians per position, one for two rotated dimensions.
-        rope_scaling: factor on the rotary cosines and sines.
+        layer_norm: whether norms also subtract the mean and add a bias.
+        norm_offset: added to every norm weight.
+        parallel: whether attention and MLP read the same input.
+        activation: activation of the gate, or of the MLP without one.
+        gated: whether the MLP multiplies by a gate.
+        interleaved: whether the rotation pairs neighbouring dimensions.
+        rotations: sets of rotary frequencies.
+        rotary: per layer, its set in `rotations`; None for a layer without rotary positions.
         windows: per layer, positions that a query attends to, itself included; None for all.
-        rotary: per layer, whether it has rotary positions.
         embedding_multiplier: factor on the embeddings.
         residual_multiplier: factor on the output of attention and MLP before it is added.
         attention_multiplier: factor on query · key.
+        attention_cap: soft cap c of query · key, which becomes c · tanh(x / c); 0 for none.
         logits_divisor: divisor of the logits.
+        logits_cap: soft cap of the divided logits; 0 for none.
     """
 
     family: str
@@ -85,16 +89,19 @@ class DecoderSpec:
     epsilon: float
     layer_norm: bool
     norm_offset: float
-    norm_after: bool
-    activation: Literal["silu", "gelu", "gelu_tanh"]
-    inverse_frequencies: tuple[float, ...]
-    rope_scaling: float
+    parallel: bool
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu2", "xielu"]
+    gated: bool
+    interleaved: bool
+    rotations: tuple[Rotary, ...]
+    rotary: tuple[int | None, ...]
     windows: tuple[int | None, ...]
-    rotary: tuple[bool, ...]
     embedding_multiplier: float
     residual_multiplier: float
     attention_multiplier: float
+    attention_cap: float
     logits_divisor: float
+    logits_cap: float
 
     def __post_init__(self) -> None:
         for name, most in _MAXIMA.items():
@@ -102,19 +109,31 @@ class DecoderSpec:
                 raise CheckpointError(
                     f"{name} must be 1 to {most}, got {getattr(self, name)}; download the model again"
                 )
-        factors = (self.rope_scaling, self.embedding_multiplier, self.residual_multiplier, self.attention_multiplier)
-        numbers = (*self.inverse_frequencies, *factors, self.norm_offset, self.epsilon, self.logits_divisor)
+        factors = (self.embedding_multiplier, self.residual_multiplier, self.attention_multiplier, self.norm_offset)
+        numbers = [*factors, self.epsilon, self.logits_divisor, self.attention_cap, self.logits_cap]
+        for rotary in self.rotations:
+            numbers += [*rotary.frequencies, *rotary.long_frequencies, rotary.scaling]
         if self.logits_divisor == 0 or not all(abs(number) <= _MAX_FACTOR for number in numbers):
             raise CheckpointError(
                 f"factors must be finite and at most {_MAX_FACTOR:g}, and the divisor not 0; download the model again"
             )
-        if not len(self.windows) == len(self.rotary) == self.layers or len(self.inverse_frequencies) > self.head_dim:
+        if self.attention_cap < 0 or self.logits_cap < 0:
+            raise CheckpointError("soft caps must be above 0, or 0 for none; download the model again")
+        widths = [len(rotary.frequencies) for rotary in self.rotations]
+        if not len(self.windows) == len(self.rotary) == self.layers or any(2 * n > self.head_dim + 1 for n in widths):
             raise CheckpointError(
-                "windows and rotary need one entry per layer, inverse_frequencies at most one per dimension; "
+                "windows and rotary need one entry per layer, frequencies at most one for two dimensions of a head; "
                 "download the model again"
             )
+        if not all(index is None or 0 <= index < len(self.rotations) for index in self.rotary):
+            raise CheckpointError("a layer names rotary frequencies that are missing; download the model again")
         if not all(window is None or 1 <= window < 2**31 for window in self.windows):
             raise CheckpointError("a window must be 1 to 2147483647 positions; download the model again")
+
+    @property
+    def further_norms(self) -> int:
+        """Norms of a layer beyond the two that Llama has; each is one more kernel."""
+        return max(sum(bool(name) for name in FAMILIES[self.family].norms) - 2, 0)
 
     def check_context(self, context: int) -> None:
         """Refuse a context longer than the positions of the model.
@@ -137,14 +156,7 @@ class DecoderSpec:
         """
         family = model_type(values)
         if family not in FAMILIES:
-            raise CheckpointError(
-                f"model_type {family or 'missing'} cannot be exported; allowed: {', '.join(FAMILIES)}; "
-                "convert the checkpoint to one of them, or add the family (CONTRIBUTING.md)"
-            )
-        if family == "mistral" and "layer_types" in values:  # transformers reads it as another family
-            raise CheckpointError(
-                "a mistral model with layer_types is a Ministral, which cannot be exported; use another model"
-            )
+            raise CheckpointError(_refusal(family, values))
         for key in (*_COUNTS, "head_dim"):  # before transformers allocates lists of that length
             most, value = _CONFIG_MAXIMA.get(key, 2**31 - 1), values.get(key)
             if isinstance(value, int) and (value > most or (key == "head_dim" and value < 0)):
@@ -158,18 +170,16 @@ class DecoderSpec:
             ) from None
 
     @classmethod
-    def _of(cls, family: str, config: Any) -> "DecoderSpec":
-        # Each key is read only for families whose modules in transformers read it.
-        if config.hidden_act not in _ACTIVATIONS:
+    def _of(cls, name: str, config: Any) -> "DecoderSpec":
+        # A key is read only where the table says that the family's modules in transformers read it.
+        family = FAMILIES[name]
+        if (activation := getattr(config, family.activation)) not in _ACTIVATIONS:
             raise CheckpointError(
-                f"activation {config.hidden_act!r} cannot be exported; allowed: {', '.join(_ACTIVATIONS)}"
+                f"activation {activation!r} cannot be exported; allowed: {', '.join(_ACTIVATIONS)}; use another model"
             )
-        if family == "stablelm" and config.use_parallel_residual:
-            raise CheckpointError(
-                "parallel residuals cannot be exported; use a checkpoint without use_parallel_residual"
-            )
-        if getattr(config, "use_bidirectional_attention", False):
-            raise CheckpointError("bidirectional attention cannot be exported; use a causal language model")
+        for key, meaning in {"use_bidirectional_attention": "bidirectional attention", **family.refused}.items():
+            if getattr(config, key, False):
+                raise CheckpointError(f"{meaning} cannot be exported; use a checkpoint without {key}")
         for key in _COUNTS:
             if type(value := getattr(config, key)) is not int or value < 1:
                 raise CheckpointError(f"{key} must be a whole number above 0, got {value}; correct config.json")
@@ -178,12 +188,13 @@ class DecoderSpec:
                 f"{config.num_attention_heads} attention heads cannot share {config.num_key_value_heads} key-value "
                 "heads evenly; correct config.json"
             )
-        heads, layers, granite = int(config.num_attention_heads), int(config.num_hidden_layers), family == "granite"
-        own_width = family != "stablelm" and getattr(config, "head_dim", None)
+        heads, layers = int(config.num_attention_heads), int(config.num_hidden_layers)
+        own_width = family.head_dim and getattr(config, "head_dim", None)
         head_dim = int(own_width or config.hidden_size // heads)
-        frequencies, scaling = _rope(config, head_dim)
+        windows = _windows(family, config, layers)
+        sets = rotations(config)
         return cls(
-            family=family,
+            family=name,
             layers=layers,
             hidden=int(config.hidden_size),
             heads=heads,
@@ -191,53 +202,60 @@ class DecoderSpec:
             head_dim=head_dim,
             vocabulary=int(config.vocab_size),
             max_positions=int(config.max_position_embeddings),
-            epsilon=float(config.layer_norm_eps if family == "stablelm" else config.rms_norm_eps),
-            layer_norm=family == "stablelm",
-            norm_offset=1.0 if family == "gemma" else 0.0,
-            norm_after=family == "olmo2",
-            activation=_ACTIVATIONS[config.hidden_act],  # type: ignore[arg-type]
-            inverse_frequencies=frequencies,
-            rope_scaling=scaling,
-            windows=_windows(family, config, layers),
-            rotary=tuple(bool(uses) for uses in config.no_rope_layers[:layers])
-            if family == "smollm3"
-            else (True,) * layers,
-            embedding_multiplier=float(
-                config.hidden_size**0.5 if family == "gemma" else config.embedding_multiplier if granite else 1.0
-            ),
-            residual_multiplier=float(config.residual_multiplier) if granite else 1.0,
-            attention_multiplier=float(config.attention_multiplier) if granite else head_dim**-0.5,
-            logits_divisor=float(config.logits_scaling) if granite else 1.0,
+            epsilon=float(getattr(config, family.epsilon)),
+            layer_norm=family.layer_norm,
+            norm_offset=family.norm_offset,
+            parallel=bool(getattr(config, family.parallel)) if isinstance(family.parallel, str) else family.parallel,
+            activation=_ACTIVATIONS[activation],  # type: ignore[arg-type]
+            gated=family.gated,
+            interleaved=family.interleaved,
+            rotations=tuple(sets.values()),
+            rotary=_rotary(family, config, windows, list(sets)),
+            windows=windows,
+            embedding_multiplier=_power(config, family.embedding, 1.0),
+            residual_multiplier=_power(config, family.residual, 1.0),
+            attention_multiplier=_power(config, family.attention, head_dim**-0.5),
+            attention_cap=_power(config, (family.attention_cap, 1.0), 0.0),
+            logits_divisor=_power(config, family.logits, 1.0),
+            logits_cap=_power(config, (family.logits_cap, 1.0), 0.0),
         )
 
 
-def _rope(config: Any, head_dim: int) -> tuple[tuple[float, ...], float]:
-    """Return inverse frequencies and the factor on cosines and sines, as transformers computes them."""
-    import torch
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    rope = config.rope_parameters
-    kind = rope.get("rope_type", "default")
-    if kind == "default":
-        # Modules of other families ignore partial_rotary_factor and rotate whole heads.
-        width = int(head_dim * rope["partial_rotary_factor"]) if config.model_type == "stablelm" else head_dim
-        exponents = torch.arange(0, width, 2, dtype=torch.float) / width
-        return tuple((1.0 / rope["rope_theta"] ** exponents).tolist()), 1.0
-    try:
-        frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](config)
-    except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise CheckpointError(
-            f"rope type {kind} in config.json has a missing or invalid value ({error}); download it again"
-        ) from None
-    return tuple(frequencies.tolist()), float(scaling)
+def _refusal(family: str, values: Mapping[str, Any]) -> str:
+    """Return the message about a family that is not in the table."""
+    why = LEFT_OUT.get(family, "")
+    if not why and any(isinstance(values.get(key), int) and values[key] > 1 for key in _EXPERT_KEYS):
+        why = "a mixture of experts"
+    return (
+        f"model_type {family or 'missing'} cannot be exported{f' ({why})' if why else ''}; "
+        f"allowed: {', '.join(FAMILIES)}; convert the checkpoint to one of them, or add the family (CONTRIBUTING.md)"
+    )
 
 
-def _windows(family: str, config: Any, layers: int) -> tuple[int | None, ...]:
+def _power(config: Any, factor: tuple[str, float], default: float) -> float:
+    """Return a value of the configuration raised to a power; the default if the key is "" or the value is None."""
+    key, exponent = factor
+    value = getattr(config, key) if key else None
+    return default if value is None else float(value**exponent)
+
+
+def _rotary(family: Family, config: Any, windows: tuple[int | None, ...], names: list[str]) -> tuple[int | None, ...]:
+    """Return the set of rotary frequencies of each layer."""
+    sets = [0] * len(windows) if names == [""] else [names.index(kind) for kind in config.layer_types[: len(windows)]]
+    uses = [True] * len(windows)
+    if family.rotary == "no_rope_layers":
+        uses = [bool(layer) for layer in config.no_rope_layers[: len(windows)]]
+    elif family.rotary == "windowed" or (family.rotary == "windowed or all" and config.sliding_window is not None):
+        uses = [window is not None for window in windows]
+    return tuple(index if used else None for index, used in zip(sets, uses, strict=True))
+
+
+def _windows(family: Family, config: Any, layers: int) -> tuple[int | None, ...]:
     """Return the attention window of each layer."""
-    window = getattr(config, "sliding_window", None)
-    if window is None or family not in ("mistral", *_WINDOW_PER_LAYER):
+    window = None if family.windows == "none" else config.sliding_window
+    if window is None:
         return (None,) * layers
     if window < 1:
         raise ValueError(f"sliding_window {window}")
-    kinds = config.layer_types[:layers] if family in _WINDOW_PER_LAYER else ["sliding_attention"] * layers
+    kinds = config.layer_types[:layers] if family.windows == "layer_types" else ["sliding_attention"] * layers
     return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)

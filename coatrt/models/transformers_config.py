@@ -8,7 +8,9 @@ from coatrt.models.config_file import model_type
 
 __all__ = ["complete_config", "quiet_transformers"]
 
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
+_OTHER_ROPE_TYPES = {"phi3": ("su",), "hunyuan_v1_dense": ("dynamic",)}
+"""What families call longrope, and a fixed factor on the base."""
 
 
 def quiet_transformers() -> None:
@@ -31,15 +33,24 @@ def complete_config(values: Mapping[str, Any]) -> Any:
     family = model_type(values)
     if family not in CONFIG_MAPPING:
         raise CheckpointError(f"this transformers does not know model_type {family!r}; update it or use another model")
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
-    if kind not in _ROPE_TYPES:  # before transformers requires its other fields
-        raise CheckpointError(
-            f"rope type {kind!r} cannot be exported: graphs have fixed rotary tables; allowed: {', '.join(_ROPE_TYPES)}"
-        )
+    for kind in _rope_types(values.get("rope_parameters") or values.get("rope_scaling") or {}):
+        if kind not in (*_ROPE_TYPES, *_OTHER_ROPE_TYPES.get(family, ())):
+            raise CheckpointError(  # before transformers requires its other fields
+                f"rope type {kind!r} cannot be exported: graphs have fixed rotary tables; "
+                f"allowed: {', '.join(_ROPE_TYPES)}; use another model"
+            )
     try:
-        return CONFIG_MAPPING[family].from_dict(dict(values))
+        return CONFIG_MAPPING[family].from_dict({**values, "model_type": family})
     except Exception as error:  # a key of the wrong type raises many kinds
         raise CheckpointError(
             f"not a valid {family} configuration: config.json ({reason(error)}); correct that key or download it again"
         ) from None
+
+
+def _rope_types(rope: Any) -> list[Any]:
+    """Return the types in rotary parameters, which may be given for each kind of layer."""
+    if not isinstance(rope, dict):
+        return [rope]
+    if rope and all(isinstance(value, dict) or value is None for value in rope.values()):
+        return [kind for value in rope.values() for kind in _rope_types(value or {})]
+    return [rope.get("rope_type", rope.get("type", "default"))]

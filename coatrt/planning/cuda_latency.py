@@ -12,7 +12,7 @@ from importlib import resources
 from typing import Any
 
 from coatrt.devices.profiles import DeviceProfile
-from coatrt.models.matrices import Matrix, ModelMatrices, fused_name
+from coatrt.models.matrices import Matrix, ModelMatrices
 from coatrt.planning.engine_size import CPU_PACKED
 from coatrt.planning.memory import Workload
 from coatrt.quantization.weight_format import WeightFormat
@@ -184,19 +184,23 @@ class CudaLatency:
         """
         constants, spec, targets = self._constants, workload.spec, model.targets
         on = workload.lora_parameters > 0
-        seconds = (spec.layers * LAYER_KERNELS + OTHER_KERNELS) * constants.kernel_seconds
+        seconds = (spec.layers * (LAYER_KERNELS + spec.further_norms) + OTHER_KERNELS) * constants.kernel_seconds
         seconds += workload.kv_bytes * min(context / workload.context, 1.0) / self._bandwidth
         flops = 4 * spec.layers * spec.heads * spec.head_dim * context * tokens
         seconds += flops / (constants.flops_share * self._flops)
         groups: dict[str, list[Matrix]] = {}
         for matrix in targets:
-            groups.setdefault((self._joined and fused_name(matrix.name)) or matrix.name, []).append(matrix)
+            groups.setdefault((self._joined and model.fused[matrix.name]) or matrix.name, []).append(matrix)
         for group in groups.values():
             K, least = group[0].K, self._constants.packed["int4"]
             seconds -= (len(group) - 1) * (least.floor_seconds + least.input_seconds * K)  # each was counted alone
             seconds += self.lora_seconds(sum(matrix.N for matrix in group), K, tokens) if on else 0.0
         if tokens > workload.batch:
-            nodes = spec.layers * LAYER_NODES + len(groups) * (1 + (LORA_NODES if on else 0)) + OTHER_KERNELS
+            nodes = (
+                spec.layers * (LAYER_NODES + spec.further_norms)
+                + len(groups) * (1 + (LORA_NODES if on else 0))
+                + OTHER_KERNELS
+            )
             products = sum(self._dense(matrix.N, matrix.K, tokens) for matrix in targets)
             seconds = max(seconds, nodes * constants.launch_seconds - products)
         return seconds + 4 * spec.vocabulary * workload.batch * constants.host_seconds_per_byte

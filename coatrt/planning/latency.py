@@ -38,6 +38,9 @@ LAYER_KERNELS = 6
 """Kernels of a layer beside one for each of its seven matrices: TensorRT-RTX's engines have thirteen in all, four of
 them products (benchmarks/results/engine_program.json)."""
 
+CAP_KERNELS = 3
+"""Kernels that a soft cap of the attention adds to a layer in an engine: attention is no longer one kernel; assumed."""
+
 LORA_KERNELS = 8
 """Kernels that a LoRA adds to a layer in those engines."""
 
@@ -98,7 +101,8 @@ class DatasheetLatency:
         flops = 2 * workload.lora_parameters * tokens
         spec = workload.spec
         flops += 4 * spec.layers * spec.heads * spec.head_dim * context * tokens
-        kernels = spec.layers * (LAYER_KERNELS + (LORA_KERNELS if workload.lora_parameters else 0)) + 4
+        layer = LAYER_KERNELS + spec.further_norms + (CAP_KERNELS if spec.attention_cap else 0)
+        kernels = spec.layers * (layer + (LORA_KERNELS if workload.lora_parameters else 0)) + 4
         return max(read / self._bandwidth, self._compute(flops)) + kernels * KERNEL_SECONDS
 
     def _compute(self, flops: float) -> float:

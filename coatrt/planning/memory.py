@@ -66,7 +66,7 @@ class Workload:
             ConfigError: the context exceeds the model's positions.
         """
         adapter.spec.check_context(context)
-        intermediate = max(matrix.K for matrix in adapter.model.targets if matrix.kind == "down_proj")
+        intermediate = max(matrix.K for matrix in adapter.model.targets)
         return cls(adapter.spec, intermediate, adapter.lora_parameters, context, batch, prefill, element)
 
 

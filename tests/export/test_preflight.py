@@ -11,6 +11,7 @@ from coatrt.errors import CheckpointError
 from coatrt.export import preflight as module
 from coatrt.export.preflight import compare, preflight
 from coatrt.models.checkpoint import Checkpoint
+from coatrt.models.exportable import check_exportable
 from coatrt.models.spec import DecoderSpec
 from support.families import MODELS, save_model
 
@@ -19,11 +20,19 @@ from support.families import MODELS, save_model
 def test_every_family_is_what_transformers_computes(name: str, tmp_path: Path) -> None:
     save_model(tmp_path, name)
     checkpoint = Checkpoint.open(tmp_path)
-    assert compare(checkpoint, DecoderSpec.from_config(checkpoint.config)) < 2e-6
+    spec = DecoderSpec.from_config(checkpoint.config)
+    check_exportable(checkpoint, spec)
+    assert compare(checkpoint, spec) < 2e-6
 
 
-def _turned(spec: DecoderSpec, factor: float) -> tuple[float, ...]:
-    return tuple(value * factor for value in spec.inverse_frequencies)
+def _rotated(spec: DecoderSpec, set_: int = 0, **changes: Any) -> dict[str, Any]:
+    rotations = list(spec.rotations)
+    rotations[set_] = replace(rotations[set_], **changes)
+    return {"rotations": tuple(rotations)}
+
+
+def _turned(spec: DecoderSpec, factor: float, set_: int = 0) -> dict[str, Any]:
+    return _rotated(spec, set_, frequencies=tuple(value * factor for value in spec.rotations[set_].frequencies))
 
 
 PLANTED: dict[str, tuple[str, Callable[[DecoderSpec], dict[str, Any]], str]] = {
@@ -32,15 +41,17 @@ PLANTED: dict[str, tuple[str, Callable[[DecoderSpec], dict[str, Any]], str]] = {
     "layer norm": ("stablelm", lambda spec: {"layer_norm": False}, "norms"),
     "activation": ("gemma", lambda spec: {"activation": "gelu"}, "activation"),
     "another activation": ("llama", lambda spec: {"activation": "gelu"}, "activation"),
-    "frequencies": ("llama", lambda spec: {"inverse_frequencies": _turned(spec, 1.01)}, "rotary"),
+    "frequencies": ("llama", lambda spec: _turned(spec, 1.01), "rotary"),
     "the slowest frequency": (
         "llama",
-        lambda spec: {"inverse_frequencies": (*spec.inverse_frequencies[:-1], spec.inverse_frequencies[-1] * 1.5)},
+        lambda spec: _rotated(
+            spec, frequencies=(*spec.rotations[0].frequencies[:-1], spec.rotations[0].frequencies[-1] * 1.5)
+        ),
         "rotary",
     ),
-    "frequencies of yarn": ("qwen2-window-yarn", lambda spec: {"inverse_frequencies": _turned(spec, 1.01)}, "rotary"),
-    "factor on cosines": ("qwen2-window-yarn", lambda spec: {"rope_scaling": 1.0}, "rotary"),
-    "a rotated layer": ("smollm3", lambda spec: {"rotary": (True,) * spec.layers}, "layer 1"),
+    "frequencies of yarn": ("qwen2-window-yarn", lambda spec: _turned(spec, 1.01), "rotary"),
+    "factor on cosines": ("qwen2-window-yarn", lambda spec: _rotated(spec, scaling=1.0), "rotary"),
+    "a rotated layer": ("smollm3", lambda spec: {"rotary": (0,) * spec.layers}, "layer 1"),
     "a window less": ("mistral-window", lambda spec: {"windows": (None,) * spec.layers}, "attention window"),
     "a window more": ("llama", lambda spec: {"windows": (None, None, 5)}, "layer 2"),
     "a window by one": ("mistral-window", lambda spec: {"windows": (6,) * spec.layers}, "attention window"),
@@ -49,6 +60,18 @@ PLANTED: dict[str, tuple[str, Callable[[DecoderSpec], dict[str, Any]], str]] = {
     "gemma's embedding": ("gemma", lambda spec: {"embedding_multiplier": 1.0}, "multipliers"),
     "residual multiplier": ("granite", lambda spec: {"residual_multiplier": 1.0}, "multipliers"),
     "attention multiplier": ("granite", lambda spec: {"attention_multiplier": 0.25}, "attention, its scale"),
+    "the second base": ("gemma3_text", lambda spec: _turned(spec, 1.01, 1), "rotary"),
+    "bases of the layers": ("gemma3_text", lambda spec: {"rotations": spec.rotations[::-1]}, "rotary"),
+    "pairs of the rotation": ("glm4", lambda spec: {"interleaved": False}, "rotary"),
+    "frequencies of long sequences": (
+        "phi3-longrope-window",
+        lambda spec: _rotated(spec, long_frequencies=spec.rotations[0].frequencies),
+        "rotary",
+    ),
+    "soft cap of the attention": ("gemma2", lambda spec: {"attention_cap": 0.0}, "attention, its scale"),
+    "soft cap of the logits": ("gemma2", lambda spec: {"logits_cap": 0.0}, "multipliers"),
+    "parallel": ("cohere2", lambda spec: {"parallel": False}, "norms, activation"),
+    "squared activation": ("nemotron", lambda spec: {"activation": "silu"}, "activation"),
     "logits divisor": ("granite", lambda spec: {"logits_divisor": 1.0}, "multipliers"),
 }
 """What is planted: the model, the changed fields of its specification, and a word of the message."""

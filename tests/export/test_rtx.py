@@ -8,7 +8,7 @@ import pytest
 from coatrt.configs.lora_contract import contract_for
 from coatrt.export.decoder import GraphForm
 from coatrt.models.checkpoint import Checkpoint
-from support.families import MODELS, export, save_model
+from support.families import MODELS, UNLIKE, export, save_model
 
 pytestmark = pytest.mark.rtx
 trt = pytest.importorskip("tensorrt_rtx")
@@ -61,7 +61,14 @@ def test_engine_form_builds(tmp_path: Path, model: Checkpoint, fmt: str, activat
     assert engine.nbytes > 0
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "llama-tied-biases"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in UNLIKE else [pytest.mark.slow])
+        for name in MODELS
+        if name != "llama-tied-biases"
+    ],
+)
 def test_every_family_builds(tmp_path: Path, name: str) -> None:
     save_model(tmp_path / "model", name)
     form = GraphForm("engine", "base.onnx", "float16", 64)

@@ -22,12 +22,20 @@ _PARTS = {
 _WHOLE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
-def _name(name: str) -> str:
+_GEMMA3 = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+
+
+def _name(name: str, arch: str) -> str:
     stem, kind = name.rsplit(".", 1)
     if stem in _WHOLE:
         return f"{_WHOLE[stem]}.{kind}"
     _, _, layer, part = stem.split(".", 3)
-    return f"blk.{layer}.{_PARTS[part]}.{kind}"
+    parts = _PARTS | _GEMMA3 if arch == "gemma3" else _PARTS
+    return f"blk.{layer}.{parts[part]}.{kind}"
 
 
 def _interleave(rows: Any, heads: int) -> Any:
@@ -71,7 +79,7 @@ def write_gguf(
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_freq_base(config.rope_parameters.get("full_attention", config.rope_parameters)["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
     if config.head_dim * config.num_attention_heads != config.hidden_size:
         writer.add_key_length(config.head_dim)
@@ -95,8 +103,10 @@ def write_gguf(
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
         if arch == "llama" and heads is not None:
             values = _interleave(values, heads)
+        if arch == "gemma3" and name.endswith("norm.weight"):
+            values = values + np.float32(1)
         writer.add_tensor(
-            _name(name), np.ascontiguousarray(values.astype(np.float16) if half and values.ndim == 2 else values)
+            _name(name, arch), np.ascontiguousarray(values.astype(np.float16) if half and values.ndim == 2 else values)
         )
     for name, values in (more or {}).items():
         writer.add_tensor(name, values)

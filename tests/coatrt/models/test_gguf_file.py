@@ -1,5 +1,6 @@
 """GGUF files mean the model they were written from, or are refused by name."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,33 @@ def test_a_family_is_the_model_it_was_written_from(name: str, tmp_path: Path) ->
     scaled = {"rope_freqs.weight": _rope_freqs(model)} if "llama3" in name else None
     arch = model.config.model_type
     _same(write_gguf(tmp_path / "m.gguf", model, arch, more=scaled, half=name == "half"), model)
+
+
+@pytest.mark.parametrize("factor", [1.0, 4.0])
+def test_a_gemma3_is_the_model_it_was_written_from(factor: float, tmp_path: Path) -> None:
+    full = {"rope_type": "linear", "rope_theta": 5e5, "factor": factor}
+    ropes = {"full_attention": full, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    shape = {"num_hidden_layers": 6, "layer_types": None, "query_pre_attn_scalar": 16, "sliding_window": 9}
+    model = _model(tmp_path, "gemma3_text", rope_parameters=ropes, **shape)
+    assert model.config.layer_types == ["sliding_attention"] * 5 + ["full_attention"]
+    keys: list[tuple[str, str, Any]] = [("add_uint32", "gemma3.attention.sliding_window", 9)]
+    if factor > 1:
+        keys += [
+            ("add_string", "gemma3.rope.scaling.type", "linear"),
+            ("add_float32", "gemma3.rope.scaling.factor", factor),
+        ]
+    _same(write_gguf(tmp_path / "m.gguf", model, "gemma3", keys=keys), model)
+
+
+def test_another_architecture_is_refused_by_the_first_kilobyte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = write_gguf(tmp_path / "whole.gguf", _model(tmp_path), "phi3")
+    (tmp_path / "m.gguf").write_bytes(whole.read_bytes()[:1024])
+    monkeypatch.setitem(sys.modules, "gguf", None)  # not even the package is needed
+    with pytest.raises(
+        CheckpointError, match=r"m.gguf has the architecture phi3; allowed: gemma3, llama, qwen2"
+    ) as caught:
+        Checkpoint.open(tmp_path / "m.gguf")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("changes", [{}, {"factor": 32.0}, {"original_max_position_embeddings": 64}])
