@@ -27,13 +27,16 @@ from .engines.measure.bench import bench as bench
 from .engines.measure.cpu_timings import time_cpu as time_cpu
 from .engines.measure.cuda_timings import time_cuda as time_cuda
 from .engines.measure.trt_timings import time_trt as time_trt
-from .engines.runtime.generate import Sampling as Sampling
 from .engines.runtime.generate import encode_prompt as encode_prompt
 from .engines.runtime.generate import generate as generate
 from .engines.runtime.load import load_decoder as load_decoder
 from .engines.runtime.lora_file import load_lora as load_lora
 from .engines.runtime.options import RuntimeOptions as RuntimeOptions
+from .engines.runtime.sampling import Sampling as Sampling
 from .engines.runtime.switch import SwitchingDecoder as SwitchingDecoder
+from .engines.serving.app import openai_app as openai_app
+from .engines.serving.options import ServeOptions as ServeOptions
+from .engines.serving.server import serve as serve
 from .errors import CoatError as CoatError
 from .models.checkpoint import Checkpoint as Checkpoint
 from .models.tokenizer import load_tokenizer as load_tokenizer

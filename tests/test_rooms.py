@@ -28,7 +28,7 @@ FLOORS = (
     {"coatrt.planning"},
     {"coatrt.training", "coatrt.searching", "coatrt.reporting"},
     {"coatrt.engines.runtime", "coatrt.engines.builders"},
-    {"coatrt.engines.bundles", "coatrt.engines.measure"},
+    {"coatrt.engines.bundles", "coatrt.engines.measure", "coatrt.engines.serving"},
     {"coatrt.cli"},
     {"coatrt.__main__"},
 )

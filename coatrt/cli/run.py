@@ -65,10 +65,11 @@ def command(
     """
     from coatrt.bundle import Bundle
     from coatrt.cli.prompts import read_prompts
-    from coatrt.engines.runtime.generate import Sampling, encode_prompt, generate
+    from coatrt.engines.runtime.generate import encode_prompt, generate
     from coatrt.engines.runtime.load import check_decoder, load_decoder
     from coatrt.engines.runtime.lora_file import load_lora
     from coatrt.engines.runtime.options import RuntimeOptions
+    from coatrt.engines.runtime.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     texts = read_prompts(prompts, files)
