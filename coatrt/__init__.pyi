@@ -27,6 +27,7 @@ from .engines.measure.bench import bench as bench
 from .engines.measure.cpu_timings import time_cpu as time_cpu
 from .engines.measure.cuda_timings import time_cuda as time_cuda
 from .engines.measure.trt_timings import time_trt as time_trt
+from .engines.runtime.chat import Chat as Chat
 from .engines.runtime.generate import encode_prompt as encode_prompt
 from .engines.runtime.generate import generate as generate
 from .engines.runtime.load import load_decoder as load_decoder
