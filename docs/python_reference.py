@@ -28,7 +28,8 @@ _GROUPS = {
     "Plan": "plan plan_fleet plans_text PlanRequest Plan AdapterDescription QuantConfig WeightFormat",
     "Devices": "device_profile device_profiles DeviceProfile probe time_cpu time_cuda time_trt environment",
     "Build": "build BundleOptions BundleResult prepare execute Target EngineCache adapt verify report",
-    "Run": "Bundle load_decoder RuntimeOptions load_lora encode_prompt generate Sampling SwitchingDecoder",
+    "Run": "Bundle load_decoder RuntimeOptions load_lora encode_prompt generate Sampling Chat SwitchingDecoder",
+    "Serve": "serve openai_app ServeOptions",
     "Measure": "bench measure_quality Quality save_quality",
     "Progress and errors": "drawn_progress CoatError",
 }

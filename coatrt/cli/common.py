@@ -21,11 +21,14 @@ __all__ = [
     "JSON",
     "MODEL",
     "PATH",
+    "SAMPLING",
     "SIGN",
     "TARGETS",
     "check_writable",
     "echo_json",
+    "lora_options",
     "runtime_options",
+    "sampling_options",
     "trust_options",
     "warn_of_idle_gpu",
     "with_options",
@@ -136,6 +139,38 @@ trust_options = with_options(
     ),
 )
 """Whose bundles are trusted, for a command that opens one: arguments `key` and `policy` of `Bundle.open`."""
+
+
+lora_options = with_options(
+    click.option("--lora", type=PATH, help="Use another LoRA file (see coatrt adapt) with the same weights."),
+    click.option("--strict-lora", is_flag=True, help="Refuse a LoRA made for another configuration."),
+    click.option("--no-lora", is_flag=True, help="Run the quantized weights without a LoRA."),
+)
+"""Which LoRA a command runs a bundle with."""
+
+sampling_options = with_options(
+    click.option("--temperature", "--temp", type=float, default=0.0, help="0 takes the likeliest token."),
+    click.option("--top-k", type=int, default=0, help="Sample among the k likeliest tokens; 0: among all."),
+    click.option(
+        "--top-p", type=float, default=1.0, help="Sample among the likeliest tokens of this total probability."
+    ),
+    click.option(
+        "--min-p", type=float, default=0.0, help="Sample among tokens this many times as likely as the likeliest."
+    ),
+    click.option("--repetition-penalty", type=float, default=1.0, help="Above 1: tokens seen before are less likely."),
+    click.option("--presence-penalty", type=float, default=0.0, help="Subtracted from logits of generated tokens."),
+    click.option(
+        "--frequency-penalty", type=float, default=0.0, help="Subtracted once for each time a token was generated."
+    ),
+    click.option("--seed", type=int, default=0, help="Seed of the sampling."),
+    click.option("--stop", multiple=True, metavar="TEXT", help="End before this text, which is not shown; repeatable."),
+)
+"""Fields of `Sampling`, and stop strings."""
+
+SAMPLING = (
+    *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed"),
+)
+"""The fields of `Sampling` among them."""
 
 
 def runtime_options(*names: str) -> Callable[[F], F]:

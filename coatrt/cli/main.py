@@ -22,6 +22,8 @@ _SECTIONS = {
         "build": "Build a bundle for each device: graphs, LoRA, TensorRT engine.",
         "verify": "Check a bundle: hashes, signature, versions, logits.",
         "run": "Generate text with a bundle.",
+        "chat": "Talk with a bundle in the terminal.",
+        "serve": "Serve bundles over HTTP with OpenAI's protocol.",
         "bench": "Measure a bundle on this machine: prefill, decode, LoRA switch.",
         "report": "Write an HTML report about adapters and bundles.",
     },

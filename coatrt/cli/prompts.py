@@ -7,7 +7,7 @@ from pathlib import Path
 from coatrt.errors import ConfigError
 from coatrt.system.utf8 import decode
 
-__all__ = ["read_prompts"]
+__all__ = ["check_stops", "read_prompts"]
 
 _STDIN = "-"
 _MOST_BYTES = 64 << 20
@@ -17,17 +17,37 @@ def read_prompts(texts: Sequence[str], files: Sequence[str]) -> list[str]:
     """Return the prompts of `-p` and then those of `-f`.
 
     Args:
-        texts: prompts; "-" stands for standard input.
+        texts: prompts; "-" stands for standard input, which is also read if there is no other prompt and it is not a
+            terminal.
         files: paths of UTF-8 files with one prompt each; "-" stands for standard input.
 
     Raises:
         ConfigError: there is no prompt, standard input is named twice, or a file cannot be read.
     """
+    if not texts and not files and not _is_terminal():
+        texts = [_STDIN]
     if not texts and not files:
         raise ConfigError("no prompt: give -p TEXT, -f FILE, or -p - to read standard input")
     if [*texts, *files].count(_STDIN) > 1:
         raise ConfigError("standard input holds one prompt: give '-' once")
     return [_read(text) if text == _STDIN else text for text in texts] + [_read(path) for path in files]
+
+
+def check_stops(stops: Sequence[str]) -> None:
+    """Refuse an empty stop string, which would end every text at once.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    if not all(stops):
+        raise ConfigError("--stop must be a text of at least one character, got an empty one")
+
+
+def _is_terminal() -> bool:
+    try:
+        return sys.stdin.isatty()
+    except (AttributeError, ValueError):  # none, or closed
+        return True
 
 
 def _read(path: str) -> str:

@@ -1,5 +1,8 @@
 """A bundle's tokenizer, read by the library tokenizers alone: what transformers makes of the same files, without it."""
 
+import functools
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,7 @@ from coatrt.models.tokenizer import load_tokenizer
 from coatrt.models.tokenizer_files import check_files, extra_templates, read_json, read_text
 from coatrt.system.extras import require
 
-__all__ = ["BundleTokenizer", "check_same", "open_tokenizer"]
+__all__ = ["BundleTokenizer", "check_same", "open_tokenizer", "token_bytes"]
 
 _CLEAN_UP = (  # transformers' own list
     (" .", "."),
@@ -61,6 +64,8 @@ class BundleTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = settings.get("split_special_tokens") is True
         self._cleans_up = _cleans_up(settings, type(self._tokenizer.model).__name__)
+        self._is_byte_level = _has_byte_level(json.loads(self._tokenizer.to_str()).get("decoder"))
+        self._added = self._tokenizer.get_added_tokens_decoder()
         self.name_or_path = str(directory)
         self.special_tokens_map = _special_tokens(settings)
         self.chat_template: Any = _templates(directory, settings)
@@ -90,6 +95,20 @@ class BundleTokenizer:
             text = text.replace(found, shown)
         return text
 
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes that a token stands for, also where they are part of a character; none if it is unknown."""
+        if token in self._added:
+            return str(self._added[token].content).encode()
+        text = self._tokenizer.id_to_token(token)
+        if text is None:
+            return b""
+        if self._is_byte_level:
+            table = _byte_alphabet()
+            return b"".join(table.get(c, c.encode()) for c in text)
+        if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", text):
+            return bytes([int(text[3:5], 16)])
+        return str(text).replace("\u2581", " ").encode()
+
     def get_chat_template(self, chat_template: None = None, tools: Sequence[Any] | None = None) -> Any:
         """Return the chat template's source, with `tools` the one for functions where there is one.
 
@@ -116,6 +135,29 @@ def open_tokenizer(directory: str | Path) -> Any:
         return BundleTokenizer(directory)
     require(f"{directory}, which has no tokenizer.json,", "train")
     return load_tokenizer(directory)
+
+
+def token_bytes(tokenizer: Any, token: int) -> bytes:
+    """Return the bytes that a token stands for; of transformers' tokenizers, those of its decoded text."""
+    if isinstance(tokenizer, BundleTokenizer):
+        return tokenizer.token_bytes(token)
+    return str(tokenizer.decode([token])).encode()
+
+
+def _has_byte_level(decoder: Any) -> bool:
+    """Return whether a decoder of tokenizer.json maps characters to bytes."""
+    if not isinstance(decoder, dict):
+        return False
+    return decoder.get("type") == "ByteLevel" or any(map(_has_byte_level, decoder.get("decoders", ())))
+
+
+@functools.cache
+def _byte_alphabet() -> dict[str, bytes]:
+    """Return GPT-2's character for each byte: printable ones are themselves, the others follow from U+0100 on."""
+    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in own]
+    table = {chr(byte): bytes([byte]) for byte in own}
+    return table | {chr(0x100 + i): bytes([byte]) for i, byte in enumerate(others)}
 
 
 def check_same(tokenizer: Any, directory: Path) -> None:

@@ -19,6 +19,7 @@ EXTRAS: dict[str, dict[str, str]] = {
     "tensorrt": {"tensorrt": "tensorrt", "polygraphy": "polygraphy"},
     "gguf": {"gguf": "gguf", "sentencepiece": "sentencepiece"},
     "sign": {"cryptography": "cryptography"},
+    "serve": {"starlette": "starlette", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"},
 }
 """Extra → module → its package; `cuda` brings the module of `cpu` too."""
 

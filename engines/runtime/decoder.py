@@ -60,7 +60,7 @@ class CachedDecoder(ABC):
     ) -> None:
         self.io, self.contract, self.batch = io, contract, batch
         self.capacity = min(slots, io.max_positions)
-        self._chunk, self._dtype = chunk, np.dtype(io.activations)
+        self.chunk, self._dtype = chunk, np.dtype(io.activations)
         self._lengths = np.zeros(batch, np.int64)
 
     @property
@@ -108,7 +108,7 @@ class CachedDecoder(ABC):
         tokens = np.zeros((self.batch, lengths.max()), np.int64)  # padded on the right
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt)] = prompt
-        chunk = self._chunk or tokens.shape[1]
+        chunk = self.chunk or tokens.shape[1]
         result = np.zeros((self.batch, self.io.vocabulary), np.float32)
         for start in range(0, tokens.shape[1], chunk):
             part = tokens[:, start : start + chunk]

@@ -15,7 +15,7 @@ from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.state import StatefulDecoder
 from coatrt.errors import BuildError, BundleError, reason
 
-__all__ = ["OrtDecoder", "session"]
+__all__ = ["OrtDecoder", "open_graph", "session"]
 
 
 def session(graph: Path, threads: int | None = None, accuracy_level: int = 0) -> Any:
@@ -44,6 +44,35 @@ def session(graph: Path, threads: int | None = None, accuracy_level: int = 0) ->
         raise BuildError(f"ONNX Runtime refuses {graph.name} ({reason(error)}); export it again") from None
     _trim_heap()
     return result
+
+
+def open_graph(graph: Path, io: DecoderIO, contract: LoraContract | None, options: RuntimeOptions) -> tuple[Any, int]:
+    """Return the session of a decoder graph, its inputs checked, and the cache slots of a sequence.
+
+    Args:
+        graph: the cpu form of the graph.
+        io: its inputs and outputs.
+        contract: its LoRA inputs; None for a graph without LoRA.
+        options: threads and accuracy level; the context applies if the graph leaves the cache length open.
+
+    Raises:
+        BuildError: ONNX Runtime refuses the graph, or it lacks an input that `io` or `contract` names.
+        BundleError: an input has another shape than `io` or `contract` says.
+    """
+    slots = io.cache_length or min(options.context, io.max_positions)
+    opened = session(graph, options.threads, options.accuracy_level)
+    inputs = {node.name: node.shape for node in opened.get_inputs()}
+    for name in (*io.past_names, *(contract.inputs if contract is not None else ())):
+        if name not in inputs:
+            raise BuildError(f"{graph.name} has no input {name}, which its bundle names; build the bundle again")
+    cache = (None, io.kv_heads, io.cache_length, io.head_dim)
+    for name, shape in (*((n, cache) for n in io.past_names), *(contract.inputs if contract else {}).items()):
+        actual = tuple(size if isinstance(size, int) else None for size in inputs[name])
+        if actual[-2:] != shape[-2:] or actual[1:-2] != shape[1:-2]:  # checked before memory of that size is used
+            raise BundleError(
+                f"{graph.name}: {name} has shape {actual}, its bundle says {shape}; build the bundle again"
+            )
+    return opened, slots
 
 
 def _trim_heap() -> None:
@@ -77,20 +106,8 @@ class OrtDecoder(StatefulDecoder):
         contract: LoraContract | None,
         options: RuntimeOptions = RuntimeOptions(),
     ) -> None:
-        slots = io.cache_length or min(options.context, io.max_positions)
+        self._session, slots = open_graph(graph, io, contract, options)
         super().__init__(io, contract, options.batch, slots)
-        self._session = session(graph, options.threads, options.accuracy_level)
-        inputs = {node.name: node.shape for node in self._session.get_inputs()}
-        for name in (*io.past_names, *(contract.inputs if contract is not None else ())):
-            if name not in inputs:
-                raise BuildError(f"{graph.name} has no input {name}, which its bundle names; build the bundle again")
-        cache = (None, io.kv_heads, io.cache_length, io.head_dim)
-        for name, shape in (*((n, cache) for n in io.past_names), *(contract.inputs if contract else {}).items()):
-            actual = tuple(size if isinstance(size, int) else None for size in inputs[name])
-            if actual[-2:] != shape[-2:] or actual[1:-2] != shape[1:-2]:  # checked before memory of that size is used
-                raise BundleError(
-                    f"{graph.name}: {name} has shape {actual}, its bundle says {shape}; build the bundle again"
-                )
         self._binding = self._session.io_binding()
         shape = (options.batch, io.kv_heads, slots, io.head_dim)
         try:

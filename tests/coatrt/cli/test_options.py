@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from coatrt.cli.main import cli
-from coatrt.engines.runtime.generate import Sampling, next_token, probabilities
+from coatrt.engines.runtime.sampling import Sampling, next_token, probabilities
 from coatrt.errors import CoatError, ConfigError
 from support.tiny import TEXTS
 

@@ -16,9 +16,10 @@ from coatrt.bundle import MANIFEST, Bundle, seal
 from coatrt.engines.bundles.adapt import adapt
 from coatrt.engines.bundles.graph_check import check_graph
 from coatrt.engines.bundles.verify import verify
-from coatrt.engines.runtime.generate import Sampling, generate, next_token
+from coatrt.engines.runtime.generate import generate
 from coatrt.engines.runtime.load import load_decoder
 from coatrt.engines.runtime.ort import OrtDecoder
+from coatrt.engines.runtime.sampling import Sampling, next_token
 from coatrt.errors import BundleError
 from support.seals import alter_sealed
 

@@ -10,11 +10,12 @@ from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle
 from coatrt.configs.config import QuantConfig
 from coatrt.engines.runtime.emitter import Emitter
-from coatrt.engines.runtime.generate import Generation, Sampling, encode_prompt, generate, next_token, probabilities
+from coatrt.engines.runtime.generate import Generation, encode_prompt, generate
 from coatrt.engines.runtime.load import load_decoder
 from coatrt.engines.runtime.lora_file import load_lora
 from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
+from coatrt.engines.runtime.sampling import Sampling, next_token, probabilities
 from coatrt.errors import ConfigError
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.export.decoder import GraphForm, decoder_io, export_decoder
