@@ -35,6 +35,7 @@ from .engines.runtime.lora_file import load_lora as load_lora
 from .engines.runtime.options import RuntimeOptions as RuntimeOptions
 from .engines.runtime.switch import SwitchingDecoder as SwitchingDecoder
 from .errors import CoatError as CoatError
+from .export.checkpoints.export import export_checkpoint as export_checkpoint
 from .models.checkpoint import Checkpoint as Checkpoint
 from .models.tokenizer import load_tokenizer as load_tokenizer
 from .planning.plan import Plan as Plan
