@@ -14,7 +14,7 @@ from coatrt.system.json_data import read_as, write_json
 
 __all__ = ["StoredCodes", "write_codes"]
 
-_FILE = "codes.json"
+_FILE = "coatrt_codes.json"
 _STEM = "codes"
 _SHOWN = 2  # names of matrices in a line
 

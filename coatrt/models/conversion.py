@@ -23,7 +23,14 @@ _SEAL = "sha256.json"  # name of each file → its hash
 _SHARD = 2 << 30  # bytes
 _MAX_STEM = 40  # characters of a name, at most four bytes each; a file name has at most 255 bytes
 _COMPANIONS = ("*.json", "*.model", "*.jinja", "*.txt", "additional_chat_templates/*.jinja")
-_OTHERS = ("config.json", "hf_quant_config.json", "quantize_config.json", "quant_config.json", "codes.json", _SEAL)
+_OTHERS = (
+    "config.json",
+    "hf_quant_config.json",
+    "quantize_config.json",
+    "quant_config.json",
+    "coatrt_codes.json",
+    _SEAL,
+)
 _temporary_copies: dict[Path, Path] = {}  # path in the cache → conversion, if the cache could not be written
 _until_exit = contextlib.ExitStack()
 atexit.register(_until_exit.close)

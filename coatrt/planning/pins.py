@@ -61,16 +61,16 @@ def pinned_costs(
     pins: dict[str, WeightFormat] = {}
     for pattern, text in keep:
         names = matched(space.model, pattern)
-        formats = _of_checkpoint(pattern, names, stored or {}) if text == CHECKPOINT else dict.fromkeys(names, text)
-        for name, own in formats.items():
-            fmt = WeightFormat.parse(own)
-            if fmt not in space.formats:
+        chosen = _of_checkpoint(pattern, names, stored or {}) if text == CHECKPOINT else dict.fromkeys(names, text)
+        for name, own in chosen.items():
+            pinned = WeightFormat.parse(own)
+            if pinned not in space.formats:
                 given = text if own == text else f"{text}, {own} of {name}"
                 raise ConfigError(
                     f"--keep {pattern}={given}: the format must be one of {', '.join(map(str, space.formats))} "
                     f"for {device.id} and this adapter"
                 )
-            pins[name] = fmt
+            pins[name] = pinned
     if not pins:
         return cost
     cost = cost.copy()

@@ -38,7 +38,8 @@ def write_compressed_tensors(
     copy_companions(checkpoint.directory, directory)
     shards, schemes, dense = ShardWriter(directory), _Schemes(), dict[str, str]()
     for name, matrix in matrices:
-        reason, parts = _why_dense(name, matrix), {}
+        reason = _why_dense(name, matrix)
+        parts: _Parts
         if reason:
             if matrix.format.has_scales:
                 dense[name] = reason

@@ -131,3 +131,34 @@ def nvfp4(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
     codes = (codes | ((blocks < 0).long() << 3)).view(N, K)
     packed = (codes[:, 0::2] | (codes[:, 1::2] << 4)).to(torch.uint8)
     return {"weight": packed, "weight_scale": scale, "weight_scale_2": factor}, values.view(N, K)
+
+
+def write_methods(here: Path) -> None:
+    """Write a tiny checkpoint of each method into folders named like it: gptq, awq, compressed-tensors, modelopt."""
+    base = base_model(here / "unquantized", num_hidden_layers=1)
+
+    def int4(weight: torch.Tensor) -> Tensors:
+        return integers(weight, 4, 128, True, torch.float16)
+
+    def tensors(weight: torch.Tensor) -> Tensors:
+        parts = int4(weight)
+        shape = torch.tensor(weight.shape)
+        return {"weight_packed": words(parts["codes"], 4), "weight_scale": parts["scale"], "weight_shape": shape}
+
+    arguments = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
+    group = {"targets": ["Linear"], "weights": arguments, "input_activations": None, "output_activations": None}
+    whole: dict[str, Any] = {"format": "pack-quantized", "version": "0.9.1", "config_groups": {"group_0": group}}
+    whole |= {"ignore": ["re:.*lm_head"], "quantization_status": "compressed", "kv_cache_scheme": None}
+    settings: dict[str, tuple[dict[str, Any], Callable[[torch.Tensor], Tensors]]] = {
+        "gptq": ({"bits": 4, "group_size": 128, "dynamic": {"-:.*head": {}}}, lambda w: gptq(int4(w), 4, version=1)),
+        "awq": ({"bits": 4, "group_size": 128, "version": "gemm", "zero_point": True}, lambda w: awq(int4(w))),
+        "compressed-tensors": (whole, tensors),
+        "modelopt": ({"quant_algo": "NVFP4", "ignore": ["lm_head"]}, lambda w: nvfp4(w)[0]),
+    }
+    for method, (values, layout) in settings.items():
+
+        def pack(module: str, weight: torch.Tensor, layout: Any = layout) -> Tensors | None:
+            return None if module == "lm_head" else layout(weight)  # type: ignore[no-any-return]
+
+        write_quantized(base, here / method, {"quant_method": method, **values}, pack)
+    shutil.rmtree(base)

@@ -64,7 +64,7 @@ def _read(tensors: Tensors, module: str, group: int, config: Mapping[str, Any]) 
     points = _columns(tensors.get(f"{module}.qzeros", ["I32"], 2)).short()  # [groups, N]
     stored = tensors.get(f"{module}.scales", ["F16", "BF16", "F32"], 2)  # [groups, N]
     K, N = levels.shape
-    width = group or max(K, 1)
+    width = min(group or K, K) or 1
     if points.shape != stored.shape or stored.shape != (-(-K // width), N):
         raise tensors.error(
             f"holds {module} [{N}, {K}] in groups of {width} with scales {list(stored.shape)} and zero points for "

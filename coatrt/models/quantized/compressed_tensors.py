@@ -26,10 +26,25 @@ _ARGUMENTS = (
     *("num_bits", "type", "symmetric", "strategy", "group_size", "block_structure", "dynamic", "actorder"),
     *("scale_dtype", "zp_dtype", "observer", "observer_kwargs"),
 )
-_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized")
+_BITS: Mapping[str, tuple[int, ...]] = {
+    "pack-quantized": (2, 3, 4, 8),
+    "int-quantized": (8,),
+    "float-quantized": (8,),
+    "naive-quantized": (8,),
+    "nvfp4-pack-quantized": (4,),
+}
+"""Format of storage → bits that are read."""
+_KINDS: Mapping[str, tuple[str, ...]] = {
+    "pack-quantized": ("int",),
+    "int-quantized": ("int",),
+    "float-quantized": ("float",),
+    "nvfp4-pack-quantized": ("float",),
+}
 _STRATEGIES = ("tensor", "channel", "group", "tensor_group", "block")
-_PARTS = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
-_PARTS += ("weight_global_scale",)
+_PARTS = (
+    *("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"),
+    "weight_global_scale",
+)
 _ACTIVATIONS = re.compile(r"(input|output|k|v|q)_(scale|zero_point|global_scale)")
 _SCALES = ("F16", "BF16", "F32")
 
@@ -38,7 +53,7 @@ _SCALES = ("F16", "BF16", "F32")
 class _Scheme:
     """The checked arguments of a group's weights."""
 
-    storage: str  # one of _FORMATS
+    storage: str  # one of _BITS
     bits: int
     is_float: bool
     symmetric: bool
@@ -139,27 +154,27 @@ def _texts(where: str, value: Any) -> list[str]:
 
 def _scheme(place: str, group: Mapping[str, Any], storage: str) -> _Scheme:
     weights = check_keys(f"{place}.weights", group["weights"], _ARGUMENTS)
-    if storage not in _FORMATS:
-        raise CheckpointError(f"{place} has the format {storage!r}; allowed: {', '.join(_FORMATS)}")
-    strategy = weights.get("strategy") or ("group" if (weights.get("group_size") or 0) > 0 else "channel")
+    if storage not in _BITS:
+        raise CheckpointError(f"{place} has the format {storage!r}; allowed: {', '.join(_BITS)}")
     bits, kind, size = weights.get("num_bits"), weights.get("type", "int"), weights.get("group_size")
+    group_size = size if type(size) is int and size > 0 else 0
+    strategy = weights.get("strategy") or ("group" if group_size else "channel" if size == -1 else "tensor")
     structure = weights.get("block_structure")
-    if isinstance(structure, str):
-        structure = [int(part) for part in structure.split("x") if part.isdecimal()]
-    block = tuple(structure) if isinstance(structure, list) and all(type(n) is int for n in structure) else (1, 1)
-    is_float, group_size = kind == "float", size if type(size) is int and size > 0 else 0
-    allowed = {"pack-quantized": (2, 3, 4, 8), "int-quantized": (8,), "float-quantized": (8,)}
-    allowed |= {"naive-quantized": (8,), "nvfp4-pack-quantized": (4,)}
+    if isinstance(structure, str):  # of early versions: "128x128"
+        structure = [int(part) for part in structure[:20].split("x") if part.isdecimal()]
+    block = structure if isinstance(structure, list) and all(type(n) is int for n in structure) else [1, 1]
+    is_float = kind == "float"
     valid = (
-        kind in ("int", "float")
-        and bits in allowed[storage]
-        and is_float == (storage in ("float-quantized", "nvfp4-pack-quantized") or storage == "naive-quantized" == 0)
+        type(bits) is int
+        and bits in _BITS[storage]
+        and kind in _KINDS.get(storage, ("int", "float"))
+        and strategy in _STRATEGIES
+        and (strategy in ("group", "tensor_group")) == (group_size > 0)
+        and len(block) == 2
+        and min(block) >= 1
+        and weights.get("dynamic", False) is False
+        and type(weights.get("symmetric", True)) is bool
     )
-    if storage == "naive-quantized":
-        valid = kind in ("int", "float") and bits in allowed[storage]
-    valid = valid and strategy in _STRATEGIES and weights.get("dynamic", False) is False
-    valid = valid and (strategy in ("group", "tensor_group")) == (group_size > 0)
-    valid = valid and len(block) == 2 and min(block) >= 1 and type(weights.get("symmetric", True)) is bool
     if not valid:
         raise CheckpointError(
             f"{place}.weights asks for {bits} bits of {kind}, strategy {strategy}, group_size {size}, in {storage}, "
@@ -168,9 +183,7 @@ def _scheme(place: str, group: Mapping[str, Any], storage: str) -> _Scheme:
     for key in ("scale_dtype", "zp_dtype"):  # the files say which dtype is stored
         if not isinstance(weights.get(key), str | None):
             raise CheckpointError(f"{place}.weights.{key} is not a dtype; download the model again")
-    return _Scheme(
-        storage, int(bits), is_float, weights.get("symmetric", True), strategy, group_size, (block[0], block[1])
-    )
+    return _Scheme(storage, bits, is_float, weights.get("symmetric", True), strategy, group_size, (block[0], block[1]))
 
 
 def _expected(module: str, targets: Mapping[str, _Scheme], ignore: list[str], tensors: Tensors) -> _Scheme | None:
@@ -221,7 +234,7 @@ def _read(tensors: Tensors, module: str, scheme: _Scheme, config: Mapping[str, A
                 f"has zero points of {name} that coatrt does not read; give the model before quantization"
             )
         zeros = _zeros(tensors, name, scheme, N, scales.shape[1])
-        width = block or max(K, 1)
+        width = min(block or K, K) or 1
         if scales.shape[1] != -(-K // width):
             raise tensors.error(f"holds {scales.shape[1]} scales per row of {name}; download it again")
         levels -= zeros.repeat_interleave(width, 1)[:, :K]
@@ -239,7 +252,7 @@ def _scales(
     if scheme.strategy == "group" and stored.ndim == 2:
         return scheme.group, stored
     if scheme.strategy == "block" and stored.shape == (-(-N // scheme.block[0]), -(-K // scheme.block[1])):
-        return scheme.block[1], stored.repeat_interleave(scheme.block[0], 0)[:N]
+        return scheme.block[1], stored.repeat_interleave(min(scheme.block[0], N), 0)[:N]
     raise tensors.error(
         f"holds {name}_scale with the shape {list(stored.shape)} for strategy {scheme.strategy}; download it again"
     )

@@ -99,6 +99,9 @@ def _open(directory: Path) -> tuple[dict[str, Any], Tensors, Reading]:
     reading = _READERS[method](config, quantization, tensors)
     if not reading.matrices:
         raise CheckpointError(f"{directory}: config.json says {method}, and no tensor is quantized; download it again")
+    plain = tensors.stored.keys() - reading.used
+    if twice := [name for name in reading.matrices if f"{name}.weight" in plain]:
+        raise CheckpointError(f"{directory} holds {twice[0]} twice, quantized and plain; download the model again")
     for name, tensor in tensors.stored.items():
         if name not in reading.used | reading.ignored and tensor.dtype not in FLOATS:
             raise CheckpointError(

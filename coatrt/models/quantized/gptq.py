@@ -82,7 +82,7 @@ def _settings(
             )
             break
     bits, group = values["bits"], values["group_size"]
-    if bits not in _BITS or type(group) is not int or not (group == -1 or group > 0):
+    if type(bits) is not int or bits not in _BITS or type(group) is not int or not (group == -1 or group > 0):
         raise CheckpointError(
             f"{where} asks for {bits} bits in groups of {group} for {module}; allowed: {', '.join(map(str, _BITS))} "
             "bits, groups of 1 or more, -1 for whole rows"
@@ -101,7 +101,7 @@ def _read(
     points = unpack_words(zeros, bits).short()[:, :N]
     if first_version:  # stored less one; AutoGPTQ's reader drops what runs over
         points = (points + 1) & ((1 << bits) - 1)
-    width = group or max(K, 1)
+    width = min(group or K, K) or 1
     if points.shape != stored.shape or stored.shape != (-(-K // width), N):
         raise tensors.error(
             f"holds {module} [{N}, {K}] in groups of {width} with scales {list(stored.shape)} and zero points "

@@ -62,7 +62,8 @@ class PackedMatrix:
     @property
     def _width(self) -> int:
         """Weights along K that share a scale, at least 1."""
-        return self.block or max(self.levels.shape[1], 1)
+        K = max(self.levels.shape[1], 1)
+        return min(self.block, K) if self.block else K
 
     def check(self, name: str) -> None:
         """Refuse values that are not finite, and groups that do not fit the matrix.

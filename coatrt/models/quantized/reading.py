@@ -116,7 +116,7 @@ def matches(pattern: str, name: str) -> bool:
         return re.match(pattern, name) is not None
     except (re.error, RecursionError, OverflowError) as error:
         raise CheckpointError(
-            f"the quantization configuration has the pattern {pattern[:60]!r}, which is no regular expression "
+            f"the quantization configuration has the pattern {pattern[:60]!r}, which is not a regular expression "
             f"({error}); download the model again"
         ) from None
 

@@ -66,7 +66,10 @@ def test_its_configuration_is_planned_built_and_verified(
     weights = dict(stored_weights(result.bundle.decoder("cpu")[0], checkpoint.matrices))
     for name, exact in values.items():
         assert np.array_equal(weights[name], exact.numpy()), name
-    assert coatrt.verify(result.bundle).logits_error < 1e-3  # type: ignore[operator]
+    checked = coatrt.verify(result.bundle)
+    assert checked.torch_difference is not None
+    assert checked.torch_difference < checked.tolerance
+    assert checked.weights == 16
 
 
 def test_a_pin_to_the_checkpoint_needs_one(

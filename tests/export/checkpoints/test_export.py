@@ -45,16 +45,14 @@ def decoded(adapter: Adapter, config: QuantConfig, dtype: torch.dtype) -> dict[s
 def test_compressed_tensors_decompresses_to_our_weights(adapter: Adapter, config: QuantConfig, tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors", reason="needs compressed-tensors (pip install compressed-tensors)")
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+    from transformers import AutoModelForCausalLM
 
     result = export_checkpoint(adapter, config, tmp_path / "out")
     assert result.line == (
         "stored in 16 bits: model.embed_tokens (embedding and head stay in 16 bits); "
         "model.layers.0.mlp.gate_proj (compressed-tensors has no NormalFloat)"
     )
-    model = AutoModelForCausalLM.from_pretrained(
-        result.model, quantization_config=CompressedTensorsConfig(run_compressed=False, dequantize=True), dtype="auto"
-    )
+    model = AutoModelForCausalLM.from_pretrained(result.model, dtype="auto")
     ids = torch.arange(24)[None]
     model(ids)  # decompresses
     state = model.state_dict()
@@ -136,17 +134,6 @@ def test_gguf_holds_our_weights_and_lora(adapter: Adapter, config: QuantConfig, 
             B = B.reshape(heads, 2, -1, t.rank).swapaxes(1, 2).reshape(B.shape)
         assert np.array_equal(tensors[f"{stem}.lora_a"], emitted[t.A].numpy().T)
         assert np.allclose(tensors[f"{stem}.lora_b"], B, rtol=1e-6)
-
-
-def test_an_exported_gguf_is_a_model_of_its_own(adapter: Adapter, config: QuantConfig, tmp_path: Path) -> None:
-    pytest.importorskip("gguf", reason="needs the gguf extra")
-    from coatrt.models.tokenizer import load_tokenizer
-
-    result = export_checkpoint(adapter, config, tmp_path / "out", "gguf")
-    again, ours = Checkpoint.open(result.model), adapter.checkpoint()
-    text = "the cat sat — 42 hats"
-    assert load_tokenizer(again.directory)(text).input_ids == load_tokenizer(ours.directory)(text).input_ids
-    assert again.matrices.names == ours.matrices.names
 
 
 def test_output_directories(adapter: Adapter, config: QuantConfig, tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_dynamic_overrides_bits_by_module(base: Path, tmp_path: Path) -> None:
         ({"rotation": "hadamard"}, "key 'rotation', which coatrt does not know"),
         ({"dynamic": {"-:.*up_proj": {}}}, "dynamic excludes model.layers.0.mlp.up_proj"),
         ({"dynamic": {"+:(a+)+": {}}}, "no repeated group"),
-        ({"dynamic": {"+:(": {}}}, "no regular expression"),
+        ({"dynamic": {"+:(": {}}}, "not a regular expression"),
         ({"dynamic": {"+:.*": {"wings": 2}}}, "key 'wings'"),
         ({"method": "qqq"}, "method 'qqq'"),
     ],
