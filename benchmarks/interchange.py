@@ -110,12 +110,12 @@ def in_transformers(adapter: Adapter, config: QuantConfig, blocks: torch.Tensor)
         made = export_checkpoint(adapter, config, Path(name) / "ct")
         size = sum(path.stat().st_size for path in made.model.glob("model-*.safetensors"))
         theirs = AutoModelForCausalLM.from_pretrained(made.model, dtype="auto")
-        theirs(blocks[:1, :2])
+        theirs.hf_quantizer.compressor.decompress_model(theirs)
         state, equal = theirs.state_dict(), 0
         weights = {n: decode(codes.get(n, f), torch.float16) for n, f in config.formats.items()}
         for n, weight in weights.items():
             equal += torch.equal(state[f"{n}.weight"].half(), weight)
-        peft = PeftModel.from_pretrained(theirs.float(), made.lora).eval()
+        peft = PeftModel.from_pretrained(theirs.to(torch.float32), made.lora).eval()
         with torch.no_grad():
             expected = peft(blocks[:1]).logits
     model = FakeQuantModel(checkpoint, codes)

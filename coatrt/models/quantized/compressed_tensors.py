@@ -183,7 +183,9 @@ def _scheme(place: str, group: Mapping[str, Any], storage: str) -> _Scheme:
     for key in ("scale_dtype", "zp_dtype"):  # the files say which dtype is stored
         if not isinstance(weights.get(key), str | None):
             raise CheckpointError(f"{place}.weights.{key} is not a dtype; download the model again")
-    return _Scheme(storage, bits, is_float, weights.get("symmetric", True), strategy, group_size, (block[0], block[1]))
+    return _Scheme(
+        storage, int(bits or 0), is_float, weights.get("symmetric", True), strategy, group_size, (block[0], block[1])
+    )
 
 
 def _expected(module: str, targets: Mapping[str, _Scheme], ignore: list[str], tensors: Tensors) -> _Scheme | None:

@@ -87,7 +87,7 @@ def check_keys(where: str, value: Any, known: Iterable[str]) -> dict[str, Any]:
     """Return an object of a quantization configuration whose keys are all known.
 
     Raises:
-        CheckpointError: it is no object, or has another key.
+        CheckpointError: it is not an object, or has another key.
     """
     if not isinstance(value, dict):
         raise CheckpointError(f"{where} is a {type(value).__name__}, not an object; download the model again")

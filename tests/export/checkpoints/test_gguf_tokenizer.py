@@ -73,8 +73,8 @@ def test_tokens_merges_and_splitting(tmp_path: Path, name: str) -> None:
     assert fields["tokenizer.ggml.merges"] == [" ".join(pair) for pair in content["model"]["merges"]]
     assert fields["tokenizer.ggml.eos_token_id"] == tokens.index("<|end|>")
     assert fields["tokenizer.chat_template"] == "{{ x }}"
-    with pytest.raises(CheckpointError, match="tokens and an embedding of 300 rows"):
-        write_tokenizer(gguf.GGUFWriter(str(tmp_path / "n.gguf"), "llama"), tmp_path, 300)
+    with pytest.raises(CheckpointError, match="tokens and an embedding of 200 rows"):
+        write_tokenizer(gguf.GGUFWriter(str(tmp_path / "n.gguf"), "llama"), tmp_path, 200)
 
 
 def test_other_splittings_are_refused(tmp_path: Path) -> None:
