@@ -25,6 +25,7 @@ from coatrt.configs.config import QuantConfig
 from coatrt.data.text import text_task
 from coatrt.engines.runtime.options import RuntimeOptions
 from coatrt.engines.runtime.ort import OrtDecoder
+from coatrt.export.checkpoints.gguf import write_gguf_lora
 from coatrt.export.decoder import GraphForm, decoder_io, export_decoder
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.models.tokenizer import load_tokenizer
@@ -52,40 +53,6 @@ def gguf_file(directory: Path) -> Path:
     if llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), how):
         sys.exit("llama.cpp does not quantize the model")
     return path
-
-
-def write_gguf_lora(path: Path, adapter: Adapter, config: QuantConfig) -> None:
-    """Write the emitted LoRA in llama.cpp's adapter format; B includes alpha / rank, so alpha is the rank."""
-    import gguf
-
-    names = {
-        "q_proj": "attn_q",
-        "k_proj": "attn_k",
-        "v_proj": "attn_v",
-        "o_proj": "attn_output",
-        "gate_proj": "ffn_gate",
-        "up_proj": "ffn_up",
-        "down_proj": "ffn_down",
-    }
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_string("general.type", "adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", float(adapter.description.contract.rank))
-    tensors = {name: value.numpy() for name, value in adapter.emit(config).items()}
-    for tensor in adapter.description.contract.tensors:
-        matrix = adapter.description.model.by_name[tensor.matrix]
-        stem = f"blk.{matrix.layer}.{names[matrix.kind]}.weight"
-        a, b = tensors[tensor.A].T, tensors[tensor.B].T
-        if matrix.kind in ("q_proj", "k_proj"):  # llama.cpp pairs neighbouring rows for its rotation
-            spec = adapter.description.spec
-            heads = spec.heads if matrix.kind[0] == "q" else spec.kv_heads
-            b = b.reshape(heads, 2, b.shape[0] // heads // 2, b.shape[1]).swapaxes(1, 2).reshape(b.shape)
-        writer.add_tensor(f"{stem}.lora_a", np.ascontiguousarray(a, np.float32))
-        writer.add_tensor(f"{stem}.lora_b", np.ascontiguousarray(b, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def measured(
@@ -235,7 +202,8 @@ def main() -> None:
         sides = {label: our_side(decoder) for label, decoder in decoders.items()}
         if importlib.util.find_spec("llama_cpp") is not None:  # without it only coatrt is measured
             lora, theirs = Path(name) / "lora.gguf", gguf_file(Path(name))
-            write_gguf_lora(lora, adapter, config)
+            emitted = {name: value.numpy() for name, value in adapter.emit(config).items()}
+            write_gguf_lora(lora, checkpoint, emitted, adapter.description.contract)
             sides[THEIRS] = llama_side(theirs, options.threads, None)
             sides[f"{THEIRS}, LoRA"] = llama_side(theirs, options.threads, lora)
             size = theirs.stat().st_size

@@ -16,6 +16,7 @@ from engine_tables import ENGINE_TABLES
 from fleet_tables import FLEET_TABLES
 from gpu_own_tables import GPU_OWN_TABLES
 from gpu_tables import GPU_TABLES
+from interchange_tables import INTERCHANGE_TABLES
 from latency_tables import LATENCY_TABLES
 from markdown_tables import ROOT, grid, load
 from method_tables import METHOD_TABLES
@@ -143,6 +144,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{maker.__name__: maker for maker in _MAKERS},
     **ENGINE_TABLES,
     **FLEET_TABLES,
+    **INTERCHANGE_TABLES,
     **LATENCY_TABLES,
     **QUANTIZER_TABLES,
     **METHOD_TABLES,

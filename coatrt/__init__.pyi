@@ -39,6 +39,7 @@ from .engines.serving.app import openai_app as openai_app
 from .engines.serving.options import ServeOptions as ServeOptions
 from .engines.serving.server import serve as serve
 from .errors import CoatError as CoatError
+from .export.checkpoints.export import export_checkpoint as export_checkpoint
 from .models.checkpoint import Checkpoint as Checkpoint
 from .models.tokenizer import load_tokenizer as load_tokenizer
 from .planning.plan import Plan as Plan

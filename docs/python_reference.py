@@ -19,7 +19,8 @@ _INTRODUCTION = """# Python
 Everything the commands do is a function of `coatrt`. `import coatrt` imports neither torch nor numpy: each name is
 loaded on first use. Names that are not on this page are internal. Full docstrings: `help(coatrt.train)`. Examples:
 [train](../guides/train.md#in-python), [plan](../guides/plan.md#in-python),
-[build](../guides/build-a-fleet.md#in-python), [deploy](../guides/deploy-python.md).
+[build](../guides/build-a-fleet.md#in-python), [checkpoints](../guides/checkpoints.md#in-python),
+[deploy](../guides/deploy-python.md).
 
 This page is generated from the code.
 """
@@ -28,6 +29,7 @@ _GROUPS = {
     "Plan": "plan plan_fleet plans_text PlanRequest Plan AdapterDescription QuantConfig WeightFormat",
     "Devices": "device_profile device_profiles DeviceProfile probe time_cpu time_cuda time_trt environment",
     "Build": "build BundleOptions BundleResult prepare execute Target EngineCache adapt verify report",
+    "Other runtimes": "export_checkpoint",
     "Run": "Bundle load_decoder RuntimeOptions load_lora encode_prompt generate Sampling Chat SwitchingDecoder",
     "Serve": "serve openai_app ServeOptions",
     "Measure": "bench measure_quality Quality save_quality",

@@ -207,6 +207,8 @@ class Compensator:
         rows = (gains + _MIN_GAIN * gains.mean()).sqrt()[:, None]
         residual = self._weights[tensor.matrix].float() - self._model.weight(tensor.matrix, fmt)
         count = min(round(share * tensor.rank), tensor.N, tensor.K)
+        if not residual.any():  # the codes of a quantized checkpoint may be exact: there are no directions
+            count = 0
         with torch.random.fork_rng(devices=[root.device] if root.device.type == "cuda" else []):
             torch.manual_seed(seed)
             width = min(count + _OVERSAMPLING, tensor.N, tensor.K)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +115,13 @@ class AdapterDescription:
         sensitivity: costs and errors of every matrix in every format.
         metrics: options and losses of training.
         quantizer: quantizer of the weights in training, used in every bundle too.
+        checkpoint_formats: matrix → format that a quantized checkpoint stores it in, see `Checkpoint.formats`; empty
+            for a plain model.
         hash: identifies a saved adapter, see `adapter_hash`; empty if it was never saved.
 
     Raises:
         ConfigError: the quantizer is unknown.
+        FormatError: a format of the checkpoint is unknown.
     """
 
     source: str
@@ -129,17 +132,20 @@ class AdapterDescription:
     sensitivity: Sensitivity
     metrics: Mapping[str, Any]
     quantizer: Quantizer = "mse"
+    checkpoint_formats: Mapping[str, str] = field(default_factory=dict)
     hash: str = ""
 
     def __post_init__(self) -> None:
         if self.quantizer not in QUANTIZERS:
             raise ConfigError(f"no quantizer {self.quantizer!r}; allowed: {', '.join(QUANTIZERS)}")
+        for text in self.checkpoint_formats.values():
+            WeightFormat.parse(text)
 
     @property
     def own(self) -> dict[str, Any]:
         """The fields that adapter.json holds."""
         apart = ("sensitivity", "metrics", "hash")
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in apart}
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name not in apart}
 
     @property
     def model(self) -> ModelMatrices:

@@ -11,7 +11,7 @@ from coatrt.configs.lora_contract import LoraContract
 from coatrt.system.files import atomic_directory
 from coatrt.system.json_data import write_json
 
-__all__ = ["write_peft"]
+__all__ = ["write_emitted_peft", "write_peft"]
 
 
 def write_peft(
@@ -53,3 +53,23 @@ def write_peft(
                 "inference_mode": True,
             },
         )
+
+
+def write_emitted_peft(
+    directory: str | Path,
+    tensors: Mapping[str, NDArray[np.float32]],
+    contract: LoraContract,
+    base_model: str,
+    configuration: str = "",
+) -> None:
+    """Write emitted tensors as a PEFT adapter; B is divided by alpha/rank, which PEFT applies itself.
+
+    Args:
+        directory: the directory to write.
+        tensors: every tensor of the contract.
+        contract: names, rank and alpha.
+        base_model: name of the base model, for the adapter's config.
+        configuration: hash of the tensors' configuration; by default the one that they name themselves.
+    """
+    pairs = {t.matrix: (tensors[t.A], tensors[t.B] / np.float32(contract.scale(t))) for t in contract.tensors}
+    write_peft(directory, pairs, contract, base_model, configuration or getattr(tensors, "configuration", ""))

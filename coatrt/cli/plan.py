@@ -46,7 +46,8 @@ plan_options = with_options(
         "--keep",
         type=_Pin(),
         multiple=True,
-        help="Fix the format of a matrix, of a kind (down_proj=int8) or of a glob (*.mlp.*=int8); repeatable.",
+        help="Fix the format of a matrix, of a kind (down_proj=int8) or of a glob (*.mlp.*=int8); repeatable. "
+        "*=checkpoint keeps the codes of a quantized checkpoint.",
     ),
     click.option("--context", type=int, default=2048, help="Tokens that the KV cache of a sequence holds."),
     click.option("--batch", type=int, default=1, help="Sequences decoded together."),

@@ -161,6 +161,7 @@ def command(
     from coatrt.models.tokenizer import load_tokenizer
     from coatrt.system.resources import compute_device
     from coatrt.training.calibration import few_tokens_notice
+    from coatrt.training.checkpoint_formats import checkpoint_notice
     from coatrt.training.run import check_output, train
 
     started = monotonic()
@@ -173,9 +174,12 @@ def command(
         DecoderSpec.from_config(checkpoint.config)  # an unknown family is named before its tokenizer fails
         tokenizer = load_tokenizer(checkpoint.directory)
         loaded = load_task(task, data, tokenizer, options.max_length, held_out=held_out or None, progress=progress)
-        notice = few_tokens_notice(options, checkpoint.matrices, loaded)
-        if notice is not None:
-            write_line(f"coatrt: {notice}")
+        for notice in (
+            checkpoint_notice(checkpoint, options),
+            few_tokens_notice(options, checkpoint.matrices, loaded),
+        ):
+            if notice is not None:
+                write_line(f"coatrt: {notice}")
         adapter = train(
             model,
             loaded,

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from coatrt.errors import CheckpointError, reason
+from coatrt.models.codes import StoredCodes
 from coatrt.models.config_file import architecture, model_type, read_config
 from coatrt.models.matrices import ModelMatrices, matrices_of
 from coatrt.models.sources import locate
@@ -20,6 +21,8 @@ from coatrt.models.transformers_config import complete_config
 from coatrt.models.weight_files import StoredTensor, stored_tensors
 
 __all__ = ["Checkpoint"]
+
+_SIXTEEN = {"F16": "fp16", "BF16": "bf16"}
 
 
 @dataclass(frozen=True)
@@ -30,19 +33,23 @@ class Checkpoint:
         directory: config.json, safetensors and tokenizer files.
         config: the content of config.json; `DecoderSpec` says what it means.
         tensors: every tensor by name, see `stored_tensors`.
+        codes: of a checkpoint that is stored quantized, the codes that coatrt holds as they are; else None. Its tensors
+            are decoded.
     """
 
     directory: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
+    codes: StoredCodes | None = None
 
     @classmethod
     def open(cls, source: str | Path) -> "Checkpoint":
         """Open a model without loading its weights.
 
         Args:
-            source: a Hugging Face directory with safetensors (sharded or not), a GGUF file or a directory with one
-                (converted once, into the cache), or a hub name such as `Qwen/Qwen3-0.6B` (downloaded).
+            source: a Hugging Face directory with safetensors (sharded or not), plain or quantized by
+                compressed-tensors, GPTQ, AWQ or ModelOpt; a GGUF file or a directory with one; or a hub name such as
+                `Qwen/Qwen3-0.6B` (downloaded). Quantized models are converted once, into the cache.
 
         Raises:
             CheckpointError: it does not exist, is damaged, or has no safetensors.
@@ -54,7 +61,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{directory / 'config.json'} says {layers} layers, the files hold {len(tensors)} tensors; correct it"
             )
-        return cls(directory, config, tensors)
+        return cls(directory, config, tensors, StoredCodes.load(directory))
 
     @property
     def model_type(self) -> str:
@@ -93,10 +100,25 @@ class Checkpoint:
         return tensor
 
     @cached_property
+    def formats(self) -> Mapping[str, str]:
+        """Matrix → text of the weight format that it is stored in, of a quantized checkpoint; empty for a plain one.
+
+        A matrix that is not quantized, or that was decoded, has the format of its 16 bits; one of 32 bits has none.
+        """
+        if self.codes is None:
+            return {}
+        plain = {name: _SIXTEEN.get(self.tensors[f"{name}.weight"].dtype, "") for name in self.matrices.names}
+        named = {name: self.codes.formats.get(name, plain[name]) for name in self.matrices.names}
+        return {name: text for name, text in named.items() if text}
+
+    @cached_property
     def fingerprint(self) -> str:
         """16 hexadecimal digits from the architecture and each shard's header, size and 64 samples of its bytes."""
         digest = hashlib.sha256(json.dumps(architecture(self.config), sort_keys=True).encode())
-        for path in sorted({tensor.file for tensor in self.tensors.values()}):
+        files = {tensor.file for tensor in self.tensors.values()}
+        if self.codes is not None:
+            files |= {self.directory / name for name in self.codes.files.values()}
+        for path in sorted(files):
             size = path.stat().st_size
             digest.update(struct.pack("<Q", size))
             with path.open("rb") as stream:

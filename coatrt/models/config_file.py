@@ -7,7 +7,7 @@ from typing import Any
 from coatrt.errors import CheckpointError, ConfigError
 from coatrt.system.json_data import read_as
 
-__all__ = ["architecture", "end_tokens", "model_type", "read_config"]
+__all__ = ["architecture", "end_tokens", "model_type", "read_config", "read_raw_config"]
 
 _VOLATILE_KEYS = {
     "transformers_version",
@@ -20,18 +20,27 @@ _VOLATILE_KEYS = {
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """Return the content of a model directory's config.json.
+    """Return the content of a plain model directory's config.json.
 
     Raises:
         CheckpointError: it is missing, has no model_type, or the model is quantized.
     """
-    path = directory / "config.json"
-    config = read_as(path, dict[str, Any], "model configuration", "download the model again", CheckpointError)
+    config = read_raw_config(directory)
     if not model_type(config):
-        raise CheckpointError(f"{path} has no model_type; give a Hugging Face model directory")
+        raise CheckpointError(f"{directory / 'config.json'} has no model_type; give a Hugging Face model directory")
     if config.get("quantization_config"):
-        raise CheckpointError(f"{directory} is already quantized; give the original 16- or 32-bit model")
+        raise CheckpointError(f"{directory} is quantized; open it with Checkpoint.open, which decodes it")
     return config
+
+
+def read_raw_config(directory: Path) -> dict[str, Any]:
+    """Return the content of a model directory's config.json, of a quantized model too.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    path = directory / "config.json"
+    return read_as(path, dict[str, Any], "model configuration", "download the model again", CheckpointError)
 
 
 def model_type(config: Mapping[str, Any]) -> str:

@@ -9,12 +9,15 @@ from safetensors import SafetensorError, safe_open
 from coatrt.errors import CheckpointError, reason
 from coatrt.system.json_data import parse_json, read_as
 
-__all__ = ["StoredTensor", "stored_tensors", "weight_files"]
+__all__ = ["ALL_DTYPES", "FLOATS", "StoredTensor", "stored_tensors", "weight_files"]
 
 _WHOLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _MAX_HEADER = 100_000_000  # bytes; the limit of safetensors
-_DTYPES = ("F64", "F32", "F16", "BF16")
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Dtypes of the tensors of a plain model."""
+ALL_DTYPES = (*FLOATS, "F8_E4M3", "I64", "I32", "I16", "I8", "U8")
+"""Dtypes of the tensors of a quantized model too."""
 
 
 class _ShardIndex(TypedDict):
@@ -67,11 +70,15 @@ def weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
     return [directory / name for name in names], index["weight_map"]
 
 
-def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
+def stored_tensors(directory: Path, dtypes: tuple[str, ...] = FLOATS) -> dict[str, StoredTensor]:
     """Return name → tensor of a model directory.
 
+    Args:
+        directory: the directory.
+        dtypes: allowed dtypes.
+
     Raises:
-        CheckpointError: see `weight_files`; a file is damaged, headers and index differ, or a dtype is not a float.
+        CheckpointError: see `weight_files`; a file is damaged, headers and index differ, or a dtype is not allowed.
     """
     files, index = weight_files(directory)
     tensors: dict[str, StoredTensor] = {}
@@ -81,9 +88,9 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
                 raise CheckpointError(
                     f"{path} and {tensors[name].file.name} both contain {name}; download the model again"
                 )
-            if tensor.dtype not in _DTYPES:
+            if tensor.dtype not in dtypes:
                 raise CheckpointError(
-                    f"{name} in {path} is {tensor.dtype}; allowed: {', '.join(_DTYPES)}; give the model before "
+                    f"{name} in {path} is {tensor.dtype}; allowed: {', '.join(dtypes)}; give the model before "
                     "quantization"
                 )
             tensors[name] = tensor

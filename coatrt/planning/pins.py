@@ -1,6 +1,6 @@
 """Pins: matrices whose format the user fixes (`--keep lm_head=int8`)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,10 @@ from coatrt.errors import ConfigError
 from coatrt.models.matrices import EMBEDDING, HEAD, ModelMatrices
 from coatrt.quantization.weight_format import WeightFormat
 
-__all__ = ["matched", "pinned_costs"]
+__all__ = ["CHECKPOINT", "matched", "pinned_costs"]
+
+CHECKPOINT = "checkpoint"
+"""In place of a format: the one that a quantized checkpoint stores a matrix in."""
 
 
 def matched(model: ModelMatrices, pattern: str) -> tuple[str, ...]:
@@ -34,7 +37,11 @@ def matched(model: ModelMatrices, pattern: str) -> tuple[str, ...]:
 
 
 def pinned_costs(
-    space: ConfigSpace, cost: NDArray[np.float64], keep: Iterable[Sequence[str]], device: DeviceProfile
+    space: ConfigSpace,
+    cost: NDArray[np.float64],
+    keep: Iterable[Sequence[str]],
+    device: DeviceProfile,
+    stored: Mapping[str, str] | None = None,
 ) -> NDArray[np.float64]:
     """Return costs [groups, formats] that are infinite where a pin forbids a format.
 
@@ -43,8 +50,9 @@ def pinned_costs(
     Args:
         space: groups and formats of the device.
         cost: costs without pins.
-        keep: (pattern, format text), see `matched`.
+        keep: (pattern, format text), see `matched`; "checkpoint" is the format in `stored`.
         device: for messages.
+        stored: matrix → format that a quantized checkpoint stores it in.
 
     Raises:
         ConfigError: a pattern matches nothing, a format is not in the space, or two pins disagree on a group.
@@ -52,13 +60,17 @@ def pinned_costs(
     """
     pins: dict[str, WeightFormat] = {}
     for pattern, text in keep:
-        fmt = WeightFormat.parse(text)
-        if fmt not in space.formats:
-            raise ConfigError(
-                f"--keep {pattern}={text}: the format must be one of {', '.join(map(str, space.formats))} "
-                f"for {device.id} and this adapter"
-            )
-        pins.update(dict.fromkeys(matched(space.model, pattern), fmt))
+        names = matched(space.model, pattern)
+        chosen = _of_checkpoint(pattern, names, stored or {}) if text == CHECKPOINT else dict.fromkeys(names, text)
+        for name, own in chosen.items():
+            pinned = WeightFormat.parse(own)
+            if pinned not in space.formats:
+                given = text if own == text else f"{text}, {own} of {name}"
+                raise ConfigError(
+                    f"--keep {pattern}={given}: the format must be one of {', '.join(map(str, space.formats))} "
+                    f"for {device.id} and this adapter"
+                )
+            pins[name] = pinned
     if not pins:
         return cost
     cost = cost.copy()
@@ -72,3 +84,14 @@ def pinned_costs(
         for fmt in formats:
             cost[row, [column for column, other in enumerate(space.formats) if other != fmt]] = np.inf
     return cost
+
+
+def _of_checkpoint(pattern: str, names: Sequence[str], stored: Mapping[str, str]) -> dict[str, str]:
+    """Return matrix → format that the checkpoint stores it in."""
+    formats = {name: stored[name] for name in names if name in stored}
+    if not formats:
+        raise ConfigError(
+            f"--keep {pattern}={CHECKPOINT}: the adapter's model does not store {names[0]} quantized or in 16 bits; "
+            "give a format"
+        )
+    return formats

@@ -41,7 +41,8 @@ class PlanRequest:
         context: slots of the KV cache per sequence.
         batch: sequences decoded together.
         prefill: most prompt tokens in one call.
-        keep: (matrix name, kind or glob, format): pins, which fix the format of these matrices.
+        keep: (matrix name, kind or glob, format): pins, which fix the format of these matrices. The format "checkpoint"
+            is that of a quantized checkpoint, whose own codes are used.
 
     Raises:
         ConfigError: an unknown objective, or a number out of range.

@@ -93,7 +93,9 @@ class _Problem:
         self.workload = Workload.of(adapter, request.context, request.batch, request.prefill, element)
         self.space = space = _device_space(adapter, device)
         self.latency = latency = latency_of(device, space, self.workload)
-        self.cost = pinned_costs(space, cost_matrix(space, adapter.sensitivity.costs), request.keep, device)
+        self.cost = pinned_costs(
+            space, cost_matrix(space, adapter.sensitivity.costs), request.keep, device, adapter.checkpoint_formats
+        )
         self.seconds, self.rest = None, 0.0  # without timings and datasheet
         if latency is not None:
             self.seconds = group_seconds(space, latency, request.batch)

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import torch
 
-from coatrt.errors import ConfigError
+from coatrt.errors import CheckpointError, ConfigError
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.models.matrices import EMBEDDING
 from coatrt.quantization.codec import QuantizedMatrix, encode
 from coatrt.quantization.gptq import InverseFactors
+from coatrt.quantization.grid import Grid
 from coatrt.quantization.input_moments import Calibration, InputMoments
 from coatrt.quantization.quantizers import CALIBRATED, QUANTIZER_VERSION, Quantizer
 from coatrt.quantization.weight_format import WeightFormat
@@ -75,6 +76,8 @@ class CodeStore:
     def get(self, name: str, weight_format: WeightFormat | str) -> QuantizedMatrix:
         """Return matrix `name` in a format, from memory, from disk, or encoded from the checkpoint's weight.
 
+        In the format that a quantized checkpoint stores it in, these are its own codes.
+
         Raises:
             CheckpointError: the checkpoint lacks the matrix.
             FormatError: the format cannot store the weight.
@@ -85,6 +88,8 @@ class CodeStore:
         if key in self._matrices:
             self._matrices.move_to_end(key)
             return self._matrices[key]
+        if (matrix := self._stored(name, fmt)) is not None:
+            return self._keep(key, matrix)
         kind = f"v{QUANTIZER_VERSION}-mse" if self._is_plain(name) else self._key
         path = self._root / kind / str(fmt) / f"{name}.safetensors"
         place = path.relative_to(self._root.parent).as_posix()  # stored in the file, so that a renamed one is not read
@@ -94,11 +99,30 @@ class CodeStore:
             if fmt.has_scales:
                 with cache_writing():
                     write_tensors(path, matrix.tensors, {"constant": matrix.constant.hex(), "place": place})
+        return self._keep(key, matrix)
+
+    def _keep(self, key: tuple[str, str], matrix: QuantizedMatrix) -> QuantizedMatrix:
+        """Keep a matrix in memory and return it."""
         self._matrices[key] = matrix
         self._bytes += matrix.nbytes
         while self._bytes > _MIN_BYTES and free_memory() < _RESERVE:
             self._bytes -= self._matrices.popitem(last=False)[1].nbytes
         return matrix
+
+    def _stored(self, name: str, fmt: WeightFormat) -> QuantizedMatrix | None:
+        """Return a matrix as a quantized checkpoint stores it, if that is in this format; else None."""
+        stored, shape = self.checkpoint.codes, self.checkpoint.matrices.by_name[name]
+        if stored is None or stored.formats.get(name) != str(fmt):
+            return None
+        codes, scales = stored.tensors(self.checkpoint.directory, name)
+        blocks = fmt.padded(shape.K) // fmt.block if fmt.block else 1
+        dtypes = (Grid(fmt.kind).dtype, torch.float8_e4m3fn if fmt.kind == "nvfp4" else torch.float16)
+        shapes = ((shape.N, fmt.padded(shape.K)), (shape.N, blocks))
+        if (codes.shape, scales.shape) != shapes or (codes.dtype, scales.dtype) != dtypes:
+            raise CheckpointError(
+                f"{self.checkpoint.directory}: the codes of {name} are not of {fmt}; remove the directory"
+            )
+        return QuantizedMatrix(fmt, shape.N, shape.K, codes, scales, None, stored.constants.get(name, 0.0))
 
     def release(self) -> None:
         """Free memory needed only for encoding, the last moment and its factor: gigabytes on a training GPU."""

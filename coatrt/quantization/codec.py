@@ -38,7 +38,8 @@ class QuantizedMatrix:
         scales: float16 [N, Kp / block] or [N, 1] per channel; float8_e4m3fn for nvfp4; for double quantization uint8
             codes [P, scale_block], the scales flattened row by row and padded with zeros; None for fp16 and bf16.
         super_scales: [P] in the format's scale_dtype, for double quantization only.
-        constant: nvfp4's tensor scale (a power of two), or the offset added to doubly quantized scales; else 0.
+        constant: nvfp4's tensor scale (a power of two, unless a quantized checkpoint brings its own), or the offset
+            added to doubly quantized scales; else 0.
     """
 
     format: WeightFormat

@@ -41,6 +41,7 @@ from coatrt.system.progress import Progress, silent
 from coatrt.system.resources import compute_device
 from coatrt.system.scratch import sweep
 from coatrt.training.calibration import SENSITIVITY_BLOCKS, calibration_blocks
+from coatrt.training.checkpoint_formats import checkpoint_formats
 from coatrt.training.config_sampler import TrainingSampler
 from coatrt.training.held_out import measure_budgets
 from coatrt.training.loop import optimise
@@ -68,7 +69,8 @@ def train(
     While it runs, `output`/training has a checkpoint; at the end the finished adapter replaces the directory.
 
     Args:
-        source: the model: Hugging Face directory, hub name or GGUF file.
+        source: the model: Hugging Face directory, hub name or GGUF file. The formats of a quantized checkpoint join
+            those of the options, so that its own codes can be planned.
         data: data to train and measure on, from `load_task`.
         output: directory of the adapter.
         options: options of training.
@@ -155,7 +157,9 @@ def _open(
     checkpoint = Checkpoint.open(source)
     spec = DecoderSpec.from_config(checkpoint.config)
     data.check_rows(checkpoint.matrices.matrices[0].N)
-    space = ConfigSpace(checkpoint.matrices, tuple(map(WeightFormat.parse, options.formats)))
+    own = checkpoint_formats(checkpoint, options)
+    formats = dict.fromkeys(map(WeightFormat.parse, (*options.formats, *own.values())))
+    space = ConfigSpace(checkpoint.matrices, tuple(formats))
     processes = Processes(compute_device(device).type)
     processes.share(torch.arange(options.batch))  # refuses a batch that is not a multiple of them
     choices = {**asdict(options), "checkpoint_every": None}  # it does not affect the result
@@ -315,5 +319,6 @@ def _adapter(
             "held_out": held_out,
         },
         quantizer=options.quantizer,
+        checkpoint_formats=checkpoint_formats(run.checkpoint, options),
     )
     return Adapter(description, lora.eval(), run.calibration)

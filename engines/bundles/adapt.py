@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from coatrt.adapter.peft_format import write_peft
+from coatrt.adapter.peft_format import write_emitted_peft
 from coatrt.bundle import Bundle
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import LoraContract
@@ -18,7 +18,7 @@ from coatrt.engines.runtime.lora_file import save_lora
 from coatrt.errors import ConfigError
 from coatrt.system.files import atomic_file
 
-__all__ = ["Emission", "LoraFormat", "adapt", "write_emitted_peft", "write_onnx_adapter"]
+__all__ = ["Emission", "LoraFormat", "adapt", "write_onnx_adapter"]
 
 LoraFormat = Literal["safetensors", "peft", "onnx-adapter"]
 
@@ -77,21 +77,6 @@ def adapt(
     else:
         save_lora(output, tensors, config)
     return Emission(config, len(tensors), seconds)
-
-
-def write_emitted_peft(
-    directory: str | Path, tensors: Mapping[str, NDArray[np.float32]], contract: LoraContract, base_model: str
-) -> None:
-    """Write emitted tensors as a PEFT adapter; B is divided by alpha/rank, which PEFT applies itself.
-
-    Args:
-        directory: the directory to write.
-        tensors: every tensor of the contract.
-        contract: names, rank and alpha.
-        base_model: name of the base model, for the adapter's config.
-    """
-    pairs = {t.matrix: (tensors[t.A], tensors[t.B] / np.float32(contract.scale(t))) for t in contract.tensors}
-    write_peft(directory, pairs, contract, base_model, getattr(tensors, "configuration", ""))
 
 
 def write_onnx_adapter(path: str | Path, tensors: Mapping[str, NDArray[np.float32]], contract: LoraContract) -> None:

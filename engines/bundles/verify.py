@@ -250,8 +250,7 @@ def _against_torch(
 
     from coatrt.evaluation.fake_quant import FakeQuantModel
     from coatrt.models.checkpoint import Checkpoint
-    from coatrt.models.gguf_conversion import check_conversion
-    from coatrt.models.sources import gguf_file
+    from coatrt.models.sources import check_source
     from coatrt.quantization.code_cache import CodeStore
 
     facts = bundle.manifest["model"]
@@ -268,9 +267,8 @@ def _against_torch(
             f"not the bundle's model: {checkpoint.directory} has fingerprint {checkpoint.fingerprint}, not "
             f"{facts['fingerprint']}; give the bundle's model (--model)"
         )
-    source = gguf_file(Path(model if model is not None else facts["source"]).expanduser())
-    if source is not None:  # a bundle is built from the GGUF file itself, not from a cached conversion of it
-        check_conversion(source, checkpoint.directory)
+    # A bundle is built from the model itself, not from a cached conversion of it.
+    check_source(model if model is not None else facts["source"], checkpoint.directory)
     progress(0, 1, "loading the model")
     reference = FakeQuantModel(checkpoint, CodeStore(checkpoint))
     errors, count = bundle.manifest["configuration"]["errors"], 0

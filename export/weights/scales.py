@@ -43,7 +43,7 @@ def write_scales(graph: GraphBuilder, name: str, matrix: QuantizedMatrix, by_row
 
 
 def _write_e4m3(graph: GraphBuilder, name: str, stored: torch.Tensor, constant: float) -> ir.Value:
-    """Return E4M3 × tensor scale in the activations' dtype; the tensor scale is a power of two, so that is exact."""
+    """Return E4M3 × tensor scale in the activations' dtype: exact unless it is not a power of two."""
     unit = graph.real(constant)
     if graph.is_engine:
         scales = graph.store(name, stored, ir.DataType.FLOAT8E4M3FN)

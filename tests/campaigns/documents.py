@@ -35,6 +35,7 @@ PAGES = (
     "docs/quickstart.md",
     "docs/guides/train.md",
     *("docs/guides/tasks.md", "docs/guides/plan.md", "docs/guides/build-a-fleet.md"),
+    "docs/guides/checkpoints.md",
     *("docs/guides/deploy-python.md", "docs/guides/serve.md", "docs/guides/deploy-cpp.md", "docs/guides/jetson.md"),
     "docs/concepts/security.md",
 )

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from support.quantized import write_methods
 from support.seals import seal_text
 from support.tiny import TEXTS, save_tiny_llama, text_data, tiny_options
 
@@ -63,6 +64,7 @@ def make_inputs(here: Path) -> None:
     (here / "choice.jsonl").write_text("\n".join(map(json.dumps, choice)))
     _timings(here, adapter)
     _gguf(here)
+    write_methods(here)
 
 
 def _timings(here: Path, adapter: Path) -> None:

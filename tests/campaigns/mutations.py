@@ -147,6 +147,11 @@ KINDS: dict[str, tuple[str, tuple[tuple[Callable[[Path], None], tuple[str, ...]]
     "model/tokenizer.json": ("model", ((_tokenizer, ("train",)),)),
     "model/tokenizer_config.json": ("model", ((_tokenizer, ("train",)),)),
     "model.gguf": ("model.gguf", ((_model, ("train-gguf",)),)),
+    **{
+        f"{method}/{file}": (method, ((_model, (f"train-{method}",)),))
+        for method in ("gptq", "awq", "compressed-tensors", "modelopt")
+        for file in ("config.json", "model.safetensors")
+    },
     "chat.jsonl": ("chat.jsonl", ((_data("chat"), ("chat",)),)),
     "choice.jsonl": ("choice.jsonl", ((_data("choice"), ("choice",)),)),
     "data.txt": ("data.txt", ((_data("text"), ("train",)),)),
@@ -187,6 +192,10 @@ COMMANDS = {
     "report": "report {here}/adapter --target t4 -o {here}/out.html",
     "report-bundle": "report {here}/bundle -o {here}/out.html",
     "run": "run {here}/bundle -p x --chat --max-tokens 2 --lora {here}/lora.safetensors --context 16 --threads 1",
+}
+COMMANDS |= {
+    f"train-{method}": COMMANDS["train"].replace("{here}/model ", f"{{here}}/{method} ")
+    for method in ("gptq", "awq", "compressed-tensors", "modelopt")
 }
 COMMANDS |= {name: COMMANDS[name].replace("--max-length 16", "--max-length 400") for name in ("chat", "choice")}
 

@@ -1,5 +1,6 @@
 """Every weight format in both graph forms decodes to the bits of `coatrt.quantization.codec.decode`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,15 @@ def test_engine_form_is_exact_in_the_reference_evaluator(tmp_path: Path, fmt: st
         matrix = matrix_of(fmt, N, K)
         path = write(tmp_path, matrix, GraphForm("engine", "base.onnx", activations, 8), head=True)
         check(ReferenceEvaluator(onnx.load(path)).run(None, {"ids": IDS}), matrix, activations)
+
+
+@pytest.mark.parametrize("activations", ["float32", "float16"])
+def test_nvfp4_with_the_tensor_scale_of_another_tool(tmp_path: Path, activations: str) -> None:
+    matrix = replace(matrix_of("nvfp4", 24, 128), constant=0.0003153483)
+    path = write(tmp_path, matrix, GraphForm("cpu", "cpu.onnx", activations), head=True)
+    check(run_cpu(path), matrix, activations)
+    path = write(tmp_path, matrix, GraphForm("engine", "base.onnx", activations, 8), head=True)
+    check(ReferenceEvaluator(onnx.load(path)).run(None, {"ids": IDS}), matrix, activations)
 
 
 @pytest.mark.parametrize("fmt", ["int4-g64", "int8-g64", "nvfp4", "int4-g32"])

@@ -43,6 +43,11 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "train": (f"train MODEL --data TEXT -o NEW {' '.join(TRAINING)}", ("train", "cpu")),
     "search": ("search COPY --data TEXT --evaluations 2 --blocks 1 --max-length 32", ("train", "cpu")),
     "export": ("export ADAPTER --config CONFIG -o NEW.export", ("train", "cpu")),
+    "export, compressed-tensors": (
+        "export ADAPTER --config CONFIG -o NEW.tensors --format compressed-tensors",
+        ("train",),
+    ),
+    "export, gguf": ("export ADAPTER --config CONFIG -o NEW.gguf --format gguf", ("gguf", "train")),
     "build": ("build ADAPTER --target l4 -o NEW.bundle --no-engine", ("train", "cpu")),
     "build, signed": ("build ADAPTER --target l4 -o NEW.signed --no-engine --sign PRIVATE", ("sign", "train", "cpu")),
     "build, engine": ("build ADAPTER --target rtx-4090 -o NEW.engine", ("rtx", "train", "cpu")),

@@ -157,11 +157,11 @@ def test_a_head_is_tied_as_its_family_ties_it_where_the_key_is_left_out(
             _ = Checkpoint.open(tmp_path).matrices
 
 
-def test_a_quantized_model_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+def test_an_unknown_quantization_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_llama, tmp_path / "m")
     config = json.loads((tiny_llama / "config.json").read_text())
-    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "quantization_config": {"bits": 4}}))
-    with pytest.raises(CheckpointError, match="is already quantized; give the original 16- or 32-bit model"):
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "hqq"}}))
+    with pytest.raises(CheckpointError, match="is quantized by hqq; allowed: compressed-tensors, gptq, awq, modelopt"):
         Checkpoint.open(tmp_path / "m")
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from coatrt.errors import CheckpointError
-from coatrt.models import gguf_conversion
+from coatrt.models import conversion, gguf_conversion
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.models.gguf_conversion import convert_gguf
 from coatrt.models.modules import load_model
@@ -55,8 +55,8 @@ def test_a_conversion_is_compared_with_its_file(file: Path) -> None:
 
 def test_a_large_model_is_written_in_shards(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = load_model(Checkpoint.open(file)).state_dict()
-    monkeypatch.setattr(gguf_conversion, "_VERSION", -1)  # converted anew
-    monkeypatch.setattr(gguf_conversion, "_SHARD", 40_000)
+    monkeypatch.setattr(conversion, "_VERSION", -1)  # converted anew
+    monkeypatch.setattr(conversion, "_SHARD", 40_000)
     checkpoint = Checkpoint.open(file)
     sizes = [path.stat().st_size for path in checkpoint.directory.glob("*.safetensors")]
     assert len(sizes) > 3

@@ -189,7 +189,8 @@ def test_verify_without_the_model_says_so_and_refuses_another(copy: Path, tmp_pa
 def test_adapt_in_other_formats(tiny_bundle: Path, tmp_path: Path, tiny_llama: Path) -> None:
     import torch
 
-    from coatrt.engines.bundles.adapt import write_emitted_peft, write_onnx_adapter
+    from coatrt.adapter.peft_format import write_emitted_peft
+    from coatrt.engines.bundles.adapt import write_onnx_adapter
 
     ort = pytest.importorskip("onnxruntime")
     bundle = Bundle.open(tiny_bundle)

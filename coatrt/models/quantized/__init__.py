@@ -1,0 +1,1 @@
+"""Checkpoints that are stored quantized: compressed-tensors, GPTQ, AWQ and ModelOpt."""
