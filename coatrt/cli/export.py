@@ -46,7 +46,7 @@ _OF_GENAI = ("provider", "lora", "all_logits", "accuracy_level", "max_length", "
 @click.option(
     "--provider",
     type=click.Choice(["cpu", "cuda"]),
-    help="Where onnxruntime-genai runs it.  [default: the bundle's device]",
+    help="Where onnxruntime-genai computes.  [default: the bundle's device]",
 )
 @click.option(
     "--lora",
@@ -54,18 +54,14 @@ _OF_GENAI = ("provider", "lora", "all_logits", "accuracy_level", "max_length", "
     default="on",
     help="Whether the LoRA applies without an active adapter (genai, ortpackage).",
 )
-@click.option(
-    "--all-logits", is_flag=True, help="Logits of every token, for evaluation and n-gram speculation (genai)."
-)
+@click.option("--all-logits", is_flag=True, help="Logits of every token, for evaluation and n-gram speculation.")
 @click.option(
     "--accuracy-level",
     type=click.Choice(["0", "1", "4"]),
     default="4",
-    help="int4 and int8 products on the CPU (genai), as in coatrt run.",
+    help="int4 and int8 products on the CPU, as in coatrt run (genai, ortpackage).",
 )
-@click.option(
-    "--max-length", type=int, help="Default limit on a sequence in tokens (genai).  [default: the bundle's context]"
-)
+@click.option("--max-length", type=int, help="Default limit on a sequence in tokens.  [default: the bundle's context]")
 @MODEL
 @ACTIVATIONS
 @CPU_ACTIVATIONS

@@ -53,8 +53,8 @@ def genai_graph(
     caches = [inputs[name] for name in io.past_names if name in inputs]
     front = _Front(graph, set(inputs) - set(lora) - set(io.past_names) - {"input_ids"}, all_logits)
     if front.unknown or len(caches) != len(io.past_names) or not set(lora) <= set(inputs):
-        named = ", ".join(sorted(front.unknown)) or "another set of caches or LoRA inputs"
-        raise BundleError(f"{source.name} has {named} than its bundle says; build the bundle again")
+        named = ", ".join(sorted(front.unknown)) or "other caches or LoRA inputs"
+        raise BundleError(f"{source.name} has {named}, which its bundle does not name; build the bundle again")
     mask = onnx.helper.make_tensor_value_info(MASK, onnx.TensorProto.INT64, ["B", "total"])
     body = list(graph.node)
     for field in (graph.input, graph.node):

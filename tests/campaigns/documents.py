@@ -36,6 +36,7 @@ PAGES = (
     "docs/guides/train.md",
     *("docs/guides/tasks.md", "docs/guides/plan.md", "docs/guides/build-a-fleet.md"),
     *("docs/guides/deploy-python.md", "docs/guides/deploy-cpp.md", "docs/guides/jetson.md"),
+    "docs/guides/onnxruntime-genai.md",
     "docs/concepts/security.md",
 )
 _FROM_NOTHING = PAGES[:3]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 
 from coatrt.bundle import Bundle
@@ -186,6 +187,42 @@ def test_n_gram_speculation_needs_every_logit_and_changes_no_token(every: Model,
     assert generator.get_speculative_stats()["draft_tokens_accepted"] > 0
     with pytest.raises(RuntimeError, match="logits"):
         model.start(ids, speculative=options)
+
+
+def test_an_engine_serves_requests_together(every: Model, bundle: Bundle) -> None:
+    og, engine, requests = every.og, every.og.Engine(every.model), []
+    for ids in prompts(bundle):
+        requests.append(engine.create_request())
+        options = og.TurnOptions(requests[-1])
+        options.set_max_generated_tokens(6)
+        options.set_do_sample(False)
+        requests[-1].begin_turn(np.array(ids, np.int32), options)
+    buffer, found = engine.create_event_buffer(64), [list[int]() for _ in requests]
+    while engine.has_pending_requests():
+        for event in engine.run(buffer):
+            assert event.error_code == og.EngineErrorCode.NONE
+            if event.token is not None:
+                found[next(i for i, request in enumerate(requests) if request is event.request)].append(event.token)
+    for ids, tokens in zip(prompts(bundle), found, strict=True):
+        assert tokens == every.finish(every.start(ids, tokens=6), ids)
+
+
+def test_onnx_runtime_itself_activates_the_adapter_files(every_logit: Path, bundle: Bundle) -> None:
+    session = ort.InferenceSession(str(every_logit / "model.onnx"), providers=["CPUExecutionProvider"])
+    ids, caches = prompts(bundle)[0], bundle.decoder("cpu")[1].past_names
+    shape = session.get_inputs()[2].shape
+    feeds = {name: np.zeros((1, shape[1], len(ids), shape[3]), np.float32) for name in caches}
+    feeds |= {"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), np.int64)}
+
+    def logits(adapter: str) -> Any:
+        options, loaded = ort.RunOptions(), ort.LoraAdapter()
+        if adapter:
+            loaded.Load(str(every_logit / "adapters" / f"{adapter}.onnx_adapter"))
+            options.add_active_adapter(loaded)
+        return session.run(["logits"], feeds, options)[0]
+
+    assert np.array_equal(logits(""), logits("lora"))
+    assert np.abs(logits("") - logits("none")).max() > 0.01
 
 
 def test_the_cuda_form_computes_the_logits_of_its_decoder(og: Any, bundle: Bundle, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from coatrt.adapter.adapter import Adapter
 from coatrt.bundle import Bundle
+from coatrt.devices.profiles import device_profile
 from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.genai.destination import SUMS
 from coatrt.engines.genai.options import GenaiOptions
@@ -20,7 +21,6 @@ from coatrt.engines.runtime.load import load_decoder
 from coatrt.engines.runtime.lora_file import load_lora
 from coatrt.errors import ConfigError
 from coatrt.planning import planner
-from coatrt.devices.profiles import device_profile
 from support.bundles import make_bundle
 from support.ort_package import resolve, selected_variant
 
