@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from coatrt.bundle import MANIFEST, Bundle
-from coatrt.engines.genai.destination import check_destination, write_sums
+from coatrt.engines.genai.destination import SUMS, check_destination, write_sums
 from coatrt.engines.genai.export import Variant, variant_of
 from coatrt.engines.genai.options import GenaiOptions
 from coatrt.errors import ConfigError
@@ -66,7 +66,8 @@ def package_genai(
         overwrite: replace an earlier export.
 
     Raises:
-        ConfigError: no bundle, bundles of different models, names that repeat, or the output is in use or lies in one.
+        ConfigError: no bundle, bundles of different models or tokenizers, names that repeat, or the output is in use or
+            lies in a bundle.
         BundleError: a file of a bundle was altered.
     """
     output, variants = Path(output), _named(bundles, options)
@@ -97,18 +98,24 @@ def _named(bundles: Sequence[Bundle], options: GenaiOptions) -> dict[str, Varian
     """Return name → variant, those that need the least memory first.
 
     Raises:
-        ConfigError: no bundle, bundles of different models, or names that repeat.
+        ConfigError: no bundle, bundles of different models or tokenizers, or names that repeat.
     """
     if not bundles:
         raise ConfigError("a package needs at least one bundle; give bundles that coatrt build wrote")
     models = {bundle.manifest["model"]["fingerprint"] for bundle in bundles}
     if len(models) > 1:
         raise ConfigError(f"the bundles are of {len(models)} models; give bundles of one")
+    tokenizers = [_hashes(bundle, "tokenizer/") for bundle in bundles]
+    if any(hashes != tokenizers[0] for hashes in tokenizers):
+        raise ConfigError("the bundles have different tokenizers; build them from one model directory")
     devices = [str((bundle.manifest.get("device") or {}).get("id", "")) for bundle in bundles]
     unique = all(devices) and len(set(devices)) == len(devices)
     names = devices if unique else [bundle.directory.resolve().name for bundle in bundles]
-    if repeated := sorted({name for name in names if names.count(name) > 1 or name == _ASSETS}):
-        raise ConfigError(f"two variants would be called {repeated[0]}; give bundles in directories of different names")
+    taken = sorted({name for name in names if names.count(name) > 1 or name in (_ASSETS, MANIFEST, SUMS)})
+    if taken:
+        raise ConfigError(
+            f"a package cannot have two entries called {taken[0]}; give bundles in directories of different names"
+        )
     order = sorted(zip(names, bundles, strict=True), key=lambda pair: pair[1].manifest["configuration"]["bytes"])
     return {name: variant_of(bundle, options) for name, bundle in order}
 
@@ -118,12 +125,17 @@ def _folders(variants: Mapping[str, Variant]) -> dict[str, str]:
     first: dict[tuple[Any, ...], str] = {}
     folders = {}
     for name, variant in variants.items():
-        manifest = variant.bundle.manifest
-        files = {file: facts["sha256"] for file, facts in manifest["files"].items()}
+        manifest, files = variant.bundle.manifest, _hashes(variant.bundle)
         decoder = manifest["decoders"][variant.provider]
         content = (files[decoder["file"]], files[decoder["weights"]], files.get(manifest.get("lora", "")))
         folders[name] = first.setdefault((variant.provider, *content), name)
     return folders
+
+
+def _hashes(bundle: Bundle, beginning: str = "") -> dict[str, str]:
+    """Return file → SHA-256, of the bundle's files whose names begin so."""
+    files = bundle.manifest["files"]
+    return {name: facts["sha256"] for name, facts in files.items() if name.startswith(beginning)}
 
 
 def _share(source: Path, assets: Path) -> str:

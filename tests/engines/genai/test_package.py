@@ -110,11 +110,14 @@ def test_what_is_refused(bundles: dict[str, Bundle], package: Path, tmp_path: Pa
 
     own = bundles["l4"]
     assert refusal() == "a package needs at least one bundle; give bundles that coatrt build wrote"
-    assert "two variants would be called l4" in refusal(own, own)
+    assert "cannot have two entries called l4" in refusal(own, own)
     assert "lies inside the bundle" in refusal(own, output=own.directory / "x")
     assert "holds an export" in refusal(own, output=package)
     other = Bundle(own.directory, {**own.manifest, "model": {**own.manifest["model"], "fingerprint": "x"}})
     assert refusal(own, other) == "the bundles are of 2 models; give bundles of one"
+    files = {**own.manifest["files"], "tokenizer/tokenizer.json": {"sha256": "0", "bytes": 1}}
+    line = refusal(own, Bundle(own.directory, {**own.manifest, "files": files}))
+    assert line == "the bundles have different tokenizers; build them from one model directory"
     assert not (tmp_path / "out").exists()
 
 
