@@ -117,7 +117,7 @@ def _bundle(
     from coatrt.planning.plan import read_choice
 
     description = AdapterDescription.load(adapter)
-    config, _ = read_choice(config_paths[0], description.model)
+    config = read_choice(config_paths[0], description.model)[0]
     options = BundleOptions(activations, cpu_activations, context, engine=False)
     target = Target(device_profile("cpu"), config, output)
     preparation = prepare(description, [target], options, overwrite=overwrite, sign=sign)

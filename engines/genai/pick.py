@@ -83,6 +83,7 @@ def _device(variant: _Variant) -> _Device:
 
 def _fits(variant: _Variant, profile: DeviceProfile) -> bool:
     """Return whether a variant for another GPU runs on this one: its weights were planned for no more memory."""
-    memory = _device(variant).get("memory_bytes")
-    known = memory is not None and profile.memory_bytes is not None
-    return variant.get("ep") == PROVIDERS["cuda"] and known and memory <= profile.memory_bytes
+    planned, memory = _device(variant).get("memory_bytes"), profile.memory_bytes
+    if variant.get("ep") != PROVIDERS["cuda"] or planned is None or memory is None:
+        return False
+    return planned <= memory
