@@ -28,7 +28,6 @@ _SIZES = ("context", "batch", "prefill")
         "coatrt build adapter --target rtx-4060 --target l4 --memory 6GiB -o bundles",
         "coatrt build adapter --target l4 --config plan.json -o bundles/l4",
         "coatrt build adapter --target cpu --bits 5 -o bundles/cpu --dry-run",
-        "coatrt build adapter --target cpu --target l4 -o bundles --genai fleet.ortpackage",
     ),
     first=(
         *("devices", "output", "bits", "memory", "objective", "config_path", "context", "batch"),

@@ -70,11 +70,11 @@ _OF_GENAI = ("provider", "lora", "all_logits", "accuracy_level", "max_length", "
 @trust_options
 @click.option("--overwrite", is_flag=True, help="Replace an existing export.")
 def command(sources: tuple[Path, ...], output: Path, kind: str, overwrite: bool, **choices: Any) -> None:
-    """Export a configuration as a bundle without an engine, or bundles for onnxruntime-genai.
+    """Export a bundle without an engine, or bundles for onnxruntime-genai.
 
-    For a bundle, SOURCE is a directory that coatrt train wrote. The bundle holds graphs, the hypernetwork and the LoRA,
-    and runs with --backend ort and cuda. For onnxruntime-genai, SOURCE is a bundle: neither torch nor the base model is
-    needed.
+    For a bundle, SOURCE is a directory that coatrt train wrote. The bundle holds the graphs of a configuration, the
+    hypernetwork and the LoRA, and runs with --backend ort and cuda. For onnxruntime-genai, SOURCE is a bundle: neither
+    torch nor the base model is needed.
     """
     source = click.get_current_context().get_parameter_source
     for name in _OF_GENAI if kind == "bundle" else _OF_BUNDLES:

@@ -13,7 +13,7 @@ from coatrt.system.disk import writing
 from coatrt.system.locks import LOCK
 from coatrt.system.scratch import OLD, is_scratch, scratch
 
-__all__ = ["atomic_directory", "atomic_file", "check_replaceable", "link_or_copy", "sha256_file", "write_text"]
+__all__ = ["atomic_directory", "atomic_file", "check_replaceable", "sha256_file", "write_text"]
 
 _AT_CWD, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
 
@@ -136,15 +136,14 @@ def _copy_missing(source: Path, target: Path, own: Collection[str]) -> None:
         if entry.name in own or entry.name == LOCK or is_scratch(entry.name) or os.path.lexists(copy):
             continue
         if entry.is_symlink() or not entry.is_dir():
-            link_or_copy(entry, copy)
+            _link(entry, copy)
             continue
         if mount := next((folder for folder, _, _ in os.walk(entry) if os.path.ismount(folder)), None):
             raise ConfigError(f"{mount} is a mount point in a directory to be replaced; unmount it first")
-        shutil.copytree(entry, copy, symlinks=True, copy_function=link_or_copy)
+        shutil.copytree(entry, copy, symlinks=True, copy_function=_link)
 
 
-def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """Make a file appear under a second name: as a hard link where the file system allows it, else as a copy."""
+def _link(source: str | Path, target: str | Path) -> None:
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError:  # no hard links on this file system, or not of files of another user

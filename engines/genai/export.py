@@ -19,7 +19,7 @@ from coatrt.engines.genai.settings import CONFIG, MODEL, genai_settings
 from coatrt.engines.runtime.emitter import Emitter
 from coatrt.engines.runtime.lora_file import Lora, load_lora
 from coatrt.errors import BundleError, ConfigError
-from coatrt.system.files import atomic_directory, link_or_copy
+from coatrt.system.files import atomic_directory
 from coatrt.system.json_data import write_json
 
 __all__ = ["ADAPTERS", "GenaiExport", "Variant", "export_genai", "variant_of"]
@@ -36,7 +36,7 @@ class GenaiExport:
         directory: where it is.
         provider: where its graph runs.
         adapters: names of the files in adapters/, without their ending.
-        nbytes: bytes of all files, hard links to the bundle's included.
+        nbytes: bytes of all files.
     """
 
     directory: Path
@@ -55,8 +55,8 @@ def export_genai(
 ) -> GenaiExport:
     """Write a bundle as a model directory of onnxruntime-genai; it needs neither torch nor the base model.
 
-    The directory holds the graph, the weights (a hard link to the bundle's where the file system allows it), the LoRA
-    as default values and as adapters, the tokenizer with its chat template, genai_config.json, and SHA256SUMS.
+    The directory holds the graph, the weights, the LoRA as default values and as adapters, the tokenizer with its chat
+    template, genai_config.json, and SHA256SUMS.
 
     Args:
         bundle: an opened bundle; the hash of every file that is read is checked.
@@ -124,7 +124,7 @@ class Variant:
         default = contract.graph_inputs(own if self.options.lora == "on" else zeros, _dtype(io))
         model = genai_graph(source, io, default, directory, all_logits=self.options.all_logits)
         onnx.save(model, directory / MODEL)
-        link_or_copy(bundle.path(weights), directory / weights)
+        shutil.copyfile(bundle.path(weights), directory / weights)  # the library onnx refuses hard links
         (directory / ADAPTERS).mkdir()
         for name, lora in loras.items():
             write_onnx_adapter(directory / ADAPTERS / f"{name}.onnx_adapter", lora, contract, _dtype(io))

@@ -39,7 +39,7 @@ class GenaiPackage:
     Args:
         directory: where it is.
         variants: name of each variant → its directory in the package; variants of one configuration share one.
-        nbytes: bytes of all files, hard links to the bundles' included.
+        nbytes: bytes of all files.
     """
 
     directory: Path
