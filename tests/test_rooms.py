@@ -29,6 +29,7 @@ FLOORS = (
     {"coatrt.training", "coatrt.searching", "coatrt.reporting"},
     {"coatrt.engines.runtime", "coatrt.engines.builders"},
     {"coatrt.engines.bundles", "coatrt.engines.measure", "coatrt.engines.serving"},
+    {"coatrt.engines.genai"},
     {"coatrt.cli"},
     {"coatrt.__main__"},
 )

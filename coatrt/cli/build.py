@@ -1,6 +1,6 @@
 """`coatrt build`."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,8 @@ from coatrt.cli.help import documented
 from coatrt.cli.plan import plan_options, plan_request
 
 if TYPE_CHECKING:
-    from coatrt.engines.bundles.targets import BundleResult
+    from coatrt.bundle import Bundle
+    from coatrt.engines.bundles.targets import BundleResult, Target
     from coatrt.planning.plan import Plan, PlanRequest
 
 __all__ = ["command"]
@@ -30,7 +31,7 @@ _SIZES = ("context", "batch", "prefill")
     ),
     first=(
         *("devices", "output", "bits", "memory", "objective", "config_path", "context", "batch"),
-        *("no_engine", "jobs", "dry_run", "overwrite"),
+        *("no_engine", "genai", "jobs", "dry_run", "overwrite"),
     ),
 )
 @click.argument("adapter", type=PATH)
@@ -50,6 +51,11 @@ _SIZES = ("context", "batch", "prefill")
 @ACTIVATIONS
 @CPU_ACTIVATIONS
 @click.option("--no-engine", is_flag=True, help="Build no TensorRT engine: the bundle runs in ONNX Runtime.")
+@click.option(
+    "--genai",
+    type=PATH,
+    help="Directory of what onnxruntime-genai loads, too: one model, or a package of several targets.",
+)
 @click.option("--jobs", type=int, help="Engines built in parallel.  [default: the usable cores]")
 @click.option("--build-memory", type=BYTES, help="Memory for all builders.  [default: 70 % of the free memory]")
 @click.option("--no-cache", is_flag=True, help="Build every engine, also those in the cache.")
@@ -64,6 +70,7 @@ def command(
     activations: str,
     cpu_activations: str,
     no_engine: bool,
+    genai: Path | None,
     jobs: int | None,
     build_memory: int | None,
     sign: Path | None,
@@ -100,9 +107,13 @@ def command(
         plans = [target.plan for target in targets if target.plan is not None]
         click.echo((plans_text(plans) if dry_run else fleet_table(plans, sources=False)) + "\n")
     preparation = prepare(description, targets, options, overwrite=choices["overwrite"] or dry_run, sign=sign)
+    if genai is not None:
+        _check_genai(genai, targets, choices["overwrite"] or dry_run)
     if dry_run or not preparation.jobs:  # neither torch nor the model is needed to say so
         for target in targets:
             click.echo(f"{target.output}: {'up to date' if target.output in preparation.current else 'to build'}")
+        if genai is not None and not dry_run:
+            _export(genai, [preparation.current[target.output].bundle for target in targets], choices["overwrite"])
         return
     require("coatrt build", "train", "cpu")
     from coatrt.adapter.adapter import Adapter
@@ -123,6 +134,31 @@ def command(
         )
     for result in results:
         click.echo(f"{result.target.output}: {_outcome(result)}")
+    if genai is not None:
+        _export(genai, [result.bundle for result in results], choices["overwrite"])
+
+
+def _check_genai(output: Path, targets: "Sequence[Target]", overwrite: bool) -> None:
+    """Refuse, before the build, a directory that the export cannot be written to."""
+    from coatrt.engines.genai.destination import check_destination
+    from coatrt.errors import ConfigError
+
+    for target in targets:
+        if output.resolve().is_relative_to(target.output.resolve()):
+            raise ConfigError(f"--genai {output} lies inside the bundle {target.output}; give a path outside")
+    check_destination(output, overwrite=overwrite)
+
+
+def _export(output: Path, bundles: "Sequence[Bundle]", overwrite: bool) -> None:
+    """Write bundles for onnxruntime-genai and say so."""
+    from coatrt.engines.genai.export import export_genai
+    from coatrt.engines.genai.package import package_genai
+
+    if len(bundles) == 1:
+        export_genai(bundles[0], output, overwrite=overwrite)
+    else:
+        package_genai(bundles, output, overwrite=overwrite)
+    click.echo(f"{output}: for onnxruntime-genai")
 
 
 def _request(request: "PlanRequest", set_here: Collection[str], path: str, plan: "Plan | None") -> "PlanRequest":

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from coatrt.adapter.peft_format import write_emitted_peft
 from coatrt.bundle import Bundle
@@ -73,22 +73,39 @@ def adapt(
     if format == "peft":
         write_emitted_peft(output, tensors, emitter.contract, str(bundle.manifest["model"]["source"]))
     elif format == "onnx-adapter":
-        write_onnx_adapter(output, tensors, emitter.contract)
+        write_onnx_adapter(output, tensors, emitter.contract, _activations(bundle))
     else:
         save_lora(output, tensors, config)
     return Emission(config, len(tensors), seconds)
 
 
-def write_onnx_adapter(path: str | Path, tensors: Mapping[str, NDArray[np.float32]], contract: LoraContract) -> None:
+def _activations(bundle: Bundle) -> str:
+    """Return the dtype of the LoRA inputs of the graph that an ONNX Runtime adapter is for: the cpu form."""
+    decoder = bundle.manifest["decoders"].get("cpu")
+    return decoder["io"].activations if decoder is not None else "float32"
+
+
+def write_onnx_adapter(
+    path: str | Path,
+    tensors: Mapping[str, NDArray[np.float32]],
+    contract: LoraContract,
+    activations: DTypeLike = np.float32,
+) -> None:
     """Write emitted tensors as ONNX Runtime's `.onnx_adapter`, for `RunOptions.add_active_adapter`.
 
     It contains the inputs of the graph, joined by fused group as in the contract. Its model version, an int32, is the
     first seven hexadecimal digits of the configuration's hash.
+
+    Args:
+        path: the file.
+        tensors: every tensor of the contract.
+        contract: their names and shapes.
+        activations: dtype of the graph's LoRA inputs.
     """
     import onnxruntime as ort
 
     adapter = ort.AdapterFormat()
-    inputs = contract.graph_inputs(tensors)
+    inputs = contract.graph_inputs(tensors, activations)
     adapter.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in inputs.items()})
     adapter.set_model_version(int(getattr(tensors, "configuration", "")[:_VERSION_DIGITS] or "0", 16))
     with atomic_file(path) as temporary:

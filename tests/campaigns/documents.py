@@ -37,6 +37,7 @@ PAGES = (
     *("docs/guides/tasks.md", "docs/guides/plan.md", "docs/guides/build-a-fleet.md"),
     "docs/guides/checkpoints.md",
     *("docs/guides/deploy-python.md", "docs/guides/serve.md", "docs/guides/deploy-cpp.md", "docs/guides/jetson.md"),
+    "docs/guides/onnxruntime-genai.md",
     "docs/concepts/security.md",
 )
 _FROM_NOTHING = PAGES[:3]

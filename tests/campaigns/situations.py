@@ -71,6 +71,8 @@ class Situations:
             "search": ["search", adapter, "--data", found.text, "--evaluations", 3, "--blocks", 2, "--max-length", 32],
             "plan -o": ["plan", found.adapter, "--target", "t4", "-o", out / "plan.json"],
             "export": ["export", found.adapter, "--config", found.config, "-o", out / "graphs"],
+            "export --format genai": ["export", found.bundle, "--format", "genai", "-o", out / "genai"],
+            "export --format ortpackage": ["export", found.bundle, "--format", "ortpackage", "-o", out / "package"],
             "build": ["build", found.adapter, "--target", "cpu", "-o", out / "bundle"],
             "adapt": ["adapt", found.bundle, "-o", out / "lora.safetensors"],
             "adapt --format peft": ["adapt", found.bundle, "-o", out / "peft", "--format", "peft"],

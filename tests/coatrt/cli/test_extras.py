@@ -31,6 +31,8 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "adapt": ("adapt BUNDLE -o NEW.safetensors", ("cpu",)),
     "adapt, peft": ("adapt BUNDLE -o NEW.peft --format peft", ("cpu",)),
     "adapt, onnx-adapter": ("adapt BUNDLE -o NEW.onnx_adapter --format onnx-adapter", ("cpu",)),
+    "export, genai": ("export BUNDLE --format genai -o NEW.genai", ("cpu",)),
+    "export, ortpackage": ("export BUNDLE --format ortpackage -o NEW.ortpackage", ("cpu",)),
     "run": ("run BUNDLE -p cat --max-tokens 4 --context 64", ("cpu",)),
     "run, chat": ("run BUNDLE -p cat --max-tokens 4 --context 64 --chat", ("cpu",)),
     "bench": ("bench BUNDLE --prompt 4 --tokens 2 --repeat 1", ("cpu",)),

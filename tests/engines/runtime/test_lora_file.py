@@ -1,6 +1,7 @@
 """LoRA files: what may be in one, and that weights of another configuration are noticed."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,22 @@ def test_every_form_names_its_configuration(bundle: Bundle, tmp_path: Path) -> N
     adapt(bundle, tmp_path / "l.onnx_adapter", format="onnx-adapter")
     version = ort.AdapterFormat.read_adapter(str(tmp_path / "l.onnx_adapter")).get_model_version()
     assert f"{version:07x}" == bundle.config.hash[:7]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_an_onnx_adapter_has_the_dtype_of_the_cpu_form(dtype: str, bundle: Bundle, tmp_path: Path) -> None:
+    import onnxruntime as ort
+
+    cpu = bundle.manifest["decoders"]["cpu"]
+    decoders: Any = {"cpu": {**cpu, "io": replace(cpu["io"], activations=dtype)}}
+    adapt(Bundle(bundle.directory, {**bundle.manifest, "decoders": decoders}), tmp_path / "l", format="onnx-adapter")
+    parameters = ort.AdapterFormat.read_adapter(str(tmp_path / "l")).get_parameters()
+    expected = bundle.contract.graph_inputs({name: value.numpy() for name, value in own(bundle).items()}, dtype)
+    assert set(parameters) == set(expected)
+    for name, value in parameters.items():
+        found = value.numpy()
+        assert found.dtype == dtype
+        assert np.abs(found - expected[name]).max() < 1e-6
 
 
 def test_a_header_that_names_something_twice_is_refused(bundle: Bundle, tmp_path: Path) -> None:

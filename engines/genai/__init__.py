@@ -1,0 +1,1 @@
+"""Bundles for onnxruntime-genai: a model directory, and a package of several."""
