@@ -29,6 +29,7 @@ _SECTIONS = {
         "devices": "List the known devices; probe or time those of this machine.",
         "adapt": "Emit the LoRA of a configuration with a bundle's hypernetwork.",
         "export": "Export a configuration as a bundle of ONNX graphs, without an engine.",
+        "lm-eval": "Score a bundle on the tasks of lm-eval.",
         "search": "Measure configurations on held-out data, to improve later plans.",
         "cmake-dir": "Print the directory of the C++ library's CMake package.",
     },

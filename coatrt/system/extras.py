@@ -19,6 +19,7 @@ EXTRAS: dict[str, dict[str, str]] = {
     "tensorrt": {"tensorrt": "tensorrt", "polygraphy": "polygraphy"},
     "gguf": {"gguf": "gguf", "sentencepiece": "sentencepiece"},
     "sign": {"cryptography": "cryptography"},
+    "eval": {"lm_eval": "lm-eval", "datasets": "datasets"},
 }
 """Extra → module → its package; `cuda` brings the module of `cpu` too."""
 

@@ -53,7 +53,7 @@ class Generation:
 
     Args:
         tokens: the new tokens, without the stop token.
-        reason: "stop" if a stop token ended it, "length" if a limit did.
+        reason: "stop" if a stop token or the caller ended it, "length" if a limit did.
     """
 
     tokens: tuple[int, ...]
@@ -99,7 +99,7 @@ def generate(
     max_tokens: int,
     sampling: Sampling | None = None,
     stop: Sequence[int] = (),
-    on_token: Callable[[int, int], None] | None = None,
+    on_token: Callable[[int, int], object] | None = None,
 ) -> list[Generation]:
     """Continue each prompt until its own end.
 
@@ -109,7 +109,7 @@ def generate(
         max_tokens: largest number of new tokens per prompt; the decoder's capacity limits it too.
         sampling: how tokens are chosen; greedy by default.
         stop: tokens that end a sequence.
-        on_token: called with (row, token) after each new token.
+        on_token: called with (row, token) after each new token; a row ends where it returns False.
 
     Raises:
         ConfigError: the prompts do not fit the decoder, or `max_tokens` is below 1.
@@ -132,9 +132,9 @@ def generate(
                 reasons[row] = "stop"
                 continue
             tokens.append(token)
-            if on_token is not None:
-                on_token(row, token)
-            if len(tokens) >= max_tokens or int(decoder.lengths[row]) >= decoder.capacity:
+            if on_token is not None and on_token(row, token) is False:
+                reasons[row] = "stop"
+            elif len(tokens) >= max_tokens or int(decoder.lengths[row]) >= decoder.capacity:
                 reasons[row] = "length"
             else:
                 inputs[row] = token
