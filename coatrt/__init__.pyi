@@ -32,6 +32,8 @@ from .engines.genai.pick import pick_variant as pick_variant
 from .engines.measure.bench import bench as bench
 from .engines.measure.cpu_timings import time_cpu as time_cpu
 from .engines.measure.cuda_timings import time_cuda as time_cuda
+from .engines.measure.lm_eval_command import run_lm_eval as run_lm_eval
+from .engines.measure.lm_eval_model import BundleLM as BundleLM
 from .engines.measure.trt_timings import time_trt as time_trt
 from .engines.runtime.chat import Chat as Chat
 from .engines.runtime.generate import encode_prompt as encode_prompt

@@ -31,6 +31,7 @@ _SECTIONS = {
         "devices": "List the known devices; probe or time those of this machine.",
         "adapt": "Emit the LoRA of a configuration with a bundle's hypernetwork.",
         "export": "Export a bundle without an engine, or for another runtime.",
+        "lm-eval": "Score a bundle on the tasks of lm-eval.",
         "search": "Measure configurations on held-out data, to improve later plans.",
         "cmake-dir": "Print the directory of the C++ library's CMake package.",
     },

@@ -20,6 +20,7 @@ EXTRAS: dict[str, dict[str, str]] = {
     "gguf": {"gguf": "gguf", "sentencepiece": "sentencepiece"},
     "sign": {"cryptography": "cryptography"},
     "serve": {"starlette": "starlette", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"},
+    "eval": {"lm_eval": "lm-eval", "datasets": "datasets"},
 }
 """Extra → module → its package; `cuda` brings the module of `cpu` too."""
 
