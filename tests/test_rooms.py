@@ -147,6 +147,10 @@ OF_NO_ONE_MODULE = {
     "coatrt/training/test_altered_state": "a training state that was altered",
     "engines/bundles/test_trust": "whom a bundle is believed",
     "engines/runtime/test_trt_commands": "bench, run and verify on an engine",
+    **{
+        f"engines/conformance/test_{name}": "servers that speak OpenAI's protocol"
+        for name in ("chat", "completions", "lifecycle", "models", "refusals", "sampling", "stop", "streams")
+    },
     "engines/test_cpp_cuda": "the C++ library's backend cuda",
     "engines/test_cpp_examples": "the C++ programs of examples/",
     "engines/test_cpp_signature": "signatures in C++",

@@ -5,9 +5,9 @@ from typing import Any
 
 from coatrt.adapter.adapter import Adapter
 from coatrt.configs.config import QuantConfig
-from coatrt.data.chat_shape import chat_shape
 from coatrt.data.chat_template import Refusal, chat_template
 from coatrt.devices.environment import versions
+from coatrt.engines.bundles.chat_shape import chat_shape
 from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.runtime.emitter import Emitter
 from coatrt.engines.runtime.lora_file import save_lora

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from coatrt.data.chat_shape import Around, ChatShape, chat_shape
 from coatrt.data.chat_template import ChatTemplate, Refusal, Rendering
+from coatrt.engines.bundles.chat_shape import Around, ChatShape, chat_shape
 
 SPECIAL = json.dumps({"bos_token": "<s>", "eos_token": "</s>"})
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
