@@ -1,6 +1,6 @@
-"""examples/service under load on loopback: errors, wrong tokens, latencies, memory.
+"""examples/service under load on loopback: errors, wrong answers, latencies, memory; what decoding together is worth.
 
-python benchmarks/cpp_service.py BUNDLE [--seconds 60] [--clients 8]
+python benchmarks/cpp_service.py BUNDLE [--seconds 60] [--clients 8] [--program SERVICE]
 """
 
 import argparse
@@ -22,63 +22,79 @@ from common import save_result
 from cpp_runtime import build, call
 
 PORT = 18_473
-PROMPTS = ["Once upon a time", "The president said", "日本 and other", "A list:\n1. ", "It is"]
-CONFIGURATIONS: list[dict[str, Any]] = [{"default": "int8"}, {"default": "int4-g64"}, {"default": "nf3-g64"}]
+PROMPTS = ["Once upon a time", "The president said", "日本 and other", "A list:\n1. ", "It is", "fn main() {\n", "Why?"]
+CHOICES: list[dict[str, Any]] = [
+    {"model": "m"},
+    {"model": "m:base"},
+    {"model": "m", "configuration": {"default": "int4-g64"}},
+]
+SESSIONS = 8
 TOKENS = 16
+STREAM_TOKENS = 64  # of the streams whose speed is compared
+ROUNDS = 3
+JSON = {"Content-Type": "application/json"}
+
+Answer = tuple[str, list[str], list[float]]
+"""Text, tokens, and their log probabilities: equal answers are equal bit for bit."""
 
 
-def post(connection: HTTPConnection, path: str, value: Any) -> tuple[int, str]:
-    """Return status and body."""
-    connection.request("POST", path, json.dumps(value), {"Content-Type": "application/json"})
+def ask(
+    connection: HTTPConnection, prompt: str, choice: dict[str, Any], stream: bool = False, **more: Any
+) -> tuple[Answer, float]:
+    """Return an answer and the seconds to its first token."""
+    request = {
+        "prompt": prompt,
+        "max_tokens": TOKENS,
+        "temperature": 0,
+        "logprobs": 0,
+        "stream": stream,
+        **choice,
+        **more,
+    }
+    start, first = time.perf_counter(), 0.0
+    connection.request("POST", "/v1/completions", json.dumps(request), JSON)
     response = connection.getresponse()
-    return response.status, response.read().decode()
-
-
-def ask(connection: HTTPConnection, prompt: str, configuration: Any, stream: bool) -> tuple[list[int], str, float]:
-    """Return tokens, text and seconds to the first token."""
-    request = {"prompt": prompt, "max_tokens": TOKENS, "configuration": configuration, "stream": stream}
     if not stream:
-        status, body = post(connection, "/generate", request)
-        assert status == 200, body
-        answer = json.loads(body)
-        return answer["tokens"], answer["text"], 0.0
-    start, first, streamed = time.perf_counter(), 0.0, ""
-    connection.request("POST", "/generate", json.dumps(request), {"Content-Type": "application/json"})
-    response = connection.getresponse()
+        body = response.read()
+        assert response.status == 200, body
+        (whole,) = json.loads(body)["choices"]
+        return (whole["text"], whole["logprobs"]["tokens"], whole["logprobs"]["token_logprobs"]), 0.0
     assert response.status == 200, response.read()
-    last: dict[str, Any] = {}
-    tokens = []
+    text, tokens, logprobs, last = "", list[str](), list[float](), b""
     for line in response:
         if not line.startswith(b"data: "):
             continue
-        last = json.loads(line[6:])
-        if "token" in last:
-            first = first or time.perf_counter() - start
-            tokens.append(last["token"])
-            streamed += last["text"]
-    assert last.get("done") and last["tokens"] == tokens, last
-    assert last["text"].startswith(streamed), last
-    return tokens, last["text"], first
+        last = line[6:].strip()
+        if last == b"[DONE]":
+            continue
+        first = first or time.perf_counter() - start
+        (part,) = json.loads(last)["choices"]
+        text += part["text"]
+        if part["logprobs"]:
+            tokens += part["logprobs"]["tokens"]
+            logprobs += part["logprobs"]["token_logprobs"]
+    assert last == b"[DONE]", last
+    return (text, tokens, logprobs), first
 
 
 class Load:
-    """Clients that request random prompts and configurations and compare the tokens with those of an idle service."""
+    """Clients that request random prompts and LoRAs and compare the answers with those of an idle service."""
 
-    def __init__(self, expected: dict[tuple[str, int], list[int]], until: float) -> None:
+    def __init__(self, expected: dict[tuple[str, int], Answer], until: float) -> None:
         self.expected, self.until, self.lock = expected, until, threading.Lock()
         self.seconds: list[float] = []
         self.first: list[float] = []
         self.errors: list[str] = []
-        self.wrong = 0
+        self.wrong, self.tokens = 0, 0
 
     def client(self, seed: int) -> None:
         """Send requests until the time is over."""
         rng, connection = random.Random(seed), HTTPConnection("127.0.0.1", PORT, timeout=120)
         while time.perf_counter() < self.until:
-            prompt, which, stream = rng.choice(PROMPTS), rng.randrange(len(CONFIGURATIONS)), rng.random() < 0.7
+            prompt, which, stream = rng.choice(PROMPTS), rng.randrange(len(CHOICES)), rng.random() < 0.7
             start = time.perf_counter()
             try:
-                tokens, _, first = ask(connection, prompt, CONFIGURATIONS[which], stream)
+                answer, first = ask(connection, prompt, CHOICES[which], stream)
             except (AssertionError, OSError, ValueError) as error:
                 with self.lock:
                     self.errors.append(repr(error)[:200])
@@ -86,7 +102,8 @@ class Load:
                 continue
             with self.lock:
                 self.seconds.append(time.perf_counter() - start)
-                self.wrong += tokens != self.expected[prompt, which]
+                self.wrong += answer != self.expected[prompt, which]
+                self.tokens += len(answer[1])
                 if stream:
                     self.first.append(first)
 
@@ -103,11 +120,13 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--program", type=Path, help="a compiled service, instead of compiling one")
     arguments = parser.parse_args()
     library = call(sys.executable, "-m", "coatrt", "cmake-dir", "--onnxruntime").strip()
     with tempfile.TemporaryDirectory() as name:
-        program = build(Path(name), "examples/service")["service"]
-        command = [str(program), str(arguments.bundle), "--port", str(PORT), "--sessions", "2", "--context", "128"]
+        program = arguments.program or build(Path(name), "examples/service")["service"]
+        options = ["--name", "m", "--port", str(PORT), "--sessions", str(SESSIONS), "--context", "256"]
+        command = [str(program), str(arguments.bundle), *options]
         service = subprocess.Popen(
             command, env={**os.environ, "COATRT_ONNXRUNTIME": library}, stderr=subprocess.PIPE, text=True
         )
@@ -115,7 +134,7 @@ def main() -> None:
             assert service.stderr is not None
             line = service.stderr.readline()
             assert line.startswith("listening"), line
-            result = load(service.pid, arguments.clients, arguments.seconds)
+            result = {"streams": streams(), **load(service.pid, arguments.clients, arguments.seconds)}
         finally:
             service.send_signal(signal.SIGTERM)
             code = service.wait(60)
@@ -123,26 +142,47 @@ def main() -> None:
     save_result("cpp_service", "python benchmarks/cpp_service.py BUNDLE", result)
 
 
+def decode_seconds(count: int) -> float:
+    """Return the seconds that so many streams together take for a token each, from their first tokens on."""
+    spans: list[tuple[float, float]] = []
+
+    def client(number: int) -> None:
+        connection = HTTPConnection("127.0.0.1", PORT, timeout=600)
+        start = time.perf_counter()
+        more = {"max_tokens": STREAM_TOKENS, "ignore_eos": True}
+        answer, first = ask(connection, PROMPTS[number % len(PROMPTS)], CHOICES[0], stream=True, **more)
+        assert len(answer[1]) == STREAM_TOKENS
+        spans.append((start + first, time.perf_counter()))
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return (max(end for _, end in spans) - min(first for first, _ in spans)) / (STREAM_TOKENS - 1)
+
+
+def streams() -> dict[str, Any]:
+    """Compare the tokens per second of 1, 2, 4 and 8 streams, measured in turn; medians."""
+    counts = (1, 2, 4, SESSIONS)
+    decode_seconds(1)
+    times: dict[int, list[float]] = {count: [] for count in counts}
+    for _ in range(ROUNDS):
+        for count in counts:
+            times[count].append(decode_seconds(count))
+    per_s = {str(count): count / float(np.median(times[count])) for count in counts}
+    return {"tokens_each": STREAM_TOKENS, "tokens_per_s": per_s, "ratio": per_s[str(SESSIONS)] / per_s["1"]}
+
+
 def load(pid: int, clients: int, seconds: float) -> dict[str, Any]:
     """Return the result of a load of `clients` for `seconds`."""
-    connection, expected = HTTPConnection("127.0.0.1", PORT, timeout=120), {}
+    connection, expected = HTTPConnection("127.0.0.1", PORT, timeout=120), dict[tuple[str, int], Answer]()
     for prompt in PROMPTS:
-        for which, configuration in enumerate(CONFIGURATIONS):
-            expected[prompt, which] = ask(connection, prompt, configuration, False)[0]
-    allowed_tokens = [{tuple(expected[prompt, which]) for which in range(len(CONFIGURATIONS))} for prompt in PROMPTS]
-    differ = sum(len(answers) > 1 for answers in allowed_tokens)
-    assert differ, "configurations must give different tokens, or the comparison shows nothing"
-    for path, value in (
-        ("/generate", "{"),
-        ("/generate", {}),
-        ("/generate", {"prompt": "a", "max_tokens": 0}),
-        ("/configuration", {"default": "int5"}),
-        ("/generate", {"tokens": [10**9]}),
-    ):
-        status, body = post(connection, path, value)
-        assert status == 400 and "error" in json.loads(body), body
-    swaps = [json.loads(post(connection, "/configuration", value)[1]) for value in CONFIGURATIONS]
-    assert len({swap["configuration"] for swap in swaps}) == len(CONFIGURATIONS)
+        for which, choice in enumerate(CHOICES):
+            expected[prompt, which], _ = ask(connection, prompt, choice)
+    answers = [{str(expected[prompt, which]) for which in range(len(CHOICES))} for prompt in PROMPTS]
+    differ = sum(len(found) == len(CHOICES) for found in answers)
+    assert differ, "LoRAs must give different answers, or the comparison shows nothing"
     running = Load(expected, time.perf_counter() + seconds)
     threads = [threading.Thread(target=running.client, args=(seed,)) for seed in range(clients)]
     for thread in threads:
@@ -164,16 +204,16 @@ def load(pid: int, clients: int, seconds: float) -> dict[str, Any]:
     return {
         "clients": clients,
         "seconds": took,
-        "sessions": 2,
+        "sessions": SESSIONS,
         "tokens_per_request": TOKENS,
         "requests": len(running.seconds),
         "requests_counted_by_metrics": counted,
         "errors": running.errors,
         "wrong": running.wrong,
-        "prompts_whose_tokens_tell_configurations_apart": differ,
+        "prompts_whose_answers_tell_loras_apart": differ,
         "request": times,
         "first_token": first,
-        "tokens_per_s": len(running.seconds) * TOKENS / took,
+        "tokens_per_s": running.tokens / took,
         "rss_mb": {"after_a_quarter": max(memory[:quarter]), "at_the_end": memory[-1], "most": max(memory)},
     }
 

@@ -53,7 +53,7 @@ class ChatTemplate:
     """
 
     def __init__(self, template: str, special: str, place: str) -> None:
-        self.place = place
+        self.source, self.place = template, place
         self._setup = json.dumps({"template": template, "special": json.loads(special)})
         self._process: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()

@@ -5,10 +5,13 @@ from typing import Any
 
 from coatrt.adapter.adapter import Adapter
 from coatrt.configs.config import QuantConfig
+from coatrt.data.chat_template import Refusal, chat_template
 from coatrt.devices.environment import versions
+from coatrt.engines.bundles.chat_shape import chat_shape
 from coatrt.engines.bundles.options import BundleOptions
 from coatrt.engines.runtime.emitter import Emitter
 from coatrt.engines.runtime.lora_file import save_lora
+from coatrt.errors import ConfigError
 from coatrt.export.decoder import WEIGHTS_FILE, decoder_io, export_decoder
 from coatrt.export.hypernetwork import export_hypernetwork
 from coatrt.models.bundle_tokenizer import check_same
@@ -17,6 +20,7 @@ from coatrt.models.config_file import end_tokens
 from coatrt.models.tokenizer import load_tokenizer
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.system.json_data import write_json
+from coatrt.system.notices import warn_once
 from coatrt.system.progress import Progress, silent
 
 __all__ = ["export_config", "export_shared"]
@@ -29,6 +33,7 @@ def export_shared(adapter: Adapter, checkpoint: Checkpoint, directory: Path) -> 
     tokenizer = load_tokenizer(checkpoint.directory)
     tokenizer.save_pretrained(str(directory / "tokenizer"))
     check_same(tokenizer, directory / "tokenizer")
+    _write_chat(tokenizer, directory / "chat.json")
     stop_tokens = end_tokens(checkpoint.directory, checkpoint.config) | ({tokenizer.eos_token_id} - {None})
     return {
         "model": {
@@ -41,6 +46,22 @@ def export_shared(adapter: Adapter, checkpoint: Checkpoint, directory: Path) -> 
         "quantizer": adapter.description.quantizer,
         "versions": versions(),
     }
+
+
+def _write_chat(tokenizer: Any, path: Path) -> None:
+    """Write what the C++ library renders conversations with, or why it cannot; nothing where there is no template."""
+    try:
+        template = chat_template(tokenizer)
+        if template is None:
+            return
+        shape = chat_shape(template)
+    except ConfigError as error:
+        shape = Refusal(str(error))
+    if isinstance(shape, Refusal):
+        warn_once(f"the chat template cannot be rendered in C++: {shape.reason}; chat is served by Python only")
+        write_json(path, {"refusal": f"the model's chat template cannot be rendered in C++: {shape.reason}"})
+    else:
+        write_json(path, shape.to_json())
 
 
 def export_config(

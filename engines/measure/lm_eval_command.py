@@ -26,7 +26,6 @@ def run_lm_eval(arguments: Sequence[str]) -> None:
         SystemExit: lm-eval ends the program, such as after its help.
     """
     require("coatrt lm-eval", "eval", "cpu")
-    import lm_eval.models  # before anything is registered: it registers its own only where it finds nothing
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.registry import model_registry
 

@@ -9,6 +9,7 @@
 /// One complete request.
 struct HttpRequest {
   std::string method, path, query, body;
+  std::string authorization, content_type;  // of the head
   bool keep_alive = true;  // whether the connection may serve another
   bool chunked = true;     // whether the client reads chunks: HTTP/1.1
 };
@@ -95,6 +96,10 @@ class RequestReader {
       if (length_ > kMostBody) throw HttpRefusal{413, "the body has more than 1048576 bytes; send a shorter one"};
     } else if (name == "transfer-encoding") {
       throw HttpRefusal{411, "a body needs a Content-Length; chunks are not taken"};
+    } else if (name == "authorization") {
+      request.authorization = trimmed(line.substr(colon + 1));
+    } else if (name == "content-type") {
+      request.content_type = trimmed(std::string_view(value).substr(0, value.find(';')));
     } else if (name == "connection") {
       if (value.find("close") != value.npos) request.keep_alive = false;
     } else if (name == "expect") {
@@ -123,21 +128,25 @@ class RequestReader {
   bool expects_ = false;
 };
 
-/// Status line and headers of an answer. Without `length` the body is chunked or ends with the connection.
+/// Status line and headers of an answer; `headers` are more of them, each with its line break. Without `length` the body is chunked or ends with the connection.
 inline std::string response_head(int status, std::string_view type, std::optional<std::size_t> length, bool chunked,
-                                 bool keep_alive) {
+                                 bool keep_alive, std::string_view headers = "") {
   const char* text = status == 200   ? "OK"
                      : status == 400 ? "Bad Request"
+                     : status == 401 ? "Unauthorized"
                      : status == 404 ? "Not Found"
                      : status == 405 ? "Method Not Allowed"
                      : status == 408 ? "Request Timeout"
                      : status == 411 ? "Length Required"
                      : status == 413 ? "Content Too Large"
+                     : status == 415 ? "Unsupported Media Type"
                      : status == 431 ? "Request Header Fields Too Large"
                      : status == 500 ? "Internal Server Error"
                      : status == 503 ? "Service Unavailable"
+                     : status == 504 ? "Gateway Timeout"
                                      : "HTTP Version Not Supported";
   std::string head = "HTTP/1.1 " + std::to_string(status) + " " + text + "\r\nContent-Type: " + std::string(type) + "\r\n";
+  head += headers;
   if (length) head += "Content-Length: " + std::to_string(*length) + "\r\n";
   else if (chunked) head += "Transfer-Encoding: chunked\r\n";
   return head + (keep_alive ? "Connection: keep-alive\r\n\r\n" : "Connection: close\r\n\r\n");

@@ -1,15 +1,14 @@
-// service BUNDLE [--host H] [--port P] [--sessions N] [--threads N] [--context N] [--queue N] [--deadline S]
-//         [--backend ort|cuda|trt]
+// service BUNDLE [--name NAME] [--host H] [--port P] [--api-key KEY] [--sessions N] [--queue N] [--context N]
+//         [--threads N] [--deadline S] [--time-limit S] [--backend ort|cuda|trt]
 //
-// POST /generate       {"prompt": text | "tokens": [ids], "max_tokens", "temperature", "top_k", "top_p", "seed",
-//                       "configuration": {…}, "stream": true} → JSON, or server-sent events of {"text", "token"}
-// POST /configuration  {"default": "int8", …}: the LoRA of requests that name none
-// GET /health, /metrics
+// OpenAI's protocol (docs/reference/openai-api.md): /v1/models, /v1/completions, /v1/chat/completions; /health, /metrics.
+// The API key may also be in the environment, as COATRT_API_KEY, where other users do not see it.
 #include <charconv>
 #include <coatrt/coatrt.hpp>
 #include <csignal>
 #include <condition_variable>
 #include <cstdlib>
+#include <filesystem>
 #include <iostream>
 #include <set>
 
@@ -30,9 +29,9 @@ void read_number(const std::string& name, const std::string& text, long least, l
 
 Options parse(int argc, char** argv) {
   Options options;
-  options.session.threads = 1;  // requests run in parallel, on one core each
+  if (const char* key = std::getenv("COATRT_API_KEY")) options.api_key = key;
   std::set<std::string> given;
-  long deadline = options.deadline.count();
+  long deadline = options.deadline.count(), time_limit = options.time_limit.count();
   for (int i = 1; i < argc; ++i) {
     const std::string name = argv[i];
     if (name.compare(0, 2, "--") != 0) {
@@ -49,12 +48,18 @@ Options parse(int argc, char** argv) {
     else if (name == "--queue") read_number(name, value, 0, 10000, options.queue);
     else if (name == "--threads") read_number(name, value, 0, 1024, options.session.threads);
     else if (name == "--context") read_number(name, value, 1, 1L << 30, options.session.context);
+    else if (name == "--time-limit") read_number(name, value, 1, 86400, time_limit);
+    else if (name == "--name") options.name = value;
+    else if (name == "--api-key") options.api_key = value;
     else if (name == "--deadline") read_number(name, value, 1, 3600, deadline);
     else if (name == "--backend") options.session.backend = value;
     else throw coatrt::Error(name + " is no option; see the head of main.cpp");
   }
   options.deadline = std::chrono::seconds(deadline);
-  if (options.bundle.empty()) throw coatrt::Error("usage: service BUNDLE [--port 8080] [--sessions 2]");
+  options.time_limit = std::chrono::seconds(time_limit);
+  if (given.count("--api-key") != 0 && options.api_key.empty()) throw coatrt::Error("--api-key must not be empty");
+  if (options.bundle.empty()) throw coatrt::Error("usage: service BUNDLE [--port 8080] [--sessions 8]");
+  if (options.name.empty()) options.name = std::filesystem::absolute(options.bundle + "/.").parent_path().filename().string();
   return options;
 }
 
@@ -116,7 +121,7 @@ int serve(const Options& options, Ending& ending) {
     return 2;
   }
   ending.watch(&service);
-  std::cerr << "listening on " << options.host << ":" << service.server().port() << std::endl;
+  std::cerr << "listening on http://" << options.host << ":" << service.server().port() << std::endl;
   service.server().serve();
   ending.watch(nullptr);
   return 0;

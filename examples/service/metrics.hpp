@@ -8,9 +8,13 @@
 /// Counters and latencies in the text format that Prometheus reads.
 class Metrics {
  public:
-  void request(int status, double seconds) {
+  /// A request to /v1 was answered; `seconds` since its arrival, where it was a generation.
+  void request(int status) {
     const std::lock_guard lock(mutex_);
     ++requests_[status];
+  }
+  void generation(double seconds) {
+    const std::lock_guard lock(mutex_);
     latency_.add(seconds);
   }
   void first_token(double seconds) {
@@ -21,22 +25,27 @@ class Metrics {
     const std::lock_guard lock(mutex_);
     tokens_ += count;
   }
-  void swap(double seconds) {
+  void prompt(std::size_t tokens, std::size_t cached) {
     const std::lock_guard lock(mutex_);
-    swap_.add(seconds);
+    prompt_tokens_ += tokens;
+    cached_tokens_ += cached;
   }
 
-  std::string text(std::size_t busy, std::size_t waiting) const {
+  std::string text(std::size_t running, std::size_t waiting) const {
     const std::lock_guard lock(mutex_);
     std::ostringstream out;
     out << "# TYPE coatrt_requests_total counter\n";
     for (const auto& [status, count] : requests_) out << "coatrt_requests_total{status=\"" << status << "\"} " << count << "\n";
-    out << "# TYPE coatrt_tokens_total counter\ncoatrt_tokens_total " << tokens_ << "\n"
-        << "# TYPE coatrt_sessions_busy gauge\ncoatrt_sessions_busy " << busy << "\n"
-        << "# TYPE coatrt_requests_waiting gauge\ncoatrt_requests_waiting " << waiting << "\n";
+    const auto value = [&](const char* name, const char* type, std::size_t number) {
+      out << "# TYPE " << name << " " << type << "\n" << name << " " << number << "\n";
+    };
+    value("coatrt_prompt_tokens_total", "counter", prompt_tokens_);
+    value("coatrt_cached_tokens_total", "counter", cached_tokens_);
+    value("coatrt_tokens_total", "counter", tokens_);
+    value("coatrt_requests_running", "gauge", running);
+    value("coatrt_requests_waiting", "gauge", waiting);
     latency_.write(out, "coatrt_request_seconds");
     first_token_.write(out, "coatrt_first_token_seconds");
-    swap_.write(out, "coatrt_swap_seconds");
     return out.str();
   }
 
@@ -60,6 +69,6 @@ class Metrics {
   };
   mutable std::mutex mutex_;
   std::map<int, std::size_t> requests_;
-  std::size_t tokens_ = 0;
-  Histogram latency_, first_token_, swap_;
+  std::size_t tokens_ = 0, prompt_tokens_ = 0, cached_tokens_ = 0;
+  Histogram latency_, first_token_;
 };

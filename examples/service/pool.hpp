@@ -10,6 +10,7 @@
 #include <thread>
 #include <vector>
 
+#include "load.hpp"
 #include "server.hpp"
 
 /// The last few emitted LoRAs, by configuration hash.
@@ -36,20 +37,20 @@ class Loras {
   std::list<std::pair<std::string, coatrt::Lora>> known_;
 };
 
-/// Threads that process a bounded queue in order of arrival.
+/// Threads that work through a queue in order of arrival. Tickets bound how many jobs there are.
 class Workers {
  public:
   struct Job {
     HttpRequest request;
     std::shared_ptr<Reply> reply;
+    Load::Ticket ticket;
     std::chrono::steady_clock::time_point start = std::chrono::steady_clock::now();
   };
-  /// `work` is called with the number of its thread and must not throw. `refuse` gets the jobs still queued at the end.
-  using Work = std::function<void(std::size_t thread, Job& job)>;
+  /// `work` must not throw. `refuse` gets the jobs still queued at the end.
+  using Work = std::function<void(Job& job)>;
 
-  Workers(std::size_t threads, std::size_t most_waiting, Work work, std::function<void(Job&)> refuse)
-      : most_waiting_(most_waiting), work_(std::move(work)), refuse_(std::move(refuse)) {
-    for (std::size_t i = 0; i < threads; ++i) threads_.emplace_back([this, i] { run(i); });
+  Workers(std::size_t threads, Work work, Work refuse) : work_(std::move(work)), refuse_(std::move(refuse)) {
+    for (std::size_t i = 0; i < threads; ++i) threads_.emplace_back([this] { run(); });
   }
   ~Workers() {
     close();
@@ -58,18 +59,21 @@ class Workers {
   Workers(const Workers&) = delete;
   Workers& operator=(const Workers&) = delete;
 
-  /// Queue a job; false where the queue is full. Jobs whose client is gone do not count.
-  bool offer(Job& job) {
+  void add(Job&& job) {
     {
       const std::lock_guard lock(mutex_);
-      if (closed_) return false;
-      if (jobs_.size() + busy_ >= threads_.size() + most_waiting_)
-        jobs_.remove_if([](const Job& waiting) { return waiting.reply->gone(); });
-      if (jobs_.size() + busy_ >= threads_.size() + most_waiting_) return false;
-      jobs_.push_back(std::move(job));
+      if (!closed_) {
+        jobs_.push_back(std::move(job));
+        ready_.notify_one();
+        return;
+      }
     }
-    ready_.notify_one();
-    return true;
+    refuse_(job);
+  }
+  /// Drop the jobs whose client is gone.
+  void drop_gone() {
+    const std::lock_guard lock(mutex_);
+    jobs_.remove_if([](const Job& waiting) { return waiting.reply->gone(); });
   }
   /// Accept no more jobs and refuse those in the queue.
   void close() {
@@ -82,38 +86,27 @@ class Workers {
     ready_.notify_all();
     for (Job& job : rest) refuse_(job);
   }
-  std::size_t busy() const {
-    const std::lock_guard lock(mutex_);
-    return busy_;
-  }
-  std::size_t waiting() const {
-    const std::lock_guard lock(mutex_);
-    return jobs_.size();
-  }
 
  private:
-  void run(std::size_t thread) {
+  void run() {
     std::unique_lock lock(mutex_);
     for (;;) {
       ready_.wait(lock, [&] { return closed_ || !jobs_.empty(); });
       if (jobs_.empty()) return;
-      Job job = std::move(jobs_.front());
-      jobs_.pop_front();
-      ++busy_;
-      lock.unlock();
-      if (!job.reply->gone()) work_(thread, job);
-      job = {};  // drops the answer before the thread counts as free
+      {
+        Job job = std::move(jobs_.front());
+        jobs_.pop_front();
+        lock.unlock();
+        if (!job.reply->gone()) work_(job);
+      }
       lock.lock();
-      --busy_;
     }
   }
 
-  mutable std::mutex mutex_;
+  std::mutex mutex_;
   std::condition_variable ready_;
   std::list<Job> jobs_;
-  std::size_t busy_ = 0, most_waiting_;
   bool closed_ = false;
-  Work work_;
-  std::function<void(Job&)> refuse_;
+  Work work_, refuse_;
   std::vector<std::thread> threads_;
 };

@@ -48,8 +48,8 @@ void Reply::add(std::string_view bytes, bool finished) {
   waker_->wake();
 }
 
-void Reply::answer(int status, std::string_view type, std::string_view body) {
-  add(response_head(status, type, body.size(), false, keep_alive_).append(body), true);
+void Reply::answer(int status, std::string_view type, std::string_view body, std::string_view headers) {
+  add(response_head(status, type, body.size(), false, keep_alive_, headers).append(body), true);
 }
 
 void Reply::begin(std::string_view type) {
@@ -187,7 +187,8 @@ void Server::next_request(Connection& connection, Clock::time_point now) try {
 }
 
 void Server::refuse(Connection& connection, const HttpRefusal& refusal, Clock::time_point now) {
-  const std::string body = "{\"error\":\"" + refusal.reason + "\"}\n";
+  const std::string body = R"({"error":{"message":")" + refusal.reason +
+                           R"(","type":"invalid_request_error","param":null,"code":null}})" + "\n";
   connection.out = response_head(refusal.status, "application/json", body.size(), false, false) + body;
   connection.sent = 0;
   connection.reader = {};

@@ -32,8 +32,8 @@ class Reply {
   Reply(std::shared_ptr<const Waker> waker, const HttpRequest& request)
       : waker_(std::move(waker)), keep_alive_(request.keep_alive), chunked_(request.chunked) {}
 
-  /// A whole answer.
-  void answer(int status, std::string_view type, std::string_view body);
+  /// A whole answer; `headers` are more lines of its head, each with its line break.
+  void answer(int status, std::string_view type, std::string_view body, std::string_view headers = "");
   /// The head of an answer in parts.
   void begin(std::string_view type);
   void part(std::string_view bytes);
@@ -61,7 +61,7 @@ class Server {
  public:
   /// Called on the server's thread, so it must not block; another thread may write the answer.
   using Handler = std::function<void(HttpRequest&& request, const std::shared_ptr<Reply>& reply)>;
-  static constexpr std::chrono::seconds kGrace{2};      // time to finish answers after `stop`
+  static constexpr std::chrono::milliseconds kGrace{2500};  // time to finish answers after `stop`
   static constexpr std::size_t kMostHeld = 64 << 20;    // bytes of incomplete requests
 
   /// `deadline` limits how long a request takes to arrive, and how long the client takes to read a complete answer.

@@ -17,7 +17,7 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
-from attacks import LONG, QUICK, SLOW, Slow, post
+from attacks import LONG, MODEL, PATH, QUICK, SLOW, Slow, post
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["the cat sat", "the owl", "a hen", "Once upon a time", "it is"]
@@ -29,7 +29,8 @@ class Running:
     """The service, started."""
 
     def __init__(self, program: Path, bundle: Path, deadline: int) -> None:
-        options = ["--port", "0", "--sessions", "2", "--queue", "8", "--context", "128", "--deadline", str(deadline)]
+        options = ["--name", MODEL, "--port", "0", "--sessions", "2", "--queue", "8", "--context", "128"]
+        options += ["--deadline", str(deadline)]
         self.process = subprocess.Popen([str(program), str(bundle), *options], stderr=subprocess.PIPE, text=True)
         assert self.process.stderr is not None
         line = self.process.stderr.readline()
@@ -39,19 +40,26 @@ class Running:
     def ask(self, method: str, path: str, value: Any = None, timeout: float = 120) -> tuple[int, bytes]:
         connection = HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         with contextlib.closing(connection):
-            connection.request(method, path, None if value is None else json.dumps(value))
+            headers = {} if value is None else {"Content-Type": "application/json"}
+            connection.request(method, path, None if value is None else json.dumps(value), headers)
             response = connection.getresponse()
             return response.status, response.read()
 
     def tokens(self, prompt: str, which: int) -> tuple[int, Any]:
-        """Return the status and the tokens; a full queue is asked again."""
-        request = {"prompt": prompt, "max_tokens": TOKENS}
+        """Return the status, and the tokens with their log probabilities; a full queue is asked again."""
+        request: dict[str, Any] = {
+            "model": MODEL,
+            "prompt": prompt,
+            "max_tokens": TOKENS,
+            "temperature": 0,
+            "logprobs": 0,
+        }
         if CONFIGURATIONS[which] is not None:
             request["configuration"] = CONFIGURATIONS[which]
         while True:
-            status, body = self.ask("POST", "/generate", request)
+            status, body = self.ask("POST", PATH, request)
             if status != 503:
-                return status, json.loads(body).get("tokens")
+                return status, json.loads(body).get("choices")
             time.sleep(0.05)
 
     def memory_mb(self) -> float:

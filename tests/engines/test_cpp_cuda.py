@@ -176,11 +176,11 @@ def test_the_service_runs_on_it(gpu: Pretended, cpp: Any, tiny_bundle: Path) -> 
     assert service.process.stderr is not None
     line = next(line for line in service.process.stderr if line.startswith("listening"))
     service.port = int(line.rsplit(":", 1)[1])
-    request = {"tokens": PROMPT, "max_tokens": 24}
+    request = {"prompt": PROMPT, "max_tokens": 24}
     found: dict[int, Any] = {}
 
     def ask(number: int) -> None:
-        found[number] = service.generate(**request, configuration=CONFIGURATIONS[number % 3])["tokens"]
+        found[number] = service.complete(**request, configuration=CONFIGURATIONS[number % 3])["text"]
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
     for thread in threads:
@@ -188,9 +188,10 @@ def test_the_service_runs_on_it(gpu: Pretended, cpp: Any, tiny_bundle: Path) -> 
     for thread in threads:
         thread.join()
     service.stop()
+    tokenizer = Bundle.open(tiny_bundle).tokenizer()
     for number, one in enumerate(CONFIGURATIONS):
-        expected = cpp.probe("run", tiny_bundle, json.dumps(ON_CPU | {"tokens": 24, "configuration": one}))["tokens"]
-        assert found[number] == found[number + 3] == expected
+        answer = cpp.probe("run", tiny_bundle, json.dumps(ON_CPU | {"tokens": 24, "configuration": one}))
+        assert found[number] == found[number + 3] == tokenizer.decode(answer["tokens"], skip_special_tokens=True)
     assert gpu.log.read_text().splitlines().count("session cuda.onnx") == 1
 
 

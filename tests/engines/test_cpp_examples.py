@@ -1,19 +1,19 @@
 """The C++ examples: minimal, built as the documents say against the package as pip installs it, and the service."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from coatrt.bundle import Bundle
-from support.cpp_service import Service
+from coatrt.bundle import Bundle, seal
+from support.cpp_service import Service, body
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -65,96 +65,124 @@ def test_minimal_says_what_coatrt_run_says(cpp: Any, headers: Path, tiny_bundle:
     assert shell(f"{tmp_path}/build/minimal {tiny_bundle} '{text}'") == expected
 
 
-def telling_prompt(service: Service, configurations: list[Any]) -> tuple[dict[str, Any], list[Any]]:
-    """Return a request whose greedy tokens tell two configurations apart, and the answers to it."""
-    for text in ("the cat sat", "the owl", "a hen", "mat", "x", "cat. dog.", "owl fox bee", "the dog saw"):
-        prompt = {"prompt": text, "max_tokens": 40}
-        answers = [service.generate(**prompt, configuration=value) for value in configurations]
-        if answers[0]["tokens"] != answers[1]["tokens"]:
-            return prompt, answers
-    raise AssertionError("no prompt tells the configurations apart")
-
-
-REFUSED: tuple[tuple[Any, str], ...] = (
+REFUSED: tuple[tuple[Any, str, str | None], ...] = (
     (
         "{",
-        'the request is not JSON (line 1, byte 2: it ends too early); send an object like {"prompt": "Once"}',
+        "the request is not JSON (line 1, byte 2: it ends too early); "
+        'send an object like {"model": "NAME", "prompt": "Once"}',
+        None,
     ),
-    ("", "(line 1, byte 1: it ends too early)"),
-    ('{\n"prompt": Once}', "(line 2, byte 13: unexpected 'O' after "),
-    ('{"prompt": "a"} x', "(line 1, byte 17: unexpected 'x' after "),
-    ('{"prompt": "a\nb"}', "(line 1, byte 14: unexpected '?' after "),
-    (r'{"prompt": "\ud800"}', r"""(line 1, byte 19: unexpected '"' after '"""),
-    ('{"prompt": "a", "temperature": 1e999}', "(line 1, byte 36: the number '1e999' is outside the range of float64)"),
-    ([], "the request must be an object"),
+    ("", "(line 1, byte 1: it ends too early)", None),
+    ('{\n"prompt": Once}', "(line 2, byte 13: unexpected 'O' after ", None),
+    ('{"prompt": "a"} x', "(line 1, byte 17: unexpected 'x' after ", None),
+    ('{"prompt": "a\nb"}', "(line 1, byte 14: unexpected '?' after ", None),
+    (r'{"prompt": "\ud800"}', r"""(line 1, byte 19: unexpected '"' after '""", None),
+    ('{"temperature": 1e999}', "(line 1, byte 21: the number '1e999' is outside the range of float64)", None),
+    ([], "the request must be an object", None),
+    ({"prompt": "a", "max_token": 3}, 'the request has the unknown field "max_token"; allowed: model, ', "max_token"),
+    ({"prompt": "a", "x" * 900: 1}, 'the unknown field "' + "x" * 39 + "; allowed: ", "x" * 64),
+    ({"prompt": "a", "stream": True, "stream_options": {"a": 1}}, "allowed: include_usage", "stream_options.a"),
     (
-        {"prompt": "a", "max_token": 3},
-        'the request has the unknown key "max_token"; allowed: prompt, tokens, max_tokens, temperature, top_k, '
-        "top_p, seed, configuration, stream",
+        {"prompt": "a", "configuration": {"default": "int8", "pattern": {}}},
+        "has the keys default, matrices, patterns",
+        "configuration",
     ),
-    ({"prompt": "a", "Stream": True}, 'the unknown key "Stream"; allowed: '),
-    ({"prompt": "a", "": 1}, 'the unknown key ""; allowed: '),
-    ({"prompt": "a", "x" * 900: 1}, 'the unknown key "' + "x" * 39 + "; allowed: "),
-    ({"prompt": "a", "configuration": {"default": "int8", "pattern": {}}}, "has the keys default, matrices, patterns"),
-    ({"prompt": "a", "tokens": [1]}, "both prompt and tokens; give one"),
-    ('{"prompt": "a", "prompt": "b"}', "the request gives the key 'prompt' twice in one object; give it once"),
-    ('{"prompt": "a", "stream": true, "stream": true}', "gives the key 'stream' twice"),
-    ('{"prompt": "a", "configuration": {"default": "int8", "default": "int8"}}', "gives the key 'default' twice"),
+    ('{"prompt": "a", "prompt": "b"}', "the request gives the key 'prompt' twice in one object; give it once", None),
+    ('{"configuration": {"default": "int8", "default": "int8"}}', "gives the key 'default' twice", None),
+    ('{"configuration": {"patterns": {"*": "int8", "*": "fp8"}}}', "gives the key '*' twice in one object", None),
+    ({}, "prompt is missing; give it", "prompt"),
+    ({"prompt": 3}, "prompt must be a text, a list of token ids, or a list of either, got 3", "prompt"),
+    ({"prompt": "a", "n": 17}, "n must be a whole number from 1 to 16, got 17", "n"),
     (
-        '{"prompt": "a", "configuration": {"patterns": {"*": "int8", "*": "fp8"}}}',
-        "gives the key '*' twice in one object",
+        {"prompt": [99999]},
+        "prompt has token 99999; token ids are below ",
+        "prompt",
     ),
-    ({}, "neither prompt nor tokens"),
-    ({"prompt": 3}, "prompt must be a text"),
-    ({"prompt": "a", "max_tokens": -1}, "max_tokens must be a whole number from 1 to 2^63 - 1, got -1"),
-    ({"tokens": [99999]}, "outside the vocabulary"),
-    ({"prompt": ""}, "empty prompt"),
     (
-        {"prompt": "a" * 200},
-        "the prompt has 200 tokens and the service runs with --context 96; shorten it, or have the service started "
-        "with more",
+        {"prompt": "a" * 200, "max_tokens": 3},
+        "the prompt has 200 tokens and max_tokens is 3, the service runs with --context 96; shorten them, or have the "
+        "service started with more",
+        "prompt",
     ),
-    ({"tokens": [1] * 97}, "the prompt has 97 tokens and the service runs with --context 96"),
-    ({"prompt": "a", "temperature": -1}, "temperature must be 0 or a positive number, got -1"),
-    ({"prompt": "a", "configuration": {"default": "int5"}}, "no weight format"),
-    ({"prompt": "a", "configuration": {"patterns": {"(.*)*x": "int8"}, "default": "int8"}}, "patterns are globs"),
-    ({"prompt": "a", "configuration": {"patterns": {"*" * 9000: "int8"}}}, "more than 8192 characters"),
+    ({"prompt": "a", "temperature": -1}, "temperature must be a number from 0 to 2, got -1", "temperature"),
+    ({"prompt": "a", "configuration": {"default": "int5"}}, "no weight format", "configuration"),
+    (
+        {"prompt": "a", "configuration": {"patterns": {"(.*)*x": "int8"}, "default": "int8"}},
+        "patterns are globs",
+        "configuration",
+    ),
+    (
+        {"prompt": "a", "configuration": {"patterns": {"*" * 9000: "int8"}}},
+        "more than 8192 characters",
+        "configuration",
+    ),
     (
         {"prompt": "a", "configuration": {"matrices": dict.fromkeys(map(str, range(6000)), "int8")}},
         "more than 5000 keys",
+        None,
     ),
-    ('{"prompt": "a", "configuration": ' + "[" * 400_000 + "]" * 400_000 + "}", "nested deeper than 32 levels"),
-    ("[" * 1_000_000, "nested deeper than 32 levels"),
+    ('{"prompt": "a", "configuration": ' + "[" * 400_000 + "]" * 400_000 + "}", "nested deeper than 32 levels", None),
+    ("[" * 1_000_000, "nested deeper than 32 levels", None),
 )
 
 
-def test_the_service(cpp: Any, tiny_bundle: Path) -> None:
-    service = Service(cpp, tiny_bundle, "--sessions", "2", "--queue", "8")
+def test_the_service_refuses_what_is_wrong(cpp: Any, tiny_bundle: Path) -> None:
+    service = Service(cpp, tiny_bundle, "--sessions", "1", "--queue", "8")
     try:
-        status, body = service.ask("GET", "/health")
-        assert (status, json.loads(body)) == (
-            200,
-            {"status": "ok", "configuration": Bundle.open(tiny_bundle).config.hash},
-        )
-        configurations = [{"default": "int8"}, {"default": "nf3-g32"}]
-        prompt, expected = telling_prompt(service, configurations)
+        for value, message, param in REFUSED:
+            given = {"model": "m", **value} if isinstance(value, dict) else value
+            error = service.refusal(given)
+            assert message in error["message"], (value, error)
+            assert (error["type"], error["param"]) == ("invalid_request_error", param), (value, error)
+        status, answer = service.ask("POST", "/v1/completions?stream=true", {"prompt": "a"})
+        assert status == 400 and "the path has a query, which is not read" in answer
+        assert service.ask("GET", "/health?now")[0] == 200  # what some probes add
+        assert service.ask("GET", "/nothing")[0] == 404
+        assert service.ask("GET", "/v1/models/m%3Abase")[0] == 200
+        assert f'coatrt_requests_total{{status="400"}} {len(REFUSED) + 1}' in service.ask("GET", "/metrics")[1]
+    finally:
+        service.stop()
 
-        status, body = service.ask("POST", "/generate", {**prompt, "stream": True, "configuration": configurations[1]})
-        events = [json.loads(line[6:]) for line in body.splitlines() if line.startswith("data: ")]
-        assert status == 200
-        assert events[-1] == expected[1] | {"done": True}
-        assert [event["token"] for event in events[:-1]] == expected[1]["tokens"]
 
-        answer = json.loads(service.ask("POST", "/configuration", configurations[1])[1])
-        assert answer["configuration"] == expected[1]["configuration"]
-        assert service.generate(**prompt) == expected[1]
+def test_rows_go_on_with_the_conversation_that_they_hold(cpp: Any, tiny_bundle: Path) -> None:
+    """What is in a row's caches is not computed again, and changes no bit of an answer."""
+    mat = "the cat sat on the mat. "
+    owl, other, longer = "the cat sat on the owl. ", "x" * 40, mat * 3
+    service = Service(cpp, tiny_bundle, "--sessions", "2")
+    try:
+        fresh = {}
+        for text in (mat, owl, other, longer):
+            alone = Service(cpp, tiny_bundle, "--sessions", "2")
+            fresh[text] = alone.complete(prompt=text, max_tokens=8)
+            alone.stop()
+        # 18: an even number of the 19 characters that two texts share. The last token of a prompt is always computed.
+        asked = [(mat, 0), (owl, 18), (mat, 18), (other, 0), (other, 38), (owl, 18)]
+        asked += [(longer, 18), (owl, 18), (longer, 70)]  # the second copies, and the long conversation stays
+        for text, cached in asked:
+            status, answer = service.ask("POST", "/v1/completions", body(prompt=text, max_tokens=8))
+            assert status == 200, answer
+            value = json.loads(answer)
+            assert value["usage"]["prompt_tokens_details"]["cached_tokens"] == cached, text
+            assert value["choices"][0] == fresh[text]
+    finally:
+        service.stop()
 
+
+def test_clients_get_what_one_gets_alone(cpp: Any, tiny_bundle: Path) -> None:
+    """Bit for bit: the log probabilities are compared as well, of batches that change all the time."""
+    prompts = ["the cat sat", "an owl", "x", "the cat sat on the mat."]
+    fields: list[dict[str, Any]] = [{}, {"configuration": {"default": "int8"}}, {"model": "m:base"}]
+    service = Service(cpp, tiny_bundle, "--sessions", "4")
+    try:
+        cases = [{"prompt": prompt, "max_tokens": 12, **more} for prompt in prompts for more in fields]
+        expected = [service.complete(**case) for case in cases]
+        assert len({str(answer["logprobs"]) for answer in expected}) == len(cases)
         wrong: list[Any] = []
 
         def client(seed: int) -> None:
             for turn in range(6):
-                which = (seed + turn) % 2
-                if service.generate(**prompt, configuration=configurations[which]) != expected[which]:
+                which = (5 * seed + turn) % len(cases)
+                if service.complete(**cases[which]) != expected[which]:
                     wrong.append((seed, turn))
 
         threads = [threading.Thread(target=client, args=(seed,)) for seed in range(6)]
@@ -163,30 +191,7 @@ def test_the_service(cpp: Any, tiny_bundle: Path) -> None:
         for thread in threads:
             thread.join()
         assert wrong == []
-
-        for value, message in REFUSED:
-            status, body = service.ask("POST", "/generate", value)
-            assert status == 400 and message in json.loads(body)["error"], (value, body)
-        assert service.ask("GET", "/nothing")[0] == 404
-        for value, message in (
-            ('{"default": "int8"', 'it ends too early); send an object like {"default": "int8"}'),
-            ('{"default": "int8", "default": "fp8"}', "the request gives the key 'default' twice"),
-            ({"default": "int8", "formats": {}}, "holds default, formats; a configuration has the keys"),
-        ):
-            status, body = service.ask("POST", "/configuration", value)
-            assert status == 400 and message in json.loads(body)["error"], (value, body)
-        status, body = service.ask("POST", "/generate?stream=true", {"prompt": "a"})
-        assert status == 400 and "the path has a query, which is not read" in body
-        assert service.ask("GET", "/health?now")[0] == 200  # what some probes add
-
-        connection = HTTPConnection("127.0.0.1", service.port, timeout=60)  # a client that goes away
-        connection.request("POST", "/generate", json.dumps({**prompt, "max_tokens": 80, "stream": True}))
-        connection.getresponse().read(10)
-        connection.close()
-        assert service.generate(**prompt) == expected[1]
-        metrics = service.ask("GET", "/metrics")[1]
-        assert f'coatrt_requests_total{{status="400"}} {len(REFUSED) + 3}' in metrics
-        assert "coatrt_swap_seconds_count" in metrics
+        assert service.metric("coatrt_cached_tokens_total") > 0
     finally:
         service.stop()
 
@@ -194,27 +199,30 @@ def test_the_service(cpp: Any, tiny_bundle: Path) -> None:
 def test_a_prompt_too_long_for_the_bundle_says_so(cpp: Any, tiny_bundle: Path) -> None:
     service = Service(cpp, tiny_bundle, "--sessions", "1", "--context", "100000")
     try:
-        status, body = service.ask("POST", "/generate", {"tokens": [1] * 8193})
-        said = "the prompt has 8193 tokens and the bundle was built for 8192; shorten it, or have it built with more"
-        assert (status, json.loads(body)["error"]) == (400, f"{said} (--context)")
+        said = (
+            "the prompt has 8193 tokens and max_tokens is 16, the bundle was built for 8192; shorten them, or have it"
+        )
+        assert service.refusal({"model": "m", "prompt": [1] * 8193})["message"] == f"{said} built with more (--context)"
     finally:
         service.stop()
 
 
-def test_a_client_that_goes_away_ends_its_generation(cpp: Any, tiny_bundle: Path) -> None:
-    service = Service(cpp, tiny_bundle, "--sessions", "1", "--context", "500")
-    try:
-        for stream in (False, True):
-            connection = HTTPConnection("127.0.0.1", service.port, timeout=60)
-            request = {"prompt": "the cat sat", "max_tokens": 480, "stream": stream}
-            connection.request("POST", "/generate", json.dumps(request))
-            connection.close()
-        assert len(service.generate(prompt="a", max_tokens=1)["tokens"]) == 1  # behind both on the one session
-        metrics = service.ask("GET", "/metrics")[1]
-        (made,) = (int(line.split()[1]) for line in metrics.splitlines() if line.startswith("coatrt_tokens_total "))
-        assert made < 480, made
-    finally:
-        service.stop()
+def test_a_chat_template_that_cannot_be_rendered_is_refused(cpp: Any, tiny_bundle: Path, tmp_path: Path) -> None:
+    manifest = Bundle.open(tiny_bundle).manifest
+    for content, message in ((None, "the model has no chat template"), ('{"refusal": "it says why"}', "it says why")):
+        directory = Path(shutil.copytree(tiny_bundle, tmp_path / str(content is None)))
+        if content is None:
+            (directory / "chat.json").unlink()
+        else:
+            (directory / "chat.json").write_text(content)
+        seal(directory, {key: value for key, value in manifest.items() if key not in ("format", "coatrt", "files")})
+        service = Service(cpp, directory, "--sessions", "1")
+        try:
+            messages = [{"role": "user", "content": "hi"}]
+            error = service.refusal({"model": "m", "messages": messages}, "/v1/chat/completions")
+            assert message in error["message"] and error["code"] == "no_chat_template"
+        finally:
+            service.stop()
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads the signals that a process blocks")
@@ -248,6 +256,8 @@ def test_the_service_refuses_in_one_line(cpp: Any, tmp_path: Path) -> None:
         ([tmp_path, tmp_path], "two bundles are given"),
         ([tmp_path, "--colour", "1"], "--colour is no option"),
         ([tmp_path, "--port"], "--port has no value"),
+        ([tmp_path, "--api-key", ""], "--api-key must not be empty"),
+        ([tmp_path, "--time-limit", "0"], "--time-limit must be a whole number from 1 "),
     ):
         done = cpp.run("service", *arguments)
         assert done.returncode == 2

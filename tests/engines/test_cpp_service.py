@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import time
-from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ def test_slow_clients_do_not_keep_health_from_answering(cpp: Any, tiny_bundle: P
         opened = [socket.create_connection(("127.0.0.1", service.port), timeout=10) for _ in range(200)]
         started = time.monotonic()
         for connection in opened:
-            connection.sendall(b"POST /generate HTTP/1.1\r\nContent-Length: 1000\r\n\r\n")
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nContent-Length: 1000\r\n\r\n")
         worst = 0.0
         while time.monotonic() - started < 1.5:
             for connection in opened:
@@ -45,10 +44,8 @@ def test_slow_clients_do_not_keep_health_from_answering(cpp: Any, tiny_bundle: P
 
 def test_sigterm_ends_the_service_whatever_it_does(cpp: Any, tiny_bundle: Path) -> None:
     service = Service(cpp, tiny_bundle, "--sessions", "1", "--queue", "4")
-    body = json.dumps({"prompt": "the cat sat", "max_tokens": 90, "stream": True})
-    clients = [HTTPConnection("127.0.0.1", service.port) for _ in range(5)]
-    for client in clients:  # one runs, four wait; none is read
-        client.request("POST", "/generate", body)
+    request = {"prompt": "the cat sat", "max_tokens": 80, "stream": True}
+    clients = [service.begin(**request) for _ in range(5)]  # one runs, four wait; none is read
     slow = socket.create_connection(("127.0.0.1", service.port))
     slow.sendall(b"GET /health HTTP/1.1\r\n")
     started = time.monotonic()
@@ -69,10 +66,9 @@ def test_sigterm_ends_a_service_that_answers_to_nobody(cpp: Any, tiny_bundle: Pa
     manifest = Bundle.open(tiny_bundle).manifest
     seal(directory, {key: value for key, value in manifest.items() if key not in ("format", "coatrt", "files")})
     service = Service(cpp, directory, "--sessions", "1")
-    connection = HTTPConnection("127.0.0.1", service.port)
-    connection.request("POST", "/generate", json.dumps({"prompt": "a" * 1_000_000}))
+    connection = service.begin(prompt="a" * 1_000_000)
     time.sleep(0.3)
-    assert "coatrt_sessions_busy 1" in service.ask("GET", "/metrics")[1]
+    assert service.metric("coatrt_requests_waiting") == 1
     started = time.monotonic()
     service.stop()
     assert time.monotonic() - started < 5
@@ -82,11 +78,11 @@ def test_sigterm_ends_a_service_that_answers_to_nobody(cpp: Any, tiny_bundle: Pa
 def test_patterns_are_tried_in_the_order_of_the_request(cpp: Any, tiny_bundle: Path) -> None:
     service = Service(cpp, tiny_bundle)
     try:
-        hashes = [
-            service.generate(prompt="a", max_tokens=1, configuration={"patterns": patterns, "default": "int8"})
+        answers = [
+            service.complete(prompt="a", max_tokens=1, configuration={"patterns": patterns, "default": "int8"})
             for patterns in ({"*_proj": "nf3-g32", "*.[qkv]*": "fp8"}, {"*.[qkv]*": "fp8", "*_proj": "nf3-g32"})
         ]
-        assert hashes[0]["configuration"] != hashes[1]["configuration"]
+        assert answers[0]["logprobs"]["token_logprobs"] != answers[1]["logprobs"]["token_logprobs"]
     finally:
         service.stop()
 

@@ -1,10 +1,21 @@
 #include "packed_lora.hpp"
 
+#include <algorithm>
 #include <cstring>
 
 #include "activations.hpp"
+#include "coatrt/error.hpp"
 
 namespace coatrt::detail {
+
+void check_lora(const Contract& contract, const Lora& lora) {
+  const auto& given = lora.tensors();
+  const auto same = [](const LoraTensor& a, const Contract::Tensor& b) {
+    return a.name == b.name && a.rows == b.rows && a.columns == b.columns;
+  };
+  if (!std::equal(given.begin(), given.end(), contract.tensors.begin(), contract.tensors.end(), same))
+    throw Error("the LoRA and its contract differ: it belongs to another bundle's model; emit it again");
+}
 
 LoraLayout::LoraLayout(const Contract& contract, const std::string& activations, std::size_t itemsize)
     : activations_(activations), itemsize_(itemsize), places_(contract.places) {

@@ -13,6 +13,9 @@ constexpr std::size_t kAlignment = 256;
 /// A size that whole pieces fill.
 constexpr std::size_t aligned(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
+/// Refuse a LoRA whose tensors are not those of the contract.
+void check_lora(const Contract& contract, const Lora& lora);
+
 /// Where each LoRA input of a graph lies in one buffer, every piece aligned: switching a LoRA is one copy.
 class LoraLayout {
  public:

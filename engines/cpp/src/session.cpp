@@ -7,6 +7,7 @@
 #include "coatrt/error.hpp"
 #include "contract.hpp"
 #include "notice.hpp"
+#include "packed_lora.hpp"
 #include "sampling.hpp"
 #include "state.hpp"
 
@@ -62,15 +63,6 @@ struct Session::State {
     return last();
   }
 
-  void check_lora(const Lora& lora) const {
-    const auto& given = lora.tensors();
-    const auto same = [](const LoraTensor& a, const detail::Contract::Tensor& b) {
-      return a.name == b.name && a.rows == b.rows && a.columns == b.columns;
-    };
-    if (!std::equal(given.begin(), given.end(), contract.tensors.begin(), contract.tensors.end(), same))
-      throw Error("the LoRA and its contract differ: it belongs to another bundle's model; emit it again");
-  }
-
   /// Warn about a LoRA that was emitted for another configuration than the weights'; with strict_lora refuse it.
   void check_configuration(const std::string& emitted, bool named) {
     const std::string* weights = detail::find_text(bundle.state()->manifest.at("configuration"), "hash");
@@ -84,7 +76,7 @@ struct Session::State {
   }
 
   void bind(const Lora& lora, bool named) {
-    check_lora(lora);
+    detail::check_lora(contract, lora);
     check_configuration(lora.configuration(), named);
     decoder->set_lora(&lora);
   }
@@ -124,13 +116,12 @@ std::int64_t Session::decode() {
 Generated Session::generate(const std::vector<std::int64_t>& prompt, std::size_t max_tokens, const Sampling& sampling,
                             const std::function<bool(std::int64_t)>& on_token) {
   if (max_tokens < 1) throw Error("max_tokens must be at least 1, got 0");
-  detail::check_sampling(sampling);
-  std::mt19937_64 random(sampling.seed);
+  Sampler sampler(sampling, prompt);
   const auto& stops = state_->bundle.stop_tokens();
   Generated made;
   Logits logits = prefill(prompt);
   for (;;) {
-    const std::int64_t token = detail::next_token(logits, sampling, random);
+    const std::int64_t token = sampler.next(logits);
     if (std::find(stops.begin(), stops.end(), token) != stops.end()) return made.reason = "stop", made;
     made.tokens.push_back(token);
     if (on_token && !on_token(token)) return made.reason = "cancelled", made;

@@ -37,16 +37,30 @@ TOKENIZER = {
     "added_tokens": [{"id": 3, "content": "<s>", "special": True}],
     "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True},
 }
-REQUEST = {
-    "prompt": "Once é",
+COMMON = {
+    "model": "m",
     "max_tokens": 4,
     "temperature": 0.5,
     "top_k": 2,
     "top_p": 0.9,
+    "min_p": 0.1,
+    "presence_penalty": 1,
+    "frequency_penalty": -1,
+    "repetition_penalty": 1.5,
+    "logit_bias": {"5": 1},
     "seed": 1,
+    "n": 2,
+    "stop": ["ce", "e é"],
+    "ignore_eos": False,
     "stream": True,
+    "stream_options": {"include_usage": True},
     "configuration": {"patterns": {"*.mlp.*": "int8"}, "default": "nf3-g64"},
+    "user": "u",
 }
+REQUEST = {**COMMON, "prompt": ["Once é", [1, 2]], "logprobs": 2}
+PARTS = [{"type": "text", "text": "a</think> b"}]
+MESSAGES = [{"role": "user", "content": "Once é"}, {"role": "assistant", "content": PARTS}]
+CHAT = {**COMMON, "messages": MESSAGES, "logprobs": True, "top_logprobs": 3}
 
 
 def field(number: int, inside: bytes) -> bytes:
@@ -72,7 +86,7 @@ def safetensors() -> bytes:
 
 def post(body: bytes, *headers: str) -> bytes:
     """Return an HTTP request."""
-    lines = ["POST /generate?a HTTP/1.1", "Host: x", *headers, f"Content-Length: {len(body)}"]
+    lines = ["POST /v1/completions?a HTTP/1.1", "Host: x", *headers, f"Content-Length: {len(body)}"]
     return "\r\n".join((*lines, "", "")).encode() + body
 
 
@@ -86,9 +100,10 @@ def seeds() -> dict[str, list[bytes]]:
         "tokenizer": [json.dumps(TOKENIZER).encode() + "\0<s>ab (?i:'s|[^\\s\\p{L}]+(?!a){1,3}) e\u0301".encode()],
         "request": [
             request,
-            b'{"tokens":[1,2,3]}',
-            post(request, "Expect: 100-continue") + health,
-            health + post(b'{"tokens":[1]}', "Connection: close"),
+            b'{"model":"m","prompt":[1,2,3]}',
+            json.dumps(CHAT).encode(),
+            post(request, "Expect: 100-continue", "Authorization: Bearer x", "Content-Type: application/json") + health,
+            health + post(b'{"model":"m","prompt":[1]}', "Connection: close"),
         ],
     }
 

@@ -1,17 +1,23 @@
 // Sessions over a made-up backend, and over the bundle that the Python tests name in COATRT_TEST_BUNDLE.
 #include <doctest/doctest.h>
 
-#include <cmath>
 #include <cstdlib>
 #include <mutex>
 #include <thread>
 
 #include "coatrt/coatrt.hpp"
-#include "sampling.hpp"
 
 namespace {
 
 const char* bundle_path() { return std::getenv("COATRT_TEST_BUNDLE"); }
+
+coatrt::Sampling sampling(double temperature, std::int64_t top_k = 0, double top_p = 1) {
+  coatrt::Sampling made;
+  made.temperature = temperature;
+  made.top_k = top_k;
+  made.top_p = top_p;
+  return made;
+}
 
 /// Says after token t that t + 1 is likeliest; notes what it was asked.
 struct Counting final : coatrt::Decoder {
@@ -69,30 +75,12 @@ TEST_CASE("a session splits prompts, counts positions and refuses what does not 
   CHECK(made.tokens == std::vector<std::int64_t>{2, 3, 4});
   CHECK(made.reason == "cancelled");
   CHECK_THROWS_WITH_AS(session.generate({1}, 0), "max_tokens must be at least 1, got 0", coatrt::Error);
-  CHECK_THROWS_AS(session.generate({1}, 1, {-1.0}), coatrt::Error);
-  CHECK_THROWS_AS(session.generate({1}, 1, {1.0, -1}), coatrt::Error);
-  CHECK_THROWS_AS(session.generate({1}, 1, {1.0, 0, 0.0}), coatrt::Error);
+  CHECK_THROWS_AS(session.generate({1}, 1, sampling(-1.0)), coatrt::Error);
+  CHECK_THROWS_AS(session.generate({1}, 1, sampling(1.0, -1)), coatrt::Error);
+  CHECK_THROWS_AS(session.generate({1}, 1, sampling(1.0, 0, 0.0)), coatrt::Error);
   CHECK_THROWS_AS(session.swap(coatrt::Lora()), coatrt::Error);
   session.drop_lora();
   CHECK(loras == 101);
-}
-
-TEST_CASE("sampling: temperature, then top-k, then top-p") {
-  const float values[] = {1, 3, 2, 0};
-  const coatrt::Logits logits{values, 4};
-  CHECK(coatrt::detail::likeliest(logits) == 1);
-  auto p = coatrt::detail::probabilities(logits, {2.0, 0, 1, 0});
-  CHECK(p[1] / p[2] == doctest::Approx(std::exp(0.5)));
-  p = coatrt::detail::probabilities(logits, {1.0, 2, 1, 0});
-  CHECK(p[0] == 0);
-  CHECK(p[1] == doctest::Approx(1 / (1 + std::exp(-1.0))));
-  p = coatrt::detail::probabilities(logits, {1.0, 0, 0.7, 0});  // 0.64, 0.24, 0.09, 0.03
-  CHECK(p[1] + p[2] == doctest::Approx(1));
-  for (const double tiny : {1e-300, 1e-308, 1e-320}) CHECK(coatrt::detail::probabilities(logits, {tiny, 0, 1, 0})[1] == 1);
-  std::mt19937_64 random(0);
-  int hits = 0;
-  for (int i = 0; i < 2000; ++i) hits += coatrt::detail::next_token(logits, {1.0, 2, 1, 0}, random) == 1;
-  CHECK(hits / 2000.0 == doctest::Approx(0.731).epsilon(0.05));
 }
 
 TEST_CASE("configurations change under load and no token is wrong" * doctest::skip(bundle_path() == nullptr)) {

@@ -1,5 +1,9 @@
 #pragma once
+#include "coatrt/batch.hpp"
 #include "coatrt/bundle.hpp"
+#include "coatrt/chat.hpp"
 #include "coatrt/error.hpp"
+#include "coatrt/sampling.hpp"
 #include "coatrt/session.hpp"
+#include "coatrt/stop_strings.hpp"
 #include "coatrt/tokenizer.hpp"

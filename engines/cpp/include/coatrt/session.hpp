@@ -6,6 +6,7 @@
 
 #include "coatrt/bundle.hpp"
 #include "coatrt/decoder.hpp"
+#include "coatrt/sampling.hpp"
 
 namespace coatrt {
 
@@ -24,20 +25,6 @@ struct SessionOptions {
                                ///< them in every call, 0 once, at load: both exact
   bool strict_lora = false;    ///< refuse a LoRA of another configuration than the weights'; else `notice` is told so
   std::function<void(const std::string&)> notice;  ///< gets each line once; empty: standard error
-};
-
-/// How the next token is chosen.
-struct Sampling {
-  double temperature = 0;  ///< 0 takes the likeliest token
-  std::int64_t top_k = 0;  ///< 0 for all
-  double top_p = 1;
-  std::uint64_t seed = 0;
-};
-
-/// Logits after the last token, valid until the session's next call.
-struct Logits {
-  const float* data;
-  std::size_t size;
 };
 
 struct Generated {

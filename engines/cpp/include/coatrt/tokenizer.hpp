@@ -20,10 +20,10 @@ class Tokenizer {
 
   /// Token ids of UTF-8 text. Special tokens that the text spells out become special tokens.
   std::vector<std::int64_t> encode(std::string_view text, bool add_special_tokens = true) const;
-  /// Text of tokens, without special tokens; invalid UTF-8 becomes U+FFFD.
-  std::string decode(const std::vector<std::int64_t>& tokens) const;
-  /// Raw bytes of one token; empty for a special token or an unknown id.
-  std::string bytes(std::int64_t token) const;
+  /// Text of tokens; invalid UTF-8 becomes U+FFFD.
+  std::string decode(const std::vector<std::int64_t>& tokens, bool skip_special_tokens = true) const;
+  /// Raw bytes of one token; empty for an unknown id, and for a special token where these are skipped.
+  std::string bytes(std::int64_t token, bool skip_special_tokens = true) const;
 
   struct State;
 

@@ -81,7 +81,12 @@ int coatrt_session_generate(coatrt_session* session, const int64_t* prompt, size
                             double temperature, int64_t top_k, double top_p, uint64_t seed,
                             int (*on_token)(int64_t token, void* user), void* user) {
   return guarded([&] {
-    session->session.generate({prompt, prompt + count}, max_tokens, {temperature, top_k, top_p, seed},
+    coatrt::Sampling sampling;
+    sampling.temperature = temperature;
+    sampling.top_k = top_k;
+    sampling.top_p = top_p;
+    sampling.seed = seed;
+    session->session.generate({prompt, prompt + count}, max_tokens, sampling,
                               [&](std::int64_t token) { return on_token == nullptr || on_token(token, user) == 0; });
   });
 }

@@ -5,20 +5,11 @@
 
 #include "activations.hpp"
 #include "backend.hpp"
-#include "coatrt/error.hpp"
-#include "ort/cuda_provider.hpp"
-#include "ort/runtime.hpp"
+#include "ort/loaded.hpp"
 #include "packed_lora.hpp"
-#include "state.hpp"
 
 namespace coatrt::detail {
 namespace {
-
-struct Loaded {
-  OrtModel model;
-  DecoderIO io;
-  Contract contract;
-};
 
 class OrtDecoder final : public Decoder {
  public:
@@ -28,8 +19,9 @@ class OrtDecoder final : public Decoder {
         runtime_(loaded_->model.runtime()),
         layout_(loaded_->contract, io_.activations, static_cast<std::size_t>(io_.itemsize())),
         lora_(layout_.bytes()) {
-    const std::int64_t slots = io_.cache_length > 0 ? io_.cache_length : std::min(context, io_.max_positions);
-    capacity_ = std::min(slots, io_.max_positions);
+    const std::int64_t slots = io_.cache_length > 0 ? io_.cache_length : loaded_->capacity(context);
+    capacity_ = loaded_->capacity(context);
+    limit_ = loaded_->limit(context);
     check(runtime_.api().CreateIoBinding(loaded_->model.session(), &binding_));
     try {
       bind_all(slots);
@@ -41,9 +33,7 @@ class OrtDecoder final : public Decoder {
   ~OrtDecoder() override { runtime_.api().ReleaseIoBinding(binding_); }
 
   std::int64_t capacity() const override { return capacity_; }
-  Limit limit() const override {
-    return io_.cache_length > 0 || capacity_ == io_.max_positions ? Limit::bundle : Limit::context;
-  }
+  Limit limit() const override { return limit_; }
   std::int64_t prefill_limit() const override { return capacity_; }
   std::int64_t vocabulary() const override { return io_.vocabulary; }
 
@@ -88,9 +78,7 @@ class OrtDecoder final : public Decoder {
   }
 
   void bind_all(std::int64_t slots) {
-    type_ = io_.activations == "float32"   ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT
-            : io_.activations == "float16" ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16
-                                           : ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16;
+    type_ = loaded_->type();
     const auto item = static_cast<std::size_t>(io_.itemsize());
     const std::size_t bytes = static_cast<std::size_t>(io_.kv_heads * slots * io_.head_dim) * item;
     for (const auto& [past, present] : io_.caches()) {
@@ -134,6 +122,7 @@ class OrtDecoder final : public Decoder {
   OrtIoBinding* binding_ = nullptr;
   ONNXTensorElementDataType type_{};
   std::int64_t capacity_ = 0;
+  Limit limit_ = Limit::bundle;
   std::int64_t step_[4] = {};  // token, position, write index, logits index: the inputs of a decode step
   std::vector<std::vector<unsigned char>> caches_;
   LoraLayout layout_;
@@ -145,32 +134,7 @@ class OrtDecoder final : public Decoder {
 }  // namespace
 
 std::unique_ptr<Decoder> make_ort_decoder(const std::shared_ptr<BundleState>& bundle, const SessionOptions& options) {
-  if (options.context < 1)
-    throw Error("batch 1 and context " + std::to_string(options.context) + " are given; give at least 1");
-  if (options.provider == kCudaProvider)
-    throw Error(std::string("provider ") + kCudaProvider + " is given for backend ort, whose caches stay in host memory; " +
-                "use backend cuda");
-  std::string key = "ort " + options.provider + " " + std::to_string(options.threads) + " " +
-                    std::to_string(options.accuracy_level);
-  for (const auto& [name, value] : options.provider_options) key += " " + name + "=" + value;
-  std::shared_ptr<Loaded> loaded;
-  const std::lock_guard one(bundle->loading);
-  {
-    const std::lock_guard lock(bundle->mutex);
-    loaded = std::static_pointer_cast<Loaded>(bundle->models[key].lock());
-  }
-  if (!loaded) {
-    const auto [graph, io] = bundle->decoder("cpu");
-    OrtOptions wanted;
-    wanted.provider = options.provider;
-    wanted.provider_options = options.provider_options;
-    wanted.threads = options.threads;
-    wanted.accuracy_level = options.accuracy_level;
-    loaded.reset(new Loaded{{bundle->ort(), graph, wanted}, io, bundle->contract()});
-    const std::lock_guard lock(bundle->mutex);
-    bundle->models[key] = loaded;
-  }
-  return std::make_unique<OrtDecoder>(std::move(loaded), options.context);
+  return std::make_unique<OrtDecoder>(load_cpu_form(bundle, options), options.context);
 }
 
 }  // namespace coatrt::detail

@@ -111,14 +111,15 @@ std::vector<std::int64_t> Tokenizer::encode(std::string_view text, bool add_spec
   return tokens;
 }
 
-std::string Tokenizer::bytes(std::int64_t token) const {
+std::string Tokenizer::bytes(std::int64_t token, bool skip_special_tokens) const {
   const auto found = state_->bytes.find(token);
-  return found == state_->bytes.end() || state_->special.count(token) != 0 ? "" : found->second;
+  const bool skipped = skip_special_tokens && state_->special.count(token) != 0;
+  return found == state_->bytes.end() || skipped ? "" : found->second;
 }
 
-std::string Tokenizer::decode(const std::vector<std::int64_t>& tokens) const {
+std::string Tokenizer::decode(const std::vector<std::int64_t>& tokens, bool skip_special_tokens) const {
   std::string all;
-  for (const std::int64_t token : tokens) all += bytes(token);
+  for (const std::int64_t token : tokens) all += bytes(token, skip_special_tokens);
   return detail::replace_invalid(all);
 }
 
