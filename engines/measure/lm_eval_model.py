@@ -15,10 +15,11 @@ from coatrt.bundle import Bundle, SignaturePolicy
 from coatrt.data.chat_template import Refusal, Rendering, chat_template
 from coatrt.data.encoding import encode
 from coatrt.engines.measure.likelihoods import Passage, likelihoods
-from coatrt.engines.runtime.generate import Sampling, generate
+from coatrt.engines.runtime.generate import generate
 from coatrt.engines.runtime.load import load_decoder
 from coatrt.engines.runtime.lora_file import load_lora
 from coatrt.engines.runtime.options import AccuracyLevel, Backend, RuntimeOptions
+from coatrt.engines.runtime.sampling import Sampling
 from coatrt.errors import ConfigError
 from coatrt.system.notices import warn_once
 

@@ -42,7 +42,7 @@ def check_gguf(checkpoint: Checkpoint) -> None:
     known = {"rope_type", "rope_theta", "factor", "original_max_position_embeddings"}
     known |= {"low_freq_factor", "high_freq_factor"} if rope.get("rope_type") == "llama3" else set()
     unknown = [key for key, value in rope.items() if key not in known and value is not None]
-    if unknown or len(spec.inverse_frequencies) * 2 != spec.head_dim:
+    if unknown or set(spec.rotary) != {0} or len(spec.rotations[0].frequencies) * 2 != spec.head_dim:
         raise CheckpointError(
             f"{where} has rotary positions with {', '.join(unknown) or 'other widths'}; GGUF lacks them"
         )
@@ -174,7 +174,7 @@ def _write_keys(writer: Any, checkpoint: Checkpoint, spec: DecoderSpec) -> None:
     kind = rope.get("rope_type", "default")
     if kind == "llama3":  # its factors on the wavelengths
         plain = 1 / float(rope["rope_theta"]) ** (np.arange(0, spec.head_dim, 2) / spec.head_dim)
-        factors = plain / np.array(spec.inverse_frequencies)
+        factors = plain / np.array(spec.rotations[0].frequencies)
         writer.add_tensor("rope_freqs.weight", factors.astype(np.float32))
     elif kind != "default":
         writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
