@@ -28,6 +28,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in sys.path]
 
+from campaigns import readers  # noqa: E402
 from campaigns.inputs import SEALED, make_inputs, reseal, seal_again  # noqa: E402
 from campaigns.mutate import mutate  # noqa: E402
 
@@ -40,138 +41,41 @@ class Hang(BaseException):
     """More than 30 seconds."""
 
 
-def _model(path: Path) -> None:
-    from coatrt.models.checkpoint import Checkpoint
-    from coatrt.models.config_file import end_tokens
-    from coatrt.models.exportable import check_exportable
-    from coatrt.models.modules import load_model
-    from coatrt.models.spec import DecoderSpec
-
-    checkpoint = Checkpoint.open(path)
-    check_exportable(checkpoint, DecoderSpec.from_config(checkpoint.config))
-    end_tokens(checkpoint.directory, checkpoint.config)
-    _ = checkpoint.fingerprint
-    load_model(checkpoint)
-
-
-def _tokenizer(path: Path) -> None:
-    from coatrt.engines.runtime.generate import encode_prompt
-    from coatrt.models.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer(path)
-    encode_prompt(tokenizer, "hé <|end|>")
-    encode_prompt(tokenizer, "hé", chat=True, system="x")
-    tokenizer.decode([1, 2, 300], skip_special_tokens=True)
-
-
-def _data(kind: str) -> Callable[[Path], None]:
-    def read(path: Path) -> None:
-        from coatrt.data.registry import load_task
-        from coatrt.models.tokenizer import load_tokenizer
-
-        load_task(kind, [path], load_tokenizer(path.parent / "model"), 64).check_rows(272)
-
-    return read
-
-
-def _choice(path: Path) -> None:
-    from coatrt.adapter.description import AdapterDescription
-    from coatrt.planning.plan import read_choice
-
-    config, plan = read_choice(path, AdapterDescription.load(path.parent / "adapter").model)
-    _ = config.hash
-    if plan is not None:
-        plan.text()
-
-
-def _adapter(path: Path) -> None:
-    from coatrt.adapter.adapter import Adapter
-    from coatrt.adapter.description import AdapterDescription
-    from coatrt.devices.profiles import device_profile
-    from coatrt.planning.archive import adapter_archive
-    from coatrt.planning.plan import PlanRequest
-    from coatrt.planning.planner import plan_fleet
-
-    facts = AdapterDescription.load(path)
-    devices = [device_profile(name) for name in ("t4", "cpu")]
-    plan_fleet(facts, devices, PlanRequest(), archive=adapter_archive(path))[0].text()
-    Adapter.from_pretrained(path)
-
-
-def _report(path: Path) -> None:
-    from coatrt.reporting.write import report
-
-    report([path], path.parent / "report.html", devices=["t4"])
-
-
-def _bundle(path: Path) -> None:
-    import coatrt
-    from coatrt.engines.runtime.emitter import Emitter
-
-    bundle = coatrt.Bundle.open(path)
-    Emitter.of(bundle, 1).emit(bundle.config)
-    decoder = coatrt.load_decoder(bundle, context=16, threads=1)
-    decoder.set_lora(coatrt.load_lora(bundle.path(bundle.manifest.get("lora", "lora.safetensors")), bundle.contract))
-    coatrt.generate(decoder, [[1, 2, 3]], max_tokens=2, stop=bundle.manifest["model"]["stop_tokens"])
-
-
-def _lora(path: Path) -> None:
-    import coatrt
-
-    coatrt.load_lora(path, coatrt.Bundle.open(path.parent / "bundle").contract)
-
-
-def _timings(path: Path) -> None:
-    from coatrt.planning.measured_latency import timings_path
-
-    place = timings_path("cpu")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(path, place)
-    try:
-        _adapter(path.parent / "adapter")
-    finally:
-        place.unlink()
-
-
-def _state(path: Path) -> None:
-    from coatrt.training.resume_state import check_state
-
-    check_state(path, "run")
-
-
 KINDS: dict[str, tuple[str, tuple[tuple[Callable[[Path], None], tuple[str, ...]], ...]]] = {
     # file that is mutated: readers of the path that follows, each with the command that reads it
-    "model/config.json": ("model", ((_model, ("train",)),)),
-    "model/generation_config.json": ("model", ((_model, ("export",)),)),
-    "model/model.safetensors": ("model", ((_model, ("train",)),)),
-    "model/tokenizer.json": ("model", ((_tokenizer, ("train",)),)),
-    "model/tokenizer_config.json": ("model", ((_tokenizer, ("train",)),)),
-    "model.gguf": ("model.gguf", ((_model, ("train-gguf",)),)),
+    "model/config.json": ("model", ((readers.read_model, ("train",)),)),
+    "model/generation_config.json": ("model", ((readers.read_model, ("export",)),)),
+    "model/model.safetensors": ("model", ((readers.read_model, ("train",)),)),
+    "model/tokenizer.json": ("model", ((readers.read_tokenizer, ("train",)),)),
+    "model/tokenizer_config.json": ("model", ((readers.read_tokenizer, ("train",)),)),
+    "model.gguf": ("model.gguf", ((readers.read_model, ("train-gguf",)),)),
     **{
-        f"{method}/{file}": (method, ((_model, (f"train-{method}",)),))
+        f"{method}/{file}": (method, ((readers.read_model, (f"train-{method}",)),))
         for method in ("gptq", "awq", "compressed-tensors", "modelopt")
         for file in ("config.json", "model.safetensors")
     },
-    "chat.jsonl": ("chat.jsonl", ((_data("chat"), ("chat",)),)),
-    "choice.jsonl": ("choice.jsonl", ((_data("choice"), ("choice",)),)),
-    "data.txt": ("data.txt", ((_data("text"), ("train",)),)),
-    "configuration.json": ("configuration.json", ((_choice, ("adapt",)),)),
-    "plan.json": ("plan.json", ((_choice, ("build",)),)),
-    "adapter/archive.json": ("adapter", ((_adapter, ("plan",)), (_report, ("report",)))),
-    "adapter/adapter.json": ("adapter", ((_adapter, ("plan",)), (_report, ("report",)))),
-    "adapter/metrics.json": ("adapter", ((_adapter, ("search",)), (_report, ("report",)))),
-    "adapter/sensitivity.json": ("adapter", ((_adapter, ("plan",)),)),
-    "adapter/adapter.safetensors": ("adapter", ((_adapter, ("export",)),)),
-    "adapter/calibration.safetensors": ("adapter", ((_adapter, ("export",)),)),
-    "bundle/manifest.json": ("bundle", ((_bundle, ("run",)), (_report, ("report-bundle",)))),
-    "bundle/lora_io.json": ("bundle", ((_bundle, ("run",)),)),
-    "bundle/hypernet.json": ("bundle", ((_bundle, ("adapt",)),)),
-    "bundle/configuration.json": ("bundle", ((_bundle, ("adapt",)), (_report, ("report-bundle",)))),
-    "bundle/plan.json": ("bundle", ((_report, ("report-bundle",)),)),
-    "bundle/tokenizer/tokenizer_config.json": ("bundle/tokenizer", ((_tokenizer, ("run",)),)),
-    "lora.safetensors": ("lora.safetensors", ((_lora, ("run",)),)),
-    "cpu.json": ("cpu.json", ((_timings, ("plan-cpu",)),)),
-    "state/run.json": ("state", ((_state, ("train",)),)),
+    "chat.jsonl": ("chat.jsonl", ((readers.read_data("chat"), ("chat",)),)),
+    "choice.jsonl": ("choice.jsonl", ((readers.read_data("choice"), ("choice",)),)),
+    "data.txt": ("data.txt", ((readers.read_data("text"), ("train",)),)),
+    "configuration.json": ("configuration.json", ((readers.read_choice, ("adapt",)),)),
+    "plan.json": ("plan.json", ((readers.read_choice, ("build",)),)),
+    "adapter/archive.json": ("adapter", ((readers.read_adapter, ("plan",)), (readers.read_report, ("report",)))),
+    "adapter/adapter.json": ("adapter", ((readers.read_adapter, ("plan",)), (readers.read_report, ("report",)))),
+    "adapter/metrics.json": ("adapter", ((readers.read_adapter, ("search",)), (readers.read_report, ("report",)))),
+    "adapter/sensitivity.json": ("adapter", ((readers.read_adapter, ("plan",)),)),
+    "adapter/adapter.safetensors": ("adapter", ((readers.read_adapter, ("export",)),)),
+    "adapter/calibration.safetensors": ("adapter", ((readers.read_adapter, ("export",)),)),
+    "bundle/manifest.json": ("bundle", ((readers.read_bundle, ("run",)), (readers.read_report, ("report-bundle",)))),
+    "bundle/lora_io.json": ("bundle", ((readers.read_bundle, ("run",)),)),
+    "bundle/hypernet.json": ("bundle", ((readers.read_bundle, ("adapt",)),)),
+    "bundle/configuration.json": (
+        "bundle", ((readers.read_bundle, ("adapt",)), (readers.read_report, ("report-bundle",)))
+    ),
+    "bundle/plan.json": ("bundle", ((readers.read_report, ("report-bundle",)),)),
+    "bundle/tokenizer/tokenizer_config.json": ("bundle/tokenizer", ((readers.read_tokenizer, ("run",)),)),
+    "lora.safetensors": ("lora.safetensors", ((readers.read_lora, ("run",)),)),
+    "cpu.json": ("cpu.json", ((readers.read_timings, ("plan-cpu",)),)),
+    "state/run.json": ("state", ((readers.read_state, ("train",)),)),
 }  # fmt: skip
 
 _TRAIN = (
