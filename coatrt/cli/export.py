@@ -22,8 +22,8 @@ _OF_GENAI = ("provider", "lora", "all_logits", "accuracy_level", "max_length", "
 @documented(
     examples=(
         "coatrt export adapter --config plan.json -o exported",
-        "coatrt export bundles/cpu --format genai -o cpu-genai",
-        "coatrt export bundles/l4 bundles/cpu --format ortpackage -o fleet.ortpackage",
+        "coatrt export bundles/l4 --format genai -o l4-genai",
+        "coatrt export bundles/l4 bundles/rtx-4060 --format ortpackage -o fleet",
     ),
     first=("output", "kind", "config_paths", "provider", "lora", "all_logits", "context", "overwrite"),
 )
