@@ -146,7 +146,7 @@ def measure_score(bundle: coatrt.Bundle, work: Path, python: str) -> dict[str, A
     every = coatrt.GenaiOptions(provider="cpu", all_logits=True, accuracy_level=0)
     directory = one_thread(coatrt.export_genai(bundle, work / "every", every).directory)
     data = passages(coatrt.Checkpoint.open(bundle.manifest["model"]["source"]))
-    rows = [[int(token) for token in row] for row in data.held_out]
+    rows = [[int(token) for token in row] for row in data.held_out.tokens]
     beside = bundle.directory.with_name(f"{bundle.directory.name}.quality.json")
     return {**score(directory, rows, python), "verify": json.loads(beside.read_text())["quality"]["adapted"]["loss"]}
 

@@ -27,10 +27,10 @@ _ONLY_FOR = {
 @documented(
     examples=(
         "coatrt export adapter --config plan.json -o exported",
-        "coatrt export adapter --config plan.json --format compressed-tensors -o for-vllm",
-        "coatrt export adapter --config plan.json --format gguf -o for-llama.cpp",
-        "coatrt export bundles/cpu --format genai -o cpu-genai",
-        "coatrt export bundles/l4 bundles/cpu --format ortpackage -o fleet.ortpackage",
+        "coatrt export adapter --config plan.json --format compressed-tensors -o vllm",
+        "coatrt export adapter --config plan.json --format gguf -o llama.cpp",
+        "coatrt export bundles/l4 --format genai -o l4-genai",
+        "coatrt export bundles/l4 bundles/rtx-4060 --format ortpackage -o fleet",
     ),
     first=("output", "kind", "config_paths", "provider", "lora", "all_logits", "context", "overwrite"),
 )
