@@ -31,7 +31,7 @@ Ctrl-C stops a reply. A line that begins with // is a message that begins with /
 @documented(
     examples=(
         "coatrt chat bundles/l4",
-        'coatrt chat bundles/l4 --system "Answer briefly." --temperature 0.7 --top-p 0.9',
+        'coatrt chat bundles/l4 --system "Answer briefly." --temperature 0.7',
         'printf "Is ice cold?\\nAnd steam?\\n" | coatrt chat bundles/l4',
     ),
     first=(

@@ -28,7 +28,7 @@ __all__ = ["command"]
     examples=(
         'coatrt run bundles/l4 -p "Once upon a time" -n 128',
         'coatrt run bundles/l4 -p "Is ice cold?" --chat --system "Answer briefly."',
-        'coatrt run bundles/l4 -f prompt.txt --temperature 0.8 --top-p 0.95 --stop "\\n\\n"',
+        "coatrt run bundles/l4 -f prompt.txt --temperature 0.8 --stop END",
         'echo "Once upon a time" | coatrt run bundles/l4',
     ),
     first=(
