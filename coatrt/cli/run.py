@@ -32,8 +32,7 @@ __all__ = ["command"]
         'echo "Once upon a time" | coatrt run bundles/l4',
     ),
     first=(
-        *("prompts", "files", "max_tokens", "stop", "chat", "system", "as_json", "temperature", "top_k", "top_p"),
-        *("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed"),
+        *("prompts", "files", "max_tokens", "stop", "chat", "system", "temperature", "top_k", "top_p", "seed"),
         *("backend", "context", "threads"),
     ),
 )
