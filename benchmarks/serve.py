@@ -125,8 +125,8 @@ def main() -> None:
         process.terminate()
         process.wait()
     manifest = json.loads((arguments.bundle / "manifest.json").read_text())
-    facts = {"model": Path(manifest["model"]["source"]).name, "device": arguments.bundle.name}
-    save_result("serve", f"python benchmarks/serve.py {arguments.bundle.name}", {"bundle": facts, **result})
+    facts = {"model": Path(manifest["model"]["source"]).name.rsplit("-", 1)[0], "device": arguments.bundle.name}
+    save_result("serve", "python benchmarks/serve.py BUNDLE", {"bundle": facts, **result})
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from latency_tables import LATENCY_TABLES
 from markdown_tables import ROOT, grid, load
 from method_tables import METHOD_TABLES
 from quantizer_tables import QUANTIZER_TABLES
+from serve_table import SERVE_TABLES
 
 sys.path.insert(0, str(ROOT / "examples"))
 from demo_table import LEVEL, table_cells
@@ -153,6 +154,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **GENAI_TABLES,
     **GPU_TABLES,
     **GPU_OWN_TABLES,
+    **SERVE_TABLES,
 }
 
 

@@ -31,12 +31,11 @@ Ctrl-C stops a reply. A line that begins with // is a message that begins with /
 @documented(
     examples=(
         "coatrt chat bundles/l4",
-        'coatrt chat bundles/l4 --system "Answer briefly." --temperature 0.7 --top-p 0.9',
+        'coatrt chat bundles/l4 --system "Answer briefly." --temperature 0.7',
         'printf "Is ice cold?\\nAnd steam?\\n" | coatrt chat bundles/l4',
     ),
     first=(
-        *("system", "max_tokens", "stop", "temperature", "top_k", "top_p", "min_p"),
-        *("repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "backend", "context", "threads"),
+        *("system", "max_tokens", "stop", "temperature", "top_k", "top_p", "seed", "backend", "context", "threads"),
     ),
 )
 @click.argument("bundle", type=PATH)

@@ -24,10 +24,11 @@ def read_prompts(texts: Sequence[str], files: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: there is no prompt, standard input is named twice, or a file cannot be read.
     """
-    if not texts and not files and not _is_terminal():
-        texts = [_STDIN]
     if not texts and not files:
-        raise ConfigError("no prompt: give -p TEXT, -f FILE, or -p - to read standard input")
+        prompt = "" if _is_terminal() else _read(_STDIN)
+        if not prompt:
+            raise ConfigError("no prompt: give -p TEXT, -f FILE, or write it to standard input")
+        return [prompt]
     if [*texts, *files].count(_STDIN) > 1:
         raise ConfigError("standard input holds one prompt: give '-' once")
     return [_read(text) if text == _STDIN else text for text in texts] + [_read(path) for path in files]

@@ -28,12 +28,11 @@ __all__ = ["command"]
     examples=(
         'coatrt run bundles/l4 -p "Once upon a time" -n 128',
         'coatrt run bundles/l4 -p "Is ice cold?" --chat --system "Answer briefly."',
-        'coatrt run bundles/l4 -f prompt.txt --temperature 0.8 --top-p 0.95 --stop "\\n\\n"',
+        "coatrt run bundles/l4 -f prompt.txt --temperature 0.8 --stop END",
         'echo "Once upon a time" | coatrt run bundles/l4',
     ),
     first=(
-        *("prompts", "files", "max_tokens", "stop", "chat", "system", "as_json", "temperature", "top_k", "top_p"),
-        *("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed"),
+        *("prompts", "files", "max_tokens", "stop", "chat", "system", "temperature", "top_k", "top_p", "seed"),
         *("backend", "context", "threads"),
     ),
 )

@@ -77,8 +77,9 @@ def largest(values: NDArray[Any], count: int) -> NDArray[np.int64]:
 
 def log_probabilities(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     """Return the model's log probabilities, float64 [V], before anything that `Sampling` changes."""
-    shifted = logits.astype(np.float64) - float(logits.max())
-    return shifted - np.log(np.exp(shifted).sum())
+    shifted: NDArray[np.float64] = logits.astype(np.float64) - float(logits.max())
+    shifted -= np.log(np.exp(shifted).sum())
+    return shifted
 
 
 def probabilities(logits: NDArray[Any], sampling: Sampling) -> NDArray[np.float64]:
@@ -100,7 +101,8 @@ def probabilities(logits: NDArray[Any], sampling: Sampling) -> NDArray[np.float6
         weights = _only(weights, order[sums - weights[order] < sampling.top_p])
     if sampling.min_p > 0:
         weights[weights < sampling.min_p * weights.max()] = 0
-    return weights / weights.sum()
+    weights /= weights.sum()
+    return weights
 
 
 def _only(weights: NDArray[np.float64], places: NDArray[np.int64]) -> NDArray[np.float64]:

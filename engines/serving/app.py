@@ -106,8 +106,8 @@ class Service:
                 response = Response(status_code=499)
             except Exception:
                 _log.exception("a request failed")
-                error = ApiError("the server failed; its log says why", 500)
-                response = JSONResponse(error.to_json(), error.status)
+                failure = ApiError("the server failed; its log says why", 500)
+                response = JSONResponse(failure.to_json(), failure.status)
             if not isinstance(response, StreamingResponse):
                 self._metrics.request(response.status_code, time.monotonic() - began)
             return response

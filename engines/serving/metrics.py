@@ -13,7 +13,7 @@ class Metrics:
     """Counters and histograms; the reference of the API lists them."""
 
     def __init__(self) -> None:
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = registry = CollectorRegistry()
 
         def counter(name: str, help: str, *labels: str) -> Counter:

@@ -84,7 +84,8 @@ class OrtRows:
         ids[0, :count] = tokens
         logits = self._run(row, row + 1, ids, lora, np.full((1, 2), count - 1, np.int64))
         self.lengths[row] += count
-        return logits[0, 0]
+        after: NDArray[np.float32] = logits[0, 0]
+        return after
 
     def step(self, tokens: Mapping[int, int], lora: RowsLora) -> dict[int, NDArray[np.float32]]:
         """Append one token to each of some rows; return row → the logits after it, float32 [V]."""

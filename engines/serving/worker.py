@@ -110,9 +110,9 @@ class Worker(threading.Thread):
                 slot.tokens.append(tokens[row])
                 self._take(slot, logits[row])
         with self._changed:
-            slot = self._prompts[0] if self._prompts else None
-        if slot is not None and slot.busy is not None:
-            self._read_prompt(slot, slot.busy, _CHUNK_BETWEEN_STEPS if decoding else _CHUNK_ALONE)
+            first = self._prompts[0] if self._prompts else None
+        if first is not None and first.busy is not None:
+            self._read_prompt(first, first.busy, _CHUNK_BETWEEN_STEPS if decoding else _CHUNK_ALONE)
 
     def _read_prompt(self, slot: Slot, work: Continuation, chunk: int) -> None:
         """Compute the next tokens of a prompt; before the first ones, find what is in a cache already."""

@@ -31,11 +31,11 @@ class Answer:
 class Reference:
     """A bundle, one sequence at a time."""
 
-    def __init__(self, path: Path, context: int) -> None:
+    def __init__(self, path: Path, context: int, level: int = 4) -> None:
         self.bundle, self.context = Bundle.open(path), context
         self.tokenizer = self.bundle.tokenizer()
         self.stop = set(self.bundle.manifest["model"]["stop_tokens"])
-        self.decoder = load_decoder(self.bundle, context=context)
+        self.decoder = load_decoder(self.bundle, context=context, accuracy_level=level)
         self._answers: dict[tuple[Any, ...], Answer] = {}
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:

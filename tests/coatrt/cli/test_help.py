@@ -60,7 +60,7 @@ def parsed(words: Sequence[str]) -> click.Context:
 
 
 def test_every_command_has_examples() -> None:
-    assert len(COMMANDS) == 15
+    assert len(COMMANDS) == 17
     for path, command in COMMANDS.items():
         assert isinstance(command, Command | Group), path
         assert 2 <= len(command.examples) <= 4, path
@@ -140,7 +140,7 @@ def test_the_reference_is_what_help_shows() -> None:
     assert f"## coatrt train\n\n```text\n{shown}```\n" in REFERENCE.page()
 
 
-COSTLY = {"train", "search", "calibrate", "--key", "cuda"}
+COSTLY = {"serve", "train", "search", "calibrate", "--key", "cuda"}
 """Examples with one of these words are parsed only: they train, take minutes, or need a key or a GPU."""
 
 

@@ -32,12 +32,18 @@ def test_standard_input_as_a_file(stdin: io.BytesIO) -> None:
     assert read_prompts([], ["-"]) == ["one"]
 
 
+def test_standard_input_where_nothing_else_is_given(stdin: io.BytesIO) -> None:
+    stdin.write(b"one\ntwo\n")
+    stdin.seek(0)
+    assert read_prompts([], []) == ["one\ntwo"]
+
+
 def test_a_wrong_prompt_is_one_line(tmp_path: Path, stdin: io.BytesIO, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "latin").write_bytes(b"one\n\xe4")
     (tmp_path / "long").write_bytes(b"x" * 11)
     monkeypatch.setattr(prompts, "_MOST_BYTES", 10)
     for texts, files, said in (
-        ([], [], r"^no prompt: give -p TEXT, -f FILE, or -p - to read standard input$"),
+        ([], [], r"^no prompt: give -p TEXT, -f FILE, or write it to standard input$"),
         (["-"], ["-"], "standard input holds one prompt: give '-' once"),
         ([], [tmp_path / "none"], r"^prompt .*none cannot be read \(No such file or directory\); give a UTF-8 file$"),
         ([], [tmp_path], r"cannot be read \(Is a directory\)"),
