@@ -177,7 +177,7 @@ def test_paths_and_methods(server: Server) -> None:
     assert server.post("/v1/models", {}).status_code == 405
 
 
-@pytest.mark.parametrize("header", [None, "Bearer wrong", "Bearer ", "Basic abc", "wrong", "Bearer wröng"])
+@pytest.mark.parametrize("header", [None, "Bearer wrong", "Bearer", "Basic abc", "wrong", "Bearer wröng"])
 def test_the_key_is_needed_below_v1_only(server: Server, header: str | None) -> None:
     headers = {"Authorization": header.encode("latin-1")} if header is not None else {}
     import httpx2
