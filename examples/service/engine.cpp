@@ -97,26 +97,39 @@ void Engine::clean() {
 
 void Engine::admit() {
   for (const auto& task : tasks_)
-    while (task->begun < task->choices() && !task->over) {
+    while (task->begun < task->choices() && !task->over && !reads(*task, task->begun / task->request.n)) {
       if (!rows_.any_free()) return;
-      begin(*task);
+      try {
+        begin(*task);
+      } catch (const std::exception& error) {
+        std::cerr << "service: a request failed: " << error.what() << std::endl;
+        fail(*task, kFailed);
+      }
     }
+}
+
+/// Whether a choice of this prompt is still reading it: the others wait, and copy what it read.
+bool Engine::reads(const Task& task, std::size_t prompt) const {
+  return std::any_of(sequences_.begin(), sequences_.end(), [&](const Sequence& sequence) {
+    return sequence.task == &task && sequence.index / task.request.n == prompt && sequence.reads();
+  });
 }
 
 void Engine::begin(Task& task) {
   const std::size_t index = task.begun++;
   const auto& prompt = task.prompts[index / task.request.n];
-  const auto place = rows_.take(batch_, prompt, task.lora_key, task.lora ? &*task.lora : nullptr);
   coatrt::Sampling sampling = task.request.sampling;
   sampling.seed += 0x9E3779B97F4A7C15U * index;  // a generator for each choice
+  const coatrt::Sampler sampler(sampling, prompt);
+  const auto place = rows_.take(batch_, prompt, task.lora_key, task.lora ? &*task.lora : nullptr);
   const bool once = index % task.request.n == 0;  // a prompt counts once
   if (once) {
     task.usage.cached += place.cached;
     metrics_.prompt(prompt.size(), place.cached);
   }
   task.ticket.run();
-  sequences_.push_back({&task, index, place.row, place.cached, place.cached, coatrt::Sampler(sampling, prompt),
-                        coatrt::TextStream(tokenizer_), coatrt::StopStrings(task.request.stop)});
+  sequences_.push_back({&task, index, place.row, place.cached, sampler, coatrt::TextStream(tokenizer_),
+                        coatrt::StopStrings(task.request.stop)});
 }
 
 /// Read the next tokens of the prompt that came first.

@@ -61,7 +61,7 @@ class Engine {
   /// One choice of a task, in a row.
   struct Sequence {
     Task* task;
-    std::size_t index, row, cached;
+    std::size_t index, row;
     std::size_t done;  // tokens of the prompt in the caches
     coatrt::Sampler sampler;
     coatrt::TextStream text;
@@ -76,6 +76,7 @@ class Engine {
 
   void run();
   void admit();
+  bool reads(const Task& task, std::size_t prompt) const;
   void begin(Task& task);
   void read_piece();
   void decode();
