@@ -157,7 +157,9 @@ def change(directory: Path, key: str, value: Any) -> None:
 
 def _change_tensors(path: Path, what: str) -> None:
     tensors, prefix = load_file(path), "model.layers.1."
-    q = f"{prefix}self_attn.q_proj"
+    q = next(
+        f"{prefix}self_attn.{kind}" for kind in ("q_proj", "qkv_proj") if f"{prefix}self_attn.{kind}.weight" in tensors
+    )
     if what == "bias":
         tensors[f"{q}.bias"] = torch.ones(tensors[f"{q}.weight"].shape[0])
     elif what == "a norm less":
