@@ -161,6 +161,7 @@ OF_NO_ONE_MODULE = {
     "engines/test_cpp_patterns": "the C++ library's globs and regular expressions",
     "engines/test_cpp_service": "the C++ service under attack",
     "engines/test_cpp_tokenizer": "the C++ library's tokenizer",
+    "engines/bundles/test_families": "families unlike Llama, from training to a bundle",
     "export/test_files": "the files that an export leaves",
     "export/test_rtx": "graphs as TensorRT-RTX takes them",
     "coatrt/test_init": "the front door",

@@ -157,17 +157,19 @@ def change(directory: Path, key: str, value: Any) -> None:
 
 def _change_tensors(path: Path, what: str) -> None:
     tensors, prefix = load_file(path), "model.layers.1."
-    q = f"{prefix}self_attn.q_proj"
+    q = next(
+        f"{prefix}self_attn.{kind}" for kind in ("q_proj", "qkv_proj") if f"{prefix}self_attn.{kind}.weight" in tensors
+    )
     if what == "bias":
         tensors[f"{q}.bias"] = torch.ones(tensors[f"{q}.weight"].shape[0])
     elif what == "a norm less":
-        tensors.pop("model.norm.weight")
+        del tensors[next(name for name in tensors if name.startswith("model.") and name.endswith("norm.weight"))]
     elif what == "a layer more":
         tensors |= {k.replace(".1.", ".3."): v.clone() for k, v in tensors.items() if k.startswith(prefix)}
     elif what == "a matrix less":
         del tensors[f"{q}.weight"]
     elif what == "head of its own":
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+        tensors["lm_head.weight"] = (tensors["model.embed_tokens.weight"] + 1).half().float()  # as it is exported
     elif what == "stray":
         tensors["model.layers.0.extra.weight"] = torch.ones(3)
     elif what == "float8":
