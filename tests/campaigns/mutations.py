@@ -28,7 +28,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in sys.path]
 
-from campaigns.inputs import SEALED, make_inputs, reseal, seal_again  # noqa: E402
+from campaigns.inputs import METHODS, SEALED, make_inputs, reseal, seal_again  # noqa: E402
 from campaigns.mutate import mutate  # noqa: E402
 
 __all__ = ["COMMANDS", "KINDS", "Campaign", "run_command"]
@@ -147,11 +147,7 @@ KINDS: dict[str, tuple[str, tuple[tuple[Callable[[Path], None], tuple[str, ...]]
     "model/tokenizer.json": ("model", ((_tokenizer, ("train",)),)),
     "model/tokenizer_config.json": ("model", ((_tokenizer, ("train",)),)),
     "model.gguf": ("model.gguf", ((_model, ("train-gguf",)),)),
-    **{
-        f"{method}/{file}": (method, ((_model, (f"train-{method}",)),))
-        for method in ("gptq", "awq", "compressed-tensors", "modelopt")
-        for file in ("config.json", "model.safetensors")
-    },
+    **{f"{m}/{f}": (m, ((_model, (f"train-{m}",)),)) for m in METHODS for f in ("config.json", "model.safetensors")},
     "chat.jsonl": ("chat.jsonl", ((_data("chat"), ("chat",)),)),
     "choice.jsonl": ("choice.jsonl", ((_data("choice"), ("choice",)),)),
     "data.txt": ("data.txt", ((_data("text"), ("train",)),)),
@@ -193,10 +189,7 @@ COMMANDS = {
     "report-bundle": "report {here}/bundle -o {here}/out.html",
     "run": "run {here}/bundle -p x --chat --max-tokens 2 --lora {here}/lora.safetensors --context 16 --threads 1",
 }
-COMMANDS |= {
-    f"train-{method}": COMMANDS["train"].replace("{here}/model ", f"{{here}}/{method} ")
-    for method in ("gptq", "awq", "compressed-tensors", "modelopt")
-}
+COMMANDS |= {f"train-{m}": COMMANDS["train"].replace("{here}/model ", f"{{here}}/{m} ") for m in METHODS}
 COMMANDS |= {name: COMMANDS[name].replace("--max-length 16", "--max-length 400") for name in ("chat", "choice")}
 
 
