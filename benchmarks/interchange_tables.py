@@ -22,8 +22,8 @@ def interchange() -> str:
     return (
         f"{grid(head, rows)}\n\nNats per token over {found['tokens']:,} held-out tokens "
         f"(`python benchmarks/interchange.py`). Of the compressed-tensors checkpoint of the first row, transformers "
-        f"decompressed {theirs['equal_bit_for_bit']} of {theirs['matrices']} matrices to coatrt's values bit for bit; "
-        f"with PEFT its logits were within {theirs['largest_logit_difference']:.0e} of the largest."
+        f"decompressed {theirs['equal_bit_for_bit']} of {theirs['matrices']} matrices to coatrt's values bit for bit, "
+        f"and its logits with PEFT differed by at most {theirs['largest_logit_difference']:.1g} of the largest."
     )
 
 

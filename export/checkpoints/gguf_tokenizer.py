@@ -43,7 +43,7 @@ def write_tokenizer(writer: Any, directory: Path, vocabulary: int) -> None:
 
     sentence_piece = directory / "tokenizer.model"
     if sentence_piece.is_file():
-        rows = list(_pieces(sentence_piece, directory))
+        rows, has_merges = list(_pieces(sentence_piece, directory)), False
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
     else:
@@ -51,6 +51,7 @@ def write_tokenizer(writer: Any, directory: Path, vocabulary: int) -> None:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_splitting(directory, content))
         rows = [(token, 0.0, kind) for token, kind in _byte_level(content)]
+        has_merges = bool(content["model"].get("merges"))
     if len(rows) > vocabulary:
         raise CheckpointError(
             f"{directory} has {len(rows)} tokens and an embedding of {vocabulary} rows; GGUF needs a row for each"
@@ -60,7 +61,7 @@ def write_tokenizer(writer: Any, directory: Path, vocabulary: int) -> None:
     if sentence_piece.is_file():
         writer.add_token_scores([score for _, score, _ in rows])
     writer.add_token_types([kind for _, _, kind in rows])
-    special = gguf.SpecialVocab(directory, load_merges=not sentence_piece.is_file(), n_vocab=vocabulary)
+    special = gguf.SpecialVocab(directory, load_merges=has_merges, n_vocab=vocabulary)
     special.add_to_gguf(writer, quiet=True)
 
 

@@ -12,8 +12,10 @@ from support.quantized import write_methods
 from support.seals import seal_text
 from support.tiny import TEXTS, save_tiny_llama, text_data, tiny_options
 
-__all__ = ["SEALED", "make_inputs", "reseal", "seal_again"]
+__all__ = ["METHODS", "SEALED", "make_inputs", "reseal", "seal_again"]
 
+METHODS = ("gptq", "awq", "compressed-tensors", "modelopt")
+"""Folders of quantized checkpoints, see `write_methods`."""
 SEALED = ("adapter.json", "archive.json", "cpu.json", "manifest.json", "run.json", "sensitivity.json")
 
 _TOOLS = [{"type": "function", "function": {"name": "sum", "parameters": {"type": "object"}}}]

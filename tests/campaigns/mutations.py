@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in sys.path]
 
 from campaigns import readers  # noqa: E402
-from campaigns.inputs import SEALED, make_inputs, reseal, seal_again  # noqa: E402
+from campaigns.inputs import METHODS, SEALED, make_inputs, reseal, seal_again  # noqa: E402
 from campaigns.mutate import mutate  # noqa: E402
 
 __all__ = ["COMMANDS", "KINDS", "Campaign", "run_command"]
@@ -51,7 +51,7 @@ KINDS: dict[str, tuple[str, tuple[tuple[Callable[[Path], None], tuple[str, ...]]
     "model.gguf": ("model.gguf", ((readers.read_model, ("train-gguf",)),)),
     **{
         f"{method}/{file}": (method, ((readers.read_model, (f"train-{method}",)),))
-        for method in ("gptq", "awq", "compressed-tensors", "modelopt")
+        for method in METHODS
         for file in ("config.json", "model.safetensors")
     },
     "chat.jsonl": ("chat.jsonl", ((readers.read_data("chat"), ("chat",)),)),
@@ -97,10 +97,7 @@ COMMANDS = {
     "report-bundle": "report {here}/bundle -o {here}/out.html",
     "run": "run {here}/bundle -p x --chat --max-tokens 2 --lora {here}/lora.safetensors --context 16 --threads 1",
 }
-COMMANDS |= {
-    f"train-{method}": COMMANDS["train"].replace("{here}/model ", f"{{here}}/{method} ")
-    for method in ("gptq", "awq", "compressed-tensors", "modelopt")
-}
+COMMANDS |= {f"train-{m}": COMMANDS["train"].replace("{here}/model ", f"{{here}}/{m} ") for m in METHODS}
 COMMANDS |= {name: COMMANDS[name].replace("--max-length 16", "--max-length 400") for name in ("chat", "choice")}
 
 

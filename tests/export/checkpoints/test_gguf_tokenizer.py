@@ -83,3 +83,37 @@ def test_other_splittings_are_refused(tmp_path: Path) -> None:
     save_bpe(tmp_path, Sequence([Punctuation(), ByteLevel(add_prefix_space=False)]))
     with pytest.raises(CheckpointError, match=r"llama.cpp has no name for the way .*Punctuation"):
         check_tokenizer(tmp_path)
+
+
+def test_a_sentencepiece_model_keeps_pieces_scores_and_types(tmp_path: Path) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece", reason="needs the gguf extra")
+    (tmp_path / "text").write_text("the cat sat on the mat, 1234 times; don't ask — naïve\n" * 40)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"),
+        model_prefix=str(tmp_path / "tokenizer"),
+        model_type="bpe",
+        vocab_size=300,
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "eos_token_id": 2}')
+    added = [{"id": 300, "content": "<|tool|>", "special": True}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE"}, "added_tokens": added}))
+    check_tokenizer(tmp_path)
+    writer = gguf.GGUFWriter(str(tmp_path / "m.gguf"), "llama")
+    write_tokenizer(writer, tmp_path, 304)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    fields = {key: field.contents() for key, field in gguf.GGUFReader(tmp_path / "m.gguf").fields.items()}
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    assert fields["tokenizer.ggml.model"] == "llama"
+    tokens, scores = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.scores"]
+    kinds = fields["tokenizer.ggml.token_type"]
+    assert tokens[:300] == [processor.id_to_piece(i) for i in range(300)]
+    assert scores[:300] == [processor.get_score(i) for i in range(300)]
+    assert kinds[:3] == [2, 3, 3]  # unknown, start, end
+    assert kinds[tokens.index("<0x41>")] == 6
+    assert (tokens[300], kinds[300], kinds[303]) == ("<|tool|>", 3, 5)
+    assert fields["tokenizer.ggml.eos_token_id"] == 2
