@@ -12,7 +12,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from coatrt.bundle import Bundle
+from coatrt.bundle import Bundle, seal
 from coatrt.configs.config import QuantConfig
 from coatrt.engines.genai.destination import SUMS
 from coatrt.engines.genai.export import export_genai
@@ -320,6 +320,18 @@ def test_outputs_and_names_that_are_refused(bundle: Bundle, tmp_path: Path) -> N
     (tmp_path / "used" / "notes").write_text("mine")
     assert "holds other files (notes)" in refusal(tmp_path / "used", overwrite=True)
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "adapters/a.json", "weights.bin"])
+def test_names_that_the_export_needs_itself(name: str, tiny_bundle: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    (copy / "tokenizer" / name).parent.mkdir(exist_ok=True)
+    (copy / "tokenizer" / name).write_text("{}")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    seal(copy, {key: value for key, value in manifest.items() if key not in ("seal", "format", "coatrt", "files")})
+    with pytest.raises(BundleError, match=f"has a file called {name.split('/')[0]}, which an export cannot hold"):
+        export_genai(Bundle.open(copy), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_export_is_replaced_only_whole_and_when_asked(bundle: Bundle, tmp_path: Path) -> None:
