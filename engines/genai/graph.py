@@ -59,9 +59,9 @@ def genai_graph(
         raise BundleError(f"{source.name} has {named}, which its bundle does not name; build the bundle again")
     for name, value in lora.items():
         if found.inputs[name] != value.shape:
+            shape = found.inputs[name]
             raise BundleError(
-                f"{source.name}: {name} has shape {found.inputs[name]}, its bundle says {value.shape}; build the bundle "
-                "again"
+                f"{source.name}: {name} is {shape}, its bundle says {value.shape}; build the bundle again"
             )
     mask = onnx.helper.make_tensor_value_info(MASK, onnx.TensorProto.INT64, ["B", "total"])
     body = list(graph.node)
