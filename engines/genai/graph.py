@@ -60,9 +60,7 @@ def genai_graph(
     for name, value in lora.items():
         if found.inputs[name] != value.shape:
             shape = found.inputs[name]
-            raise BundleError(
-                f"{source.name}: {name} is {shape}, its bundle says {value.shape}; build the bundle again"
-            )
+            raise BundleError(f"{source.name}: {name} is {shape}, its bundle says {value.shape}; build it again")
     mask = onnx.helper.make_tensor_value_info(MASK, onnx.TensorProto.INT64, ["B", "total"])
     body = list(graph.node)
     for field in (graph.input, graph.node):
