@@ -94,16 +94,14 @@ def score(directory: Path, rows: list[list[int]], python: str) -> dict[str, Any]
 
 
 LOAD = """
-import json, os, sys, time
-import psutil, onnxruntime as ort
-options = ort.SessionOptions()
-options.intra_op_num_threads = 1
-options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
+import json, sys, time
+from pathlib import Path
+import psutil
+from coatrt.engines.runtime.ort import session
 started = time.perf_counter()
-session = ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+opened = session(Path(sys.argv[1]), 1, 4)
 seconds = time.perf_counter() - started
-memory = psutil.Process().memory_full_info()
-print(json.dumps({"seconds": seconds, "resident_bytes": memory.rss, "unshared_bytes": memory.uss}))
+print(json.dumps({"seconds": seconds, "unshared_bytes": psutil.Process().memory_full_info().uss}))
 """
 
 

@@ -24,7 +24,8 @@ def genai() -> str:
     texts = next(iter(found["texts"].values()))
     note = (
         f"SmolLM2-135M on the CPU, onnxruntime-genai {found['onnxruntime_genai']}: {texts['prompts']} prompts, "
-        f"{texts['tokens']} tokens each, compared with `coatrt run`."
+        f"{texts['tokens']} tokens each, compared with `coatrt run`. Its tokenizer gave coatrt's ids for "
+        f"{texts['equal_prompts']} of {texts['prompts']} prompts."
     )
     if "lm_eval" in found:
         score = next(iter(found["lm_eval"].values()))
@@ -35,9 +36,10 @@ def genai() -> str:
     if "optional_inputs" in found:
         inputs = found["optional_inputs"]
         more = inputs["zeros"]["unshared_bytes"] - inputs["required"]["unshared_bytes"]
+        zeros, own = (inputs[kind]["file_bytes"] / 1e6 for kind in ("zeros", "LoRA"))
         note += (
-            f" Default values cost {more / 1e6:.1f} MB of memory, and {inputs['zeros']['file_bytes'] / 1e6:.2f} MB on "
-            f"disk for zeros, {inputs['LoRA']['file_bytes'] / 1e6:.1f} MB for the LoRA itself."
+            f" LoRA inputs with default values cost {more / 1e6:.1f} MB of memory, and {zeros:.2f} MB on disk for "
+            f"zeros, {own:.1f} MB for the LoRA itself."
         )
     return f"{grid(head, rows)}\n\n{note} `{found['command']}`"
 

@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,8 @@ from coatrt.bundle import Bundle
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import DecoderIO
 from coatrt.engines.bundles.adapt import write_onnx_adapter
-from coatrt.engines.genai.destination import check_destination, write_sums
-from coatrt.engines.genai.graph import attention_heads, genai_graph
+from coatrt.engines.genai.destination import SUMS, check_destination, write_sums
+from coatrt.engines.genai.graph import LORA_FILE, attention_heads, genai_graph
 from coatrt.engines.genai.options import GenaiOptions, Provider
 from coatrt.engines.genai.settings import CONFIG, MODEL, genai_settings
 from coatrt.engines.runtime.emitter import Emitter
@@ -113,6 +113,7 @@ class Variant:
         bundle, contract = self.bundle, self.bundle.contract
         source, io = bundle.decoder(self.provider)
         weights = bundle.manifest["decoders"][self.provider]["weights"]
+        _refuse_clashes(bundle, weights)
         emitter = Emitter.of(bundle) if adapters or "lora" not in bundle.manifest else None
         own = self._own(emitter)
         loras: dict[str, Lora] = {_OWN: own}
@@ -152,6 +153,19 @@ def variant_of(bundle: Bundle, options: GenaiOptions) -> Variant:
     if provider not in (decoders := bundle.manifest["decoders"]):
         raise BundleError(f"{bundle.directory} has no {provider} graph, only {', '.join(decoders)}; build it again")
     return Variant(bundle, provider, options)
+
+
+def _refuse_clashes(bundle: Bundle, weights: str) -> None:
+    """Refuse a bundle whose weights or tokenizer have names that the export needs for other files."""
+    own = {MODEL, CONFIG, LORA_FILE, SUMS, ADAPTERS}
+    tokenizer = {PurePosixPath(name).parts[1] for name in bundle.manifest["files"] if name.startswith("tokenizer/")}
+    clashes = sorted((own | {weights}) & tokenizer | own & {weights})
+    if PurePosixPath(weights).name != weights:
+        clashes.append(weights)
+    if clashes:
+        raise BundleError(
+            f"{bundle.directory} has a file called {clashes[0]}, which an export cannot hold; build it again"
+        )
 
 
 def _dtype(io: DecoderIO) -> np.dtype[Any]:

@@ -42,11 +42,13 @@ def genai_graph(
         all_logits: return the logits of every token of a call instead of the last one's.
 
     Raises:
-        BundleError: the graph has an input that is not known here.
+        BundleError: the graph has an input that is not known here, or lacks one or the logits.
     """
     import onnx
 
-    read_onnx(source)  # refuses what is not a complete graph
+    found = read_onnx(source)  # refuses what is not a complete graph
+    if len(found.outputs.get("logits", ())) != 3:
+        raise BundleError(f"{source.name} has no logits [batch, tokens, vocabulary]; build the bundle again")
     model = onnx.load(source, load_external_data=False)
     graph = model.graph
     inputs = {value.name: value for value in graph.input}
@@ -55,6 +57,10 @@ def genai_graph(
     if front.unknown or len(caches) != len(io.past_names) or not set(lora) <= set(inputs):
         named = ", ".join(sorted(front.unknown)) or "other caches or LoRA inputs"
         raise BundleError(f"{source.name} has {named}, which its bundle does not name; build the bundle again")
+    for name, value in lora.items():
+        if found.inputs[name] != value.shape:
+            shape = found.inputs[name]
+            raise BundleError(f"{source.name}: {name} is {shape}, its bundle says {value.shape}; build it again")
     mask = onnx.helper.make_tensor_value_info(MASK, onnx.TensorProto.INT64, ["B", "total"])
     body = list(graph.node)
     for field in (graph.input, graph.node):
@@ -73,9 +79,17 @@ def genai_graph(
 
 
 def attention_heads(model: Any) -> int:
-    """Return the number of query heads of a graph."""
-    attention = next(node for node in model.graph.node if node.op_type == "GroupQueryAttention")
-    return int(next(attribute.i for attribute in attention.attribute if attribute.name == "num_heads"))
+    """Return the number of query heads of a graph.
+
+    Raises:
+        BundleError: it has no attention of ONNX Runtime's.
+    """
+    for node in model.graph.node:
+        if node.op_type == "GroupQueryAttention":
+            for attribute in node.attribute:
+                if attribute.name == "num_heads":
+                    return int(attribute.i)
+    raise BundleError("the graph has no GroupQueryAttention with num_heads; build the bundle again")
 
 
 class _Front:

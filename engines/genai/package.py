@@ -109,7 +109,7 @@ def _named(bundles: Sequence[Bundle], options: GenaiOptions) -> dict[str, Varian
     if any(hashes != tokenizers[0] for hashes in tokenizers):
         raise ConfigError("the bundles have different tokenizers; build them from one model directory")
     devices = [str((bundle.manifest.get("device") or {}).get("id", "")) for bundle in bundles]
-    unique = all(devices) and len(set(devices)) == len(devices)
+    unique = all(map(_plain, devices)) and len(set(devices)) == len(devices)
     names = devices if unique else [bundle.directory.resolve().name for bundle in bundles]
     taken = sorted({name for name in names if names.count(name) > 1 or name in (_ASSETS, MANIFEST, SUMS)})
     if taken:
@@ -118,6 +118,11 @@ def _named(bundles: Sequence[Bundle], options: GenaiOptions) -> dict[str, Varian
         )
     order = sorted(zip(names, bundles, strict=True), key=lambda pair: pair[1].manifest["configuration"]["bytes"])
     return {name: variant_of(bundle, options) for name, bundle in order}
+
+
+def _plain(name: str) -> bool:
+    """Return whether a name is that of a file in a directory, and of no other directory."""
+    return name not in ("", "..") and Path(name).name == name and name.isprintable()
 
 
 def _folders(variants: Mapping[str, Variant]) -> dict[str, str]:

@@ -12,7 +12,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from coatrt.bundle import Bundle
+from coatrt.bundle import Bundle, seal
 from coatrt.configs.config import QuantConfig
 from coatrt.engines.genai.destination import SUMS
 from coatrt.engines.genai.export import export_genai
@@ -289,21 +289,6 @@ def test_an_altered_file_is_not_exported(name: str, tiny_bundle: Path, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("options", "line"),
-    [
-        ({"provider": "tpu"}, "provider must be one of cpu, cuda, got 'tpu'"),
-        ({"lora": "maybe"}, "lora must be one of on, off, got 'maybe'"),
-        ({"accuracy_level": 2}, "accuracy_level must be one of 0, 1, 4, got 2"),
-        ({"accuracy_level": True}, "accuracy_level must be one of 0, 1, 4, got True"),
-        ({"max_length": 0}, "max_length must be a whole number of at least 1, got 0"),
-    ],
-)
-def test_options_out_of_range(options: dict[str, Any], line: str) -> None:
-    with pytest.raises(ConfigError, match=line):
-        GenaiOptions(**options)
-
-
 def test_outputs_and_names_that_are_refused(bundle: Bundle, tmp_path: Path) -> None:
     def refusal(output: Path, options: GenaiOptions = GenaiOptions(), **more: Any) -> str:
         with pytest.raises(ConfigError) as caught:
@@ -320,6 +305,18 @@ def test_outputs_and_names_that_are_refused(bundle: Bundle, tmp_path: Path) -> N
     (tmp_path / "used" / "notes").write_text("mine")
     assert "holds other files (notes)" in refusal(tmp_path / "used", overwrite=True)
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "adapters/a.json", "weights.bin"])
+def test_names_that_the_export_needs_itself(name: str, tiny_bundle: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    (copy / "tokenizer" / name).parent.mkdir(exist_ok=True)
+    (copy / "tokenizer" / name).write_text("{}")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    seal(copy, {key: value for key, value in manifest.items() if key not in ("seal", "format", "coatrt", "files")})
+    with pytest.raises(BundleError, match=f"has a file called {name.split('/')[0]}, which an export cannot hold"):
+        export_genai(Bundle.open(copy), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_export_is_replaced_only_whole_and_when_asked(bundle: Bundle, tmp_path: Path) -> None:

@@ -118,5 +118,13 @@ def test_a_graph_with_another_input_is_refused(tmp_path: Path) -> None:
     model = onnx.load(tmp_path / "graph" / CPU.file, load_external_data=False)
     model.graph.input.add(name="more")
     onnx.save(model, tmp_path / "graph" / CPU.file)
+    io = decoder_io(checkpoint, CPU)
     with pytest.raises(BundleError, match=r"cpu\.onnx has more, which its bundle does not name"):
-        genai_graph(tmp_path / "graph" / CPU.file, decoder_io(checkpoint, CPU), {}, tmp_path)
+        genai_graph(tmp_path / "graph" / CPU.file, io, {}, tmp_path)
+    del model.graph.input[-1]
+    next(value for value in model.graph.output if value.name == "logits").name = "more"
+    onnx.save(model, tmp_path / "graph" / CPU.file)
+    with pytest.raises(BundleError, match="has no logits"):
+        genai_graph(tmp_path / "graph" / CPU.file, io, {}, tmp_path)
+    with pytest.raises(BundleError, match="has no GroupQueryAttention"):
+        attention_heads(onnx.ModelProto())

@@ -121,6 +121,14 @@ def test_what_is_refused(bundles: dict[str, Bundle], package: Path, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
+def test_a_device_s_name_never_leads_out_of_the_package(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    own = bundles["l4"]
+    for name in ("../../evil", "/evil", "..", "", "a/b"):
+        hostile = Bundle(own.directory, {**own.manifest, "device": {"id": name}})
+        assert list(package_genai([hostile], tmp_path / "p", overwrite=True).variants) == ["l4"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p"]
+
+
 def test_a_package_may_be_replaced(bundles: dict[str, Bundle], tmp_path: Path) -> None:
     for overwrite in (False, True):
         package_genai([bundles["cpu"]], tmp_path / "fleet", overwrite=overwrite)
