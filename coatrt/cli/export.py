@@ -19,8 +19,8 @@ _OF_BUNDLES = ("activations", "cpu_activations", "context", "sign")
     examples=(
         "coatrt export adapter --config plan.json -o exported",
         "coatrt export adapter --config plan.json -o exported-4k --context 4096",
-        "coatrt export adapter --config plan.json --format compressed-tensors -o for-vllm",
-        "coatrt export adapter --config plan.json --format gguf -o for-llama.cpp",
+        "coatrt export adapter --config plan.json --format compressed-tensors -o vllm",
+        "coatrt export adapter --config plan.json --format gguf -o llama.cpp",
     ),
     first=("config_path", "output", "kind"),
 )
@@ -44,10 +44,10 @@ _OF_BUNDLES = ("activations", "cpu_activations", "context", "sign")
 def command(
     adapter: Path, config_path: Path, output: Path, kind: str, model: str | None, overwrite: bool, **choices: Any
 ) -> None:
-    """Export a configuration: as a bundle of ONNX graphs without an engine, or for other runtimes.
+    """Export a configuration as a bundle without an engine, or for other runtimes.
 
-    A bundle holds the hypernetwork and the LoRA, too, and runs with --backend ort and cuda. ADAPTER is a directory that
-    coatrt train wrote.
+    A bundle holds ONNX graphs, the hypernetwork and the LoRA, and runs with --backend ort and cuda. ADAPTER is a
+    directory that coatrt train wrote.
     """
     if kind == "bundle":
         _bundle(adapter, config_path, output, model, overwrite, **choices)

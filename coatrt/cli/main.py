@@ -28,7 +28,7 @@ _SECTIONS = {
     "More commands": {
         "devices": "List the known devices; probe or time those of this machine.",
         "adapt": "Emit the LoRA of a configuration with a bundle's hypernetwork.",
-        "export": "Export a configuration: as a bundle of ONNX graphs without an engine, or for other runtimes.",
+        "export": "Export a configuration as a bundle without an engine, or for other runtimes.",
         "search": "Measure configurations on held-out data, to improve later plans.",
         "cmake-dir": "Print the directory of the C++ library's CMake package.",
     },
