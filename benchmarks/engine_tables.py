@@ -124,7 +124,23 @@ def cpu() -> str:
     )
 
 
+def gemma3() -> str:
+    """Gemma 3 270M from training to text."""
+    found = load("gemma3")
+    perplexity, seconds = found["perplexity"], found["seconds"]
+    formats = ", ".join(f"{count} {name}" for name, count in sorted(found["formats"].items()))
+    row = [found["device"], f"{found['bits']:.2f}", formats, f"{found['engine_bytes'] / 1e6:.0f}"]
+    row += [f"{perplexity[name]:.1f}" for name in ("base", "quantized", "adapted")]
+    head = ["GPU", "bits per weight", "matrices", "engine MB", "perplexity, original", "no LoRA", "its LoRA"]
+    took = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+    return (
+        f"{grid(head, [row])}\n\n{found['steps']} steps; {found['tokens']:,} held-out tokens in passages of "
+        f"{found['length']}; on a busy machine: {took}."
+    )
+
+
 _MAKERS = (
+    gemma3,
     sizes,
     engine_program,
     billion,

@@ -103,21 +103,17 @@ class Network:
     def _logits(self, x: ir.Value, name: str) -> ir.Value:
         """Return the logits [B, T, V]: the head's product, its bias, divisor and soft cap."""
         graph, spec, bias = self._graph, self._spec, self._tensor(f"{HEAD}.bias")
-        steps: list[Callable[[ir.Value, str], ir.Value]] = [
-            lambda x, name: graph.op("MatMul", [x, self._weights.single[HEAD]], name)
-        ]
+        steps: list[tuple[str, ir.Value | None]] = [("MatMul", self._weights.single[HEAD])]
         if bias is not None:
-            stored = graph.small(f"{HEAD}.bias", bias)
-            steps.append(lambda x, name: graph.op("Add", [x, stored], name))
+            steps.append(("Add", graph.small(f"{HEAD}.bias", bias)))
         if spec.logits_divisor != 1.0:
-            steps.append(lambda x, name: graph.op("Div", [x, graph.real(spec.logits_divisor)], name))
+            steps.append(("Div", graph.real(spec.logits_divisor)))
         if spec.logits_cap:
-            cap = spec.logits_cap
-            steps.append(lambda x, name: graph.op("Div", [x, graph.real(cap)], name))
-            steps.append(lambda x, name: graph.op("Tanh", [x], name))
-            steps.append(lambda x, name: graph.op("Mul", [x, graph.real(cap)], name))
-        for number, step in enumerate(steps, 1):
-            x = step(x, name if number == len(steps) else f"logits.{number}")
+            cap = graph.real(spec.logits_cap)
+            steps += [("Div", cap), ("Tanh", None), ("Mul", cap)]
+        for number, (op, other) in enumerate(steps, 1):
+            inputs = [x] if other is None else [x, other]
+            x = graph.op(op, inputs, name if number == len(steps) else f"logits.{number}")
         return x
 
     def _sequence_ends(self, ids: ir.Value) -> tuple[ir.Value, ir.Value]:
