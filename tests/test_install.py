@@ -32,14 +32,14 @@ LISTS = {extra: listed(text) for extra, text in SETUP["options.extras_require"].
 
 
 def test_the_base_has_no_package_of_an_extra() -> None:
-    extras = ("cpu", "cuda", "train", "report", "rtx", "tensorrt", "gguf", "sign", "all", "dev", "docs")
+    extras = ("cpu", "cuda", "train", "report", "rtx", "tensorrt", "gguf", "sign", "serve", "all", "dev", "docs")
     assert set(LISTS) == set(extras)
     for extra in extras:
         assert not names(BASE) & names(LISTS[extra]), extra
 
 
 def test_all_is_the_union_of_what_it_stands_for() -> None:
-    parts = ("train", "report", "rtx", "gguf", "sign", "cuda")
+    parts = ("train", "report", "rtx", "gguf", "sign", "serve", "cuda")
     assert LISTS["all"] == set[str]().union(*(LISTS[part] for part in parts))
 
 
