@@ -63,7 +63,7 @@ def command(
     """
     from coatrt.system.extras import require
 
-    require("coatrt serve", "serve")
+    require("coatrt serve", "serve", "cpu")
     from coatrt.bundle import Bundle
     from coatrt.engines.runtime.options import RuntimeOptions
     from coatrt.engines.serving.options import ServeOptions

@@ -97,16 +97,16 @@ class BundleTokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes that a token stands for, also where they are part of a character; none if it is unknown."""
-        if token in self._added:
-            return str(self._added[token].content).encode()
         text = self._tokenizer.id_to_token(token)
         if text is None:
             return b""
+        if not self._is_byte_level and re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", text):
+            return bytes([int(text[3:5], 16)])
+        if token in self._added:
+            return str(self._added[token].content).encode()
         if self._is_byte_level:
             table = _byte_alphabet()
             return b"".join(table.get(c, c.encode()) for c in text)
-        if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", text):
-            return bytes([int(text[3:5], 16)])
         return str(text).replace("\u2581", " ").encode()
 
     def get_chat_template(self, chat_template: None = None, tools: Sequence[Any] | None = None) -> Any:

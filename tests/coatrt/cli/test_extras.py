@@ -36,8 +36,8 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "export, ortpackage": ("export BUNDLE --format ortpackage -o NEW.ortpackage", ("cpu",)),
     "run": ("run BUNDLE -p cat --max-tokens 4 --context 64", ("cpu",)),
     "run, chat": ("run BUNDLE -p cat --max-tokens 4 --context 64 --chat", ("cpu",)),
-    "chat": ("chat BUNDLE", ("cpu",)),
-    "serve": ("serve BUNDLE", ("serve", "cpu")),
+    "chat": ("chat BUNDLE --context 64 -n 2", ("cpu",)),
+    "serve": ("serve BUNDLE --port 0", ("serve", "cpu")),
     "lm-eval": ("lm-eval --model coatrt --model_args bundle=BUNDLE --tasks x", ("eval", "cpu")),
     "bench": ("bench BUNDLE --prompt 4 --tokens 2 --repeat 1", ("cpu",)),
     "verify": ("verify BUNDLE", ("cpu",)),
@@ -61,7 +61,7 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "train, GGUF": ("train GGUF --data TEXT -o NEW.gguf", ("gguf", "train", "cpu")),
 }
 """Name → command, and the extras it needs."""
-NOT_DONE = ("build, signed", "build, engine", "devices calibrate", "train, GGUF", "chat", "serve", "lm-eval")
+NOT_DONE = ("serve", "lm-eval", "build, signed", "build, engine", "devices calibrate", "train, GGUF")
 """What is long or has tests of its own: only what it says without its packages is looked at."""
 ALL = {module: extra for extra, modules in EXTRAS.items() for module in modules}
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from coatrt.data.chat_template import Rendering, chat_template
+from coatrt.engines.runtime.text_stream import TextStream
 from coatrt.errors import CheckpointError
-from coatrt.models.bundle_tokenizer import BundleTokenizer, check_same, open_tokenizer
+from coatrt.models.bundle_tokenizer import BundleTokenizer, check_same, open_tokenizer, token_bytes
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.models.tokenizer import load_tokenizer
 from support.tiny import TEXTS
@@ -152,6 +153,35 @@ def test_streams_of_any_tokens_are_those_of_transformers(pair: tuple[Any, Bundle
             for skip in (True, False):
                 text = ours.decode(ids[:end], skip_special_tokens=skip)
                 assert text == theirs.decode(ids[:end], skip_special_tokens=skip)
+
+
+@pytest.mark.parametrize("kind", [byte_level, sentencepiece_like, smollm2])
+def test_bytes_of_tokens_add_up_to_the_text(kind: Callable[[], Any], tmp_path: Path) -> None:
+    kind().save_pretrained(tmp_path)
+    tokenizer = open_tokenizer(tmp_path)
+    draw = random.Random(7)
+    rows = tokenizer(strings(100), add_special_tokens=False)["input_ids"]
+    if kind is not sentencepiece_like:  # its decoder replaces bytes of an invalid sequence that were valid before
+        rows += [[draw.randrange(380) for _ in range(draw.randint(1, 12))] for _ in range(100)]
+    for ids in rows:
+        found = b"".join(token_bytes(tokenizer, token) for token in ids).decode(errors="replace")
+        text = tokenizer.decode(ids, skip_special_tokens=False)
+        assert text in (found, found.removeprefix(" "))
+    assert token_bytes(tokenizer, 10**6) == b""
+
+
+@pytest.mark.parametrize("kind", [byte_level, sentencepiece_like, smollm2])
+def test_text_streams_add_up_to_the_text(kind: Callable[[], Any], tmp_path: Path) -> None:
+    kind().save_pretrained(tmp_path)
+    tokenizer = open_tokenizer(tmp_path)
+    draw = random.Random(8)
+    rows = tokenizer(strings(150), add_special_tokens=True)["input_ids"]
+    if kind is not sentencepiece_like:  # see above
+        rows += [[draw.randrange(380) for _ in range(draw.randint(1, 30))] for _ in range(150)]
+    for ids in rows:
+        stream = TextStream(tokenizer)
+        pieces = [*map(stream.push, ids), stream.close()]
+        assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def test_templates_and_special_tokens_are_those_of_transformers(pair: tuple[Any, BundleTokenizer]) -> None:

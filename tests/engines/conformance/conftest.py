@@ -17,6 +17,8 @@ import pytest
 from support.openai_servers import KEY, KINDS, Server, start_server
 from support.reference import Reference
 
+pytest.importorskip("openai", reason="the conformance suite needs OpenAI's client: pip install openai")
+
 URL = os.environ.get("COATRT_CONFORMANCE_URL")
 CONTEXT = int(os.environ.get("COATRT_CONFORMANCE_CONTEXT", "512"))
 LEVEL = os.environ.get("COATRT_CONFORMANCE_LEVEL", "4")
