@@ -125,7 +125,18 @@ def main() -> None:
     library = call(sys.executable, "-m", "coatrt", "cmake-dir", "--onnxruntime").strip()
     with tempfile.TemporaryDirectory() as name:
         program = arguments.program or build(Path(name), "examples/service")["service"]
-        options = ["--name", "m", "--port", str(PORT), "--sessions", str(SESSIONS), "--context", "256"]
+        options = [
+            "--name",
+            "m",
+            "--port",
+            str(PORT),
+            "--sessions",
+            str(SESSIONS),
+            "--context",
+            "256",
+            "--threads",
+            "1",
+        ]
         command = [str(program), str(arguments.bundle), *options]
         service = subprocess.Popen(
             command, env={**os.environ, "COATRT_ONNXRUNTIME": library}, stderr=subprocess.PIPE, text=True
