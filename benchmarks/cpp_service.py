@@ -1,6 +1,6 @@
 """examples/service under load on loopback: errors, wrong answers, latencies, memory; what decoding together is worth.
 
-python benchmarks/cpp_service.py BUNDLE [--seconds 60] [--clients 8] [--program SERVICE]
+python benchmarks/cpp_service.py BUNDLE [--seconds 60] [--clients 8] [--rounds 3] [--stream-tokens 64]
 """
 
 import argparse
@@ -30,8 +30,6 @@ CHOICES: list[dict[str, Any]] = [
 ]
 SESSIONS = 8
 TOKENS = 16
-STREAM_TOKENS = 64  # of the streams whose speed is compared
-ROUNDS = 3
 JSON = {"Content-Type": "application/json"}
 
 Answer = tuple[str, list[str], list[float]]
@@ -120,12 +118,25 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3, help="of the comparison of streams")
+    parser.add_argument("--stream-tokens", type=int, default=64, help="of each stream that is compared")
     parser.add_argument("--program", type=Path, help="a compiled service, instead of compiling one")
     arguments = parser.parse_args()
     library = call(sys.executable, "-m", "coatrt", "cmake-dir", "--onnxruntime").strip()
     with tempfile.TemporaryDirectory() as name:
         program = arguments.program or build(Path(name), "examples/service")["service"]
-        options = ["--name", "m", "--port", str(PORT), "--sessions", str(SESSIONS), "--context", "256"]
+        options = [
+            "--name",
+            "m",
+            "--port",
+            str(PORT),
+            "--sessions",
+            str(SESSIONS),
+            "--context",
+            "256",
+            "--threads",
+            "1",
+        ]
         command = [str(program), str(arguments.bundle), *options]
         service = subprocess.Popen(
             command, env={**os.environ, "COATRT_ONNXRUNTIME": library}, stderr=subprocess.PIPE, text=True
@@ -134,7 +145,10 @@ def main() -> None:
             assert service.stderr is not None
             line = service.stderr.readline()
             assert line.startswith("listening"), line
-            result = {"streams": streams(), **load(service.pid, arguments.clients, arguments.seconds)}
+            result = {
+                "streams": streams(arguments.rounds, arguments.stream_tokens),
+                **load(service.pid, arguments.clients, arguments.seconds),
+            }
         finally:
             service.send_signal(signal.SIGTERM)
             code = service.wait(60)
@@ -142,16 +156,16 @@ def main() -> None:
     save_result("cpp_service", "python benchmarks/cpp_service.py BUNDLE", result)
 
 
-def decode_seconds(count: int) -> float:
+def decode_seconds(count: int, tokens: int) -> float:
     """Return the seconds that so many streams together take for a token each, from their first tokens on."""
     spans: list[tuple[float, float]] = []
 
     def client(number: int) -> None:
         connection = HTTPConnection("127.0.0.1", PORT, timeout=600)
         start = time.perf_counter()
-        more = {"max_tokens": STREAM_TOKENS, "ignore_eos": True}
+        more = {"max_tokens": tokens, "ignore_eos": True}
         answer, first = ask(connection, PROMPTS[number % len(PROMPTS)], CHOICES[0], stream=True, **more)
-        assert len(answer[1]) == STREAM_TOKENS
+        assert len(answer[1]) == tokens
         spans.append((start + first, time.perf_counter()))
 
     threads = [threading.Thread(target=client, args=(number,)) for number in range(count)]
@@ -159,19 +173,19 @@ def decode_seconds(count: int) -> float:
         thread.start()
     for thread in threads:
         thread.join()
-    return (max(end for _, end in spans) - min(first for first, _ in spans)) / (STREAM_TOKENS - 1)
+    return (max(end for _, end in spans) - min(first for first, _ in spans)) / (tokens - 1)
 
 
-def streams() -> dict[str, Any]:
+def streams(rounds: int, tokens: int) -> dict[str, Any]:
     """Compare the tokens per second of 1, 2, 4 and 8 streams, measured in turn; medians."""
     counts = (1, 2, 4, SESSIONS)
-    decode_seconds(1)
+    decode_seconds(1, tokens)
     times: dict[int, list[float]] = {count: [] for count in counts}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for count in counts:
-            times[count].append(decode_seconds(count))
+            times[count].append(decode_seconds(count, tokens))
     per_s = {str(count): count / float(np.median(times[count])) for count in counts}
-    return {"tokens_each": STREAM_TOKENS, "tokens_per_s": per_s, "ratio": per_s[str(SESSIONS)] / per_s["1"]}
+    return {"tokens_each": tokens, "rounds": rounds, "tokens_per_s": per_s, "ratio": per_s[str(SESSIONS)] / per_s["1"]}
 
 
 def load(pid: int, clients: int, seconds: float) -> dict[str, Any]:

@@ -29,6 +29,7 @@ void read_number(const std::string& name, const std::string& text, long least, l
 
 Options parse(int argc, char** argv) {
   Options options;
+  options.session.threads = 1;  // with more, ONNX Runtime divides small products otherwise for other numbers of rows
   if (const char* key = std::getenv("COATRT_API_KEY")) options.api_key = key;
   std::set<std::string> given;
   long deadline = options.deadline.count(), time_limit = options.time_limit.count();

@@ -17,7 +17,8 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
-from attacks import LONG, MODEL, PATH, QUICK, SLOW, Slow, post
+from attacks import LONG, MODEL, PATH, QUICK, post
+from slow_clients import SLOW, Slow
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["the cat sat", "the owl", "a hen", "Once upon a time", "it is"]

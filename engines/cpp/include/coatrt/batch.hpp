@@ -13,8 +13,10 @@ namespace coatrt {
 /// Several sequences of one bundle, each in a row with a LoRA and positions of its own. A step decodes all rows that have
 /// a token, those of one LoRA in one run of the graph where the backend can (ort on the CPU); else one after the other.
 ///
-/// The logits of a row do not depend on the other rows: ONNX Runtime's kernels compute rows in pairs and round the last
-/// of an odd number differently, so runs have an even number of rows. For one thread at a time.
+/// With `SessionOptions::threads` 1 the logits of a row do not depend on the other rows, bit for bit. ONNX Runtime's
+/// kernels compute rows in pairs and round the last of an odd number differently, so runs have an even number of rows;
+/// with more threads it divides the LoRA's products by the number of rows, which rounds differently too. For one thread
+/// at a time.
 class Batch {
  public:
   Batch(const Bundle& bundle, std::size_t rows, const SessionOptions& options = {});
