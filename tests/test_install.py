@@ -32,7 +32,7 @@ LISTS = {extra: listed(text) for extra, text in SETUP["options.extras_require"].
 
 
 def test_the_base_has_no_package_of_an_extra() -> None:
-    extras = ("cpu", "cuda", "train", "report", "rtx", "tensorrt", "gguf", "sign", "all", "dev", "docs")
+    extras = ("cpu", "cuda", "train", "report", "rtx", "tensorrt", "gguf", "sign", "eval", "all", "dev", "docs")
     assert set(LISTS) == set(extras)
     for extra in extras:
         assert not names(BASE) & names(LISTS[extra]), extra
