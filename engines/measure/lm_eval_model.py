@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from inspect import signature as signature_of
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,8 @@ class BundleLM(TemplateLM):  # type: ignore[misc] # lm-eval has no types
         if bundle is None:
             raise ConfigError("no bundle; give --model_args bundle=DIRECTORY")
         if unknown:
-            allowed = ", ".join(name for name in BundleLM.__init__.__kwdefaults__ if name != "max_batch_size")
-            raise ConfigError(f"unknown argument {', '.join(unknown)} of the model coatrt; it has bundle, {allowed}")
+            names = [name for name in signature_of(BundleLM).parameters if name not in ("max_batch_size", "unknown")]
+            raise ConfigError(f"unknown argument {', '.join(unknown)} of the model coatrt; it has {', '.join(names)}")
         self._bundle = Bundle.open(str(bundle), key=key, policy=signature)
         self._batch = _even(batch_size) if backend == "ort" else _number("batch_size", batch_size)
         options = RuntimeOptions(

@@ -31,7 +31,7 @@ PASSAGES = [
 
 def decoder_of(bundle: Path, batch: int, level: int = 0) -> OrtDecoder:
     opened = Bundle.open(bundle)
-    decoder = load_decoder(opened, batch=batch, accuracy_level=level)
+    decoder = load_decoder(opened, batch=batch, context=96, accuracy_level=level)
     assert isinstance(decoder, OrtDecoder)
     decoder.set_lora(load_lora(opened.path("lora.safetensors"), opened.contract))
     return decoder

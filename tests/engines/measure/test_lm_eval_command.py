@@ -110,7 +110,12 @@ def test_scores_are_those_of_lm_evals_transformers_model(
     decoded = save_decoded(tiny_bundle, tiny_llama, tmp_path / "decoded", lora=True)
     hf_args = f"pretrained={decoded},dtype=float32,max_length=96"
     found, answers = scores(
-        tmp_path / "ours", tasks, "--model", "coatrt", "--model_args", f"bundle={tiny_bundle},accuracy_level=1"
+        tmp_path / "ours",
+        tasks,
+        "--model",
+        "coatrt",
+        "--model_args",
+        f"bundle={tiny_bundle},accuracy_level=1,max_length=96",
     )
     wanted, expected = scores(tmp_path / "theirs", tasks, "--model", "hf", "--device", "cpu", "--model_args", hf_args)
     for one, other in zip(flat(answers), flat(expected), strict=True):

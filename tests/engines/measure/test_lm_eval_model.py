@@ -49,15 +49,17 @@ def hf_of(tiny_bundle: Path, tiny_llama: Path, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module")
 def model(tiny_bundle: Path) -> BundleLM:
-    return BundleLM(tiny_bundle, accuracy_level=1, batch_size=3)
+    return BundleLM(tiny_bundle, accuracy_level=1, batch_size=3, max_length=96)
 
 
 @pytest.mark.parametrize("lora", [True, False])
 def test_likelihoods_are_those_of_lm_evals_transformers_model(
     tiny_bundle: Path, hf_of: Callable[[bool], HFLM], lora: bool
 ) -> None:
-    ours, theirs = BundleLM(tiny_bundle, accuracy_level=1, batch_size=3, lora="own" if lora else None), hf_of(lora)
-    assert ours.max_length == theirs.max_length
+    choice = "own" if lora else None
+    ours = BundleLM(tiny_bundle, accuracy_level=1, batch_size=3, max_length=96, lora=choice)
+    theirs = hf_of(lora)
+    assert ours.max_length == theirs.max_length == 96
     for one, other in zip(
         ours.loglikelihood(requests("loglikelihood", *PAIRS), disable_tqdm=True),
         theirs.loglikelihood(requests("loglikelihood", *PAIRS), disable_tqdm=True),
@@ -75,7 +77,7 @@ def test_the_lora_and_the_accuracy_level_count(tiny_bundle: Path, model: BundleL
     pairs = requests("loglikelihood", *PAIRS)
     exact = np.array([value for value, _ in model.loglikelihood(pairs, disable_tqdm=True)])
     for arguments, least, most in (({"lora": "none"}, 0.1, 1e3), ({}, 1e-4, 2.0)):
-        other = BundleLM(str(tiny_bundle), **arguments)
+        other = BundleLM(str(tiny_bundle), max_length=96, **arguments)
         found = np.array([value for value, _ in other.loglikelihood(pairs, disable_tqdm=True)])
         assert least < np.abs(found - exact).max() < most
 
@@ -158,7 +160,7 @@ def test_wrong_arguments_are_refused_in_one_line(tiny_bundle: Path, tmp_path: Pa
         ({"batch_size": "many"}, "batch_size must be a whole number of at least 1, got 'many'"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
         ({"max_length": 1}, "max_length must be a whole number of at least 2, got 1"),
-        ({"max_length": 4096}, "max_length must be at most 96 for this bundle, got 4096"),
+        ({"max_length": 9000}, "max_length must be at most 8192 for this bundle, got 9000"),
         ({"max_gen_toks": 2.5}, "max_gen_toks must be a whole number of at least 1, got 2.5"),
         ({"device": "cuda"}, "device cuda does not fit the backend ort"),
         ({"seed": -1}, "seed must be at least 0"),
