@@ -17,6 +17,8 @@ from coatrt.engines.measure.lm_eval_command import run_lm_eval
 from coatrt.errors import ConfigError
 from support.decoded import save_decoded
 
+pytestmark = pytest.mark.slow  # lm-eval reads the names of all its tasks at every start
+
 CHOICE = """\
 task: coatrt_test_choice
 dataset_path: json
