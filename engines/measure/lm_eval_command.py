@@ -1,5 +1,6 @@
 """The command `lm_eval`, with bundles as one more kind of model."""
 
+import importlib
 import sys
 from collections.abc import Sequence
 
@@ -29,6 +30,7 @@ def run_lm_eval(arguments: Sequence[str]) -> None:
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.registry import model_registry
 
+    importlib.import_module("lm_eval.models")  # lm-eval registers its own models only while there are none
     if "coatrt" not in model_registry:
         model_registry.register("coatrt", target=_MODEL)
     before, sys.argv = sys.argv, ["lm_eval", *arguments]

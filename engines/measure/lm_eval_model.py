@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from inspect import signature as signature_of
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from coatrt.system.notices import warn_once
 __all__ = ["BundleLM"]
 
 _AUTO_BATCH = 8
-_DEVICES = {"ort": ("cpu",), "cuda": ("cuda", "cuda:0"), "trt": ("cuda", "cuda:0")}
+_NOT_USED = ("device", "max_batch_size", "unknown")
 _SAMPLING = {field.name for field in fields(Sampling)}
 _CONTINUED = "\x00coatrt\x00"  # marks the end of a message in a rendered conversation
 
@@ -52,8 +53,8 @@ class BundleLM(TemplateLM):  # type: ignore[misc] # lm-eval has no types
         strict_lora: refuse a LoRA of another configuration.
         key: public key file of the signer, see `Bundle.open`.
         signature: see `Bundle.open`.
-        device: lm-eval's own; only what the backend computes on is accepted.
-        max_batch_size: lm-eval's own; not used.
+        device: not used; lm-eval passes cuda:0 to every model, and here the backend says what computes.
+        max_batch_size: not used; lm-eval passes it to every model.
         unknown: refused.
 
     Raises:
@@ -87,8 +88,8 @@ class BundleLM(TemplateLM):  # type: ignore[misc] # lm-eval has no types
         if bundle is None:
             raise ConfigError("no bundle; give --model_args bundle=DIRECTORY")
         if unknown:
-            allowed = ", ".join(name for name in BundleLM.__init__.__kwdefaults__ if name != "max_batch_size")
-            raise ConfigError(f"unknown argument {', '.join(unknown)} of the model coatrt; it has bundle, {allowed}")
+            names = [name for name in signature_of(BundleLM).parameters if name not in _NOT_USED]
+            raise ConfigError(f"unknown argument {', '.join(unknown)} of the model coatrt; it has {', '.join(names)}")
         self._bundle = Bundle.open(str(bundle), key=key, policy=signature)
         self._batch = _even(batch_size) if backend == "ort" else _number("batch_size", batch_size)
         options = RuntimeOptions(
@@ -96,8 +97,6 @@ class BundleLM(TemplateLM):  # type: ignore[misc] # lm-eval has no types
         )
         if max_length is not None:
             options = replace(options, context=_number("max_length", max_length, least=2))
-        if device is not None and device not in _DEVICES[backend]:
-            raise ConfigError(f"device {device} does not fit the backend {backend}; leave it out, or give backend=cuda")
         self._max_gen_toks = _number("max_gen_toks", max_gen_toks)
         self._sampling = Sampling(seed=seed)
         self._add_bos_token = add_bos_token
