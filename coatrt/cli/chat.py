@@ -157,7 +157,7 @@ def _show(chat: "Chat", pieces: Iterator[str]) -> None:
     rate = f", {(chat.tokens - 1) / seconds:.1f} tokens/s" if chat.tokens > 1 and seconds > 0 else ""
     note = f", {chat.reason}" if chat.reason != "stop" else ""
     wait = f", first after {first - began:.2f} s" if first else ""
-    click.echo(f"{chat.tokens} tokens{rate}{wait}{note}", err=True)
+    click.echo(f"{chat.tokens} token{'s' * (chat.tokens != 1)}{rate}{wait}{note}", err=True)
 
 
 @contextmanager

@@ -130,4 +130,4 @@ def command(
         for value in values:
             click.echo(f"[{value['prompt']}]\n{value['text']}\n")
     shown = f", {rate:.1f} tokens/s" if rate is not None else ""
-    click.echo(f"{made} tokens{shown}", err=True)
+    click.echo(f"{made} token{'s' * (made != 1)}{shown}", err=True)
