@@ -77,13 +77,7 @@ class Situations:
             "adapt": ["adapt", found.bundle, "-o", out / "lora.safetensors"],
             "adapt --format peft": ["adapt", found.bundle, "-o", out / "peft", "--format", "peft"],
             "adapt --format onnx-adapter": ["adapt", found.bundle, "-o", out / "lora", "--format", "onnx-adapter"],
-            "bench -o": [
-                "bench",
-                found.bundle,
-                *["--tokens", "1", "--repeat", "1", "--prompt", "4"],
-                "-o",
-                out / "bench.json",
-            ],
+            "bench -o": ["bench", found.bundle, "--tokens", 1, "--repeat", 1, "--prompt", 4, "-o", out / "bench.json"],
             "report": ["report", found.bundle, "-o", out / "report.html"],
             "devices calibrate": ["devices", "calibrate", found.adapter],
         }
