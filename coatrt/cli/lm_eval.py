@@ -10,8 +10,8 @@ __all__ = ["command"]
 @click.command(
     cls=Command,
     examples=(
-        "coatrt lm-eval --model coatrt --model_args bundle=bundles/l4 --tasks boolq",
-        "coatrt lm-eval --model coatrt --model_args bundle=b,lora=none --tasks boolq",
+        "coatrt lm-eval --model coatrt --model_args bundle=bundles/l4 --tasks piqa",
+        "coatrt lm-eval -M coatrt -a bundle=bundles/l4,lora=none -t piqa -b 8",
         "coatrt lm-eval ls tasks",
     ),
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},

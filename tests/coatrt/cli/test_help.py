@@ -63,7 +63,7 @@ def test_every_command_has_examples() -> None:
     assert len(COMMANDS) == 18
     for path, command in COMMANDS.items():
         assert isinstance(command, Command | Group), path
-        assert 2 <= len(command.examples) <= 4, path
+        assert 2 <= len(command.examples) <= 5, path
         assert len(set(command.examples)) == len(command.examples), path
         assert all(path in line for line in command.examples), path
 
@@ -92,7 +92,8 @@ def test_help_is_readable(path: str) -> None:
     assert lines[2].strip(), "what the command does comes first"
     assert shown.index("\nExamples:\n") < shown.index("\nOptions:\n")
     options = shown.partition("\nOptions:\n")[2].partition("\n\n")[0]
-    assert 1 <= len(re.findall(r"^  -", options, re.MULTILINE)) <= 13
+    least = 1 if path == "coatrt lm-eval" else 2  # its options are those of another program
+    assert least <= len(re.findall(r"^  -", options, re.MULTILINE)) <= 13
 
 
 def test_the_list_of_commands_says_what_their_help_says() -> None:
@@ -140,8 +141,8 @@ def test_the_reference_is_what_help_shows() -> None:
     assert f"## coatrt train\n\n```text\n{shown}```\n" in REFERENCE.page()
 
 
-COSTLY = {"serve", "lm-eval", "train", "search", "calibrate", "--key", "cuda"}
-"""Examples with one of these words are parsed only: they train, take minutes, or need a key or a GPU."""
+COSTLY = {"train", "search", "calibrate", "--key", "cuda", "lm-eval", "serve"}
+"""Examples with one of these words are parsed only: they train, take minutes, or need a key, a GPU or a download."""
 
 
 @pytest.fixture(scope="module")
