@@ -25,6 +25,7 @@ HEAVY = (
     "coatrt.engines.measure.bench.bench",
     "coatrt.engines.measure.cpu_timings.time_cpu",
     "coatrt.engines.runtime.load.load_decoder",
+    "coatrt.engines.serving.server.Service",
     "coatrt.reporting.write.report",
 )
 
@@ -79,6 +80,8 @@ def arguments(tiny_llama: Path, tiny_adapter: Path, tmp_path_factory: pytest.Tem
         "build": [tiny_adapter, "--target", "t4", "-o", out],
         "export": [tiny_adapter, "--config", here / "c.json", "-o", out],
         "run": [bundle, "-p", "x"],
+        "chat": [bundle],
+        "serve": [bundle, "--port", "0"],
         "bench": [bundle],
         "verify": [bundle],
         "report": [tiny_adapter, "--target", "t4", "-o", out],
