@@ -28,7 +28,8 @@ __all__ = ["BundleLM"]
 
 _AUTO_BATCH = 8
 _NOT_USED = ("device", "max_batch_size", "unknown")
-_SAMPLING = {field.name for field in fields(Sampling)}
+_SAMPLING = {field.name for field in fields(Sampling)} - {"logit_bias"}
+_DRAWING = {"temperature", "top_k", "top_p", "min_p", "seed"}  # without a meaning where the likeliest token is taken
 _CONTINUED = "\x00coatrt\x00"  # marks the end of a message in a rendered conversation
 
 
@@ -301,8 +302,8 @@ class BundleLM(TemplateLM):  # type: ignore[misc] # lm-eval has no types
                 f"generation argument {', '.join(unknown)} is unknown; allowed: until, max_gen_toks, do_sample, "
                 f"{', '.join(sorted(_SAMPLING))}"
             )
-        if not samples:  # greedy: what shapes the draws has no meaning
-            known = {}
+        if not samples:
+            known = {name: value for name, value in known.items() if name not in _DRAWING}
         try:
             return [str(text) for text in until if text], int(most), replace(self._sampling, **known)
         except TypeError:

@@ -178,6 +178,8 @@ def test_wrong_generation_arguments_are_refused_in_one_line(model: BundleLM) -> 
     for arguments, message in (
         ({"num_beams": 4}, "num_beams must be 1"),
         ({"typical_p": 0.5}, "generation argument typical_p is unknown; allowed: until, max_gen_toks, do_sample, "),
+        ({"logit_bias": {"1": 2.0}}, "generation argument logit_bias is unknown"),
+        ({"do_sample": False, "repetition_penalty": -1.0}, "the repetition penalty must be"),
         ({"do_sample": True, "temperature": -1.0}, "temperature must be 0 or a positive number"),
         ({"do_sample": True, "temperature": 1.0, "top_k": "few"}, "generation arguments must be numbers"),
         ({"max_gen_toks": 96}, "max_gen_toks must be less than max_length, 96, got 96"),
