@@ -11,7 +11,7 @@ from coatrt.models.spec import DecoderSpec
 
 __all__ = ["Attend", "EngineAttention"]
 
-_MASKED = 1e4  # far below any soft cap, within float16
+_MASKED = 6e4  # far below any score, within float16
 Attend = Callable[[ir.Value, ir.Value, ir.Value, int, str], tuple[ir.Value, list[ir.Value]]]
 """(query, key, value, layer, prefix of names) → attention output, and the updated caches."""
 
@@ -107,8 +107,8 @@ class EngineAttention:
         mask = self._masks[spec.windows[layer]]
         if self._grouped:  # lay out the queries of a group as if they were further positions
             query = graph.op("Reshape", [query, graph.ints(0, spec.kv_heads, -1, spec.head_dim)], f"{prefix}.q.grouped")
-        if spec.attention_cap:
-            mixed = self._capped_attention(query, key, value, mask, f"{prefix}.attention")
+        if spec.attention_cap or (self._grouped and spec.kv_heads == 1):
+            mixed = self._plain_attention(query, key, value, mask, f"{prefix}.attention")
         else:
             mixed = graph.op(
                 "Attention", [query, key, value, mask], f"{prefix}.attention", scale=spec.attention_multiplier
@@ -119,17 +119,19 @@ class EngineAttention:
         mixed = graph.op("Reshape", [mixed, graph.ints(0, 0, spec.heads * spec.head_dim)], f"{prefix}.joined")
         return mixed, [key, value]
 
-    def _capped_attention(self, query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value, name: str) -> ir.Value:
-        """Return attention with a soft cap c, which the operator Attention of TensorRT-RTX 1.7.1 does not have.
+    def _plain_attention(self, query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value, name: str) -> ir.Value:
+        """Return attention in basic operators, for what TensorRT-RTX 1.7.1 does not build with the operator Attention.
 
-        The scale divides by c before the product, so that float16 does not overflow.
+        That is a soft cap c, and grouped queries of a single key-value head. The scale, with a cap divided by c, comes
+        before the product, so that float16 does not overflow.
         """
         graph, cap = self._graph, self._spec.attention_cap
-        query = graph.op("Mul", [query, graph.real(self._spec.attention_multiplier / cap)], f"{name}.scaled")
+        scale = self._spec.attention_multiplier / (cap or 1.0)
+        query = graph.op("Mul", [query, graph.real(scale)], f"{name}.scaled")
         turned = graph.op("Transpose", [key], f"{name}.keys", perm=[0, 1, 3, 2])
-        scores = graph.op("Tanh", [graph.op("MatMul", [query, turned], f"{name}.scores")], f"{name}.bounded")
-        scores = graph.op("Mul", [scores, graph.real(cap)], f"{name}.capped")
-        # The cap bounds every score, so a score far below it has no weight.
+        scores = graph.op("MatMul", [query, turned], f"{name}.scores")
+        if cap:
+            scores = graph.op("Mul", [graph.op("Tanh", [scores], f"{name}.bounded"), graph.real(cap)], f"{name}.capped")
         scores = graph.op("Where", [mask, scores, graph.real(-_MASKED)], f"{name}.masked")
         weights = graph.op("Softmax", [scores], f"{name}.weights", axis=-1)
         return graph.op("MatMul", [weights, value], name)

@@ -53,6 +53,7 @@ LLAMA3 = {
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-tied-biases": ("Llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    "llama-multi-query": ("Llama", {"num_key_value_heads": 1}),
     "llama-llama3-head_dim": ("Llama", {"rope_parameters": LLAMA3, "head_dim": 32}),
     "llama-linear-gelu": (
         "Llama",
@@ -188,7 +189,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 UNLIKE = (
-    "llama-tied-biases", "mistral-window", "qwen2-window-yarn", "qwen3", "smollm3-window", "granite", "gemma",
+    "llama-tied-biases", "llama-multi-query", "mistral-window", "qwen2-window-yarn", "qwen3", "smollm3-window", "granite", "gemma",
     "gemma2", "gemma3_text", "phi3-longrope-window", "olmo3", "cohere", "cohere2", "glm4", "hunyuan_v1_dense",
     "apertus", "starcoder2", "phi", "stablelm",
 )  # fmt: skip
