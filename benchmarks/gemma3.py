@@ -56,7 +56,7 @@ def measure(directory: Path, options: coatrt.TrainOptions) -> dict[str, Any]:
     texts, held_out = speeches()
     data = coatrt.load_task("text", texts[::6], tokenizer, LENGTH, held_out=held_out)
     data = replace(data, held_out=data.held_out[:: max(1, len(data.held_out) // PASSAGES)][:PASSAGES])
-    adapter = coatrt.train(checkpoint.directory, data, directory / "adapter", options)
+    adapter = coatrt.train(checkpoint.directory, data, directory / "adapter", options, resume=True)
     lap("training")
     request = coatrt.PlanRequest(context=1024, prefill=256, bits=BITS)
     profile = coatrt.device_profile(DEVICE)

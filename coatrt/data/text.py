@@ -1,4 +1,8 @@
-"""Task "text": language modelling; documents become blocks, and all tokens of a block but the first are predicted."""
+"""Task "text": language modelling; documents become blocks, and all tokens of a block but the first are predicted.
+
+A block begins with the tokenizer's start token where it has one, as a prompt does: some models, such as Gemma, compute
+nothing useful without it.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,6 +10,7 @@ from typing import Any
 import torch
 
 from coatrt.data.documents import token_ids
+from coatrt.data.encoding import encode
 from coatrt.data.examples import Examples
 from coatrt.data.jsonl import split
 from coatrt.data.task_data import TaskData
@@ -54,11 +59,19 @@ def text_task(
 
 def _blocks(tokenizer: Any, documents: Sequence[str], length: int, progress: Progress) -> torch.Tensor:
     """Return the tokens of documents, int64 [blocks, length]; an incomplete last block is dropped."""
-    end = tokenizer.eos_token_id
+    end, start = tokenizer.eos_token_id, _start(tokenizer)
     stream: list[int] = []
     for ids in token_ids(tokenizer, documents, progress):
         stream += ids
         if end is not None:
             stream.append(int(end))
-    count = len(stream) // length
-    return torch.tensor(stream[: count * length], dtype=torch.int64).view(count, length)
+    width = length - len(start)
+    count = len(stream) // width
+    blocks = torch.tensor(stream[: count * width], dtype=torch.int64).view(count, width)
+    return torch.cat([torch.tensor(start, dtype=torch.int64).expand(count, -1), blocks], 1)
+
+
+def _start(tokenizer: Any) -> list[int]:
+    """Return the token that the tokenizer puts before a text, if there is one."""
+    (plain,), (marked,) = (encode(tokenizer, ["a"], special_tokens=special) for special in (False, True))
+    return marked[:1] if len(marked) > len(plain) and marked[:1] != plain[:1] else []
