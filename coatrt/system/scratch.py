@@ -45,10 +45,15 @@ def scratch(parent: Path, name: str) -> Iterator[Path]:
             parent.mkdir(parents=True, exist_ok=True)
             try:
                 directory.mkdir(mode=0o700)
+            except FileNotFoundError:
+                if parent.is_dir():
+                    raise
+                continue  # another process removed the empty parent
+            try:
                 descriptor = hold(directory / LOCK)
                 break
             except (BlockingIOError, FileNotFoundError):
-                continue  # another process swept it before it was locked, or removed the empty parent
+                continue  # another process swept it before it was locked
         yield directory
     finally:
         try:
