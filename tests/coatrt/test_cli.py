@@ -1,5 +1,6 @@
 """The commands as a user types them: help, JSON, and one clear line with exit code 2 for every wrong input."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -36,6 +37,7 @@ def good(*arguments: object) -> str:
 def wrong(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object) -> str:
     """Run `main` and return its one line on standard error."""
     monkeypatch.setattr(sys, "argv", ["coatrt", *map(str, arguments)])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     with pytest.raises(SystemExit) as caught:
         main()
     assert caught.value.code == 2
@@ -69,8 +71,8 @@ def test_devices() -> None:
 def check_what_runs(bundle: Path, output: Path) -> None:
     """Generate and measure on the command line."""
     prompt = ("-p", "the cat", "--max-tokens", 8, "--context", 64)
-    text = good("run", bundle, *prompt)
-    assert text == good("run", bundle, *prompt)
+    text = run("run", bundle, *prompt).stdout  # standard error says how fast that was
+    assert text == run("run", bundle, *prompt).stdout
     assert good("run", bundle, *prompt, "--no-lora") != good("run", bundle, *prompt, "--temperature", 2, "--seed", 1)
     two = good("run", bundle, *prompt, "-p", "owl", "--chat")
     assert "[the cat]" in two
@@ -244,7 +246,7 @@ WRONG = {
     "no lora": ("run {bundle} -p x --lora {here}/none", "does not exist"),
     "no gpu": ("run {bundle} -p x --backend trt", "run the bundle with --backend ort"),
     "no gpu for onnxruntime": ("run {bundle} -p x --backend cuda", "run the bundle with --backend ort"),
-    "no prompt": ("run {bundle}", "no prompt: give -p TEXT, -f FILE, or -p - to read standard input"),
+    "no prompt": ("run {bundle}", "no prompt: give -p TEXT, -f FILE, or write it to standard input"),
     "empty file of a prompt": (
         "run {bundle} -f {here}/none.txt",
         "none.txt cannot be read (No such file or directory)",
