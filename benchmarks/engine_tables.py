@@ -135,7 +135,7 @@ def gemma3() -> str:
     took = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
     return (
         f"{grid(head, [row])}\n\n{found['steps']} steps; {found['tokens']:,} held-out tokens in passages of "
-        f"{found['length']}; on a busy machine: {took}."
+        f"{found['length']}; {took}."
     )
 
 
