@@ -188,6 +188,10 @@ class Situations:
             for name in ("HOME", "COATRT_CACHE", "XDG_CACHE_HOME", "USER", "LOGNAME"):
                 os.environ.pop(name, None)
             os.environ |= variables
+            from coatrt.engines.bundles import contents
+
+            # It starts a Python process, which this user cannot where Python lies in the home of another one.
+            contents.chat_template = lambda _: None  # type: ignore[assignment]
             os.setgroups([])
             os.setgid(_NOBODY)
             os.setuid(_NOBODY)
