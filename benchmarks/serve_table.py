@@ -15,7 +15,7 @@ def serve() -> str:
     model, cores = found["bundle"]["model"].partition(".")[0], found["environment"]["cores"]
     differ = f"{clients['tokens_that_differ']} of {clients['tokens']:,} tokens different from those of one client alone"
     text = (
-        f"`{found['command']}`: {model} on {cores} cores that other work shared; eight streams were "
+        f"`{found['command']}`: {model} on {cores} cores; eight streams were "
         f"{ratio['median']:.2f} × as fast as one (median of rounds, least {ratio['least']:.2f}). Then "
         f"{clients['clients']} clients for {clients['seconds']:.0f} s: {clients['requests']} requests, "
         f"{clients['errors']} errors, {differ}."

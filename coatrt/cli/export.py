@@ -28,7 +28,6 @@ _ONLY_FOR = {
     examples=(
         "coatrt export adapter --config plan.json -o exported",
         "coatrt export adapter --config plan.json --format compressed-tensors -o vllm",
-        "coatrt export adapter --config plan.json --format gguf -o llama.cpp",
         "coatrt export bundles/l4 --format genai -o l4-genai",
         "coatrt export bundles/l4 bundles/rtx-4060 --format ortpackage -o fleet",
     ),

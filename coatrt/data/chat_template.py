@@ -94,7 +94,9 @@ class ChatTemplate:
                 env={**os.environ, "PYTHONPATH": paths, "PYTHONSAFEPATH": "1", "OPENBLAS_NUM_THREADS": "1"},
             )
         except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot start a process for chat templates ({error}); free some memory") from None
+            raise ConfigError(
+                f"cannot start a process for chat templates ({error}); check its permissions and the free memory"
+            ) from None
         answer = self._ask(process, self._setup, _START_SECONDS)
         if answer is None or "error" in answer:
             cause = answer["error"] if answer else "it ended without an answer"

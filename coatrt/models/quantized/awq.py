@@ -42,10 +42,7 @@ def read_awq(config: Mapping[str, Any], quantization: Mapping[str, Any], tensors
     if not isinstance(excluded, list) or not all(isinstance(name, str) for name in excluded):
         raise CheckpointError(f"{where}: modules_to_not_convert is not a list of names; download the model again")
     matrices, used = {}, set()
-    for tensor in tensors.stored:
-        if not tensor.endswith(".qweight"):
-            continue
-        module = tensor.removesuffix(".qweight")
+    for module in tensors.modules("qweight"):
         if any(name in module for name in excluded):
             raise CheckpointError(f"{where} excludes {module}, the files hold it quantized; download the model again")
         matrices[module] = functools.partial(_read, tensors, module, max(group, 0), config)

@@ -55,10 +55,7 @@ def read_gptq(config: Mapping[str, Any], quantization: Mapping[str, Any], tensor
     if not isinstance(overrides, dict):
         raise CheckpointError(f"{where}: dynamic is not an object; download the model again")
     matrices, used = {}, set()
-    for tensor in tensors.stored:
-        if not tensor.endswith(".qweight"):
-            continue
-        module = tensor.removesuffix(".qweight")
+    for module in tensors.modules("qweight"):
         bits, group = _settings(where, module, quantization, overrides)
         matrices[module] = functools.partial(_read, tensors, module, bits, group, layout == "gptq", config)
         used |= {f"{module}.{part}" for part in _PARTS if f"{module}.{part}" in tensors}

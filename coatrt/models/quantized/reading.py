@@ -53,6 +53,10 @@ class Tensors:
     def __contains__(self, name: str) -> bool:
         return name in self.stored
 
+    def modules(self, part: str) -> list[str]:
+        """Return the modules that have a tensor of the name `part`."""
+        return [name.removesuffix(f".{part}") for name in self.stored if name.endswith(f".{part}")]
+
     def get(self, name: str, dtypes: Iterable[str] = (), dimensions: int | None = None) -> Tensor:
         """Return a copy of a tensor.
 

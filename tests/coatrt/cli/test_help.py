@@ -63,7 +63,7 @@ def test_every_command_has_examples() -> None:
     assert len(COMMANDS) == 18
     for path, command in COMMANDS.items():
         assert isinstance(command, Command | Group), path
-        assert 2 <= len(command.examples) <= 5, path
+        assert 2 <= len(command.examples) <= 4, path
         assert len(set(command.examples)) == len(command.examples), path
         assert all(path in line for line in command.examples), path
 
