@@ -107,7 +107,7 @@ class EngineAttention:
         mask = self._masks[spec.windows[layer]]
         if self._grouped:  # lay out the queries of a group as if they were further positions
             query = graph.op("Reshape", [query, graph.ints(0, spec.kv_heads, -1, spec.head_dim)], f"{prefix}.q.grouped")
-        if spec.attention_cap or (self._grouped and spec.kv_heads == 1):
+        if spec.attention_cap or spec.kv_heads == 1:
             mixed = self._plain_attention(query, key, value, mask, f"{prefix}.attention")
         else:
             mixed = graph.op(
@@ -122,7 +122,7 @@ class EngineAttention:
     def _plain_attention(self, query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value, name: str) -> ir.Value:
         """Return attention in basic operators, for what TensorRT-RTX 1.7.1 does not build with the operator Attention.
 
-        That is a soft cap c, and grouped queries of a single key-value head. The scale, with a cap divided by c, comes
+        That is a soft cap c, and a single key-value head. The scale, with a cap divided by c, comes
         before the product, so that float16 does not overflow.
         """
         graph, cap = self._graph, self._spec.attention_cap

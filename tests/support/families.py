@@ -54,6 +54,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-tied-biases": ("Llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
     "llama-multi-query": ("Llama", {"num_key_value_heads": 1}),
+    "llama-one-head": ("Llama", {"num_attention_heads": 1, "num_key_value_heads": 1}),
     "llama-llama3-head_dim": ("Llama", {"rope_parameters": LLAMA3, "head_dim": 32}),
     "llama-linear-gelu": (
         "Llama",
