@@ -29,11 +29,13 @@ def fused_groups(matrices: Iterable[tuple[str, QuantizedMatrix]]) -> Iterator[di
 def join(matrices: Sequence[QuantizedMatrix]) -> QuantizedMatrix | None:
     """Return the matrices of a fused group as one; None if their codes cannot be concatenated.
 
-    They can if format and per-matrix constant (the tensor scale of nvfp4) are equal. Double quantization cannot be
-    joined: its blocks of scales cross the rows of a matrix.
+    They can if format, levels and per-matrix constant (the tensor scale of nvfp4) are equal. Double quantization cannot
+    be joined: its blocks of scales cross the rows of a matrix.
     """
     first, *others = matrices
-    equal = all((other.format, other.constant) == (first.format, first.constant) for other in others)
+    equal = all(
+        (other.format, other.constant, other.grid) == (first.format, first.constant, first.grid) for other in others
+    )
     if not others or not equal or first.super_scales is not None:
         return None
     scales = [matrix.scales for matrix in matrices if matrix.scales is not None]

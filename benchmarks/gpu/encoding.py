@@ -28,8 +28,7 @@ except ImportError:
 
 from coatrt.quantization import feedback_blocks  # noqa: E402
 from coatrt.quantization.codec import QuantizedMatrix, decode_scales, encode  # noqa: E402
-from coatrt.quantization.gptq import InverseFactors  # noqa: E402
-from coatrt.quantization.grid import Grid  # noqa: E402
+from coatrt.quantization.gptq import InverseFactors, feedback_codes  # noqa: E402
 from support.feedback_check import output_error, ties_of  # noqa: E402
 
 FORMATS = ("nf3-g64", "int4-g64", "nvfp4", "nf2-g64", "fp8", "int8")
@@ -169,15 +168,15 @@ def parts(N: int, K: int, text: str, moments: Moments, device: torch.device) -> 
     weight = weight_of(N, K).to(device)
     order, factor = factors.get(moment, 4 * K)
     matrix = encode(weight, text, "weighted", moment)
-    scales, grid, block = decode_scales(matrix), Grid(matrix.format.kind), matrix.format.block or K
+    scales, block = decode_scales(matrix), matrix.format.block or K
 
     def feedback(step: Any = None) -> torch.Tensor:
-        return feedback_blocks.block_codes(weight.float(), scales, block, grid, order, factor, step)
+        return feedback_codes(weight.float(), scales, block, matrix.grid, order, factor, step)
 
     fast = feedback().view(torch.uint8)
     slow = feedback(feedback_blocks.torch_step).view(torch.uint8)
     return {
-        "step": feedback_blocks._step_for(device).__module__.rpartition(".")[2],
+        "step": feedback_blocks.step_for(device).__module__.rpartition(".")[2],
         "scales": round(seconds(lambda: encode(weight, text, "weighted", moment), device), 5),
         "feedback": round(seconds(feedback, device), 5),
         "feedback_torch": round(seconds(lambda: feedback(feedback_blocks.torch_step), device, 1), 4),

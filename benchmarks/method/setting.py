@@ -35,7 +35,7 @@ from coatrt.training.config_sampler import TrainingSampler
 
 __all__ = ["BUDGETS", "FORMATS", "MODEL", "Draws", "Measured", "Setting"]
 
-MODEL = "smollm2-feedback"  # name in files: SmolLM2-135M under the default quantizer
+MODEL = "smollm2-refined"  # name in files: SmolLM2-135M under the default quantizer
 Draws = Literal["ends", "sides", "even"]
 FORMATS = ("nf2-g64", "nf3-g64", "nf4-g64", "int4-g64", "nvfp4", "int8")
 TRAINED = tuple(2.5 + 0.5 * i for i in range(11))  # bits per weight of the configurations trained on
@@ -100,7 +100,7 @@ class Setting:
     @cached_property
     def codes(self) -> CodeStore:
         """Encoded matrices."""
-        return CodeStore(self.checkpoint, "feedback", self.tokens)
+        return CodeStore(self.checkpoint, "refined", self.tokens)
 
     @cached_property
     def tokens(self) -> Calibration:

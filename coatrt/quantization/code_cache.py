@@ -1,6 +1,7 @@
 """Encoded matrices, cached per (matrix, format, quantizer): on disk, and in memory while enough is free."""
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from coatrt.quantization.codec import QuantizedMatrix, encode
 from coatrt.quantization.gptq import InverseFactors
 from coatrt.quantization.grid import Grid
 from coatrt.quantization.input_moments import Calibration, InputMoments
-from coatrt.quantization.quantizers import CALIBRATED, QUANTIZER_VERSION, Quantizer
+from coatrt.quantization.quantizers import CALIBRATED, QUANTIZER_VERSION, REFINED, Quantizer
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.disk import cache_directory, cache_writing, cached
 from coatrt.system.progress import Progress, silent
@@ -90,16 +91,28 @@ class CodeStore:
             return self._matrices[key]
         if (matrix := self._stored(name, fmt)) is not None:
             return self._keep(key, matrix)
+        if not fmt.has_scales:
+            return self._keep(key, encode(self.checkpoint.tensor(f"{name}.weight").to(self._compute), fmt).to(_CPU))
+        if (matrix := self._read(name, fmt)) is not None:
+            return self._keep(key, matrix)
+        for member, encoded in self._encode(name, fmt):
+            path, place = self._place(member, fmt)
+            with cache_writing():
+                write_tensors(path, encoded.tensors, {"constant": encoded.constant.hex(), "place": place})
+            matrix = self._keep((member, str(fmt)), encoded)
+        assert matrix is not None
+        return matrix
+
+    def _place(self, name: str, fmt: WeightFormat) -> tuple[Path, str]:
+        """Return the cache file of a matrix, and the identity stored in it, so that a renamed one is not read."""
         kind = f"v{QUANTIZER_VERSION}-mse" if self._is_plain(name) else self._key
         path = self._root / kind / str(fmt) / f"{name}.safetensors"
-        place = path.relative_to(self._root.parent).as_posix()  # stored in the file, so that a renamed one is not read
-        matrix = _read(path, place, fmt, shape.N, shape.K) if fmt.has_scales else None
-        if matrix is None:
-            matrix = self._encode(name, fmt)
-            if fmt.has_scales:
-                with cache_writing():
-                    write_tensors(path, matrix.tensors, {"constant": matrix.constant.hex(), "place": place})
-        return self._keep(key, matrix)
+        return path, path.relative_to(self._root.parent).as_posix()
+
+    def _read(self, name: str, fmt: WeightFormat) -> QuantizedMatrix | None:
+        """Return a matrix from its cache file, or None if that is missing or damaged."""
+        shape = self.checkpoint.matrices.by_name[name]
+        return _read(*self._place(name, fmt), fmt, shape.N, shape.K)
 
     def _keep(self, key: tuple[str, str], matrix: QuantizedMatrix) -> QuantizedMatrix:
         """Keep a matrix in memory and return it."""
@@ -130,12 +143,26 @@ class CodeStore:
         if self._moments is not None:
             self._moments.release()
 
-    def _encode(self, name: str, fmt: WeightFormat) -> QuantizedMatrix:
-        weight = self.checkpoint.tensor(f"{name}.weight").to(self._compute)
+    def _encode(self, name: str, fmt: WeightFormat) -> Iterator[tuple[str, QuantizedMatrix]]:
+        """Yield a matrix, encoded, last; before it the others of its fused group, if they are encoded as one matrix.
+
+        Then they share their levels and nvfp4's tensor scale, so that one product serves them all in a graph.
+        """
         if self._is_plain(name):
-            return encode(weight, fmt, "mse").to(_CPU)
-        moment = self._moments.get(name) if self._moments is not None and fmt.has_scales else None
-        return encode(weight, fmt, self.quantizer, moment, self._tokens, self._factors).to(_CPU)
+            yield name, encode(self.checkpoint.tensor(f"{name}.weight").to(self._compute), fmt, "mse").to(_CPU)
+            return
+        names = [name]
+        if self.quantizer in REFINED and not fmt.scale_bits:  # blocks of double quantization cross rows
+            names = [other for group in self.checkpoint.matrices.groups if name in group for other in group]
+        weights = [self.checkpoint.tensor(f"{other}.weight").to(self._compute) for other in names]
+        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+        counts = [len(part) for part in weights]
+        del weights
+        moment = self._moments.get(name) if self._moments is not None else None
+        joint = encode(weight, fmt, self.quantizer, moment, self._tokens, self._factors).to(_CPU)
+        parts = dict(zip(names, joint.split(counts), strict=True))
+        yield from ((other, part) for other, part in parts.items() if other != name)
+        yield name, parts[name]
 
     def _is_plain(self, name: str) -> bool:
         """Return whether a matrix is a table without a second moment."""
@@ -157,4 +184,6 @@ def _read(path: Path, place: str, fmt: WeightFormat, N: int, K: int) -> Quantize
         return None
     if metadata.get("place") != place or codes.shape != (N, fmt.padded(K)):
         return None
-    return QuantizedMatrix(fmt, N, K, codes, tensors.get("scales"), tensors.get("super_scales"), constant)
+    return QuantizedMatrix(
+        fmt, N, K, codes, tensors.get("scales"), tensors.get("super_scales"), constant, tensors.get("levels")
+    )

@@ -2,27 +2,36 @@
 
 Encoding has three passes over the rows: choose one scale per block; quantize the scales if the format does; give each
 weight the nearest level under the scale that decoding uses or, with error feedback, the level that best compensates
-the errors of earlier inputs.
+the errors of earlier inputs. The quantizer "refined" then improves levels, scales and codes in turn.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from coatrt.errors import FormatError
-from coatrt.quantization.gptq import InverseFactors, feedback_codes
+from coatrt.quantization.descent import descend
+from coatrt.quantization.gptq import InverseFactors, feedback_codes, shrink
 from coatrt.quantization.grid import Grid
-from coatrt.quantization.quantizers import CALIBRATED, FEEDBACK, QUANTIZERS, Quantizer
-from coatrt.quantization.scales import choose_scales, quantize_scales, tensor_scale_of
+from coatrt.quantization.learned_levels import first_levels, fit_levels, sample_rows
+from coatrt.quantization.quantizers import CALIBRATED, FEEDBACK, QUANTIZERS, REFINED, Quantizer
+from coatrt.quantization.scales import choose_scales, scale_rounding, stored_scales, super_scales, tensor_scale_of
 from coatrt.quantization.weight_format import WeightFormat
 
 __all__ = ["QuantizedMatrix", "decode", "decode_scales", "encode", "relative_error"]
 
 _CHUNK = 1 << 20  # weights per step: a few buffers of this size stay in the CPU cache
 _GPU_CHUNK = 1 << 26  # weights per step on a GPU: a float32 buffer takes 256 MiB
+_SWEEPS = {
+    2: 3,
+    3: 2,
+    4: 1,
+    8: 0,
+}  # bits → passes of coordinate descent; more gain little (docs/evidence/quantizers.md)
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,7 @@ class QuantizedMatrix:
         super_scales: [P] in the format's scale_dtype, for double quantization only.
         constant: nvfp4's tensor scale (a power of two, unless a quantized checkpoint brings its own), or the offset
             added to doubly quantized scales; else 0.
+        levels: the matrix's own levels by code, float16 [2^bits], for NormalFloat only; None: those of the kind.
     """
 
     format: WeightFormat
@@ -49,11 +59,22 @@ class QuantizedMatrix:
     scales: Tensor | None = None
     super_scales: Tensor | None = None
     constant: float = 0.0
+    levels: Tensor | None = None
+
+    @cached_property
+    def grid(self) -> Grid:
+        """The levels."""
+        return Grid(self.format.kind, tuple(self.levels.tolist()) if self.levels is not None else ())
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Field name → tensor of codes, scales and super scales, those that exist."""
-        fields = {"codes": self.codes, "scales": self.scales, "super_scales": self.super_scales}
+        """Field name → tensor of codes, scales, super scales and levels, those that exist."""
+        fields = {
+            "codes": self.codes,
+            "scales": self.scales,
+            "super_scales": self.super_scales,
+            "levels": self.levels,
+        }
         return {name: tensor for name, tensor in fields.items() if tensor is not None}
 
     @property
@@ -67,6 +88,16 @@ class QuantizedMatrix:
             name: tensor.to(device, non_blocking=device.type == "cuda") for name, tensor in self.tensors.items()
         }
         return replace(self, **tensors)
+
+    def split(self, counts: Sequence[int]) -> "list[QuantizedMatrix]":
+        """Return the matrix cut into parts of `counts` rows; its scales must not be doubly quantized."""
+        parts, start = [], 0
+        for count in counts:
+            rows = slice(start, start + count)
+            scales = self.scales[rows].clone() if self.scales is not None else None
+            parts.append(replace(self, N=count, codes=self.codes[rows].clone(), scales=scales))
+            start += count
+        return parts if len(parts) > 1 else [self]
 
 
 def encode(
@@ -85,12 +116,15 @@ def encode(
         quantizer: "mse" picks the clipping with the least squared error per block; "absmax" scales to the largest
             magnitude (the NormalFloat preset of arXiv 2509.25214); "weighted" weights every error by the energy of its
             input, the diagonal of `moment`; "gptq" codes one input after another under those scales, each compensating
-            the errors before it (`coatrt.quantization.gptq`); "feedback" is gptq with the moment shrunk for `tokens`.
-        moment: H = E[x xᵀ] of the inputs, [K, K]; required by "weighted", "gptq" and "feedback", else ignored. It is
-            copied to the weight's device, so store it there if several matrices use it.
-        tokens: number of tokens that the moment averages, for "feedback" (`coatrt.quantization.gptq.shrink`); None:
-            the moment is exact.
-        factors: for "gptq" and "feedback", cache of the moment's factor for the next matrix; None: no cache.
+            the errors before it (`coatrt.quantization.gptq`); "feedback" is gptq with the moment shrunk for `tokens`;
+            "refined" begins with feedback and levels of the matrix's own for NormalFloat
+            (`coatrt.quantization.learned_levels`), then improves scales and codes (`coatrt.quantization.descent`) and
+            levels in turn, in formats of at most four bits.
+        moment: H = E[x xᵀ] of the inputs, [K, K]; "absmax" and "mse" ignore it, the others need it. It is copied to
+            the weight's device, so store it there if several matrices use it.
+        tokens: number of tokens that the moment averages, for "feedback" and "refined"
+            (`coatrt.quantization.gptq.shrink`); None: the moment is exact.
+        factors: cache of the moment's factor for the next matrix; None: no cache.
 
     Raises:
         FormatError: the weight is not a finite matrix, overflows fp16, or the quantizer lacks its moment.
@@ -104,20 +138,66 @@ def encode(
     _check(quantizer, moment, K)
     if moment is not None:
         moment = moment.to(weight.device)
-    grid = Grid(fmt.kind)
+    grid, is_refined = Grid(fmt.kind), quantizer in REFINED and bool(_SWEEPS[fmt.bits])
+    if is_refined and fmt.is_normal_float:
+        assert moment is not None
+        grid = _first_grid(weight, fmt, moment)
     result = _with_scales(weight, fmt, grid, quantizer, moment)
     scales = decode_scales(result)
     if quantizer in FEEDBACK:
         assert moment is not None
-        shrink_tokens = tokens if quantizer == "feedback" else None
+        shrink_tokens = None if quantizer == "gptq" else tokens
         order, factor = (factors or InverseFactors()).get(moment.float(), shrink_tokens)
         result.codes[:, K:] = grid.nearest(torch.zeros(1, device=weight.device)).to(grid.dtype)
         result.codes[:, :K] = feedback_codes(weight.float(), scales, fmt.block or K, grid, order, factor)
+        if is_refined:
+            return _refine(weight.float(), result, shrink(moment.float(), shrink_tokens), scales)
         return result
     safe = torch.where(scales != 0, scales, torch.ones_like(scales))
     for rows, blocks in _pieces(weight, fmt):
         result.codes[rows] = grid.nearest(blocks / safe[rows, :, None]).flatten(1).to(grid.dtype)
     return result
+
+
+def _first_grid(weight: Tensor, fmt: WeightFormat, moment: Tensor) -> Grid:
+    """Return a matrix's own levels for some of its rows, errors weighted by the energies of the inputs."""
+    grid, (N, K) = Grid(fmt.kind), weight.shape
+    rows = weight[sample_rows(N, K, 1 << fmt.bits).to(weight.device)].float()
+    blocks = torch.nn.functional.pad(rows, (0, fmt.padded(K) - K)).view(len(rows), -1, fmt.block)
+    importance = _importance(moment, fmt)
+    return first_levels(blocks, choose_scales(blocks, fmt, grid, True, importance), importance, grid)
+
+
+def _refine(weight: Tensor, matrix: QuantizedMatrix, moment: Tensor, scales: Tensor) -> QuantizedMatrix:
+    """Return the matrix after passes of coordinate descent, with its own levels fitted between them.
+
+    Args:
+        weight: W, float32 [N, K].
+        matrix: its codes after error feedback.
+        moment: H, float32 [K, K].
+        scales: as decoding uses them, float32 [N, blocks]; they change in place.
+    """
+    fmt, grid, K = matrix.format, matrix.grid, matrix.K
+    codes, rounded = matrix.codes[:, :K].contiguous(), scale_rounding(fmt, matrix.constant, matrix.super_scales, scales)
+    rows = sample_rows(matrix.N, K, 1 << fmt.bits).to(weight.device)
+    for sweep in range(_SWEEPS[fmt.bits]):
+        if sweep and fmt.is_normal_float:
+            grid = fit_levels(weight[rows], moment, scales[rows], codes[rows], fmt.block, grid)
+        descend(weight, moment, scales, codes, fmt.block or K, grid, rounded)
+    matrix.codes[:, :K] = codes
+    stored = stored_scales(fmt, scales, matrix.constant, matrix.super_scales)
+    return replace(matrix, scales=stored, levels=_own_levels(grid, weight.device))
+
+
+def _own_levels(grid: Grid, device: torch.device) -> Tensor | None:
+    return torch.tensor(grid.table, dtype=torch.float16, device=device) if grid.table else None
+
+
+def _importance(moment: Tensor, fmt: WeightFormat) -> Tensor:
+    """Return the energy of each input in blocks, [blocks, block]."""
+    K = len(moment)
+    padded = torch.nn.functional.pad(moment.diagonal().float(), (0, fmt.padded(K) - K))
+    return padded.view(-1, fmt.block or K)
 
 
 def _as_stored(weight: Tensor, fmt: WeightFormat) -> QuantizedMatrix:
@@ -149,20 +229,17 @@ def _with_scales(
     importance = None
     if quantizer in CALIBRATED:
         assert moment is not None
-        importance = torch.nn.functional.pad(moment.diagonal().float(), (0, width - K)).view(-1, fmt.block or width)
+        importance = _importance(moment, fmt)
     constant = tensor_scale_of(weight) if fmt.kind == "nvfp4" else 0.0
     scales = torch.empty(N, width // (fmt.block or width), device=weight.device)
     for rows, blocks in _pieces(weight, fmt):
         scales[rows] = choose_scales(blocks, fmt, grid, quantizer != "absmax", importance, constant)
     supers = None
-    if fmt.kind == "nvfp4":
-        stored_scales = (scales / constant).to(torch.float8_e4m3fn)
-    elif fmt.scale_bits:
-        stored_scales, supers, constant = quantize_scales(scales, fmt)
-    else:
-        stored_scales = scales.half()
+    if fmt.scale_bits:
+        supers, constant = super_scales(scales, fmt)
     codes = torch.zeros(N, width, dtype=grid.dtype, device=weight.device)
-    return QuantizedMatrix(fmt, N, K, codes, stored_scales, supers, constant)
+    stored = stored_scales(fmt, scales, constant, supers)
+    return QuantizedMatrix(fmt, N, K, codes, stored, supers, constant, _own_levels(grid, weight.device))
 
 
 def _check(quantizer: Quantizer, moment: Tensor | None, K: int) -> None:
@@ -201,7 +278,7 @@ def decode(matrix: QuantizedMatrix, dtype: torch.dtype = torch.float32) -> Tenso
     """
     if matrix.scales is None:
         return matrix.codes.to(dtype)
-    level, scales = Grid(matrix.format.kind).value(matrix.codes, dtype), decode_scales(matrix, dtype)
+    level, scales = matrix.grid.value(matrix.codes, dtype), decode_scales(matrix, dtype)
     weight = level.view(matrix.N, scales.shape[1], -1).mul_(scales[:, :, None]).view(matrix.N, -1)
     return weight[:, : matrix.K].contiguous() if weight.shape[1] != matrix.K else weight
 

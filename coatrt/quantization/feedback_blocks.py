@@ -1,96 +1,113 @@
-"""Error feedback on a GPU: a block of columns at a time, all rows of the matrix side by side.
+"""Columns coded one after another in blocks, all rows of the matrix side by side, on the CPU or a GPU.
 
-It computes the same as `coatrt.quantization.gptq` with sums in another order. Codes differ from the CPU's where
-rounding decides between two equally near levels, and then in later codes of that row, which compensate.
+A column's codes depend on what the columns before it in the block carry: their errors in GPTQ
+(`coatrt.quantization.gptq`), their values in coordinate descent (`coatrt.quantization.descent`). What the rest of the
+matrix needs from a block is one product at its end. A GPU computes the same as a CPU with sums in another order. Codes
+differ where rounding decides between two equally near levels, and then in later codes of that row, which compensate.
 """
 
-from collections.abc import Callable
 from functools import cache
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from coatrt.errors import reason
-from coatrt.quantization.float32 import full_float32
 from coatrt.quantization.grid import Grid
 from coatrt.system.notices import warn_once
 
-__all__ = ["block_codes", "torch_step"]
+__all__ = ["BLOCK", "Step", "rows_together", "step_for", "torch_step"]
 
-Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Grid], None]
+BLOCK = 64
+"""Columns coded before what they carry reaches the rest of the matrix."""
 
-_BLOCK = 64  # columns coded before their errors are propagated to the rest of the matrix
-_ROWS = 1 << 15  # rows coded together; keeps a kernel's offsets in a block below 2^31 for large tables
-
-
-def block_codes(
-    weight: Tensor, scales: Tensor, block: int, grid: Grid, order: Tensor, factor: Tensor, step: Step | None = None
-) -> Tensor:
-    """Return codes [N, K], see `coatrt.quantization.gptq.feedback_codes`, which has the same arguments.
-
-    Args:
-        weight: W, float32 [N, K], on any device; the other tensors are on the same device.
-        scales: float32 [N, blocks].
-        block: weights along K that share a scale.
-        grid: the levels.
-        order: order of the inputs.
-        factor: factor of the inverse second moment, in that order.
-        step: codes the columns of a block, like `torch_step`; None: the fastest for the device.
-    """
-    step = step or _step_for(weight.device)
-    places = (order // block).int()
-    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    with full_float32():
-        for start in range(0, len(weight), _ROWS):
-            part = slice(start, start + _ROWS)
-            levels = _levels(weight[part], scales[part], places, grid, order, factor, step)
-            codes[part, order] = grid.nearest(levels).to(grid.dtype).view(torch.uint8).t()
-    return codes.view(grid.dtype)
+_CPU_ROWS = 4096  # their errors stay in the CPU cache
+_GPU_ROWS = 1 << 15  # keeps a kernel's offsets in a block below 2^31 for large tables
 
 
-def _levels(
-    weight: Tensor, scales: Tensor, places: Tensor, grid: Grid, order: Tensor, factor: Tensor, step: Step
-) -> Tensor:
-    """Return the levels [K, n] of some rows of W in the order of the inputs."""
-    remaining = weight.t()[order].contiguous()
-    spans = scales.t().contiguous()
-    errors = torch.empty(_BLOCK, remaining.shape[1], device=remaining.device)
-    for start in range(0, len(remaining), _BLOCK):
-        stop = min(start + _BLOCK, len(remaining))
-        block_errors = errors[: stop - start]
-        step(
-            remaining[start:stop],
-            block_errors,
-            factor[start:stop, start:stop].t().contiguous(),
-            places[start:stop],
-            spans,
-            grid,
-        )
-        remaining[stop:].addmm_(factor[start:stop, stop:].t(), block_errors, alpha=-1)
-    return remaining
+class Step(Protocol):
+    """Codes the columns of a block one after another."""
+
+    def __call__(
+        self,
+        columns: Tensor,
+        carried: Tensor,
+        before: Tensor,
+        places: Tensor,
+        scales: Tensor,
+        grid: Grid,
+        values: bool = False,
+    ) -> None:
+        """Code a block of columns; tensors are contiguous.
+
+        Column j less `before[j, :j]` times what the columns before it carry is divided by its scale and takes the
+        nearest level. It carries its error divided by `before[j, j]`, or its value, level × scale.
+
+        Args:
+            columns: a block of Wᵀ, float32 [c, n], c at most `BLOCK`; overwritten with the levels.
+            carried: output, float32 [c, n].
+            before: float32 [c, c], lower triangular.
+            places: int32 [c], scale block of each column.
+            scales: float32 [blocks, n].
+            grid: the levels.
+            values: whether columns carry values.
+        """
 
 
-def torch_step(columns: Tensor, errors: Tensor, before: Tensor, places: Tensor, scales: Tensor, grid: Grid) -> None:
-    """Code the columns of a block one after another, each compensating the errors of those before it.
+def rows_together(device: torch.device) -> int:
+    """Return the number of rows of W to code together."""
+    return _CPU_ROWS if device.type == "cpu" else _GPU_ROWS
 
-    Args:
-        columns: remaining part of Wᵀ, float32 [c, n]; overwritten with the levels.
-        errors: output, float32 [c, n]: error of each column divided by its pivot.
-        before: Uᵀ of the block, float32 [c, c], lower triangular.
-        places: int32 [c], scale block of each column.
-        scales: float32 [blocks, n].
-        grid: the levels.
-    """
+
+def torch_step(
+    columns: Tensor,
+    carried: Tensor,
+    before: Tensor,
+    places: Tensor,
+    scales: Tensor,
+    grid: Grid,
+    values: bool = False,
+) -> None:
+    """Code a block of columns, see `Step`, on any device."""
     spans = scales[places.long()]
     divisors = torch.where(spans != 0, spans, torch.ones_like(spans))
     for j in range(len(columns)):
-        column = columns[j] - before[j, :j] @ errors[:j] if j else columns[j].clone()
+        column = columns[j] - before[j, :j] @ carried[:j] if j else columns[j].clone()
         level = grid.snap(column / divisors[j])
-        errors[j] = (column - level * spans[j]) / before[j, j]
+        carried[j] = level * spans[j] if values else (column - level * spans[j]) / before[j, j]
         columns[j] = level
 
 
-def _step_for(device: torch.device) -> Step:
+def _numpy_step(
+    columns: Tensor,
+    carried: Tensor,
+    before: Tensor,
+    places: Tensor,
+    scales: Tensor,
+    grid: Grid,
+    values: bool = False,
+) -> None:
+    """Code a block of columns, see `Step`: a step on a few hundred numbers costs torch ten times more than numpy."""
+    rows, out, shares, spans = columns.numpy(), carried.numpy(), before.numpy(), scales.numpy()
+    divisors = np.where(spans != 0, spans, np.float32(1))
+    snap = grid.row_snapper()
+    for j, place in enumerate(places.tolist()):
+        column = rows[j]
+        if j:
+            column -= shares[j, :j] @ out[:j]
+        level = snap(column / divisors[place])
+        np.multiply(level, spans[place], out=out[j])
+        if not values:
+            np.subtract(column, out[j], out=out[j])
+            out[j] /= shares[j, j]
+        rows[j] = level
+
+
+def step_for(device: torch.device) -> Step:
+    """Return the fastest step on a device."""
+    if device.type == "cpu":
+        return _numpy_step
     return _kernel_step() if device.type == "cuda" else torch_step
 
 

@@ -8,20 +8,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from coatrt.quantization.feedback_blocks import BLOCK
 from coatrt.quantization.grid import Grid
 
-__all__ = ["BLOCK", "step"]
+__all__ = ["step"]
 
-BLOCK = 64
-"""Maximum columns of a block: their errors stay in the registers of the threads that code a tile."""
-
-_TILE = 32  # rows of W per warp; each thread holds all errors of one row
+_TILE = 32  # rows of W per warp; each thread holds all that a block's columns carry in one row, in registers
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _code(  # type: ignore[no-untyped-def]
     columns,
-    errors,
+    carried,
     before,
     places,
     scales,
@@ -29,6 +27,7 @@ def _code(  # type: ignore[no-untyped-def]
     levels,
     count,
     rows,
+    VALUES: tl.constexpr,
     KIND: tl.constexpr,
     BITS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -37,11 +36,11 @@ def _code(  # type: ignore[no-untyped-def]
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = row < rows
     past = tl.arange(0, COLUMNS)
-    block_errors = tl.zeros((COLUMNS, TILE), tl.float32)
+    block_carried = tl.zeros((COLUMNS, TILE), tl.float32)
     for j in range(count):
         share = tl.load(before + j * count + past, mask=past < count, other=0.0)
         pivot = tl.load(before + j * count + j)
-        column = tl.load(columns + j * rows + row, mask=inside, other=0.0) - tl.sum(block_errors * share[:, None], 0)
+        column = tl.load(columns + j * rows + row, mask=inside, other=0.0) - tl.sum(block_carried * share[:, None], 0)
         scale = tl.load(scales + tl.load(places + j) * rows + row, mask=inside, other=1.0)
         value = tl.div_rn(column, tl.where(scale == 0.0, 1.0, scale))
         magnitude = tl.abs(value)
@@ -65,23 +64,22 @@ def _code(  # type: ignore[no-untyped-def]
             level = tl.load(levels + below)
             if KIND == "nvfp4":
                 level = (level.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-        error = tl.div_rn(column - level * scale, pivot)
+        carry = level * scale if VALUES else tl.div_rn(column - level * scale, pivot)
         tl.store(columns + j * rows + row, level, mask=inside)
-        tl.store(errors + j * rows + row, error, mask=inside)
-        block_errors = tl.where((past == j)[:, None], error[None, :], block_errors)
+        tl.store(carried + j * rows + row, carry, mask=inside)
+        block_carried = tl.where((past == j)[:, None], carry[None, :], block_carried)
 
 
-def step(columns: Tensor, errors: Tensor, before: Tensor, places: Tensor, scales: Tensor, grid: Grid) -> None:
-    """Code a block of columns, see `coatrt.quantization.feedback_blocks.torch_step`; tensors must be contiguous.
-
-    Args:
-        columns: float32 [c, n], c at most `BLOCK`; overwritten with the levels.
-        errors: output, float32 [c, n].
-        before: float32 [c, c].
-        places: int32 [c].
-        scales: float32 [blocks, n].
-        grid: the levels.
-    """
+def step(
+    columns: Tensor,
+    carried: Tensor,
+    before: Tensor,
+    places: Tensor,
+    scales: Tensor,
+    grid: Grid,
+    values: bool = False,
+) -> None:
+    """Code a block of columns, see `coatrt.quantization.feedback_blocks.Step`."""
     count, rows = columns.shape
     if grid.levels is None:
         kind, bits, edges, levels = "fp8" if grid.kind == "fp8" else "integer", int(grid.kind[-1]), before, before
@@ -92,7 +90,7 @@ def step(columns: Tensor, errors: Tensor, before: Tensor, places: Tensor, scales
     with torch.cuda.device(columns.device) if columns.is_cuda else torch.no_grad():
         _code[(triton.cdiv(rows, _TILE),)](
             columns,
-            errors,
+            carried,
             before,
             places,
             scales,
@@ -100,6 +98,7 @@ def step(columns: Tensor, errors: Tensor, before: Tensor, places: Tensor, scales
             levels,
             count,
             rows,
+            VALUES=values,
             KIND=kind,
             BITS=bits,
             COLUMNS=BLOCK,

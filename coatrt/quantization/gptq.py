@@ -4,12 +4,11 @@ GPTQ (Frantar et al., arXiv 2210.17323) with scales fixed in advance, so that on
 ordered by the energy of their input, largest first; scale blocks need not be contiguous in that order.
 """
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from coatrt.errors import FormatError
-from coatrt.quantization.feedback_blocks import block_codes
+from coatrt.quantization.feedback_blocks import BLOCK, Step, rows_together, step_for
 from coatrt.quantization.float32 import full_float32
 from coatrt.quantization.grid import Grid
 
@@ -17,9 +16,6 @@ __all__ = ["DAMPING", "InverseFactors", "feedback_codes", "inverse_factor", "shr
 
 DAMPING = 0.01
 """Share of the mean diagonal added to the diagonal of the second moment, as in GPTQ."""
-
-_LAZY = 64  # columns coded before their errors are propagated to the rest of the matrix
-_ROWS = 4096  # rows of W coded together; their errors stay in the CPU cache
 
 
 def shrink(moment: Tensor, tokens: int | None) -> Tensor:
@@ -93,54 +89,56 @@ class InverseFactors:
         return self._value
 
 
-def feedback_codes(weight: Tensor, scales: Tensor, block: int, grid: Grid, order: Tensor, factor: Tensor) -> Tensor:
+def feedback_codes(
+    weight: Tensor,
+    scales: Tensor,
+    block: int,
+    grid: Grid,
+    order: Tensor,
+    factor: Tensor,
+    step: Step | None = None,
+) -> Tensor:
     """Return codes that make tr((W − Q) H (W − Q)ᵀ) small rather than each |w − q|.
 
     Args:
-        weight: W, float32 [N, K]; the other tensors are on its device.
+        weight: W, float32 [N, K], on any device; the other tensors are on the same device.
         scales: as decoding uses them, float32 [N, blocks].
         block: weights along K that share a scale.
         grid: the levels.
         order: order of the inputs, see `InverseFactors.get`.
         factor: factor of the inverse of H = E[x xᵀ], in that order.
+        step: codes the columns of a block; None: the fastest for the device.
 
     Returns:
         [N, K] in the grid's dtype.
     """
-    if weight.device.type != "cpu":
-        return block_codes(weight, scales, block, grid, order, factor)
-    blocks = (order // block).tolist()
-    codes = torch.empty(weight.shape[1], len(weight), dtype=grid.dtype)
-    for start in range(0, len(weight), _ROWS):
-        part = slice(start, start + _ROWS)
-        remaining = weight[part].t()[order]  # [K, n]: columns of W are contiguous
-        spans = scales[part].t().contiguous()
-        _code_rows(remaining, spans, blocks, factor, grid, codes[:, part])
-    return codes[order.argsort()].t().contiguous()
+    step, places = step or step_for(weight.device), (order // block).int()
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    with full_float32():
+        for rows in torch.arange(len(weight)).split(rows_together(weight.device)):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            levels = _levels(weight[part], scales[part], places, grid, order, factor, step)
+            codes[part, order] = grid.nearest(levels).to(grid.dtype).view(torch.uint8).t()
+    return codes.view(grid.dtype)
 
 
-def _code_rows(remaining: Tensor, spans: Tensor, blocks: list[int], factor: Tensor, grid: Grid, codes: Tensor) -> None:
-    """Fill `codes` [K, n] for `remaining`, the rows of Wᵀ [K, n], which are overwritten.
-
-    The errors of a block reach each later column of the block in one product when it is coded, and the rest of the
-    matrix in one product at the block's end. numpy, because a step on a few hundred numbers costs torch ten times more.
-    """
-    K = len(remaining)
-    columns, scales, out = remaining.numpy(), spans.numpy(), codes.view(torch.uint8).numpy()
-    divisors = np.where(scales != 0, scales, np.float32(1))
-    before, pivots = factor.t().contiguous().numpy(), factor.diagonal().numpy()
-    snap, dtype = grid.row_snapper(), np.int8 if grid.dtype == torch.int8 else np.uint8
-    errors = torch.empty(_LAZY, remaining.shape[1])
-    block_errors = errors.numpy()
-    for start in range(0, K, _LAZY):
-        stop = min(start + _LAZY, K)
-        for j in range(start, stop):
-            column, block = columns[j], blocks[j]
-            if j > start:
-                column -= before[j, start:j] @ block_errors[: j - start]
-            code, level = snap(column / divisors[block])
-            out[j] = code.astype(dtype).view(np.uint8)
-            error = block_errors[j - start]
-            np.subtract(column, np.multiply(level, scales[block], out=error), out=error)
-            error /= pivots[j]
-        remaining[stop:].addmm_(factor[start:stop, stop:].t(), errors[: stop - start], alpha=-1)
+def _levels(
+    weight: Tensor, scales: Tensor, places: Tensor, grid: Grid, order: Tensor, factor: Tensor, step: Step
+) -> Tensor:
+    """Return the levels [K, n] of some rows of W in the order of the inputs."""
+    remaining = weight.t()[order].contiguous()
+    spans = scales.t().contiguous()
+    errors = torch.empty(BLOCK, remaining.shape[1], device=remaining.device)
+    for start in range(0, len(remaining), BLOCK):
+        stop = min(start + BLOCK, len(remaining))
+        block_errors = errors[: stop - start]
+        step(
+            remaining[start:stop],
+            block_errors,
+            factor[start:stop, start:stop].t().contiguous(),
+            places[start:stop],
+            spans,
+            grid,
+        )
+        remaining[stop:].addmm_(factor[start:stop, stop:].t(), block_errors, alpha=-1)
+    return remaining

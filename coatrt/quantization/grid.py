@@ -29,13 +29,17 @@ class Grid:
 
     Args:
         kind: int8, int4, fp8, nvfp4 or nf2/3/4/8.
+        table: a matrix's own levels in place of a NormalFloat codebook, ascending; empty: those of the kind.
     """
 
     kind: str
+    table: tuple[float, ...] = ()
 
     @cached_property
     def levels(self) -> Tensor | None:
         """Level by code, float32; None if the code is the level."""
+        if self.table:
+            return torch.tensor(self.table)
         return torch.tensor(codebook(self.kind)) if self.kind == "nvfp4" or self.kind.startswith("nf") else None
 
     @cached_property
@@ -50,7 +54,7 @@ class Grid:
 
     def steps(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the ascending edges, and the heights between them, of a codebook (nvfp4: of the magnitudes)."""
-        return _steps_on(self.kind, device)
+        return _steps_on(self, device)
 
     @cached_property
     def _count(self) -> "_Staircase":
@@ -94,7 +98,7 @@ class Grid:
         """Return the level of each code, in `dtype`."""
         if self.levels is None:
             return codes.to(dtype)
-        levels = _levels_on(self.kind, codes.device, dtype)
+        levels = _levels_on(self, codes.device, dtype)
         return torch.index_select(levels, 0, codes.reshape(-1).int()).view(codes.shape)
 
     def snap(self, values: Tensor) -> Tensor:
@@ -103,56 +107,33 @@ class Grid:
             return self.value(self.nearest(values))
         return self._round(values.abs()).copysign_(values) if self.kind == "nvfp4" else self._round(values)
 
-    def row_snapper(self) -> Callable[[Row], tuple[Row, Row]]:
-        """Return a function from one row of float32 values to (codes, levels), equal to `nearest` and `value`.
+    def row_snapper(self) -> Callable[[Row], Row]:
+        """Return a function from one row of float32 values to their levels, equal to `snap`.
 
         For rows of a few thousand values, where the overhead of torch calls dominates. The row is overwritten.
         """
         if self.kind in _INT_LIMITS:
             least, most = map(np.float32, _INT_LIMITS[self.kind])
-
-            def integers(row: Row) -> tuple[Row, Row]:
-                np.maximum(np.minimum(np.rint(row, out=row), most, out=row), least, out=row)
-                return row, row
-
-            return integers
+            return lambda row: np.maximum(np.minimum(np.rint(row, out=row), most, out=row), least, out=row)
         if self.levels is None:
-
-            def floats(row: Row) -> tuple[Row, Row]:
-                codes = self.nearest(torch.from_numpy(row))
-                return codes.view(torch.uint8).numpy(), codes.float().numpy()
-
-            return floats
-        levels, edges = self.levels.numpy(), self._edges.numpy()
+            return lambda row: self.nearest(torch.from_numpy(row)).float().numpy()
+        levels, edges = self._ascending.numpy(), self._edges.numpy()
         if self.kind == "nvfp4":
-
-            def nvfp4_codes(row: Row) -> tuple[Row, Row]:
-                magnitude = edges.searchsorted(np.abs(row))
-                codes = magnitude + 8 * ((row < 0) & (magnitude > 0))
-                return codes, levels.take(codes)
-
-            return nvfp4_codes
-
-        def ascending(row: Row) -> tuple[Row, Row]:
-            codes = edges.searchsorted(row)
-            return codes, levels.take(codes)
-
-        return ascending
+            return lambda row: np.copysign(levels.take(edges.searchsorted(np.abs(row))), row)
+        return lambda row: levels.take(edges.searchsorted(row))
 
 
 @lru_cache
-def _steps_on(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
+def _steps_on(grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the edges and heights of a codebook on a device, cached."""
-    grid = Grid(kind)
     return grid._edges.to(device), grid._ascending.to(device)
 
 
 @lru_cache
-def _levels_on(kind: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _levels_on(grid: Grid, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return the levels of a codebook on a device, cached."""
-    levels = Grid(kind).levels
-    assert levels is not None
-    return levels.to(device, dtype)
+    assert grid.levels is not None
+    return grid.levels.to(device, dtype)
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,16 @@
 
 from typing import Literal, get_args
 
-__all__ = ["CALIBRATED", "FEEDBACK", "QUANTIZERS", "QUANTIZER_VERSION", "Quantizer"]
+__all__ = ["CALIBRATED", "FEEDBACK", "QUANTIZERS", "QUANTIZER_VERSION", "REFINED", "Quantizer"]
 
-QUANTIZER_VERSION = 3  # increase it if encode returns other codes: it is part of cache keys
-Quantizer = Literal["absmax", "mse", "weighted", "gptq", "feedback"]
+QUANTIZER_VERSION = 4  # increase it if encode returns other codes: it is part of cache keys
+Quantizer = Literal["absmax", "mse", "weighted", "gptq", "feedback", "refined"]
 """Choice of scales and codes, see `coatrt.quantization.codec.encode`."""
 
 QUANTIZERS: tuple[Quantizer, ...] = get_args(Quantizer)
-CALIBRATED: frozenset[Quantizer] = frozenset({"weighted", "gptq", "feedback"})
+CALIBRATED: frozenset[Quantizer] = frozenset({"weighted", "gptq", "feedback", "refined"})
 """Quantizers that need the second moment of a matrix's input."""
-FEEDBACK: frozenset[Quantizer] = frozenset({"gptq", "feedback"})
+FEEDBACK: frozenset[Quantizer] = frozenset({"gptq", "feedback", "refined"})
 """Quantizers with error feedback, which need many calibration tokens."""
+REFINED: frozenset[Quantizer] = frozenset({"refined"})
+"""Quantizers that improve levels, scales and codes after error feedback."""

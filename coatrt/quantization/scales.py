@@ -1,13 +1,19 @@
 """Scales: one per block, chosen by the quantization error, and quantized themselves in some formats."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from coatrt.quantization.grid import E4M3_MAX, Grid
 from coatrt.quantization.weight_format import WeightFormat
 
-__all__ = ["choose_scales", "quantize_scales", "tensor_scale_of"]
+__all__ = ["RoundScales", "choose_scales", "scale_rounding", "stored_scales", "super_scales", "tensor_scale_of"]
 
+RoundScales = Callable[[Tensor, slice, int], Tensor]
+"""(scales [n], their rows, their block) → the nearest ones that the format can store, float32."""
+
+_FP16_MAX = 65504.0
 _SUPER_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Clipping candidates as fractions of absmax; fewer bits need stronger clipping.
 _RATIOS = {
@@ -102,13 +108,60 @@ def _error(blocks: Tensor, level: Tensor, scale: Tensor, importance: Tensor | No
     return (squared if importance is None else squared.mul_(importance)).sum(-1)
 
 
-def quantize_scales(scales: Tensor, fmt: WeightFormat) -> tuple[Tensor, Tensor, float]:
-    """Return (codes [P, B1], super scales [P], offset) of doubly quantized `scales` (arXiv 2509.25214)."""
-    top = (1 << fmt.scale_bits) - 1
+def super_scales(scales: Tensor, fmt: WeightFormat) -> tuple[Tensor, float]:
+    """Return (super scales [P], offset) to quantize `scales` [rows, blocks] doubly (arXiv 2509.25214)."""
     offset = float(scales.min().half())
-    flat = (scales.flatten() - offset).clamp_(min=0)
-    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % fmt.scale_block)).view(-1, fmt.scale_block)
-    supers = (flat.amax(1) / top).to(_SUPER_DTYPES[fmt.scale_dtype])
-    step = supers.float()
-    step = torch.where(step > 0, step, torch.ones_like(step))
-    return (flat / step[:, None]).round_().clamp_(0, top).to(torch.uint8), supers, offset
+    supers = _flat(scales - offset, fmt).amax(1) / _top(fmt)
+    return supers.to(_SUPER_DTYPES[fmt.scale_dtype]), offset
+
+
+def stored_scales(fmt: WeightFormat, scales: Tensor, constant: float, supers: Tensor | None) -> Tensor:
+    """Return scales as the format stores them: float16, E4M3, or codes [P, B1] for double quantization.
+
+    Args:
+        fmt: the effective format.
+        scales: float32 [rows, blocks].
+        constant: nvfp4's tensor scale, or the offset of doubly quantized scales.
+        supers: super scales [P], for double quantization only.
+    """
+    if fmt.kind == "nvfp4":
+        return (scales / constant).to(torch.float8_e4m3fn)
+    if supers is None:
+        return scales.half()
+    return _scale_codes(_flat(scales - constant, fmt), supers.float()[:, None], fmt).to(torch.uint8)
+
+
+def scale_rounding(fmt: WeightFormat, constant: float, supers: Tensor | None, scales: Tensor) -> RoundScales:
+    """Return a function that rounds scales to the nearest ones that the format can store beside the others.
+
+    Args:
+        fmt: the effective format.
+        constant: see `stored_scales`.
+        supers: see `stored_scales`; they stay.
+        scales: all scales [rows, blocks], for their shape.
+    """
+    if supers is not None:
+        steps = supers.float().repeat_interleave(fmt.scale_block)[: scales.numel()].view(scales.shape)
+
+        def doubly(values: Tensor, rows: slice, block: int) -> Tensor:
+            step = steps[rows, block]
+            return _scale_codes(values - constant, step, fmt) * step + constant
+
+        return doubly
+    least = -_FP16_MAX if fmt.is_normal_float else 0.0  # see `choose_scales`
+    return lambda values, rows, block: _as_stored(values.clamp(least, _FP16_MAX), fmt, constant)
+
+
+def _top(fmt: WeightFormat) -> int:
+    return (1 << fmt.scale_bits) - 1
+
+
+def _flat(scales: Tensor, fmt: WeightFormat) -> Tensor:
+    """Return scales [P, B1] row by row, not below zero, padded with zeros."""
+    flat = scales.flatten().clamp(min=0)
+    return torch.nn.functional.pad(flat, (0, -flat.numel() % fmt.scale_block)).view(-1, fmt.scale_block)
+
+
+def _scale_codes(above: Tensor, step: Tensor, fmt: WeightFormat) -> Tensor:
+    """Return the codes, as floats, of scales above the offset."""
+    return (above / torch.where(step > 0, step, torch.ones_like(step))).round_().clamp_(0, _top(fmt))

@@ -71,7 +71,7 @@ class TrainOptions:
         "Initial A: residual, the main directions of the quantization error in the format of fewest bits; random; or "
         "mixed, half of the columns each. Without compensation always random.",
     )
-    quantizer: Quantizer = _option("feedback", "Quantizer of the weights.")
+    quantizer: Quantizer = _option("refined", "Quantizer of the weights.")
     steps: int = _option(300, "Optimizer steps.", least=1, most=10**9)
     batch: int = _option(
         4, "Blocks of text (examples) per configuration; a step has two configurations.", least=1, most=65536
@@ -108,7 +108,7 @@ class TrainOptions:
         "Blocks of text to calibrate on; of shorter examples as many as have the same number of tokens.",
         least=1,
         most=2**20,
-        unset="16; for gptq and feedback, four tokens for each input of the widest matrix",
+        unset="16; for gptq, feedback and refined, four tokens for each input of the widest matrix",
     )
     evaluation: int | None = _option(
         None, "Held-out blocks (examples, questions) to measure on.", least=1, most=2**20, unset="16; for choice 200"

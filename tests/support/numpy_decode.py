@@ -19,6 +19,7 @@ def decode_numpy(
     super_scales: NDArray[Any] | None = None,
     constant: float = 0.0,
     dtype: DTypeLike = np.float32,
+    levels: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
     """Return the weight of codes and scales.
 
@@ -31,6 +32,7 @@ def decode_numpy(
         super_scales: as in `QuantizedMatrix`.
         constant: as in `QuantizedMatrix`.
         dtype: float32 or float16; all arithmetic is rounded to it.
+        levels: as in `QuantizedMatrix`.
 
     Returns:
         [N, K] in `dtype`.
@@ -40,7 +42,8 @@ def decode_numpy(
     if scales is None:
         return codes.astype(kind)
     indexed = weight_format.is_normal_float or weight_format.kind == "nvfp4"
-    level = codebook(weight_format.kind).astype(kind)[codes.astype(np.intp)] if indexed else codes.astype(kind)
+    table = codebook(weight_format.kind) if indexed and levels is None else levels
+    level = table.astype(kind)[codes.astype(np.intp)] if table is not None else codes.astype(kind)
     scale = scales.astype(kind)
     if weight_format.kind == "nvfp4":
         scale = scale * np.array(constant, kind)

@@ -10,10 +10,9 @@ import torch
 
 import coatrt.quantization.feedback_blocks as blocks
 from coatrt.quantization.codec import decode_scales, encode
-from coatrt.quantization.feedback_blocks import block_codes, torch_step
+from coatrt.quantization.feedback_blocks import torch_step
 from coatrt.quantization.float32 import full_float32
-from coatrt.quantization.gptq import InverseFactors
-from coatrt.quantization.grid import Grid
+from coatrt.quantization.gptq import InverseFactors, feedback_codes
 from support.feedback_check import output_error, ties_of
 from support.programs import run_program
 
@@ -35,7 +34,7 @@ def bits(codes):
 
 def recoded(weight, matrix, order, factor, step):
     fmt, K = matrix.format, matrix.K
-    return block_codes(weight, decode_scales(matrix), fmt.block or K, Grid(fmt.kind), order, factor, step)
+    return feedback_codes(weight, decode_scales(matrix), fmt.block or K, matrix.grid, order, factor, step)
 
 
 @pytest.mark.parametrize("text", FORMATS)
@@ -53,7 +52,7 @@ def test_pieces_of_rows_are_coded_alike(monkeypatch):
     weight, H = case(70, 192)
     factors = InverseFactors()
     matrix = encode(weight, "nf3-g32", "feedback", H, factors=factors)
-    monkeypatch.setattr(blocks, "_ROWS", 32)
+    monkeypatch.setattr("coatrt.quantization.gptq.rows_together", lambda device: 32)
     found = recoded(weight, matrix, *factors.get(H, None), torch_step)
     assert (found == matrix.codes).float().mean() > 0.999
 
@@ -125,9 +124,9 @@ def test_the_kernel_interpreted_gives_the_same_codes(monkeypatch):
 def test_a_gpu_gives_the_codes_but_for_near_ties(text, slow, monkeypatch):
     weight, H = case(1024, 1024)
     if slow:
-        monkeypatch.setattr(blocks, "_step_for", lambda device: torch_step)
+        monkeypatch.setattr("coatrt.quantization.gptq.step_for", lambda device: torch_step)
     else:
-        assert blocks._step_for(torch.device("cuda")) is not torch_step
+        assert blocks.step_for(torch.device("cuda")) is not torch_step
     factors = InverseFactors()
     near, there = weight.cuda(), H.cuda()
     found = encode(near, text, "feedback", there, 4096, factors)
