@@ -12,8 +12,10 @@ from coatrt.models.matrices import EMBEDDING
 from coatrt.quantization.codec import QuantizedMatrix, encode
 from coatrt.quantization.gptq import InverseFactors
 from coatrt.quantization.grid import Grid
-from coatrt.quantization.input_moments import Calibration, InputMoments
-from coatrt.quantization.quantizers import CALIBRATED, QUANTIZER_VERSION, REFINED, Quantizer
+from coatrt.quantization.input_moments import Calibration, InputMoments, load_to
+from coatrt.quantization.layer_streams import LayerStreams
+from coatrt.quantization.layerwise import encode_layers
+from coatrt.quantization.quantizers import CALIBRATED, LAYERWISE_BITS, QUANTIZER_VERSION, REFINED, Quantizer
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.disk import cache_directory, cache_writing, cached
 from coatrt.system.progress import Progress, silent
@@ -64,6 +66,7 @@ class CodeStore:
         for folder in cached(self._root, "*/*"):
             sweep(folder)
         self._key = f"v{QUANTIZER_VERSION}-{quantizer}"
+        self._calibration, self._progress = calibration, progress
         self._moments: InputMoments | None = None
         self._tokens: int | None = None
         if quantizer in CALIBRATED and calibration is not None:
@@ -99,9 +102,12 @@ class CodeStore:
             path, place = self._place(member, fmt)
             with cache_writing():
                 write_tensors(path, encoded.tensors, {"constant": encoded.constant.hex(), "place": place})
-            matrix = self._keep((member, str(fmt)), encoded)
+            if member == name:
+                matrix = encoded
+            elif encoded.format == fmt:
+                self._keep((member, str(fmt)), encoded)
         assert matrix is not None
-        return matrix
+        return self._keep(key, matrix)
 
     def _place(self, name: str, fmt: WeightFormat) -> tuple[Path, str]:
         """Return the cache file of a matrix, and the identity stored in it, so that a renamed one is not read."""
@@ -112,7 +118,7 @@ class CodeStore:
     def _read(self, name: str, fmt: WeightFormat) -> QuantizedMatrix | None:
         """Return a matrix from its cache file, or None if that is missing or damaged."""
         shape = self.checkpoint.matrices.by_name[name]
-        return _read(*self._place(name, fmt), fmt, shape.N, shape.K)
+        return _read(*self._place(name, fmt), fmt.effective(shape.K), shape.N, shape.K)
 
     def _keep(self, key: tuple[str, str], matrix: QuantizedMatrix) -> QuantizedMatrix:
         """Keep a matrix in memory and return it."""
@@ -144,12 +150,20 @@ class CodeStore:
             self._moments.release()
 
     def _encode(self, name: str, fmt: WeightFormat) -> Iterator[tuple[str, QuantizedMatrix]]:
-        """Yield a matrix, encoded, last; before it the others of its fused group, if they are encoded as one matrix.
+        """Yield a matrix, encoded, and those that are encoded with it.
 
-        Then they share their levels and nvfp4's tensor scale, so that one product serves them all in a graph.
+        The matrices of a fused group are encoded as one: then they share their levels and nvfp4's tensor scale, so that
+        one product serves them all in a graph.
         """
         if self._is_plain(name):
             yield name, encode(self.checkpoint.tensor(f"{name}.weight").to(self._compute), fmt, "mse").to(_CPU)
+            return
+        if (
+            self.quantizer == "layerwise"
+            and fmt.bits <= LAYERWISE_BITS
+            and not self.checkpoint.matrices.by_name[name].is_table
+        ):
+            yield from self._encode_layers(fmt)
             return
         names = [name]
         if self.quantizer in REFINED and not fmt.scale_bits:  # blocks of double quantization cross rows
@@ -160,9 +174,21 @@ class CodeStore:
         del weights
         moment = self._moments.get(name) if self._moments is not None else None
         joint = encode(weight, fmt, self.quantizer, moment, self._tokens, self._factors).to(_CPU)
-        parts = dict(zip(names, joint.split(counts), strict=True))
-        yield from ((other, part) for other, part in parts.items() if other != name)
-        yield name, parts[name]
+        yield from zip(names, joint.split(counts), strict=True)
+
+    def _encode_layers(self, fmt: WeightFormat) -> Iterator[tuple[str, QuantizedMatrix]]:
+        """Yield every linear matrix; those that an interrupted run has written are read."""
+        assert self._calibration is not None
+        model = load_to(self.checkpoint, self._compute)
+        streams = LayerStreams(model, self._calibration.tokens)
+
+        def weight(name: str) -> torch.Tensor:
+            return self.checkpoint.tensor(f"{name}.weight").to(model.device)
+
+        encoded = encode_layers(
+            streams, self.checkpoint.matrices, weight, fmt, lambda name: self._read(name, fmt), self._progress
+        )
+        yield from ((name, matrix.to(_CPU)) for name, matrix in encoded)
 
     def _is_plain(self, name: str) -> bool:
         """Return whether a matrix is a table without a second moment."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from coatrt.errors import FormatError
 from coatrt.quantization.descent import descend
-from coatrt.quantization.gptq import InverseFactors, feedback_codes, shrink
+from coatrt.quantization.gptq import InverseFactors, damped, feedback_codes, shrink
 from coatrt.quantization.grid import Grid
 from coatrt.quantization.learned_levels import first_levels, fit_levels, sample_rows
 from coatrt.quantization.quantizers import CALIBRATED, FEEDBACK, QUANTIZERS, REFINED, Quantizer
@@ -151,7 +151,7 @@ def encode(
         result.codes[:, K:] = grid.nearest(torch.zeros(1, device=weight.device)).to(grid.dtype)
         result.codes[:, :K] = feedback_codes(weight.float(), scales, fmt.block or K, grid, order, factor)
         if is_refined:
-            return _refine(weight.float(), result, shrink(moment.float(), shrink_tokens), scales)
+            return _refine(weight.float(), result, damped(shrink(moment.float(), shrink_tokens)), scales)
         return result
     safe = torch.where(scales != 0, scales, torch.ones_like(scales))
     for rows, blocks in _pieces(weight, fmt):

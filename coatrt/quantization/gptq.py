@@ -12,7 +12,7 @@ from coatrt.quantization.feedback_blocks import BLOCK, Step, rows_together, step
 from coatrt.quantization.float32 import full_float32
 from coatrt.quantization.grid import Grid
 
-__all__ = ["DAMPING", "InverseFactors", "feedback_codes", "inverse_factor", "shrink"]
+__all__ = ["DAMPING", "InverseFactors", "damped", "feedback_codes", "inverse_factor", "shrink"]
 
 DAMPING = 0.01
 """Share of the mean diagonal added to the diagonal of the second moment, as in GPTQ."""
@@ -33,6 +33,13 @@ def shrink(moment: Tensor, tokens: int | None) -> Tensor:
         return moment
     result = moment * (tokens / (tokens + len(moment)))
     result.diagonal().copy_(moment.diagonal())
+    return result
+
+
+def damped(moment: Tensor) -> Tensor:
+    """Return H + λI with λ = `DAMPING` · mean(diag H): rounding errors count in directions without inputs, too."""
+    result = moment.clone()
+    result.diagonal().add_(DAMPING * moment.diagonal().mean())
     return result
 
 

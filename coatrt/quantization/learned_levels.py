@@ -6,7 +6,7 @@ from torch import Tensor
 from coatrt.quantization.float32 import full_float32
 from coatrt.quantization.grid import Grid
 
-__all__ = ["fit_levels", "first_levels", "sample_rows"]
+__all__ = ["first_levels", "fit_levels", "sample_rows"]
 
 _ROWS = 256  # rows whose weights decide on the levels
 _ELEMENTS = 1 << 25  # of the largest buffer
