@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from arms import ARMS, Arm, LoraBank
-from setting import BUDGETS, FORMATS, MODEL, Measured, Setting
+from setting import BATCH, BUDGETS, FORMATS, PARTS, Measured, Setting
 
 from coatrt.adapter.compensation import Compensator
 from coatrt.adapter.lora import CoaLora
@@ -27,8 +27,6 @@ from coatrt.training.options import TrainOptions
 
 RESULTS = Path(__file__).parents[1] / "results" / "method"
 STEPS = 120
-BATCH = {"sotu": 2, "trec": 16}  # about the same number of tokens for each
-PARTS = {"sotu": 1, "trec": 2}  # halves of a batch have less padding if lengths differ
 LIMIT = {"sotu": 24, "trec": 500}  # held-out blocks, held-out questions
 
 
@@ -106,13 +104,13 @@ def train(setting: Setting, arm: Arm, seed: int, steps: int, job: str, only: Qua
 
 def job_name(setting: Setting, arm: str, seed: int, budget: float = 0.0) -> str:
     """Return the name of a training; budget 0 if it serves all budgets."""
-    return "-".join([MODEL, setting.task, arm, *([str(budget)] if budget else []), str(seed)])
+    return "-".join([setting.model, setting.task, arm, *([str(budget)] if budget else []), str(seed)])
 
 
 def job_result(setting: Setting, name: str, seed: int, steps: int) -> dict[str, Any]:
     """Run one job."""
     arm, start = ARMS[name], time.monotonic()
-    facts: dict[str, Any] = {"model": MODEL, "task": setting.task, "arm": name, "seed": seed}
+    facts: dict[str, Any] = {"model": setting.model, "task": setting.task, "arm": name, "seed": seed}
     entries, rows, seconds, passes, parameters = list(setting.measured), [], 0.0, 0, 0
     if arm.kind == "none":
         rows = measure(setting, None, entries)
@@ -156,13 +154,14 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0, help="to distribute the seeds over processes")
     parser.add_argument("--scratch", type=Path, default=Path("out/method"))
     parser.add_argument("--compute", default="cpu", help="torch device of the model")
+    parser.add_argument("--learned", type=int, default=0, help="steps that learn scales first")
     arguments = parser.parse_args()
     names = arguments.arms.split(",") if arguments.arms else list(ARMS)
     arguments.scratch.mkdir(parents=True, exist_ok=True)
-    setting = Setting(arguments.task, arguments.scratch, arguments.compute)
+    setting = Setting(arguments.task, arguments.scratch, arguments.compute, learned=arguments.learned)
     for seed in range(arguments.first_seed, arguments.seeds):
         for name in names:
-            path = RESULTS / f"{MODEL}-{arguments.task}-{name}-{seed}.json"
+            path = RESULTS / f"{setting.model}-{arguments.task}-{name}-{seed}.json"
             if path.is_file() or (ARMS[name].kind == "none" and seed):
                 continue
             result = job_result(setting, name, seed, STEPS)

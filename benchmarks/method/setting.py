@@ -28,14 +28,19 @@ from coatrt.models.checkpoint import Checkpoint
 from coatrt.models.tokenizer import load_tokenizer
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.input_moments import Calibration, InputMoments, calibration_examples
+from coatrt.quantization.learned_scales import LearnedScales
 from coatrt.quantization.weight_format import WeightFormat
+from coatrt.system.distributed import Processes
 from coatrt.system.json_data import read_as, write_json
 from coatrt.system.tensors import read_tensors, write_tensors
 from coatrt.training.config_sampler import TrainingSampler
+from coatrt.training.options import TrainOptions
+from coatrt.training.scale_learning import learn_scales
 
-__all__ = ["BUDGETS", "FORMATS", "MODEL", "Draws", "Measured", "Setting"]
+__all__ = ["BATCH", "BUDGETS", "FORMATS", "PARTS", "Draws", "Measured", "Setting"]
 
-MODEL = "smollm2-refined"  # name in files: SmolLM2-135M under the default quantizer
+BATCH = {"sotu": 2, "trec": 16}  # examples of a configuration: about the same number of tokens for each task
+PARTS = {"sotu": 1, "trec": 2}  # halves of a batch have less padding if lengths differ
 Draws = Literal["ends", "sides", "even"]
 FORMATS = ("nf2-g64", "nf3-g64", "nf4-g64", "int4-g64", "nvfp4", "int8")
 TRAINED = tuple(2.5 + 0.5 * i for i in range(11))  # bits per weight of the configurations trained on
@@ -70,12 +75,19 @@ class Setting:
         scratch: directory for sensitivities and unfinished trainings.
         compute: torch device of the model.
         calibration: examples of 128 tokens for the sensitivities; more if they are shorter.
+        learned: steps that learn scales before anything else (`coatrt.training.scale_learning`).
     """
 
     task: str
     scratch: Path
     compute: str = "cpu"
     calibration: int = 32
+    learned: int = 0
+
+    @property
+    def model(self) -> str:
+        """Name in files: SmolLM2-135M under the default quantizer, or with learned scales on top."""
+        return "smollm2-learned" if self.learned else "smollm2-refined"
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -115,7 +127,7 @@ class Setting:
     @cached_property
     def gains(self) -> dict[str, Tensor]:
         """Gradient energy at the outputs of the matrices."""
-        path = self.scratch / f"gains-{MODEL}-{self.task}.safetensors"
+        path = self.scratch / f"gains-{self.task}.safetensors"
         if not path.is_file():
             self.base.set_config(None)
             self.base.set_pairs(None)
@@ -132,8 +144,29 @@ class Setting:
 
     @cached_property
     def sensitivity(self) -> Sensitivity:
-        """Costs and errors, measured once on training examples."""
-        path = self.scratch / f"sensitivity-{MODEL}-{self.task}.json"
+        """Costs and errors, measured once on training examples; first of all, scales are learned if they are to be."""
+        first = self._sensitivity("smollm2-refined")
+        if not self.learned:
+            return first
+        path = self.scratch / f"scales-{self.model}-{self.task}.safetensors"
+        if not path.is_file():
+            draw = TrainingSampler(self.space, first.costs, TRAINED[0], TRAINED[-1]).draw
+            options = TrainOptions(
+                formats=FORMATS, learn_scales=self.learned, batch=BATCH[self.task], accumulate=PARTS[self.task]
+            )
+            state, identity = self.scratch / path.stem, f"{options} {self.data.digest}"
+            with drawn_progress("scales") as progress:
+                learn_scales(
+                    *(self.base, self.codes, self.space, self.data.train, draw, options, state, identity),
+                    Processes(),
+                    progress,
+                ).save(path)
+        self.codes.use(LearnedScales.load(path))
+        self.base.forget()
+        return self._sensitivity(self.model)
+
+    def _sensitivity(self, name: str) -> Sensitivity:
+        path = self.scratch / f"sensitivity-{name}-{self.task}.json"
         if not path.is_file():
             with drawn_progress("sensitivity") as progress:
                 sensitivity = measure_sensitivity(

@@ -23,6 +23,7 @@ from coatrt.evaluation.losses import example_losses, measure_held_out
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.input_moments import Calibration
+from coatrt.quantization.learned_scales import LearnedScales
 from coatrt.quantization.quantizers import CALIBRATED
 from coatrt.system.exclusive import exclusive
 from coatrt.system.files import atomic_directory, check_replaceable, sha256_file
@@ -33,7 +34,8 @@ from coatrt.system.resources import compute_device
 __all__ = ["Adapter", "Evaluator"]
 
 _CALIBRATION = "calibration.safetensors"
-_FILES = ("adapter.json", "adapter.safetensors", "sensitivity.json", "metrics.json", _CALIBRATION)
+_SCALES = "scales.safetensors"
+_FILES = ("adapter.json", "adapter.safetensors", "sensitivity.json", "metrics.json", _CALIBRATION, _SCALES)
 _OWN = (*_FILES, "peft", "training", "archive.json")
 
 
@@ -45,6 +47,7 @@ class Adapter:
         description: its model, formats, contract, sensitivities and training.
         lora: A, B, θ and the table of C.
         calibration: the tokens of sensitivities and second moments; None only if the quantizer needs none.
+        scales: scales learned in place of the quantizer's; None: there are none.
 
     Raises:
         ConfigError: the quantizer needs calibration tokens and there are none.
@@ -53,6 +56,7 @@ class Adapter:
     description: AdapterDescription
     lora: CoaLora
     calibration: Calibration | None = None
+    scales: LearnedScales | None = None
 
     def __post_init__(self) -> None:
         quantizer = self.description.quantizer
@@ -98,7 +102,7 @@ class Adapter:
             progress: called while second moments are measured.
             device: torch device that encodes matrices missing in the cache.
         """
-        return CodeStore(checkpoint, self.description.quantizer, self.calibration, progress, device)
+        return CodeStore(checkpoint, self.description.quantizer, self.calibration, progress, device, self.scales)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the adapter to `directory`, atomically; its folder peft has A and B for PEFT, without θ and C.
@@ -122,6 +126,8 @@ class Adapter:
             write_json(temporary / "metrics.json", description.metrics)
             if self.calibration is not None:
                 self.calibration.save(temporary / _CALIBRATION)
+            if self.scales is not None:
+                self.scales.save(temporary / _SCALES)
             pairs = {
                 name: (A.float().cpu().numpy(), B.float().cpu().numpy()) for name, (A, B) in self.lora.shared().items()
             }
@@ -162,6 +168,7 @@ class Adapter:
                 description,
                 lora.eval().requires_grad_(False),
                 Calibration.load(directory / _CALIBRATION) if has_calibration else None,
+                LearnedScales.load(directory / _SCALES) if _SCALES in file.sha256 else None,
             )
 
 

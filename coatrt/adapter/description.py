@@ -24,7 +24,7 @@ from coatrt.system.scratch import restore
 
 __all__ = ["ADAPTER_FORMAT", "AdapterDescription", "AdapterFile", "adapter_hash", "adapter_reading"]
 
-ADAPTER_FORMAT = 8
+ADAPTER_FORMAT = 9
 
 
 def adapter_hash(directory: str | Path) -> str:

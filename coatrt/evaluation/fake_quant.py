@@ -1,7 +1,8 @@
 """A transformers model with frozen weights in any configuration, and a LoRA beside them."""
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -156,6 +157,41 @@ class FakeQuantModel:
         for name, weight in weights:
             self._weights[name].data = weight.to(self.compute, self.dtype)
             self._current[name] = "given"
+
+    @contextmanager
+    def weight_gradients(self, names: Iterable[str], visit: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """Call `visit(name, gradient [N, K])` for the weights of matrices in every backward pass inside the context.
+
+        One gradient at a time is in memory.
+        """
+
+        def hook(name: str) -> Callable[[Tensor], None]:
+            def take(weight: Tensor) -> None:
+                assert weight.grad is not None
+                with torch.no_grad():
+                    visit(name, weight.grad)
+                weight.grad = None
+
+            return take
+
+        weights = {name: self._weights[name] for name in names}
+        hooks = [
+            weight.requires_grad_().register_post_accumulate_grad_hook(hook(name))  # type: ignore[no-untyped-call]
+            for name, weight in weights.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in hooks:
+                handle.remove()
+            for weight in weights.values():
+                weight.requires_grad_(False)
+
+    def forget(self) -> None:
+        """Set full precision and drop all decoded weights: the encoded matrices have changed."""
+        self.set_config(None)
+        self._decoded.clear()
+        self._bytes = 0
 
     def set_pairs(self, pairs: Mapping[str, tuple[Tensor, Tensor]] | None) -> None:
         """Set the LoRA pairs: matrix → (A [K, r], scaled B [r, N]); matrices without a pair have no LoRA."""

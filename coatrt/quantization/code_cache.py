@@ -12,10 +12,9 @@ from coatrt.models.matrices import EMBEDDING
 from coatrt.quantization.codec import QuantizedMatrix, encode
 from coatrt.quantization.gptq import InverseFactors
 from coatrt.quantization.grid import Grid
-from coatrt.quantization.input_moments import Calibration, InputMoments, load_to
-from coatrt.quantization.layer_streams import LayerStreams
-from coatrt.quantization.layerwise import encode_layers
-from coatrt.quantization.quantizers import CALIBRATED, LAYERWISE_BITS, QUANTIZER_VERSION, REFINED, Quantizer
+from coatrt.quantization.input_moments import Calibration, InputMoments
+from coatrt.quantization.learned_scales import LearnedScales
+from coatrt.quantization.quantizers import CALIBRATED, QUANTIZER_VERSION, Quantizer
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.disk import cache_directory, cache_writing, cached
 from coatrt.system.progress import Progress, silent
@@ -44,6 +43,7 @@ class CodeStore:
             cache.
         progress: called while second moments are measured.
         compute: torch device that encodes and measures moments; codes are returned on the CPU.
+        learned: scales in place of the quantizer's.
 
     Raises:
         ConfigError: the quantizer needs calibration tokens and has none.
@@ -56,17 +56,18 @@ class CodeStore:
         calibration: Calibration | None = None,
         progress: Progress = silent,
         compute: str | torch.device = "cpu",
+        learned: LearnedScales | None = None,
     ) -> None:
         if quantizer in CALIBRATED and calibration is None:
             raise ConfigError(f"the quantizer {quantizer} needs calibration tokens; give some, or use mse")
         self.checkpoint = checkpoint
         self.quantizer: Quantizer = quantizer
+        self._learned = learned or LearnedScales()
         self._compute = torch.device(compute)
         self._root = cache_directory() / "codes" / checkpoint.fingerprint
         for folder in cached(self._root, "*/*"):
             sweep(folder)
         self._key = f"v{QUANTIZER_VERSION}-{quantizer}"
-        self._calibration, self._progress = calibration, progress
         self._moments: InputMoments | None = None
         self._tokens: int | None = None
         if quantizer in CALIBRATED and calibration is not None:
@@ -121,8 +122,8 @@ class CodeStore:
         return _read(*self._place(name, fmt), fmt.effective(shape.K), shape.N, shape.K)
 
     def _keep(self, key: tuple[str, str], matrix: QuantizedMatrix) -> QuantizedMatrix:
-        """Keep a matrix in memory and return it."""
-        self._matrices[key] = matrix
+        """Keep a matrix with its learned scales in memory and return it."""
+        self._matrices[key] = matrix = self._learned.apply(key[0], matrix)
         self._bytes += matrix.nbytes
         while self._bytes > _MIN_BYTES and free_memory() < _RESERVE:
             self._bytes -= self._matrices.popitem(last=False)[1].nbytes
@@ -143,6 +144,12 @@ class CodeStore:
             )
         return QuantizedMatrix(fmt, shape.N, shape.K, codes, scales, None, stored.constants.get(name, 0.0))
 
+    def use(self, learned: LearnedScales) -> None:
+        """Take learned scales in place of those so far."""
+        self._learned = learned
+        self._matrices.clear()
+        self._bytes = 0
+
     def release(self) -> None:
         """Free memory needed only for encoding, the last moment and its factor: gigabytes on a training GPU."""
         self._factors = InverseFactors()
@@ -158,15 +165,8 @@ class CodeStore:
         if self._is_plain(name):
             yield name, encode(self.checkpoint.tensor(f"{name}.weight").to(self._compute), fmt, "mse").to(_CPU)
             return
-        if (
-            self.quantizer == "layerwise"
-            and fmt.bits <= LAYERWISE_BITS
-            and not self.checkpoint.matrices.by_name[name].is_table
-        ):
-            yield from self._encode_layers(fmt)
-            return
         names = [name]
-        if self.quantizer in REFINED and not fmt.scale_bits:  # blocks of double quantization cross rows
+        if self.quantizer == "refined" and not fmt.scale_bits:  # blocks of double quantization cross rows
             names = [other for group in self.checkpoint.matrices.groups if name in group for other in group]
         weights = [self.checkpoint.tensor(f"{other}.weight").to(self._compute) for other in names]
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
@@ -175,20 +175,6 @@ class CodeStore:
         moment = self._moments.get(name) if self._moments is not None else None
         joint = encode(weight, fmt, self.quantizer, moment, self._tokens, self._factors).to(_CPU)
         yield from zip(names, joint.split(counts), strict=True)
-
-    def _encode_layers(self, fmt: WeightFormat) -> Iterator[tuple[str, QuantizedMatrix]]:
-        """Yield every linear matrix; those that an interrupted run has written are read."""
-        assert self._calibration is not None
-        model = load_to(self.checkpoint, self._compute)
-        streams = LayerStreams(model, self._calibration.tokens)
-
-        def weight(name: str) -> torch.Tensor:
-            return self.checkpoint.tensor(f"{name}.weight").to(model.device)
-
-        encoded = encode_layers(
-            streams, self.checkpoint.matrices, weight, fmt, lambda name: self._read(name, fmt), self._progress
-        )
-        yield from ((name, matrix.to(_CPU)) for name, matrix in encoded)
 
     def _is_plain(self, name: str) -> bool:
         """Return whether a matrix is a table without a second moment."""

@@ -18,7 +18,7 @@ from coatrt.quantization.descent import descend
 from coatrt.quantization.gptq import InverseFactors, damped, feedback_codes, shrink
 from coatrt.quantization.grid import Grid
 from coatrt.quantization.learned_levels import first_levels, fit_levels, sample_rows
-from coatrt.quantization.quantizers import CALIBRATED, FEEDBACK, QUANTIZERS, REFINED, Quantizer
+from coatrt.quantization.quantizers import CALIBRATED, FEEDBACK, QUANTIZERS, Quantizer
 from coatrt.quantization.scales import choose_scales, scale_rounding, stored_scales, super_scales, tensor_scale_of
 from coatrt.quantization.weight_format import WeightFormat
 
@@ -138,7 +138,7 @@ def encode(
     _check(quantizer, moment, K)
     if moment is not None:
         moment = moment.to(weight.device)
-    grid, is_refined = Grid(fmt.kind), quantizer in REFINED and bool(_SWEEPS[fmt.bits])
+    grid, is_refined = Grid(fmt.kind), quantizer == "refined" and bool(_SWEEPS[fmt.bits])
     if is_refined and fmt.is_normal_float:
         assert moment is not None
         grid = _first_grid(weight, fmt, moment)

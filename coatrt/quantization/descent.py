@@ -7,7 +7,7 @@ takes its best value given all others: QuantEase (arXiv 2309.01885), with scales
 import torch
 from torch import Tensor
 
-from coatrt.quantization.feedback_blocks import BLOCK, Step, rows_together, step_for
+from coatrt.quantization.feedback_blocks import BLOCK, Step, row_parts, step_for
 from coatrt.quantization.float32 import full_float32
 from coatrt.quantization.grid import Grid
 from coatrt.quantization.scales import RoundScales
@@ -41,8 +41,7 @@ def descend(
     """
     step = step or step_for(weight.device)
     with full_float32():
-        for rows in torch.arange(len(weight)).split(rows_together(weight.device)):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
+        for part in row_parts(weight):
             levels = grid.value(codes[part]).t().contiguous()  # [K, n], here and below: columns of W are contiguous
             left = torch.addcmul(
                 weight[part].t(), levels, scales[part].t().repeat_interleave(block, 0)[: len(levels)], value=-1

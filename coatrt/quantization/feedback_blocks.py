@@ -6,6 +6,7 @@ matrix needs from a block is one product at its end. A GPU computes the same as 
 differ where rounding decides between two equally near levels, and then in later codes of that row, which compensate.
 """
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Protocol
 
@@ -17,7 +18,7 @@ from coatrt.errors import reason
 from coatrt.quantization.grid import Grid
 from coatrt.system.notices import warn_once
 
-__all__ = ["BLOCK", "Step", "rows_together", "step_for", "torch_step"]
+__all__ = ["BLOCK", "Step", "row_parts", "step_for", "torch_step"]
 
 BLOCK = 64
 """Columns coded before what they carry reaches the rest of the matrix."""
@@ -55,9 +56,11 @@ class Step(Protocol):
         """
 
 
-def rows_together(device: torch.device) -> int:
-    """Return the number of rows of W to code together."""
-    return _CPU_ROWS if device.type == "cpu" else _GPU_ROWS
+def row_parts(weight: Tensor) -> Iterator[slice]:
+    """Yield the rows of W to code together."""
+    count = _CPU_ROWS if weight.device.type == "cpu" else _GPU_ROWS
+    for start in range(0, len(weight), count):
+        yield slice(start, min(start + count, len(weight)))
 
 
 def torch_step(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from coatrt.errors import FormatError
-from coatrt.quantization.feedback_blocks import BLOCK, Step, rows_together, step_for
+from coatrt.quantization.feedback_blocks import BLOCK, Step, row_parts, step_for
 from coatrt.quantization.float32 import full_float32
 from coatrt.quantization.grid import Grid
 
@@ -122,8 +122,7 @@ def feedback_codes(
     step, places = step or step_for(weight.device), (order // block).int()
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     with full_float32():
-        for rows in torch.arange(len(weight)).split(rows_together(weight.device)):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
+        for part in row_parts(weight):
             levels = _levels(weight[part], scales[part], places, grid, order, factor, step)
             codes[part, order] = grid.nearest(levels).to(grid.dtype).view(torch.uint8).t()
     return codes.view(grid.dtype)

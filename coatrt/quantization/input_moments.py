@@ -23,15 +23,7 @@ from coatrt.system.resources import free_device_memory, free_memory
 from coatrt.system.scratch import sweep
 from coatrt.system.tensors import hash_tensors, read_tensors, write_tensors
 
-__all__ = [
-    "Calibration",
-    "InputMoments",
-    "calibration_examples",
-    "load_to",
-    "measure_moments",
-    "required_tokens",
-    "visit_inputs",
-]
+__all__ = ["Calibration", "InputMoments", "calibration_examples", "measure_moments", "required_tokens", "visit_inputs"]
 
 _KEY = "tokens"
 _TOKENS_PER_INPUT = 4
@@ -165,13 +157,6 @@ def _free(device: torch.device) -> int:
     return free_device_memory(device) if device.type == "cuda" else free_memory()
 
 
-def load_to(checkpoint: Checkpoint, device: torch.device) -> Any:
-    """Return the model in float32, on `device` if it fits in half of the free memory there, else on the CPU."""
-    model = load_model(checkpoint)
-    fits = sum(weight.nbytes for weight in model.parameters()) <= _free(device) // 2
-    return model.to(device) if fits else model
-
-
 class InputMoments:
     """The second moments of one checkpoint and calibration, measured on first use and cached on disk.
 
@@ -244,7 +229,9 @@ class InputMoments:
         """
         leaders = [leader for leader in self._width if leader != EMBEDDING] if self._is_cache_writable else [name]
         missing = [leader for leader in leaders if leader == name or self._read(leader) is None]
-        model, tokens = load_to(self._checkpoint, self._compute), self.calibration.tokens
+        model, tokens = load_model(self._checkpoint), self.calibration.tokens
+        if sum(weight.nbytes for weight in model.parameters()) <= _free(self._compute) // 2:
+            model = model.to(self._compute)
         limit = max(_MIN_BYTES, _free(model.device) // 2)
         runs: list[list[str]] = [[]]
         size = 0

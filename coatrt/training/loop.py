@@ -4,8 +4,10 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from coatrt.configs.config import QuantConfig
 from coatrt.data.documents import batches
@@ -14,7 +16,7 @@ from coatrt.errors import CoatError
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.system.distributed import Processes
 from coatrt.system.progress import Progress, silent
-from coatrt.training.objective import LoraModule, Pass, accumulate_gradients
+from coatrt.training.objective import Pass, Trainable, accumulate_gradients
 from coatrt.training.options import TrainOptions
 from coatrt.training.resume_state import History, load_state, save_state
 
@@ -25,7 +27,7 @@ _MAX_NORM = 1.0  # of the gradient
 
 def optimise(
     model: FakeQuantModel,
-    lora: LoraModule,
+    lora: Trainable,
     data: Examples,
     draw: Callable[[int], Sequence[QuantConfig]],
     options: TrainOptions,
@@ -33,12 +35,14 @@ def optimise(
     run: str,
     processes: Processes,
     progress: Progress = silent,
+    gradients: Callable[[FakeQuantModel, Any, Sequence[Pass], int], Tensor] = accumulate_gradients,
+    stage: str = "training",
 ) -> History:
-    """Train a LoRA module, resuming from its last checkpoint if there is one.
+    """Train a LoRA module, or another with its own gradients, resuming from its last checkpoint if there is one.
 
     Args:
         model: the frozen base model.
-        lora: LoRA module, trained in place.
+        lora: module, trained in place.
         data: examples to train on.
         draw: step → its configurations.
         options: steps, learning rates, batch and so on.
@@ -46,6 +50,8 @@ def optimise(
         run: identity of model, data and options; a checkpoint of another run is refused.
         processes: data-parallel processes, each with its share of every batch.
         progress: called after each step.
+        gradients: adds the gradients of a step and returns its losses, see `accumulate_gradients`.
+        stage: name of the stage in progress reports.
 
     Raises:
         CoatError: the loss is not finite.
@@ -62,7 +68,7 @@ def optimise(
     start = time.monotonic() - history.seconds
     while history.step < options.steps:
         passes = _passes(data, draw(history.step), options, history.step, processes)
-        local_losses = accumulate_gradients(model, lora, passes, options.accumulate)
+        local_losses = gradients(model, lora, passes, options.accumulate)
         processes.sum_gradients(parameters)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * options.rate(history.step)
@@ -76,7 +82,7 @@ def optimise(
             )
         history.step += 1
         history.losses.append(losses)
-        progress(history.step, options.steps, "training", f"loss {sum(losses) / len(losses):.3f}")
+        progress(history.step, options.steps, stage, f"loss {sum(losses) / len(losses):.3f}")
         is_due = history.step == options.steps or history.step % options.checkpoint_every == 0
         if is_due and processes.is_first:
             history.seconds = time.monotonic() - start

@@ -11,20 +11,24 @@ from coatrt.configs.config import QuantConfig
 from coatrt.data.examples import Examples
 from coatrt.evaluation.fake_quant import FakeQuantModel
 
-__all__ = ["LoraModule", "Pass", "accumulate_gradients"]
+__all__ = ["LoraModule", "Pass", "Trainable", "accumulate_gradients"]
 
 
-class LoraModule(Protocol):
-    """A module that the loop trains: it provides the LoRA pair of each matrix for a configuration."""
-
-    def pairs(self, config: QuantConfig, dtype: torch.dtype = torch.float32) -> Mapping[str, tuple[Tensor, Tensor]]:
-        """Return matrix name → (A [K, r], scaled B [r, N]), computed in float32 and then cast."""
+class Trainable(Protocol):
+    """A module that the loop trains."""
 
     def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:
         """Return the trained parameters by the name of their learning rate (`TrainOptions.rates`)."""
 
     def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         """Return every parameter by name."""
+
+
+class LoraModule(Trainable, Protocol):
+    """It provides the LoRA pair of each matrix for a configuration."""
+
+    def pairs(self, config: QuantConfig, dtype: torch.dtype = torch.float32) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """Return matrix name → (A [K, r], scaled B [r, N]), computed in float32 and then cast."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ DEFAULT_FORMATS = ("nf3-g64", "nf4-g64", "int4-g64", "nvfp4", "fp8", "int8", "fp
 """At least one format for every device, from 3.25 bits up."""
 
 _MAX_RANK = 4096
+_SCALES_RATE = 2e-3  # peak learning rate of relative changes of scales
 _WARMUP = 0.1  # share of the steps in which learning rates rise
 
 _BUDGETS = (4.0, 5.0, 6.0)
@@ -72,6 +73,13 @@ class TrainOptions:
         "mixed, half of the columns each. Without compensation always random.",
     )
     quantizer: Quantizer = _option("refined", "Quantizer of the weights.")
+    learn_scales: int = _option(
+        0,
+        "Steps that first learn the scales of formats of at most four bits from the full-precision model, under "
+        "configurations as in training; they lower the loss with and without a LoRA.",
+        least=0,
+        most=10**9,
+    )
     steps: int = _option(300, "Optimizer steps.", least=1, most=10**9)
     batch: int = _option(
         4, "Blocks of text (examples) per configuration; a step has two configurations.", least=1, most=65536
@@ -147,9 +155,14 @@ class TrainOptions:
 
     @property
     def rates(self) -> Mapping[str, float]:
-        """Peak learning rate of each group of parameters: "A", "B", "theta"."""
+        """Peak learning rate of each group of parameters: "A", "B", "theta", "scales"."""
         ratio = self.rate_ratio if self.rate_ratio is not None else 4.0 if self.compensation else 1.0
-        return {"A": self.learning_rate, "B": ratio * self.learning_rate, "theta": self.theta_rate}
+        return {
+            "A": self.learning_rate,
+            "B": ratio * self.learning_rate,
+            "theta": self.theta_rate,
+            "scales": _SCALES_RATE,
+        }
 
     def rate(self, step: int) -> float:
         """Return the share of the peak learning rate at a step: a linear rise, then a cosine to zero."""

@@ -10,13 +10,13 @@ from coatrt.errors import CheckpointError, ConfigError
 from coatrt.system.json_data import convert, dump_json, parse_json, read_as, write_json
 from coatrt.system.ranges import Measure, Real, Whole
 from coatrt.system.tensors import read_tensors, write_tensors
-from coatrt.training.objective import LoraModule
+from coatrt.training.objective import Trainable
 
 __all__ = ["History", "check_state", "claim_state", "has_state", "load_state", "save_state"]
 
 _STATE = "state.safetensors"
 _RUN = "run.json"
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # a parameter that has a gradient in some steps counts its own
 _RESTART = "start over with --overwrite"
 
 
@@ -36,7 +36,7 @@ class History:
 
 
 def save_state(
-    directory: Path, module: LoraModule, optimizer: torch.optim.Optimizer, run: str, progress: History
+    directory: Path, module: Trainable, optimizer: torch.optim.Optimizer, run: str, progress: History
 ) -> None:
     """Write a checkpoint, atomically: the previous one stays until this one is complete.
 
@@ -92,7 +92,7 @@ def has_state(directory: Path) -> bool:
     return (directory / _STATE).is_file()
 
 
-def load_state(directory: Path, module: LoraModule, optimizer: torch.optim.Optimizer, run: str) -> History | None:
+def load_state(directory: Path, module: Trainable, optimizer: torch.optim.Optimizer, run: str) -> History | None:
     """Read the last checkpoint into `module` and `optimizer` and return its history; None without a checkpoint.
 
     Raises:
@@ -113,6 +113,7 @@ def load_state(directory: Path, module: LoraModule, optimizer: torch.optim.Optim
         for name, parameter in module.named_parameters():
             parameter.copy_(tensors[f"value.{name}"])
             if f"{_MOMENTS[0]}.{name}" in tensors:
-                moments = {m: tensors[f"{m}.{name}"].to(parameter.device) for m in _MOMENTS}
-                optimizer.state[parameter] = {"step": torch.tensor(float(progress.step)), **moments}
+                state = {m: tensors[f"{m}.{name}"] for m in _MOMENTS}
+                moved = {m: tensor if m == "step" else tensor.to(parameter.device) for m, tensor in state.items()}
+                optimizer.state[parameter] = moved
     return progress

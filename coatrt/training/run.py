@@ -31,6 +31,7 @@ from coatrt.models.checkpoint import Checkpoint
 from coatrt.models.spec import DecoderSpec
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.input_moments import Calibration, InputMoments, calibration_examples
+from coatrt.quantization.learned_scales import LearnedScales
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.system.distributed import Processes
 from coatrt.system.exclusive import exclusive
@@ -47,6 +48,7 @@ from coatrt.training.held_out import measure_budgets
 from coatrt.training.loop import optimise
 from coatrt.training.options import TrainOptions
 from coatrt.training.resume_state import History, check_state, claim_state, has_state
+from coatrt.training.scale_learning import learn_scales
 
 __all__ = ["train"]
 
@@ -136,15 +138,21 @@ def _train(run: _Run, output: Path) -> None:
     run.progress(0, 1, "loading the model")
     model = FakeQuantModel(run.checkpoint, codes, run.device, dtype=getattr(torch, run.options.precision))
     run.progress(1, 1, "loading the model")
-    sensitivity = _measure(run, model, codes)
-    sampler = TrainingSampler(run.space, sensitivity.costs, *run.budgets, run.options.seed)
+    scales = _learn_scales(run, model, codes) if run.options.learn_scales else None
+    sensitivity = _measure(run, model, codes, "sensitivity.json")
+    sampler = _sampler(run, sensitivity)
     lora = _start(run, model, sensitivity)
     history = optimise(
         model, lora, run.data.train, sampler.draw, run.options, run.state, run.identity, run.processes, run.progress
     )
     lora.settle(run.progress)
     adapter = _adapter(
-        run, lora, sensitivity, history, measure_budgets(model, lora, sampler, run.data, run.options, run.progress)
+        run,
+        lora,
+        scales,
+        sensitivity,
+        history,
+        measure_budgets(model, lora, sampler, run.data, run.options, run.progress),
     )
     if run.processes.is_first:
         adapter.write(output)
@@ -253,9 +261,33 @@ def _encode(run: _Run, codes: CodeStore) -> None:
     codes.release()
 
 
-def _measure(run: _Run, model: FakeQuantModel, codes: CodeStore) -> Sensitivity:
-    """Return the sensitivities, measured by the first process unless an interrupted training saved them."""
-    path = run.state / "sensitivity.json"
+def _sampler(run: _Run, sensitivity: Sensitivity) -> TrainingSampler:
+    return TrainingSampler(run.space, sensitivity.costs, *run.budgets, run.options.seed)
+
+
+def _learn_scales(run: _Run, model: FakeQuantModel, codes: CodeStore) -> LearnedScales:
+    """Return the learned scales, which `codes` and `model` use from then on; an interrupted training goes on."""
+    first = _measure(run, model, codes, "first_sensitivity.json")
+    path = run.state / "scales.safetensors"
+    if path.is_file():
+        scales = LearnedScales.load(path)
+    else:
+        draw, state = _sampler(run, first).draw, run.state / "scales"
+        scales = learn_scales(
+            model, codes, run.space, run.data.train, draw, run.options, state, run.identity, run.processes, run.progress
+        )
+        if run.processes.is_first:
+            scales.save(path)
+            shutil.rmtree(state, ignore_errors=True)
+    run.processes.wait()
+    codes.use(scales)
+    model.forget()
+    return scales
+
+
+def _measure(run: _Run, model: FakeQuantModel, codes: CodeStore, file: str) -> Sensitivity:
+    """Return the sensitivities, measured by the first process unless an interrupted training saved them in a file."""
+    path = run.state / file
     if run.processes.is_first:
         claim_state(run.state, run.identity)
         if not path.is_file():
@@ -294,7 +326,12 @@ def _start(run: _Run, model: FakeQuantModel, sensitivity: Sensitivity) -> CoaLor
 
 
 def _adapter(
-    run: _Run, lora: CoaLora, sensitivity: Sensitivity, history: History, held_out: Mapping[str, Any]
+    run: _Run,
+    lora: CoaLora,
+    scales: LearnedScales | None,
+    sensitivity: Sensitivity,
+    history: History,
+    held_out: Mapping[str, Any],
 ) -> Adapter:
     """Return the finished adapter with its metrics."""
     options, data = run.options, run.data
@@ -321,4 +358,4 @@ def _adapter(
         quantizer=options.quantizer,
         checkpoint_formats=checkpoint_formats(run.checkpoint, options),
     )
-    return Adapter(description, lora.eval(), run.calibration)
+    return Adapter(description, lora.eval(), run.calibration, scales)

@@ -52,7 +52,7 @@ def test_pieces_of_rows_are_coded_alike(monkeypatch):
     weight, H = case(70, 192)
     factors = InverseFactors()
     matrix = encode(weight, "nf3-g32", "feedback", H, factors=factors)
-    monkeypatch.setattr("coatrt.quantization.gptq.rows_together", lambda device: 32)
+    monkeypatch.setattr(blocks, "_CPU_ROWS", 32)
     found = recoded(weight, matrix, *factors.get(H, None), torch_step)
     assert (found == matrix.codes).float().mean() > 0.999
 
