@@ -162,7 +162,8 @@ def command(
     from coatrt.system.resources import compute_device
     from coatrt.training.calibration import few_tokens_notice
     from coatrt.training.checkpoint_formats import checkpoint_notice
-    from coatrt.training.run import check_output, train
+    from coatrt.training.output import check_output
+    from coatrt.training.run import train
 
     started = monotonic()
     check_output(output, resume=resume, overwrite=overwrite)

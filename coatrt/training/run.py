@@ -37,7 +37,6 @@ from coatrt.system.distributed import Processes
 from coatrt.system.exclusive import exclusive
 from coatrt.system.files import check_replaceable
 from coatrt.system.json_data import read_as, write_json
-from coatrt.system.locks import LOCK
 from coatrt.system.progress import Progress, silent
 from coatrt.system.resources import compute_device
 from coatrt.system.scratch import sweep
@@ -47,7 +46,8 @@ from coatrt.training.config_sampler import TrainingSampler
 from coatrt.training.held_out import measure_budgets
 from coatrt.training.loop import optimise
 from coatrt.training.options import TrainOptions
-from coatrt.training.resume_state import History, check_state, claim_state, has_state
+from coatrt.training.output import claim_output, read_finished
+from coatrt.training.resume_state import History, claim_state, has_state
 from coatrt.training.scale_learning import learn_scales
 
 __all__ = ["train"]
@@ -89,11 +89,11 @@ def train(
     sweep(output.parent)
     run = _open(source, data, output, options or TrainOptions(), device, progress)
     if resume and not overwrite and (output / "adapter.json").is_file():
-        return _read_finished(output, run.identity)
+        return read_finished(output, run.identity)
     check_replaceable(output)
     with exclusive(output) if run.processes.is_first else nullcontext():
         if run.processes.is_first:
-            _claim(output, run.identity, resume, overwrite)
+            claim_output(output, run.identity, resume, overwrite)
         run.processes.wait()
         _train(run, output)
         run.processes.wait()
@@ -209,46 +209,6 @@ def _budgets(space: ConfigSpace, options: TrainOptions) -> tuple[float, float]:
                 "(--budgets)"
             )
     return low, high
-
-
-def _read_finished(output: Path, identity: str) -> Adapter:
-    adapter = Adapter.from_pretrained(output)
-    if adapter.description.metrics.get("run") != identity:
-        raise ConfigError(
-            f"{output} holds a finished adapter of other options, another model or other data; give another directory, "
-            "or --overwrite to replace it"
-        )
-    return adapter
-
-
-def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse a directory that a training may not be written to, before anything else is done.
-
-    Raises:
-        ConfigError: it holds a finished adapter, an unfinished training or other files, which the options do not allow.
-    """
-    state = output / "training"
-    if not output.is_dir():
-        return
-    is_finished = (output / "adapter.json").is_file()
-    if is_finished and not overwrite and not resume:
-        raise ConfigError(f"{output} holds a finished adapter; give another directory, or --overwrite to replace it")
-    others = [path for path in output.iterdir() if path.name != LOCK]
-    if others and not (is_finished or state.is_dir()):
-        raise ConfigError(f"{output} holds other files; give another directory")
-    if state.is_dir() and not resume and not overwrite:
-        raise ConfigError(
-            f"{output} holds an unfinished training; give --resume to continue it, or --overwrite to start over"
-        )
-
-
-def _claim(output: Path, identity: str, resume: bool, overwrite: bool) -> None:
-    """Refuse a directory with other content, and discard an unfinished training unless it is resumed."""
-    check_output(output, resume=resume, overwrite=overwrite)
-    state = output / "training"
-    if overwrite and not resume:
-        shutil.rmtree(state, ignore_errors=True)
-    check_state(state, identity)
 
 
 def _encode(run: _Run, codes: CodeStore) -> None:

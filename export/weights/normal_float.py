@@ -16,7 +16,7 @@ __all__ = ["rows", "weight"]
 def weight(graph: GraphBuilder, name: str, matrix: QuantizedMatrix) -> ir.Value:
     """Return the weight [K, N]; planes are packed along K."""
     codes = PackedCodes.store(graph, f"{name}.codes", transpose(matrix.codes), matrix.format.bits, axis=0)
-    levels = codes.lookup(_levels(matrix), None, name)
+    levels = codes.lookup(_levels(matrix), None, name, matrix.levels is not None)
     return scale_weight(graph, levels, write_scales(graph, name, matrix, by_rows=False), matrix, name)
 
 
@@ -27,7 +27,7 @@ def rows(graph: GraphBuilder, name: str, matrix: QuantizedMatrix) -> Rows:
     scales = write_scales(graph, prefix, matrix, by_rows=True)
 
     def read(ids: ir.Value | None, label: str) -> ir.Value:
-        levels = codes.lookup(_levels(matrix), ids, label)
+        levels = codes.lookup(_levels(matrix), ids, label, matrix.levels is not None)
         return scale_rows(graph, levels, scales, matrix, ids, label)
 
     return read

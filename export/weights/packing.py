@@ -76,33 +76,30 @@ class PackedCodes:
             shift += width
         return cls(graph, name, bits, axis, (int(codes.shape[0]), int(codes.shape[1])), tuple(planes))
 
-    def lookup(self, levels: NDArray[np.float32] | None, ids: ir.Value | None, name: str) -> ir.Value:
+    def lookup(
+        self, levels: NDArray[np.float32] | None, ids: ir.Value | None, name: str, own: bool = False
+    ) -> ir.Value:
         """Return the values of the codes, in the activations' dtype.
 
         Args:
             levels: [2^bits], the value of each code; None for the code itself.
             ids: [B, S] rows to read (codes packed along axis 1); None for all codes.
             name: prefix of the node names.
+            own: whether no other matrix has these levels. Then codes are unpacked first, by a table that all share:
+                with a table of values for each matrix, engines took 20 kB a matrix more.
 
         Returns:
             the codes' shape, or [B, S, shape[1]] with ids.
         """
         planes = [gather_rows(self.graph, plane, ids, f"{name}.rows{i}") for i, plane in enumerate(self.planes)]
         table = np.arange(1 << self.bits, dtype=np.float32) if levels is None else levels
-        if len(planes) == 1:
-            return self._unpack(planes[0], self._byte_values(table, name), ids, name)
+        if len(planes) == 1 and not own:
+            return self._unpack(planes[0], self.graph.real(table[_parts(self.bits)]), ids, name)
         codes = self._unpack(planes[0], self._code_parts(0), ids, f"{name}.plane0")
         for i, plane in enumerate(planes[1:], 1):
             part = self._unpack(plane, self._code_parts(i), ids, f"{name}.plane{i}")
             codes = self.graph.op("Add", [codes, part], f"{name}.joined{i}")
         return self.graph.op("Gather", [self.graph.real(table), codes], f"{name}.levels", axis=0)
-
-    def _byte_values(self, table: NDArray[np.float32], name: str) -> ir.Value:
-        """Return [8 / bits, 256]: the values in each byte, from a table small enough for a matrix to have its own."""
-        if len(table) * 2 > _parts(self.bits).size:  # 8 bits: the table is as large
-            return self.graph.real(table[_parts(self.bits)])
-        codes = self.graph.constant(_parts(self.bits).astype(np.int32))
-        return self.graph.op("Gather", [self.graph.real(table), codes], f"{name}.byte_values", axis=0)
 
     def _code_parts(self, plane: int) -> ir.Value:
         """Return [8 / width, 256]: the codes in each byte of a plane, shifted to their bits in the whole code."""

@@ -15,7 +15,8 @@ from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import encode, relative_error
 from coatrt.quantization.input_moments import InputMoments
 from coatrt.training.config_sampler import TrainingSampler
-from coatrt.training.run import check_output, train
+from coatrt.training.output import check_output
+from coatrt.training.run import train
 from support.tiny import save_tiny_llama, text_data, tiny_options
 
 
