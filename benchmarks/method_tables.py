@@ -110,6 +110,7 @@ for _task, _name in (("sotu", "feedback"), ("trec", "feedback_trec")):
     METHOD_TABLES[f"method_{_name}"] = partial(report.main_table, _task)
     METHOD_TABLES[f"costs_{_name}"] = partial(report.costs_table, _task)
     METHOD_TABLES[f"rivals_{_name}"] = partial(report.rivals_table, _task)
+METHOD_TABLES["codes"] = partial(report.codes_table, "sotu")
 METHOD_TABLES["gaps_feedback"] = partial(report.gaps, "sotu")
 METHOD_TABLES["unseen_feedback"] = partial(report.unseen_table, "sotu")
 METHOD_TABLES["accuracy_feedback_trec"] = partial(report.accuracy_table, "trec")

@@ -31,6 +31,7 @@ class Arm:
         start_share: with compensation, share of A's columns that start from the error of the lowest format; the others
             are random.
         share: share of the other arms' steps, for "single" per configuration.
+        examples: times as many examples for each configuration of a step.
         rate: peak learning rate of A.
         rate_ratio: see `TrainOptions`.
     """
@@ -43,6 +44,7 @@ class Arm:
     compensated: bool = False
     start_share: float = 0.0
     share: float = 1.0
+    examples: int = 1
     rate: float = 2e-3
     rate_ratio: float | None = None
 
@@ -52,6 +54,7 @@ _SHARED = Arm("shared LoRA")
 ARMS = {
     "none": Arm("quantized, no adapter", "none"),
     "single": Arm("LoRA per configuration, as many steps for each", "single"),
+    "single-same-tokens": Arm("LoRA per configuration, as many steps and tokens for each", "single", examples=2),
     "single-shared-compute": Arm("LoRA per configuration, the compute shared out", "single", share=1 / 3),
     "shared": _SHARED,
     "shared-rates": replace(

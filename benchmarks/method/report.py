@@ -16,13 +16,23 @@ from markdown_tables import grid
 
 from coatrt.planning.pareto import hypervolume
 
-__all__ = ["accuracy_table", "arms_of", "costs_table", "gaps", "main_table", "rivals_table", "unseen_table"]
+__all__ = [
+    "accuracy_table",
+    "arms_of",
+    "codes_table",
+    "costs_table",
+    "gaps",
+    "main_table",
+    "rivals_table",
+    "unseen_table",
+]
 
 RESULTS = Path(__file__).parents[1] / "results" / "method"
 _REFERENCE_BITS, _REFERENCE_NATS = 10.0, 1.0
 _RIVALS = (
     "none",
     "single",
+    "single-same-tokens",
     "single-shared-compute",
     "shared",
     "shared-rates",
@@ -35,15 +45,19 @@ _AGAINST = {"coatrt-random": ("coatrt", "shared-rates"), "residual": ("coatrt", 
 """What the variants are held against."""
 
 
+_FORMER = "smollm2-feedback"  # the codes under which every arm was measured
+_CODES = {_FORMER: "`feedback`", "smollm2-refined": "`refined`", "smollm2-learned": "`refined`, scales learned"}
+
+
 def _results() -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
 
 
-def arms_of(task: str) -> dict[str, list[dict[str, Any]]]:
-    """Return arm → results by seed, the rivals first."""
+def arms_of(task: str, model: str = _FORMER) -> dict[str, list[dict[str, Any]]]:
+    """Return arm → results by seed, the rivals first, under the codes of `model`."""
     found: dict[str, list[dict[str, Any]]] = {}
     for result in _results():
-        if result["task"] == task:
+        if (result["task"], result["model"]) == (task, model):
             found.setdefault(result["arm"], []).append(result)
     order = {name: i for i, name in enumerate(_RIVALS)}
     return dict(sorted(found.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
@@ -101,6 +115,19 @@ def main_table(task: str) -> str:
         f"deviation over seeds; full precision without adapter {base:.3f}{beside}.\n\n"
         f"{grid(['arm', *(f'{budget:g} bits' for budget in budgets)], rows)}"
     )
+
+
+def codes_table(task: str) -> str:
+    """Return the losses on planned configurations by arm and codes."""
+    rows, budgets = [], []
+    for arm in ("none", "shared", "coatrt"):
+        for model, codes in _CODES.items():
+            results = arms_of(task, model).get(arm, [])
+            if results:
+                budgets = list(dict.fromkeys(row["budget"] for row in results[0]["rows"]))
+                losses = [_text(_means(results, "planned", True, budget)) for budget in budgets]
+                rows.append([results[0]["what"], codes, str(len(results)), *losses])
+    return grid(["arm", "codes", "seeds", *(f"{budget:g} bits" for budget in budgets)], rows)
 
 
 def costs_table(task: str) -> str:

@@ -39,7 +39,7 @@ def options_of(arm: Arm, setting: Setting, steps: int, seed: int) -> TrainOption
         preset=arm.preset,
         compensation=arm.compensated,
         steps=steps,
-        batch=BATCH[setting.task],
+        batch=BATCH[setting.task] * arm.examples,
         accumulate=PARTS[setting.task],
         learning_rate=arm.rate,
         rate_ratio=arm.rate_ratio,
