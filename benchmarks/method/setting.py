@@ -117,7 +117,7 @@ class Setting:
     @cached_property
     def tokens(self) -> Calibration:
         """Calibration of the moments."""
-        return Calibration.of(self._calibration)
+        return Calibration.of(calibration_examples(self.data.train, self.calibration, 128, 0))
 
     @cached_property
     def moments(self) -> InputMoments:
@@ -132,15 +132,16 @@ class Setting:
             self.base.set_config(None)
             self.base.set_pairs(None)
             with drawn_progress("gains") as progress:
-                gains = output_gains(self.base, self._calibration, progress)
+                gains = output_gains(self.base, self._others, progress)
             write_tensors(path, {name: tensor.cpu() for name, tensor in gains.items()})
         stored = read_tensors(path)
         assert stored is not None
         return {name: tensor.to(self.compute) for name, tensor in stored[0].items()}
 
     @cached_property
-    def _calibration(self) -> Examples:
-        return calibration_examples(self.data.train, self.calibration, 128, 0)
+    def _others(self) -> Examples:
+        """Examples for sensitivities and gains, not those of the calibration."""
+        return calibration_examples(self.data.train, self.calibration, 128, 0, others=True)
 
     @cached_property
     def sensitivity(self) -> Sensitivity:
@@ -169,9 +170,7 @@ class Setting:
         path = self.scratch / f"sensitivity-{name}-{self.task}.json"
         if not path.is_file():
             with drawn_progress("sensitivity") as progress:
-                sensitivity = measure_sensitivity(
-                    self.base, self.codes, self._calibration, self.space.formats, progress
-                )
+                sensitivity = measure_sensitivity(self.base, self.codes, self._others, self.space.formats, progress)
             write_json(path, sensitivity)
         return read_as(path, Sensitivity, "sensitivities", "remove the file to measure them again")
 

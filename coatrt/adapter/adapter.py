@@ -46,7 +46,7 @@ class Adapter:
     Args:
         description: its model, formats, contract, sensitivities and training.
         lora: A, B, θ and the table of C.
-        calibration: the tokens of sensitivities and second moments; None only if the quantizer needs none.
+        calibration: the tokens of the second moments; None only if the quantizer needs none.
         scales: scales learned in place of the quantizer's; None: there are none.
 
     Raises:

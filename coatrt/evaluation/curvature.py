@@ -79,7 +79,7 @@ def _hooked(model: FakeQuantModel, visit: Visitor, batch: Examples) -> Iterator[
 def output_gains(model: FakeQuantModel, examples: Examples, progress: Progress = silent) -> dict[str, Tensor]:
     """Return linear matrix → Σ g_n² per target, float32 [N], g the gradient of the summed losses at its outputs.
 
-    The model must have full precision and no LoRA; the examples are those of the calibration.
+    The model must have full precision and no LoRA.
     """
     gains: dict[str, Tensor] = {}
 
@@ -103,7 +103,7 @@ def token_costs(
 
     This is the quadratic form of the empirical Fisher with positions taken as independent, without a diagonal or
     factored approximation or stored moments. Each format costs as much as the products of a forward pass. The model
-    must have full precision and no LoRA; the examples are those of the calibration.
+    must have full precision and no LoRA; best on other examples than the calibration's.
     """
     texts = [str(fmt) for fmt in formats]
     sums = {
@@ -150,7 +150,7 @@ def measure_sensitivity(
     A cost is the second-order term of the loss (`token_costs`). It ignores how matrices interact: a ranking, not a
     forecast (docs/evidence/planning.md has its rank correlation with measured losses).
 
-    This sets the model to full precision and removes its LoRA; the examples are those of the calibration.
+    This sets the model to full precision and removes its LoRA; best on other examples than the calibration's.
     """
     model.set_config(None)
     model.set_pairs(None)

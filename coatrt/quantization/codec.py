@@ -26,12 +26,8 @@ __all__ = ["QuantizedMatrix", "decode", "decode_scales", "encode", "relative_err
 
 _CHUNK = 1 << 20  # weights per step: a few buffers of this size stay in the CPU cache
 _GPU_CHUNK = 1 << 26  # weights per step on a GPU: a float32 buffer takes 256 MiB
-_SWEEPS = {
-    2: 3,
-    3: 2,
-    4: 1,
-    8: 0,
-}  # bits → passes of coordinate descent; more gain little (docs/evidence/quantizers.md)
+_SWEEPS = {2: 3, 3: 2, 4: 1, 8: 0}  # bits → passes of coordinate descent (docs/evidence/quantizers.md)
+_OWN_LEVELS = frozenset({2, 3})  # bits of NormalFloat formats with levels of the matrix's own: they do not help at four
 
 
 @dataclass(frozen=True)
@@ -117,9 +113,9 @@ def encode(
             magnitude (the NormalFloat preset of arXiv 2509.25214); "weighted" weights every error by the energy of its
             input, the diagonal of `moment`; "gptq" codes one input after another under those scales, each compensating
             the errors before it (`coatrt.quantization.gptq`); "feedback" is gptq with the moment shrunk for `tokens`;
-            "refined" begins with feedback and levels of the matrix's own for NormalFloat
-            (`coatrt.quantization.learned_levels`), then improves scales and codes (`coatrt.quantization.descent`) and
-            levels in turn, in formats of at most four bits.
+            "refined" begins with feedback, then improves scales and codes (`coatrt.quantization.descent`) in formats of
+            at most four bits; for nf2 and nf3 with levels of the matrix's own (`coatrt.quantization.learned_levels`),
+            improved in turn.
         moment: H = E[x xᵀ] of the inputs, [K, K]; "absmax" and "mse" ignore it, the others need it. It is copied to
             the weight's device, so store it there if several matrices use it.
         tokens: number of tokens that the moment averages, for "feedback" and "refined"
@@ -139,7 +135,7 @@ def encode(
     if moment is not None:
         moment = moment.to(weight.device)
     grid, is_refined = Grid(fmt.kind), quantizer == "refined" and bool(_SWEEPS[fmt.bits])
-    if is_refined and fmt.is_normal_float:
+    if is_refined and _has_own_levels(fmt):
         assert moment is not None
         grid = _first_grid(weight, fmt, moment)
     result = _with_scales(weight, fmt, grid, quantizer, moment)
@@ -157,6 +153,10 @@ def encode(
     for rows, blocks in _pieces(weight, fmt):
         result.codes[rows] = grid.nearest(blocks / safe[rows, :, None]).flatten(1).to(grid.dtype)
     return result
+
+
+def _has_own_levels(fmt: WeightFormat) -> bool:
+    return fmt.is_normal_float and fmt.bits in _OWN_LEVELS
 
 
 def _first_grid(weight: Tensor, fmt: WeightFormat, moment: Tensor) -> Grid:
@@ -181,7 +181,7 @@ def _refine(weight: Tensor, matrix: QuantizedMatrix, moment: Tensor, scales: Ten
     codes, rounded = matrix.codes[:, :K].contiguous(), scale_rounding(fmt, matrix.constant, matrix.super_scales, scales)
     rows = sample_rows(matrix.N, K, 1 << fmt.bits).to(weight.device)
     for sweep in range(_SWEEPS[fmt.bits]):
-        if sweep and fmt.is_normal_float:
+        if sweep and _has_own_levels(fmt):
             grid = fit_levels(weight[rows], moment, scales[rows], codes[rows], fmt.block, grid)
         descend(weight, moment, scales, codes, fmt.block or K, grid, rounded)
     matrix.codes[:, :K] = codes

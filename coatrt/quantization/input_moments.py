@@ -73,7 +73,7 @@ class Calibration:
         return cls(content[0][_KEY])
 
 
-def calibration_examples(train: Examples, count: int, length: int, seed: int) -> Examples:
+def calibration_examples(train: Examples, count: int, length: int, seed: int, others: bool = False) -> Examples:
     """Return the examples to calibrate on: `count` of them, or more short ones with count · length tokens in all.
 
     Args:
@@ -81,8 +81,11 @@ def calibration_examples(train: Examples, count: int, length: int, seed: int) ->
         count: minimum number of examples.
         length: tokens of a full example.
         seed: seed of the order.
+        others: whether to take them from the end of the order: examples not calibrated on, if there are enough.
     """
     order = batches(len(train), len(train), 0, seed)
+    if others:
+        order = order.flip(0)
     tokens = (train.last[order] + 1).cumsum(0)
     enough = int((tokens < count * length).sum()) + 1
     return train[order[: max(count, enough)]]

@@ -4,7 +4,7 @@ from typing import Literal, get_args
 
 __all__ = ["CALIBRATED", "FEEDBACK", "QUANTIZERS", "QUANTIZER_VERSION", "Quantizer"]
 
-QUANTIZER_VERSION = 4  # increase it if encode returns other codes: it is part of cache keys
+QUANTIZER_VERSION = 5  # increase it if encode returns other codes: it is part of cache keys
 Quantizer = Literal["absmax", "mse", "weighted", "gptq", "feedback", "refined"]
 """Choice of scales and codes, see `coatrt.quantization.codec.encode`."""
 

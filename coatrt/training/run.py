@@ -125,11 +125,16 @@ class _Run:
 
     @cached_property
     def sensitivity_examples(self) -> Examples:
-        """The examples that sensitivities and A's start are measured on."""
-        return self._examples(self.options.calibration or SENSITIVITY_BLOCKS)
+        """The examples that sensitivities and A's start are measured on.
 
-    def _examples(self, blocks: int) -> Examples:
-        return calibration_examples(self.data.train, blocks, self.options.max_length, self.options.seed)
+        They are others than the quantizer is calibrated on, where its errors are smaller than elsewhere: on those, few
+        bits would look better than they are (docs/evidence/planning.md).
+        """
+        return self._examples(self.options.calibration or SENSITIVITY_BLOCKS, others=True)
+
+    def _examples(self, blocks: int, others: bool = False) -> Examples:
+        options = self.options
+        return calibration_examples(self.data.train, blocks, options.max_length, options.seed, others)
 
 
 def _train(run: _Run, output: Path) -> None:

@@ -212,3 +212,10 @@ def test_moments_are_measured_on_the_device_where_the_model_fits(
     monkeypatch.setenv("COATRT_CACHE", str(tmp_path))
     done = run_program(_BESIDE, tiny_llama)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_other_examples_are_not_those_of_the_calibration() -> None:
+    blocks = Examples.of_blocks(torch.arange(60).view(10, 6))
+    first, others = (calibration_examples(blocks, 5, 6, 1, flag).tokens for flag in (False, True))
+    assert sorted([*first[:, 0].tolist(), *others[:, 0].tolist()]) == list(range(0, 60, 6))
+    assert len(calibration_examples(blocks, 12, 6, 1, True)) == 10
