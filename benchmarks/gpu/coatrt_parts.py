@@ -21,6 +21,7 @@ from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import encode
+from coatrt.quantization.quantizers import CALIBRATED
 from coatrt.quantization.weight_format import WeightFormat
 
 __all__ = ["MODELS", "Trainings", "encode_seconds", "write_graphs"]
@@ -123,7 +124,7 @@ def encode_seconds(text: str, quantizer: str, N: int, K: int, tokens: int) -> di
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(N, K, generator=generator) * 0.02
     moment = None
-    if quantizer in ("weighted", "gptq", "feedback"):
+    if quantizer in CALIBRATED:
         inputs = torch.randn(tokens, K, generator=generator) * (1 + torch.rand(K, generator=generator))
         moment = inputs.T @ inputs / tokens
     began = time.perf_counter()

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from coatrt.export.graph import GraphBuilder, GraphForm
 from coatrt.export.weight_file import WeightFile
 from coatrt.export.weights import write_matrix
-from coatrt.quantization.codebooks import codebook
 from coatrt.quantization.codec import decode, encode
 
 __all__ = ["StoredWeight", "stored_weight"]
@@ -29,7 +28,7 @@ class StoredWeight:
         scales: [blocks, N] float16, or uint8 E4M3 for nvfp4.
         block: weights along K that share a scale; 0: one scale per column.
         constant: the power of two that nvfp4 multiplies its scales with.
-        levels: the codebook of NormalFloat, float16.
+        levels: the levels of NormalFloat, float16.
         dense: [K, N] float16, as coatrt decodes it.
     """
 
@@ -54,13 +53,13 @@ def stored_weight(text: str, N: int, K: int) -> StoredWeight:
         constants = {tensor.name: tensor for tensor in onnx.load(Path(scratch) / form.file).graph.initializer}
     raw = {name.removeprefix("m.weight."): tensor.raw_data for name, tensor in constants.items()}
     names = sorted(name for name in raw if name == "codes" or name.startswith("codes.plane"))
-    kind = matrix.format.kind
+    kind, levels = matrix.format.kind, matrix.grid.levels
     return StoredWeight(
         matrix.codes.view(torch.uint8).T.contiguous().numpy(),
         [raw[name] for name in names],
         np.frombuffer(raw["scales"], np.uint8 if kind == "nvfp4" else np.float16).reshape(-1, N),
         matrix.format.block,
         matrix.constant,
-        codebook(kind).astype(np.float16) if matrix.format.is_normal_float else None,
+        levels.numpy().astype(np.float16) if levels is not None and matrix.format.is_normal_float else None,
         decode(matrix, torch.float16).T.contiguous().numpy(),
     )

@@ -123,6 +123,8 @@ class CodeStore:
 
     def _keep(self, key: tuple[str, str], matrix: QuantizedMatrix) -> QuantizedMatrix:
         """Keep a matrix with its learned scales in memory and return it."""
+        if (old := self._matrices.pop(key, None)) is not None:  # its group is encoded again
+            self._bytes -= old.nbytes
         self._matrices[key] = matrix = self._learned.apply(key[0], matrix)
         self._bytes += matrix.nbytes
         while self._bytes > _MIN_BYTES and free_memory() < _RESERVE:
@@ -132,7 +134,7 @@ class CodeStore:
     def _stored(self, name: str, fmt: WeightFormat) -> QuantizedMatrix | None:
         """Return a matrix as a quantized checkpoint stores it, if that is in this format; else None."""
         stored, shape = self.checkpoint.codes, self.checkpoint.matrices.by_name[name]
-        if stored is None or stored.formats.get(name) != str(fmt):
+        if stored is None or not self.is_stored(name, fmt):
             return None
         codes, scales = stored.tensors(self.checkpoint.directory, name)
         blocks = fmt.padded(shape.K) // fmt.block if fmt.block else 1
@@ -143,6 +145,11 @@ class CodeStore:
                 f"{self.checkpoint.directory}: the codes of {name} are not of {fmt}; remove the directory"
             )
         return QuantizedMatrix(fmt, shape.N, shape.K, codes, scales, None, stored.constants.get(name, 0.0))
+
+    def is_stored(self, name: str, fmt: WeightFormat) -> bool:
+        """Return whether a quantized checkpoint stores a matrix in this format."""
+        stored = self.checkpoint.codes
+        return stored is not None and stored.formats.get(name) == str(fmt)
 
     def use(self, learned: LearnedScales) -> None:
         """Take learned scales in place of those so far."""
@@ -167,7 +174,8 @@ class CodeStore:
             return
         names = [name]
         if self.quantizer == "refined" and not fmt.scale_bits:  # blocks of double quantization cross rows
-            names = [other for group in self.checkpoint.matrices.groups if name in group for other in group]
+            group = next(group for group in self.checkpoint.matrices.groups if name in group)
+            names = [other for other in group if not self.is_stored(other, fmt)]
         weights = [self.checkpoint.tensor(f"{other}.weight").to(self._compute) for other in names]
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
         counts = [len(part) for part in weights]

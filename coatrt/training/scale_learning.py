@@ -32,6 +32,8 @@ __all__ = ["ScaleChanges", "distil", "learn_scales"]
 class ScaleChanges(nn.Module):
     """Relative changes of the scales of every linear matrix in every format that can learn them, zero at first.
 
+    The codes of a quantized checkpoint stay as it has them.
+
     Args:
         codes: the encoded matrices.
         space: matrices and formats.
@@ -45,7 +47,7 @@ class ScaleChanges(nn.Module):
         changes: list[Tensor] = []
         for matrix in space.model.targets:
             for fmt in dict.fromkeys(fmt.effective(matrix.K) for fmt in space.formats):
-                if LearnedScales.has(fmt):
+                if LearnedScales.has(fmt) and not codes.is_stored(matrix.name, fmt):
                     scales = codes.get(matrix.name, fmt).scales
                     assert scales is not None
                     self._places[matrix.name, str(fmt)] = len(changes)

@@ -326,7 +326,7 @@ def test_too_few_tokens_to_calibrate_on_are_named(
     arguments = "train", tiny_llama, "-o", tmp_path / "adapter", "--max-length", 16, "--data", tmp_path / "text.txt"
     assert "calibrated on" not in run(*arguments).output
     output = run(*arguments, "--calibration", 4).output
-    assert "coatrt: feedback is calibrated on 64 tokens; this model needs 640: give more --data" in output
+    assert "coatrt: refined is calibrated on 64 tokens; this model needs 640: give more --data" in output
 
 
 def throw(error: BaseException) -> None:

@@ -91,6 +91,51 @@ def test_engine_form_is_exact_in_the_reference_evaluator(tmp_path: Path, fmt: st
         check(ReferenceEvaluator(onnx.load(path)).run(None, {"ids": IDS}), matrix, activations)
 
 
+def with_own_levels(fmt: str, N: int, K: int) -> QuantizedMatrix:
+    """Return a matrix with uneven levels of its own, none of them zero."""
+    matrix, count = matrix_of(fmt, N, K), 1 << int(fmt[2])
+    steps = torch.rand(count, generator=torch.Generator().manual_seed(N)) + 0.2
+    return replace(matrix, levels=(steps.cumsum(0) / steps.sum() * 2 - 1.03).half())
+
+
+@pytest.mark.parametrize("activations", ["float32", "float16"])
+@pytest.mark.parametrize("fmt", ["nf2-g16", "nf3-g32", "nf4-g64", "nf2-g16-dq3-fp16-256", "nf3-g16-dq4-bf16-16"])
+def test_levels_of_a_matrixs_own_are_exact_in_both_forms(tmp_path: Path, fmt: str, activations: str) -> None:
+    for N, K in SHAPES:
+        matrix = with_own_levels(fmt, N, K)
+        assert not torch.equal(decode(matrix), decode(matrix_of(fmt, N, K)))
+        for head in (False, True):
+            path = write(tmp_path, matrix, GraphForm("cpu", "cpu.onnx", activations), head)
+            check(run_cpu(path), matrix, activations)
+        path = write(tmp_path, matrix, GraphForm("engine", "base.onnx", activations, 8), head=True)
+        check(ReferenceEvaluator(onnx.load(path)).run(None, {"ids": IDS}), matrix, activations)
+
+
+@pytest.mark.parametrize("activations", ["float32", "float16"])
+@pytest.mark.parametrize("fmt", ["int4-g32", "nvfp4", "nf2-g16", "nf3-g32", "nf4-g64", "nf3-g16-dq4-bf16-16"])
+def test_refined_codes_are_exact_in_both_forms(tmp_path: Path, fmt: str, activations: str) -> None:
+    x = torch.randn(300, 100, generator=torch.Generator().manual_seed(2))
+    weight = torch.randn(23, 100, generator=torch.Generator().manual_seed(3)) * 0.05
+    matrix = encode(weight, fmt, "refined", x.T @ x / 300, 300)
+    assert (matrix.levels is not None) == fmt.startswith("nf")
+    check(run_cpu(write(tmp_path, matrix, GraphForm("cpu", "cpu.onnx", activations), True)), matrix, activations)
+    path = write(tmp_path, matrix, GraphForm("engine", "base.onnx", activations, 8), head=True)
+    check(ReferenceEvaluator(onnx.load(path)).run(None, {"ids": IDS}), matrix, activations)
+
+
+def test_matrices_of_one_graph_keep_their_own_levels(tmp_path: Path) -> None:
+    matrices = [matrix_of("nf3-g32", 24, 128), *(with_own_levels("nf3-g32", N, 128) for N in (24, 32))]
+    for form in (GraphForm("cpu", "cpu.onnx", "float16"), GraphForm("engine", "base.onnx", "float16", 8)):
+        with WeightFile(tmp_path) as weights:
+            graph = GraphBuilder(form, weights)
+            for i, matrix in enumerate(matrices):
+                graph.output(write_matrix(graph, f"m{i}", matrix), graph.activations, [matrix.K, matrix.N])
+        graph.save(tmp_path)
+        found = ReferenceEvaluator(onnx.load(tmp_path / form.file)).run(None, {})
+        for got, matrix in zip(found, matrices, strict=True):
+            np.testing.assert_array_equal(got, decode(matrix, torch.float16).numpy().T)
+
+
 @pytest.mark.parametrize("activations", ["float32", "float16"])
 def test_nvfp4_with_the_tensor_scale_of_another_tool(tmp_path: Path, activations: str) -> None:
     matrix = replace(matrix_of("nvfp4", 24, 128), constant=0.0003153483)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from coatrt.quantization.codec import QuantizedMatrix, decode, decode_scales
-from coatrt.quantization.grid import Grid
 
 __all__ = ["Ties", "output_error", "ties_of"]
 
@@ -36,7 +35,7 @@ def ties_of(weight: Tensor, matrix: QuantizedMatrix, order: Tensor, factor: Tens
         order: order of the inputs, see `coatrt.quantization.gptq.InverseFactors.get`.
         factor: U, in that order.
     """
-    grid, K = Grid(matrix.format.kind), matrix.K
+    grid, K = matrix.grid, matrix.K
     scales = decode_scales(matrix)[:, order // (matrix.format.block or K)].double()
     level = grid.value(matrix.codes[:, :K])[:, order].double()
     U = factor.double()

@@ -2,13 +2,21 @@
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+import torch
 from numpy.typing import DTypeLike, NDArray
 
 from coatrt.quantization.codebooks import codebook
+from coatrt.quantization.codec import QuantizedMatrix
 from coatrt.quantization.weight_format import WeightFormat
 
-__all__ = ["decode_numpy"]
+__all__ = ["decode_in_numpy", "decode_numpy"]
+
+_OWN_DTYPES = {  # numpy lacks them
+    torch.float8_e4m3fn: (torch.uint8, ml_dtypes.float8_e4m3fn),
+    torch.bfloat16: (torch.int16, ml_dtypes.bfloat16),
+}
 
 
 def decode_numpy(
@@ -52,3 +60,15 @@ def decode_numpy(
         scale = scale.reshape(-1)[: N * codes.shape[1] // weight_format.block].reshape(N, -1)
     weight: NDArray[Any] = (level.reshape(N, scale.shape[1], -1) * scale[:, :, None]).reshape(N, -1)[:, :K]
     return weight
+
+
+def decode_in_numpy(matrix: QuantizedMatrix, dtype: DTypeLike = np.float32) -> NDArray[Any]:
+    """Return `decode_numpy` of an encoded matrix, [N, K] in `dtype`."""
+    fields: dict[str, Any] = {name: _array(tensor) for name, tensor in matrix.tensors.items()}
+    return decode_numpy(matrix.format, (matrix.N, matrix.K), constant=matrix.constant, dtype=dtype, **fields)
+
+
+def _array(tensor: torch.Tensor) -> NDArray[Any]:
+    bits, dtype = _OWN_DTYPES.get(tensor.dtype, (tensor.dtype, None))
+    array: NDArray[Any] = tensor.view(bits).numpy()
+    return array if dtype is None else array.view(dtype)

@@ -50,6 +50,10 @@ class Pretend(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
 
+    def tolist(self) -> Any:
+        waits.append("tolist")
+        return self.cpu_tensor.tolist()
+
     @property
     def data(self) -> Tensor:
         return self.detach()

@@ -133,7 +133,9 @@ def test_an_adapter_keeps_its_quantizer(tiny_adapter: Path, tmp_path: Path) -> N
     assert not (tmp_path / "paper" / "calibration.safetensors").exists()
     with pytest.raises(ConfigError, match="feedback needs calibration tokens"):
         encoded_by("feedback", None)
-    with pytest.raises(ConfigError, match="no quantizer 'best'; allowed: absmax, mse, weighted, gptq, feedback"):
+    with pytest.raises(
+        ConfigError, match="no quantizer 'best'; allowed: absmax, mse, weighted, gptq, feedback, refined"
+    ):
         encoded_by("best")
 
 

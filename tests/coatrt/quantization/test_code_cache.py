@@ -1,6 +1,8 @@
 """The cache of encoded matrices: its keys, damage, and what is never measured."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,12 +14,16 @@ from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import decode, encode
 from coatrt.quantization.gptq import inverse_factor
 from coatrt.quantization.input_moments import Calibration, InputMoments
-from coatrt.quantization.quantizers import QUANTIZERS
+from coatrt.quantization.quantizers import CALIBRATED, Quantizer
 from coatrt.system.tensors import read_tensors
 from support.tiny import save_tiny_llama
 
 TOKENS = torch.randint(0, 272, (4, 24), generator=torch.Generator().manual_seed(1))
 NAME, TABLE = "model.layers.0.mlp.down_proj", "model.embed_tokens"
+QKV = tuple(f"model.layers.0.self_attn.{part}_proj" for part in "qkv")
+GATE_UP = tuple(f"model.layers.1.mlp.{part}_proj" for part in ("gate", "up"))
+QUANTIZERS: tuple[Quantizer, ...] = ("absmax", "mse", "weighted", "gptq", "feedback", "refined")
+"""Those that encode a matrix, or a fused group, by itself."""
 
 
 @pytest.fixture(autouse=True)
@@ -43,8 +49,8 @@ def test_every_quantizer_and_calibration_has_codes_of_its_own(checkpoint: Checkp
             )
             seen.append(decode(found))
     distinct = {tuple(weight.flatten().tolist()) for weight in seen}
-    assert len(distinct) == 6 + 2  # absmax and mse know no calibration
-    assert len(list((tmp_path / "codes").rglob(f"{NAME}.safetensors"))) == 8
+    assert len(distinct) == 8 + 2  # absmax and mse know no calibration
+    assert len(list((tmp_path / "codes").rglob(f"{NAME}.safetensors"))) == 10
 
 
 def test_the_cache_is_read_and_damage_is_made_again(
@@ -87,13 +93,15 @@ def test_tables_are_encoded_for_what_the_head_reads(tmp_path: Path, tied: bool) 
     for quantizer in QUANTIZERS:
         codes = CodeStore(checkpoint, quantizer, calibration)
         for name in (TABLE,) if tied else (TABLE, "lm_head"):
-            weight, calibrated = checkpoint.tensor(f"{name}.weight"), quantizer in ("weighted", "gptq", "feedback")
-            if calibrated and (tied or name == "lm_head"):
+            weight = checkpoint.tensor(f"{name}.weight")
+            if quantizer in CALIBRATED and (tied or name == "lm_head"):
                 want = encode(weight, "nf2-g32", quantizer, moments.get(name), TOKENS.numel())
                 assert not torch.equal(decode(want), decode(encode(weight, "nf2-g32", "mse")))
             else:
                 want = encode(weight, "nf2-g32", "mse")
-            assert torch.equal(decode(codes.get(name, "nf2-g32")), decode(want))
+            found = codes.get(name, "nf2-g32")
+            assert torch.equal(decode(found), decode(want))
+            assert found.grid == want.grid
 
 
 def test_16_bits_need_no_moments(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,9 +112,9 @@ def test_16_bits_need_no_moments(checkpoint: Checkpoint, tmp_path: Path, monkeyp
 
 
 def test_a_calibration_must_be_given(checkpoint: Checkpoint) -> None:
-    for quantizer in ("weighted", "gptq", "feedback"):
-        with pytest.raises(ConfigError, match="needs calibration tokens"):
-            CodeStore(checkpoint, quantizer)  # type: ignore[arg-type]
+    for quantizer in QUANTIZERS[2:]:
+        with pytest.raises(ConfigError, match=f"{quantizer} needs calibration tokens"):
+            CodeStore(checkpoint, quantizer)
 
 
 def test_codes_are_kept_while_memory_is_free(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,3 +171,100 @@ def test_what_only_encoding_needs_is_released_and_made_again(checkpoint: Checkpo
     want = encode(checkpoint.tensor(f"{NAME}.weight"), "int4-g32", "feedback", moment, TOKENS.numel())
     assert torch.equal(codes.get(NAME, "int4-g32").codes, want.codes)
     CodeStore(checkpoint).release()  # which has no moments
+
+
+@pytest.mark.parametrize("text", ["nf3-g32", "nvfp4", "int4-g32", "int8"])
+def test_a_fused_group_is_encoded_as_one_matrix(
+    checkpoint: Checkpoint, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibration = Calibration(TOKENS)
+    moments, store = InputMoments(checkpoint, calibration), CodeStore(checkpoint, "refined", calibration)
+    for names in (QKV, GATE_UP):
+        weight = torch.cat([checkpoint.tensor(f"{name}.weight") for name in names])
+        whole = encode(weight, text, "refined", moments.get(names[0]), TOKENS.numel())
+        parts = {name: store.get(name, text) for name in reversed(names)}
+        assert torch.equal(torch.cat([decode(parts[name]) for name in names]), decode(whole))
+        assert all((part.grid, part.constant) == (whole.grid, whole.constant) for part in parts.values())
+        assert (whole.levels is not None) == (text == "nf3-g32")
+    monkeypatch.setattr(module, "encode", lambda *_: pytest.fail("it was encoded again"))
+    again = CodeStore(checkpoint, "refined", calibration)  # from the cache on disk
+    for name in (*QKV, *GATE_UP):
+        assert torch.equal(decode(again.get(name, text)), decode(store.get(name, text)))
+        assert again.get(name, text).grid == store.get(name, text).grid
+        assert again.get(name, text).constant == store.get(name, text).constant
+
+
+def test_a_damaged_member_of_a_group_is_made_again_like_the_first(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    def stored() -> dict[str, bytes]:
+        content = {}
+        for name in QKV:
+            entry = read_tensors(next(tmp_path.rglob(f"{name}.safetensors")))
+            assert entry is not None
+            tensors, metadata = entry
+            fields = [tensors[field].contiguous().view(torch.uint8).numpy().tobytes() for field in sorted(tensors)]
+            content[name] = b"".join([*fields, repr(sorted(metadata.items())).encode()])
+        return content
+
+    first = CodeStore(checkpoint, "refined", Calibration(TOKENS))
+    want = decode(first.get(QKV[0], "nf3-g32"))
+    before = stored()
+    for name, damage in ((QKV[1], b"{}"), (QKV[2], None)):
+        path = next(tmp_path.rglob(f"{name}.safetensors"))
+        path.write_bytes(path.read_bytes()[:-10] if damage is None else damage)
+        again = CodeStore(checkpoint, "refined", Calibration(TOKENS))
+        assert torch.equal(decode(again.get(QKV[0], "nf3-g32")), want)
+        assert read_tensors(path) is None  # nobody asked for it yet
+        assert torch.equal(decode(again.get(name, "nf3-g32")), decode(first.get(name, "nf3-g32")))
+        assert stored() == before
+
+
+def test_double_quantization_is_encoded_alone(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    calibration, text = Calibration(TOKENS), "nf3-g32-dq4-bf16-64"
+    moment = InputMoments(checkpoint, calibration).get(QKV[0])
+    found = CodeStore(checkpoint, "refined", calibration).get(QKV[1], text)
+    want = encode(checkpoint.tensor(f"{QKV[1]}.weight"), text, "refined", moment, TOKENS.numel())
+    assert torch.equal(decode(found), decode(want)) and found.grid == want.grid
+    assert [path.stem for path in (tmp_path / "codes").rglob("*.safetensors")] == [QKV[1]]
+
+
+def test_other_quantizers_encode_each_matrix_of_a_group_alone(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    CodeStore(checkpoint, "feedback", Calibration(TOKENS)).get(QKV[0], "nvfp4")
+    assert [path.stem for path in (tmp_path / "codes").rglob("*.safetensors")] == [QKV[0]]
+
+
+def test_what_a_quantized_checkpoint_stores_stays_though_its_group_is_encoded(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    own = encode(checkpoint.tensor(f"{QKV[0]}.weight"), "int4-g32", "absmax")
+
+    class Stored:
+        formats: ClassVar = {QKV[0]: "int4-g32"}
+        constants: ClassVar = dict[str, float]()
+        files: ClassVar = dict[str, str]()
+
+        def tensors(self, directory: Path, name: str) -> tuple[Any, Any]:
+            return own.codes, own.scales
+
+    mixed = replace(checkpoint, codes=Stored())  # type: ignore[arg-type]
+    store = CodeStore(mixed, "refined", Calibration(TOKENS))
+    weights = [checkpoint.tensor(f"{name}.weight") for name in QKV[1:]]
+    moment = InputMoments(checkpoint, Calibration(TOKENS)).get(QKV[0])
+    want = decode(encode(torch.cat(weights), "int4-g32", "refined", moment, TOKENS.numel()))
+    assert torch.equal(torch.cat([decode(store.get(name, "int4-g32")) for name in QKV[1:]]), want)
+    assert torch.equal(store.get(QKV[0], "int4-g32").codes, own.codes)
+    assert not list((tmp_path / "codes").rglob(f"{QKV[0]}.safetensors"))
+
+
+def test_a_group_that_is_encoded_again_is_counted_once(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    store = CodeStore(checkpoint, "refined", Calibration(TOKENS))
+    store.get(NAME, "int8")  # measures the moments
+    monkeypatch.setattr(module, "write_tensors", full)
+    monkeypatch.setattr(module, "free_memory", lambda: 0)
+    monkeypatch.setattr(module, "_MIN_BYTES", 2 * 64 * 65)  # q and one other
+    for name in (QKV[0], QKV[1], QKV[2], QKV[0]):
+        want = store.get(name, "int8")
+        assert store._bytes == sum(matrix.nbytes for matrix in store._matrices.values()) <= 2 * 64 * 65
+        assert store._matrices[name, "int8"] is want

@@ -9,7 +9,7 @@ from coatrt.errors import FormatError
 from coatrt.quantization.codebooks import E2M1, normal_float
 from coatrt.quantization.codec import QuantizedMatrix, decode, encode, relative_error
 from coatrt.quantization.weight_format import WeightFormat
-from support.numpy_decode import decode_numpy
+from support.numpy_decode import decode_in_numpy
 
 # Table of QLoRA (arXiv 2305.14314, appendix E).
 QLORA_NF4 = [
@@ -25,16 +25,6 @@ FORMATS = ["fp16", "bf16", "int8", "int8-g64", "int4-g32", "int4-g64", "int4-g12
 
 def weight(N=48, K=192, seed=0, scale=0.02):
     return torch.randn(N, K, generator=torch.Generator().manual_seed(seed)) * scale
-
-
-def to_numpy(tensor):
-    if tensor is None:
-        return None
-    if tensor.dtype == torch.float8_e4m3fn:
-        return tensor.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
 
 
 def test_nf4_levels_equal_the_published_table():
@@ -55,16 +45,7 @@ def test_normal_float_has_ascending_levels_with_one_zero(bits):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_numpy_and_torch_decode_to_the_same_bits(text, dtype, K):
     q = encode(weight(K=K), text)
-    ours = decode(q, dtype)
-    again = decode_numpy(
-        q.format,
-        (q.N, q.K),
-        to_numpy(q.codes),
-        to_numpy(q.scales),
-        to_numpy(q.super_scales),
-        q.constant,
-        np.float32 if dtype == torch.float32 else np.float16,
-    )
+    ours, again = decode(q, dtype), decode_in_numpy(q, np.float32 if dtype == torch.float32 else np.float16)
     assert again.shape == (48, K)
     assert ours.numpy().tobytes() == np.ascontiguousarray(again).tobytes()
 

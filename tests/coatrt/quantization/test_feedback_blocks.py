@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from coatrt.quantization.codec import decode_scales, encode
 from coatrt.quantization.feedback_blocks import torch_step
 from coatrt.quantization.float32 import full_float32
 from coatrt.quantization.gptq import InverseFactors, feedback_codes
+from coatrt.quantization.grid import Grid
 from support.feedback_check import output_error, ties_of
 from support.programs import run_program
 
@@ -86,16 +88,66 @@ def test_a_wrong_code_is_no_tie():
     assert found.count == 1 and 0.05 < found.worst <= 0.5
 
 
+OWN = Grid("nf3", (-1.0, -0.5625, -0.25, -0.03125, 0.125, 0.3125, 0.625, 0.875))
+
+
+def columns_of(grid, count, rows):
+    """Return the arguments of a `Step`: columns of two scale blocks, of which one row has the scale zero."""
+    generator = torch.Generator().manual_seed(count)
+    scales = torch.rand(2, rows, generator=generator) * 0.02 + 0.01
+    if grid.levels is not None and grid.kind != "nvfp4":
+        scales *= torch.randn(2, rows, generator=generator).sign()
+    scales[1, 3] = 0
+    columns = torch.randn(count, rows, generator=generator) * 0.02 * min(grid.reach, 7)
+    places = (torch.arange(count) % 3 == 0).int()
+    before = (torch.randn(count, count, generator=generator) * 0.2).tril(-1)
+    return columns, torch.empty_like(columns), before, places, scales, grid
+
+
+GRIDS = (*map(Grid, ("int4", "int8", "fp8", "nvfp4", "nf2", "nf3", "nf4", "nf8")), OWN)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_columns_that_carry_values_are_those_of_a_loop(grid):
+    """As coordinate descent codes them: no column's pivot is read, it is zero."""
+    columns, carried, before, places, scales, _ = columns_of(grid, 48, 30)
+    levels = np.float64(torch.arange(-128 if grid.kind == "int8" else -8, 128 if grid.kind == "int8" else 8))
+    if grid.kind == "fp8":
+        levels = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).double().numpy()
+    elif grid.levels is not None:
+        levels = grid.levels.double().numpy()
+    levels, want = np.unique(levels[np.isfinite(levels)]), np.zeros((48, 30))
+    for j, place in enumerate(places.tolist()):
+        best = columns[j].double().numpy() - before[j, :j].double().numpy() @ want[:j]
+        offers = levels[:, None] * scales[place].double().numpy()
+        want[j] = offers[np.abs(offers - best).argmin(0), np.arange(30)]
+    for step in (torch_step, blocks._numpy_step):
+        found, values = columns.clone(), carried.clone()
+        step(found, values, before, places, scales, grid, values=True)
+        np.testing.assert_allclose(values.numpy(), want, rtol=1e-6, atol=1e-9)
+        spread = scales[places.long()]
+        assert torch.equal(found * spread, values)
+        assert torch.equal(grid.snap(found), found)
+
+
 _INTERPRETED = """
 import json, sys
 import torch
+from coatrt.quantization.feedback_blocks import torch_step
 from coatrt.quantization.feedback_kernel import step
 from coatrt.quantization.gptq import InverseFactors
 from coatrt.quantization.codec import encode
-from test_feedback_blocks import FORMATS, bits, case, recoded
+from test_feedback_blocks import FORMATS, GRIDS, bits, case, columns_of, recoded
 
 torch.set_num_threads(1)
 differ = {}
+for grid in GRIDS:
+    both = []
+    for one in (step, torch_step):
+        columns, carried, *rest = columns_of(grid, 21, 40)
+        one(columns, carried, *rest, values=True)
+        both.append(torch.stack([columns, carried]))
+    differ[f"values {grid}"] = int((both[0] != both[1]).sum())
 for text in FORMATS:
     for N, K in ((40, 100), (7, 65)):  # tiles and blocks that are not full
         weight, H = case(N, K)
@@ -115,7 +167,7 @@ def test_the_kernel_interpreted_gives_the_same_codes(monkeypatch):
     done = run_program(_INTERPRETED)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
-    assert len(found) == 2 * len(FORMATS) and not any(found.values()), found
+    assert len(found) == 2 * len(FORMATS) + len(GRIDS) and not any(found.values()), found
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -135,6 +187,18 @@ def test_a_gpu_gives_the_codes_but_for_near_ties(text, slow, monkeypatch):
     assert ties.count < 1e-3 * found.codes.numel() and ties.worst < 0.01
     expected = output_error(weight, encode(weight, text, "feedback", H, 4096), H)
     assert output_error(near, found, there) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("text", ["int4-g64", "nvfp4", "nf2-g64", "nf3-g64", "nf4-g64", "nf3-g32-dq4-bf16-64"])
+def test_a_gpu_refines_to_the_same_error(text):
+    weight, H = case(512, 512)
+    found = encode(weight.cuda(), text, "refined", H.cuda(), 4096)
+    assert all(tensor.is_cuda for tensor in found.tensors.values())
+    expected = encode(weight, text, "refined", H, 4096)
+    assert output_error(weight, found.to(torch.device("cpu")), H) == pytest.approx(
+        output_error(weight, expected, H), rel=0.01
+    )
 
 
 def test_a_step_that_cannot_be_built_is_said_and_replaced(monkeypatch, capsys):
@@ -182,7 +246,7 @@ weight, H = case(20, 100)
 near, there = weight.to(pretend_device.NAME), H.to(pretend_device.NAME)
 factors, differ = InverseFactors(), {}
 for text in FORMATS:
-    for quantizer in ("absmax", "mse", "weighted", "feedback"):
+    for quantizer in ("absmax", "mse", "weighted", "refined", "feedback"):
         found = encode(near, text, quantizer, there, 500, factors)
         back, expected = found.to(torch.device("cpu")), encode(weight, text, quantizer, H, 500)
         differ[f"{text} {quantizer}"] = sum(
@@ -200,4 +264,4 @@ def test_a_device_beside_the_cpu_encodes_alike(monkeypatch):
     done = run_program(_BESIDE)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
-    assert len(found) == 4 * len(FORMATS) and not any(found.values()), found
+    assert len(found) == 5 * len(FORMATS) and not any(found.values()), found

@@ -10,7 +10,7 @@ from coatrt.quantization.codebooks import codebook
 from coatrt.quantization.codec import decode, decode_scales, encode
 from coatrt.quantization.gptq import DAMPING, InverseFactors, inverse_factor
 from coatrt.quantization.grid import Grid
-from support.numpy_decode import decode_numpy
+from support.numpy_decode import decode_in_numpy
 
 FORMATS = ("int4-g32", "int8", "int8-g32", "fp8", "nvfp4", "nf2-g32", "nf3-g32", "nf4-g64", "nf3-g32-dq4-bf16-64",
            "nf2-g16-dq2-fp16-16")  # fmt: skip
@@ -137,18 +137,7 @@ def test_more_columns_than_a_lazy_block_and_fewer_tokens_than_columns():
 @pytest.mark.parametrize("text", FORMATS)
 def test_the_decoders_agree(text):
     found = encode(weight(12, 100), text, "feedback", moment(100))
-
-    def array(tensor):
-        if tensor is not None and tensor.dtype == torch.float8_e4m3fn:
-            return tensor.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
-        if tensor is not None and tensor.dtype == torch.bfloat16:
-            return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        return None if tensor is None else tensor.numpy()
-
-    again = decode_numpy(
-        found.format, (12, 100), array(found.codes), array(found.scales), array(found.super_scales), found.constant
-    )
-    np.testing.assert_array_equal(decode(found).numpy(), again)
+    np.testing.assert_array_equal(decode(found).numpy(), decode_in_numpy(found))
 
 
 def test_the_factor_is_the_cholesky_factor_of_the_inverse():
@@ -189,7 +178,7 @@ def test_a_factor_serves_every_matrix_of_its_moment_and_no_other(monkeypatch):
 
 def test_moments_are_checked():
     for bad in (None, torch.eye(5), torch.full((64, 64), float("nan"))):
-        for quantizer in ("weighted", "gptq", "feedback"):
+        for quantizer in ("weighted", "gptq", "feedback", "refined"):
             with pytest.raises(FormatError, match="needs a finite second moment"):
                 encode(weight(4, 64), "int4-g64", quantizer, bad)
     with pytest.raises(FormatError, match="not finite"):

@@ -48,7 +48,7 @@ def test_too_few_tokens_are_named(tiny_llama: Path) -> None:
     enough, little = text_data(tiny_llama), text_data(tiny_llama, ["word " * 60])  # 300 tokens of a byte each
     assert few_tokens_notice(TrainOptions(max_length=32), matrices, enough) is None
     notice = few_tokens_notice(TrainOptions(max_length=32, calibration=4), matrices, enough)
-    assert notice is not None and notice.startswith("feedback is calibrated on 128 tokens; this model needs 640: give")
+    assert notice is not None and notice.startswith("refined is calibrated on 128 tokens; this model needs 640: give")
     notice = few_tokens_notice(TrainOptions(max_length=32), matrices, little)
     assert notice is not None and "on 256 tokens" in notice  # eight of nine blocks, one held out
     assert few_tokens_notice(TrainOptions(max_length=32, quantizer="weighted"), matrices, little) is None

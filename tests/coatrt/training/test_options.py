@@ -24,7 +24,7 @@ pytestmark = pytest.mark.fast
         ({"calibration": 0}, "calibration must be at least 1, got 0"),
         ({"accumulate": 5}, "accumulate must be at most batch, 4, got 5"),
         ({"precision": "int8"}, "unknown precision 'int8'; allowed: float32, bfloat16"),
-        ({"quantizer": "best"}, "unknown quantizer 'best'; allowed: absmax, mse, weighted, gptq, feedback"),
+        ({"quantizer": "best"}, "unknown quantizer 'best'; allowed: absmax, mse, weighted, gptq, feedback, refined"),
         ({"rate_ratio": 0.0}, "rate_ratio must be above 0 and finite, got 0.0"),
         ({"learning_rate": float("nan")}, "learning_rate must be above 0 and finite, got nan"),
     ],

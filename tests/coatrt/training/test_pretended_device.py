@@ -49,7 +49,7 @@ print(json.dumps(said))
     [
         {
             "preset": "coatrt",
-            "quantizer": "feedback",
+            "quantizer": "refined",
             "budgets": (4.0, 6.0),
             "learning_rate": 1e-3,
         },

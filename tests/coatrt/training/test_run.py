@@ -12,11 +12,11 @@ from coatrt.adapter.adapter import Adapter
 from coatrt.errors import CheckpointError, ConfigError
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.quantization.code_cache import CodeStore
-from coatrt.quantization.codec import encode, relative_error
 from coatrt.quantization.input_moments import InputMoments
 from coatrt.training.config_sampler import TrainingSampler
 from coatrt.training.output import check_output
 from coatrt.training.run import train
+from support.encoding import quantized_weight
 from support.tiny import save_tiny_llama, text_data, tiny_options
 
 
@@ -104,7 +104,7 @@ def test_training_learns_and_emits_by_configuration(tiny_adapter: Path, tiny_lla
         assert model.loss(blocks).item() == pytest.approx(row["adapted"], rel=1e-5)
 
 
-@pytest.mark.parametrize("quantizer", ["absmax", "feedback"])
+@pytest.mark.parametrize("quantizer", ["absmax", "feedback", "refined"])
 def test_training_uses_the_codes_of_its_quantizer(tiny_llama: Path, tmp_path: Path, quantizer: Any) -> None:
     adapter = train(
         tiny_llama,
@@ -117,10 +117,9 @@ def test_training_uses_the_codes_of_its_quantizer(tiny_llama: Path, tmp_path: Pa
     checkpoint = adapter.checkpoint()
     moments = InputMoments(checkpoint, adapter.calibration)
     for name in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"):
-        tokens = adapter.calibration.tokens.numel()
-        encoded = encode(checkpoint.tensor(f"{name}.weight"), "nf3-g32", quantizer, moments.get(name), tokens)
-        error = relative_error(checkpoint.tensor(f"{name}.weight"), encoded)
-        assert adapter.description.sensitivity.errors[name]["nf3-g32"] == pytest.approx(error, rel=1e-5)
+        weight = checkpoint.tensor(f"{name}.weight")
+        error = (quantized_weight(checkpoint, name, "nf3-g32", quantizer, moments) - weight).norm() / weight.norm()
+        assert adapter.description.sensitivity.errors[name]["nf3-g32"] == pytest.approx(float(error), rel=1e-5)
     config = adapter.description.space.uniform("nf3-g32")
     model = FakeQuantModel(checkpoint, adapter.codes(checkpoint))
     model.set_config(config)

@@ -21,6 +21,7 @@ from coatrt.quantization.codec import decode, encode
 from coatrt.quantization.input_moments import InputMoments
 from coatrt.training.run import train
 from support.bundles import make_bundle
+from support.encoding import quantized_weight
 from support.formats import random_config
 from support.tiny import save_tiny_llama, text_data, tiny_options
 
@@ -30,11 +31,11 @@ FORMATS = ("fp16", "bf16", "int8", "int8-g32", "int4-g32", "int4-g128", "fp8", "
 
 @pytest.fixture(scope="module")
 def adapter(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapter:
-    """An adapter trained on codes with error feedback."""
-    directory = tmp_path_factory.mktemp("feedback") / "adapter"
+    """An adapter trained on codes of the default quantizer."""
+    directory = tmp_path_factory.mktemp("refined") / "adapter"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COATRT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        return train(tiny_llama, text_data(tiny_llama), directory, tiny_options(steps=4, quantizer="feedback"))
+        return train(tiny_llama, text_data(tiny_llama), directory, tiny_options(steps=4, quantizer="refined"))
 
 
 def mixed(adapter: Adapter) -> QuantConfig:
@@ -61,12 +62,12 @@ def test_every_format_is_read_back_bit_for_bit(tmp_path: Path, activations: str,
 def test_a_bundle_holds_the_codes_of_its_adapter(adapter: Adapter, tmp_path: Path) -> None:
     checkpoint, config = adapter.checkpoint(), mixed(adapter)
     bundle = make_bundle(adapter, config, "cpu", tmp_path / "b", BundleOptions(context=64, engine=False))
-    assert adapter.description.quantizer == bundle.manifest["quantizer"] == "feedback"
+    assert adapter.description.quantizer == bundle.manifest["quantizer"] == "refined"
     assert adapter.calibration is not None
     moments = InputMoments(checkpoint, adapter.calibration)
     for name, weight in stored_weights(bundle.decoder("cpu")[0], bundle.model_matrices):
         original = checkpoint.tensor(f"{name}.weight")
-        want = decode(encode(original, config[name], "feedback", moments.get(name), adapter.calibration.tokens.numel()))
+        want = quantized_weight(checkpoint, name, config[name], "refined", moments)
         plain = decode(encode(original, config[name], "mse"))
         assert not np.array_equal(weight, plain.numpy())
         np.testing.assert_array_equal(weight, want.numpy(), err_msg=name)
