@@ -143,6 +143,7 @@ OF_NO_ONE_MODULE = {
     "coatrt/cli/test_options": "the numbers of all commands",
     "coatrt/system/test_cache": "a cache that cannot be written",
     "coatrt/reporting/test_report": "the report as a whole",
+    "coatrt/quantization/test_refined": "the quantizer refined as a whole",
     "coatrt/training/test_precision": "bfloat16, from the base to the adapter",
     "coatrt/training/test_pretended_device": "training and search on a device that is not the CPU",
     "coatrt/training/test_altered_state": "a training state that was altered",

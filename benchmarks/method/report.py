@@ -126,8 +126,8 @@ def codes_table(task: str) -> str:
             if results:
                 budgets = list(dict.fromkeys(row["budget"] for row in results[0]["rows"]))
                 losses = [_text(_means(results, "planned", True, budget)) for budget in budgets]
-                rows.append([results[0]["what"], codes, str(len(results)), *losses])
-    return grid(["arm", "codes", "seeds", *(f"{budget:g} bits" for budget in budgets)], rows)
+                rows.append([f"{results[0]['what']}, {codes}", *losses])
+    return grid(["arm, codes", *(f"{budget:g} bits" for budget in budgets)], rows)
 
 
 def costs_table(task: str) -> str:

@@ -8,11 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from coatrt.quantization.feedback_blocks import BLOCK
 from coatrt.quantization.grid import Grid
 
 __all__ = ["step"]
 
+_COLUMNS = 64  # the most of a block, as many as `feedback_blocks.BLOCK`
 _TILE = 32  # rows of W per warp; each thread holds all that a block's columns carry in one row, in registers
 
 
@@ -101,7 +101,7 @@ def step(
             VALUES=values,
             KIND=kind,
             BITS=bits,
-            COLUMNS=BLOCK,
+            COLUMNS=_COLUMNS,
             TILE=_TILE,
             num_warps=1,
         )

@@ -13,14 +13,13 @@ from coatrt.adapter.features import ConfigEncoder
 from coatrt.adapter.lora import CoaLora
 from coatrt.configs.config import QuantConfig
 from coatrt.configs.lora_contract import LoraContract, contract_for
-from coatrt.data.examples import Examples
 from coatrt.evaluation.curvature import output_gains
 from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.models.checkpoint import Checkpoint
 from coatrt.models.modules import load_model
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import decode, encode
-from coatrt.quantization.input_moments import Calibration, InputMoments
+from coatrt.quantization.input_moments import Calibration, InputMoments, calibration_examples
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.training.run import train
 from support.tiny import text_data, tiny_options
@@ -198,12 +197,13 @@ def test_a_starts_from_what_the_lowest_format_takes_away(
 ) -> None:
     """A rate of almost nothing leaves A where it began."""
     options = tiny_options(preset="none", formats=("nf2-g32", "int8"), start=start, learning_rate=1e-9, steps=1)
-    adapter = train(tiny_llama, text_data(tiny_llama), tmp_path / "a", options)
+    data = text_data(tiny_llama)
+    adapter = train(tiny_llama, data, tmp_path / "a", options)
     assert adapter.calibration is not None
     checkpoint = adapter.checkpoint()
     model = FakeQuantModel(checkpoint, CodeStore(checkpoint))
     compensator = Compensator(model, InputMoments(checkpoint, adapter.calibration), adapter.description.contract)
-    gains = output_gains(model, Examples.of_blocks(adapter.calibration.tokens))
+    gains = output_gains(model, calibration_examples(data.train, 4, 32, 0, others=True))
     for i, tensor in enumerate(adapter.description.contract.tensors):
         expected = compensator.start(tensor, LOW, gains[tensor.matrix], i, share)
         np.testing.assert_allclose(adapter.lora.shared()[tensor.matrix][0].numpy(), expected.numpy(), atol=1e-4)

@@ -173,7 +173,7 @@ def test_an_adapter_without_hashes_is_refused(tiny_adapter: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"format": 3}, r"adapter\.json has format 3, coatrt \S+ reads 8; copy it again, or train it again"),
+        ({"format": 3}, r"adapter\.json has format 3, coatrt \S+ reads 9; copy it again, or train it again"),
         (
             {"description": None},
             r"Expected `object`, got `null` - at `\$\.description`\); copy it again, or train it again",

@@ -22,8 +22,9 @@ def test_sensitivities_take_sixteen_blocks_and_error_feedback_what_its_width_wan
     adapter = train(tiny_llama, text_data(tiny_llama), tmp_path / "a", options)
     assert adapter.calibration is not None
     assert tuple(adapter.calibration.tokens.shape) == (20, 32)  # four tokens for each of the 160 inputs of down_proj
-    examples = calibration_examples(text_data(tiny_llama).train, 16, 32, 0)
-    assert torch.equal(adapter.calibration.tokens[:16], examples.tokens)
+    train_examples = text_data(tiny_llama).train
+    assert torch.equal(adapter.calibration.tokens, calibration_examples(train_examples, 20, 32, 0).tokens)
+    examples = calibration_examples(train_examples, 16, 32, 0, others=True)
     codes = adapter.codes(Checkpoint.open(tiny_llama))
     model = FakeQuantModel(codes.checkpoint, codes)
     wanted = measure_sensitivity(model, codes, examples, adapter.description.space.formats)
