@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
@@ -172,8 +173,11 @@ def test_a_lora_of_another_configuration_is_found(copy: Path, tiny_adapter: Path
 
 
 def test_weights_that_are_not_the_configuration_are_found(copy: Path) -> None:
+    graph = onnx.load(copy / "cpu.onnx", load_external_data=False).graph
+    codes = [one for one in graph.initializer if "layers.0.mlp.down_proj" in one.name and ".codes" in one.name]
+    where = {entry.key: int(entry.value) for entry in codes[0].external_data if entry.key != "location"}
     weights = bytearray((copy / "weights.bin").read_bytes())
-    weights[20000:24000] = bytes(4000)  # of the first layer; the rotary tables come last
+    weights[where["offset"] : where["offset"] + where["length"]] = bytes(where["length"])
     (copy / "weights.bin").write_bytes(weights)
     reseal(copy)
     with pytest.raises(BundleError, match=r"has a quantization error of .* of its norm, the adapter measured"):
