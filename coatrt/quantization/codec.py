@@ -79,9 +79,11 @@ class QuantizedMatrix:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def to(self, device: torch.device) -> "QuantizedMatrix":
-        """Return the matrix with its tensors on `device`; copies to a GPU are asynchronous."""
+        """Return the matrix with its tensors on `device`, copied to a GPU asynchronously; levels stay on the CPU."""
         tensors: dict[str, Any] = {
-            name: tensor.to(device, non_blocking=device.type == "cuda") for name, tensor in self.tensors.items()
+            name: tensor.to(device, non_blocking=device.type == "cuda")
+            for name, tensor in self.tensors.items()
+            if name != "levels"  # they are read as numbers, for which a GPU would have to be waited for
         }
         return replace(self, **tensors)
 
@@ -186,11 +188,11 @@ def _refine(weight: Tensor, matrix: QuantizedMatrix, moment: Tensor, scales: Ten
         descend(weight, moment, scales, codes, fmt.block or K, grid, rounded)
     matrix.codes[:, :K] = codes
     stored = stored_scales(fmt, scales, matrix.constant, matrix.super_scales)
-    return replace(matrix, scales=stored, levels=_own_levels(grid, weight.device))
+    return replace(matrix, scales=stored, levels=_own_levels(grid))
 
 
-def _own_levels(grid: Grid, device: torch.device) -> Tensor | None:
-    return torch.tensor(grid.table, dtype=torch.float16, device=device) if grid.table else None
+def _own_levels(grid: Grid) -> Tensor | None:
+    return torch.tensor(grid.table, dtype=torch.float16) if grid.table else None
 
 
 def _importance(moment: Tensor, fmt: WeightFormat) -> Tensor:
@@ -239,7 +241,7 @@ def _with_scales(
         supers, constant = super_scales(scales, fmt)
     codes = torch.zeros(N, width, dtype=grid.dtype, device=weight.device)
     stored = stored_scales(fmt, scales, constant, supers)
-    return QuantizedMatrix(fmt, N, K, codes, stored, supers, constant, _own_levels(grid, weight.device))
+    return QuantizedMatrix(fmt, N, K, codes, stored, supers, constant, _own_levels(grid))
 
 
 def _check(quantizer: Quantizer, moment: Tensor | None, K: int) -> None:

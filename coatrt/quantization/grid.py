@@ -123,13 +123,13 @@ class Grid:
         return lambda row: levels.take(edges.searchsorted(row))
 
 
-@lru_cache
+@lru_cache(maxsize=4096)
 def _steps_on(grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the edges and heights of a codebook on a device, cached."""
     return grid._edges.to(device), grid._ascending.to(device)
 
 
-@lru_cache
+@lru_cache(maxsize=4096)
 def _levels_on(grid: Grid, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return the levels of a codebook on a device, cached."""
     assert grid.levels is not None
