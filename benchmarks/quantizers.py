@@ -50,6 +50,12 @@ def output_energy(weight: torch.Tensor, moment: torch.Tensor) -> float:
     return float(((weight @ moment) * weight).sum())
 
 
+def groups_of(checkpoint: Checkpoint, quantizer: Quantizer) -> list[tuple[str, ...]]:
+    """Return the linear matrices that are encoded as one, as `CodeStore` does: fused groups under `refined`."""
+    groups = [group for group in checkpoint.matrices.groups if not checkpoint.matrices.by_name[group[0]].is_table]
+    return groups if quantizer == "refined" else [(name,) for group in groups for name in group]
+
+
 def measure(
     model: FakeQuantModel,
     moments: InputMoments,
@@ -72,18 +78,19 @@ def measure(
     """
     tokens = moments.calibration.tokens.numel()
     errors, outputs, seconds, factors = [], [], 0.0, InverseFactors()
-    for matrix in model.checkpoint.matrices.targets:
-        weight, moment = model.checkpoint.tensor(f"{matrix.name}.weight").float(), moments.get(matrix.name)
+    for group in groups_of(model.checkpoint, quantizer):
+        weights, moment = [model.checkpoint.tensor(f"{name}.weight").float() for name in group], moments.get(group[0])
         start = time.process_time()
-        encoded = encode(weight, text, quantizer, moment, tokens, factors)
+        encoded = encode(torch.cat(weights), text, quantizer, moment, tokens, factors)
         seconds += time.process_time() - start
-        quantized = decode(encoded)
-        residual = quantized - weight
-        errors.append(float(residual.norm() / weight.norm()))
-        if matrix.name not in energies:
-            energies[matrix.name] = output_energy(weight, truth.get(matrix.name))
-        outputs.append(math.sqrt(output_energy(residual, truth.get(matrix.name)) / energies[matrix.name]))
-        model.set_weights([(matrix.name, quantized)])
+        for name, weight, part in zip(group, weights, encoded.split([len(weight) for weight in weights]), strict=True):
+            quantized = decode(part)
+            residual = quantized - weight
+            errors.append(float(residual.norm() / weight.norm()))
+            if name not in energies:
+                energies[name] = output_energy(weight, truth.get(name))
+            outputs.append(math.sqrt(output_energy(residual, truth.get(name)) / energies[name]))
+            model.set_weights([(name, quantized)])
     return {
         "format": text,
         "quantizer": quantizer,

@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import torch
 from common import RESULTS, save_result, smollm2
-from quantizers import CALIBRATION, HELD_OUT, speeches
+from quantizers import CALIBRATION, HELD_OUT, groups_of, speeches
 
 from coatrt.data.documents import batches
 from coatrt.evaluation.fake_quant import FakeQuantModel
@@ -50,12 +50,10 @@ VARIANTS = {
     "own levels": Variant(0, levels=True),
     "one pass over codes": Variant(1, levels=False, scales=False),
     "one pass over scales and codes": Variant(1, levels=False),
-    "levels, one pass": Variant(1, levels=True),
-    "levels, two passes": Variant(2, levels=True),
-    "levels, three passes": Variant(3, levels=True),
-    "levels, five passes": Variant(5, levels=True),
+    "own levels, one pass": Variant(1, levels=True),
     "refined": Variant(),
     "refined, not damped": Variant(damped=False),
+    "refined, five passes": Variant(5),
 }
 
 
@@ -75,9 +73,7 @@ def measure(model: FakeQuantModel, moments: InputMoments, text: str, variant: Va
             codec.descend.__globals__["_best_scale"] if variant.scales else lambda *arguments: keep(arguments[3]),
         ),
     ):
-        for group in checkpoint.matrices.groups:
-            if checkpoint.matrices.by_name[group[0]].is_table:
-                continue
+        for group in groups_of(checkpoint, "refined"):
             weights = [checkpoint.tensor(f"{name}.weight").float() for name in group]
             start = time.process_time()
             encoded = encode(

@@ -37,7 +37,7 @@ from coatrt.training.config_sampler import TrainingSampler
 from coatrt.training.options import TrainOptions
 from coatrt.training.scale_learning import learn_scales
 
-__all__ = ["BATCH", "BUDGETS", "FORMATS", "PARTS", "Draws", "Measured", "Setting"]
+__all__ = ["BATCH", "BUDGETS", "FORMATS", "PARTS", "TRAINED", "Draws", "Measured", "Setting"]
 
 BATCH = {"sotu": 2, "trec": 16}  # examples of a configuration: about the same number of tokens for each task
 PARTS = {"sotu": 1, "trec": 2}  # halves of a batch have less padding if lengths differ

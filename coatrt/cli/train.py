@@ -88,6 +88,7 @@ _STAGES = {
     "measuring errors": 2,
     "measuring inputs": 2,
     "LoRA directions": 2,
+    "learning scales": 2,
     "training": 3,
     "held-out loss": 4,
 }

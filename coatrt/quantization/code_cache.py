@@ -105,7 +105,7 @@ class CodeStore:
                 write_tensors(path, encoded.tensors, {"constant": encoded.constant.hex(), "place": place})
             if member == name:
                 matrix = encoded
-            elif encoded.format == fmt:
+            else:
                 self._keep((member, str(fmt)), encoded)
         assert matrix is not None
         return self._keep(key, matrix)
@@ -119,7 +119,7 @@ class CodeStore:
     def _read(self, name: str, fmt: WeightFormat) -> QuantizedMatrix | None:
         """Return a matrix from its cache file, or None if that is missing or damaged."""
         shape = self.checkpoint.matrices.by_name[name]
-        return _read(*self._place(name, fmt), fmt.effective(shape.K), shape.N, shape.K)
+        return _read(*self._place(name, fmt), fmt, shape.N, shape.K)
 
     def _keep(self, key: tuple[str, str], matrix: QuantizedMatrix) -> QuantizedMatrix:
         """Keep a matrix with its learned scales in memory and return it."""

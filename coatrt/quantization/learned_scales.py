@@ -28,8 +28,8 @@ class LearnedScales:
     tensors: Mapping[tuple[str, str], Tensor] = field(default_factory=dict)
 
     @staticmethod
-    def has(fmt: WeightFormat) -> bool:
-        """Return whether the scales of a format are learned: float16 scales of at most four bits per code.
+    def can_learn(fmt: WeightFormat) -> bool:
+        """Return whether the scales of a format can be learned: float16 scales of at most four bits per code.
 
         A step of nvfp4's E4M3 scales, 6 to 12 %, is larger than what training changes.
         """

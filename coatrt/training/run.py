@@ -128,7 +128,7 @@ class _Run:
         """The examples that sensitivities and A's start are measured on.
 
         They are others than the quantizer is calibrated on, where its errors are smaller than elsewhere: on those, few
-        bits would look better than they are (docs/evidence/planning.md).
+        bits would look better than they are (`benchmarks/sensitivity_text.py`, docs/evidence/planning.md).
         """
         return self._examples(self.options.calibration or SENSITIVITY_BLOCKS, others=True)
 

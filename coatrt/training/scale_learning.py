@@ -47,7 +47,7 @@ class ScaleChanges(nn.Module):
         changes: list[Tensor] = []
         for matrix in space.model.targets:
             for fmt in dict.fromkeys(fmt.effective(matrix.K) for fmt in space.formats):
-                if LearnedScales.has(fmt) and not codes.is_stored(matrix.name, fmt):
+                if LearnedScales.can_learn(fmt) and not codes.is_stored(matrix.name, fmt):
                     scales = codes.get(matrix.name, fmt).scales
                     assert scales is not None
                     self._places[matrix.name, str(fmt)] = len(changes)
@@ -131,7 +131,7 @@ def _collecting(model: FakeQuantModel, changes: ScaleChanges, config: QuantConfi
 
     def collect(name: str, gradient: Tensor) -> None:
         change, block = of[name]
-        product = gradient.float() * model.weight(name, config[name])
+        product = gradient.float() * model.weight(name, config[name], exact=False)
         padded = nn.functional.pad(product, (0, change.shape[1] * block - product.shape[1]))
         total = padded.view(*change.shape, block).sum(-1).mul_(share)
         change.grad = total if change.grad is None else change.grad + total
