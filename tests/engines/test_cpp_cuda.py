@@ -176,7 +176,7 @@ def test_the_service_runs_on_it(gpu: Pretended, cpp: Any, tiny_bundle: Path) -> 
     assert service.process.stderr is not None
     line = next(line for line in service.process.stderr if line.startswith("listening"))
     service.port = int(line.rsplit(":", 1)[1])
-    request = {"prompt": PROMPT, "max_tokens": 24}
+    request = {"prompt": PROMPT, "max_tokens": 24, "ignore_eos": False}
     found: dict[int, Any] = {}
 
     def ask(number: int) -> None:
