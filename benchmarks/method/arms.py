@@ -34,6 +34,7 @@ class Arm:
         examples: times as many examples for each configuration of a step.
         rate: peak learning rate of A.
         rate_ratio: see `TrainOptions`.
+        aware: attempt of `aware.AwareLora`; "": none.
     """
 
     what: str
@@ -47,6 +48,7 @@ class Arm:
     examples: int = 1
     rate: float = 2e-3
     rate_ratio: float | None = None
+    aware: Literal["", "noise", "slope", "own"] = ""
 
 
 _OURS = Arm("coatrt", draws="sides", compensated=True, start_share=0.5, rate=1e-3)
@@ -65,6 +67,9 @@ ARMS = {
     "paper": Arm("CoA-LoRA as published (its θ, even draws)", preset="paper", draws="even"),
     "coatrt": _OURS,
     "coatrt-random": replace(_OURS, what="coatrt, A from random numbers", start_share=0.0),
+    "coatrt-noise": replace(_OURS, what="coatrt, C for the noise upstream", aware="noise"),
+    "coatrt-slope": replace(_OURS, what="coatrt, B with parts proportional to noise", aware="slope"),
+    "coatrt-own": replace(_OURS, what="coatrt, B with a part per format of the matrix", aware="own"),
     "residual": replace(_OURS, what="residual start", start_share=1.0),
 }
 """Arms by name: the rivals, ours, its variants."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from arms import ARMS, Arm, LoraBank
+from aware import AwareLora, UpstreamNoise, noisy_moments
 from setting import BATCH, BUDGETS, FORMATS, PARTS, Measured, Setting
 
 from coatrt.adapter.compensation import Compensator
@@ -61,7 +62,15 @@ def module(setting: Setting, arm: Arm, seed: int) -> Any:
             setting.gains if arm.start_share else None,
             arm.start_share,
         )
-    return lora.to(setting.compute)
+    if not arm.aware:
+        return lora.to(setting.compute)
+    places = {matrix.name: (matrix.layer, matrix.kind) for matrix in setting.checkpoint.matrices.targets}
+    reference = setting.pool[0]
+    noise = UpstreamNoise(places, setting.sensitivity.costs, reference)
+    if arm.aware != "noise":
+        return AwareLora(lora, arm.aware, noise)
+    moments = noisy_moments(setting.base, setting.moments, reference)
+    return AwareLora(lora, arm.aware, noise, (setting.base, setting.moments.leader, moments))
 
 
 @torch.no_grad()

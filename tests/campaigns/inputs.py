@@ -46,7 +46,7 @@ def make_inputs(here: Path) -> None:
     (model / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": TEMPLATE}))
     (model / "generation_config.json").write_text('{"eos_token_id": [256, 0], "temperature": 0.6}')
     adapter = here / "adapter"
-    train(model, text_data(model), adapter, tiny_options(steps=2, formats=("int4-g32", "int8")))
+    train(model, text_data(model), adapter, tiny_options(steps=2, formats=("int4-g32", "int8"), learn_scales=1))
     search(adapter, text_data(model), evaluations=3, blocks=1)
     claim_state(here / "state", "run")
     _run("build", adapter, "--target", "rtx-4090", "-o", here / "bundle", "--no-engine", "--context", 64)

@@ -65,6 +65,7 @@ KINDS: dict[str, tuple[str, tuple[tuple[Callable[[Path], None], tuple[str, ...]]
     "adapter/sensitivity.json": ("adapter", ((readers.read_adapter, ("plan",)),)),
     "adapter/adapter.safetensors": ("adapter", ((readers.read_adapter, ("export",)),)),
     "adapter/calibration.safetensors": ("adapter", ((readers.read_adapter, ("export",)),)),
+    "adapter/scales.safetensors": ("adapter", ((readers.read_adapter, ("export",)),)),
     "bundle/manifest.json": ("bundle", ((readers.read_bundle, ("run",)), (readers.read_report, ("report-bundle",)))),
     "bundle/lora_io.json": ("bundle", ((readers.read_bundle, ("run",)),)),
     "bundle/hypernet.json": ("bundle", ((readers.read_bundle, ("adapt",)),)),
