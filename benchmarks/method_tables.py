@@ -99,18 +99,36 @@ def training_step() -> str:
     )
 
 
+def sensitivity_text() -> str:
+    """Plans by sensitivities on the calibration's text and on other text."""
+    found = load("sensitivity_text")
+    rows = [
+        [f"on {name} text", *(f"{loss:.3f}" for loss in found[key]["losses"])]
+        for key, name in (("calibration", "the calibration's"), ("other", "other"))
+    ]
+    return (
+        f"{grid(['sensitivities', *(f'{bits:g} bits' for bits in found['budgets'])], rows)}\n\n{found['model']} on "
+        f"sotu, `refined`, no adapter: held-out loss ({found['held_out_blocks']} blocks) of planned configurations."
+    )
+
+
 _MAKERS = (
+    sensitivity_text,
     tasks,
     compensation,
     predictors,
     training_step,
 )
 METHOD_TABLES: dict[str, Callable[[], str]] = {maker.__name__: maker for maker in _MAKERS}
-for _task, _name in (("sotu", "feedback"), ("trec", "feedback_trec")):
-    METHOD_TABLES[f"method_{_name}"] = partial(report.main_table, _task)
-    METHOD_TABLES[f"costs_{_name}"] = partial(report.costs_table, _task)
-    METHOD_TABLES[f"rivals_{_name}"] = partial(report.rivals_table, _task)
+for _task, _codes, _name in (
+    ("sotu", report.REFINED, "refined"),
+    ("sotu", report.FEEDBACK, "feedback"),
+    ("trec", report.FEEDBACK, "feedback_trec"),
+):
+    METHOD_TABLES[f"method_{_name}"] = partial(report.main_table, _task, _codes)
+    METHOD_TABLES[f"costs_{_name}"] = partial(report.costs_table, _task, _codes)
+    METHOD_TABLES[f"rivals_{_name}"] = partial(report.rivals_table, _task, _codes)
+    METHOD_TABLES[f"gaps_{_name}"] = partial(report.gaps, _task, _codes)
+    METHOD_TABLES[f"unseen_{_name}"] = partial(report.unseen_table, _task, _codes)
 METHOD_TABLES["codes"] = partial(report.codes_table, "sotu")
-METHOD_TABLES["gaps_feedback"] = partial(report.gaps, "sotu")
-METHOD_TABLES["unseen_feedback"] = partial(report.unseen_table, "sotu")
-METHOD_TABLES["accuracy_feedback_trec"] = partial(report.accuracy_table, "trec")
+METHOD_TABLES["accuracy_feedback_trec"] = partial(report.accuracy_table, "trec", report.FEEDBACK)

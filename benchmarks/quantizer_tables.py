@@ -83,8 +83,41 @@ def shrinkage() -> str:
     )
 
 
+def refinement() -> str:
+    """What each part of `refined` is worth."""
+    found = load("refinement")
+    formats = list(dict.fromkeys(row["format"] for row in found["rows"]))
+    by = {(row["variant"], row["format"]): row for row in found["rows"]}
+    variants = list(dict.fromkeys(row["variant"] for row in found["rows"]))
+
+    def cell(variant: str, text: str) -> str:
+        row = by.get((variant, text))
+        return f"{row['loss']:.3f} ({row['encode_cpu_s']:.0f} s)" if row is not None else ""
+
+    rows = [[variant, *(cell(variant, text) for text in formats)] for variant in variants]
+    return (
+        f"{grid(['variant', *formats], rows)}\n\n{found['model']}, held-out loss (full precision "
+        f"{found['full_precision']:.3f}) and CPU seconds of encoding, as above."
+    )
+
+
+def uniform_scales() -> str:
+    """What learned scales are worth if one format is used everywhere."""
+    found = load("uniform_scales")
+    rows = [
+        [row["format"], f"{row['refined']:.3f}", f"{row['learned']:.3f}", f"{row['learning_cpu_s'] / 60:.0f}"]
+        for row in found["rows"]
+    ]
+    return (
+        f"{grid(['format', '`refined`', 'scales learned', 'CPU minutes'], rows)}\n\n{found['model']}, held-out loss "
+        f"as above; {found['steps']} steps of {found['tokens_per_step']:,} tokens, one thread."
+    )
+
+
 _MAKERS = (
     quantizers,
+    refinement,
+    uniform_scales,
     tied_table,
     calibration_size,
     shrinkage,

@@ -17,6 +17,9 @@ from markdown_tables import grid
 from coatrt.planning.pareto import hypervolume
 
 __all__ = [
+    "FEEDBACK",
+    "LEARNED",
+    "REFINED",
     "accuracy_table",
     "arms_of",
     "codes_table",
@@ -41,19 +44,26 @@ _RIVALS = (
     "paper",
     "coatrt",
 )
-_AGAINST = {"coatrt-random": ("coatrt", "shared-rates"), "residual": ("coatrt", "coatrt-random")}
+_AGAINST = {
+    "coatrt-random": ("coatrt", "shared-rates"),
+    "residual": ("coatrt", "coatrt-random"),
+    "coatrt-noise": ("coatrt",),
+    "coatrt-slope": ("coatrt",),
+    "coatrt-own": ("coatrt",),
+}
 """What the variants are held against."""
 
 
-_FORMER = "smollm2-feedback"  # the codes under which every arm was measured
-_CODES = {_FORMER: "`feedback`", "smollm2-refined": "`refined`", "smollm2-learned": "`refined`, scales learned"}
+FEEDBACK, REFINED, LEARNED = "smollm2-feedback", "smollm2-refined", "smollm2-learned"
+_CODES = {FEEDBACK: "`feedback`", REFINED: "`refined`", LEARNED: "`refined`, scales learned"}
+"""Names of the codes in results, and in tables."""
 
 
 def _results() -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
 
 
-def arms_of(task: str, model: str = _FORMER) -> dict[str, list[dict[str, Any]]]:
+def arms_of(task: str, model: str) -> dict[str, list[dict[str, Any]]]:
     """Return arm → results by seed, the rivals first, under the codes of `model`."""
     found: dict[str, list[dict[str, Any]]] = {}
     for result in _results():
@@ -95,9 +105,9 @@ def _volume(result: dict[str, Any], base: float) -> float:
     return hypervolume(points, (_REFERENCE_BITS, base + _REFERENCE_NATS))
 
 
-def main_table(task: str) -> str:
+def main_table(task: str, model: str) -> str:
     """Return the losses on planned configurations that were trained on, of the rivals and ours, by budget."""
-    found = arms_of(task)
+    found = arms_of(task, model)
     if "none" not in found:
         return "Not run yet."
     none = found["none"][0]
@@ -111,7 +121,7 @@ def main_table(task: str) -> str:
     accuracy = none["full_precision"].get("accuracy")
     beside = f", accuracy {accuracy:.3f}" if accuracy is not None else ""
     return (
-        f"SmolLM2-135M, quantizer feedback on {task}: held-out loss in nats per predicted token, mean ± standard "
+        f"SmolLM2-135M, codes {_CODES[model]} on {task}: held-out loss in nats per predicted token, mean ± standard "
         f"deviation over seeds; full precision without adapter {base:.3f}{beside}.\n\n"
         f"{grid(['arm', *(f'{budget:g} bits' for budget in budgets)], rows)}"
     )
@@ -130,9 +140,9 @@ def codes_table(task: str) -> str:
     return grid(["arm, codes", *(f"{budget:g} bits" for budget in budgets)], rows)
 
 
-def costs_table(task: str) -> str:
+def costs_table(task: str, model: str) -> str:
     """Return what every arm took, and its hypervolume."""
-    found = arms_of(task)
+    found = arms_of(task, model)
     if "none" not in found:
         return "Not run yet."
     base = found["none"][0]["full_precision"]["loss"]
@@ -155,9 +165,9 @@ def costs_table(task: str) -> str:
     )
 
 
-def accuracy_table(task: str) -> str:
+def accuracy_table(task: str, model: str) -> str:
     """Return the accuracies on planned configurations, trained on and not, by budget."""
-    found = arms_of(task)
+    found = arms_of(task, model)
     if "none" not in found:
         return "Not run yet."
     none = found["none"][0]
@@ -173,9 +183,9 @@ def accuracy_table(task: str) -> str:
     return f"Accuracy, full precision without adapter {none['full_precision']['accuracy']:.3f}.\n\n{grid(head, rows)}"
 
 
-def unseen_table(task: str) -> str:
+def unseen_table(task: str, model: str) -> str:
     """Return the losses by kind of configuration, means over budgets."""
-    found = arms_of(task)
+    found = arms_of(task, model)
     rows = []
     for name, results in found.items():
         if name not in _RIVALS or name.startswith("single"):
@@ -198,19 +208,24 @@ def _gaps(found: dict[str, list[dict[str, Any]]], left: str, right: str) -> tupl
 def _compared(found: dict[str, list[dict[str, Any]]], what: str, pairs: list[tuple[str, str, str]]) -> str:
     """Return a table of differences by budget, and in how many seeds they were measured."""
     budgets = dict.fromkeys(row["budget"] for row in found["coatrt"][0]["rows"])
-    counts, rows = set(), []
+    counts, rows = [], []
     for label, left, right in pairs:
         seeds, cells = _gaps(found, left, right)
-        counts.add(seeds)
+        counts.append(seeds)
         rows.append([label, *cells])
-    (seeds,) = counts
-    table = grid([what, *(f"{budget:g} bits" for budget in budgets)], rows)
-    return f"{table}\n\nNats per token, paired by seed; mean ± standard deviation over {seeds} seeds."
+    most = max(counts)
+    cells = [
+        [label if seeds == most else f"{label} ({seeds} seed{'s' if seeds > 1 else ''})", *found_cells]
+        for (label, *found_cells), seeds in zip(rows, counts, strict=True)
+    ]
+    table = grid([what, *(f"{budget:g} bits" for budget in budgets)], cells)
+    spread = f"mean ± standard deviation over {most} seeds" if most > 1 else "one seed"
+    return f"{table}\n\nNats per token, paired by seed; {spread}."
 
 
-def rivals_table(task: str) -> str:
+def rivals_table(task: str, model: str) -> str:
     """Return the loss of ours less that of every rival, by budget, paired by seed."""
-    found = arms_of(task)
+    found = arms_of(task, model)
     if not {"coatrt", "shared"} <= set(found):
         return "Not run yet."
     rivals = [name for name in _RIVALS if name in found and name not in ("none", "coatrt")]
@@ -219,9 +234,9 @@ def rivals_table(task: str) -> str:
     )
 
 
-def gaps(task: str) -> str:
+def gaps(task: str, model: str) -> str:
     """Return the loss of every variant less that of what it varies, by budget, paired by seed."""
-    found = arms_of(task)
+    found = arms_of(task, model)
     if "coatrt" not in found:
         return "Not run yet."
     pairs = [
@@ -240,7 +255,8 @@ def main() -> None:
     tasks = sorted({result["task"] for result in _results()})
     figure, axes = plt.subplots(1, len(tasks), figsize=(6.4 * len(tasks), 4.4), squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
-        for name, results in arms_of(task).items():
+        codes = REFINED if "coatrt" in arms_of(task, REFINED) else FEEDBACK
+        for name, results in arms_of(task, codes).items():
             if name not in _RIVALS or name == "none":  # far above all others
                 continue
             rows = [row for row in results[0]["rows"] if row["kind"] == "planned" and row["seen"]]
@@ -255,7 +271,11 @@ def main() -> None:
                 linewidth=width,
                 label=results[0]["what"],
             )
-        axis.set(title=f"SmolLM2-135M, {task}", xlabel="bits per weight", ylabel="held-out loss, nats")
+        axis.set(
+            title=f"SmolLM2-135M, {task}, {_CODES[codes].strip('`')}",
+            xlabel="bits per weight",
+            ylabel="held-out loss, nats",
+        )
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     figure.tight_layout()

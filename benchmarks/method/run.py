@@ -66,7 +66,8 @@ def module(setting: Setting, arm: Arm, seed: int) -> Any:
         return lora.to(setting.compute)
     places = {matrix.name: (matrix.layer, matrix.kind) for matrix in setting.checkpoint.matrices.targets}
     reference = setting.pool[0]
-    noise = UpstreamNoise(places, setting.sensitivity.costs, reference)
+    most = 1.0 if arm.aware == "noise" else 1.5  # what was measured at 1 is not extrapolated
+    noise = UpstreamNoise(places, setting.sensitivity.costs, reference, most)
     if arm.aware != "noise":
         return AwareLora(lora, arm.aware, noise)
     moments = noisy_moments(setting.base, setting.moments, reference)
