@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from common import RESULTS, save_result, smollm2
-from quantizers import HELD_OUT, LENGTH, speeches
+from quantizers import HELD_OUT, LENGTH, groups_of, speeches
 
 from coatrt.data.documents import batches
 from coatrt.data.examples import Examples
@@ -34,10 +34,11 @@ def perplexity(
 ) -> float:
     """Encode every linear matrix in one format and return the held-out perplexity."""
     tokens, factors = moments.calibration.tokens.numel(), InverseFactors()
-    for matrix in model.checkpoint.matrices.targets:
-        weight = model.checkpoint.tensor(f"{matrix.name}.weight").float()
-        encoded = encode(weight, text, quantizer, moments.get(matrix.name), tokens, factors)
-        model.set_weights([(matrix.name, decode(encoded))])
+    for group in groups_of(model.checkpoint, quantizer):
+        weights = [model.checkpoint.tensor(f"{name}.weight").float() for name in group]
+        encoded = encode(torch.cat(weights), text, quantizer, moments.get(group[0]), tokens, factors)
+        parts = encoded.split([len(weight) for weight in weights])
+        model.set_weights((name, decode(part)) for name, part in zip(group, parts, strict=True))
     return math.exp(mean_loss(model, examples))
 
 
