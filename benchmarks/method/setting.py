@@ -35,7 +35,7 @@ from coatrt.system.json_data import read_as, write_json
 from coatrt.system.tensors import read_tensors, write_tensors
 from coatrt.training.config_sampler import TrainingSampler
 from coatrt.training.options import TrainOptions
-from coatrt.training.scale_learning import learn_scales
+from coatrt.training.scale_learning import learn_scales, learning_budgets
 
 __all__ = ["BATCH", "BUDGETS", "FORMATS", "PARTS", "TRAINED", "Draws", "Measured", "Setting"]
 
@@ -151,7 +151,8 @@ class Setting:
             return first
         path = self.scratch / f"scales-{self.model}-{self.task}.safetensors"
         if not path.is_file():
-            draw = TrainingSampler(self.space, first.costs, TRAINED[0], TRAINED[-1]).draw
+            budgets = learning_budgets(self.space, TRAINED[0], TRAINED[-1])
+            draw = TrainingSampler(self.space, first.costs, *budgets).draw
             options = TrainOptions(
                 formats=FORMATS, learn_scales=self.learned, batch=BATCH[self.task], accumulate=PARTS[self.task]
             )

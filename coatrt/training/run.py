@@ -48,7 +48,7 @@ from coatrt.training.loop import optimise
 from coatrt.training.options import TrainOptions
 from coatrt.training.output import claim_output, read_finished
 from coatrt.training.resume_state import History, claim_state, has_state
-from coatrt.training.scale_learning import learn_scales
+from coatrt.training.scale_learning import learn_scales, learning_budgets
 
 __all__ = ["train"]
 
@@ -145,7 +145,7 @@ def _train(run: _Run, output: Path) -> None:
     run.progress(1, 1, "loading the model")
     scales = _learn_scales(run, model, codes) if run.options.learn_scales else None
     sensitivity = _measure(run, model, codes, "sensitivity.json")
-    sampler = _sampler(run, sensitivity)
+    sampler = TrainingSampler(run.space, sensitivity.costs, *run.budgets, run.options.seed)
     lora = _start(run, model, sensitivity)
     history = optimise(
         model, lora, run.data.train, sampler.draw, run.options, run.state, run.identity, run.processes, run.progress
@@ -226,10 +226,6 @@ def _encode(run: _Run, codes: CodeStore) -> None:
     codes.release()
 
 
-def _sampler(run: _Run, sensitivity: Sensitivity) -> TrainingSampler:
-    return TrainingSampler(run.space, sensitivity.costs, *run.budgets, run.options.seed)
-
-
 def _learn_scales(run: _Run, model: FakeQuantModel, codes: CodeStore) -> LearnedScales:
     """Return the learned scales, which `codes` and `model` use from then on; an interrupted training goes on."""
     first = _measure(run, model, codes, "first_sensitivity.json")
@@ -237,7 +233,8 @@ def _learn_scales(run: _Run, model: FakeQuantModel, codes: CodeStore) -> Learned
     if path.is_file():
         scales = LearnedScales.load(path)
     else:
-        draw, state = _sampler(run, first).draw, run.state / "scales"
+        budgets, state = learning_budgets(run.space, *run.budgets), run.state / "scales"
+        draw = TrainingSampler(run.space, first.costs, *budgets, run.options.seed).draw
         scales = learn_scales(
             model, codes, run.space, run.data.train, draw, run.options, state, run.identity, run.processes, run.progress
         )

@@ -26,7 +26,9 @@ from coatrt.training.loop import optimise
 from coatrt.training.objective import Pass
 from coatrt.training.options import TrainOptions
 
-__all__ = ["ScaleChanges", "distil", "learn_scales"]
+__all__ = ["ScaleChanges", "distil", "learn_scales", "learning_budgets"]
+
+_REACH = 1.25  # budgets to learn at, up to this many times the bits of the largest format that learns
 
 
 class ScaleChanges(nn.Module):
@@ -138,6 +140,21 @@ def _collecting(model: FakeQuantModel, changes: ScaleChanges, config: QuantConfi
 
     with model.weight_gradients(of, collect):
         yield
+
+
+def learning_budgets(space: ConfigSpace, low: float, high: float) -> tuple[float, float]:
+    """Return the lowest and the highest budget at which scales are learned, in bits per weight.
+
+    With more bits most matrices are in formats that learn nothing.
+
+    Args:
+        space: matrices and formats.
+        low: lowest budget of training.
+        high: highest budget of training.
+    """
+    K = space.model.targets[0].K
+    most = max((fmt.bits_per_weight(K) for fmt in space.formats if LearnedScales.can_learn(fmt)), default=high)
+    return low, max(low, min(high, _REACH * most))
 
 
 def learn_scales(

@@ -22,7 +22,7 @@ from coatrt.quantization.learned_scales import LearnedScales
 from coatrt.quantization.weight_format import WeightFormat
 from coatrt.training.objective import Pass
 from coatrt.training.run import train
-from coatrt.training.scale_learning import ScaleChanges, distil
+from coatrt.training.scale_learning import ScaleChanges, distil, learning_budgets
 from support.formats import random_config
 from support.tiny import TEXTS, save_tiny_llama, text_data, tiny_options
 
@@ -75,6 +75,15 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     parts = [data[torch.tensor(rows)] for rows in ([0, 1, 2], [3, 4, 5, 5])]
     passes = [Pass(random_config(space, rng), part, part.target_count) for part in parts]
     return Setting(FakeQuantModel(checkpoint, codes), codes, space, passes)
+
+
+def test_scales_are_learned_at_budgets_where_they_are_used(setting: Setting) -> None:
+    low, high = learning_budgets(setting.space, 3.0, 8.0)
+    assert (low, high) == (3.0, 1.25 * (4 + 16 / 32))  # nf2-g64 to int4-g32 learn
+    assert learning_budgets(setting.space, 3.0, 4.0) == (3.0, 4.0)
+    assert learning_budgets(setting.space, 6.0, 8.0) == (6.0, 6.0)
+    without = ConfigSpace(setting.space.model, tuple(map(WeightFormat.parse, ("int8", "fp16"))))
+    assert learning_budgets(without, 8.5, 12.0) == (8.5, 12.0)
 
 
 def test_formats_with_float16_scales_of_few_bits_learn(setting: Setting) -> None:
