@@ -48,7 +48,7 @@ class Arm:
     examples: int = 1
     rate: float = 2e-3
     rate_ratio: float | None = None
-    aware: Literal["", "noise", "slope", "own"] = ""
+    aware: Literal["", "noise", "slope", "gentle", "own"] = ""
 
 
 _OURS = Arm("coatrt", draws="sides", compensated=True, start_share=0.5, rate=1e-3)
@@ -69,7 +69,13 @@ ARMS = {
     "coatrt-random": replace(_OURS, what="coatrt, A from random numbers", start_share=0.0),
     "coatrt-noise": replace(_OURS, what="coatrt, C for the noise upstream", aware="noise"),
     "coatrt-slope": replace(_OURS, what="coatrt, B with parts proportional to noise", aware="slope"),
+    "coatrt-gentle": replace(_OURS, what="coatrt, B with small parts proportional to noise", aware="gentle"),
     "coatrt-own": replace(_OURS, what="coatrt, B with a part per format of the matrix", aware="own"),
+    "coatrt-even": replace(_OURS, what="coatrt, even draws", draws="even"),
+    "coatrt-faster": replace(_OURS, what="coatrt, twice the rates", rate=2e-3),
+    "coatrt-slower": replace(_OURS, what="coatrt, half the rates", rate=5e-4),
+    "shared-faster": replace(_SHARED, what="shared LoRA, twice the rates", rate=4e-3),
+    "shared-slower": replace(_SHARED, what="shared LoRA, half the rates", rate=1e-3),
     "residual": replace(_OURS, what="residual start", start_share=1.0),
 }
 """Arms by name: the rivals, ours, its variants."""

@@ -122,6 +122,7 @@ class AwareLora(nn.Module):
 
     "noise": C interpolates between that without upstream noise and that under the reference's, by what lies upstream.
     "slope": B gets a trained part proportional to the noise upstream and one to the noise of the whole configuration.
+    "gentle": the same, a quarter as steep, so that B moves 1.5 times as far in a step at the reference, not thrice.
     "own": B gets a trained part per format of the matrix, beside C.
 
     Args:
@@ -138,7 +139,7 @@ class AwareLora(nn.Module):
         super().__init__()
         self.lora, self._attempt, self._noise = lora, attempt, noise
         self._noisy = _NoisyCompensator(*noisy) if noisy is not None else None
-        count = {"noise": 0, "slope": 2, "own": len(lora.encoder.formats)}[attempt]
+        count = {"noise": 0, "slope": 2, "gentle": 2, "own": len(lora.encoder.formats)}[attempt]
         self.more = nn.ParameterList(B.new_zeros(count, *B.shape) for B in lora.B) if count else nn.ParameterList()
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
@@ -155,8 +156,9 @@ class AwareLora(nn.Module):
             names = [contract.tensors[row].matrix for row in rows]
             scale = contract.scale(contract.tensors[rows[0]])
             u = torch.tensor([upstream[name] for name in names])[:, None, None]
-            if self._attempt == "slope":
-                more = scale * (u * self.more[i][0] + total * self.more[i][1])
+            if self._attempt in ("slope", "gentle"):
+                steep = scale * (0.25 if self._attempt == "gentle" else 1.0)
+                more = steep * (u * self.more[i][0] + total * self.more[i][1])
             elif self._attempt == "own":
                 more = scale * self.more[i][ids[rows], torch.arange(len(rows))]
             else:

@@ -49,7 +49,13 @@ _AGAINST = {
     "residual": ("coatrt", "coatrt-random"),
     "coatrt-noise": ("coatrt",),
     "coatrt-slope": ("coatrt",),
+    "coatrt-gentle": ("coatrt",),
     "coatrt-own": ("coatrt",),
+    "coatrt-even": ("coatrt",),
+    "coatrt-faster": ("coatrt",),
+    "coatrt-slower": ("coatrt",),
+    "shared-faster": ("shared",),
+    "shared-slower": ("shared",),
 }
 """What the variants are held against."""
 
