@@ -51,7 +51,8 @@ class Arm:
     aware: Literal["", "noise", "slope", "gentle", "own"] = ""
 
 
-_OURS = Arm("coatrt", draws="sides", compensated=True, start_share=0.5, rate=1e-3)
+_OURS = Arm("coatrt", draws="even", compensated=True, start_share=0.5, rate=1e-3)
+_SIDES = replace(_OURS, draws="sides")  # as coatrt drew until November 2026
 _SHARED = Arm("shared LoRA")
 ARMS = {
     "none": Arm("quantized, no adapter", "none"),
@@ -67,11 +68,15 @@ ARMS = {
     "paper": Arm("CoA-LoRA as published (its θ, even draws)", preset="paper", draws="even"),
     "coatrt": _OURS,
     "coatrt-random": replace(_OURS, what="coatrt, A from random numbers", start_share=0.0),
-    "coatrt-noise": replace(_OURS, what="coatrt, C for the noise upstream", aware="noise"),
-    "coatrt-slope": replace(_OURS, what="coatrt, B with parts proportional to noise", aware="slope"),
+    "coatrt-sides": replace(_SIDES, what="coatrt, few and many bits in turn"),
+    "coatrt-sides-noise": replace(
+        _SIDES, what="coatrt, few and many bits in turn, C for the noise upstream", aware="noise"
+    ),
+    "coatrt-sides-slope": replace(
+        _SIDES, what="coatrt, few and many bits in turn, B with parts proportional to noise", aware="slope"
+    ),
     "coatrt-gentle": replace(_OURS, what="coatrt, B with small parts proportional to noise", aware="gentle"),
     "coatrt-own": replace(_OURS, what="coatrt, B with a part per format of the matrix", aware="own"),
-    "coatrt-even": replace(_OURS, what="coatrt, even draws", draws="even"),
     "coatrt-faster": replace(_OURS, what="coatrt, twice the rates", rate=2e-3),
     "coatrt-slower": replace(_OURS, what="coatrt, half the rates", rate=5e-4),
     "shared-faster": replace(_SHARED, what="shared LoRA, twice the rates", rate=4e-3),

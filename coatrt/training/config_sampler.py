@@ -1,4 +1,4 @@
-"""The configurations of training: in every step one of few or many bits, and one of any size."""
+"""The configurations of training: two of any size in every step."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,9 +12,7 @@ from coatrt.planning.knapsack import CostTable, cost_matrix, near_optimal
 
 __all__ = ["TrainingSampler"]
 
-_EDGE = (
-    0.2  # share of the budget range: width of the low and the high end that the first configuration alternates between
-)
+_COUNT = 2  # configurations of a step
 _PLAN_SHARE = 0.75  # share of draws that are allocations like a planner's
 _JITTER = 0.7  # standard deviation of the noise on the log of a cost
 
@@ -23,10 +21,10 @@ _JITTER = 0.7  # standard deviation of the noise on the log of a cost
 class TrainingSampler:
     """Draws the two configurations of a training step; the result depends on (seed, step) alone.
 
-    The first has a budget from the lowest and the highest fifth of the range in turn (docs/evidence/results.md compares
-    draws), the second from the whole range. Budgets are drawn first: independent formats per matrix would concentrate
-    at the mean budget (LLM-QFA, ACL 2025). Three quarters of the draws are like a planner's choice, the allocation of
-    least cost under the budget with noise on the costs; the others are random configurations of that budget.
+    Budgets are drawn first, evenly from the range (docs/evidence/results.md compares draws): independent formats per
+    matrix would concentrate at the mean budget (LLM-QFA, ACL 2025). Three quarters of the draws are like a planner's
+    choice, the allocation of least cost under the budget with noise on the costs; the others are random configurations
+    of that budget.
 
     Args:
         space: matrices and formats.
@@ -49,11 +47,9 @@ class TrainingSampler:
 
     def draw(self, step: int) -> list[QuantConfig]:
         """Return the two configurations of a step."""
-        rng = np.random.default_rng([self.seed, step])
-        width, configs = _EDGE * (self.high - self.low), []
-        edge = (self.high - width, self.high) if step % 2 else (self.low, self.low + width)
-        for low, high in (edge, (self.low, self.high)):
-            bits = float(rng.uniform(low, high))
+        rng, configs = np.random.default_rng([self.seed, step]), []
+        for _ in range(_COUNT):
+            bits = float(rng.uniform(self.low, self.high))
             is_allocated = rng.random() < _PLAN_SHARE
             configs.append(self.plan_like(rng, bits) if is_allocated else self.space.sample(rng, bits))
         return configs
