@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from common import RESULTS, save_result, smollm2
-from quantizers import HELD_OUT, LENGTH, groups_of, speeches
+from quantizers import HELD_OUT, LENGTH, encode_group, groups_of, speeches
 
 from coatrt.data.documents import batches
 from coatrt.data.examples import Examples
@@ -33,12 +33,11 @@ def perplexity(
     model: FakeQuantModel, moments: InputMoments, text: str, quantizer: Quantizer, examples: Examples
 ) -> float:
     """Encode every linear matrix in one format and return the held-out perplexity."""
-    tokens, factors = moments.calibration.tokens.numel(), InverseFactors()
+    factors = InverseFactors()
     for group in groups_of(model.checkpoint, quantizer):
-        weights = [model.checkpoint.tensor(f"{name}.weight").float() for name in group]
-        encoded = encode(torch.cat(weights), text, quantizer, moments.get(group[0]), tokens, factors)
-        parts = encoded.split([len(weight) for weight in weights])
-        model.set_weights((name, decode(part)) for name, part in zip(group, parts, strict=True))
+        weights = {name: model.checkpoint.tensor(f"{name}.weight").float() for name in group}
+        encoded = encode_group(weights, text, quantizer, moments, factors)
+        model.set_weights((name, decode(matrix)) for name, matrix in encoded.items())
     return math.exp(mean_loss(model, examples))
 
 

@@ -24,7 +24,7 @@ from coatrt.models.checkpoint import Checkpoint
 from coatrt.models.matrices import EMBEDDING
 from coatrt.models.tokenizer import load_tokenizer
 from coatrt.quantization.code_cache import CodeStore
-from coatrt.quantization.codec import decode, encode
+from coatrt.quantization.codec import QuantizedMatrix, decode, encode
 from coatrt.quantization.gptq import InverseFactors
 from coatrt.quantization.input_moments import Calibration, InputMoments
 from coatrt.quantization.quantizers import QUANTIZERS, Quantizer
@@ -56,6 +56,15 @@ def groups_of(checkpoint: Checkpoint, quantizer: Quantizer) -> list[tuple[str, .
     return groups if quantizer == "refined" else [(name,) for group in groups for name in group]
 
 
+def encode_group(
+    weights: dict[str, torch.Tensor], text: str, quantizer: Quantizer, moments: InputMoments, factors: InverseFactors
+) -> dict[str, QuantizedMatrix]:
+    """Return the matrices of a group, float32 [N, K] by name, encoded as one."""
+    name, tokens = next(iter(weights)), moments.calibration.tokens.numel()
+    whole = encode(torch.cat(list(weights.values())), text, quantizer, moments.get(name), tokens, factors)
+    return dict(zip(weights, whole.split([len(weight) for weight in weights.values()]), strict=True))
+
+
 def measure(
     model: FakeQuantModel,
     moments: InputMoments,
@@ -76,15 +85,15 @@ def measure(
         quantizer: the quantizer.
         examples: held-out text.
     """
-    tokens = moments.calibration.tokens.numel()
     errors, outputs, seconds, factors = [], [], 0.0, InverseFactors()
     for group in groups_of(model.checkpoint, quantizer):
-        weights, moment = [model.checkpoint.tensor(f"{name}.weight").float() for name in group], moments.get(group[0])
+        weights = {name: model.checkpoint.tensor(f"{name}.weight").float() for name in group}
+        moments.get(group[0])  # from the disk, not timed
         start = time.process_time()
-        encoded = encode(torch.cat(weights), text, quantizer, moment, tokens, factors)
+        encoded = encode_group(weights, text, quantizer, moments, factors)
         seconds += time.process_time() - start
-        for name, weight, part in zip(group, weights, encoded.split([len(weight) for weight in weights]), strict=True):
-            quantized = decode(part)
+        for name, weight in weights.items():
+            quantized = decode(encoded[name])
             residual = quantized - weight
             errors.append(float(residual.norm() / weight.norm()))
             if name not in energies:

@@ -48,7 +48,7 @@ class Arm:
     examples: int = 1
     rate: float = 2e-3
     rate_ratio: float | None = None
-    aware: Literal["", "noise", "slope", "gentle", "own"] = ""
+    aware: Literal["", "noise", "slope", "gentle"] = ""
 
 
 _OURS = Arm("coatrt", draws="even", compensated=True, start_share=0.5, rate=1e-3)
@@ -76,7 +76,6 @@ ARMS = {
         _SIDES, what="coatrt, few and many bits in turn, B with parts proportional to noise", aware="slope"
     ),
     "coatrt-gentle": replace(_OURS, what="coatrt, B with small parts proportional to noise", aware="gentle"),
-    "coatrt-own": replace(_OURS, what="coatrt, B with a part per format of the matrix", aware="own"),
     "coatrt-faster": replace(_OURS, what="coatrt, twice the rates", rate=2e-3),
     "coatrt-slower": replace(_OURS, what="coatrt, half the rates", rate=5e-4),
     "shared-faster": replace(_SHARED, what="shared LoRA, twice the rates", rate=4e-3),

@@ -6,17 +6,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from coatrt.adapter.compensation import Compensator
+from coatrt.adapter.compensation import _DAMPING, _RIDGE, Compensator
 from coatrt.adapter.lora import CoaLora
 from coatrt.configs.config import QuantConfig
 from coatrt.evaluation.fake_quant import FakeQuantModel
-from coatrt.quantization.input_moments import InputMoments
+from coatrt.quantization.input_moments import InputMoments, visit_inputs
 from coatrt.quantization.weight_format import WeightFormat
 
 __all__ = ["AwareLora", "NoisyMoments", "UpstreamNoise", "noisy_moments"]
 
-_DAMPING = 1e-4  # as in `coatrt.adapter.compensation`
-_RIDGE = 1e-6
 _ORDER = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 2, "up_proj": 2, "down_proj": 3}
 
 
@@ -24,16 +22,19 @@ class UpstreamNoise:
     """How much noise reaches each matrix: sum of the costs of the matrices before it, relative to a reference.
 
     Args:
-        encoder: order of the target modules.
+        places: layer and kind of every target module.
         costs: matrix → format → predicted rise of the loss.
         reference: configuration whose sum over all matrices is 1.
         most: maximum of the relative noise.
     """
 
     def __init__(
-        self, places: Mapping[str, tuple[int, str]], costs: Mapping[str, Mapping[str, float]], reference: QuantConfig,
+        self,
+        places: Mapping[str, tuple[int, str]],
+        costs: Mapping[str, Mapping[str, float]],
+        reference: QuantConfig,
         most: float,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._place = {name: 4 * layer + _ORDER[kind] for name, (layer, kind) in places.items()}
         self._costs, self._most = costs, most
         self._unit = sum(costs[name][str(reference[name])] for name in self._place)
@@ -63,31 +64,20 @@ def noisy_moments(model: FakeQuantModel, moments: InputMoments, config: QuantCon
     energy: dict[str, Tensor] = {}
     cross: dict[str, Tensor] = {}
     clean: dict[str, Tensor] = {}
-    is_clean = True
 
-    def hook(name: str):  # type: ignore[no-untyped-def]
-        def take(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].flatten(0, -2)
-            if is_clean:
-                clean[name] = x
-                return
-            if name not in energy:
-                energy[name] = x.new_zeros(x.shape[1], x.shape[1])
-                cross[name] = x.new_zeros(x.shape[1], x.shape[1])
-            energy[name].addmm_(x.T, x)
-            cross[name].addmm_(clean[name].T, x)
+    def add(name: str, x: Tensor) -> None:
+        if name not in energy:
+            energy[name], cross[name] = (x.new_zeros(x.shape[1], x.shape[1]) for _ in range(2))
+        energy[name].addmm_(x.T, x)
+        cross[name].addmm_(clean[name].T, x)
 
-        return take
-
-    hooks = [model.model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in leaders]
     tokens = moments.calibration.tokens
     model.set_pairs(None)
-    for rows in tokens.split(4):
-        for is_clean in (True, False):
-            model.set_config(None if is_clean else config)
-            model.model.get_decoder()(input_ids=rows, use_cache=False)
-    for handle in hooks:
-        handle.remove()
+    for rows in tokens.split(4):  # as many as `visit_inputs` runs at once
+        model.set_config(None)
+        visit_inputs(model.model, rows, leaders, clean.__setitem__)
+        model.set_config(config)
+        visit_inputs(model.model, rows, leaders, add)
     model.set_config(None)
     for name in leaders:
         delta = _DAMPING * energy[name].diagonal().mean()
@@ -123,7 +113,6 @@ class AwareLora(nn.Module):
     "noise": C interpolates between that without upstream noise and that under the reference's, by what lies upstream.
     "slope": B gets a trained part proportional to the noise upstream and one to the noise of the whole configuration.
     "gentle": the same, a quarter as steep, so that B moves 1.5 times as far in a step at the reference, not thrice.
-    "own": B gets a trained part per format of the matrix, beside C.
 
     Args:
         lora: the LoRA, compensated.
@@ -133,13 +122,16 @@ class AwareLora(nn.Module):
     """
 
     def __init__(
-        self, lora: CoaLora, attempt: str, noise: UpstreamNoise,
+        self,
+        lora: CoaLora,
+        attempt: str,
+        noise: UpstreamNoise,
         noisy: tuple[FakeQuantModel, Mapping[str, str], NoisyMoments] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.lora, self._attempt, self._noise = lora, attempt, noise
         self._noisy = _NoisyCompensator(*noisy) if noisy is not None else None
-        count = {"noise": 0, "slope": 2, "gentle": 2, "own": len(lora.encoder.formats)}[attempt]
+        count = 0 if attempt == "noise" else 2
         self.more = nn.ParameterList(B.new_zeros(count, *B.shape) for B in lora.B) if count else nn.ParameterList()
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
@@ -154,13 +146,10 @@ class AwareLora(nn.Module):
         ids = self.lora.encoder.format_ids(config)
         for i, (rows, A, _) in enumerate(self.lora.stacks()):
             names = [contract.tensors[row].matrix for row in rows]
-            scale = contract.scale(contract.tensors[rows[0]])
             u = torch.tensor([upstream[name] for name in names])[:, None, None]
             if self._attempt in ("slope", "gentle"):
-                steep = scale * (0.25 if self._attempt == "gentle" else 1.0)
+                steep = contract.scale(contract.tensors[rows[0]]) * (0.25 if self._attempt == "gentle" else 1.0)
                 more = steep * (u * self.more[i][0] + total * self.more[i][1])
-            elif self._attempt == "own":
-                more = scale * self.more[i][ids[rows], torch.arange(len(rows))]
             else:
                 assert self._noisy is not None
                 formats = [self.lora.encoder.formats[f] for f in ids[rows].tolist()]

@@ -18,7 +18,6 @@ from coatrt.planning.pareto import hypervolume
 
 __all__ = [
     "FEEDBACK",
-    "LEARNED",
     "REFINED",
     "accuracy_table",
     "arms_of",
@@ -51,7 +50,6 @@ _AGAINST = {
     "coatrt-sides-noise": ("coatrt-sides",),
     "coatrt-sides-slope": ("coatrt-sides",),
     "coatrt-gentle": ("coatrt",),
-    "coatrt-own": ("coatrt",),
     "coatrt-faster": ("coatrt",),
     "coatrt-slower": ("coatrt",),
     "shared-faster": ("shared",),

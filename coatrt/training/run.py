@@ -127,8 +127,8 @@ class _Run:
     def sensitivity_examples(self) -> Examples:
         """The examples that sensitivities and A's start are measured on.
 
-        They are others than the quantizer is calibrated on, where its errors are smaller than elsewhere: on those, few
-        bits would look better than they are (`benchmarks/sensitivity_text.py`, docs/evidence/planning.md).
+        They are others than the quantizer is calibrated on, which it fits: on those, few bits look better than they are
+        beside more (`benchmarks/sensitivity_text.py`, docs/evidence/planning.md).
         """
         return self._examples(self.options.calibration or SENSITIVITY_BLOCKS, others=True)
 
